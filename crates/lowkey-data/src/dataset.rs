@@ -1,0 +1,459 @@
+//! The dataset file: where a corpus comes from, how it becomes tokens, what is held out.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::documents::Format;
+use crate::error::{Error, Result};
+
+/// One `datasets/*.toml`. Paths in it are relative to the file's folder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DatasetConfig {
+    /// A short name.
+    pub name: String,
+    /// What the corpus is.
+    #[serde(default)]
+    pub description: String,
+    /// Under which licence its text stands.
+    #[serde(default)]
+    pub license: String,
+    /// Where the text comes from.
+    pub source: Source,
+    /// How it becomes tokens.
+    #[serde(default)]
+    pub tokenizer: TokenizerConfig,
+    /// What is held out for validation. A storybook has validation stories of its own and takes no split.
+    #[serde(default)]
+    pub split: Split,
+    /// Expected SHA-256 in hex by file name (the last part, or the path as the source lists it), checked before use.
+    #[serde(default)]
+    pub sha256: BTreeMap<String, String>,
+    /// The folder that relative paths start from.
+    #[serde(skip)]
+    pub base: PathBuf,
+    /// The file this came from, for messages.
+    #[serde(skip)]
+    pub origin: PathBuf,
+}
+
+/// Where text comes from. Text and JSONL files are decompressed by the extensions `.gz` and `.zst`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Source {
+    /// The procedural corpus of [`crate::storybook`], whose entropy is known.
+    Storybook {
+        /// Seed of the stories.
+        seed: u64,
+        /// Number of training stories.
+        documents: u64,
+        /// Number of validation stories, from a seed of their own.
+        validation_documents: u64,
+    },
+    /// Plain text files: each is one document unless a separator cuts it.
+    Text {
+        /// Files or glob patterns.
+        paths: Vec<String>,
+        /// A string that stands between documents.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        separator: Option<String>,
+        /// Where a reader can get the files; shown when they are missing, never fetched.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        url: Option<String>,
+    },
+    /// One JSON object a line.
+    Jsonl {
+        /// Files or glob patterns.
+        paths: Vec<String>,
+        /// The field that holds the text.
+        #[serde(default = "text_field")]
+        field: String,
+    },
+    /// One row a document.
+    Parquet {
+        /// Files or glob patterns.
+        paths: Vec<String>,
+        /// The column that holds the text.
+        #[serde(default = "text_field")]
+        column: String,
+    },
+    /// Files of a dataset repository on the Hugging Face hub or a mirror of it; see [`crate::HubConfig`].
+    Hub {
+        /// `owner/name`.
+        repo: String,
+        /// Branch, tag or commit.
+        #[serde(default = "main_revision")]
+        revision: String,
+        /// Paths of the files in the repository.
+        files: Vec<String>,
+        /// What the files are.
+        format: HubFormat,
+        /// JSONL field or Parquet column, `text` unless given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        field: Option<String>,
+        /// A string that stands between the documents of a text file.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        separator: Option<String>,
+    },
+}
+
+/// Format of hub files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HubFormat {
+    /// Plain text.
+    Text,
+    /// One JSON object a line.
+    Jsonl,
+    /// One row a document.
+    Parquet,
+}
+
+/// How text becomes tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", from = "TokenizerKeys")]
+pub enum TokenizerConfig {
+    /// [`crate::Tokenizer::bytes`].
+    #[default]
+    Bytes,
+    /// One token per distinct character of the whole corpus, the held-out part included.
+    Chars,
+    /// A byte-level BPE trained on the training split.
+    Bpe {
+        /// Entries at most, the end-of-document token included.
+        vocab_size: usize,
+    },
+    /// An existing `tokenizer.json`, or a model's folder that has one.
+    File {
+        /// The file or folder.
+        path: PathBuf,
+    },
+}
+
+/// The keys of a tokenizer as written. A variant without fields lets stray keys pass in silence; one with none inside
+/// braces refuses them.
+#[derive(Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+enum TokenizerKeys {
+    Bytes {},
+    Chars {},
+    Bpe { vocab_size: usize },
+    File { path: PathBuf },
+}
+
+impl From<TokenizerKeys> for TokenizerConfig {
+    fn from(keys: TokenizerKeys) -> Self {
+        match keys {
+            TokenizerKeys::Bytes {} => Self::Bytes,
+            TokenizerKeys::Chars {} => Self::Chars,
+            TokenizerKeys::Bpe { vocab_size } => Self::Bpe { vocab_size },
+            TokenizerKeys::File { path } => Self::File { path },
+        }
+    }
+}
+
+/// What is held out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Split {
+    /// How much, from 0 to 0.5.
+    #[serde(default = "tenth")]
+    pub validation_fraction: f64,
+    /// Which part.
+    #[serde(default)]
+    pub by: SplitBy,
+}
+
+/// Which part is held out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SplitBy {
+    /// The end. A text file that is one document is cut after `int(n * (1 - fraction))` of its `n` characters, each
+    /// file by itself, and neither part gets an end-of-document token: what is cut has no end, or one never trained.
+    /// Where files hold several documents, the last ones are held out, in source order.
+    #[default]
+    Tail,
+    /// Whole documents, by a hash of their index.
+    Documents,
+}
+
+impl Default for Split {
+    fn default() -> Self {
+        Self { validation_fraction: tenth(), by: SplitBy::Tail }
+    }
+}
+
+fn tenth() -> f64 {
+    0.1
+}
+
+fn text_field() -> String {
+    "text".to_owned()
+}
+
+fn main_revision() -> String {
+    "main".to_owned()
+}
+
+impl DatasetConfig {
+    /// Reads and checks a dataset file.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let mut config: Self = toml::from_str(&text)
+            .map_err(|e| Error::Config { path: path.to_path_buf(), message: e.to_string().trim_end().to_owned() })?;
+        config.base = path.parent().unwrap_or(Path::new("")).to_path_buf();
+        config.origin = path.to_path_buf();
+        config.check()?;
+        Ok(config)
+    }
+
+    /// A text file as it is: bytes, the last tenth held out.
+    pub fn from_text_file(path: &Path) -> Result<Self> {
+        if !path.is_file() {
+            let source = std::io::Error::new(std::io::ErrorKind::NotFound, "there is no such file");
+            return Err(Error::Io { action: "open", path: path.to_path_buf(), source });
+        }
+        let Some(text) = path.to_str() else {
+            let message = "the path is not UTF-8; rename the file".to_owned();
+            return Err(Error::Config { path: path.to_path_buf(), message });
+        };
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Self {
+            name,
+            description: String::new(),
+            license: String::new(),
+            source: Source::Text { paths: vec![text.to_owned()], separator: None, url: None },
+            tokenizer: TokenizerConfig::default(),
+            split: Split::default(),
+            sha256: BTreeMap::new(),
+            base: PathBuf::new(),
+            origin: path.to_path_buf(),
+        })
+    }
+
+    /// The same corpus under another tokenizer. (One that is loaded already goes to [`crate::prepare`].)
+    #[must_use]
+    pub fn with_tokenizer(self, tokenizer: TokenizerConfig) -> Self {
+        Self { tokenizer, ..self }
+    }
+
+    /// An error that names the dataset file.
+    pub(crate) fn error(&self, message: impl Into<String>) -> Error {
+        let path = if self.origin.as_os_str().is_empty() { PathBuf::from(&self.name) } else { self.origin.clone() };
+        Error::Config { path, message: message.into() }
+    }
+
+    /// How documents lie in the source's files; none for a storybook, which has no files.
+    pub(crate) fn format(&self) -> Option<Format> {
+        let text = |separator: &Option<String>| Format::Text { separator: separator.clone() };
+        Some(match &self.source {
+            Source::Storybook { .. } => return None,
+            Source::Text { separator, .. } => text(separator),
+            Source::Jsonl { field, .. } => Format::Jsonl { field: field.clone() },
+            Source::Parquet { column, .. } => Format::Parquet { column: column.clone() },
+            Source::Hub { format, field, separator, .. } => {
+                let field = field.clone().unwrap_or_else(text_field);
+                match format {
+                    HubFormat::Text => text(separator),
+                    HubFormat::Jsonl => Format::Jsonl { field },
+                    HubFormat::Parquet => Format::Parquet { column: field },
+                }
+            }
+        })
+    }
+
+    /// Checks what the types cannot.
+    pub(crate) fn check(&self) -> Result<()> {
+        let refuse = |message: String| Err(self.error(message));
+        let fraction = self.split.validation_fraction;
+        if !(0.0..=0.5).contains(&fraction) {
+            return refuse(format!("split.validation_fraction = {fraction} must lie between 0 and 0.5"));
+        }
+        if let TokenizerConfig::Bpe { vocab_size } = self.tokenizer
+            && vocab_size < 257
+        {
+            return refuse(format!("tokenizer.vocab_size = {vocab_size} must be at least 257: 256 bytes and one end"));
+        }
+        for (name, digest) in &self.sha256 {
+            if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+                return refuse(format!("sha256.{name:?} = {digest:?} is not 64 hex digits"));
+            }
+        }
+        match &self.source {
+            Source::Storybook { documents, .. } => {
+                if *documents == 0 {
+                    return refuse("source.documents = 0 leaves nothing to train on".to_owned());
+                }
+                if self.split != Split::default() || !self.sha256.is_empty() {
+                    return refuse(
+                        "a storybook takes neither [split] nor [sha256]: remove them and set source.validation_documents"
+                            .to_owned(),
+                    );
+                }
+            }
+            Source::Text { paths, .. } | Source::Jsonl { paths, .. } | Source::Parquet { paths, .. } => {
+                if paths.is_empty() {
+                    return refuse("source.paths is empty: name at least one file or pattern".to_owned());
+                }
+            }
+            Source::Hub { repo, files, format, field, separator, .. } => {
+                let part = |part: &str| !part.is_empty() && part != "." && part != "..";
+                if !repo.split('/').all(part) || repo.split('/').count() > 2 {
+                    return refuse(format!("source.repo = {repo:?} is not of the form owner/name"));
+                }
+                if files.is_empty() {
+                    return refuse("source.files is empty: name at least one file of the repository".to_owned());
+                }
+                if let Some(file) = files.iter().find(|file| !file.split('/').all(part)) {
+                    return refuse(format!("source.files: {file:?} is not a path inside the repository"));
+                }
+                if *format == HubFormat::Text && field.is_some() {
+                    return refuse("source.field has no meaning for format = \"text\": remove it".to_owned());
+                }
+                if *format != HubFormat::Text && separator.is_some() {
+                    return refuse("source.separator has a meaning for format = \"text\" only: remove it".to_owned());
+                }
+            }
+        }
+        if let Some(Format::Text { separator: Some(separator) }) = self.format()
+            && separator.is_empty()
+        {
+            return refuse("source.separator is empty: leave it out, or name the string between documents".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The local files of the source in a fixed order: by pattern, then by name. Empty for a storybook and a hub source.
+    pub(crate) fn local_files(&self) -> Result<Vec<PathBuf>> {
+        let (paths, url) = match &self.source {
+            Source::Text { paths, url, .. } => (paths, url.as_deref()),
+            Source::Jsonl { paths, .. } | Source::Parquet { paths, .. } => (paths, None),
+            Source::Storybook { .. } | Source::Hub { .. } => return Ok(Vec::new()),
+        };
+        let mut files: Vec<PathBuf> = Vec::new();
+        for pattern in paths {
+            let literal = self.base.join(pattern);
+            let found = if literal.is_file() { vec![literal] } else { self.expand(pattern)? };
+            if found.is_empty() {
+                let mend = url.map_or_else(String::new, |url| format!("; get it from {url}"));
+                let place = self.base.join(pattern);
+                return Err(self.error(format!("source.paths: nothing matches {}{mend}", place.display())));
+            }
+            for file in found {
+                if !files.contains(&file) {
+                    files.push(file);
+                }
+            }
+        }
+        Ok(files)
+    }
+
+    /// The files that match a glob pattern, sorted.
+    fn expand(&self, pattern: &str) -> Result<Vec<PathBuf>> {
+        // Only the pattern is a pattern: a bracket in the name of the folder that the dataset file lies in is not.
+        let base = glob::Pattern::escape(&self.base.to_string_lossy());
+        let whole = Path::new(&base).join(pattern);
+        let entries = glob::glob(&whole.to_string_lossy())
+            .map_err(|e| self.error(format!("source.paths: {pattern:?} is not a pattern: {e}")))?;
+        let mut found = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(|e| self.error(format!("source.paths: {pattern:?}: {e}")))?;
+            if path.is_file() {
+                found.push(path);
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str) -> Result<DatasetConfig> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.toml");
+        std::fs::write(&path, text).unwrap();
+        DatasetConfig::load(&path)
+    }
+
+    #[test]
+    fn every_source_and_tokenizer_parses() {
+        for (source, tokenizer) in [
+            ("kind = \"storybook\"\nseed = 1\ndocuments = 10\nvalidation_documents = 2", "kind = \"bytes\""),
+            ("kind = \"text\"\npaths = [\"*.txt\"]\nseparator = \"--\"\nurl = \"https://e.org\"", "kind = \"chars\""),
+            ("kind = \"jsonl\"\npaths = [\"a.jsonl.zst\"]", "kind = \"bpe\"\nvocab_size = 512"),
+            ("kind = \"parquet\"\npaths = [\"a\"]\ncolumn = \"body\"", "kind = \"file\"\npath = \"t.json\""),
+            ("kind = \"hub\"\nrepo = \"a/b\"\nfiles = [\"x/y.parquet\"]\nformat = \"parquet\"", "kind = \"bytes\""),
+        ] {
+            let text = format!("name = \"d\"\n[source]\n{source}\n[tokenizer]\n{tokenizer}\n");
+            let config = load(&text).unwrap();
+            assert!(toml::to_string(&config).unwrap().contains("kind"), "{text}");
+        }
+        let config = load("name = \"d\"\n[source]\nkind = \"jsonl\"\npaths = [\"a\"]\n").unwrap();
+        assert_eq!(config.split, Split { validation_fraction: 0.1, by: SplitBy::Tail });
+        assert_eq!(config.tokenizer, TokenizerConfig::Bytes);
+        assert_eq!(config.format(), Some(Format::Jsonl { field: "text".into() }));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let text = "kind = \"text\"\npaths = [\"a\"]";
+        let hub = "kind = \"hub\"\nformat = \"text\"\n";
+        for (source, rest, expected) in [
+            ("kind = \"text\"\npath = \"a\"", "", "path"),
+            ("kind = \"txt\"", "", "txt"),
+            ("kind = \"text\"\npaths = []", "", "source.paths is empty"),
+            ("kind = \"text\"\npaths = [\"a\"]\nseparator = \"\"", "", "source.separator is empty"),
+            (text, "[split]\nvalidation_fraction = 0.6", "split.validation_fraction = 0.6"),
+            (text, "[split]\nvalidation_fraction = nan", "split.validation_fraction"),
+            (text, "[split]\nfraction = 0.1", "fraction"),
+            (text, "[tokenizer]\nkind = \"bytes\"\nvocab_size = 300", "vocab_size"),
+            (text, "[tokenizer]\nkind = \"bpe\"\nvocab_size = 256", "tokenizer.vocab_size = 256"),
+            (text, "[sha256]\n\"a\" = \"12\"", "not 64 hex digits"),
+            (text, "[other]\n", "other"),
+            ("kind = \"storybook\"\nseed = 1\ndocuments = 0\nvalidation_documents = 0", "", "source.documents = 0"),
+            (
+                "kind = \"storybook\"\nseed = 1\ndocuments = 1\nvalidation_documents = 0",
+                "[split]\nby = \"documents\"",
+                "neither [split]",
+            ),
+            (&format!("{hub}repo = \"../b\"\nfiles = [\"x\"]"), "", "source.repo"),
+            (&format!("{hub}repo = \"a/b\"\nfiles = [\"../x\"]"), "", "source.files"),
+            (&format!("{hub}repo = \"a/b\"\nfiles = []"), "", "source.files is empty"),
+            (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\"]\nfield = \"f\""), "", "source.field"),
+        ] {
+            let message = load(&format!("name = \"d\"\n[source]\n{source}\n{rest}\n")).unwrap_err().to_string();
+            assert!(message.contains(expected) && message.contains("d.toml"), "{expected}: {message}");
+        }
+    }
+
+    #[test]
+    fn files_are_found_relative_to_the_dataset_file_and_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("odd [name]");
+        std::fs::create_dir_all(base.join("texts")).unwrap();
+        for name in ["b.txt", "a.txt", "a[1].txt"] {
+            std::fs::write(base.join("texts").join(name), "x").unwrap();
+        }
+        let toml = base.join("d.toml");
+        let write = |paths: &str| {
+            let url = "url = \"https://e.org/a\"";
+            std::fs::write(&toml, format!("name = \"d\"\n[source]\nkind = \"text\"\npaths = {paths}\n{url}\n"))
+                .unwrap();
+            DatasetConfig::load(&toml).unwrap().local_files()
+        };
+        let names = |files: Vec<PathBuf>| -> Vec<String> {
+            files.iter().map(|f| f.file_name().unwrap().to_string_lossy().into_owned()).collect()
+        };
+        assert_eq!(names(write("[\"texts/*.txt\"]").unwrap()), ["a.txt", "a[1].txt", "b.txt"]);
+        assert_eq!(names(write("[\"texts/b.txt\", \"texts/*.txt\"]").unwrap()), ["b.txt", "a.txt", "a[1].txt"]);
+        assert_eq!(names(write("[\"texts/a[1].txt\"]").unwrap()), ["a[1].txt"]);
+        let message = write("[\"texts/*.md\"]").unwrap_err().to_string();
+        assert!(message.contains("nothing matches") && message.contains("https://e.org/a"), "{message}");
+        assert!(DatasetConfig::from_text_file(&base.join("none.txt")).is_err());
+    }
+}

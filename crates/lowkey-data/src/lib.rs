@@ -1,0 +1,50 @@
+//! From text to training batches: tokenizers, corpora, token shards, packing and sampling.
+//!
+//! # What goes through here
+//!
+//! ```text
+//! datasets/*.toml ─▶ DatasetConfig ─▶ prepare ─▶ OUT/{train,validation}.tokens, tokenizer.json, manifest.json
+//!                                                    │
+//!                                       open ─▶ Prepared { tokenizer, train: Shard, validation: Shard }
+//!                                                    │
+//!                          Sampler(seed, step) ─▶ Batch { input_ids, targets, document_starts }
+//! ```
+//!
+//! * [`DatasetConfig`] is one TOML file that says where a corpus comes from ([`Source`]), how it is cut into tokens
+//!   ([`TokenizerConfig`]) and what is held out ([`Split`]).
+//! * [`prepare`] reads the source once, tokenises it and writes a folder that describes itself; asked again for the
+//!   same thing it only opens what is there. [`open`] reads such a folder.
+//! * [`Shard`] is a memory-mapped, checksummed file of token ids with its document bounds.
+//! * [`Sampler`] is a pure function from (seed, step) to a [`Batch`]: a resumed run needs no sampler state.
+//!   [`validation_batches`] walks a held-out shard once, in order, with every target exactly once.
+//! * [`Tokenizer`] covers a built-in byte vocabulary, character vocabularies, byte-level BPE trained here, and any
+//!   Hugging Face `tokenizer.json`; [`TextStream`] turns ids back into text one at a time.
+//! * [`storybook`] is a procedural corpus of known entropy, and [`oracle_documents`] gives its true log-probability
+//!   per token, which is what a model's loss is compared with.
+//!
+//! # What this crate does not know
+//!
+//! No tensor, no device, no Burn backend: a [`Batch`] is plain vectors, and the only piece of Burn here is the
+//! `burn_dataset::Dataset` trait, which [`Shard`] implements so that Burn's own loaders can read one. Nothing here
+//! prints; progress is reported through a callback. The environment is read in exactly one place,
+//! [`HubConfig::from_env`].
+
+mod dataset;
+mod documents;
+mod error;
+mod hub;
+mod oracle;
+mod prepare;
+mod sampler;
+mod shard;
+pub mod storybook;
+mod tokenizer;
+
+pub use dataset::{DatasetConfig, HubFormat, Source, Split, SplitBy, TokenizerConfig};
+pub use error::{Error, Result};
+pub use hub::HubConfig;
+pub use oracle::{OracleDocument, oracle_documents};
+pub use prepare::{Manifest, Prepared, Progress, SourceFile, SplitSummary, open, prepare};
+pub use sampler::{Batch, IGNORE, Packing, Sampler, validation_batches};
+pub use shard::{Shard, ShardWriter};
+pub use tokenizer::{END_OF_TEXT, TextStream, Tokenizer};

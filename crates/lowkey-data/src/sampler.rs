@@ -1,0 +1,359 @@
+//! From a shard to batches, as a pure function of (seed, step).
+//!
+//! Nothing is drawn from a generator that has a state: which row comes when is computed from the seed and the row's
+//! number. So a run resumed at step 1000 sees what an unbroken one would, on any machine, and a row can be asked for
+//! twice or out of order.
+
+mod permutation;
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::shard::Shard;
+use permutation::Permutation;
+pub(crate) use permutation::mix;
+
+/// The target of a position from which nothing is predicted.
+pub const IGNORE: i64 = -100;
+
+/// How rows are cut from the documents.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Packing {
+    /// Windows cut anywhere from the stream of all documents: for one long text. The stream is taken as a ring and
+    /// starts each epoch at another place, so that the few tokens that fill no window are others each time.
+    #[default]
+    Stream,
+    /// A row starts at a document's start and holds whole documents, drawn in another order each epoch, the last one
+    /// cropped at the row's end (what is cropped is left out for this epoch). A document longer than a row is cut into
+    /// pieces first. The last row of an epoch is padded.
+    Documents,
+}
+
+/// Rows for one step, as plain vectors; position (r, t) is index `r * seq_len + t`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// Number of rows.
+    pub rows: usize,
+    /// Positions per row.
+    pub seq_len: usize,
+    /// What the model reads. Padding reads id 0.
+    pub input_ids: Vec<u32>,
+    /// What it is to predict: the next token, or [`IGNORE`]. The token that ends a document is a target. In a stream
+    /// the first token of the next document is one, too; with document packing it is not.
+    pub targets: Vec<i64>,
+    /// For each position, the index within its row of the first position of its document: position t may attend to j
+    /// exactly if `document_starts[t] <= j <= t`. Padding forms a document of its own. All 0 without document masks.
+    pub document_starts: Vec<u32>,
+}
+
+impl Batch {
+    fn new(seq_len: usize, rows: usize) -> Self {
+        let size = rows * seq_len;
+        let (input_ids, targets) = (Vec::with_capacity(size), Vec::with_capacity(size));
+        Self { rows: 0, seq_len, input_ids, targets, document_starts: Vec::with_capacity(size) }
+    }
+
+    /// Number of positions from which something is predicted.
+    pub fn target_tokens(&self) -> usize {
+        self.targets.iter().filter(|&&target| target != IGNORE).count()
+    }
+
+    /// Position within the row being filled.
+    fn column(&self) -> usize {
+        self.input_ids.len() - self.rows * self.seq_len
+    }
+
+    /// Appends the tokens in `range` as positions, each predicting the token after it, if the shard has one. Every
+    /// document bound inside starts a new document.
+    fn segment(&mut self, shard: &Shard, range: Range<usize>, mask: bool) {
+        let first = self.column();
+        shard.copy_range(range.clone(), &mut self.input_ids);
+        let mut next = Vec::with_capacity(range.len());
+        shard.copy_range(range.start + 1..range.end + 1, &mut next);
+        self.targets.extend(next.into_iter().map(i64::from));
+        self.targets.resize(self.input_ids.len(), IGNORE);
+        if !mask {
+            self.document_starts.resize(self.input_ids.len(), 0);
+            return;
+        }
+        let mut document = shard.document_at(range.start);
+        let mut at = range.start;
+        while at < range.end {
+            let bounds = document.and_then(|i| shard.document_range(i));
+            let end = bounds.map_or(range.end, |bounds| bounds.end.min(range.end));
+            let start = first + (at - range.start);
+            self.document_starts.resize(self.document_starts.len() + (end - at), start as u32);
+            at = end;
+            document = document.map(|i| i + 1);
+        }
+    }
+
+    /// Pads the row to its end and starts the next one.
+    fn end_row(&mut self, mask: bool) {
+        let start = if mask { self.column() as u32 } else { 0 };
+        self.rows += 1;
+        let size = self.rows * self.seq_len;
+        self.input_ids.resize(size, 0);
+        self.targets.resize(size, IGNORE);
+        self.document_starts.resize(size, start);
+    }
+}
+
+/// A part of one document that fits a row: input positions, each of which has a next token in the document.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    start: usize,
+    len: u32,
+}
+
+impl Piece {
+    fn range(self) -> Range<usize> {
+        self.start..self.start + self.len as usize
+    }
+}
+
+/// All documents as pieces of at most `seq_len` positions. A document's last token is no input: nothing follows it.
+fn pieces(shard: &Shard, seq_len: usize) -> Vec<Piece> {
+    let documents = (0..shard.documents()).filter_map(|i| shard.document_range(i));
+    documents
+        .flat_map(|range| {
+            let last = range.end - 1;
+            let len = move |start: usize| (last - start).min(seq_len) as u32;
+            (range.start..last).step_by(seq_len).map(move |start| Piece { start, len: len(start) })
+        })
+        .collect()
+}
+
+/// Cuts training batches from a shard.
+pub struct Sampler {
+    shard: Arc<Shard>,
+    seq_len: usize,
+    batch_size: usize,
+    seed: u64,
+    mask_documents: bool,
+    order: Order,
+}
+
+enum Order {
+    Stream { windows: u64 },
+    Documents { pieces: Vec<Piece>, plans: Mutex<Plans> },
+}
+
+/// How many rows an epoch of packed documents has depends on its order, so epochs are laid end to end. This is a cache
+/// and no state: it can be thrown away at any time.
+struct Plans {
+    /// Row number at which each epoch seen so far ends.
+    ends: Vec<u64>,
+    latest: Arc<Plan>,
+}
+
+/// One epoch of packed documents.
+struct Plan {
+    first_row: u64,
+    order: Permutation,
+    /// Position in the order at which each row starts, and the number of pieces at the end.
+    starts: Vec<u64>,
+}
+
+impl Plan {
+    fn new(pieces: &[Piece], seq_len: usize, key: u64, first_row: u64) -> Self {
+        let order = Permutation::new(pieces.len() as u64, key);
+        let mut starts = Vec::new();
+        let mut filled = seq_len;
+        for position in 0..pieces.len() as u64 {
+            if filled >= seq_len {
+                starts.push(position);
+                filled = 0;
+            }
+            filled += pieces[order.apply(position) as usize].len as usize;
+        }
+        starts.push(pieces.len() as u64);
+        Self { first_row, order, starts }
+    }
+
+    fn rows(&self) -> u64 {
+        self.starts.len() as u64 - 1
+    }
+
+    fn contains(&self, row: u64) -> bool {
+        (self.first_row..self.first_row + self.rows()).contains(&row)
+    }
+}
+
+impl Sampler {
+    /// A sampler over `shard`. With `mask_documents` off, every position may attend to the whole row before it.
+    pub fn new(
+        shard: Arc<Shard>,
+        seq_len: usize,
+        batch_size: usize,
+        seed: u64,
+        packing: Packing,
+        mask_documents: bool,
+    ) -> Result<Self> {
+        let refuse = |message: String| Err(Error::Sampler { path: shard.path().to_path_buf(), message });
+        if seq_len == 0 || batch_size == 0 || u32::try_from(seq_len).is_err() {
+            return refuse(format!("seq_len = {seq_len} and batch_size = {batch_size} must both be at least 1"));
+        }
+        let order = match packing {
+            Packing::Stream => {
+                if shard.len() <= seq_len {
+                    let tokens = shard.len();
+                    return refuse(format!("it has {tokens} tokens, too few for seq_len = {seq_len}: lower it"));
+                }
+                Order::Stream { windows: (shard.len() / seq_len) as u64 }
+            }
+            Packing::Documents => {
+                let pieces = pieces(&shard, seq_len);
+                if pieces.is_empty() {
+                    return refuse("no document has two tokens, so there is nothing to predict".to_owned());
+                }
+                let latest = Arc::new(Plan::new(&pieces, seq_len, epoch_key(seed, 0), 0));
+                let plans = Mutex::new(Plans { ends: vec![latest.rows()], latest });
+                Order::Documents { pieces, plans }
+            }
+        };
+        Ok(Self { shard, seq_len, batch_size, seed, mask_documents, order })
+    }
+
+    /// The batch of a step: rows `step * batch_size` and on.
+    pub fn batch(&self, step: u64) -> Batch {
+        self.rows(step.saturating_mul(self.batch_size as u64), self.batch_size)
+    }
+
+    /// `count` consecutive rows from number `first` on, epoch after epoch without a seam; a part of a step's batch, for
+    /// one that is worked through in several.
+    pub fn rows(&self, first: u64, count: usize) -> Batch {
+        let mut batch = Batch::new(self.seq_len, count);
+        for row in (0..count as u64).map(|i| first.saturating_add(i)) {
+            match &self.order {
+                Order::Stream { windows } => self.window(*windows, row, &mut batch),
+                Order::Documents { pieces, plans } => {
+                    let (_, plan) = self.plan(pieces, plans, row);
+                    self.packed(pieces, &plan, row, &mut batch);
+                }
+            }
+            batch.end_row(self.mask_documents);
+        }
+        batch
+    }
+
+    /// Steps in the first epoch, rounded up. With document packing the following ones may differ a little.
+    pub fn batches_per_epoch(&self) -> u64 {
+        let rows = match &self.order {
+            Order::Stream { windows } => *windows,
+            Order::Documents { pieces, plans } => self.plan(pieces, plans, 0).1.rows(),
+        };
+        rows.div_ceil(self.batch_size as u64)
+    }
+
+    /// How many epochs have been seen before `step`, as 1.5 for one and a half.
+    pub fn epoch(&self, step: u64) -> f64 {
+        let row = step.saturating_mul(self.batch_size as u64);
+        match &self.order {
+            Order::Stream { windows } => row as f64 / *windows as f64,
+            Order::Documents { pieces, plans } => {
+                let (epoch, plan) = self.plan(pieces, plans, row);
+                epoch as f64 + (row - plan.first_row) as f64 / plan.rows() as f64
+            }
+        }
+    }
+
+    fn window(&self, windows: u64, row: u64, batch: &mut Batch) {
+        let key = epoch_key(self.seed, row / windows);
+        let tokens = self.shard.len();
+        let phase = (mix(key ^ 1) % tokens as u64) as usize;
+        let window = Permutation::new(windows, key).apply(row % windows) as usize;
+        let start = (phase + window * self.seq_len) % tokens;
+        let end = (start + self.seq_len).min(tokens);
+        self.segment(batch, start..end);
+        // Where the ring closes nothing is predicted: the shard's last token has no successor.
+        let wrapped = self.seq_len - (end - start);
+        if wrapped > 0 {
+            self.segment(batch, 0..wrapped);
+        }
+    }
+
+    fn packed(&self, pieces: &[Piece], plan: &Plan, row: u64, batch: &mut Batch) {
+        let row = (row - plan.first_row) as usize;
+        for position in plan.starts[row]..plan.starts[row + 1] {
+            let range = pieces[plan.order.apply(position) as usize].range();
+            let room = self.seq_len - batch.column();
+            self.segment(batch, range.start..range.end.min(range.start + room));
+        }
+    }
+
+    fn segment(&self, batch: &mut Batch, range: Range<usize>) {
+        batch.segment(&self.shard, range, self.mask_documents);
+    }
+
+    /// The epoch that `row` falls in.
+    fn plan(&self, pieces: &[Piece], plans: &Mutex<Plans>, row: u64) -> (u64, Arc<Plan>) {
+        // A poisoned lock holds a whole cache all the same: it is only ever replaced in one assignment.
+        let mut plans = plans.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let epoch = plans.ends.partition_point(|&end| end <= row);
+            if plans.latest.contains(row) {
+                return (epoch as u64, Arc::clone(&plans.latest));
+            }
+            let epoch = epoch.min(plans.ends.len());
+            let first_row = if epoch == 0 { 0 } else { plans.ends[epoch - 1] };
+            let key = epoch_key(self.seed, epoch as u64);
+            plans.latest = Arc::new(Plan::new(pieces, self.seq_len, key, first_row));
+            if epoch == plans.ends.len() {
+                let end = first_row + plans.latest.rows();
+                plans.ends.push(end);
+            }
+        }
+    }
+}
+
+fn epoch_key(seed: u64, epoch: u64) -> u64 {
+    mix(mix(seed) ^ epoch)
+}
+
+/// The whole of a held-out shard once and in order, for a loss that can be compared between runs: every token that a
+/// training row could predict is a target exactly once.
+///
+/// A stream is cut into consecutive windows, and its one first token is no target. Documents are laid into rows one
+/// after the other without cropping, a row being padded where the next piece would not fit. The last batch may have
+/// fewer rows. `max_batches` keeps only the first ones.
+pub fn validation_batches(
+    shard: &Shard,
+    seq_len: usize,
+    batch_size: usize,
+    max_batches: Option<usize>,
+    packing: Packing,
+    mask_documents: bool,
+) -> impl Iterator<Item = Batch> + use<'_> {
+    let (seq_len, batch_size) = (seq_len.max(1), batch_size.max(1));
+    let windows: Vec<Piece> = match packing {
+        Packing::Documents => pieces(shard, seq_len),
+        Packing::Stream => {
+            let last = shard.len().saturating_sub(1);
+            let window = |start: usize| Piece { start, len: (last - start).min(seq_len) as u32 };
+            (0..last).step_by(seq_len).map(window).collect()
+        }
+    };
+    let mut next = 0;
+    let batches = std::iter::from_fn(move || {
+        let mut batch = Batch::new(seq_len, batch_size);
+        while batch.rows < batch_size && next < windows.len() {
+            while let Some(piece) = windows.get(next)
+                && batch.column() + piece.len as usize <= seq_len
+            {
+                batch.segment(shard, piece.range(), mask_documents);
+                next += 1;
+            }
+            batch.end_row(mask_documents);
+        }
+        (batch.rows > 0).then_some(batch)
+    });
+    batches.take(max_batches.unwrap_or(usize::MAX))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,463 @@
+//! Text to token ids and back.
+//!
+//! Four kinds behind one type: the built-in byte vocabulary, a character vocabulary, byte-level BPE trained here, and
+//! whatever a Hugging Face `tokenizer.json` describes. The first two have a fast path of their own, yet all four save
+//! a `tokenizer.json` that transformers loads to the same ids, and are recognised when such a file is read back.
+
+mod build;
+mod stream;
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tokenizers::tokenizer::Tokenizer as HfTokenizer;
+
+use crate::error::{Error, Result};
+pub use stream::TextStream;
+
+/// The end-of-document token of every tokenizer built here.
+pub const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// Names under which a `tokenizer.json` that comes without a configuration may declare its end-of-document token.
+const KNOWN_ENDS: [&str; 4] = [END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"];
+
+/// Files beside `tokenizer.json` that a fine-tuned model must carry on: chat template, names of special tokens.
+const COMPANIONS: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+
+/// Longest text, in bytes, that is encoded in one go.
+const PART: usize = 1 << 20;
+
+/// A tokenizer; cheap to clone.
+#[derive(Clone)]
+pub struct Tokenizer {
+    model: Model,
+    /// The `tokenizer.json` as read or as built, kept verbatim: its hash is the tokenizer's identity.
+    json: Arc<str>,
+    companions: Arc<[(String, String)]>,
+    vocabulary: Arc<Vocabulary>,
+    eos: Option<u32>,
+}
+
+#[derive(Clone)]
+enum Model {
+    Bytes,
+    Chars(Arc<HashMap<char, u32>>),
+    Hf(Arc<HfPair>),
+}
+
+/// One loaded tokenizer and, made on demand, its twin that reads special tokens in a text as plain text.
+struct HfPair {
+    special: HfTokenizer,
+    ordinary: OnceLock<HfTokenizer>,
+}
+
+/// What each id stands for.
+struct Vocabulary {
+    tokens: Vec<Entry>,
+    /// Whether decoding is nothing but joining the entries' bytes. Otherwise `bytes` are an estimate, good for counting.
+    bytewise: bool,
+}
+
+#[derive(Clone)]
+enum Entry {
+    Text(Box<[u8]>),
+    Special,
+    /// A hole in the vocabulary.
+    Unused,
+}
+
+impl Tokenizer {
+    /// The built-in byte tokenizer: ids 0 to 255 are the bytes, 256 is [`END_OF_TEXT`].
+    pub fn bytes() -> Self {
+        let mut tokens: Vec<Entry> = (0..=255u8).map(|byte| Entry::Text(Box::new([byte]))).collect();
+        tokens.push(Entry::Special);
+        Self::assemble(Model::Bytes, build::pretty(&build::bytes_json()), tokens, true, Some(256))
+    }
+
+    /// A character tokenizer over the distinct characters of `text`, in code point order, then [`END_OF_TEXT`].
+    pub fn chars(text: &str) -> Result<Self> {
+        Self::from_alphabet(&text.chars().collect())
+    }
+
+    /// A character tokenizer over `alphabet`.
+    pub(crate) fn from_alphabet(alphabet: &BTreeSet<char>) -> Result<Self> {
+        if alphabet.is_empty() {
+            return Err(Error::tokenizer("chars", "there is no text to take the alphabet from"));
+        }
+        let alphabet: Vec<char> = alphabet.iter().copied().collect();
+        let json = build::pretty(&build::chars_json(&alphabet));
+        Ok(Self::from_chars(&alphabet, json))
+    }
+
+    fn from_chars(alphabet: &[char], json: String) -> Self {
+        let mut tokens: Vec<Entry> = alphabet.iter().map(|c| Entry::Text(c.to_string().into_bytes().into())).collect();
+        let eos = tokens.len() as u32;
+        tokens.push(Entry::Special);
+        let ids = alphabet.iter().zip(0u32..).map(|(&c, id)| (c, id)).collect();
+        Self::assemble(Model::Chars(Arc::new(ids)), json, tokens, true, Some(eos))
+    }
+
+    /// Trains a byte-level BPE vocabulary of at most `vocab_size` entries, [`END_OF_TEXT`] included; a small corpus
+    /// may yield fewer.
+    pub fn train_bpe(texts: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<Self> {
+        let json = build::train_bpe(texts, vocab_size)?;
+        Self::from_json(json, "bpe")
+    }
+
+    /// Reads any `tokenizer.json`. The end-of-document token is the first of `<|endoftext|>`, `</s>`,
+    /// `<|end_of_text|>` and `<eos>` that the file declares as special; [`Tokenizer::from_model_dir`] knows better.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let json = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        Self::from_json(json, &path.display().to_string())
+    }
+
+    /// Reads `DIR/tokenizer.json` with the end-of-document token that the model declares: `eos_token` of
+    /// `tokenizer_config.json`, else `eos_token_id` of `generation_config.json` or `config.json` (the first where it is
+    /// a list), else as [`Tokenizer::from_file`].
+    pub fn from_model_dir(dir: &Path) -> Result<Self> {
+        let mut tokenizer = Self::from_file(&dir.join("tokenizer.json"))?;
+        let mut companions = Vec::new();
+        for name in COMPANIONS {
+            let path = dir.join(name);
+            if path.is_file() {
+                let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+                companions.push((name.to_owned(), text));
+            }
+        }
+        tokenizer.companions = companions.into();
+        for name in ["tokenizer_config.json", "generation_config.json", "config.json"] {
+            let path = dir.join(name);
+            if !path.is_file() {
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+            let config: Value = serde_json::from_str(&text)
+                .map_err(|e| Error::tokenizer(path.display().to_string(), format!("not valid JSON: {e}")))?;
+            if let Some(id) = tokenizer.declared_eos(&config) {
+                tokenizer.eos = Some(id);
+                break;
+            }
+        }
+        Ok(tokenizer)
+    }
+
+    /// The end-of-document id that a configuration names, if this vocabulary has it.
+    fn declared_eos(&self, config: &Value) -> Option<u32> {
+        let token = match config.get("eos_token") {
+            Some(Value::String(token)) => Some(token.as_str()),
+            Some(Value::Object(token)) => token.get("content").and_then(Value::as_str),
+            _ => None,
+        };
+        if let Some(id) = token.and_then(|token| self.token_to_id(token)) {
+            return Some(id);
+        }
+        let id = match config.get("eos_token_id")? {
+            Value::Array(ids) => ids.first()?.as_u64()?,
+            id => id.as_u64()?,
+        };
+        u32::try_from(id).ok().filter(|&id| (id as usize) < self.vocab_size())
+    }
+
+    fn from_json(json: String, origin: &str) -> Result<Self> {
+        let value: Value =
+            serde_json::from_str(&json).map_err(|e| Error::tokenizer(origin, format!("not valid JSON: {e}")))?;
+        match build::recognise(&value) {
+            Some(build::Known::Bytes) => {
+                return Ok(Self { json: json.into(), ..Self::bytes() });
+            }
+            Some(build::Known::Chars(alphabet)) => return Ok(Self::from_chars(&alphabet, json)),
+            None => {}
+        }
+        let mut hf = HfTokenizer::from_bytes(json.as_bytes())
+            .map_err(|e| Error::tokenizer(origin, format!("not a tokenizer.json that this build can read: {e}")))?;
+        // Some files carry the truncation and padding of the run that saved them. A corpus must not be cut by them.
+        hf.with_padding(None);
+        hf.with_truncation(None).map_err(|e| Error::tokenizer(origin, e))?;
+        let (tokens, bytewise) = build::entries(&hf);
+        let added = hf.get_added_tokens_decoder();
+        let eos = KNOWN_ENDS.iter().find_map(|name| {
+            let id = hf.token_to_id(name)?;
+            added.get(&id).is_some_and(|token| token.special).then_some(id)
+        });
+        let pair = HfPair { special: hf, ordinary: OnceLock::new() };
+        Ok(Self::assemble(Model::Hf(Arc::new(pair)), json, tokens, bytewise, eos))
+    }
+
+    fn assemble(model: Model, json: String, tokens: Vec<Entry>, bytewise: bool, eos: Option<u32>) -> Self {
+        let vocabulary = Arc::new(Vocabulary { tokens, bytewise });
+        Self { model, json: json.into(), companions: Arc::new([]), vocabulary, eos }
+    }
+
+    /// Token ids of `text`. No token is added, and a special token spelled out in the text becomes its id, as in
+    /// transformers: this is for prompts and rendered chat templates.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        if let Model::Hf(pair) = &self.model {
+            return self.run(&pair.special, text);
+        }
+        let mut ids = Vec::with_capacity(text.len());
+        for (i, part) in text.split(END_OF_TEXT).enumerate() {
+            if i > 0 {
+                ids.extend(self.eos);
+            }
+            self.extend_plain(part, &mut ids)?;
+        }
+        Ok(ids)
+    }
+
+    /// Token ids of `text` in which a spelled-out special token is plain text: this is for a corpus, whose documents
+    /// must not be able to forge an end of document.
+    pub fn encode_ordinary(&self, text: &str) -> Result<Vec<u32>> {
+        if let Model::Hf(pair) = &self.model {
+            return self.run(pair.ordinary(), text);
+        }
+        let mut ids = Vec::with_capacity(text.len());
+        self.extend_plain(text, &mut ids)?;
+        Ok(ids)
+    }
+
+    /// [`Tokenizer::encode_ordinary`] of many texts, in parallel where the tokenizer is slow enough to need it. A text
+    /// of more than a mebibyte is encoded in parts, cut at line ends: a Hugging Face encoding takes a hundred times the
+    /// room of its text. Such a cut is a token bound in nearly every vocabulary.
+    pub(crate) fn encode_documents(&self, texts: &[String]) -> Result<Vec<Vec<u32>>> {
+        self.encode_in_parts(texts, PART)
+    }
+
+    fn encode_in_parts(&self, texts: &[String], size: usize) -> Result<Vec<Vec<u32>>> {
+        let Model::Hf(pair) = &self.model else {
+            return texts.iter().map(|text| self.encode_ordinary(text)).collect();
+        };
+        let all: Vec<(usize, &str)> =
+            (0..).zip(texts).flat_map(|(i, text)| parts(text, size).into_iter().map(move |part| (i, part))).collect();
+        let mut held = 0;
+        let together = |(_, part): &(usize, &str), _: &(usize, &str)| {
+            held = if held > 8 * size { 0 } else { held + part.len() };
+            held > 0
+        };
+        let mut ids = vec![Vec::new(); texts.len()];
+        for group in all.chunk_by(together) {
+            let inputs: Vec<&str> = group.iter().map(|(_, part)| *part).collect();
+            let encodings = pair.ordinary().encode_batch_fast(inputs, false);
+            let encodings = encodings.map_err(|e| Error::tokenizer(self.name(), e))?;
+            for ((i, _), encoding) in group.iter().zip(encodings) {
+                ids[*i].extend_from_slice(encoding.get_ids());
+            }
+        }
+        Ok(ids)
+    }
+
+    fn run(&self, hf: &HfTokenizer, text: &str) -> Result<Vec<u32>> {
+        let encoding = hf.encode_fast(text, false).map_err(|e| Error::tokenizer(self.name(), e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    fn extend_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<()> {
+        match &self.model {
+            Model::Chars(alphabet) => {
+                for character in text.chars() {
+                    let id = alphabet
+                        .get(&character)
+                        .ok_or(Error::UnknownCharacter { character, alphabet: alphabet.len() })?;
+                    ids.push(*id);
+                }
+            }
+            Model::Bytes | Model::Hf(_) => ids.extend(text.bytes().map(u32::from)),
+        }
+        Ok(())
+    }
+
+    /// Text of `ids`, special tokens skipped. Bytes that are not UTF-8 become U+FFFD, and so does an id past the
+    /// vocabulary, which a model with a padded embedding can emit.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        if let Model::Hf(pair) = &self.model
+            && !self.vocabulary.bytewise
+        {
+            let known = |id: &u32| !matches!(self.vocabulary.get(*id), Entry::Unused);
+            let mut text = String::new();
+            for chunk in ids.chunk_by(|a, b| known(a) && known(b)) {
+                if chunk.first().is_some_and(known) {
+                    let part = pair.special.decode(chunk, true).map_err(|e| Error::tokenizer(self.name(), e))?;
+                    text.push_str(&part);
+                } else {
+                    text.push(char::REPLACEMENT_CHARACTER);
+                }
+            }
+            return Ok(text);
+        }
+        let mut bytes = Vec::with_capacity(ids.len());
+        ids.iter().for_each(|&id| self.vocabulary.append(id, &mut bytes));
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// For every id the number of text bytes that it stands for; special tokens count 0.
+    ///
+    /// Exact for the tokenizers built here and for every byte-level one. For a vocabulary that rewrites the text
+    /// (SentencePiece, WordPiece) it is a close estimate; over a whole split, [`crate::Shard::bytes`] is always exact.
+    pub fn byte_lengths(&self) -> Vec<u32> {
+        let length = |entry: &Entry| if let Entry::Text(bytes) = entry { bytes.len() as u32 } else { 0 };
+        self.vocabulary.tokens.iter().map(length).collect()
+    }
+
+    /// The bytes that `id` stands for; empty for a special token or an id past the vocabulary. Exact and estimated as
+    /// [`Tokenizer::byte_lengths`].
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        if let Entry::Text(bytes) = self.vocabulary.get(id) { bytes } else { &[] }
+    }
+
+    /// The id of a token by its spelling in the vocabulary, special tokens included.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        match &self.model {
+            Model::Hf(pair) => pair.special.token_to_id(token),
+            _ if token == END_OF_TEXT => self.eos,
+            Model::Chars(alphabet) => {
+                let mut chars = token.chars();
+                let first = chars.next()?;
+                chars.next().is_none().then(|| alphabet.get(&first).copied())?
+            }
+            Model::Bytes => None,
+        }
+    }
+
+    /// One more than the largest id, which is what an embedding needs at least.
+    pub fn vocab_size(&self) -> usize {
+        self.vocabulary.tokens.len()
+    }
+
+    /// The id that ends a document, where the tokenizer has one.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// The kind: `bytes`, `chars`, or the model in the `tokenizer.json`: `bpe`, `unigram`, `wordpiece`, `wordlevel`.
+    pub fn name(&self) -> &'static str {
+        use tokenizers::ModelWrapper as M;
+        match &self.model {
+            Model::Bytes => "bytes",
+            Model::Chars(_) => "chars",
+            Model::Hf(pair) => match pair.special.get_model() {
+                M::BPE(_) => "bpe",
+                M::Unigram(_) => "unigram",
+                M::WordPiece(_) => "wordpiece",
+                M::WordLevel(_) => "wordlevel",
+            },
+        }
+    }
+
+    /// Writes `tokenizer.json` and `tokenizer_config.json` into `dir`, and what else came with the tokenizer from a
+    /// model's folder; each file appears whole or not at all.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        write_atomically(&dir.join("tokenizer.json"), self.json.as_bytes())?;
+        for (name, text) in self.companions.iter().filter(|(name, _)| name != COMPANIONS[0]) {
+            write_atomically(&dir.join(name), text.as_bytes())?;
+        }
+        write_atomically(&dir.join(COMPANIONS[0]), self.config_json()?.as_bytes())
+    }
+
+    /// `tokenizer_config.json`: the one that came with the tokenizer, if it names our end-of-document token, else one
+    /// made to name it. It may have been declared in a file that is not saved here.
+    fn config_json(&self) -> Result<String> {
+        let given = self.companions.iter().find(|(name, _)| name == COMPANIONS[0]);
+        let mut config = match given {
+            Some((_, text)) => {
+                let config: Value = serde_json::from_str(text).map_err(|e| Error::tokenizer(COMPANIONS[0], e))?;
+                if self.eos.is_none() || self.declared_eos(&config) == self.eos {
+                    return Ok(text.clone());
+                }
+                config
+            }
+            None => serde_json::json!({
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": false,
+            }),
+        };
+        let eos = match &self.model {
+            Model::Hf(pair) => self.eos.and_then(|id| pair.special.id_to_token(id)),
+            Model::Bytes | Model::Chars(_) => Some(END_OF_TEXT.to_owned()),
+        };
+        if let (Some(eos), Some(config)) = (eos, config.as_object_mut()) {
+            config.insert("eos_token".to_owned(), Value::String(eos));
+        }
+        Ok(build::pretty(&config))
+    }
+
+    /// SHA-256 of the saved `tokenizer.json`, in hex.
+    pub fn fingerprint(&self) -> String {
+        hex(&Sha256::digest(self.json.as_bytes()))
+    }
+
+    /// An incremental detokenizer.
+    pub fn stream(&self) -> TextStream {
+        TextStream::new(self.clone())
+    }
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tokenizer({}, vocab_size = {}, eos = {:?})", self.name(), self.vocab_size(), self.eos)
+    }
+}
+
+impl HfPair {
+    fn ordinary(&self) -> &HfTokenizer {
+        self.ordinary.get_or_init(|| {
+            let mut twin = self.special.clone();
+            twin.set_encode_special_tokens(true);
+            twin
+        })
+    }
+}
+
+impl Vocabulary {
+    fn get(&self, id: u32) -> &Entry {
+        self.tokens.get(id as usize).unwrap_or(&Entry::Unused)
+    }
+
+    fn append(&self, id: u32, bytes: &mut Vec<u8>) {
+        match self.get(id) {
+            Entry::Text(text) => bytes.extend_from_slice(text),
+            Entry::Special => {}
+            Entry::Unused => bytes.extend_from_slice("\u{FFFD}".as_bytes()),
+        }
+    }
+}
+
+/// A text in parts of about `size` bytes. A part ends after a line end that stands alone between two lines of text,
+/// which no usual pre-tokenizer joins with either; where there is none for long, after any line end.
+fn parts(text: &str, size: usize) -> Vec<&str> {
+    let mut parts = Vec::new();
+    let mut rest = text;
+    while rest.len() > size {
+        let ends = || rest.bytes().enumerate().skip(size).filter(|(_, byte)| *byte == b'\n').map(|(at, _)| at + 1);
+        let text_follows = |at: &usize| rest[*at..].starts_with(|c: char| !c.is_whitespace());
+        let alone = |at: &usize| text_follows(at) && rest[..*at - 1].ends_with(|c: char| !c.is_whitespace());
+        let Some(end) = ends().take_while(|at| *at < size + size / 8).find(alone).or_else(|| ends().find(text_follows))
+        else {
+            break;
+        };
+        let (part, after) = rest.split_at(end);
+        parts.push(part);
+        rest = after;
+    }
+    parts.push(rest);
+    parts
+}
+
+/// Lower-case hex.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Replaces `path` by `bytes` in one step: a reader sees the old file or the new one.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = atomic_write_file::AtomicWriteFile::open(path).map_err(Error::io("write", path))?;
+    file.write_all(bytes).map_err(Error::io("write", path))?;
+    file.commit().map_err(Error::io("write", path))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,190 @@
+//! The model with its cache: what one chunk of tokens goes through.
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use lowkey_model::{Attention, CausalLm, Context, KeyValue, Latent, Mask, ids_tensor};
+
+use crate::cache::{Cache, LayerCache, Span};
+use crate::error::{Error, Result};
+use crate::form::Form;
+
+/// A model and the cache of the sequences that it continues.
+#[derive(Debug)]
+pub struct Decoder {
+    model: CausalLm,
+    cache: Cache,
+    form: Form,
+    device: Device,
+}
+
+impl Decoder {
+    /// A decoder for `batch` sequences of up to `capacity` tokens, all empty.
+    ///
+    /// The model's tensors are shared, not copied; of a model that records gradients the plain one is used.
+    ///
+    /// # Errors
+    /// As [`Cache::new`].
+    pub fn new(model: &CausalLm, batch: usize, capacity: usize, form: Form, device: &Device) -> Result<Self> {
+        let model = if model.model.embed_tokens.weight.val().is_autodiff() { model.valid() } else { model.clone() };
+        let device = device.clone().inner();
+        let cache = Cache::new(&model, batch, capacity, &device)?;
+        Ok(Self { model, cache, form, device })
+    }
+
+    /// What the sequences have left behind so far.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    /// How MLA attention is computed.
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
+    /// Appends `rows[b]` to sequence `b`, in chunks of at most `chunk` tokens, and returns the logits that follow each row's
+    /// last token. Rows may differ in length. A later call goes on where this one ended.
+    ///
+    /// A smaller chunk needs less memory for scores (rows · heads · chunk · length) and takes longer; the result is the same.
+    ///
+    /// # Shapes
+    /// → `[batch, vocab]`
+    ///
+    /// # Errors
+    /// Before anything is computed: [`Error::Rows`], [`Error::NoToken`] and [`Error::Token`] for rows that are not
+    /// one non-empty list of known tokens per sequence, [`Error::Capacity`] where one does not fit, [`Error::Setting`] where
+    /// `chunk` is 0.
+    pub fn prefill(&mut self, rows: &[&[u32]], chunk: usize) -> Result<Tensor<2>> {
+        if chunk == 0 {
+            return Err(Error::setting("prefill_chunk", chunk, "at least 1"));
+        }
+        self.check(rows)?;
+        let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
+        let mut last: Vec<Option<Tensor<3>>> = vec![None; rows.len()];
+        for start in (0..longest).step_by(chunk) {
+            let parts: Vec<&[u32]> =
+                rows.iter().map(|row| &row[start.min(row.len())..(start + chunk).min(row.len())]).collect();
+            let hidden = self.advance(&parts)?;
+            let [_, _, width] = hidden.dims();
+            for (row, part) in parts.iter().enumerate() {
+                if !part.is_empty() {
+                    last[row] = Some(hidden.clone().slice([row..row + 1, part.len() - 1..part.len(), 0..width]));
+                }
+            }
+        }
+        // Only the rows' last positions meet the output head, which is the widest matrix of a small model.
+        Ok(self.logits(Tensor::cat(last.into_iter().flatten().collect(), 0)))
+    }
+
+    /// Appends one token to each sequence and returns the logits that follow it.
+    ///
+    /// # Shapes
+    /// → `[batch, vocab]`
+    ///
+    /// # Errors
+    /// As [`Decoder::prefill`].
+    pub fn step(&mut self, tokens: &[u32]) -> Result<Tensor<2>> {
+        let rows: Vec<&[u32]> = tokens.chunks(1).collect();
+        self.check(&rows)?;
+        let hidden = self.advance(&rows)?;
+        Ok(self.logits(hidden))
+    }
+
+    /// Keeps the sequences at the given indices, in that order, and drops the others and their memory.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where `rows` is empty or names a sequence that is not there.
+    pub fn keep(&mut self, rows: &[usize]) -> Result<()> {
+        if rows.is_empty() || rows.iter().any(|row| *row >= self.cache.batch()) {
+            return Err(Error::setting("rows", format!("{rows:?}"), "at least one index, each below the batch size"));
+        }
+        self.cache.keep(rows);
+        Ok(())
+    }
+
+    /// Refuses what the model cannot take, so that nothing fails half-way with the cache half-written.
+    fn check(&self, rows: &[&[u32]]) -> Result<()> {
+        if rows.len() != self.cache.batch() {
+            return Err(Error::Rows { expected: self.cache.batch(), found: rows.len() });
+        }
+        check_tokens(&self.model, rows)?;
+        self.cache.span(rows.iter().map(|row| row.len()).collect()).map(drop)
+    }
+
+    /// Runs one chunk through all layers; hidden states after the final norm. A row may be shorter than the longest, or empty:
+    /// its positions past the end hold numbers without meaning, which no other position sees.
+    ///
+    /// # Shapes
+    /// → `[batch, longest row, d]`
+    pub(crate) fn advance(&mut self, rows: &[&[u32]]) -> Result<Tensor<3>> {
+        let Self { model, cache, form, device } = self;
+        let span = cache.span(rows.iter().map(|row| row.len()).collect())?;
+        let (queries, keys) = (span.width(), span.filled());
+        let ids: Vec<u32> =
+            rows.iter().flat_map(|row| (0..queries).map(|i| row.get(i).copied().unwrap_or(0))).collect();
+        // Rows at the same offset share one set of positions and one mask.
+        let offsets = span.common_offset().map_or(span.offsets.clone(), |offset| vec![offset]);
+        let positions: Vec<Vec<usize>> = offsets.iter().map(|offset| (*offset..offset + queries).collect()).collect();
+        let context =
+            Context { rope: model.rope_table(&positions, device), mask: Mask::cached(&offsets, queries, keys, device) };
+        let mut x = model.model.embed_tokens.forward(ids_tensor(&ids, rows.len(), queries, device));
+        for (block, layer) in model.model.layers.iter().zip(cache.layers_mut()) {
+            let normed = block.input_layernorm.forward(x.clone());
+            x = block.feed_forward(x + attend(&block.self_attn, layer, normed, &context, &span, *form));
+        }
+        cache.commit(&span);
+        Ok(model.model.norm.forward(x))
+    }
+
+    /// `[batch, 1, d]` → `[batch, vocab]`.
+    fn logits(&self, hidden: Tensor<3>) -> Tensor<2> {
+        self.model.logits(hidden).squeeze_dim::<2>(1)
+    }
+}
+
+/// One non-empty list of known tokens per row.
+pub(crate) fn check_tokens(model: &CausalLm, rows: &[&[u32]]) -> Result<()> {
+    let vocab_size = model.config.vocab_size;
+    for (row, tokens) in rows.iter().enumerate() {
+        if tokens.is_empty() {
+            return Err(Error::NoToken { row });
+        }
+        if let Some(token) = tokens.iter().copied().find(|token| *token as usize >= vocab_size) {
+            return Err(Error::Token { row, token, vocab_size });
+        }
+    }
+    Ok(())
+}
+
+/// Appends a chunk to a layer's cache and attends from it to everything that lies there.
+///
+/// # Shapes
+/// `x [batch, seq, d]` → `[batch, seq, d]`.
+fn attend(
+    attention: &Attention,
+    layer: &mut LayerCache,
+    x: Tensor<3>,
+    context: &Context,
+    span: &Span,
+    form: Form,
+) -> Tensor<3> {
+    match attention {
+        Attention::Mla(mla) => {
+            let new = mla.latent(x.clone(), &context.rope);
+            let queries = mla.queries(x, &context.rope);
+            // One latent serves all heads: it lies in the cache as a single head.
+            let mut append = |part, new: Tensor<3>| layer.append(part, new.unsqueeze_dim(1), span).squeeze_dim::<3>(1);
+            let latent = Latent { c_kv: append(0, new.c_kv), k_pe: new.k_pe.map(|k_pe| append(1, k_pe)) };
+            if form.absorbs(&mla.dims, span.width(), span.filled()) {
+                mla.attend_absorbed(queries, latent, &context.mask)
+            } else {
+                mla.attend_expanded(queries, latent, &context.mask)
+            }
+        }
+        Attention::Grouped(grouped) => {
+            let new = grouped.key_value(x.clone(), &context.rope);
+            let queries = grouped.queries(x, &context.rope);
+            let kv = KeyValue { k: layer.append(0, new.k, span), v: layer.append(1, new.v, span) };
+            grouped.attend(queries, kv, &context.mask)
+        }
+    }
+}

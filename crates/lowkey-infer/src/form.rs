@@ -1,0 +1,95 @@
+//! The choice between two ways to compute one attention.
+
+use std::fmt;
+use std::str::FromStr;
+
+use lowkey_model::MlaDims;
+
+use crate::error::{Error, Result};
+
+/// How Multi-head Latent Attention is computed from the cached latents. All forms give the same numbers to rounding; MHA, GQA
+/// and MQA have only one, and ignore this.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// For each chunk the form that takes fewer multiplications: usually expanded for a prompt, absorbed for single tokens.
+    #[default]
+    Auto,
+    /// Keys and values of every head are rebuilt from the latents.
+    Expanded,
+    /// Queries are mapped into the latent space and attend there; keys and values of the heads never exist.
+    Absorbed,
+}
+
+impl Form {
+    /// Whether a chunk of `queries` tokens per row attends to its `keys` cached tokens in latent space.
+    ///
+    /// Multiplications per head (paper symbols as in [`MlaDims`]): expanded, L(N+V) per key to rebuild it and N+R+V per pair;
+    /// absorbed, L(N+V) per query to map it there and back and 2L+R per pair.
+    pub(crate) fn absorbs(self, dims: &MlaDims, queries: usize, keys: usize) -> bool {
+        let MlaDims { nope, rope, value, rank, .. } = *dims;
+        let (maps, pairs) = (rank * (nope + value), queries * keys);
+        let expanded = keys * maps + pairs * (nope + rope + value);
+        let absorbed = queries * maps + pairs * (2 * rank + rope);
+        match self {
+            Self::Auto => absorbed < expanded,
+            Self::Expanded => false,
+            Self::Absorbed => true,
+        }
+    }
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Expanded => "expanded",
+            Self::Absorbed => "absorbed",
+        })
+    }
+}
+
+impl FromStr for Form {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        [Self::Auto, Self::Expanded, Self::Absorbed]
+            .into_iter()
+            .find(|form| form.to_string() == name)
+            .ok_or_else(|| Error::setting("form", format!("{name:?}"), "auto, expanded or absorbed"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_form_reads_back_from_its_name() {
+        for form in [Form::Auto, Form::Expanded, Form::Absorbed] {
+            assert_eq!(form.to_string().parse::<Form>().unwrap(), form);
+        }
+        let message = "latent".parse::<Form>().unwrap_err().to_string();
+        assert!(message.contains("\"latent\"") && message.contains("absorbed"), "{message}");
+    }
+
+    /// design: absorbed wins for a chunk of q tokens on a long prefix iff q < L(N+V)/(2L−N−V).
+    #[test]
+    fn auto_expands_long_chunks_and_absorbs_short_ones() {
+        let dims = MlaDims {
+            heads: 16,
+            nope: 128,
+            rope: 64,
+            value: 128,
+            rank: 512,
+            scale: 1.0,
+            latent_scale: 1.0,
+            interleave: true,
+        };
+        // 512·256/(1024−256) = 170.7
+        for (queries, absorbs) in [(1, true), (170, true), (171, false), (4096, false)] {
+            assert_eq!(Form::Auto.absorbs(&dims, queries, 1_000_000), absorbs, "{queries} queries");
+        }
+        assert!(!Form::Auto.absorbs(&dims, 512, 512), "the first chunk of a prompt");
+        assert!(!Form::Expanded.absorbs(&dims, 1, 100) && Form::Absorbed.absorbs(&dims, 512, 512));
+    }
+}

@@ -1,0 +1,41 @@
+//! Prefill, decode and sampling for the models of `lowkey-model`.
+//!
+//! **Purpose.** Continue token sequences without computing the past again. What the past leaves behind is the [`Cache`]: for
+//! Multi-head Latent Attention L + R numbers per token and layer whatever the number of heads is (DeepSeek-V2,
+//! arXiv 2405.04434 §2.1), for multi-head, grouped-query and multi-query attention 2·G·D. The cache still grows linearly with the
+//! sequence; what MLA shrinks is the width per token.
+//!
+//! **Main types.** [`generate`] and [`generate_batch`] with [`GenerateConfig`] and [`Generation`]: the whole loop.
+//! [`Decoder`]: its two moves, [`prefill`](Decoder::prefill) and [`step`](Decoder::step), for callers with a loop of their own.
+//! [`Cache`]: what they fill. [`Form`]: how MLA attention is computed from it. [`Sampler`] with [`SamplingConfig`]: from logits
+//! to a token.
+//!
+//! **Flow.** A prompt's ids go through the model in chunks; each chunk appends to the cache and attends to all that lies there.
+//! The logits of each row's last token come back to the host, a sampler per row picks a token, a callback sees it, and the token
+//! is the next chunk of length one. Rows of a batch may have different lengths: every row starts at slot 0 of the cache, has
+//! a length and positions of its own, and leaves the batch when it ends, so that a row's result does not depend on its
+//! neighbours.
+//!
+//! **Three ways to the same numbers.** The forward pass of `lowkey-model` without a cache, the cache with keys and values
+//! rebuilt ([`Form::Expanded`]) and the cache attended to as it is ([`Form::Absorbed`]) agree to rounding at every position;
+//! the tests hold them to it, and to greedy continuations that transformers computed.
+//!
+//! **What this crate does not know.** Text, tokenizers, chat templates and stop strings (a caller that knows them ends a
+//! generation through the callback), files, training. It never prints.
+
+mod cache;
+mod decoder;
+mod error;
+mod form;
+mod generate;
+mod sampler;
+
+pub use cache::Cache;
+pub use decoder::Decoder;
+pub use error::{Error, Result};
+pub use form::Form;
+pub use generate::{Finish, GenerateConfig, Generation, generate, generate_batch};
+pub use sampler::{Sampler, SamplingConfig};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,158 @@
+//! Cached decoding against the forward pass without a cache, over models of every kind with random parameters.
+
+mod agreement;
+mod generation;
+mod reference;
+
+use burn::tensor::{Device, Tensor};
+use lowkey_model::{
+    AttentionConfig, CausalLm, Family, GroupedConfig, MlaConfig, ModelConfig, RopeConfig, RopeType, ids_tensor,
+};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::Form;
+
+const FORMS: [Form; 3] = [Form::Expanded, Form::Absorbed, Form::Auto];
+
+/// Sizes that have no factor in common, so that a mixed-up axis cannot go unnoticed.
+fn odd_mla() -> MlaConfig {
+    MlaConfig {
+        q_lora_rank: None,
+        kv_lora_rank: 19,
+        qk_nope_head_dim: 6,
+        qk_rope_head_dim: 10,
+        v_head_dim: 5,
+        attention_bias: false,
+        latent_scale: false,
+        rope_interleave: true,
+    }
+}
+
+fn grouped(num_key_value_heads: usize) -> GroupedConfig {
+    GroupedConfig { num_key_value_heads, head_dim: 10, rotary_dim: 10, qkv_bias: false, o_bias: false, qk_norm: false }
+}
+
+fn config(heads: usize, attention: AttentionConfig) -> ModelConfig {
+    ModelConfig {
+        vocab_size: 53,
+        hidden_size: 23,
+        num_hidden_layers: 3,
+        num_attention_heads: heads,
+        intermediate_size: 29,
+        max_position_embeddings: 192,
+        attention,
+        rope: RopeConfig { rope_theta: 500.0, ..RopeConfig::default() },
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: false,
+        initializer_range: Some(0.35),
+        family: Family::Lowkey,
+        bos_token_id: None,
+        eos_token_id: Vec::new(),
+    }
+}
+
+fn mla(heads: usize, change: impl FnOnce(&mut MlaConfig)) -> ModelConfig {
+    let mut mla = odd_mla();
+    change(&mut mla);
+    config(heads, AttentionConfig::Mla(mla))
+}
+
+/// One configuration of every kind.
+fn zoo() -> Vec<(&'static str, ModelConfig)> {
+    let yarn = RopeConfig {
+        rope_theta: 500.0,
+        rope_type: RopeType::Yarn,
+        factor: Some(6.0),
+        original_max_position_embeddings: Some(32),
+        mscale: Some(1.0),
+        mscale_all_dim: Some(0.7),
+        ..RopeConfig::default()
+    };
+    let with_rope = |mut config: ModelConfig, rope: &RopeConfig| {
+        config.rope = rope.clone();
+        config
+    };
+    let tied = |mut config: ModelConfig| {
+        config.tie_word_embeddings = true;
+        config
+    };
+    let gqa = |change: fn(&mut GroupedConfig), kv_heads| {
+        let mut grouped = grouped(kv_heads);
+        change(&mut grouped);
+        config(4, AttentionConfig::Grouped(grouped))
+    };
+    let linear = RopeConfig { rope_type: RopeType::Linear, factor: Some(3.0), ..RopeConfig::default() };
+    let zoo = vec![
+        ("mla", mla(3, |_| {})),
+        ("mla, one head", mla(1, |_| {})),
+        ("mla, q_lora_rank", mla(3, |m| m.q_lora_rank = Some(11))),
+        ("mla, halves", mla(3, |m| m.rope_interleave = false)),
+        ("mla, yarn", with_rope(mla(3, |m| m.q_lora_rank = Some(11)), &yarn)),
+        ("mla, attention_bias", mla(3, |m| (m.attention_bias, m.q_lora_rank) = (true, Some(7)))),
+        ("mla, latent_scale", mla(3, |m| m.latent_scale = true)),
+        ("mla, R = 0", mla(3, |m| m.qk_rope_head_dim = 0)),
+        ("mla, L = 1", mla(3, |m| m.kv_lora_rank = 1)),
+        ("mla, tied", tied(mla(3, |_| {}))),
+        ("mha", gqa(|_| {}, 4)),
+        ("gqa, qk_norm", gqa(|g| g.qk_norm = true, 2)),
+        ("gqa, bias, linear", with_rope(gqa(|g| (g.qkv_bias, g.o_bias) = (true, true), 2), &linear)),
+        ("gqa, yarn, tied", tied(with_rope(gqa(|_| {}, 2), &yarn))),
+        ("mqa, partial rotary", gqa(|g| (g.rotary_dim, g.qk_norm) = (4, true), 1)),
+        ("mqa, no rotary", gqa(|g| g.rotary_dim = 0, 1)),
+    ];
+    for (name, config) in &zoo {
+        config.check().unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+    zoo
+}
+
+/// A model none of whose parameters has its initial value: gains away from 1, biases away from 0.
+fn random_model(config: &ModelConfig, seed: u64) -> CausalLm {
+    let device = Device::flex();
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let model = CausalLm::init(config, seed, &device);
+    let values = model.parameters().into_iter().map(|parameter| {
+        let values = parameter.value.try_into_vec_as::<f32>().unwrap();
+        let moved: Vec<f32> = values.iter().map(|x| x + random.random_range(-0.5f32..0.5)).collect();
+        Tensor::from_data(moved.as_slice(), &device)
+    });
+    let values = values.collect();
+    model.with_values(values)
+}
+
+fn tokens(len: usize, seed: u64) -> Vec<u32> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| random.random_range(0..53)).collect()
+}
+
+/// Logits of every position without a cache: `[T][vocab]`.
+fn uncached(model: &CausalLm, ids: &[u32]) -> Vec<Vec<f32>> {
+    rows(model.forward(ids_tensor(ids, 1, ids.len(), &Device::flex())))
+}
+
+/// `[1, T, vocab]` or `[T, vocab]` → `[T][vocab]`
+fn rows<const D: usize>(logits: Tensor<D>) -> Vec<Vec<f32>> {
+    let vocab = logits.dims()[D - 1];
+    let values = logits.try_into_vec_as::<f32>().unwrap();
+    values.chunks(vocab).map(<[f32]>::to_vec).collect()
+}
+
+fn assert_close(found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (token, (found, expected)) in found.iter().zip(expected).enumerate() {
+        // A NaN fails too.
+        assert!((found - expected).abs() < 1e-4, "{what}: logit {token} is {found}, expected {expected}");
+    }
+}
+
+/// The most probable continuation by whole forward passes: what every cached way has to reproduce.
+fn greedy_uncached(model: &CausalLm, prompt: &[u32], count: usize) -> Vec<u32> {
+    let mut ids = prompt.to_vec();
+    for _ in 0..count {
+        let logits = uncached(model, &ids).pop().unwrap();
+        let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
+        ids.push(best as u32);
+    }
+    ids.split_off(prompt.len())
+}

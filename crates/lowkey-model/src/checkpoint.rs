@@ -1,0 +1,394 @@
+//! Hugging Face model directories: `config.json` and safetensors, in one file or in shards with an index.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use atomic_write_file::AtomicWriteFile;
+use burn::tensor::Device;
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::model::CausalLm;
+use crate::params::Parameter;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const CONFIG: &str = "config.json";
+
+/// The number format of saved weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightDtype {
+    /// 32-bit floating point: what training keeps.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+impl WeightDtype {
+    /// Name in `config.json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
+        }
+    }
+
+    fn format(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::Bf16 => Dtype::BF16,
+            Self::F16 => Dtype::F16,
+        }
+    }
+
+    fn bytes_per_value(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+
+    /// The little-endian bytes; `Err` with a finite value that this format would turn into an infinity.
+    fn encode(self, values: &[f32]) -> std::result::Result<Vec<u8>, f32> {
+        let lost = |x: &&f32| match self {
+            Self::F32 => false,
+            Self::Bf16 => x.is_finite() && bf16::from_f32(**x).is_infinite(),
+            Self::F16 => x.is_finite() && f16::from_f32(**x).is_infinite(),
+        };
+        if let Some(value) = values.iter().find(lost) {
+            return Err(*value);
+        }
+        Ok(match self {
+            Self::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Self::Bf16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+            Self::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+        })
+    }
+}
+
+/// The files of a checkpoint, mapped into memory, and where each tensor lies.
+struct Weights {
+    files: Vec<(PathBuf, Mmap)>,
+    /// tensor name → (file, dtype, shape, byte range)
+    tensors: BTreeMap<String, Entry>,
+}
+
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    range: std::ops::Range<usize>,
+}
+
+impl Weights {
+    fn open(dir: &Path) -> Result<Self> {
+        let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        for path in weight_files(dir)? {
+            weights.add(path)?;
+        }
+        Ok(weights)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        let file = File::open(&path).map_err(|source| Error::io(&path, source))?;
+        // SAFETY: the mapping is read-only; a file that another process truncates meanwhile is outside what a reader of
+        // checkpoints can guard against, and checkpoints are replaced by rename, never rewritten in place.
+        let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(&path, source))?;
+        let parsed = SafeTensors::deserialize(&map).map_err(|e| {
+            Error::file(&path, format!("not a readable safetensors file ({e}); it may be cut short: fetch or save it again"))
+        })?;
+        let start = map.as_ptr() as usize;
+        for (name, view) in parsed.tensors() {
+            let at = view.data().as_ptr() as usize - start;
+            let entry = Entry {
+                file: self.files.len(),
+                dtype: view.dtype(),
+                shape: view.shape().to_vec(),
+                range: at..at + view.data().len(),
+            };
+            if self.tensors.insert(name.clone(), entry).is_some() {
+                return Err(Error::file(&path, format!("tensor {name} stands in another shard too")));
+            }
+        }
+        self.files.push((path, map));
+        Ok(())
+    }
+
+    fn values(&self, name: &str, entry: &Entry) -> Result<Vec<f32>> {
+        let (path, map) = &self.files[entry.file];
+        let bytes = &map[entry.range.clone()];
+        let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+        match entry.dtype {
+            Dtype::F32 => Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
+            Dtype::BF16 => Ok(pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect()),
+            Dtype::F16 => Ok(pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect()),
+            other => Err(Error::file(path, format!("tensor {name} has dtype {other:?}; only F32, BF16 and F16 are read"))),
+        }
+    }
+}
+
+/// The safetensors files of a model directory: the single one, or those that the index names.
+///
+/// # Errors
+/// [`Error::File`] where there is neither, or where the index is malformed or names a file outside the directory.
+pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
+    if single.is_file() {
+        return Ok(vec![single]);
+    }
+    if !index.is_file() {
+        let why = format!("no {SINGLE} and no {INDEX} here; a model directory needs one of them");
+        return Err(Error::file(dir, why));
+    }
+    let text = std::fs::read_to_string(&index).map_err(|source| Error::io(&index, source))?;
+    let value: Value = serde_json::from_str(&text).map_err(|e| Error::file(&index, format!("not valid JSON: {e}")))?;
+    let map = value
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .ok_or_else(|| Error::file(&index, "has no object \"weight_map\""))?;
+    let mut names = BTreeSet::new();
+    for (tensor, file) in map {
+        let file = file.as_str().ok_or_else(|| Error::file(&index, format!("weight_map.{tensor} is not a file name")))?;
+        if Path::new(file).file_name() != Some(OsStr::new(file)) {
+            return Err(Error::file(&index, format!("weight_map.{tensor} points outside the directory: {file}")));
+        }
+        names.insert(file.to_string());
+    }
+    Ok(names.into_iter().map(|name| dir.join(name)).collect())
+}
+
+impl CausalLm {
+    /// Loads a Hugging Face directory; weights become f32.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] lists every missing, unexpected and mis-shaped tensor; [`Error::File`] and [`Error::Io`] name the
+    /// file that cannot be read.
+    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
+        let config = ModelConfig::read(&dir.join(CONFIG))?;
+        Self::load_with(dir, &config, device)
+    }
+
+    /// Loads the weights of `dir` into a model of the given configuration.
+    ///
+    /// # Errors
+    /// As [`CausalLm::load`].
+    pub fn load_with(dir: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
+        let weights = Weights::open(dir)?;
+        let (mut missing, mut mismatched) = (Vec::new(), Vec::new());
+        let mut failure = None;
+        let mut used = BTreeSet::new();
+        let model = Self::build(config, device, &mut |name, shape| {
+            used.insert(name.to_string());
+            match weights.tensors.get(name) {
+                None => missing.push(name.to_string()),
+                Some(entry) if entry.shape != shape => {
+                    mismatched.push(format!("{name}: expected {shape:?}, found {:?}", entry.shape));
+                }
+                Some(entry) => match weights.values(name, entry) {
+                    Ok(values) => return values,
+                    Err(e) => failure = failure.take().or(Some(e)),
+                },
+            }
+            vec![0.0; shape.iter().product()]
+        });
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        let mut unexpected = Vec::new();
+        for (name, entry) in &weights.tensors {
+            if used.contains(name) || is_derived(name) {
+                continue;
+            }
+            if name == "lm_head.weight" && config.tie_word_embeddings {
+                check_tied(&weights, entry)?;
+                continue;
+            }
+            unexpected.push(name.clone());
+        }
+        if missing.is_empty() && unexpected.is_empty() && mismatched.is_empty() {
+            return Ok(model);
+        }
+        Err(Error::Tensors { path: dir.to_path_buf(), missing, unexpected, mismatched })
+    }
+
+    /// Writes `config.json` and the weights into `dir`. Weights larger than `max_shard_bytes` are split into shards with an
+    /// index; a tensor is never cut, so that a shard of one tensor may be larger.
+    ///
+    /// A checkpoint that lies there already is replaced as a whole: nothing changes before every new file is written and on
+    /// disk, `config.json` is away while files are exchanged, so that a directory caught half way does not load, and weight
+    /// files of the old checkpoint that have no successor are removed, because readers would prefer them.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the file that cannot be written; [`Error::File`] where a value does not fit `dtype`.
+    pub fn save(&self, dir: &Path, dtype: WeightDtype, max_shard_bytes: usize) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(|source| Error::io(dir, source))?;
+        let shards = split(self.parameters(), dtype, max_shard_bytes);
+        let count = shards.len();
+        let mut staged = Vec::with_capacity(count + 1);
+        let (mut weight_map, mut total) = (serde_json::Map::new(), 0);
+        for (i, shard) in shards.into_iter().enumerate() {
+            let file = match count {
+                1 => SINGLE.to_string(),
+                _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+            };
+            for parameter in &shard {
+                weight_map.insert(parameter.name.clone(), json!(file));
+                total += parameter.shape.iter().product::<usize>() * dtype.bytes_per_value();
+            }
+            let path = dir.join(file);
+            let bytes = encode_shard(&path, shard, dtype)?;
+            staged.push(Staged::write(path, &bytes)?);
+        }
+        if count > 1 {
+            let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
+            staged.push(Staged::write_json(dir.join(INDEX), &index)?);
+        }
+        let config = Staged::write_json(dir.join(CONFIG), &self.config.to_json(dtype.name()))?;
+
+        remove_if_there(&config.path)?;
+        let mut written = BTreeSet::new();
+        for file in staged {
+            written.insert(file.path.clone());
+            file.commit()?;
+        }
+        remove_stale_weights(dir, &written)?;
+        config.commit()
+    }
+}
+
+/// Distributes the parameters, in order, over shards of at most `max_bytes`.
+fn split(parameters: Vec<Parameter>, dtype: WeightDtype, max_bytes: usize) -> Vec<Vec<Parameter>> {
+    let mut shards = vec![Vec::new()];
+    let mut in_shard = 0;
+    for parameter in parameters {
+        let bytes = parameter.shape.iter().product::<usize>() * dtype.bytes_per_value();
+        if in_shard > 0 && in_shard + bytes > max_bytes {
+            shards.push(Vec::new());
+            in_shard = 0;
+        }
+        in_shard += bytes;
+        if let Some(shard) = shards.last_mut() {
+            shard.push(parameter);
+        }
+    }
+    shards
+}
+
+/// The content of one safetensors file.
+fn encode_shard(path: &Path, shard: Vec<Parameter>, dtype: WeightDtype) -> Result<Vec<u8>> {
+    let mut encoded = Vec::with_capacity(shard.len());
+    for Parameter { name, shape, value } in shard {
+        let values = value
+            .try_into_vec_as::<f32>()
+            .map_err(|e| Error::file(path, format!("tensor {name} cannot be read back: {e:?}")))?;
+        let bytes = dtype.encode(&values).map_err(|value| {
+            let why = format!("tensor {name} holds {value}, too large for {}; save as float32", dtype.name());
+            Error::file(path, why)
+        })?;
+        encoded.push((name, shape, bytes));
+    }
+    let views = encoded
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(dtype.format(), shape.clone(), bytes)?)))
+        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
+    // transformers asks for the format tag.
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    views
+        .and_then(|views| safetensors::serialize(views, Some(metadata)))
+        .map_err(|e| Error::file(path, format!("cannot be encoded: {e}")))
+}
+
+/// A file whose content is on disk but that does not bear its name yet; dropped, it leaves nothing behind.
+struct Staged {
+    path: PathBuf,
+    file: AtomicWriteFile,
+}
+
+impl Staged {
+    fn write(path: PathBuf, bytes: &[u8]) -> Result<Self> {
+        let write = || {
+            let mut file = AtomicWriteFile::open(&path)?;
+            file.write_all(bytes)?;
+            // Now rather than at the rename, so that the renames of a checkpoint follow one another at once.
+            file.sync_all()?;
+            Ok(file)
+        };
+        match write() {
+            Ok(file) => Ok(Self { path, file }),
+            Err(source) => Err(Error::io(path, source)),
+        }
+    }
+
+    fn write_json(path: PathBuf, value: &Value) -> Result<Self> {
+        let text = serde_json::to_string_pretty(value).map_err(|e| Error::file(&path, e.to_string()))?;
+        Self::write(path, (text + "\n").as_bytes())
+    }
+
+    /// Gives the file its name, in place of an older one.
+    fn commit(self) -> Result<()> {
+        let Self { path, file } = self;
+        file.commit().map_err(|source| Error::io(path, source))
+    }
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the weight files of an older checkpoint: a single file hides shards from transformers and from
+/// [`CausalLm::load`], and an index hides a single file from vLLM.
+fn remove_stale_weights(dir: &Path, written: &BTreeSet<PathBuf>) -> Result<()> {
+    for entry in std::fs::read_dir(dir).map_err(|source| Error::io(dir, source))? {
+        let name = entry.map_err(|source| Error::io(dir, source))?.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let path = dir.join(name);
+        if (name == SINGLE || name == INDEX || is_shard(name)) && !written.contains(&path) {
+            remove_if_there(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file name has the form `model-00001-of-00002.safetensors`.
+fn is_shard(name: &str) -> bool {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    name.strip_prefix("model-")
+        .and_then(|rest| rest.strip_suffix(".safetensors"))
+        .and_then(|rest| rest.split_once("-of-"))
+        .is_some_and(|(i, count)| digits(i) && digits(count))
+}
+
+/// Tables that old checkpoints carry and that follow from the configuration.
+fn is_derived(name: &str) -> bool {
+    name.ends_with("rotary_emb.inv_freq")
+}
+
+/// A tied checkpoint may repeat the embedding as head, but not contradict it: transformers would silently untie the two.
+fn check_tied(weights: &Weights, head: &Entry) -> Result<()> {
+    let Some(embedding) = weights.tensors.get("model.embed_tokens.weight") else { return Ok(()) };
+    if weights.values("lm_head.weight", head)? == weights.values("model.embed_tokens.weight", embedding)? {
+        return Ok(());
+    }
+    Err(Error::file(
+        &weights.files[head.file].0,
+        "lm_head.weight differs from model.embed_tokens.weight although config.json says tie_word_embeddings = true; \
+         set it to false to keep both",
+    ))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,358 @@
+use burn::module::Param;
+
+use super::*;
+use crate::fixtures::{self, scrambled, values};
+use crate::model::ids_tensor;
+
+const ALL_IN_ONE: usize = usize::MAX;
+
+fn bits(model: &CausalLm) -> Vec<(String, Vec<usize>, Vec<u32>)> {
+    let bits = |p: Parameter| (p.name, p.shape, values(p.value).iter().map(|x| x.to_bits()).collect());
+    model.parameters().into_iter().map(bits).collect()
+}
+
+fn files(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn model(seed: u64) -> CausalLm {
+    scrambled(&fixtures::mla_with(|m| m.q_lora_rank = Some(8)), seed, &Device::flex())
+}
+
+fn saved(model: &CausalLm, max_shard_bytes: usize) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    model.save(dir.path(), WeightDtype::F32, max_shard_bytes).unwrap();
+    dir
+}
+
+fn load(dir: &Path) -> Result<CausalLm> {
+    CausalLm::load(dir, &Device::flex())
+}
+
+fn load_error(dir: &Path) -> Error {
+    load(dir).map(|_| ()).unwrap_err()
+}
+
+type Stored = (String, Dtype, Vec<usize>, Vec<u8>);
+
+/// The tensors of a file, to be changed and written back.
+fn read_tensors(path: &Path) -> Vec<Stored> {
+    let bytes = std::fs::read(path).unwrap();
+    let parsed = SafeTensors::deserialize(&bytes).unwrap();
+    parsed.tensors().into_iter().map(|(name, v)| (name, v.dtype(), v.shape().to_vec(), v.data().to_vec())).collect()
+}
+
+fn write_tensors(path: &Path, tensors: &[Stored]) {
+    let views = tensors.iter().map(|(n, d, s, b)| (n.as_str(), TensorView::new(*d, s.clone(), b).unwrap()));
+    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn f32_survives_to_the_last_bit() {
+    for (name, config) in fixtures::every_kind() {
+        let model = scrambled(&config, 1, &Device::flex());
+        let dir = saved(&model, ALL_IN_ONE);
+        assert_eq!(files(dir.path()), ["config.json", "model.safetensors"]);
+        let loaded = load(dir.path()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(bits(&loaded), bits(&model), "{name}");
+        assert_eq!(loaded.config, model.config, "{name}");
+    }
+}
+
+#[test]
+fn a_trained_model_is_saved_from_the_autodiff_device() {
+    let device = Device::flex().autodiff();
+    let model = scrambled(&fixtures::mla_with(|_| ()), 2, &device);
+    let dir = saved(&model, ALL_IN_ONE);
+    assert_eq!(bits(&CausalLm::load(dir.path(), &device).unwrap()), bits(&model));
+}
+
+#[test]
+fn half_formats_round_once_and_then_stay() {
+    for dtype in [WeightDtype::Bf16, WeightDtype::F16] {
+        let model = model(3);
+        let dir = tempfile::tempdir().unwrap();
+        model.save(dir.path(), dtype, ALL_IN_ONE).unwrap();
+        let once = load(dir.path()).unwrap();
+        for (before, after) in model.parameters().into_iter().zip(once.parameters()) {
+            let expected: Vec<f32> = values(before.value)
+                .iter()
+                .map(|x| match dtype {
+                    WeightDtype::Bf16 => bf16::from_f32(*x).to_f32(),
+                    _ => f16::from_f32(*x).to_f32(),
+                })
+                .collect();
+            assert_eq!(values(after.value), expected, "{}", before.name);
+        }
+        assert_ne!(bits(&once), bits(&model));
+        once.save(dir.path(), dtype, ALL_IN_ONE).unwrap();
+        assert_eq!(bits(&load(dir.path()).unwrap()), bits(&once));
+        let config = std::fs::read_to_string(dir.path().join("config.json")).unwrap();
+        assert!(config.contains(&format!("\"torch_dtype\": \"{}\"", dtype.name())), "{config}");
+    }
+}
+
+#[test]
+fn a_value_beyond_the_format_is_refused_instead_of_becoming_infinite() {
+    let mut model = model(4);
+    let (norm, device) = (&mut model.model.norm, Device::flex());
+    norm.weight = Param::from_data(burn::tensor::TensorData::new(vec![70_000f32; 12], [12]), &device);
+    let dir = tempfile::tempdir().unwrap();
+    let error = model.save(dir.path(), WeightDtype::F16, ALL_IN_ONE).unwrap_err().to_string();
+    assert!(error.contains("model.norm.weight") && error.contains("70000"), "{error}");
+    assert!(files(dir.path()).is_empty(), "{:?}", files(dir.path()));
+    model.save(dir.path(), WeightDtype::Bf16, ALL_IN_ONE).unwrap();
+}
+
+#[test]
+fn shards_hold_the_same_as_one_file() {
+    let model = model(5);
+    let one = saved(&model, ALL_IN_ONE);
+    for limit in [0, 1500, 4000] {
+        let dir = saved(&model, limit);
+        let names = files(dir.path());
+        let shards: Vec<&String> = names.iter().filter(|name| is_shard(name)).collect();
+        assert!(shards.len() > 1 && names.len() == shards.len() + 2, "{names:?}");
+        for shard in shards {
+            let tensors = read_tensors(&dir.path().join(shard));
+            let bytes: usize = tensors.iter().map(|(.., bytes)| bytes.len()).sum();
+            assert!(bytes <= limit || tensors.len() == 1, "{shard} holds {bytes}");
+        }
+        assert_eq!(bits(&load(dir.path()).unwrap()), bits(&load(one.path()).unwrap()));
+        let index: Value = serde_json::from_slice(&std::fs::read(dir.path().join(INDEX)).unwrap()).unwrap();
+        assert_eq!(index["metadata"]["total_size"], 4 * model.config.parameter_count().total);
+        assert_eq!(index["weight_map"].as_object().unwrap().len(), model.parameters().len());
+    }
+}
+
+#[test]
+fn the_header_names_pytorch_as_format() {
+    for limit in [1500, ALL_IN_ONE] {
+        let dir = saved(&model(6), limit);
+        for path in weight_files(dir.path()).unwrap() {
+            let bytes = std::fs::read(path).unwrap();
+            let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+            assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
+        }
+    }
+}
+
+#[test]
+fn strided_parameters_are_saved_in_their_logical_order() {
+    let mut model = model(7);
+    let head = model.lm_head.as_mut().unwrap();
+    let plain = head.weight.val();
+    let expected = values(plain.clone());
+    // The same matrix, stored by columns; and a gain that is a column of a wider matrix.
+    let by_columns = burn::tensor::Tensor::<1>::from_data(
+        burn::tensor::TensorData::new(values(plain.transpose()), [29 * 12]),
+        &Device::flex(),
+    );
+    head.weight = Param::from_tensor(by_columns.reshape([12, 29]).transpose());
+    let wide = burn::tensor::Tensor::<1>::from_data(
+        burn::tensor::TensorData::new((0..36).map(|i| i as f32).collect(), [36]),
+        &Device::flex(),
+    );
+    model.model.norm.weight = Param::from_tensor(wide.reshape([12, 3]).narrow(1, 1, 1).squeeze_dim::<1>(1));
+    let dir = saved(&model, ALL_IN_ONE);
+    let loaded = load(dir.path()).unwrap();
+    assert_eq!(values(loaded.lm_head.unwrap().weight.val()), expected);
+    let gain: Vec<f32> = (0..12).map(|i| (3 * i + 1) as f32).collect();
+    assert_eq!(values(loaded.model.norm.weight.val()), gain);
+}
+
+#[test]
+fn a_new_checkpoint_replaces_an_old_one_of_any_layout() {
+    for (first, second) in [(ALL_IN_ONE, 1500), (1500, ALL_IN_ONE), (1500, 4000), (4000, 1500), (1500, 1500)] {
+        let dir = saved(&model(8), first);
+        std::fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
+        std::fs::write(dir.path().join("model-of-mine.safetensors"), "mine").unwrap();
+        let newer = model(9);
+        newer.save(dir.path(), WeightDtype::F32, second).unwrap();
+        assert_eq!(bits(&load(dir.path()).unwrap()), bits(&newer), "{first} then {second}");
+        // Nothing is left that another reader would prefer, and nothing is gone that is not ours.
+        let fresh = saved(&newer, second);
+        let mut expected = files(fresh.path());
+        expected.extend(["model-of-mine.safetensors".to_string(), "tokenizer.json".to_string()]);
+        expected.sort();
+        assert_eq!(files(dir.path()), expected, "{first} then {second}");
+    }
+}
+
+#[test]
+fn a_save_that_fails_leaves_the_old_checkpoint_whole() {
+    let old = model(10);
+    let dir = saved(&old, ALL_IN_ONE);
+    let mut new = model(11);
+    new.model.norm.weight = Param::from_data(burn::tensor::TensorData::new(vec![1e9f32; 12], [12]), &Device::flex());
+    assert!(new.save(dir.path(), WeightDtype::F16, 1000).is_err());
+    assert_eq!(bits(&load(dir.path()).unwrap()), bits(&old));
+    assert_eq!(files(dir.path()), ["config.json", "model.safetensors"]);
+}
+
+#[test]
+fn a_half_replaced_directory_does_not_load() {
+    let dir = saved(&model(12), 1500);
+    // A file in the way of the second rename: a directory cannot be replaced by a file.
+    let victim = dir.path().join(files(dir.path()).into_iter().filter(|f| is_shard(f)).nth(1).unwrap());
+    std::fs::remove_file(&victim).unwrap();
+    std::fs::create_dir_all(victim.join("x")).unwrap();
+    assert!(model(13).save(dir.path(), WeightDtype::F32, 1500).is_err());
+    std::fs::remove_dir_all(&victim).unwrap();
+    let error = load_error(dir.path());
+    assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("config.json")), "{error}");
+}
+
+#[test]
+fn every_missing_unexpected_and_mis_shaped_tensor_is_named_at_once() {
+    let dir = saved(&model(14), ALL_IN_ONE);
+    let path = dir.path().join(SINGLE);
+    let mut tensors = read_tensors(&path);
+    tensors.retain(|(name, ..)| name != "lm_head.weight" && name != "model.layers.1.self_attn.o_proj.weight");
+    let zeros = |name: &str, len: usize| (name.to_string(), Dtype::F32, vec![len], vec![0; 4 * len]);
+    tensors.push(zeros("model.layers.7.input_layernorm.weight", 12));
+    tensors.push(zeros("model.layers.0.self_attn.q_proj.weight", 3));
+    // A table that follows from the configuration is no weight.
+    tensors.push(zeros("model.layers.0.self_attn.rotary_emb.inv_freq", 3));
+    for tensor in &mut tensors {
+        if tensor.0 == "model.norm.weight" {
+            (tensor.2, tensor.3) = (vec![3, 4], tensor.3.clone());
+        }
+        if tensor.0 == "model.layers.0.mlp.up_proj.weight" {
+            tensor.2.reverse();
+        }
+    }
+    write_tensors(&path, &tensors);
+    let error = load_error(dir.path());
+    let text = error.to_string();
+    let Error::Tensors { missing, mut unexpected, mismatched, .. } = error else { panic!("{error}") };
+    assert_eq!(missing, ["model.layers.1.self_attn.o_proj.weight", "lm_head.weight"]);
+    unexpected.sort();
+    assert_eq!(unexpected, ["model.layers.0.self_attn.q_proj.weight", "model.layers.7.input_layernorm.weight"]);
+    assert_eq!(
+        mismatched,
+        [
+            "model.layers.0.mlp.up_proj.weight: expected [17, 12], found [12, 17]",
+            "model.norm.weight: expected [12], found [3, 4]",
+        ]
+    );
+    for name in missing.iter().chain(&unexpected).chain(&mismatched) {
+        assert!(text.contains(name.as_str()), "{name} is not in: {text}");
+    }
+}
+
+#[test]
+fn damaged_files_are_refused_with_their_name() {
+    let dir = saved(&model(15), ALL_IN_ONE);
+    let path = dir.path().join(SINGLE);
+    let whole = std::fs::read(&path).unwrap();
+    let mut longer = whole.clone();
+    longer.extend([0; 16]);
+    let mut huge_header = whole.clone();
+    huge_header[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    let garbage: Vec<u8> = (0..5000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut damaged = vec![longer, huge_header, garbage, Vec::new(), b"{}".to_vec()];
+    damaged.extend([1, 7, 8, 9, 100, whole.len() / 2, whole.len() - 1].map(|len| whole[..len].to_vec()));
+    for bytes in damaged {
+        std::fs::write(&path, &bytes).unwrap();
+        let error = load_error(dir.path());
+        let named = matches!(&error, Error::File { path, .. } | Error::Io { path, .. } if path.ends_with(SINGLE));
+        assert!(named, "{} bytes: {error}", bytes.len());
+    }
+}
+
+#[test]
+fn other_dtypes_are_refused() {
+    let dir = saved(&model(16), ALL_IN_ONE);
+    let path = dir.path().join(SINGLE);
+    let mut tensors = read_tensors(&path);
+    let norm = tensors.iter_mut().find(|(name, ..)| name == "model.norm.weight").unwrap();
+    (norm.1, norm.3) = (Dtype::I64, vec![0; 8 * 12]);
+    write_tensors(&path, &tensors);
+    let error = load_error(dir.path()).to_string();
+    assert!(error.contains("model.norm.weight") && error.contains("I64"), "{error}");
+}
+
+#[test]
+fn a_tensor_in_two_shards_is_refused() {
+    let dir = saved(&model(17), 1500);
+    let shards: Vec<PathBuf> = weight_files(dir.path()).unwrap();
+    let mut second = read_tensors(&shards[1]);
+    second.push(read_tensors(&shards[0])[0].clone());
+    write_tensors(&shards[1], &second);
+    let error = load_error(dir.path()).to_string();
+    assert!(error.contains("another shard"), "{error}");
+}
+
+#[test]
+fn an_index_is_not_trusted() {
+    let dir = saved(&model(18), 1500);
+    let index = dir.path().join(INDEX);
+    let whole = std::fs::read_to_string(&index).unwrap();
+    for file in ["../elsewhere.safetensors", "/etc/hostname", "..", ".", "", "/", "sub/model.safetensors", "./x.safetensors"] {
+        let mut value: Value = serde_json::from_str(&whole).unwrap();
+        value["weight_map"]["model.norm.weight"] = json!(file);
+        std::fs::write(&index, value.to_string()).unwrap();
+        let error = load_error(dir.path()).to_string();
+        assert!(error.contains("outside the directory"), "{file}: {error}");
+    }
+    for (text, part) in [
+        ("{", "not valid JSON"),
+        ("{}", "weight_map"),
+        (r#"{"weight_map": {"model.norm.weight": 3}}"#, "model.norm.weight is not a file name"),
+    ] {
+        std::fs::write(&index, text).unwrap();
+        let error = load_error(dir.path()).to_string();
+        assert!(error.contains(part) && error.contains(INDEX), "{error}");
+    }
+    std::fs::write(&index, r#"{"weight_map": {}}"#).unwrap();
+    assert!(matches!(load_error(dir.path()), Error::Tensors { .. }));
+}
+
+#[test]
+fn a_missing_shard_is_named() {
+    let dir = saved(&model(19), 1500);
+    let shard = weight_files(dir.path()).unwrap().remove(1);
+    std::fs::remove_file(&shard).unwrap();
+    let error = load_error(dir.path());
+    assert!(matches!(&error, Error::Io { path, .. } if *path == shard), "{error}");
+}
+
+#[test]
+fn a_directory_without_weights_says_what_it_needs() {
+    let dir = saved(&model(20), ALL_IN_ONE);
+    std::fs::remove_file(dir.path().join(SINGLE)).unwrap();
+    let error = load_error(dir.path()).to_string();
+    assert!(error.contains(SINGLE) && error.contains(INDEX), "{error}");
+}
+
+#[test]
+fn a_head_beside_tied_weights_may_repeat_but_not_contradict_them() {
+    let config = ModelConfig { tie_word_embeddings: true, ..fixtures::mla_with(|_| ()) };
+    let model = scrambled(&config, 21, &Device::flex());
+    let dir = saved(&model, ALL_IN_ONE);
+    let path = dir.path().join(SINGLE);
+    let mut tensors = read_tensors(&path);
+    assert!(tensors.iter().all(|(name, ..)| name != "lm_head.weight"), "a tied head is not saved");
+    let embedding = tensors.iter().find(|(name, ..)| name == "model.embed_tokens.weight").unwrap().clone();
+    tensors.push(("lm_head.weight".into(), embedding.1, embedding.2, embedding.3));
+    write_tensors(&path, &tensors);
+    assert_eq!(bits(&load(dir.path()).unwrap()), bits(&model));
+    tensors.last_mut().unwrap().3[3] ^= 1;
+    write_tensors(&path, &tensors);
+    let error = load_error(dir.path()).to_string();
+    assert!(error.contains("lm_head.weight differs"), "{error}");
+}
+
+#[test]
+fn weights_load_into_a_configuration_given_outright() {
+    let model = model(22);
+    let dir = saved(&model, ALL_IN_ONE);
+    std::fs::remove_file(dir.path().join("config.json")).unwrap();
+    let loaded = CausalLm::load_with(dir.path(), &model.config, &Device::flex()).unwrap();
+    let ids = || ids_tensor(&[1, 2, 3, 28], 1, 4, &Device::flex());
+    assert_eq!(values(loaded.forward(ids())), values(model.forward(ids())));
+}

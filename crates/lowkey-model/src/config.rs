@@ -1,0 +1,460 @@
+//! What a model is made of: the flat `[model]` section of a run file, and the checked configuration behind it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::rope::RopeConfig;
+
+/// Which attention a run file asks for. One line turns one into another: keys that the chosen kind does not use may stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttentionKind {
+    /// Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434 §2.1).
+    Mla,
+    /// Multi-head attention: a key and value head for each query head.
+    Mha,
+    /// Grouped-query attention (arXiv 2305.13245): query heads share key and value heads in groups.
+    Gqa,
+    /// Multi-query attention (arXiv 1911.02150): one key and value head.
+    Mqa,
+}
+
+/// The `[model]` section of a run file: Hugging Face's keys, flat.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSection {
+    /// Kind of attention.
+    pub attention: AttentionKind,
+    /// Size of the token vocabulary; absent: the tokenizer's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vocab_size: Option<usize>,
+    /// Width d of the residual stream.
+    pub hidden_size: usize,
+    /// Number of decoder blocks.
+    pub num_hidden_layers: usize,
+    /// Number H of query heads.
+    pub num_attention_heads: usize,
+    /// Key and value heads of GQA; absent: a quarter of the query heads, at least two.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_key_value_heads: Option<usize>,
+    /// Width of the SwiGLU feed-forward layer.
+    pub intermediate_size: usize,
+    /// Longest position; absent: the training sequence length.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_position_embeddings: Option<usize>,
+    /// MLA: width L of the cached latent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_lora_rank: Option<usize>,
+    /// MLA: width Q of the query latent; absent: queries come straight from the hidden state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub q_lora_rank: Option<usize>,
+    /// MLA: per-head key width N without position.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qk_nope_head_dim: Option<usize>,
+    /// MLA: width R of the rotated key that all heads share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qk_rope_head_dim: Option<usize>,
+    /// MLA: per-head value width V.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub v_head_dim: Option<usize>,
+    /// MHA, GQA, MQA: head width; absent: `hidden_size / num_attention_heads`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// MHA, GQA, MQA: fraction of the head width that is rotated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partial_rotary_factor: Option<f64>,
+    /// MHA, GQA, MQA: RMSNorm on each query and key head before the rotation (Qwen3).
+    #[serde(default)]
+    pub qk_norm: bool,
+    /// Biases: on `q_a_proj`, `kv_a_proj_with_mqa`, `o_proj` for MLA; on all four projections otherwise.
+    #[serde(default)]
+    pub attention_bias: bool,
+    /// MLA: multiply the normalised latent by √(d / kv_lora_rank), so that its read-out does not shrink with the rank.
+    #[serde(default)]
+    pub latent_scale: bool,
+    /// MLA: rotate adjacent pairs (DeepSeek's convention) instead of the two halves.
+    #[serde(default = "yes")]
+    pub rope_interleave: bool,
+    /// Base frequency and, under YaRN, its parameters.
+    #[serde(default)]
+    pub rope_parameters: RopeConfig,
+    /// ε of the block and final norms (the latent norms always use 1e-6).
+    #[serde(default = "default_eps")]
+    pub rms_norm_eps: f64,
+    /// Use the embedding matrix as output head.
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
+    /// One standard deviation for all matrices; absent: by fan-in (see [`crate::init`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initializer_range: Option<f64>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+pub(crate) fn default_eps() -> f64 {
+    1e-6
+}
+
+/// A checked model configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// Rows of the embedding matrix.
+    pub vocab_size: usize,
+    /// Width d of the residual stream.
+    pub hidden_size: usize,
+    /// Number of decoder blocks.
+    pub num_hidden_layers: usize,
+    /// Number H of query heads.
+    pub num_attention_heads: usize,
+    /// Width of the SwiGLU feed-forward layer.
+    pub intermediate_size: usize,
+    /// Longest position the model was made for.
+    pub max_position_embeddings: usize,
+    /// The attention of every block.
+    pub attention: AttentionConfig,
+    /// Frequencies of the rotary embedding.
+    pub rope: RopeConfig,
+    /// ε of the block and final norms.
+    pub rms_norm_eps: f64,
+    /// Whether the output head is the embedding matrix.
+    pub tie_word_embeddings: bool,
+    /// Standard deviation of the initial matrices, where one is fixed for all.
+    pub initializer_range: Option<f64>,
+    /// Which `model_type` the configuration came from or is written as.
+    pub family: Family,
+    /// First token of a text, where the tokenizer has one.
+    pub bos_token_id: Option<u32>,
+    /// Tokens that end a text.
+    pub eos_token_id: Vec<u32>,
+}
+
+/// The attention of a block, with its sizes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum AttentionConfig {
+    /// Multi-head Latent Attention.
+    Mla(MlaConfig),
+    /// MHA, GQA or MQA: what differs is the number of key and value heads.
+    Grouped(GroupedConfig),
+}
+
+/// Sizes of Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434 §2.1 and appendix C).
+#[derive(Clone, Debug, PartialEq)]
+pub struct MlaConfig {
+    /// Width Q of the query latent, if queries are compressed.
+    pub q_lora_rank: Option<usize>,
+    /// Width L of the cached latent.
+    pub kv_lora_rank: usize,
+    /// Per-head key width N without position.
+    pub qk_nope_head_dim: usize,
+    /// Width R of the shared rotated key.
+    pub qk_rope_head_dim: usize,
+    /// Per-head value width V.
+    pub v_head_dim: usize,
+    /// Biases on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj`.
+    pub attention_bias: bool,
+    /// Scale the normalised latent by √(d / L).
+    pub latent_scale: bool,
+    /// Rotate adjacent pairs instead of halves.
+    pub rope_interleave: bool,
+}
+
+/// Sizes of multi-head, grouped-query and multi-query attention.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GroupedConfig {
+    /// Number G of key and value heads; divides the number of query heads.
+    pub num_key_value_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// How many of its leading components are rotated (even).
+    pub rotary_dim: usize,
+    /// Biases on the query, key and value projections.
+    pub qkv_bias: bool,
+    /// Bias on the output projection.
+    pub o_bias: bool,
+    /// RMSNorm on each query and key head before the rotation.
+    pub qk_norm: bool,
+}
+
+/// The `model_type` of `config.json`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// `deepseek_v2`: MLA, pairs rotated in place.
+    DeepseekV2,
+    /// `deepseek_v3`: MLA, pairs or halves.
+    DeepseekV3,
+    /// `llama`.
+    Llama,
+    /// `qwen2`: biases on query, key and value.
+    Qwen2,
+    /// `qwen3`: norms on query and key heads.
+    Qwen3,
+    /// `lowkey`: a combination that no transformers class computes (a latent scale, a partial rotation, …). Written under a
+    /// name of its own, so that other programs refuse it instead of computing something else.
+    Lowkey,
+}
+
+impl ModelSection {
+    /// Fills the defaults, checks every size and says which keys the chosen attention leaves unused.
+    ///
+    /// `vocab_size` and `seq_len` are those of the data; they stand in for absent keys.
+    ///
+    /// # Errors
+    /// [`Error::Config`] or [`Error::MissingKey`] naming the key, the value and the rule.
+    pub fn resolve(&self, vocab_size: usize, seq_len: usize) -> Result<(ModelConfig, Vec<&'static str>)> {
+        let (attention, unused) = match self.attention {
+            AttentionKind::Mla => self.mla()?,
+            kind => self.grouped(kind)?,
+        };
+        let mut config = ModelConfig {
+            vocab_size: self.vocab_size.unwrap_or(vocab_size),
+            hidden_size: self.hidden_size,
+            num_hidden_layers: self.num_hidden_layers,
+            num_attention_heads: self.num_attention_heads,
+            intermediate_size: self.intermediate_size,
+            max_position_embeddings: self.max_position_embeddings.unwrap_or(seq_len),
+            attention,
+            rope: self.rope_parameters.clone(),
+            rms_norm_eps: self.rms_norm_eps,
+            tie_word_embeddings: self.tie_word_embeddings,
+            initializer_range: self.initializer_range,
+            family: Family::Lowkey,
+            bos_token_id: None,
+            eos_token_id: Vec::new(),
+        };
+        config.family = config.natural_family();
+        config.check()?;
+        if config.vocab_size < vocab_size {
+            return Err(Error::config(
+                "vocab_size",
+                config.vocab_size,
+                format!("the tokenizer has {vocab_size} tokens; leave the key out or make it at least that"),
+            ));
+        }
+        Ok((config, unused))
+    }
+
+    fn mla(&self) -> Result<(AttentionConfig, Vec<&'static str>)> {
+        let need = |key: &'static str, value: Option<usize>| {
+            value.ok_or_else(|| Error::MissingKey { key, why: "attention = \"mla\" needs it".into() })
+        };
+        let mla = MlaConfig {
+            q_lora_rank: self.q_lora_rank,
+            kv_lora_rank: need("kv_lora_rank", self.kv_lora_rank)?,
+            qk_nope_head_dim: need("qk_nope_head_dim", self.qk_nope_head_dim)?,
+            qk_rope_head_dim: need("qk_rope_head_dim", self.qk_rope_head_dim)?,
+            v_head_dim: need("v_head_dim", self.v_head_dim)?,
+            attention_bias: self.attention_bias,
+            latent_scale: self.latent_scale,
+            rope_interleave: self.rope_interleave,
+        };
+        let unused = [
+            ("num_key_value_heads", self.num_key_value_heads.is_some()),
+            ("head_dim", self.head_dim.is_some()),
+            ("partial_rotary_factor", self.partial_rotary_factor.is_some()),
+            ("qk_norm", self.qk_norm),
+        ];
+        Ok((AttentionConfig::Mla(mla), set_keys(&unused)))
+    }
+
+    fn grouped(&self, kind: AttentionKind) -> Result<(AttentionConfig, Vec<&'static str>)> {
+        let heads = self.num_attention_heads;
+        let num_key_value_heads = match kind {
+            AttentionKind::Mqa => 1,
+            AttentionKind::Gqa => self.num_key_value_heads.unwrap_or((heads / 4).max(2).min(heads)),
+            AttentionKind::Mha | AttentionKind::Mla => heads,
+        };
+        if self.head_dim.is_none() && (heads == 0 || !self.hidden_size.is_multiple_of(heads)) {
+            return Err(Error::config(
+                "hidden_size",
+                self.hidden_size,
+                format!("not a multiple of num_attention_heads = {heads}; set head_dim or change one of them"),
+            ));
+        }
+        let head_dim = self.head_dim.unwrap_or_else(|| self.hidden_size / heads);
+        let factor = self.partial_rotary_factor.unwrap_or(1.0);
+        if !(0.0..=1.0).contains(&factor) {
+            return Err(Error::config("partial_rotary_factor", factor, "must lie between 0 and 1"));
+        }
+        let grouped = GroupedConfig {
+            num_key_value_heads,
+            head_dim,
+            rotary_dim: (head_dim as f64 * factor).round() as usize,
+            qkv_bias: self.attention_bias,
+            o_bias: self.attention_bias,
+            qk_norm: self.qk_norm,
+        };
+        let unused = [
+            ("num_key_value_heads", kind != AttentionKind::Gqa && self.num_key_value_heads.is_some()),
+            ("kv_lora_rank", self.kv_lora_rank.is_some()),
+            ("q_lora_rank", self.q_lora_rank.is_some()),
+            ("qk_nope_head_dim", self.qk_nope_head_dim.is_some()),
+            ("qk_rope_head_dim", self.qk_rope_head_dim.is_some()),
+            ("v_head_dim", self.v_head_dim.is_some()),
+            ("latent_scale", self.latent_scale),
+        ];
+        Ok((AttentionConfig::Grouped(grouped), set_keys(&unused)))
+    }
+}
+
+fn set_keys(keys: &[(&'static str, bool)]) -> Vec<&'static str> {
+    keys.iter().filter(|(_, set)| *set).map(|(key, _)| *key).collect()
+}
+
+impl ModelConfig {
+    /// The transformers class that computes this model exactly, or [`Family::Lowkey`] where there is none.
+    pub fn natural_family(&self) -> Family {
+        match &self.attention {
+            // transformers reads a rotated width of 0 as "not given" and turns something else instead.
+            AttentionConfig::Mla(mla) if mla.latent_scale || mla.qk_rope_head_dim == 0 => Family::Lowkey,
+            AttentionConfig::Mla(_) => Family::DeepseekV3,
+            AttentionConfig::Grouped(g) if g.rotary_dim != g.head_dim => Family::Lowkey,
+            AttentionConfig::Grouped(g) => match (g.qk_norm, g.qkv_bias, g.o_bias) {
+                (false, bias, o_bias) if bias == o_bias => Family::Llama,
+                (false, true, false) => Family::Qwen2,
+                (true, bias, o_bias) if bias == o_bias => Family::Qwen3,
+                _ => Family::Lowkey,
+            },
+        }
+    }
+
+    /// Whether the transformers class of this family computes exactly this model.
+    fn suits_its_family(&self) -> bool {
+        match (self.family, &self.attention) {
+            (Family::Lowkey, _) => true,
+            (Family::DeepseekV2, AttentionConfig::Mla(mla)) => {
+                mla.rope_interleave && self.natural_family() == Family::DeepseekV3
+            }
+            (family, _) => family == self.natural_family(),
+        }
+    }
+
+    /// Checks every size.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the first key that breaks a rule.
+    pub fn check(&self) -> Result<()> {
+        // Bounds below which the parameter count and the cost model cannot overflow, and above which no machine could hold
+        // the model anyway.
+        const MOST: usize = 1 << 24;
+        const WIDEST: usize = 1 << 20;
+        const DEEPEST: usize = 1 << 12;
+        let heads = self.num_attention_heads;
+        let sizes = [
+            ("vocab_size", self.vocab_size, MOST),
+            ("hidden_size", self.hidden_size, WIDEST),
+            ("num_hidden_layers", self.num_hidden_layers, DEEPEST),
+            ("num_attention_heads", heads, WIDEST),
+            ("intermediate_size", self.intermediate_size, WIDEST),
+            ("max_position_embeddings", self.max_position_embeddings, MOST),
+        ];
+        for (key, size, most) in sizes {
+            check_size(key, size, most)?;
+        }
+        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
+            return Err(Error::config("rms_norm_eps", self.rms_norm_eps, "must be a finite number ≥ 0"));
+        }
+        if let Some(range) = self.initializer_range
+            && !(range.is_finite() && range > 0.0)
+        {
+            return Err(Error::config("initializer_range", range, "must be a finite number > 0"));
+        }
+        let rotary_dim = match &self.attention {
+            AttentionConfig::Mla(mla) => {
+                for (key, size) in [
+                    ("kv_lora_rank", mla.kv_lora_rank),
+                    ("qk_nope_head_dim", mla.qk_nope_head_dim),
+                    ("v_head_dim", mla.v_head_dim),
+                    ("q_lora_rank", mla.q_lora_rank.unwrap_or(1)),
+                ] {
+                    check_size(key, size, WIDEST)?;
+                }
+                even("qk_rope_head_dim", mla.qk_rope_head_dim)?;
+                let widest = (mla.qk_nope_head_dim + mla.qk_rope_head_dim).max(mla.v_head_dim);
+                check_heads(heads, widest, WIDEST)?;
+                mla.qk_rope_head_dim
+            }
+            AttentionConfig::Grouped(g) => {
+                check_size("head_dim", g.head_dim, WIDEST)?;
+                check_heads(heads, g.head_dim, WIDEST)?;
+                check_size("num_key_value_heads", g.num_key_value_heads, WIDEST)?;
+                if !heads.is_multiple_of(g.num_key_value_heads) {
+                    return Err(Error::config(
+                        "num_key_value_heads",
+                        g.num_key_value_heads,
+                        format!("must divide num_attention_heads = {heads}"),
+                    ));
+                }
+                if g.rotary_dim > g.head_dim {
+                    let why = format!("at most the whole head can be rotated, head_dim = {}", g.head_dim);
+                    return Err(Error::config("partial_rotary_factor", g.rotary_dim, why));
+                }
+                even(if g.rotary_dim == g.head_dim { "head_dim" } else { "partial_rotary_factor" }, g.rotary_dim)?;
+                g.rotary_dim
+            }
+        };
+        if !self.suits_its_family() {
+            return Err(Error::config(
+                "model_type",
+                format!("{:?}", self.family).to_lowercase(),
+                format!("does not compute this combination; {:?} does", self.natural_family()),
+            ));
+        }
+        self.rope.check(rotary_dim, self.max_position_embeddings)
+    }
+
+    /// Width of the rotated part of a query.
+    pub fn rotary_dim(&self) -> usize {
+        match &self.attention {
+            AttentionConfig::Mla(mla) => mla.qk_rope_head_dim,
+            AttentionConfig::Grouped(g) => g.rotary_dim,
+        }
+    }
+
+    /// The factor on q·k: 1/√width, times m² under YaRN with `mscale_all_dim` (MLA only), m = 0.1·mscale_all_dim·ln(factor)+1.
+    pub fn softmax_scale(&self) -> f64 {
+        match &self.attention {
+            AttentionConfig::Mla(mla) => {
+                let width = (mla.qk_nope_head_dim + mla.qk_rope_head_dim) as f64;
+                self.rope.logit_factor() / width.sqrt()
+            }
+            AttentionConfig::Grouped(g) => 1.0 / (g.head_dim as f64).sqrt(),
+        }
+    }
+
+    /// Short name of the attention for tables: `MLA`, `MHA`, `GQA-2`, `MQA`.
+    pub fn attention_name(&self) -> String {
+        match &self.attention {
+            AttentionConfig::Mla(_) => "MLA".into(),
+            AttentionConfig::Grouped(g) if g.num_key_value_heads == self.num_attention_heads => "MHA".into(),
+            AttentionConfig::Grouped(g) if g.num_key_value_heads == 1 => "MQA".into(),
+            AttentionConfig::Grouped(g) => format!("GQA-{}", g.num_key_value_heads),
+        }
+    }
+}
+
+fn check_size(key: &'static str, size: usize, most: usize) -> Result<()> {
+    if size == 0 || size > most {
+        return Err(Error::config(key, size, format!("must lie between 1 and {most}")));
+    }
+    Ok(())
+}
+
+fn check_heads(heads: usize, width: usize, most: usize) -> Result<()> {
+    if heads.saturating_mul(width) > most {
+        let why = format!("{heads} heads of width {width} are more than {most} wide together");
+        return Err(Error::config("num_attention_heads", heads, why));
+    }
+    Ok(())
+}
+
+fn even(key: &'static str, width: usize) -> Result<()> {
+    if !width.is_multiple_of(2) || width > 1 << 16 {
+        return Err(Error::config(key, width, "the rotated width must be even (components turn in pairs) and at most 65536"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,120 @@
+//! What a configuration costs, before a byte is allocated: parameters, FLOPs and cache bytes.
+
+use crate::config::{AttentionConfig, ModelConfig};
+
+/// Parameter counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParameterCount {
+    /// All parameters; a tied head counts once.
+    pub total: usize,
+    /// Without the embedding and the output head.
+    pub blocks: usize,
+    /// Of the attentions alone.
+    pub attention: usize,
+}
+
+/// What a cache stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheWidth {
+    /// Numbers per token and layer with full keys and values: H(N+R+V), or 2·G·D.
+    pub expanded: usize,
+    /// Numbers per token and layer of the latent cache: L+R. Without MLA the same as `expanded`.
+    pub latent: usize,
+}
+
+impl ModelConfig {
+    /// Counts parameters.
+    pub fn parameter_count(&self) -> ParameterCount {
+        let (d, heads, layers) = (self.hidden_size, self.num_attention_heads, self.num_hidden_layers);
+        let attention = match &self.attention {
+            AttentionConfig::Mla(m) => {
+                let q_width = heads * (m.qk_nope_head_dim + m.qk_rope_head_dim);
+                let down = m.kv_lora_rank + m.qk_rope_head_dim;
+                let query = match m.q_lora_rank {
+                    Some(q) => d * q + q + q * q_width + if m.attention_bias { q } else { 0 },
+                    None => d * q_width,
+                };
+                let bias = if m.attention_bias { down + d } else { 0 };
+                query
+                    + d * down
+                    + m.kv_lora_rank
+                    + m.kv_lora_rank * heads * (m.qk_nope_head_dim + m.v_head_dim)
+                    + heads * m.v_head_dim * d
+                    + bias
+            }
+            AttentionConfig::Grouped(g) => {
+                let (q, kv) = (heads * g.head_dim, g.num_key_value_heads * g.head_dim);
+                let bias = if g.qkv_bias { q + 2 * kv } else { 0 } + if g.o_bias { d } else { 0 };
+                d * q + 2 * d * kv + q * d + bias + if g.qk_norm { 2 * g.head_dim } else { 0 }
+            }
+        };
+        let block = attention + 3 * d * self.intermediate_size + 2 * d;
+        let tables = self.vocab_size * d * if self.tie_word_embeddings { 1 } else { 2 };
+        ParameterCount {
+            total: layers * block + d + tables,
+            blocks: layers * block + d,
+            attention: layers * attention,
+        }
+    }
+
+    /// Floating-point operations to train on one token at sequence length `seq`: forward and backward (3×) of every matrix
+    /// product, the output head included, two operations per multiply-add. Attention counts `seq` keys per query, although
+    /// the causal half is masked: the convention of published MFU figures (PaLM, arXiv 2204.02311, appendix B).
+    pub fn train_flops_per_token(&self, seq: usize) -> f64 {
+        6.0 * (self.matrix_weights() + self.attention_products(seq)) as f64
+    }
+
+    /// Floating-point operations of one forward pass per token at `context` keys.
+    pub fn forward_flops_per_token(&self, context: usize) -> f64 {
+        2.0 * (self.matrix_weights() + self.attention_products(context)) as f64
+    }
+
+    /// Weights that take part in a matrix product once per token.
+    fn matrix_weights(&self) -> usize {
+        let count = self.parameter_count();
+        count.blocks + self.vocab_size * self.hidden_size
+    }
+
+    /// Multiply-adds per token between one query and `keys` keys, all layers and heads, expanded form.
+    fn attention_products(&self, keys: usize) -> usize {
+        let per_pair = match &self.attention {
+            AttentionConfig::Mla(m) => m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim,
+            AttentionConfig::Grouped(g) => 2 * g.head_dim,
+        };
+        self.num_hidden_layers * self.num_attention_heads * per_pair * keys
+    }
+
+    /// Numbers per token and layer that a cache stores.
+    pub fn cache_width(&self) -> CacheWidth {
+        match &self.attention {
+            AttentionConfig::Mla(m) => CacheWidth {
+                expanded: self.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim),
+                latent: m.kv_lora_rank + m.qk_rope_head_dim,
+            },
+            AttentionConfig::Grouped(g) => {
+                let width = 2 * g.num_key_value_heads * g.head_dim;
+                CacheWidth { expanded: width, latent: width }
+            }
+        }
+    }
+
+    /// Estimated peak bytes of f32 training: weights, gradients and two moments, plus the activations that the backward
+    /// pass of one micro-batch keeps (scores and probabilities per head, and the logits several times over).
+    pub fn train_bytes(&self, micro_batch: usize, seq: usize) -> usize {
+        let tokens = micro_batch * seq;
+        let per_token = match &self.attention {
+            AttentionConfig::Mla(m) => {
+                let qk = m.qk_nope_head_dim + m.qk_rope_head_dim;
+                self.num_attention_heads * (4 * qk + 3 * m.v_head_dim) + 4 * (m.kv_lora_rank + m.qk_rope_head_dim)
+            }
+            AttentionConfig::Grouped(g) => 6 * self.num_attention_heads * g.head_dim,
+        };
+        let scores = 4 * self.num_attention_heads * seq;
+        let block = per_token + scores + 10 * self.hidden_size + 6 * self.intermediate_size;
+        let activations = tokens * (self.num_hidden_layers * block + 5 * self.vocab_size);
+        4 * (4 * self.parameter_count().total + activations)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,82 @@
+//! What can go wrong between a file and a model.
+
+use std::path::PathBuf;
+
+/// Why a configuration or a model directory was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A key of the model configuration has a value that no model can be built from.
+    #[error("model.{key} = {value}: {why}")]
+    Config {
+        /// The key as the run file or `config.json` spells it.
+        key: &'static str,
+        /// The offending value as text.
+        value: String,
+        /// The rule it breaks and the mend.
+        why: String,
+    },
+    /// A key that this attention kind needs is missing.
+    #[error("model.{key} is missing: {why}")]
+    MissingKey {
+        /// The key as the run file or `config.json` spells it.
+        key: &'static str,
+        /// What needs it.
+        why: String,
+    },
+    /// A file of a model directory is not what it should be.
+    #[error("{}: {why}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and the mend.
+        why: String,
+    },
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// The tensors of a checkpoint do not fit the model that its configuration describes.
+    #[error("{}: the weights do not fit config.json\n{}", path.display(), report(missing, unexpected, mismatched))]
+    Tensors {
+        /// The model directory.
+        path: PathBuf,
+        /// Names that the model needs and no file has.
+        missing: Vec<String>,
+        /// Names that some file has and the model does not know.
+        unexpected: Vec<String>,
+        /// `name: expected shape, found shape`.
+        mismatched: Vec<String>,
+    },
+}
+
+fn report(missing: &[String], unexpected: &[String], mismatched: &[String]) -> String {
+    let mut lines = Vec::new();
+    for (label, names) in [("missing", missing), ("unexpected", unexpected), ("wrong shape", mismatched)] {
+        if !names.is_empty() {
+            lines.push(format!("  {label} ({}): {}", names.len(), names.join(", ")));
+        }
+    }
+    lines.join("\n")
+}
+
+impl Error {
+    pub(crate) fn config(key: &'static str, value: impl ToString, why: impl Into<String>) -> Self {
+        Self::Config { key, value: value.to_string(), why: why.into() }
+    }
+
+    pub(crate) fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {
+        Self::File { path: path.into(), why: why.into() }
+    }
+
+    pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+}
+
+/// The result of this crate's fallible functions.
+pub type Result<T> = std::result::Result<T, Error>;

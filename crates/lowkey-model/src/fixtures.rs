@@ -1,0 +1,178 @@
+//! Small models that the tests of several modules share: odd sizes, and every option at least once.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+
+use crate::config::{AttentionConfig, Family, GroupedConfig, MlaConfig, ModelConfig};
+use crate::model::CausalLm;
+use crate::rope::{RopeConfig, RopeType};
+
+pub(crate) fn mla() -> MlaConfig {
+    MlaConfig {
+        q_lora_rank: None,
+        kv_lora_rank: 9,
+        qk_nope_head_dim: 5,
+        qk_rope_head_dim: 6,
+        v_head_dim: 7,
+        attention_bias: false,
+        latent_scale: false,
+        rope_interleave: true,
+    }
+}
+
+pub(crate) fn grouped() -> GroupedConfig {
+    GroupedConfig { num_key_value_heads: 3, head_dim: 6, rotary_dim: 6, qkv_bias: false, o_bias: false, qk_norm: false }
+}
+
+pub(crate) fn yarn() -> RopeConfig {
+    RopeConfig {
+        rope_type: RopeType::Yarn,
+        factor: Some(4.0),
+        original_max_position_embeddings: Some(16),
+        beta_fast: Some(8.0),
+        beta_slow: Some(1.0),
+        mscale: Some(1.4),
+        mscale_all_dim: Some(0.6),
+        ..RopeConfig::default()
+    }
+}
+
+/// A model of two layers around the given attention.
+pub(crate) fn config(attention: AttentionConfig) -> ModelConfig {
+    let mut config = ModelConfig {
+        vocab_size: 29,
+        hidden_size: 12,
+        num_hidden_layers: 2,
+        num_attention_heads: 3,
+        intermediate_size: 17,
+        max_position_embeddings: 128,
+        attention,
+        rope: RopeConfig::default(),
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: false,
+        initializer_range: None,
+        family: Family::Lowkey,
+        bos_token_id: None,
+        eos_token_id: Vec::new(),
+    };
+    config.family = config.natural_family();
+    config
+}
+
+pub(crate) fn mla_with(change: impl FnOnce(&mut MlaConfig)) -> ModelConfig {
+    let mut attention = mla();
+    change(&mut attention);
+    config(AttentionConfig::Mla(attention))
+}
+
+pub(crate) fn grouped_with(change: impl FnOnce(&mut GroupedConfig)) -> ModelConfig {
+    let mut attention = grouped();
+    change(&mut attention);
+    config(AttentionConfig::Grouped(attention))
+}
+
+/// Configurations that between them use every option of a model, with a name each.
+pub(crate) fn every_kind() -> Vec<(&'static str, ModelConfig)> {
+    let tied = ModelConfig { tie_word_embeddings: true, ..mla_with(|_| ()) };
+    let with_yarn = ModelConfig { rope: yarn(), ..mla_with(|m| m.q_lora_rank = Some(8)) };
+    let mut v2 = mla_with(|_| ());
+    v2.family = Family::DeepseekV2;
+    let mut llama_by_another_name = grouped_with(|_| ());
+    llama_by_another_name.family = Family::Lowkey;
+    vec![
+        ("MLA", mla_with(|_| ())),
+        ("MLA as DeepSeek-V2", v2),
+        ("MLA with query latent", mla_with(|m| m.q_lora_rank = Some(8))),
+        ("MLA with biases", mla_with(|m| m.attention_bias = true)),
+        (
+            "MLA with query latent and biases",
+            mla_with(|m| {
+                m.q_lora_rank = Some(8);
+                m.attention_bias = true;
+            }),
+        ),
+        ("MLA in halves", mla_with(|m| m.rope_interleave = false)),
+        ("MLA with latent scale", mla_with(|m| m.latent_scale = true)),
+        ("MLA without rotation", mla_with(|m| m.qk_rope_head_dim = 0)),
+        ("MLA, tied", tied),
+        ("MLA, YaRN", with_yarn),
+        ("MHA", grouped_with(|_| ())),
+        ("MHA as lowkey", llama_by_another_name),
+        ("MQA", grouped_with(|g| g.num_key_value_heads = 1)),
+        (
+            "GQA with 4 query heads",
+            ModelConfig { num_attention_heads: 4, ..grouped_with(|g| g.num_key_value_heads = 2) },
+        ),
+        ("Qwen2's biases", grouped_with(|g| g.qkv_bias = true)),
+        (
+            "Llama's biases",
+            grouped_with(|g| {
+                g.qkv_bias = true;
+                g.o_bias = true;
+            }),
+        ),
+        ("Qwen3's norms", grouped_with(|g| g.qk_norm = true)),
+        ("partial rotation", grouped_with(|g| g.rotary_dim = 4)),
+        ("no rotation", grouped_with(|g| g.rotary_dim = 0)),
+        ("tied MHA with YaRN", ModelConfig { tie_word_embeddings: true, rope: yarn(), ..grouped_with(|_| ()) }),
+    ]
+}
+
+/// `len` standard normal numbers.
+pub(crate) fn normal(seed: u64, len: usize) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| Distribution::<f32>::sample(&StandardNormal, &mut rng)).collect()
+}
+
+/// A model whose norms and biases are random too: with ones and zeros half of all mistakes would not show.
+pub(crate) fn scrambled(config: &ModelConfig, seed: u64, device: &Device) -> CausalLm {
+    let mut tensors = 0;
+    CausalLm::build(config, device, &mut |name, shape| {
+        tensors += 1;
+        let values = normal(seed * 1000 + tensors, shape.iter().product());
+        match shape {
+            [_, _] if name == "model.embed_tokens.weight" => values,
+            [_, d_in] => values.iter().map(|x| x / (*d_in as f32).sqrt()).collect(),
+            _ if name.ends_with(".bias") => values.iter().map(|x| 0.3 * x).collect(),
+            _ => values.iter().map(|x| 1.0 + 0.3 * x.tanh()).collect(),
+        }
+    })
+}
+
+pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.try_into_vec_as::<f32>().unwrap()
+}
+
+/// Largest absolute difference; infinite where lengths differ or a number is not finite.
+pub(crate) fn distance(a: &[f32], b: &[f32]) -> f32 {
+    if a.len() != b.len() || a.iter().chain(b).any(|x| !x.is_finite()) {
+        return f32::INFINITY;
+    }
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// The reference cases with dense layers of a family that is implemented here, where the folder exists.
+pub(crate) fn dense_cases() -> Option<Vec<PathBuf>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/reference/cases");
+    let mut cases: Vec<PathBuf> = std::fs::read_dir(root)
+        .ok()?
+        .map(|entry| entry.unwrap().path())
+        .filter(|dir| dir.join("config.json").is_file())
+        .filter(|dir| {
+            let text = std::fs::read_to_string(dir.join("config.json")).unwrap();
+            let config: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let dense = match config.get("first_k_dense_replace") {
+                Some(dense) => dense == &config["num_hidden_layers"],
+                None => true,
+            };
+            dense && config["model_type"] != "minicpm3"
+        })
+        .collect();
+    cases.sort();
+    assert!(cases.len() >= 14, "only {} dense cases found", cases.len());
+    Some(cases)
+}

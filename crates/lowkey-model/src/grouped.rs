@@ -1,0 +1,121 @@
+//! Multi-head, grouped-query and multi-query attention: the baselines, and the sources of conversions.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use lowkey_kernels::{Mask, attention, rotate, scores};
+
+use crate::config::{GroupedConfig, ModelConfig};
+use crate::layers::{Builder, Linear, RmsNorm};
+use crate::rope::RopeTable;
+
+/// Attention with `G` key and value heads for `H` query heads (arXiv 2305.13245). Fields carry the checkpoint's names.
+#[derive(Module, Debug)]
+pub struct Grouped {
+    /// `[H·D, d]`
+    pub q_proj: Linear,
+    /// `[G·D, d]`
+    pub k_proj: Linear,
+    /// `[G·D, d]`
+    pub v_proj: Linear,
+    /// `[d, H·D]`
+    pub o_proj: Linear,
+    /// Norm of each query head (Qwen3).
+    pub q_norm: Option<RmsNorm>,
+    /// Norm of each key head (Qwen3).
+    pub k_norm: Option<RmsNorm>,
+    /// Sizes and scale.
+    #[module(skip)]
+    pub dims: GroupedDims,
+}
+
+/// The numbers that the forward pass of [`Grouped`] needs.
+#[derive(Clone, Debug)]
+pub struct GroupedDims {
+    /// H
+    pub heads: usize,
+    /// G
+    pub kv_heads: usize,
+    /// D
+    pub head_dim: usize,
+    /// Leading components of a head that are rotated.
+    pub rotary_dim: usize,
+    /// Softmax scale.
+    pub scale: f64,
+}
+
+/// What a cache stores per token.
+#[derive(Clone, Debug)]
+pub struct KeyValue {
+    /// `[batch, G, seq, D]`, rotated.
+    pub k: Tensor<4>,
+    /// `[batch, G, seq, D]`
+    pub v: Tensor<4>,
+}
+
+impl Grouped {
+    pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, grouped: &GroupedConfig) -> Self {
+        let (d, heads) = (config.hidden_size, config.num_attention_heads);
+        let (kv_heads, head_dim) = (grouped.num_key_value_heads, grouped.head_dim);
+        let part = |part: &str| format!("{name}.{part}");
+        let eps = config.rms_norm_eps;
+        Self {
+            q_proj: Linear::build(b, &part("q_proj"), d, heads * head_dim, grouped.qkv_bias),
+            k_proj: Linear::build(b, &part("k_proj"), d, kv_heads * head_dim, grouped.qkv_bias),
+            v_proj: Linear::build(b, &part("v_proj"), d, kv_heads * head_dim, grouped.qkv_bias),
+            o_proj: Linear::build(b, &part("o_proj"), heads * head_dim, d, grouped.o_bias),
+            q_norm: grouped.qk_norm.then(|| RmsNorm::build(b, &part("q_norm"), head_dim, eps)),
+            k_norm: grouped.qk_norm.then(|| RmsNorm::build(b, &part("k_norm"), head_dim, eps)),
+            dims: GroupedDims {
+                heads,
+                kv_heads,
+                head_dim,
+                rotary_dim: grouped.rotary_dim,
+                scale: config.softmax_scale(),
+            },
+        }
+    }
+
+    /// Keys and values of a chunk, `x [batch, seq, d]`.
+    pub fn key_value(&self, x: Tensor<3>, rope: &RopeTable) -> KeyValue {
+        let kv_heads = self.dims.kv_heads;
+        let k = self.heads(self.k_proj.forward(x.clone()), kv_heads, self.k_norm.as_ref(), Some(rope));
+        let v = self.heads(self.v_proj.forward(x), kv_heads, None, None);
+        KeyValue { k, v }
+    }
+
+    /// Queries of a chunk, `x [batch, seq, d]` → `[batch, H, seq, D]`.
+    pub fn queries(&self, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
+        self.heads(self.q_proj.forward(x), self.dims.heads, self.q_norm.as_ref(), Some(rope))
+    }
+
+    fn heads(&self, x: Tensor<3>, heads: usize, norm: Option<&RmsNorm>, rope: Option<&RopeTable>) -> Tensor<4> {
+        let GroupedDims { head_dim, rotary_dim, .. } = self.dims;
+        let [batch, seq, _] = x.dims();
+        let x = x.reshape([batch, seq, heads, head_dim]);
+        let x = match norm {
+            Some(norm) => norm.forward(x),
+            None => x,
+        };
+        let x = match rope {
+            Some(rope) if rotary_dim == head_dim => rotate(x, rope.cos.clone(), rope.sin.clone(), false),
+            Some(rope) if rotary_dim > 0 => {
+                let turned = rotate(x.clone().narrow(3, 0, rotary_dim), rope.cos.clone(), rope.sin.clone(), false);
+                Tensor::cat(vec![turned, x.narrow(3, rotary_dim, head_dim - rotary_dim)], 3)
+            }
+            _ => x,
+        };
+        x.swap_dims(1, 2)
+    }
+
+    /// `[batch, seq, d]` from queries of `seq` positions and keys and values of `keys ≥ seq` positions.
+    pub fn attend(&self, q: Tensor<4>, kv: KeyValue, mask: &Mask) -> Tensor<3> {
+        let out = attention(q, kv.k, kv.v, mask, self.dims.scale);
+        let [batch, heads, seq, head_dim] = out.dims();
+        self.o_proj.forward(out.swap_dims(1, 2).reshape([batch, seq, heads * head_dim]))
+    }
+
+    /// The largest attention logit, `[1]`.
+    pub fn max_logit(&self, q: Tensor<4>, kv: KeyValue, mask: &Mask) -> Tensor<1> {
+        scores(q, kv.k, mask, self.dims.scale).max()
+    }
+}

@@ -1,0 +1,373 @@
+//! `config.json`: reading both spellings of Hugging Face, and writing one that both old and new transformers read.
+//!
+//! transformers 5 keeps the rotary parameters in `rope_parameters`; older versions, and the DeepSeek repositories, in
+//! `rope_theta` and `rope_scaling`. Where both are present transformers lets `rope_scaling` win, and so does this module.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::config::{AttentionConfig, Family, GroupedConfig, MlaConfig, ModelConfig, default_eps};
+use crate::error::{Error, Result};
+use crate::rope::{RopeConfig, RopeType};
+
+impl ModelConfig {
+    /// Reads `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming the file, the key and the reason: a `model_type` that is not implemented, mixture-of-experts
+    /// layers, a missing key, a value of the wrong type, or sizes that no model can have.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
+        let value: Value =
+            serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not valid JSON: {e}")))?;
+        let Value::Object(map) = value else {
+            return Err(Error::file(path, "must hold a JSON object"));
+        };
+        Self::from_json(&map).map_err(|e| Error::file(path, e.to_string()))
+    }
+
+    /// The configuration that a `config.json` object describes.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::read`], without the file's name.
+    pub fn from_json(map: &Map<String, Value>) -> Result<Self> {
+        let keys = Keys(map);
+        let model_type = keys.text("model_type")?.unwrap_or_default();
+        let family = match model_type {
+            "deepseek_v2" => Family::DeepseekV2,
+            "deepseek_v3" => Family::DeepseekV3,
+            "llama" => Family::Llama,
+            "qwen2" => Family::Qwen2,
+            "qwen3" => Family::Qwen3,
+            "lowkey" => Family::Lowkey,
+            other => {
+                return Err(Error::config(
+                    "model_type",
+                    other,
+                    "not implemented; known are deepseek_v2, deepseek_v3, llama, qwen2, qwen3, lowkey",
+                ));
+            }
+        };
+        refuse_unsupported(&keys, family)?;
+        let hidden_size = keys.need("hidden_size")?;
+        let heads = keys.need("num_attention_heads")?;
+        let attention = match family {
+            Family::DeepseekV2 | Family::DeepseekV3 => mla(&keys, family, heads)?,
+            Family::Lowkey if map.get("kv_lora_rank").is_some_and(|v| !v.is_null()) => mla(&keys, family, heads)?,
+            _ => grouped(&keys, family, hidden_size, heads)?,
+        };
+        let config = Self {
+            vocab_size: keys.need("vocab_size")?,
+            hidden_size,
+            num_hidden_layers: keys.need("num_hidden_layers")?,
+            num_attention_heads: heads,
+            intermediate_size: keys.need("intermediate_size")?,
+            max_position_embeddings: keys.need("max_position_embeddings")?,
+            attention,
+            rope: rope(&keys)?,
+            rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or_else(default_eps),
+            tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
+            initializer_range: keys.number("initializer_range")?,
+            family,
+            bos_token_id: keys.get("bos_token_id", "a token id", token_id)?,
+            eos_token_id: keys.get("eos_token_id", "a token id or a list of them", token_ids)?.unwrap_or_default(),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The object to write as `config.json`; `dtype` is that of the weights beside it, such as `float32`.
+    ///
+    /// Writes both spellings of the rotary parameters and of the dtype, so that old and new transformers read the same model.
+    pub fn to_json(&self, dtype: &str) -> Value {
+        let (model_type, architecture) = match self.family {
+            Family::DeepseekV2 => ("deepseek_v2", "DeepseekV2ForCausalLM"),
+            Family::DeepseekV3 => ("deepseek_v3", "DeepseekV3ForCausalLM"),
+            Family::Llama => ("llama", "LlamaForCausalLM"),
+            Family::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
+            Family::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
+            Family::Lowkey => ("lowkey", "LowkeyForCausalLM"),
+        };
+        let mut out = json!({
+            "architectures": [architecture],
+            "model_type": model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "max_position_embeddings": self.max_position_embeddings,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attention_dropout": 0.0,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": match self.eos_token_id.as_slice() {
+                [] => Value::Null,
+                [one] => json!(one),
+                many => json!(many),
+            },
+            "rope_theta": self.rope.rope_theta,
+            "rope_parameters": self.rope,
+            "use_cache": true,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        });
+        let extra = match &self.attention {
+            AttentionConfig::Mla(mla) => json!({
+                "q_lora_rank": mla.q_lora_rank,
+                "kv_lora_rank": mla.kv_lora_rank,
+                "qk_nope_head_dim": mla.qk_nope_head_dim,
+                "qk_rope_head_dim": mla.qk_rope_head_dim,
+                "qk_head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim,
+                "v_head_dim": mla.v_head_dim,
+                // transformers takes it as the width of the rotation.
+                "head_dim": mla.qk_rope_head_dim,
+                "num_key_value_heads": self.num_attention_heads,
+                "attention_bias": mla.attention_bias,
+                "rope_interleave": mla.rope_interleave,
+                // All layers dense; the defaults of these keys would make experts of them.
+                "first_k_dense_replace": self.num_hidden_layers,
+                "num_nextn_predict_layers": 0,
+            }),
+            AttentionConfig::Grouped(g) => json!({
+                "num_key_value_heads": g.num_key_value_heads,
+                "head_dim": g.head_dim,
+                "attention_bias": g.o_bias,
+            }),
+        };
+        extend(&mut out, extra);
+        // Left out where it is not fixed: transformers refuses null here.
+        if let Some(range) = self.initializer_range {
+            extend(&mut out, json!({ "initializer_range": range }));
+        }
+        if self.rope.rope_type != RopeType::Default {
+            let mut scaling = json!(self.rope);
+            if let Value::Object(map) = &mut scaling {
+                let rope_type = map.get("rope_type").cloned().unwrap_or_default();
+                map.insert("type".into(), rope_type);
+            }
+            extend(&mut out, json!({ "rope_scaling": scaling }));
+        }
+        if self.family == Family::Lowkey {
+            extend(&mut out, match &self.attention {
+                AttentionConfig::Mla(mla) => json!({ "latent_scale": mla.latent_scale }),
+                AttentionConfig::Grouped(g) => json!({
+                    "partial_rotary_factor": g.rotary_dim as f64 / g.head_dim as f64,
+                    "qkv_bias": g.qkv_bias,
+                    "qk_norm": g.qk_norm,
+                }),
+            });
+        }
+        out
+    }
+}
+
+fn extend(target: &mut Value, more: Value) {
+    if let (Value::Object(target), Value::Object(more)) = (target, more) {
+        target.extend(more);
+    }
+}
+
+fn refuse_unsupported(keys: &Keys, family: Family) -> Result<()> {
+    if let Some(act) = keys.text("hidden_act")?
+        && act != "silu"
+    {
+        return Err(Error::config("hidden_act", act, "only \"silu\" (SwiGLU) is implemented"));
+    }
+    if keys.0.get("quantization_config").is_some_and(|v| !v.is_null()) {
+        return Err(Error::config(
+            "quantization_config",
+            "(set)",
+            "quantised checkpoints are not read; convert it to bf16, f16 or f32 first",
+        ));
+    }
+    if keys.flag("mlp_bias")?.unwrap_or(false) {
+        return Err(Error::config("mlp_bias", true, "biases in the feed-forward layers are not implemented"));
+    }
+    if keys.flag("use_sliding_window")?.unwrap_or(false) {
+        return Err(Error::config("use_sliding_window", true, "sliding-window attention is not implemented"));
+    }
+    let dense_by_default = match family {
+        Family::DeepseekV2 => 0,
+        Family::DeepseekV3 => 3,
+        _ => return Ok(()),
+    };
+    let layers = keys.need("num_hidden_layers")?;
+    let dense = keys.size("first_k_dense_replace")?.unwrap_or(dense_by_default);
+    if dense < layers {
+        return Err(Error::config(
+            "first_k_dense_replace",
+            dense,
+            format!(
+                "layers {dense} to {} are mixture-of-experts layers, which are not implemented; a dense model has \
+                 first_k_dense_replace = num_hidden_layers = {layers}",
+                layers - 1
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn mla(keys: &Keys, family: Family, heads: usize) -> Result<AttentionConfig> {
+    if let Some(kv_heads) = keys.size("num_key_value_heads")?
+        && kv_heads != heads
+    {
+        return Err(Error::config(
+            "num_key_value_heads",
+            kv_heads,
+            format!("MLA has no key heads of its own: write null or num_attention_heads = {heads}"),
+        ));
+    }
+    let qk_rope_head_dim = keys.need("qk_rope_head_dim")?;
+    if let Some(head_dim) = keys.size("head_dim")?
+        && head_dim != qk_rope_head_dim
+    {
+        return Err(Error::config(
+            "head_dim",
+            head_dim,
+            format!("for MLA it is the width of the rotation: leave it out or write qk_rope_head_dim = {qk_rope_head_dim}"),
+        ));
+    }
+    Ok(AttentionConfig::Mla(MlaConfig {
+        q_lora_rank: keys.size("q_lora_rank")?,
+        kv_lora_rank: keys.need("kv_lora_rank")?,
+        qk_nope_head_dim: keys.need("qk_nope_head_dim")?,
+        qk_rope_head_dim,
+        v_head_dim: keys.need("v_head_dim")?,
+        attention_bias: keys.flag("attention_bias")?.unwrap_or(false),
+        latent_scale: family == Family::Lowkey && keys.flag("latent_scale")?.unwrap_or(false),
+        // DeepSeek-V2 knows no other convention.
+        rope_interleave: family == Family::DeepseekV2 || keys.flag("rope_interleave")?.unwrap_or(true),
+    }))
+}
+
+fn grouped(keys: &Keys, family: Family, hidden_size: usize, heads: usize) -> Result<AttentionConfig> {
+    let head_dim = match keys.size("head_dim")? {
+        Some(width) => width,
+        // The only family whose default does not follow from the other sizes.
+        None if family == Family::Qwen3 => 128,
+        None if heads > 0 && hidden_size.is_multiple_of(heads) => hidden_size / heads,
+        None => {
+            return Err(Error::MissingKey {
+                key: "head_dim",
+                why: format!("hidden_size = {hidden_size} is no multiple of num_attention_heads = {heads}"),
+            });
+        }
+    };
+    let bias = keys.flag("attention_bias")?.unwrap_or(false);
+    let rotary = match family {
+        Family::Lowkey => keys.number("partial_rotary_factor")?.unwrap_or(1.0),
+        _ => 1.0,
+    };
+    if !(0.0..=1.0).contains(&rotary) {
+        return Err(Error::config("partial_rotary_factor", rotary, "must lie between 0 and 1"));
+    }
+    let (qkv_bias, o_bias, qk_norm) = match family {
+        Family::Qwen2 => (true, false, false),
+        Family::Qwen3 => (bias, bias, true),
+        Family::Lowkey => {
+            (keys.flag("qkv_bias")?.unwrap_or(bias), bias, keys.flag("qk_norm")?.unwrap_or(false))
+        }
+        _ => (bias, bias, false),
+    };
+    Ok(AttentionConfig::Grouped(GroupedConfig {
+        num_key_value_heads: keys.size("num_key_value_heads")?.unwrap_or(heads),
+        head_dim,
+        rotary_dim: (head_dim as f64 * rotary).round() as usize,
+        qkv_bias,
+        o_bias,
+        qk_norm,
+    }))
+}
+
+fn rope(keys: &Keys) -> Result<RopeConfig> {
+    let object = |key: &'static str| match keys.0.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        // In Python an empty one is as good as none.
+        Some(Value::Object(map)) => Ok(Some(map.clone()).filter(|map| !map.is_empty())),
+        Some(other) => Err(Error::config(key, other, "must be an object or null")),
+    };
+    let Some(mut map) = object("rope_scaling")?.or(object("rope_parameters")?) else {
+        return Ok(RopeConfig {
+            rope_theta: keys.number("rope_theta")?.unwrap_or(RopeConfig::default().rope_theta),
+            ..RopeConfig::default()
+        });
+    };
+    if let Some(legacy) = map.remove("type") {
+        map.entry("rope_type").or_insert(legacy);
+    }
+    if let (false, Some(theta)) = (map.contains_key("rope_theta"), keys.0.get("rope_theta")) {
+        map.insert("rope_theta".into(), theta.clone());
+    }
+    // DeepSeek and Qwen files carry keys of other rope types; those that no type here uses are dropped.
+    map.retain(|key, value| !value.is_null() && KNOWN_ROPE_KEYS.contains(&key.as_str()));
+    serde_json::from_value(Value::Object(map.clone()))
+        .map_err(|e| Error::config("rope_parameters", Value::Object(map), e.to_string()))
+}
+
+const KNOWN_ROPE_KEYS: [&str; 12] = [
+    "rope_theta",
+    "rope_type",
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+    "truncate",
+    "low_freq_factor",
+    "high_freq_factor",
+];
+
+fn token_id(value: &Value) -> Option<u32> {
+    value.as_u64().and_then(|id| u32::try_from(id).ok())
+}
+
+fn token_ids(value: &Value) -> Option<Vec<u32>> {
+    match value {
+        Value::Array(ids) => ids.iter().map(token_id).collect(),
+        id => token_id(id).map(|id| vec![id]),
+    }
+}
+
+/// Typed access to the keys of a JSON object; `null` counts as absent.
+struct Keys<'a>(&'a Map<String, Value>);
+
+impl Keys<'_> {
+    fn get<T>(&self, key: &'static str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
+        match self.0.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => read(value).map(Some).ok_or_else(|| Error::config(key, value, format!("must be {want}"))),
+        }
+    }
+
+    fn size(&self, key: &'static str) -> Result<Option<usize>> {
+        self.get(key, "a whole number ≥ 0", |v| v.as_u64().and_then(|n| usize::try_from(n).ok()))
+    }
+
+    fn need(&self, key: &'static str) -> Result<usize> {
+        self.size(key)?.ok_or_else(|| Error::MissingKey { key, why: "config.json must give it".into() })
+    }
+
+    fn number(&self, key: &'static str) -> Result<Option<f64>> {
+        self.get(key, "a number", Value::as_f64)
+    }
+
+    fn flag(&self, key: &'static str) -> Result<Option<bool>> {
+        self.get(key, "true or false", Value::as_bool)
+    }
+
+    fn text(&self, key: &'static str) -> Result<Option<&str>> {
+        match self.0.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(Error::config(key, other, "must be a string")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,268 @@
+use super::*;
+use crate::fixtures;
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(map) => map,
+        other => panic!("{other}"),
+    }
+}
+
+fn written(config: &ModelConfig) -> Map<String, Value> {
+    object(config.to_json("float32"))
+}
+
+fn with(mut map: Map<String, Value>, key: &str, value: Value) -> Map<String, Value> {
+    map.insert(key.into(), value);
+    map
+}
+
+fn without(mut map: Map<String, Value>, key: &str) -> Map<String, Value> {
+    assert!(map.remove(key).is_some(), "{key} is not there");
+    map
+}
+
+/// The key that an error names.
+fn refused(map: &Map<String, Value>) -> &'static str {
+    match ModelConfig::from_json(map) {
+        Err(Error::Config { key, .. } | Error::MissingKey { key, .. }) => key,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn reading_what_was_written_is_the_identity() {
+    for (name, config) in fixtures::every_kind() {
+        for (initializer_range, bos_token_id, eos_token_id) in
+            [(None, None, vec![]), (Some(0.006), Some(0), vec![1]), (Some(0.02), Some(4_000_000_000), vec![5, 6])]
+        {
+            let config = ModelConfig { initializer_range, bos_token_id, eos_token_id, ..config.clone() };
+            // Through text, as a file does.
+            let text = config.to_json("bfloat16").to_string();
+            let map = object(serde_json::from_str(&text).unwrap());
+            assert_eq!(ModelConfig::from_json(&map).unwrap(), config, "{name}");
+            assert_eq!(map["dtype"], "bfloat16");
+            assert_eq!(map["torch_dtype"], "bfloat16");
+        }
+    }
+}
+
+#[test]
+fn a_file_is_read_and_its_faults_carry_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    let config = fixtures::mla_with(|_| ());
+    std::fs::write(&path, config.to_json("float32").to_string()).unwrap();
+    assert_eq!(ModelConfig::read(&path).unwrap(), config);
+    for (text, part) in [("{", "not valid JSON"), ("[]", "JSON object"), (r#"{"model_type": "gpt2"}"#, "gpt2")] {
+        std::fs::write(&path, text).unwrap();
+        let error = ModelConfig::read(&path).unwrap_err().to_string();
+        assert!(error.contains("config.json") && error.contains(part), "{error}");
+    }
+    assert!(matches!(ModelConfig::read(&dir.path().join("none.json")), Err(Error::Io { .. })));
+}
+
+#[test]
+fn every_key_is_written_that_transformers_would_default_wrongly() {
+    let mla = written(&fixtures::mla_with(|_| ()));
+    assert_eq!(mla["num_key_value_heads"], 3);
+    assert_eq!(mla["q_lora_rank"], Value::Null);
+    assert_eq!(mla["first_k_dense_replace"], 2);
+    assert_eq!(mla["head_dim"], 6);
+    assert_eq!(mla["num_nextn_predict_layers"], 0);
+    assert!(mla.contains_key("rope_interleave") && !mla.contains_key("n_routed_experts"));
+    // transformers' strict types: a float must have a point, and null is no float.
+    assert!(mla["rms_norm_eps"].is_f64() && mla["rope_theta"].is_f64() && !mla.contains_key("initializer_range"));
+    let yarn = written(&ModelConfig { rope: fixtures::yarn(), ..fixtures::mla_with(|_| ()) });
+    assert_eq!(yarn["rope_scaling"]["type"], "yarn");
+    assert_eq!(yarn["rope_parameters"]["rope_type"], "yarn");
+    assert!(yarn["rope_parameters"]["original_max_position_embeddings"].is_u64());
+    assert!(!mla.contains_key("rope_scaling"));
+}
+
+#[test]
+fn the_old_spelling_the_new_one_and_both_mean_the_same() {
+    let rope = RopeConfig { rope_theta: 50_000.0, ..fixtures::yarn() };
+    let config = ModelConfig { rope, ..fixtures::mla_with(|_| ()) };
+    let both = written(&config);
+    let new = without(without(both.clone(), "rope_scaling"), "rope_theta");
+    let mut scaling = object(both["rope_scaling"].clone());
+    for key in ["rope_theta", "rope_type"] {
+        scaling.remove(key);
+    }
+    let old = with(without(both.clone(), "rope_parameters"), "rope_scaling", Value::Object(scaling));
+    for map in [&both, &new, &old] {
+        assert_eq!(ModelConfig::from_json(map).unwrap(), config);
+    }
+
+    let plain = ModelConfig { rope: RopeConfig { rope_theta: 700.0, ..RopeConfig::default() }, ..config };
+    let both = written(&plain);
+    let new = without(both.clone(), "rope_theta");
+    let old = with(without(both.clone(), "rope_parameters"), "rope_scaling", Value::Null);
+    // An empty object is none.
+    let empty = with(both.clone(), "rope_scaling", json!({}));
+    for map in [&both, &new, &old, &empty] {
+        assert_eq!(ModelConfig::from_json(map).unwrap(), plain);
+    }
+}
+
+#[test]
+fn contradictions_are_settled_as_transformers_settles_them() {
+    let base = without(written(&fixtures::mla_with(|_| ())), "rope_theta");
+    let rope = |map: &Map<String, Value>| ModelConfig::from_json(map).unwrap().rope;
+    // rope_scaling replaces rope_parameters as a whole, its θ included.
+    let map = with(base.clone(), "rope_parameters", json!({ "rope_theta": 5.0, "rope_type": "linear", "factor": 3.0 }));
+    let map = with(map, "rope_scaling", json!({ "type": "yarn", "factor": 2.0 }));
+    assert_eq!((rope(&map).rope_type, rope(&map).factor, rope(&map).rope_theta), (RopeType::Yarn, Some(2.0), 10_000.0));
+    assert_eq!(rope(&with(map, "rope_theta", json!(9.0))).rope_theta, 9.0);
+    // rope_parameters.rope_theta beats the one outside.
+    let map = with(with(base.clone(), "rope_parameters", json!({ "rope_theta": 5.0 })), "rope_theta", json!(9.0));
+    assert_eq!(rope(&map).rope_theta, 5.0);
+    // rope_type beats type; integers and foreign keys are fine; no θ anywhere is 10000.
+    let both = json!({ "type": "linear", "rope_type": "yarn", "factor": 2, "beta_fast": 16, "mrope_section": [1] });
+    let map = with(without(base, "rope_parameters"), "rope_scaling", both);
+    assert_eq!(
+        rope(&map),
+        RopeConfig { rope_type: RopeType::Yarn, factor: Some(2.0), beta_fast: Some(16.0), ..RopeConfig::default() }
+    );
+}
+
+#[test]
+fn what_is_not_implemented_is_refused() {
+    let mla = written(&fixtures::mla_with(|_| ()));
+    let llama = written(&fixtures::grouped_with(|_| ()));
+    let v2 = with(mla.clone(), "model_type", json!("deepseek_v2"));
+    for (key, value) in [
+        ("model_type", json!("minicpm3")),
+        ("model_type", json!("qwen3_moe")),
+        ("quantization_config", json!({ "quant_method": "fp8" })),
+        ("mlp_bias", json!(true)),
+        ("hidden_act", json!("gelu")),
+        ("use_sliding_window", json!(true)),
+        ("first_k_dense_replace", json!(1)),
+        ("head_dim", json!(11)),
+        ("num_key_value_heads", json!(1)),
+    ] {
+        assert_eq!(refused(&with(mla.clone(), key, value.clone())), key);
+        assert_eq!(refused(&with(v2.clone(), key, value)), key);
+    }
+    for (key, value) in [
+        ("quantization_config", json!({})),
+        ("mlp_bias", json!(true)),
+        ("hidden_act", json!("relu")),
+        ("use_sliding_window", json!(true)),
+        ("num_key_value_heads", json!(2)),
+    ] {
+        assert_eq!(refused(&with(llama.clone(), key, value)), key);
+    }
+    // Absent, the key means experts: from layer 0 in V2, from layer 3 in V3.
+    assert_eq!(refused(&without(v2.clone(), "first_k_dense_replace")), "first_k_dense_replace");
+    assert!(ModelConfig::from_json(&without(mla.clone(), "first_k_dense_replace")).is_ok(), "two layers are below three");
+    let deep = with(without(mla.clone(), "first_k_dense_replace"), "num_hidden_layers", json!(4));
+    assert_eq!(refused(&deep), "first_k_dense_replace");
+    assert_eq!(refused(&with(mla.clone(), "rope_scaling", json!({ "type": "longrope", "factor": 2.0 }))), "rope_parameters");
+    // A rotated width of 0 is read as "not given" by transformers.
+    assert_eq!(refused(&with(with(mla, "qk_rope_head_dim", json!(0)), "head_dim", json!(0))), "model_type");
+}
+
+#[test]
+fn null_counts_as_absent() {
+    let mla = written(&fixtures::mla_with(|_| ()));
+    let config = ModelConfig::from_json(&mla).unwrap();
+    for key in ["num_key_value_heads", "head_dim", "quantization_config", "mlp_bias", "attention_bias", "hidden_act"] {
+        assert_eq!(ModelConfig::from_json(&with(mla.clone(), key, Value::Null)).unwrap(), config, "{key}");
+    }
+}
+
+#[test]
+fn missing_keys_are_named() {
+    let mla = written(&fixtures::mla_with(|_| ()));
+    let llama = written(&fixtures::grouped_with(|_| ()));
+    let shared = [
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+    ];
+    for key in shared {
+        assert_eq!(refused(&without(mla.clone(), key)), key);
+        assert_eq!(refused(&without(llama.clone(), key)), key);
+    }
+    for key in ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"] {
+        assert_eq!(refused(&without(mla.clone(), key)), key);
+    }
+    let map = with(without(llama, "head_dim"), "num_attention_heads", json!(5));
+    assert_eq!(refused(&with(map, "num_key_value_heads", json!(5))), "head_dim");
+}
+
+#[test]
+fn wrong_types_are_named() {
+    let mla = written(&fixtures::mla_with(|_| ()));
+    for (key, value) in [
+        ("model_type", json!(3)),
+        ("hidden_size", json!("12")),
+        ("hidden_size", json!(12.0)),
+        ("num_hidden_layers", json!(-2)),
+        ("kv_lora_rank", json!([9])),
+        ("q_lora_rank", json!(false)),
+        ("rms_norm_eps", json!("1e-6")),
+        ("tie_word_embeddings", json!("false")),
+        ("rope_interleave", json!(1)),
+        ("attention_bias", json!(0)),
+        ("hidden_act", json!(["silu"])),
+        ("rope_parameters", json!("yarn")),
+        ("rope_scaling", json!([1])),
+        ("bos_token_id", json!("<s>")),
+        ("bos_token_id", json!(1u64 << 40)),
+        ("eos_token_id", json!("</s>")),
+        ("eos_token_id", json!([1, "</s>"])),
+        ("eos_token_id", json!(-1)),
+    ] {
+        assert_eq!(refused(&with(mla.clone(), key, value)), key);
+    }
+    let map = with(without(mla.clone(), "rope_parameters"), "rope_theta", json!("10000"));
+    assert_eq!(refused(&map), "rope_theta");
+    assert_eq!(refused(&with(mla, "rope_parameters", json!({ "rope_theta": "10000" }))), "rope_parameters");
+}
+
+#[test]
+fn each_family_keeps_its_own_rules() {
+    let from = |map: Map<String, Value>| ModelConfig::from_json(&map).unwrap();
+    let mla = written(&fixtures::mla_with(|m| m.rope_interleave = false));
+    let AttentionConfig::Mla(v2) = from(with(mla.clone(), "model_type", json!("deepseek_v2"))).attention else { panic!() };
+    assert!(v2.rope_interleave, "DeepSeek-V2 rotates pairs whatever the file says");
+    let AttentionConfig::Mla(v3) = from(with(mla, "latent_scale", json!(true))).attention else { panic!() };
+    assert!(!v3.rope_interleave && !v3.latent_scale, "transformers knows no latent_scale");
+
+    let llama = with(written(&fixtures::grouped_with(|_| ())), "attention_bias", json!(true));
+    let flags = |map: Map<String, Value>| match from(map).attention {
+        AttentionConfig::Grouped(g) => (g.qkv_bias, g.o_bias, g.qk_norm),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(flags(llama.clone()), (true, true, false));
+    assert_eq!(flags(with(llama.clone(), "model_type", json!("qwen2"))), (true, false, false));
+    assert_eq!(flags(with(llama.clone(), "model_type", json!("qwen3"))), (true, true, true));
+    // A key of another architecture makes no MLA of a Llama.
+    assert_eq!(flags(with(llama.clone(), "kv_lora_rank", json!(4))), (true, true, false));
+
+    let width = |map: Map<String, Value>| match from(map).attention {
+        AttentionConfig::Grouped(g) => g.head_dim,
+        other => panic!("{other:?}"),
+    };
+    let bare = without(llama, "head_dim");
+    assert_eq!(width(bare.clone()), 4);
+    assert_eq!(width(with(bare, "model_type", json!("qwen3"))), 128);
+}
+
+#[test]
+fn both_spellings_of_every_reference_case_are_one_configuration() {
+    for case in fixtures::dense_cases().into_iter().flatten() {
+        let new = ModelConfig::read(&case.join("config.json")).unwrap();
+        let old = ModelConfig::read(&case.join("config_legacy.json")).unwrap();
+        assert_eq!(new, old, "{}", case.display());
+        assert_eq!(ModelConfig::from_json(&written(&new)).unwrap(), new, "{}", case.display());
+    }
+}

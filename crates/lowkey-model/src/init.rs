@@ -1,0 +1,56 @@
+//! Random initial weights.
+//!
+//! | tensor | distribution (default) | with `initializer_range = σ` |
+//! |---|---|---|
+//! | `embed_tokens`, `lm_head` | N(0, 0.02²) | N(0, σ²) |
+//! | matrices `[d_out, d_in]` that read the residual stream or a latent | N(0, 1/d_in) | N(0, σ²) |
+//! | `o_proj`, `down_proj` (they write to the residual stream) | N(0, 1/(2·layers·d_in)) | N(0, σ²/(2·layers)) |
+//! | norms | 1 | 1 |
+//! | biases | 0 | 0 |
+//!
+//! The scale by fan-in keeps the variance of activations at any width (LeCun 1998 §4.6); the factor 1/√(2·layers) keeps the
+//! residual stream's variance at any depth (GPT-2, §2.3). Each tensor has a random stream of its own, derived from the seed
+//! and the tensor's name, and numbers are drawn on the host: the same seed gives the same model on every device, and a
+//! change of one size leaves the other tensors alone.
+
+use burn::tensor::Device;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+use sha2::{Digest, Sha256};
+
+use crate::config::ModelConfig;
+use crate::model::CausalLm;
+
+const EMBEDDING_STD: f64 = 0.02;
+
+impl CausalLm {
+    /// A model with random weights; see the [module](crate::init) for the distribution of each tensor.
+    pub fn init(config: &ModelConfig, seed: u64, device: &Device) -> Self {
+        Self::build(config, device, &mut |name, shape| initial_values(config, seed, name, shape))
+    }
+}
+
+fn initial_values(config: &ModelConfig, seed: u64, name: &str, shape: &[usize]) -> Vec<f32> {
+    let len = shape.iter().product();
+    let [_, d_in] = shape else {
+        return vec![if name.ends_with(".bias") { 0.0 } else { 1.0 }; len];
+    };
+    let table = name == "lm_head.weight" || name == "model.embed_tokens.weight";
+    let std = config.initializer_range.unwrap_or(if table { EMBEDDING_STD } else { (*d_in as f64).powf(-0.5) });
+    let writes_residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+    let std = if writes_residual { std / (2.0 * config.num_hidden_layers as f64).sqrt() } else { std };
+    let mut rng = stream(seed, name);
+    (0..len).map(|_| (std * Distribution::<f64>::sample(&StandardNormal, &mut rng)) as f32).collect()
+}
+
+/// The random stream of one tensor.
+fn stream(seed: u64, name: &str) -> ChaCha8Rng {
+    let mut hash = Sha256::new();
+    hash.update(seed.to_le_bytes());
+    hash.update(name.as_bytes());
+    ChaCha8Rng::from_seed(hash.finalize().into())
+}
+
+#[cfg(test)]
+mod tests;

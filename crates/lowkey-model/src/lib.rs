@@ -1,0 +1,63 @@
+//! The mathematics of the models that lowkey trains, and the Hugging Face directories that hold them.
+//!
+//! **Purpose.** A causal language model whose attention is Multi-head Latent Attention (MLA; DeepSeek-V2, arXiv 2405.04434)
+//! or one of its baselines, written so that the equations can be read off the code, and exact enough that a checkpoint of
+//! transformers gives the same logits, gradients and training trajectories here.
+//!
+//! **Main types.** [`ModelConfig`] (checked sizes), [`CausalLm`] (the parameters), [`Attention`] with [`Mla`] and
+//! [`Grouped`], [`RopeConfig`] (frequencies and YaRN), [`Context`] (positions and mask of a forward pass), [`Trace`]
+//! (intermediate results), [`Parameter`] (a named, flat view for optimisers and files).
+//!
+//! **Flow.** A `[model]` section ([`ModelSection`]) or a `config.json` becomes a [`ModelConfig`];
+//! [`CausalLm::init`] or [`CausalLm::load`] builds the model on a device; [`CausalLm::loss`] trains it,
+//! [`CausalLm::forward`] evaluates it, and the parts of [`Mla`] let a cache stand between latent and attention.
+//!
+//! **What this crate does not know.** Text and tokenizers, training loops, optimisers, any file format but Hugging Face's,
+//! any particular backend. It never prints.
+//!
+//! # One quantity, four names
+//!
+//! | paper (arXiv 2405.04434) | Hugging Face tensor | here | GGUF |
+//! |---|---|---|---|
+//! | W^Q | `q_proj.weight` | [`Mla::q_proj`] | `attn_q` |
+//! | W^DQ | `q_a_proj.weight` | [`Mla::q_a_proj`] | `attn_q_a` |
+//! | norm of c^Q | `q_a_layernorm.weight` | [`Mla::q_a_layernorm`] | `attn_q_a_norm` |
+//! | W^UQ, W^QR, rows per head | `q_b_proj.weight` | [`Mla::q_b_proj`] | `attn_q_b` |
+//! | W^DKV, then W^KR | `kv_a_proj_with_mqa.weight` | [`Mla::kv_a_proj_with_mqa`] | `attn_kv_a_mqa` |
+//! | norm of c^KV | `kv_a_layernorm.weight` | [`Mla::kv_a_layernorm`] | `attn_kv_a_norm` |
+//! | W^UK, W^UV, rows per head | `kv_b_proj.weight` | [`Mla::kv_b_proj`] | `attn_k_b` (transposed), `attn_v_b` |
+//! | W^O | `o_proj.weight` | [`Mla::o_proj`] | `attn_output` |
+//! | c^KV_t, cached | — | [`Latent::c_kv`] | — |
+//! | k^R_t, cached | — | [`Latent::k_pe`] | — |
+//! | d_c | `kv_lora_rank` | [`MlaConfig::kv_lora_rank`], L | `attention.kv_lora_rank` |
+//! | d_c′ | `q_lora_rank` | [`MlaConfig::q_lora_rank`], Q | `attention.q_lora_rank` |
+//! | d_h of k^C | `qk_nope_head_dim` | [`MlaConfig::qk_nope_head_dim`], N | `key_length_mla − rope.dimension_count` |
+//! | d_h^R | `qk_rope_head_dim` | [`MlaConfig::qk_rope_head_dim`], R | `rope.dimension_count` |
+//! | d_h of v^C | `v_head_dim` | [`MlaConfig::v_head_dim`], V | `attention.value_length_mla` |
+
+mod checkpoint;
+mod config;
+mod cost;
+mod error;
+#[cfg(test)]
+mod fixtures;
+mod grouped;
+mod hf_config;
+pub mod init;
+mod layers;
+mod mla;
+mod model;
+mod params;
+mod rope;
+
+pub use checkpoint::{WeightDtype, weight_files};
+pub use config::{AttentionConfig, AttentionKind, Family, GroupedConfig, MlaConfig, ModelConfig, ModelSection};
+pub use cost::{CacheWidth, ParameterCount};
+pub use error::{Error, Result};
+pub use grouped::{Grouped, GroupedDims, KeyValue};
+pub use layers::{Embedding, Linear, RmsNorm};
+pub use lowkey_kernels::{IGNORE, LossSum, Mask};
+pub use mla::{LATENT_NORM_EPS, Latent, Mla, MlaDims, Queries};
+pub use model::{Attention, Block, CausalLm, Context, Decoder, Mlp, TokenBatch, Trace, ids_tensor};
+pub use params::Parameter;
+pub use rope::{RopeConfig, RopeTable, RopeType};

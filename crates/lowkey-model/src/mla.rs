@@ -1,0 +1,215 @@
+//! Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, §2.1.2 and eqs. 37–47).
+//!
+//! The forward pass is cut where a cache cuts it: [`Mla::latent`] computes what is stored per token, [`Mla::queries`] what
+//! is not, and [`Mla::attend_expanded`] and [`Mla::attend_absorbed`] are two ways to compute the same attention from them.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use lowkey_kernels::{Mask, attention, rotate, scores};
+
+use crate::config::{MlaConfig, ModelConfig};
+use crate::layers::{Builder, Linear, RmsNorm};
+use crate::rope::RopeTable;
+
+/// ε of the latent norms: transformers builds them without `rms_norm_eps`, whatever the configuration says.
+pub const LATENT_NORM_EPS: f64 = 1e-6;
+
+/// Multi-head Latent Attention. Fields carry the checkpoint's tensor names.
+#[derive(Module, Debug)]
+pub struct Mla {
+    /// W_Q `[H(N+R), d]`, where queries are not compressed.
+    pub q_proj: Option<Linear>,
+    /// W_DQ `[Q, d]`.
+    pub q_a_proj: Option<Linear>,
+    /// Norm of the query latent.
+    pub q_a_layernorm: Option<RmsNorm>,
+    /// W_UQ and W_QR `[H(N+R), Q]`; rows per head: N without, R with position.
+    pub q_b_proj: Option<Linear>,
+    /// W_DKV and W_KR `[L+R, d]`; first the latent, then the shared key.
+    pub kv_a_proj_with_mqa: Linear,
+    /// Norm of the latent (not of the shared key).
+    pub kv_a_layernorm: RmsNorm,
+    /// W_UK and W_UV `[H(N+V), L]`; rows per head: N of the key, V of the value.
+    pub kv_b_proj: Linear,
+    /// W_O `[d, HV]`.
+    pub o_proj: Linear,
+    /// Sizes and scale.
+    #[module(skip)]
+    pub dims: MlaDims,
+}
+
+/// The numbers that the forward pass of [`Mla`] needs.
+#[derive(Clone, Debug)]
+pub struct MlaDims {
+    /// H
+    pub heads: usize,
+    /// N
+    pub nope: usize,
+    /// R
+    pub rope: usize,
+    /// V
+    pub value: usize,
+    /// L
+    pub rank: usize,
+    /// Softmax scale.
+    pub scale: f64,
+    /// Factor on the normalised latent.
+    pub latent_scale: f64,
+    /// Rotate adjacent pairs.
+    pub interleave: bool,
+}
+
+/// What a cache stores per token: the normalised latent and the rotated shared key.
+#[derive(Clone, Debug)]
+pub struct Latent {
+    /// `[batch, seq, L]`
+    pub c_kv: Tensor<3>,
+    /// `[batch, seq, R]`, in half-split order; `None` where R = 0.
+    pub k_pe: Option<Tensor<3>>,
+}
+
+/// Queries of a chunk.
+#[derive(Clone, Debug)]
+pub struct Queries {
+    /// `[batch, H, seq, N]`
+    pub q_nope: Tensor<4>,
+    /// `[batch, H, seq, R]`, rotated, in half-split order; `None` where R = 0.
+    pub q_pe: Option<Tensor<4>>,
+}
+
+impl Mla {
+    pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, mla: &MlaConfig) -> Self {
+        let (d, heads) = (config.hidden_size, config.num_attention_heads);
+        let (nope, rope, value, rank) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim, mla.kv_lora_rank);
+        let q_width = heads * (nope + rope);
+        let part = |part: &str| format!("{name}.{part}");
+        let compressed = mla.q_lora_rank;
+        Self {
+            q_proj: compressed.is_none().then(|| Linear::build(b, &part("q_proj"), d, q_width, false)),
+            q_a_proj: compressed.map(|q| Linear::build(b, &part("q_a_proj"), d, q, mla.attention_bias)),
+            q_a_layernorm: compressed.map(|q| RmsNorm::build(b, &part("q_a_layernorm"), q, LATENT_NORM_EPS)),
+            q_b_proj: compressed.map(|q| Linear::build(b, &part("q_b_proj"), q, q_width, false)),
+            kv_a_proj_with_mqa: Linear::build(b, &part("kv_a_proj_with_mqa"), d, rank + rope, mla.attention_bias),
+            kv_a_layernorm: RmsNorm::build(b, &part("kv_a_layernorm"), rank, LATENT_NORM_EPS),
+            kv_b_proj: Linear::build(b, &part("kv_b_proj"), rank, heads * (nope + value), false),
+            o_proj: Linear::build(b, &part("o_proj"), heads * value, d, mla.attention_bias),
+            dims: MlaDims {
+                heads,
+                nope,
+                rope,
+                value,
+                rank,
+                scale: config.softmax_scale(),
+                latent_scale: if mla.latent_scale { (d as f64 / rank as f64).sqrt() } else { 1.0 },
+                interleave: mla.rope_interleave,
+            },
+        }
+    }
+
+    /// c_kv = RMSNorm(W_DKV h) and k_pe = RoPE(W_KR h), eqs. 41 and 43.
+    ///
+    /// # Shapes
+    /// `x [batch, seq, d]`.
+    pub fn latent(&self, x: Tensor<3>, rope: &RopeTable) -> Latent {
+        let MlaDims { rank, rope: r, interleave, latent_scale, .. } = self.dims;
+        let kv = self.kv_a_proj_with_mqa.forward(x);
+        let c_kv = self.kv_a_layernorm.forward(kv.clone().narrow(2, 0, rank));
+        let c_kv = if latent_scale == 1.0 { c_kv } else { c_kv * latent_scale };
+        let k_pe = (r > 0).then(|| {
+            let k_pe = kv.narrow(2, rank, r).unsqueeze_dim::<4>(2);
+            rotate(k_pe, rope.cos.clone(), rope.sin.clone(), interleave).squeeze_dim::<3>(2)
+        });
+        Latent { c_kv, k_pe }
+    }
+
+    /// q = [q_nope | RoPE(q_pe)] for each head, eqs. 37–40.
+    ///
+    /// # Shapes
+    /// `x [batch, seq, d]`.
+    pub fn queries(&self, x: Tensor<3>, rope: &RopeTable) -> Queries {
+        let MlaDims { heads, nope, rope: r, interleave, .. } = self.dims;
+        let [batch, seq, _] = x.dims();
+        let q = match (&self.q_proj, &self.q_a_proj, &self.q_a_layernorm, &self.q_b_proj) {
+            (None, Some(down), Some(norm), Some(up)) => up.forward(norm.forward(down.forward(x))),
+            (Some(full), ..) => full.forward(x),
+            // `build` makes one or the other.
+            _ => x,
+        };
+        let q = q.reshape([batch, seq, heads, nope + r]);
+        let q_nope = q.clone().narrow(3, 0, nope).swap_dims(1, 2);
+        let q_pe = (r > 0).then(|| {
+            rotate(q.narrow(3, nope, r), rope.cos.clone(), rope.sin.clone(), interleave).swap_dims(1, 2)
+        });
+        Queries { q_nope, q_pe }
+    }
+
+    /// Keys `[batch, H, keys, N+R]` and values `[batch, H, keys, V]` rebuilt from the latent, eqs. 42, 44 and 45.
+    pub fn expand(&self, latent: Latent) -> (Tensor<4>, Tensor<4>) {
+        let MlaDims { heads, nope, rope: r, value, .. } = self.dims;
+        let [batch, keys, _] = latent.c_kv.dims();
+        let kv = self.kv_b_proj.forward(latent.c_kv).reshape([batch, keys, heads, nope + value]).swap_dims(1, 2);
+        let k_nope = kv.clone().narrow(3, 0, nope);
+        let v = kv.narrow(3, nope, value);
+        let k = match latent.k_pe {
+            Some(k_pe) => {
+                let shared = k_pe.unsqueeze_dim::<4>(1).expand([batch, heads, keys, r]);
+                Tensor::cat(vec![k_nope, shared], 3)
+            }
+            None => k_nope,
+        };
+        (k, v)
+    }
+
+    /// Attention with keys and values rebuilt from the latent: N+R+V products per pair and head. The form for training and
+    /// for long prefills.
+    ///
+    /// # Shapes
+    /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, d]`.
+    pub fn attend_expanded(&self, queries: Queries, latent: Latent, mask: &Mask) -> Tensor<3> {
+        let (k, v) = self.expand(latent);
+        let out = attention(joined(queries), k, v, mask, self.dims.scale);
+        self.output(out)
+    }
+
+    /// The same attention in latent space: q̃ = W_UKᵀ q_nope attends over c_kv itself, and W_UV maps the result: 2L+R products
+    /// per pair and head, and only L+R numbers read per cached token (arXiv 2405.04434 §2.1.2, "absorbed").
+    ///
+    /// # Shapes
+    /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, d]`.
+    pub fn attend_absorbed(&self, queries: Queries, latent: Latent, mask: &Mask) -> Tensor<3> {
+        let MlaDims { heads, nope, value, rank, .. } = self.dims;
+        let w = self.kv_b_proj.weight.val().reshape([1, heads, nope + value, rank]);
+        let w_uk = w.clone().narrow(2, 0, nope);
+        let w_uv = w.narrow(2, nope, value);
+        let [batch, ..] = queries.q_nope.dims();
+        let w_uk = w_uk.expand([batch, heads, nope, rank]);
+        let w_uv = w_uv.expand([batch, heads, value, rank]);
+        let q = joined(Queries { q_nope: queries.q_nope.matmul(w_uk), q_pe: queries.q_pe });
+        let c_kv = latent.c_kv.unsqueeze_dim::<4>(1);
+        let k = match latent.k_pe {
+            Some(k_pe) => Tensor::cat(vec![c_kv.clone(), k_pe.unsqueeze_dim::<4>(1)], 3),
+            None => c_kv.clone(),
+        };
+        let out = attention(q, k, c_kv, mask, self.dims.scale).matmul(w_uv.swap_dims(2, 3));
+        self.output(out)
+    }
+
+    /// The largest attention logit, `[1]`: a growing one is the earliest sign of divergence (QK-Clip, arXiv 2507.20534).
+    pub fn max_logit(&self, queries: Queries, latent: Latent, mask: &Mask) -> Tensor<1> {
+        let (k, _) = self.expand(latent);
+        scores(joined(queries), k, mask, self.dims.scale).max()
+    }
+
+    /// `[batch, H, seq, V]` → `[batch, seq, d]` through W_O.
+    fn output(&self, heads_out: Tensor<4>) -> Tensor<3> {
+        let [batch, heads, seq, value] = heads_out.dims();
+        self.o_proj.forward(heads_out.swap_dims(1, 2).reshape([batch, seq, heads * value]))
+    }
+}
+
+fn joined(queries: Queries) -> Tensor<4> {
+    match queries.q_pe {
+        Some(q_pe) => Tensor::cat(vec![queries.q_nope, q_pe], 3),
+        None => queries.q_nope,
+    }
+}

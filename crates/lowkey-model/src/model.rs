@@ -1,0 +1,254 @@
+//! The decoder: embedding, pre-norm blocks, final norm, output head.
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use lowkey_kernels::{LossSum, Mask, cross_entropy, swiglu};
+
+use crate::config::{AttentionConfig, ModelConfig};
+use crate::grouped::Grouped;
+use crate::layers::{Builder, Embedding, Linear, RmsNorm};
+use crate::mla::Mla;
+use crate::rope::RopeTable;
+
+/// A causal language model. Field names spell the checkpoint's tensor names.
+#[derive(Module, Debug)]
+pub struct CausalLm {
+    /// Embedding, blocks and final norm.
+    pub model: Decoder,
+    /// Output head; absent where it is the embedding matrix.
+    pub lm_head: Option<Linear>,
+    /// What it was built from.
+    #[module(skip)]
+    pub config: ModelConfig,
+}
+
+/// The part of a [`CausalLm`] below the output head.
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// Token embedding.
+    pub embed_tokens: Embedding,
+    /// Decoder blocks, first to last.
+    pub layers: Vec<Block>,
+    /// Final norm.
+    pub norm: RmsNorm,
+}
+
+/// A pre-norm decoder block: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Norm before the attention.
+    pub input_layernorm: RmsNorm,
+    /// The attention.
+    pub self_attn: Attention,
+    /// Norm before the feed-forward layer.
+    pub post_attention_layernorm: RmsNorm,
+    /// The feed-forward layer.
+    pub mlp: Mlp,
+}
+
+/// The attention of a block.
+#[derive(Module, Debug)]
+pub enum Attention {
+    /// Multi-head Latent Attention.
+    Mla(Mla),
+    /// Multi-head, grouped-query or multi-query attention.
+    Grouped(Grouped),
+}
+
+/// SwiGLU feed-forward layer: `down(silu(gate x) · up x)` (arXiv 2002.05202).
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// `[f, d]`
+    pub gate_proj: Linear,
+    /// `[f, d]`
+    pub up_proj: Linear,
+    /// `[d, f]`
+    pub down_proj: Linear,
+}
+
+/// What all layers of one forward pass share: positions and mask.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// Cosines and sines of the positions.
+    pub rope: RopeTable,
+    /// Who sees whom.
+    pub mask: Mask,
+}
+
+/// Intermediate results of a forward pass, for verification and for a look at a model's health.
+#[derive(Clone, Debug, Default)]
+pub struct Trace {
+    /// Input of each block, then the output of the final norm: `[batch, seq, d]`.
+    pub hidden: Vec<Tensor<3>>,
+    /// Output of each block's attention after W_O: `[batch, seq, d]`.
+    pub attn_out: Vec<Tensor<3>>,
+    /// MLA: normalised latent of each block, `[batch, seq, L]`.
+    pub latent: Vec<Tensor<3>>,
+    /// MLA: rotated shared key of each block, `[batch, seq, R]`, half-split order.
+    pub k_pe: Vec<Tensor<3>>,
+    /// Largest attention logit of each block, `[1]`.
+    pub max_logit: Vec<Tensor<1>>,
+}
+
+/// Token ids, targets and document bounds of one forward pass, as plain numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct TokenBatch<'a> {
+    /// Number of sequences.
+    pub rows: usize,
+    /// Length of each.
+    pub seq_len: usize,
+    /// `[rows · seq_len]`
+    pub input_ids: &'a [u32],
+    /// `[rows · seq_len]`: the token to predict, or [`lowkey_kernels::IGNORE`].
+    pub targets: &'a [i64],
+    /// `[rows · seq_len]`: where in its row the document of this token starts.
+    pub document_starts: &'a [u32],
+}
+
+impl Mlp {
+    /// `[batch, seq, d]` → `[batch, seq, d]`.
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        self.down_proj.forward(swiglu(self.gate_proj.forward(x.clone()), self.up_proj.forward(x)))
+    }
+}
+
+impl Block {
+    /// One block over a whole sequence: keys and values come from `x` itself.
+    ///
+    /// # Shapes
+    /// `[batch, seq, d]` → `[batch, seq, d]`.
+    pub fn forward(&self, x: Tensor<3>, context: &Context, trace: Option<&mut Trace>) -> Tensor<3> {
+        let normed = self.input_layernorm.forward(x.clone());
+        let attended = match &self.self_attn {
+            Attention::Mla(mla) => {
+                let latent = mla.latent(normed.clone(), &context.rope);
+                let queries = mla.queries(normed, &context.rope);
+                let max_logit = trace.is_some().then(|| mla.max_logit(queries.clone(), latent.clone(), &context.mask));
+                let out = mla.attend_expanded(queries, latent.clone(), &context.mask);
+                if let Some(trace) = trace {
+                    trace.max_logit.extend(max_logit);
+                    trace.latent.push(latent.c_kv);
+                    trace.k_pe.extend(latent.k_pe);
+                    trace.attn_out.push(out.clone());
+                }
+                out
+            }
+            Attention::Grouped(grouped) => {
+                let kv = grouped.key_value(normed.clone(), &context.rope);
+                let q = grouped.queries(normed, &context.rope);
+                let max_logit = trace.is_some().then(|| grouped.max_logit(q.clone(), kv.clone(), &context.mask));
+                let out = grouped.attend(q, kv, &context.mask);
+                if let Some(trace) = trace {
+                    trace.max_logit.extend(max_logit);
+                    trace.attn_out.push(out.clone());
+                }
+                out
+            }
+        };
+        self.feed_forward(x + attended)
+    }
+
+    /// The second half of a block: `x + mlp(norm(x))`.
+    pub fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let normed = self.post_attention_layernorm.forward(x.clone());
+        x + self.mlp.forward(normed)
+    }
+}
+
+impl CausalLm {
+    /// Builds the model with the values that `fill` gives for each tensor name and shape.
+    pub(crate) fn build(config: &ModelConfig, device: &Device, fill: &mut dyn FnMut(&str, &[usize]) -> Vec<f32>) -> Self {
+        let b = &mut Builder { device, fill };
+        let (d, f, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
+        let embed_tokens = Embedding::build(b, "model.embed_tokens", config.vocab_size, d);
+        let layers = (0..config.num_hidden_layers)
+            .map(|i| {
+                let part = |part: &str| format!("model.layers.{i}.{part}");
+                Block {
+                    input_layernorm: RmsNorm::build(b, &part("input_layernorm"), d, eps),
+                    self_attn: match &config.attention {
+                        AttentionConfig::Mla(mla) => Attention::Mla(Mla::build(b, &part("self_attn"), config, mla)),
+                        AttentionConfig::Grouped(grouped) => {
+                            Attention::Grouped(Grouped::build(b, &part("self_attn"), config, grouped))
+                        }
+                    },
+                    post_attention_layernorm: RmsNorm::build(b, &part("post_attention_layernorm"), d, eps),
+                    mlp: Mlp {
+                        gate_proj: Linear::build(b, &part("mlp.gate_proj"), d, f, false),
+                        up_proj: Linear::build(b, &part("mlp.up_proj"), d, f, false),
+                        down_proj: Linear::build(b, &part("mlp.down_proj"), f, d, false),
+                    },
+                }
+            })
+            .collect();
+        let norm = RmsNorm::build(b, "model.norm", d, eps);
+        let lm_head =
+            (!config.tie_word_embeddings).then(|| Linear::build(b, "lm_head", d, config.vocab_size, false));
+        Self { model: Decoder { embed_tokens, layers, norm }, lm_head, config: config.clone() }
+    }
+
+    /// Cosines and sines for the given positions, one row per sequence or one row for all.
+    pub fn rope_table(&self, positions: &[Vec<usize>], device: &Device) -> RopeTable {
+        let config = &self.config;
+        RopeTable::new(&config.rope, config.rotary_dim(), config.max_position_embeddings, positions, device)
+    }
+
+    /// Positions and mask of whole sequences of `seq` tokens with the given document starts (`[rows · seq]`).
+    pub fn context(&self, document_starts: &[u32], seq: usize, device: &Device) -> Context {
+        Context {
+            rope: self.rope_table(&[(0..seq).collect()], device),
+            mask: Mask::documents(document_starts, seq, device),
+        }
+    }
+
+    /// Hidden states after the final norm, `[batch, seq]` → `[batch, seq, d]`.
+    pub fn hidden(&self, ids: Tensor<2, Int>, context: &Context, mut trace: Option<&mut Trace>) -> Tensor<3> {
+        let mut x = self.model.embed_tokens.forward(ids);
+        for block in &self.model.layers {
+            if let Some(trace) = trace.as_deref_mut() {
+                trace.hidden.push(x.clone());
+            }
+            x = block.forward(x, context, trace.as_deref_mut());
+        }
+        let x = self.model.norm.forward(x);
+        if let Some(trace) = trace {
+            trace.hidden.push(x.clone());
+        }
+        x
+    }
+
+    /// Output head, `[batch, seq, d]` → `[batch, seq, vocab]`.
+    pub fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
+        match &self.lm_head {
+            Some(head) => head.forward(hidden),
+            None => lowkey_kernels::linear(hidden, self.model.embed_tokens.weight.val(), None),
+        }
+    }
+
+    /// Logits of whole sequences that hold one document each, `[batch, seq]` → `[batch, seq, vocab]`.
+    pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        let [_, seq] = ids.dims();
+        let device = ids.device();
+        let context = self.context(&vec![0; seq], seq, &device);
+        self.logits(self.hidden(ids, &context, None))
+    }
+
+    /// Summed next-token loss of a batch, and the loss of each position (`[rows · seq_len]`, 0 where ignored).
+    pub fn loss(&self, batch: TokenBatch, device: &Device, trace: Option<&mut Trace>) -> (LossSum, Tensor<1>) {
+        let TokenBatch { rows, seq_len, .. } = batch;
+        let context = self.context(batch.document_starts, seq_len, device);
+        let hidden = self.hidden(ids_tensor(batch.input_ids, rows, seq_len, device), &context, trace);
+        let logits = self.logits(hidden);
+        let [_, _, vocab] = logits.dims();
+        cross_entropy(logits.reshape([rows * seq_len, vocab]), batch.targets, device)
+    }
+}
+
+/// Token ids as a tensor `[rows, seq]`.
+pub fn ids_tensor(ids: &[u32], rows: usize, seq: usize, device: &Device) -> Tensor<2, Int> {
+    let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
+    Tensor::from_data(TensorData::new(ids, [rows, seq]), device)
+}
+
+#[cfg(test)]
+mod tests;

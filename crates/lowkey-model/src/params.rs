@@ -1,0 +1,134 @@
+//! Parameters by checkpoint name, as a flat list.
+//!
+//! Optimisers, checkpoints and the sum of gradients over threads all need the same thing: every parameter once, in one
+//! fixed order, with its name. They get it here, so that nothing above this crate walks the module tree.
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Gradients, Tensor};
+
+use crate::model::CausalLm;
+
+/// A parameter, flattened.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    /// Checkpoint name, such as `model.layers.0.self_attn.kv_b_proj.weight`.
+    pub name: String,
+    /// Its shape in the checkpoint.
+    pub shape: Vec<usize>,
+    /// The values `[numel]`, outside any autodiff graph.
+    pub value: Tensor<1>,
+}
+
+impl Parameter {
+    /// Whether weight decay applies: to matrices, not to norms and biases.
+    pub fn is_matrix(&self) -> bool {
+        self.shape.len() > 1
+    }
+}
+
+/// The names entered on the way down. A variant of an enum adds nothing: the checkpoint does not know of it.
+#[derive(Default)]
+struct Path(Vec<String>);
+
+impl Path {
+    fn enter(&mut self, name: &str, container: &str) {
+        if !container.starts_with("Enum:") {
+            self.0.push(name.to_string());
+        }
+    }
+
+    fn exit(&mut self, container: &str) {
+        if !container.starts_with("Enum:") {
+            self.0.pop();
+        }
+    }
+}
+
+struct Collect {
+    path: Path,
+    found: Vec<Parameter>,
+}
+
+impl ModuleVisitor for Collect {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let value = param.val();
+        self.found.push(Parameter {
+            name: self.path.0.join("."),
+            shape: value.dims().to_vec(),
+            value: flat(value.without_autodiff()),
+        });
+    }
+
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, container: &str) {
+        self.path.exit(container);
+    }
+}
+
+struct TakeGradients<'a> {
+    gradients: &'a mut Gradients,
+    taken: Vec<Tensor<1>>,
+}
+
+impl ModuleVisitor for TakeGradients<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let value = param.val();
+        let gradient = value
+            .grad_remove(self.gradients)
+            .map_or_else(|| value.without_autodiff().zeros_like(), |gradient| gradient);
+        self.taken.push(flat(gradient));
+    }
+}
+
+struct Replace<I> {
+    values: I,
+}
+
+impl<I: Iterator<Item = Tensor<1>>> ModuleMapper for Replace<I> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(value) = self.values.next() else { return param };
+        param.map(|old| {
+            let value = value.reshape(old.dims());
+            match old.gradient_checkpointing_strategy() {
+                // Tensors with different strategies cannot meet in one operation, so the old one stays.
+                Some(strategy) => value
+                    .autodiff()
+                    .with_gradient_checkpointing_strategy(strategy)
+                    .set_require_grad(old.is_require_grad()),
+                None => value,
+            }
+        })
+    }
+}
+
+fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
+    let len = tensor.shape().num_elements();
+    tensor.reshape([len])
+}
+
+impl CausalLm {
+    /// Every parameter in the model's order.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        let mut collect = Collect { path: Path::default(), found: Vec::new() };
+        self.visit(&mut collect);
+        collect.found
+    }
+
+    /// Takes each parameter's gradient (zeros where there is none), flattened, in the order of [`CausalLm::parameters`].
+    pub fn take_gradients(&self, gradients: &mut Gradients) -> Vec<Tensor<1>> {
+        let mut take = TakeGradients { gradients, taken: Vec::new() };
+        self.visit(&mut take);
+        take.taken
+    }
+
+    /// The same model with other values, in the order of [`CausalLm::parameters`].
+    pub fn with_values(self, values: Vec<Tensor<1>>) -> Self {
+        self.map(&mut Replace { values: values.into_iter() })
+    }
+}
+
+#[cfg(test)]
+mod tests;

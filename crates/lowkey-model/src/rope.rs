@@ -1,0 +1,262 @@
+//! Rotary position embedding: frequencies, YaRN and the tables of cosines and sines.
+//!
+//! Su et al., arXiv 2104.09864; YaRN: Peng et al., arXiv 2309.00071, as transformers computes it.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// `rope_parameters` of a configuration. Keys that a type does not use may be absent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RopeConfig {
+    /// Base θ of the geometric frequencies.
+    #[serde(default = "default_theta")]
+    pub rope_theta: f64,
+    /// How positions past the original context are treated.
+    #[serde(default)]
+    pub rope_type: RopeType,
+    /// Ratio of the extended to the original context.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub factor: Option<f64>,
+    /// Context length before the extension; absent: `max_position_embeddings`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_max_position_embeddings: Option<usize>,
+    /// YaRN: turns per original context above which a frequency is left alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beta_fast: Option<f64>,
+    /// YaRN: turns per original context below which a frequency is divided by `factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beta_slow: Option<f64>,
+    /// YaRN: numerator of the factor on cosines and sines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mscale: Option<f64>,
+    /// YaRN: denominator of that factor, and the scale of the attention logits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mscale_all_dim: Option<f64>,
+    /// YaRN: the factor on cosines and sines, given outright.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_factor: Option<f64>,
+    /// YaRN: whether the bounds of the ramp are rounded to whole dimensions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub truncate: Option<bool>,
+    /// Llama 3: frequencies slower than this are divided by `factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub low_freq_factor: Option<f64>,
+    /// Llama 3: frequencies faster than this are left alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub high_freq_factor: Option<f64>,
+}
+
+/// The kinds of position scaling that are implemented.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RopeType {
+    /// θ^(−2i/R).
+    #[default]
+    Default,
+    /// All frequencies divided by `factor`.
+    Linear,
+    /// Frequencies interpolated by wavelength (arXiv 2309.00071 §3.2).
+    Yarn,
+    /// The wavelength ramp of Llama 3.1.
+    Llama3,
+}
+
+fn default_theta() -> f64 {
+    10_000.0
+}
+
+impl Default for RopeConfig {
+    fn default() -> Self {
+        Self {
+            rope_theta: default_theta(),
+            rope_type: RopeType::Default,
+            factor: None,
+            original_max_position_embeddings: None,
+            beta_fast: None,
+            beta_slow: None,
+            mscale: None,
+            mscale_all_dim: None,
+            attention_factor: None,
+            truncate: None,
+            low_freq_factor: None,
+            high_freq_factor: None,
+        }
+    }
+}
+
+/// A number that counts as absent when it is 0, as in Python's `x or default`.
+fn truthy(value: Option<f64>) -> Option<f64> {
+    value.filter(|x| *x != 0.0)
+}
+
+fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+}
+
+impl RopeConfig {
+    pub(crate) fn check(&self, dim: usize, max_positions: usize) -> Result<()> {
+        let positive = |key: &'static str, value: f64| {
+            if value.is_finite() && value > 0.0 {
+                Ok(())
+            } else {
+                Err(Error::config(key, value, "must be a finite number > 0"))
+            }
+        };
+        positive("rope_theta", self.rope_theta)?;
+        if self.rope_type == RopeType::Default {
+            return Ok(());
+        }
+        let factor = self.factor.ok_or_else(|| Error::MissingKey {
+            key: "rope_parameters.factor",
+            why: format!("rope_type = \"{:?}\" needs it", self.rope_type).to_lowercase(),
+        })?;
+        positive("rope_parameters.factor", factor)?;
+        if self.original_max_position_embeddings == Some(0) {
+            return Err(Error::config("rope_parameters.original_max_position_embeddings", 0, "must be at least 1"));
+        }
+        for (key, value) in [
+            ("rope_parameters.beta_fast", self.beta_fast),
+            ("rope_parameters.beta_slow", self.beta_slow),
+            ("rope_parameters.mscale", self.mscale),
+            ("rope_parameters.mscale_all_dim", self.mscale_all_dim),
+            ("rope_parameters.attention_factor", self.attention_factor),
+        ] {
+            if let Some(value) = value
+                && !(value.is_finite() && value >= 0.0)
+            {
+                return Err(Error::config(key, value, "must be a finite number ≥ 0"));
+            }
+        }
+        if self.rope_type == RopeType::Llama3 {
+            for (key, value) in [
+                ("rope_parameters.low_freq_factor", self.low_freq_factor),
+                ("rope_parameters.high_freq_factor", self.high_freq_factor),
+            ] {
+                positive(
+                    key,
+                    value.ok_or_else(|| Error::MissingKey { key, why: "rope_type = \"llama3\" needs it".into() })?,
+                )?;
+            }
+            if self.high_freq_factor <= self.low_freq_factor {
+                return Err(Error::config(
+                    "rope_parameters.high_freq_factor",
+                    self.high_freq_factor.unwrap_or_default(),
+                    "must be greater than low_freq_factor",
+                ));
+            }
+        }
+        if self.rope_type == RopeType::Yarn && self.rope_theta <= 1.0 {
+            return Err(Error::config("rope_theta", self.rope_theta, "YaRN needs frequencies that fall: more than 1"));
+        }
+        let frequencies = self.inverse_frequencies(dim, max_positions);
+        if frequencies.iter().any(|f| !f.is_finite()) {
+            return Err(Error::config("rope_theta", self.rope_theta, "gives frequencies that are not finite"));
+        }
+        Ok(())
+    }
+
+    /// The factor on the attention logits: m² with m = 0.1·mscale_all_dim·ln(factor)+1 when positions are scaled and
+    /// `mscale_all_dim` is set, else 1.
+    pub fn logit_factor(&self) -> f64 {
+        match (self.rope_type, truthy(self.mscale_all_dim), self.factor) {
+            (RopeType::Default, _, _) | (_, None, _) | (_, _, None) => 1.0,
+            (_, Some(mscale), Some(factor)) => yarn_mscale(factor, mscale).powi(2),
+        }
+    }
+
+    /// The factor on cosines and sines: `attention_factor`, or the ratio of the two mscales where both are set, or
+    /// 0.1·ln(factor)+1. 1 without YaRN.
+    pub fn table_factor(&self) -> f64 {
+        if self.rope_type != RopeType::Yarn {
+            return 1.0;
+        }
+        let factor = self.factor.unwrap_or(1.0);
+        match (self.attention_factor, truthy(self.mscale), truthy(self.mscale_all_dim)) {
+            (Some(given), _, _) => given,
+            (None, Some(mscale), Some(all)) => yarn_mscale(factor, mscale) / yarn_mscale(factor, all),
+            (None, _, _) => yarn_mscale(factor, 1.0),
+        }
+    }
+
+    /// Radians per position for each of the `dim / 2` pairs.
+    pub fn inverse_frequencies(&self, dim: usize, max_positions: usize) -> Vec<f64> {
+        let plain = |i: usize| self.rope_theta.powf(-2.0 * i as f64 / dim as f64);
+        let factor = self.factor.unwrap_or(1.0);
+        let original = self.original_max_position_embeddings.unwrap_or(max_positions) as f64;
+        match self.rope_type {
+            RopeType::Default => (0..dim / 2).map(plain).collect(),
+            RopeType::Linear => (0..dim / 2).map(|i| plain(i) / factor).collect(),
+            RopeType::Yarn => {
+                // The pair that makes `turns` turns within the original context.
+                let pair = |turns: f64| {
+                    dim as f64 * (original / (turns * std::f64::consts::TAU)).ln() / (2.0 * self.rope_theta.ln())
+                };
+                let (mut low, mut high) =
+                    (pair(truthy(self.beta_fast).unwrap_or(32.0)), pair(truthy(self.beta_slow).unwrap_or(1.0)));
+                if self.truncate.unwrap_or(true) {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                // The upper clamp is dim − 1, not dim/2 − 1: transformers and DeepSeek's own code agree on it.
+                low = low.max(0.0);
+                high = high.min(dim as f64 - 1.0);
+                if low == high {
+                    high += 0.001;
+                }
+                (0..dim / 2)
+                    .map(|i| {
+                        let interpolated = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                        plain(i) / factor * interpolated + plain(i) * (1.0 - interpolated)
+                    })
+                    .collect()
+            }
+            RopeType::Llama3 => {
+                let (slow, fast) = (self.low_freq_factor.unwrap_or(1.0), self.high_freq_factor.unwrap_or(4.0));
+                (0..dim / 2)
+                    .map(|i| {
+                        let frequency = plain(i);
+                        let turns = original * frequency / std::f64::consts::TAU;
+                        let keep = ((turns - slow) / (fast - slow)).clamp(0.0, 1.0);
+                        frequency * keep + frequency / factor * (1.0 - keep)
+                    })
+                    .collect()
+            }
+        }
+    }
+}
+
+/// Cosines and sines for one batch of positions.
+#[derive(Clone, Debug)]
+pub struct RopeTable {
+    /// `[batch or 1, seq, 1, R/2]`
+    pub cos: Tensor<4>,
+    /// `[batch or 1, seq, 1, R/2]`
+    pub sin: Tensor<4>,
+}
+
+impl RopeTable {
+    /// Tables for the given positions, one row per sequence (or one row for all). All rows have the same length.
+    ///
+    /// Angles are formed in f64 and rounded once, so that positions far from 0 lose nothing.
+    pub fn new(config: &RopeConfig, dim: usize, max_positions: usize, positions: &[Vec<usize>], device: &Device) -> Self {
+        let frequencies = config.inverse_frequencies(dim, max_positions);
+        let factor = config.table_factor();
+        let (rows, seq) = (positions.len(), positions.first().map_or(0, Vec::len));
+        let mut cos = Vec::with_capacity(rows * seq * frequencies.len());
+        let mut sin = Vec::with_capacity(rows * seq * frequencies.len());
+        for position in positions.iter().flatten() {
+            for frequency in &frequencies {
+                let (s, c) = (*position as f64 * frequency).sin_cos();
+                cos.push((c * factor) as f32);
+                sin.push((s * factor) as f32);
+            }
+        }
+        let table = |values| Tensor::from_data(TensorData::new(values, [rows, seq, 1, frequencies.len()]), device);
+        Self { cos: table(cos), sin: table(sin) }
+    }
+}
+
+#[cfg(test)]
+mod tests;

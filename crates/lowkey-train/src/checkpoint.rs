@@ -1,0 +1,326 @@
+//! Checkpoints of a run: a Hugging Face model directory plus the trainer's state, all or nothing.
+//!
+//! A checkpoint is written into a hidden folder, synced, and renamed into place; `checksums.json` holds the SHA-256 of
+//! every file, and nothing is loaded that does not match. `best` is a link to the checkpoint with the lowest held-out
+//! loss.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use atomic_write_file::AtomicWriteFile;
+use burn::tensor::{Device, Tensor, TensorData};
+use lowkey_data::Tokenizer;
+use lowkey_model::{CausalLm, Parameter, WeightDtype};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::optimizer::{AdamW, Moments};
+
+const CHECKSUMS: &str = "checksums.json";
+const TRAINER: &str = "trainer.json";
+const MOMENTS: &str = "trainer.safetensors";
+const MAX_SHARD_BYTES: usize = 5_000_000_000;
+
+/// `trainer.json`: all that a run needs besides weights and moments to go on as if it had never stopped.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Optimiser steps taken.
+    pub step: u64,
+    /// Training targets seen.
+    pub tokens: u64,
+    /// Seconds of the run so far.
+    pub time_s: f64,
+    /// Checksum of the training tokens: other tokens would be another run.
+    pub data: String,
+    /// The lowest held-out loss so far, and the step it was measured at.
+    #[serde(default)]
+    pub best: Option<(u64, f64)>,
+}
+
+/// The checkpoints of one run.
+#[derive(Debug)]
+pub struct Checkpoints {
+    dir: PathBuf,
+    keep: usize,
+}
+
+impl Checkpoints {
+    /// Those in `dir`, which is created; what a killed process left half-written is removed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the folder cannot be made or cleaned.
+    pub fn open(dir: &Path, keep: usize) -> Result<Self> {
+        fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+        for entry in entries(dir)? {
+            if entry.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".tmp-")) {
+                remove(&entry)?;
+            }
+        }
+        Ok(Self { dir: dir.to_path_buf(), keep })
+    }
+
+    /// Saves a checkpoint, points `best` at the best one, and removes all but the last `keep` and the best.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Model`] where a file cannot be written; earlier checkpoints stay as they are.
+    pub fn save(&self, model: &CausalLm, tokenizer: &Tokenizer, optimizer: &AdamW, state: &TrainerState) -> Result<PathBuf> {
+        let name = step_name(state.step);
+        let (target, temporary) = (self.dir.join(&name), self.dir.join(format!(".tmp-{name}")));
+        let written = write(&temporary, model, tokenizer, optimizer, state);
+        if let Err(e) = written {
+            // The message about the disk matters more than one about the clean-up.
+            let _ = remove(&temporary);
+            return Err(e);
+        }
+        if target.exists() {
+            let old = self.dir.join(format!(".tmp-old-{name}"));
+            fs::rename(&target, &old).map_err(|e| Error::io(&target, e))?;
+            fs::rename(&temporary, &target).map_err(|e| Error::io(&target, e))?;
+            remove(&old)?;
+        } else {
+            fs::rename(&temporary, &target).map_err(|e| Error::io(&target, e))?;
+        }
+        sync_dir(&self.dir)?;
+        if let Some((step, _)) = state.best {
+            self.point_best(&step_name(step))?;
+        }
+        self.prune(state)?;
+        Ok(target)
+    }
+
+    /// The newest checkpoint that is whole, and what is wrong with any newer one.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the folder cannot be read.
+    pub fn latest(&self) -> Result<(Option<PathBuf>, Vec<String>)> {
+        let mut notes = Vec::new();
+        for (_, path) in self.steps()?.into_iter().rev() {
+            match verify(&path) {
+                Ok(()) => return Ok((Some(path), notes)),
+                Err(e) => notes.push(format!("skipping a damaged checkpoint: {e}")),
+            }
+        }
+        Ok((None, notes))
+    }
+
+    /// Checkpoints by step, oldest first.
+    fn steps(&self) -> Result<Vec<(u64, PathBuf)>> {
+        let mut found: Vec<(u64, PathBuf)> = entries(&self.dir)?
+            .into_iter()
+            .filter_map(|path| {
+                let step = path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
+                Some((step, path))
+            })
+            .collect();
+        found.sort();
+        Ok(found)
+    }
+
+    fn prune(&self, state: &TrainerState) -> Result<()> {
+        let steps = self.steps()?;
+        let best = state.best.map(|(step, _)| step);
+        let old = steps.len().saturating_sub(self.keep);
+        for (step, path) in steps.into_iter().take(old) {
+            if Some(step) != best {
+                remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A relative symbolic link, replaced by rename; a copy where the system has no such links.
+    fn point_best(&self, name: &str) -> Result<()> {
+        let (best, temporary) = (self.dir.join("best"), self.dir.join(".tmp-best"));
+        if !self.dir.join(name).exists() {
+            return Ok(());
+        }
+        if temporary.symlink_metadata().is_ok() {
+            remove(&temporary)?;
+        }
+        #[cfg(unix)]
+        {
+            std::os::unix::fs::symlink(name, &temporary).map_err(|e| Error::io(&temporary, e))?;
+            fs::rename(&temporary, &best).map_err(|e| Error::io(&best, e))
+        }
+        #[cfg(not(unix))]
+        {
+            fs::create_dir_all(&temporary).map_err(|e| Error::io(&temporary, e))?;
+            for file in entries(&self.dir.join(name))? {
+                if let Some(file_name) = file.file_name() {
+                    fs::copy(&file, temporary.join(file_name)).map_err(|e| Error::io(&file, e))?;
+                }
+            }
+            if best.exists() {
+                remove(&best)?;
+            }
+            fs::rename(&temporary, &best).map_err(|e| Error::io(&best, e))
+        }
+    }
+}
+
+/// Loads the trainer's state and, in the order of `parameters`, the optimiser's moments.
+///
+/// # Errors
+/// [`Error::File`] naming the file and tensor that do not fit.
+pub fn load_state(dir: &Path, parameters: &[Parameter], device: &Device) -> Result<(TrainerState, Vec<Moments>)> {
+    let path = dir.join(TRAINER);
+    let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+    let state: TrainerState =
+        serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not a trainer's state: {e}")))?;
+    let path = dir.join(MOMENTS);
+    let bytes = fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    let tensors = SafeTensors::deserialize(&bytes)
+        .map_err(|e| Error::file(&path, format!("not a readable safetensors file: {e}")))?;
+    let device = device.clone().without_autodiff();
+    let read = |kind: &str, parameter: &Parameter| -> Result<Tensor<1>> {
+        let name = format!("{kind}.{}", parameter.name);
+        let view = tensors.tensor(&name).map_err(|_| Error::file(&path, format!("tensor {name} is missing")))?;
+        let len: usize = parameter.shape.iter().product();
+        if view.dtype() != Dtype::F32 || view.shape() != [len] {
+            let why = format!("tensor {name} is {:?} {:?}, expected F32 [{len}]", view.dtype(), view.shape());
+            return Err(Error::file(&path, why));
+        }
+        let values: Vec<f32> =
+            view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        Ok(Tensor::from_data(TensorData::new(values, [len]), &device))
+    };
+    let moments = parameters
+        .iter()
+        .map(|parameter| Ok(Moments { m: read("m", parameter)?, v: read("v", parameter)? }))
+        .collect::<Result<_>>()?;
+    Ok((state, moments))
+}
+
+/// Recomputes every checksum of a checkpoint.
+///
+/// # Errors
+/// [`Error::File`] naming the first file that differs or is missing.
+pub fn verify(dir: &Path) -> Result<()> {
+    let path = dir.join(CHECKSUMS);
+    let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+    let expected: BTreeMap<String, String> =
+        serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not a table of checksums: {e}")))?;
+    for (name, expected) in expected {
+        let path = dir.join(&name);
+        let found = sha256(&path)?;
+        if found != expected {
+            let why = format!("its SHA-256 is {found}, not {expected} as when it was saved: the file has changed since");
+            return Err(Error::file(path, why));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a model directory carries checksums.
+pub fn has_checksums(dir: &Path) -> bool {
+    dir.join(CHECKSUMS).is_file()
+}
+
+fn step_name(step: u64) -> String {
+    format!("step-{step:06}")
+}
+
+fn write(dir: &Path, model: &CausalLm, tokenizer: &Tokenizer, optimizer: &AdamW, state: &TrainerState) -> Result<()> {
+    if dir.exists() {
+        remove(dir)?;
+    }
+    model.save(dir, WeightDtype::F32, MAX_SHARD_BYTES)?;
+    tokenizer.save(dir)?;
+    let generation = json!({
+        "bos_token_id": model.config.bos_token_id,
+        "eos_token_id": model.config.eos_token_id,
+        "do_sample": true,
+        "temperature": 0.8,
+    });
+    write_json(&dir.join("generation_config.json"), &generation)?;
+    write_moments(&dir.join(MOMENTS), model, optimizer)?;
+    write_json(&dir.join(TRAINER), &json!(state))?;
+    let mut checksums = BTreeMap::new();
+    for path in entries(dir)? {
+        if let Some(name) = path.file_name() {
+            checksums.insert(name.to_string_lossy().into_owned(), sha256(&path)?);
+        }
+    }
+    write_json(&dir.join(CHECKSUMS), &json!(checksums))?;
+    sync_dir(dir)
+}
+
+fn write_moments(path: &Path, model: &CausalLm, optimizer: &AdamW) -> Result<()> {
+    let (moments, _) = optimizer.state();
+    let mut tensors = Vec::new();
+    for (parameter, Moments { m, v }) in model.parameters().iter().zip(moments) {
+        for (kind, moment) in [("m", m), ("v", v)] {
+            let values = moment
+                .try_to_vec_as::<f32>()
+                .map_err(|e| Error::Device { what: "the optimiser's moments", why: format!("{e:?}") })?;
+            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            tensors.push((format!("{kind}.{}", parameter.name), values.len(), bytes));
+        }
+    }
+    let bytes = tensors
+        .iter()
+        .map(|(name, len, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, vec![*len], bytes)?)))
+        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
+        .and_then(|views| safetensors::serialize(views, None::<HashMap<String, String>>))
+        .map_err(|e| Error::file(path, format!("cannot be encoded: {e}")))?;
+    write_file(path, &bytes)
+}
+
+/// Writes a file atomically: temporary file, fsync, rename.
+///
+/// # Errors
+/// [`Error::Io`] naming the file.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = AtomicWriteFile::open(path)?;
+        file.write_all(bytes)?;
+        file.commit()
+    };
+    write().map_err(|e| Error::io(path, e))
+}
+
+pub(crate) fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::file(path, e.to_string()))?;
+    write_file(path, (text + "\n").as_bytes())
+}
+
+fn sha256(path: &Path) -> Result<String> {
+    let fail = |e| Error::io(path, e);
+    let mut file = File::open(path).map_err(fail)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let n = file.read(&mut buffer).map_err(fail)?;
+        if n == 0 {
+            break;
+        }
+        hash.update(&buffer[..n]);
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+    let fail = |e| Error::io(dir, e);
+    fs::read_dir(dir).map_err(fail)?.map(|entry| Ok(entry.map_err(fail)?.path())).collect()
+}
+
+/// Removes a file, a link, or a folder with all that is in it.
+fn remove(path: &Path) -> Result<()> {
+    let kind = path.symlink_metadata().map_err(|e| Error::io(path, e))?;
+    let removed = if kind.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    removed.map_err(|e| Error::io(path, e))
+}
+
+/// Makes a rename durable. Only Unix can open a folder to sync it.
+fn sync_dir(dir: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(dir).and_then(|file| file.sync_all()).map_err(|e| Error::io(dir, e))?;
+    }
+    Ok(())
+}

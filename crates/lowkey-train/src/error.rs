@@ -1,0 +1,95 @@
+//! What can stop a run.
+
+use std::path::PathBuf;
+
+/// Why a run file was refused or a run stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The run file is not what a run file must be.
+    #[error("{}: {why}", path.display())]
+    RunFile {
+        /// The run file, or the `--set` expression.
+        path: PathBuf,
+        /// The parser's message, with line and column.
+        why: String,
+    },
+    /// A key of the run file has a value that no run can be made from.
+    #[error("{key} = {value}: {why}")]
+    Config {
+        /// The key with its section, such as `optimizer.lr`.
+        key: &'static str,
+        /// The offending value as text.
+        value: String,
+        /// The rule it breaks and the mend.
+        why: String,
+    },
+    /// The loss or a gradient is no longer a number. The weights are those before the step.
+    #[error(
+        "step {step}: {what} is not finite ({value}); the optimiser step was not taken. The batch is data rows {first_row} \
+         to {last_row} of the sampler; the last good checkpoint is kept. Lower optimizer.lr, raise \
+         lr_scheduler.warmup_steps, or set optimizer.grad_clip"
+    )]
+    NonFinite {
+        /// The step that was not taken, counted from 1.
+        step: u64,
+        /// The loss, or the first parameter whose gradient is not finite.
+        what: String,
+        /// The offending number.
+        value: f64,
+        /// First row of the batch in the sampler's order.
+        first_row: u64,
+        /// Last row of the batch.
+        last_row: u64,
+    },
+    /// A file of a run or checkpoint is not what it should be.
+    #[error("{}: {why}", path.display())]
+    File {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong and the mend.
+        why: String,
+    },
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// The model could not be built, loaded or saved.
+    #[error(transparent)]
+    Model(#[from] lowkey_model::Error),
+    /// The data could not be read or prepared.
+    #[error(transparent)]
+    Data(#[from] lowkey_data::Error),
+    /// A sample could not be drawn.
+    #[error(transparent)]
+    Infer(#[from] lowkey_infer::Error),
+    /// The device failed.
+    #[error("the device could not return {what}: {why}")]
+    Device {
+        /// What was being read.
+        what: &'static str,
+        /// The device's reason.
+        why: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn config(key: &'static str, value: impl ToString, why: impl Into<String>) -> Self {
+        Self::Config { key, value: value.to_string(), why: why.into() }
+    }
+
+    pub(crate) fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {
+        Self::File { path: path.into(), why: why.into() }
+    }
+
+    pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+}
+
+/// The result of this crate's fallible functions.
+pub type Result<T> = std::result::Result<T, Error>;

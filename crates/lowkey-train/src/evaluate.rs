@@ -1,0 +1,188 @@
+//! Loss on held-out text, and the distance to the true entropy where the corpus has one.
+
+use burn::module::Module;
+use burn::tensor::Device;
+use lowkey_data::storybook::Class;
+use lowkey_data::{Batch, IGNORE, OracleDocument};
+use lowkey_model::{CausalLm, Trace};
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::workers::{Workers, rows};
+
+/// What to measure a model on.
+#[derive(Clone, Debug)]
+pub enum Held {
+    /// Text without a known entropy, as batches.
+    Batches(Vec<Batch>),
+    /// Documents with the true log-probability of each token.
+    Documents(Vec<OracleDocument>),
+}
+
+/// A model's loss on held-out text.
+#[derive(Clone, Debug, Serialize)]
+pub struct Evaluation {
+    /// Mean negative log-likelihood per token, nats.
+    pub loss: f64,
+    /// e^loss.
+    pub perplexity: f64,
+    /// Nats over the text's bytes, in bits.
+    pub bits_per_byte: f64,
+    /// Tokens predicted.
+    pub tokens: usize,
+    /// Bytes of text that they stand for.
+    pub bytes: u64,
+    /// Largest attention logit over the blocks, on the first rows.
+    pub max_logit: f64,
+    /// `loss` minus the true entropy of the same tokens, nats per token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gap: Option<f64>,
+    /// The same by class of token.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<ClassEvaluation>,
+}
+
+/// Loss on the tokens of one class.
+#[derive(Clone, Debug, Serialize)]
+pub struct ClassEvaluation {
+    /// Name of the class.
+    pub class: String,
+    /// Tokens of this class.
+    pub tokens: usize,
+    /// Model's nats per token.
+    pub loss: f64,
+    /// Generator's nats per token: no model can do better on average.
+    pub entropy: f64,
+    /// Difference of the two.
+    pub gap: f64,
+}
+
+/// Documents per pass of the oracle evaluation.
+const DOCUMENTS_PER_PASS: usize = 16;
+
+impl Held {
+    /// The first `count` batches' worth of it, for evaluations during a run.
+    pub fn first(&self, count: usize, batch_size: usize) -> Self {
+        match self {
+            Self::Batches(batches) => Self::Batches(batches.iter().take(count).cloned().collect()),
+            Self::Documents(documents) => {
+                Self::Documents(documents.iter().take(count.saturating_mul(batch_size)).cloned().collect())
+            }
+        }
+    }
+}
+
+/// Evaluates `model`; `byte_lengths[id]` is the number of text bytes that a token stands for.
+///
+/// The first token of a document has no context and is not predicted, by the model or by the generator.
+///
+/// # Errors
+/// [`Error::Device`] where a loss cannot be read back.
+pub fn evaluate(
+    model: &CausalLm,
+    held: &Held,
+    byte_lengths: &[u32],
+    workers: &Workers,
+    device: &Device,
+) -> Result<Evaluation> {
+    let model = model.valid();
+    let device = device.clone().without_autodiff();
+    let packed;
+    let batches = match held {
+        Held::Batches(batches) => batches,
+        Held::Documents(documents) => {
+            packed = documents.chunks(DOCUMENTS_PER_PASS).map(one_per_row).collect();
+            &packed
+        }
+    };
+    let losses = workers
+        .map(batches, |batch| model.loss(rows(batch, 0, batch.rows), &device, None).1.try_into_vec_as::<f32>())
+        .into_iter()
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .map_err(|e| Error::Device { what: "the losses", why: format!("{e:?}") })?;
+    let (mut nats, mut tokens, mut bytes) = (0.0, 0, 0u64);
+    for (batch, losses) in batches.iter().zip(&losses) {
+        for (target, loss) in batch.targets.iter().zip(losses).filter(|(target, _)| **target != IGNORE) {
+            nats += f64::from(*loss);
+            tokens += 1;
+            bytes += u64::from(byte_lengths.get(*target as usize).copied().unwrap_or(0));
+        }
+    }
+    let loss = nats / tokens.max(1) as f64;
+    let classes = match held {
+        Held::Batches(_) => Vec::new(),
+        Held::Documents(documents) => by_class(documents, batches, &losses),
+    };
+    let gap = (!classes.is_empty()).then(|| {
+        let entropy: f64 = classes.iter().map(|c| c.entropy * c.tokens as f64).sum();
+        loss - entropy / tokens.max(1) as f64
+    });
+    Ok(Evaluation {
+        loss,
+        perplexity: loss.exp(),
+        bits_per_byte: nats / std::f64::consts::LN_2 / bytes.max(1) as f64,
+        tokens,
+        bytes,
+        max_logit: max_logit(&model, batches.first(), &device)?,
+        gap,
+        classes,
+    })
+}
+
+/// Documents as rows of a batch, padded to the longest.
+fn one_per_row(documents: &[OracleDocument]) -> Batch {
+    let seq_len = documents.iter().map(|d| d.ids.len().saturating_sub(1)).max().unwrap_or(0).max(1);
+    let mut batch = Batch {
+        rows: documents.len(),
+        seq_len,
+        input_ids: Vec::with_capacity(documents.len() * seq_len),
+        targets: Vec::with_capacity(documents.len() * seq_len),
+        document_starts: vec![0; documents.len() * seq_len],
+    };
+    for document in documents {
+        let inputs = document.ids.iter().take(document.ids.len().saturating_sub(1)).copied();
+        batch.input_ids.extend(inputs.chain(std::iter::repeat(0)).take(seq_len));
+        let targets = document.ids.iter().skip(1).map(|id| i64::from(*id));
+        batch.targets.extend(targets.chain(std::iter::repeat(IGNORE)).take(seq_len));
+    }
+    batch
+}
+
+fn by_class(documents: &[OracleDocument], batches: &[Batch], losses: &[Vec<f32>]) -> Vec<ClassEvaluation> {
+    let rows = batches.iter().zip(losses).flat_map(|(batch, losses)| losses.chunks(batch.seq_len));
+    let mut sums = vec![(0usize, 0.0, 0.0); Class::ALL.len()];
+    for (document, losses) in documents.iter().zip(rows) {
+        let truth = document.log_probs.iter().zip(&document.classes).skip(1);
+        for ((log_prob, class), loss) in truth.zip(losses) {
+            if let Some(i) = Class::ALL.iter().position(|c| c == class) {
+                sums[i].0 += 1;
+                sums[i].1 += f64::from(*loss);
+                sums[i].2 -= log_prob;
+            }
+        }
+    }
+    Class::ALL
+        .iter()
+        .zip(sums)
+        .filter(|(_, (tokens, ..))| *tokens > 0)
+        .map(|(class, (tokens, model, truth))| {
+            let (loss, entropy) = (model / tokens as f64, truth / tokens as f64);
+            ClassEvaluation { class: class.label().to_string(), tokens, loss, entropy, gap: loss - entropy }
+        })
+        .collect()
+}
+
+/// The largest attention logit on the first rows of a batch.
+fn max_logit(model: &CausalLm, batch: Option<&Batch>, device: &Device) -> Result<f64> {
+    let Some(batch) = batch else { return Ok(0.0) };
+    let mut trace = Trace::default();
+    model.loss(rows(batch, 0, batch.rows.min(2)), device, Some(&mut trace));
+    let mut largest = f64::NEG_INFINITY;
+    for logit in trace.max_logit {
+        let logit = logit
+            .try_into_scalar::<f32>()
+            .map_err(|e| Error::Device { what: "an attention logit", why: format!("{e:?}") })?;
+        largest = largest.max(f64::from(logit));
+    }
+    Ok(largest)
+}

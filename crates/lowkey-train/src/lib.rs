@@ -1,0 +1,46 @@
+//! Training: one loop of steps, from a run file to checkpoints that are Hugging Face directories.
+//!
+//! **Purpose.** Everything between a TOML file and a trained model: the run file's schema, the optimiser, the schedule,
+//! gradients over threads and micro-batches, evaluation against the true entropy where it is known, checkpoints that
+//! survive a kill at any moment, and the metrics that tools read.
+//!
+//! **Main types.** [`RunConfig`] (the run file), [`setup`] and [`train`] (the loop), [`Event`] (what a watcher is told),
+//! [`AdamW`], [`Workers`] (threads), [`Evaluation`], [`Checkpoints`], [`Metrics`], [`Plan`].
+//!
+//! **Flow.** [`RunConfig::load`] → [`setup`] opens the corpus and resolves the model → each step: the sampler's batch for
+//! (seed, step), [`Workers::gradients`], a check that all is finite, clipping to the global norm, [`AdamW::step`] → every so
+//! many steps an [`evaluate`], samples, a line of metrics, a checkpoint.
+//!
+//! **Invariants.** The batch is a pure function of (seed, step), and nothing random happens elsewhere: a run that was killed
+//! and resumed ends with the same bits as one that was not, on the CPU, for the same number of threads. Weights change only
+//! by a finite step. A checkpoint is either whole or absent.
+//!
+//! **What this crate does not know.** The command line, the terminal, how a model computes.
+
+pub mod checkpoint;
+mod error;
+mod evaluate;
+mod metrics;
+mod optimizer;
+mod plan;
+mod run_config;
+pub mod run_data;
+mod schedule;
+mod tensorboard;
+mod train;
+mod workers;
+
+pub use checkpoint::{Checkpoints, TrainerState};
+pub use error::{Error, Result};
+pub use evaluate::{ClassEvaluation, Evaluation, Held, evaluate};
+pub use metrics::{Metrics, MetricsFile};
+pub use optimizer::{AdamW, Moments, clip, global_norm};
+pub use plan::{EXPECTED_MFU, Plan};
+pub use run_config::{
+    CheckpointSection, ComputeDtype, DataSection, EvalSection, InitSection, MetricsSection, OptimizerKind,
+    OptimizerSection, RunConfig, RunSection, SchedulerKind, SchedulerSection, TrainingSection,
+};
+pub use run_data::RunData;
+pub use tensorboard::EventWriter;
+pub use train::{Event, Outcome, RunOptions, Setup, device, setup, train};
+pub use workers::{StepGradients, Workers, available_threads, matmul_ceiling};

@@ -1,0 +1,155 @@
+//! `metrics.jsonl`: one JSON object per line, the only thing that tools read of a run.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use atomic_write_file::AtomicWriteFile;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::evaluate::Evaluation;
+
+/// One line of `metrics.jsonl`: a training step, with the evaluation that followed it, if one did.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Optimiser steps taken so far.
+    pub step: u64,
+    /// Training targets seen so far.
+    pub tokens: u64,
+    /// Seconds of the run so far, evaluations and checkpoints included, earlier sessions too.
+    pub time_s: f64,
+    /// Mean loss of the step's batch before the step, nats per token.
+    pub train_loss: f64,
+    /// Learning rate of the step.
+    pub lr: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Training targets per second of the step.
+    pub tokens_per_s: f64,
+    /// Model FLOPs per second over the measured matrix-product ceiling.
+    pub mfu: f64,
+    /// Epochs of the data seen.
+    pub epoch: f64,
+    /// Held-out loss, nats per token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub val_loss: Option<f64>,
+    /// Held-out bits per byte.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_per_byte: Option<f64>,
+    /// Held-out loss above the true entropy, nats per token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gap: Option<f64>,
+    /// The same by class of token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class_gap: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Largest attention logit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_attention_logit: Option<f64>,
+}
+
+impl Metrics {
+    /// Adds an evaluation's figures.
+    pub fn with_evaluation(mut self, evaluation: &Evaluation) -> Self {
+        self.val_loss = Some(evaluation.loss);
+        self.bits_per_byte = Some(evaluation.bits_per_byte);
+        self.gap = evaluation.gap;
+        self.max_attention_logit = Some(evaluation.max_logit);
+        if !evaluation.classes.is_empty() {
+            let gaps = evaluation.classes.iter().map(|c| (c.class.clone(), serde_json::json!(c.gap)));
+            self.class_gap = Some(gaps.collect());
+        }
+        self
+    }
+
+    /// The scalars with their TensorBoard tags.
+    pub fn scalars(&self) -> Vec<(&'static str, f64)> {
+        let mut out = vec![
+            ("train/loss", self.train_loss),
+            ("train/lr", self.lr),
+            ("train/grad_norm", self.grad_norm),
+            ("train/tokens_per_s", self.tokens_per_s),
+            ("train/mfu", self.mfu),
+        ];
+        let evaluated = [
+            ("val/loss", self.val_loss),
+            ("val/bits_per_byte", self.bits_per_byte),
+            ("val/gap", self.gap),
+            ("health/max_attention_logit", self.max_attention_logit),
+        ];
+        out.extend(evaluated.into_iter().filter_map(|(tag, value)| value.map(|value| (tag, value))));
+        out
+    }
+}
+
+/// An open `metrics.jsonl`.
+#[derive(Debug)]
+pub struct MetricsFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl MetricsFile {
+    /// Opens the file for a run that continues at `step`: lines of later steps, which a killed process wrote after its
+    /// last checkpoint, and a line cut short are dropped.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be read or written.
+    pub fn open(path: &Path, step: u64) -> Result<Self> {
+        let fail = |source| Error::io(path, source);
+        let old = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(e) => return Err(fail(e)),
+        };
+        let kept: String = old
+            .lines()
+            .filter(|line| serde_json::from_str::<Metrics>(line).is_ok_and(|metrics| metrics.step <= step))
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        if kept != old || old.is_empty() {
+            let rewrite = || {
+                let mut file = AtomicWriteFile::open(path)?;
+                file.write_all(kept.as_bytes())?;
+                file.commit()
+            };
+            rewrite().map_err(fail)?;
+        }
+        let file = OpenOptions::new().append(true).open(path).map_err(fail)?;
+        Ok(Self { path: path.to_path_buf(), file })
+    }
+
+    /// Appends a line.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be written.
+    pub fn write(&mut self, metrics: &Metrics) -> Result<()> {
+        let mut line =
+            serde_json::to_string(metrics).map_err(|e| Error::file(&self.path, format!("cannot be encoded: {e}")))?;
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(|e| Error::io(&self.path, e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reopening_drops_later_and_broken_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut file = MetricsFile::open(&path, 0).unwrap();
+        for step in 1..=5 {
+            file.write(&Metrics { step, train_loss: step as f64, ..Metrics::default() }).unwrap();
+        }
+        drop(file);
+        let mut raw = OpenOptions::new().append(true).open(&path).unwrap();
+        raw.write_all(b"{\"step\":6,\"tok").unwrap();
+        let mut file = MetricsFile::open(&path, 3).unwrap();
+        file.write(&Metrics { step: 4, train_loss: 40.0, ..Metrics::default() }).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let read: Vec<Metrics> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(read.iter().map(|m| m.train_loss).collect::<Vec<_>>(), vec![1.0, 2.0, 3.0, 40.0]);
+    }
+}

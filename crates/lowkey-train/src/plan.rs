@@ -1,0 +1,71 @@
+//! What a run will cost, said before it starts.
+
+use lowkey_model::{CacheWidth, ModelConfig, ParameterCount};
+use serde::Serialize;
+
+use crate::run_config::RunConfig;
+
+/// The figures of a run, from the configuration alone but for the measured matrix-product rate.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// `MLA`, `MHA`, `GQA-2`, `MQA`.
+    pub attention: String,
+    /// All parameters.
+    pub parameters: usize,
+    /// Without embedding and output head.
+    pub block_parameters: usize,
+    /// Of the attentions alone.
+    pub attention_parameters: usize,
+    /// Floating-point operations to train on one token.
+    pub train_flops_per_token: f64,
+    /// Bytes per cached token in bf16 with full keys and values.
+    pub cache_bytes_expanded: usize,
+    /// Bytes per cached token in bf16 as the attention allows: the latent for MLA.
+    pub cache_bytes_latent: usize,
+    /// Tokens per optimiser step.
+    pub tokens_per_step: usize,
+    /// Tokens of the whole run.
+    pub tokens: u64,
+    /// Estimated peak memory of training.
+    pub train_bytes: usize,
+    /// Floating-point operations of the whole run.
+    pub flops: f64,
+    /// Measured matrix-product rate of this machine, operations per second.
+    pub matmul_flops_per_s: f64,
+    /// Estimated duration at [`EXPECTED_MFU`] of that rate.
+    pub seconds: f64,
+}
+
+/// The fraction of the matrix-product rate that a training run reaches, for the estimate of its duration.
+pub const EXPECTED_MFU: f64 = 0.25;
+
+/// Bytes of a number in a bf16 cache.
+const CACHE_BYTES: usize = 2;
+
+impl Plan {
+    /// The plan of a run with the given model.
+    pub fn new(config: &RunConfig, model: &ModelConfig, matmul_flops_per_s: f64) -> Self {
+        let ParameterCount { total, blocks, attention } = model.parameter_count();
+        let CacheWidth { expanded, latent } = model.cache_width();
+        let seq = config.data.seq_len;
+        let tokens_per_step = config.training.batch_size * seq;
+        let tokens = config.training.steps.saturating_mul(tokens_per_step as u64);
+        let train_flops_per_token = model.train_flops_per_token(seq);
+        let flops = train_flops_per_token * tokens as f64;
+        Self {
+            attention: model.attention_name(),
+            parameters: total,
+            block_parameters: blocks,
+            attention_parameters: attention,
+            train_flops_per_token,
+            cache_bytes_expanded: expanded * model.num_hidden_layers * CACHE_BYTES,
+            cache_bytes_latent: latent * model.num_hidden_layers * CACHE_BYTES,
+            tokens_per_step,
+            tokens,
+            train_bytes: model.train_bytes(config.micro_batch_size(), seq),
+            flops,
+            matmul_flops_per_s,
+            seconds: flops / (matmul_flops_per_s * EXPECTED_MFU),
+        }
+    }
+}

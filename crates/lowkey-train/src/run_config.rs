@@ -1,0 +1,454 @@
+//! The run file: one TOML file is one whole run.
+
+use std::path::{Path, PathBuf};
+
+use lowkey_data::Packing;
+use lowkey_model::ModelSection;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// A run file, as written and as resolved.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Name, seed, device.
+    pub run: RunSection,
+    /// Where the weights come from, if not from a random start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<InitSection>,
+    /// The model; absent: that of `init.from`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelSection>,
+    /// The corpus.
+    pub data: DataSection,
+    /// The optimiser.
+    pub optimizer: OptimizerSection,
+    /// The learning rate over the run.
+    #[serde(default)]
+    pub lr_scheduler: SchedulerSection,
+    /// Steps and batches.
+    pub training: TrainingSection,
+    /// Evaluation and samples.
+    #[serde(default)]
+    pub eval: EvalSection,
+    /// Checkpoints.
+    #[serde(default)]
+    pub checkpoint: CheckpointSection,
+    /// Metrics.
+    #[serde(default)]
+    pub metrics: MetricsSection,
+}
+
+/// `[run]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunSection {
+    /// Name of the run; its folder is `runs/NAME`.
+    pub name: String,
+    /// Seed of the weights, the order of the data and the samples.
+    #[serde(default)]
+    pub seed: u64,
+    /// `auto`, `cpu`, or the name of a GPU backend.
+    #[serde(default = "auto")]
+    pub device: String,
+}
+
+fn auto() -> String {
+    "auto".into()
+}
+
+/// `[init]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InitSection {
+    /// A model directory whose weights, configuration and tokenizer the run starts from.
+    pub from: PathBuf,
+}
+
+/// `[data]`: exactly one of `dataset` and `path`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSection {
+    /// A dataset file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset: Option<PathBuf>,
+    /// A text file as it is: byte tokens, the last tenth held out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Tokens per sequence.
+    pub seq_len: usize,
+    /// How documents fill a sequence; absent: whole documents where there are several, a stream where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packing: Option<Packing>,
+    /// Whether attention stops at document bounds.
+    #[serde(default = "yes")]
+    pub mask_documents: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// `[optimizer]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerSection {
+    /// Which optimiser.
+    #[serde(default)]
+    pub kind: OptimizerKind,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decay of the first and second moment.
+    #[serde(default = "default_betas")]
+    pub betas: [f64; 2],
+    /// ε beside the root of the second moment.
+    #[serde(default = "default_adam_eps")]
+    pub eps: f64,
+    /// Decoupled decay of matrices; norms and biases are not decayed.
+    #[serde(default)]
+    pub weight_decay: f64,
+    /// Largest global norm of the gradient; absent: no clipping.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grad_clip: Option<f64>,
+}
+
+fn default_betas() -> [f64; 2] {
+    [0.9, 0.95]
+}
+
+fn default_adam_eps() -> f64 {
+    1e-8
+}
+
+/// The optimisers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// Adam with decoupled weight decay (arXiv 1711.05101).
+    #[default]
+    AdamW,
+}
+
+/// `[lr_scheduler]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SchedulerSection {
+    /// Shape after the warm-up.
+    #[serde(default)]
+    pub kind: SchedulerKind,
+    /// Steps over which the rate rises from 0 to its peak.
+    #[serde(default)]
+    pub warmup_steps: u64,
+    /// `wsd`: the last fraction of the steps, over which the rate falls.
+    #[serde(default = "default_decay_fraction")]
+    pub decay_fraction: f64,
+    /// The last rate as a fraction of the peak.
+    #[serde(default)]
+    pub min_lr_ratio: f64,
+}
+
+fn default_decay_fraction() -> f64 {
+    0.2
+}
+
+impl Default for SchedulerSection {
+    fn default() -> Self {
+        Self { kind: SchedulerKind::Constant, warmup_steps: 0, decay_fraction: 0.2, min_lr_ratio: 0.0 }
+    }
+}
+
+/// Shapes of the learning rate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SchedulerKind {
+    /// The peak throughout.
+    #[default]
+    Constant,
+    /// A straight line from the peak to `min_lr_ratio`.
+    Linear,
+    /// Half a cosine from the peak to `min_lr_ratio` (arXiv 1608.03983).
+    Cosine,
+    /// Warm-up, stable, decay (arXiv 2404.06395): the peak, then a straight line over the last `decay_fraction`.
+    Wsd,
+}
+
+/// `[training]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainingSection {
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Sequences per optimiser step.
+    pub batch_size: usize,
+    /// Sequences per forward and backward pass; smaller than `batch_size`: gradients are accumulated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub micro_batch_size: Option<usize>,
+    /// Number format of the computation.
+    #[serde(default)]
+    pub dtype: ComputeDtype,
+    /// Threads that share a micro-batch on the CPU; absent: one per core. Part of the run: gradients are summed in a fixed
+    /// order for a given number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+}
+
+/// Number formats of the computation; master weights stay f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeDtype {
+    /// 32-bit floating point.
+    #[default]
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+/// `[eval]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvalSection {
+    /// Steps between evaluations; 0: only at the end.
+    #[serde(default)]
+    pub every: u64,
+    /// Batches of the held-out split per evaluation, always the same ones; the last evaluation of a run covers the split.
+    #[serde(default = "default_eval_batches")]
+    pub batches: usize,
+    /// Prompts that are continued at each evaluation.
+    #[serde(default)]
+    pub prompts: Vec<String>,
+    /// Tokens per continuation.
+    #[serde(default = "default_sample_tokens")]
+    pub sample_tokens: usize,
+    /// Temperature of the continuations.
+    #[serde(default = "default_temperature")]
+    pub temperature: f64,
+}
+
+fn default_eval_batches() -> usize {
+    16
+}
+
+fn default_sample_tokens() -> usize {
+    200
+}
+
+fn default_temperature() -> f64 {
+    0.8
+}
+
+impl Default for EvalSection {
+    fn default() -> Self {
+        Self {
+            every: 0,
+            batches: default_eval_batches(),
+            prompts: Vec::new(),
+            sample_tokens: default_sample_tokens(),
+            temperature: default_temperature(),
+        }
+    }
+}
+
+/// `[checkpoint]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointSection {
+    /// Steps between checkpoints; 0: only at the end.
+    #[serde(default)]
+    pub every: u64,
+    /// How many of the latest to keep; the best is kept besides.
+    #[serde(default = "default_keep")]
+    pub keep: usize,
+}
+
+fn default_keep() -> usize {
+    2
+}
+
+impl Default for CheckpointSection {
+    fn default() -> Self {
+        Self { every: 0, keep: default_keep() }
+    }
+}
+
+/// `[metrics]`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MetricsSection {
+    /// Also write TensorBoard event files.
+    #[serde(default)]
+    pub tensorboard: bool,
+    /// Steps between lines of `metrics.jsonl`.
+    #[serde(default = "one")]
+    pub every: u64,
+}
+
+fn one() -> u64 {
+    1
+}
+
+impl Default for MetricsSection {
+    fn default() -> Self {
+        Self { tensorboard: false, every: 1 }
+    }
+}
+
+impl RunConfig {
+    /// Reads a run file and applies `key.path=value` overrides, whose values are TOML (a bare word counts as a string).
+    ///
+    /// # Errors
+    /// [`Error::RunFile`] with line and column for a file that does not parse or has an unknown key, [`Error::Config`] for a
+    /// value out of range.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
+        let fail = |why: String| Error::RunFile { path: path.to_path_buf(), why };
+        if overrides.is_empty() {
+            // Straight from the text, so that a message can point at line and column.
+            let config: Self = toml::from_str(&text).map_err(|e| fail(e.to_string()))?;
+            config.check()?;
+            return Ok(config);
+        }
+        let mut table: toml::Table = toml::from_str(&text).map_err(|e| fail(e.to_string()))?;
+        for expression in overrides {
+            set(&mut table, expression)?;
+        }
+        let config: Self = toml::Value::Table(table).try_into().map_err(|e| fail(e.to_string()))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The run file's text, every key written out.
+    ///
+    /// # Errors
+    /// [`Error::RunFile`] where a value cannot be written as TOML.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self)
+            .map_err(|e| Error::RunFile { path: "run.toml".into(), why: format!("cannot be written: {e}") })
+    }
+
+    /// Sequences per forward and backward pass.
+    pub fn micro_batch_size(&self) -> usize {
+        self.training.micro_batch_size.unwrap_or(self.training.batch_size).min(self.training.batch_size)
+    }
+
+    fn check(&self) -> Result<()> {
+        let name = &self.run.name;
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if name.is_empty() || !name.chars().all(plain) || name.starts_with('.') {
+            return Err(Error::config("run.name", name, "must be a folder name of letters, digits, '-', '_' and '.'"));
+        }
+        match (&self.data.dataset, &self.data.path) {
+            (Some(_), Some(path)) => {
+                return Err(Error::config("data.path", path.display(), "data.dataset is set too; keep one of them"));
+            }
+            (None, None) => {
+                return Err(Error::config("data.dataset", "(absent)", "set it to a dataset file, or data.path to a text file"));
+            }
+            _ => {}
+        }
+        at_least_one("data.seq_len", self.data.seq_len, 1 << 20)?;
+        if self.model.is_none() && self.init.is_none() {
+            return Err(Error::config("model", "(absent)", "write a [model] section, or [init] from = a model directory"));
+        }
+        if self.model.is_some() && self.init.is_some() {
+            return Err(Error::config(
+                "model",
+                "(set)",
+                "[init] from brings its own configuration; remove the [model] section",
+            ));
+        }
+        if self.training.steps == 0 || self.training.steps > 1 << 40 {
+            return Err(Error::config("training.steps", self.training.steps, "must be at least 1"));
+        }
+        at_least_one("training.batch_size", self.training.batch_size, 1 << 20)?;
+        if let Some(micro) = self.training.micro_batch_size {
+            at_least_one("training.micro_batch_size", micro, 1 << 20)?;
+        }
+        if let Some(threads) = self.training.threads {
+            at_least_one("training.threads", threads, 1024)?;
+        }
+        if self.training.dtype != ComputeDtype::F32 {
+            let value = format!("{:?}", self.training.dtype).to_lowercase();
+            return Err(Error::config("training.dtype", value, "the CPU trains in f32; write \"f32\""));
+        }
+        self.check_optimizer()?;
+        let s = &self.lr_scheduler;
+        fraction("lr_scheduler.decay_fraction", s.decay_fraction)?;
+        fraction("lr_scheduler.min_lr_ratio", s.min_lr_ratio)?;
+        if s.warmup_steps > self.training.steps {
+            let why = format!("must not exceed training.steps = {}", self.training.steps);
+            return Err(Error::config("lr_scheduler.warmup_steps", s.warmup_steps, why));
+        }
+        at_least_one("eval.batches", self.eval.batches, usize::MAX)?;
+        at_least_one("eval.sample_tokens", self.eval.sample_tokens, 1 << 20)?;
+        if !(self.eval.temperature.is_finite() && self.eval.temperature >= 0.0) {
+            return Err(Error::config("eval.temperature", self.eval.temperature, "must be a finite number ≥ 0"));
+        }
+        at_least_one("checkpoint.keep", self.checkpoint.keep, usize::MAX)?;
+        if self.metrics.every == 0 {
+            return Err(Error::config("metrics.every", 0, "must be at least 1"));
+        }
+        Ok(())
+    }
+
+    fn check_optimizer(&self) -> Result<()> {
+        let o = &self.optimizer;
+        if !(o.lr.is_finite() && o.lr > 0.0) {
+            return Err(Error::config("optimizer.lr", o.lr, "must be a finite number > 0"));
+        }
+        for beta in o.betas {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::config("optimizer.betas", beta, "each must lie in 0 ≤ β < 1"));
+            }
+        }
+        if !(o.eps.is_finite() && o.eps > 0.0) {
+            return Err(Error::config("optimizer.eps", o.eps, "must be a finite number > 0"));
+        }
+        if !(o.weight_decay.is_finite() && o.weight_decay >= 0.0) {
+            return Err(Error::config("optimizer.weight_decay", o.weight_decay, "must be a finite number ≥ 0"));
+        }
+        if let Some(clip) = o.grad_clip
+            && !(clip.is_finite() && clip > 0.0)
+        {
+            return Err(Error::config("optimizer.grad_clip", clip, "must be a finite number > 0; leave it out for none"));
+        }
+        Ok(())
+    }
+}
+
+fn at_least_one(key: &'static str, value: usize, most: usize) -> Result<()> {
+    if value == 0 || value > most {
+        let why = if most == usize::MAX { "must be at least 1".into() } else { format!("must lie between 1 and {most}") };
+        return Err(Error::config(key, value, why));
+    }
+    Ok(())
+}
+
+fn fraction(key: &'static str, value: f64) -> Result<()> {
+    if (0.0..=1.0).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::config(key, value, "must lie between 0 and 1"))
+}
+
+fn set(table: &mut toml::Table, expression: &str) -> Result<()> {
+    let fail = |why: &str| Error::RunFile { path: format!("--set {expression}").into(), why: why.into() };
+    let (path, value) = expression.split_once('=').ok_or_else(|| fail("must look like section.key=value"))?;
+    let value = value.trim();
+    // A bare word is a string: `--set run.device=cpu` reads better than nested quotes.
+    let value = toml::from_str::<toml::Table>(&format!("v = {value}"))
+        .ok()
+        .and_then(|mut parsed| parsed.remove("v"))
+        .unwrap_or_else(|| toml::Value::String(value.to_string()));
+    let mut keys: Vec<&str> = path.trim().split('.').map(str::trim).collect();
+    let last = keys.pop().filter(|key| !key.is_empty()).ok_or_else(|| fail("names no key"))?;
+    let mut at = table;
+    for key in keys {
+        let entry = at.entry(key).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        at = entry.as_table_mut().ok_or_else(|| fail(&format!("{key} is not a section")))?;
+    }
+    at.insert(last.to_string(), value);
+    Ok(())
+}

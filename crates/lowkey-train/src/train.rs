@@ -1,0 +1,484 @@
+//! The one training loop.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use burn::tensor::Device;
+use lowkey_data::{Sampler, Tokenizer};
+use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
+use lowkey_model::{CausalLm, ModelConfig, Parameter};
+use serde_json::json;
+
+use crate::checkpoint::{self, Checkpoints, TrainerState, write_file, write_json};
+use crate::error::{Error, Result};
+use crate::evaluate::{Evaluation, evaluate};
+use crate::metrics::{Metrics, MetricsFile};
+use crate::optimizer::{AdamW, clip, global_norm};
+use crate::plan::Plan;
+use crate::run_config::RunConfig;
+use crate::run_data::{self, RunData};
+use crate::tensorboard::EventWriter;
+use crate::workers::{Workers, available_threads, matmul_ceiling};
+
+/// Where a run writes, and how it starts.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// The run file, for paths that are relative to it.
+    pub run_file: PathBuf,
+    /// The run's folder.
+    pub out: PathBuf,
+    /// Go on from the newest checkpoint.
+    pub resume: bool,
+    /// Replace a run that is already there.
+    pub overwrite: bool,
+    /// Facts for `environment.json`: version, commit.
+    pub environment: serde_json::Map<String, serde_json::Value>,
+}
+
+/// What a run tells whoever watches it.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// The corpus is being read.
+    Preparing(lowkey_data::Progress),
+    /// Something worth a line.
+    Note(String),
+    /// All is set; `step` is where it starts.
+    Ready {
+        /// What it will cost.
+        plan: &'a Plan,
+        /// Steps already taken.
+        step: u64,
+    },
+    /// A step was taken.
+    Step(&'a Metrics),
+    /// An evaluation ended.
+    Evaluated {
+        /// Steps taken.
+        step: u64,
+        /// Its figures.
+        evaluation: &'a Evaluation,
+        /// Whether it is the run's last, over the whole held-out split.
+        last: bool,
+    },
+    /// A prompt was continued.
+    Sample {
+        /// The prompt.
+        prompt: &'a str,
+        /// Its continuation.
+        text: &'a str,
+    },
+    /// A checkpoint was written.
+    Saved {
+        /// Its folder.
+        path: &'a Path,
+        /// Whether it has the lowest held-out loss so far.
+        best: bool,
+    },
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Steps taken.
+    pub step: u64,
+    /// Whether all steps of the run file were taken.
+    pub finished: bool,
+    /// The last evaluation over the whole held-out split, where the run was finished.
+    pub evaluation: Option<Evaluation>,
+}
+
+/// The device that a run file names.
+///
+/// # Errors
+/// [`Error::Config`] for a name that is unknown or not built in.
+pub fn device(name: &str) -> Result<Device> {
+    match name {
+        "auto" | "cpu" => Ok(Device::flex()),
+        "wgpu" | "vulkan" | "metal" | "cuda" => {
+            Err(Error::config("run.device", name, "this build runs on the CPU only; write \"auto\" or \"cpu\""))
+        }
+        _ if name.starts_with("cuda:") => {
+            Err(Error::config("run.device", name, "this build runs on the CPU only; write \"auto\" or \"cpu\""))
+        }
+        _ => Err(Error::config("run.device", name, "known are auto, cpu, wgpu, vulkan, metal and cuda[:i]")),
+    }
+}
+
+/// Model configuration, corpus and tokenizer of a run file, with notes for the user.
+#[derive(Debug)]
+pub struct Setup {
+    /// The model to train.
+    pub model: ModelConfig,
+    /// The corpus.
+    pub data: RunData,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// Resolves a run file: opens (or prepares) the corpus and checks the model against its tokenizer.
+///
+/// # Errors
+/// Everything that is wrong with the run file, the corpus or the model directory of `[init]`.
+pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(Event)) -> Result<Setup> {
+    let own_tokenizer = match &config.init {
+        Some(init) => Some(Tokenizer::from_model_dir(&init.from)?),
+        None => None,
+    };
+    let dataset = run_data::dataset(&config.data, &options.run_file)?;
+    let dir = run_data::prepared_dir(&dataset, &config.data, &options.out, own_tokenizer.as_ref());
+    let data =
+        run_data::open(&dataset, &config.data, config.training.batch_size, &dir, own_tokenizer, &mut |progress| {
+            observe(Event::Preparing(progress));
+        })?;
+    let (vocab, seq_len) = (data.tokenizer.vocab_size(), config.data.seq_len);
+    let mut notes = Vec::new();
+    let mut model = match (&config.init, &config.model) {
+        (Some(init), _) => ModelConfig::read(&init.from.join("config.json"))?,
+        (None, Some(section)) => {
+            let (model, unused) = section.resolve(vocab, seq_len)?;
+            if !unused.is_empty() {
+                notes.push(format!("{} does not use {}", model.attention_name(), unused.join(", ")));
+            }
+            model
+        }
+        (None, None) => return Err(Error::config("model", "(absent)", "write a [model] section")),
+    };
+    if model.vocab_size < vocab {
+        let why = format!("the tokenizer has {vocab} tokens, more than the model's embedding has rows");
+        return Err(Error::config("model.vocab_size", model.vocab_size, why));
+    }
+    if model.max_position_embeddings < seq_len {
+        let why = format!("the model was made for {} positions at most", model.max_position_embeddings);
+        return Err(Error::config("data.seq_len", seq_len, why));
+    }
+    if model.eos_token_id.is_empty() {
+        model.eos_token_id = data.tokenizer.eos_id().into_iter().collect();
+    }
+    Ok(Setup { model, data, notes })
+}
+
+/// Trains as the run file says. `interrupt` stops it after the current step, with a checkpoint.
+///
+/// # Errors
+/// What is wrong with the run file or its data, before the first step; later [`Error::NonFinite`] and failures of the disk.
+pub fn train(
+    config: &RunConfig,
+    options: &RunOptions,
+    interrupt: &AtomicBool,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Outcome> {
+    let device = device(&config.run.device)?.autodiff();
+    let checkpoints_dir = options.out.join("checkpoints");
+    refuse_to_lose_a_run(&checkpoints_dir, options)?;
+    std::fs::create_dir_all(&options.out).map_err(|e| Error::io(&options.out, e))?;
+    let checkpoints = Checkpoints::open(&checkpoints_dir, config.checkpoint.keep)?;
+    let (found, damaged) = if options.resume { checkpoints.latest()? } else { (None, Vec::new()) };
+    let config = &with_threads(config, options, found.is_some())?;
+    let Setup { model: model_config, data, notes } = setup(config, options, observe)?;
+    for note in notes.into_iter().chain(damaged) {
+        observe(Event::Note(note));
+    }
+    if options.resume && found.is_none() {
+        observe(Event::Note("no checkpoint to resume from; starting at step 0".into()));
+    }
+    let run = Run::start(config, options, model_config, data, checkpoints, found.as_deref(), device)?;
+    run.write_head(found.is_some())?;
+    observe(Event::Ready { plan: &run.plan, step: run.state.step });
+    run.steps(interrupt, observe)
+}
+
+/// A run in progress.
+struct Run<'a> {
+    config: &'a RunConfig,
+    options: &'a RunOptions,
+    device: Device,
+    data: RunData,
+    sampler: Sampler,
+    byte_lengths: Vec<u32>,
+    workers: Workers,
+    model: CausalLm,
+    optimizer: AdamW,
+    checkpoints: Checkpoints,
+    state: TrainerState,
+    plan: Plan,
+    metrics: MetricsFile,
+    events: Option<EventWriter>,
+    /// Time of earlier sessions.
+    earlier_s: f64,
+    started: Instant,
+}
+
+impl<'a> Run<'a> {
+    fn start(
+        config: &'a RunConfig,
+        options: &'a RunOptions,
+        model_config: ModelConfig,
+        data: RunData,
+        checkpoints: Checkpoints,
+        resume: Option<&Path>,
+        device: Device,
+    ) -> Result<Self> {
+        let threads = config.training.threads.unwrap_or(1);
+        let sampler = data.sampler(&config.data, config.training.batch_size, config.run.seed)?;
+        let model = match (resume, &config.init) {
+            (Some(dir), _) => CausalLm::load(dir, &device)?,
+            (None, Some(init)) => {
+                if checkpoint::has_checksums(&init.from) {
+                    checkpoint::verify(&init.from)?;
+                }
+                CausalLm::load_with(&init.from, &model_config, &device)?
+            }
+            (None, None) => CausalLm::init(&model_config, config.run.seed, &device),
+        };
+        let parameters = model.parameters();
+        let mut optimizer = AdamW::new(&config.optimizer, &parameters, Parameter::is_matrix);
+        let mut state = TrainerState { data: data.train.checksum(), ..TrainerState::default() };
+        if let Some(dir) = resume {
+            let (saved, moments) = checkpoint::load_state(dir, &parameters, &device)?;
+            if saved.data != state.data {
+                let why = "the training tokens are not those this run began with; restore the text, or start a new run";
+                return Err(Error::file(dir, why));
+            }
+            optimizer.restore(moments, saved.step);
+            state = saved;
+        }
+        let plan = Plan::new(config, &model.config, matmul_ceiling(threads, &device)?);
+        let metrics = MetricsFile::open(&options.out.join("metrics.jsonl"), state.step)?;
+        let tensorboard = config.metrics.tensorboard;
+        let events = match tensorboard {
+            true => Some(EventWriter::create(&options.out.join("tensorboard"), state.step)?),
+            false => None,
+        };
+        Ok(Self {
+            config,
+            options,
+            sampler,
+            byte_lengths: data.tokenizer.byte_lengths(),
+            data,
+            workers: Workers::new(threads, config.micro_batch_size())?,
+            device,
+            model,
+            optimizer,
+            checkpoints,
+            earlier_s: state.time_s,
+            state,
+            plan,
+            metrics,
+            events,
+            started: Instant::now(),
+        })
+    }
+
+    /// `run.toml` as resolved and `environment.json`.
+    fn write_head(&self, resumed: bool) -> Result<()> {
+        let out = &self.options.out;
+        write_file(&out.join("run.toml"), self.config.to_toml()?.as_bytes())?;
+        let mut environment = self.options.environment.clone();
+        environment.insert("device".into(), json!(self.config.run.device));
+        environment.insert("seed".into(), json!(self.config.run.seed));
+        environment.insert("threads".into(), json!(self.config.training.threads));
+        environment.insert("dataset".into(), json!(self.data.name));
+        environment.insert("data_sha256".into(), json!(self.state.data));
+        environment.insert("matmul_flops_per_s".into(), json!(self.plan.matmul_flops_per_s));
+        environment.insert("plan".into(), json!(self.plan));
+        environment.insert("resumed_at_step".into(), json!(resumed.then_some(self.state.step)));
+        write_json(&out.join("environment.json"), &environment.into())
+    }
+
+    fn steps(mut self, interrupt: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
+        let steps = self.config.training.steps;
+        let mut evaluation = None;
+        while self.state.step < steps && !interrupt.load(Ordering::Relaxed) {
+            let mut metrics = self.step()?;
+            let last = self.state.step == steps;
+            let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
+            let mut best = false;
+            if last || due(self.config.eval.every, self.state.step) {
+                let measured = self.evaluate(last)?;
+                best = self.state.best.is_none_or(|(_, loss)| measured.loss < loss);
+                if best {
+                    self.state.best = Some((self.state.step, measured.loss));
+                }
+                metrics = metrics.with_evaluation(&measured);
+                observe(Event::Step(&metrics));
+                observe(Event::Evaluated { step: self.state.step, evaluation: &measured, last });
+                self.sample(observe)?;
+                evaluation = last.then_some(measured);
+            } else {
+                observe(Event::Step(&metrics));
+            }
+            if metrics.val_loss.is_some() || due(self.config.metrics.every, self.state.step) {
+                self.log(&metrics)?;
+            }
+            if last || best || due(self.config.checkpoint.every, self.state.step) {
+                self.save(best, observe)?;
+            }
+        }
+        let finished = self.state.step == steps;
+        if !finished {
+            self.save(false, observe)?;
+        }
+        Ok(Outcome { step: self.state.step, finished, evaluation })
+    }
+
+    /// One optimiser step.
+    fn step(&mut self) -> Result<Metrics> {
+        let started = Instant::now();
+        let config = self.config;
+        let step = self.state.step;
+        let batch = self.sampler.batch(step);
+        let result = self.workers.gradients(&self.model, &batch, config.micro_batch_size(), &self.device)?;
+        let rows = config.training.batch_size as u64;
+        let non_finite = |what: String, value: f64| Error::NonFinite {
+            step: step + 1,
+            what,
+            value,
+            first_row: step * rows,
+            last_row: (step + 1) * rows - 1,
+        };
+        if !result.loss.is_finite() {
+            return Err(non_finite("the loss".into(), result.loss));
+        }
+        let parameters = self.model.parameters();
+        let norm = match global_norm(&result.gradients)? {
+            Ok(norm) => norm,
+            Err((i, value)) => {
+                let name = parameters.get(i).map_or("?", |p| p.name.as_str());
+                return Err(non_finite(format!("the gradient of {name}"), value));
+            }
+        };
+        let gradients = match config.optimizer.grad_clip {
+            Some(limit) => clip(result.gradients, norm, limit),
+            None => result.gradients,
+        };
+        let lr = config.lr_scheduler.rate(step, config.training.steps, config.optimizer.lr);
+        let values = self.optimizer.step(parameters, gradients, lr);
+        self.model = self.model.clone().with_values(values);
+        self.state.step += 1;
+        self.state.tokens += result.targets as u64;
+        self.state.time_s = self.earlier_s + self.started.elapsed().as_secs_f64();
+        let tokens_per_s = result.targets as f64 / started.elapsed().as_secs_f64();
+        Ok(Metrics {
+            step: self.state.step,
+            tokens: self.state.tokens,
+            time_s: self.state.time_s,
+            train_loss: result.loss,
+            lr,
+            grad_norm: norm,
+            tokens_per_s,
+            mfu: tokens_per_s * self.plan.train_flops_per_token / self.plan.matmul_flops_per_s,
+            epoch: self.sampler.epoch(self.state.step),
+            ..Metrics::default()
+        })
+    }
+
+    fn evaluate(&self, last: bool) -> Result<Evaluation> {
+        let section = &self.config.eval;
+        let subset;
+        let held = if last {
+            &self.data.held
+        } else {
+            subset = self.data.held.first(section.batches, self.config.training.batch_size);
+            &subset
+        };
+        evaluate(&self.model, held, &self.byte_lengths, &self.workers, &self.device)
+    }
+
+    fn sample(&self, observe: &mut dyn FnMut(Event)) -> Result<()> {
+        let section = &self.config.eval;
+        for prompt in &section.prompts {
+            let ids = self.data.tokenizer.encode(prompt)?;
+            let room = self.model.config.max_position_embeddings.saturating_sub(ids.len());
+            let generate_config = GenerateConfig {
+                max_new_tokens: section.sample_tokens.min(room),
+                sampling: SamplingConfig {
+                    temperature: section.temperature,
+                    seed: self.config.run.seed,
+                    ..SamplingConfig::default()
+                },
+                form: Form::Absorbed,
+                eos: self.model.config.eos_token_id.clone(),
+                ..GenerateConfig::default()
+            };
+            let device = self.device.clone().without_autodiff();
+            let out = generate(&self.model, &ids, &generate_config, &device, &mut |_| ControlFlow::Continue(()))?;
+            let text = self.data.tokenizer.decode(&out.ids)?;
+            observe(Event::Sample { prompt, text: &text });
+        }
+        Ok(())
+    }
+
+    fn log(&mut self, metrics: &Metrics) -> Result<()> {
+        self.metrics.write(metrics)?;
+        if let Some(events) = &mut self.events {
+            events.scalars(metrics.step, &metrics.scalars())?;
+        }
+        Ok(())
+    }
+
+    fn save(&self, best: bool, observe: &mut dyn FnMut(Event)) -> Result<()> {
+        let path = self.checkpoints.save(&self.model, &self.data.tokenizer, &self.optimizer, &self.state)?;
+        observe(Event::Saved { path: &path, best });
+        Ok(())
+    }
+}
+
+/// A folder with checkpoints is only touched when the user says what to do with them.
+fn refuse_to_lose_a_run(checkpoints: &Path, options: &RunOptions) -> Result<()> {
+    if options.resume || !checkpoints.exists() {
+        return Ok(());
+    }
+    let present = Checkpoints::open(checkpoints, 1)?.latest()?.0;
+    match present {
+        Some(_) if options.overwrite => std::fs::remove_dir_all(checkpoints).map_err(|e| Error::io(checkpoints, e)),
+        Some(path) => {
+            let why = "this run is already here: --resume continues it, --overwrite replaces it, --out DIR goes elsewhere";
+            Err(Error::file(path, why))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Fixes the number of threads: that of the run file, else of the run being resumed, else one per core. Refuses to resume
+/// with a run file that describes another run.
+fn with_threads(config: &RunConfig, options: &RunOptions, resuming: bool) -> Result<RunConfig> {
+    let mut config = config.clone();
+    let path = options.out.join("run.toml");
+    let earlier = match resuming {
+        true => Some(RunConfig::load(&path, &[])?),
+        false => None,
+    };
+    if config.training.threads.is_none() {
+        config.training.threads = match &earlier {
+            Some(earlier) => earlier.training.threads,
+            None => Some(available_threads()),
+        };
+    }
+    if let Some(earlier) = earlier {
+        let (now, then) = (comparable(&config)?, comparable(&earlier)?);
+        if let Some(section) = now.keys().chain(then.keys()).find(|key| now.get(*key) != then.get(*key)) {
+            let why = format!(
+                "[{section}] is not what the run began with; resume with the same run file (only eval, checkpoint, metrics \
+                 and training.steps may change), or start a new run with --out DIR"
+            );
+            return Err(Error::file(path, why));
+        }
+    }
+    Ok(config)
+}
+
+/// The parts of a run file that decide the weights.
+fn comparable(config: &RunConfig) -> Result<toml::Table> {
+    let mut config = config.clone();
+    config.training.steps = 1;
+    config.run.device = String::new();
+    config.run.name = String::new();
+    let mut table: toml::Table = toml::from_str(&config.to_toml()?)
+        .map_err(|e| Error::RunFile { path: "run.toml".into(), why: e.to_string() })?;
+    for section in ["eval", "checkpoint", "metrics"] {
+        table.remove(section);
+    }
+    Ok(table)
+}

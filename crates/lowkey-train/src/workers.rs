@@ -1,0 +1,148 @@
+//! One optimiser step's gradients, with the rows of a batch shared between threads.
+//!
+//! Each thread runs its own autodiff graph on a fork of the model inside its own thread pool, so that no lock and no node
+//! is shared; gradients are summed in the order of the rows. For a given number of threads the result is bit-identical.
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use lowkey_data::Batch;
+use lowkey_model::{CausalLm, TokenBatch};
+
+use crate::error::{Error, Result};
+
+/// Thread pools among which rows are shared.
+#[derive(Debug)]
+pub struct Workers {
+    pools: Vec<rayon::ThreadPool>,
+}
+
+/// Loss and gradients of one optimiser step.
+#[derive(Debug)]
+pub struct StepGradients {
+    /// Mean negative log-likelihood per target, nats.
+    pub loss: f64,
+    /// Targets of the step.
+    pub targets: usize,
+    /// Gradients of the mean loss, flattened, in the order of the model's parameters.
+    pub gradients: Vec<Tensor<1>>,
+}
+
+/// Rows `from..to` of a batch.
+pub(crate) fn rows(batch: &Batch, from: usize, to: usize) -> TokenBatch<'_> {
+    let range = from * batch.seq_len..to * batch.seq_len;
+    TokenBatch {
+        rows: to - from,
+        seq_len: batch.seq_len,
+        input_ids: &batch.input_ids[range.clone()],
+        targets: &batch.targets[range.clone()],
+        document_starts: &batch.document_starts[range],
+    }
+}
+
+impl Workers {
+    /// `threads` threads for passes of `rows` rows: one pool per row at most, the threads divided among the pools.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the operating system gives no thread.
+    pub fn new(threads: usize, rows: usize) -> Result<Self> {
+        let count = threads.min(rows).max(1);
+        let per_pool = (threads / count).max(1);
+        let pools = (0..count)
+            .map(|_| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(per_pool).build();
+                pool.map_err(|e| Error::io("thread pool", std::io::Error::other(e)))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { pools })
+    }
+
+    /// Runs `job(i, items[i])` for all items, at most one per pool at a time, and returns the results in order.
+    pub fn map<T: Sync, R: Send>(&self, items: &[T], job: impl Fn(&T) -> R + Sync) -> Vec<R> {
+        let count = self.pools.len();
+        let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
+        std::thread::scope(|scope| {
+            let job = &job;
+            let mut lanes: Vec<Vec<(&T, &mut Option<R>)>> = (0..count).map(|_| Vec::new()).collect();
+            for (i, pair) in items.iter().zip(results.iter_mut()).enumerate() {
+                lanes[i % count].push(pair);
+            }
+            for (pool, lane) in self.pools.iter().zip(lanes) {
+                scope.spawn(move || {
+                    pool.install(|| {
+                        for (item, slot) in lane {
+                            *slot = Some(job(item));
+                        }
+                    });
+                });
+            }
+        });
+        // Every lane has run to its end (a panic would have been raised by the scope), so no slot is empty.
+        results.into_iter().flatten().collect()
+    }
+
+    /// Loss and gradients of a batch, in passes of `micro_batch` rows.
+    ///
+    /// The mean is over the targets of the whole batch: a pass with fewer targets weighs less.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where a loss cannot be read back.
+    pub fn gradients(&self, model: &CausalLm, batch: &Batch, micro_batch: usize, device: &Device) -> Result<StepGradients> {
+        let targets = batch.target_tokens();
+        let scale = 1.0 / targets.max(1) as f64;
+        let mut nats = 0.0;
+        let mut total: Option<Vec<Tensor<1>>> = None;
+        for from in (0..batch.rows).step_by(micro_batch) {
+            let pass = (batch.rows - from).min(micro_batch);
+            let share = pass.div_ceil(self.pools.len());
+            let shares: Vec<(usize, usize)> =
+                (0..pass).step_by(share).map(|at| (from + at, from + (at + share).min(pass))).collect();
+            // Forked here, not in the threads: the fork reads the parameters' shared nodes.
+            let forks: Vec<_> = shares.iter().map(|range| (*range, model.clone().fork(device))).collect();
+            let results = self.map(&forks, |((from, to), fork)| {
+                let (loss, _) = fork.loss(rows(batch, *from, *to), device, None);
+                let mut gradients = (loss.nats.clone() * scale).backward();
+                (loss.nats.without_autodiff(), fork.take_gradients(&mut gradients))
+            });
+            for (loss, gradients) in results {
+                let loss = loss
+                    .try_into_scalar::<f32>()
+                    .map_err(|e| Error::Device { what: "the loss", why: format!("{e:?}") })?;
+                nats += f64::from(loss);
+                total = Some(match total {
+                    None => gradients,
+                    Some(sum) => sum.into_iter().zip(gradients).map(|(a, b)| a + b).collect(),
+                });
+            }
+        }
+        Ok(StepGradients { loss: nats * scale, targets, gradients: total.unwrap_or_default() })
+    }
+}
+
+/// Threads that this process may use: one per core.
+pub fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// The rate, in floating-point operations per second, at which `threads` threads multiply f32 matrices of a size that fits
+/// the second-level cache: what a model's own products cannot exceed.
+///
+/// Measured in about a third of a second, best of several rounds.
+pub fn matmul_ceiling(threads: usize, device: &Device) -> Result<f64> {
+    const SIZE: usize = 512;
+    let workers = Workers::new(threads, threads)?;
+    let lanes: Vec<usize> = (0..threads).collect();
+    let device = device.clone().without_autodiff();
+    let mut best: f64 = 0.0;
+    for _ in 0..8 {
+        let started = std::time::Instant::now();
+        workers.map(&lanes, |_| {
+            let a = Tensor::<2>::ones([SIZE, SIZE], &device);
+            for _ in 0..8 {
+                drop(a.clone().matmul(a.clone()));
+            }
+        });
+        let flops = (threads * 8) as f64 * 2.0 * (SIZE as f64).powi(3);
+        best = best.max(flops / started.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}

@@ -1,0 +1,213 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Trains, samples, evaluates and inspects Multi-head Latent Attention (MLA) language models.
+#[derive(Debug, Parser)]
+#[command(
+    version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("LOWKEY_COMMIT"), ")"),
+    max_term_width = 100,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong use.\n\n\
+        Examples:\n  \
+        lowkey train configs/quickstart.toml\n  \
+        lowkey generate runs/quickstart/checkpoints/best --prompt \"Once\"\n  \
+        lowkey eval runs/quickstart/checkpoints/best --data datasets/storybook.toml"
+)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Train a model as a run file says: pre-training, or fine-tuning with `[init] from`
+    #[command(after_help = "Examples:\n  \
+        lowkey train configs/quickstart.toml\n  \
+        lowkey train configs/quickstart.toml --resume\n  \
+        lowkey train configs/quickstart.toml --set model.attention=mha --out runs/quickstart-mha")]
+    Train(TrainArguments),
+    /// Say what a run will cost (parameters, FLOPs, cache, memory, time), without starting it
+    #[command(after_help = "Example:\n  lowkey plan configs/mla-124m.toml --set training.batch_size=8")]
+    Plan(PlanArguments),
+    /// Continue a prompt with any model directory
+    #[command(after_help = "Examples:\n  \
+        lowkey generate runs/quickstart/checkpoints/best --prompt \"Once\"\n  \
+        lowkey generate MODEL --prompt \"To be\" --temperature 0 --decode expanded --max-new-tokens 64")]
+    Generate(GenerateArguments),
+    /// Measure a model's loss, bits per byte and, where it is known, the gap to the true entropy
+    #[command(after_help = "Examples:\n  \
+        lowkey eval runs/quickstart/checkpoints/best --data datasets/storybook.toml\n  \
+        lowkey eval MODEL --data my.txt --split all --json")]
+    Eval(EvalArguments),
+    /// Turn a corpus into token shards, or look at one
+    Data {
+        #[command(subcommand)]
+        command: DataCommand,
+    },
+    /// Describe a model directory or a run
+    #[command(after_help = "Example:\n  lowkey info runs/quickstart/checkpoints/best")]
+    Info(InfoArguments),
+    /// Compute logits for given token ids, to compare with other programs
+    #[command(after_help = "IN holds `input_ids` (I64 [B, T]); OUT receives `logits` (F32 [B, T, V]).\n\n\
+        Example:\n  lowkey logits MODEL --ids in.safetensors --out out.safetensors")]
+    Logits(LogitsArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunFileArguments {
+    /// The run file
+    pub(crate) run: PathBuf,
+    /// Replace a key of the run file; the value is TOML, a bare word counts as a string
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+    /// Folder of the run [default: runs/NAME]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TrainArguments {
+    #[command(flatten)]
+    pub(crate) file: RunFileArguments,
+    /// Go on from the newest checkpoint of this run
+    #[arg(long, conflicts_with = "overwrite")]
+    pub(crate) resume: bool,
+    /// Replace the run that is already in the folder
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    /// Same as --set run.device=NAME
+    #[arg(long, value_name = "NAME")]
+    pub(crate) device: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArguments {
+    #[command(flatten)]
+    pub(crate) file: RunFileArguments,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArguments {
+    /// A Hugging Face model directory, such as a checkpoint
+    pub(crate) model: PathBuf,
+    /// Text to continue
+    #[arg(long, conflicts_with = "prompt_file")]
+    pub(crate) prompt: Option<String>,
+    /// File with the text to continue
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// Most tokens to add
+    #[arg(long, default_value_t = 200)]
+    pub(crate) max_new_tokens: usize,
+    /// 0 takes the most likely token; higher is more varied
+    #[arg(long, default_value_t = 0.8)]
+    pub(crate) temperature: f64,
+    /// Choose among the K most likely tokens only
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
+    /// Choose among the fewest tokens that together have probability P
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f64>,
+    /// Above 1: make tokens that have occurred less likely
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) repetition_penalty: f64,
+    /// Seed of the random choice
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// End at this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Do not end at the model's end-of-text token
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// How attention is computed over the latent cache: auto, expanded or absorbed
+    #[arg(long, default_value = "auto", value_name = "FORM")]
+    pub(crate) decode: String,
+    /// Print JSON instead of streaming text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalArguments {
+    /// A Hugging Face model directory, such as a checkpoint
+    pub(crate) model: PathBuf,
+    /// A dataset file (.toml) or a text file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: PathBuf,
+    /// The held-out split, or all of the text
+    #[arg(long, default_value = "validation", value_parser = ["validation", "all"])]
+    pub(crate) split: String,
+    /// Tokens per sequence [default: the model's longest, at most 2048]
+    #[arg(long, value_name = "N")]
+    pub(crate) seq_len: Option<usize>,
+    /// Sequences per batch
+    #[arg(long, default_value_t = 8)]
+    pub(crate) batch_size: usize,
+    /// Measure the first N batches only
+    #[arg(long, value_name = "N")]
+    pub(crate) batches: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DataCommand {
+    /// Tokenise a corpus into memory-mapped shards
+    #[command(after_help = "Example:\n  lowkey data prepare datasets/storybook.toml")]
+    Prepare(DataPrepareArguments),
+    /// Describe prepared shards and show a document
+    #[command(after_help = "Example:\n  lowkey data info datasets/prepared/storybook --show 3")]
+    Info(DataInfoArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataPrepareArguments {
+    /// A dataset file (.toml) or a text file
+    pub(crate) dataset: PathBuf,
+    /// Folder to write [default: prepared/NAME beside the dataset file]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Use this tokenizer.json instead of the dataset's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataInfoArguments {
+    /// A prepared folder
+    pub(crate) dir: PathBuf,
+    /// Print the first N training documents
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) show: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InfoArguments {
+    /// A model directory or a run's folder
+    pub(crate) path: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogitsArguments {
+    /// A Hugging Face model directory
+    pub(crate) model: PathBuf,
+    /// Safetensors file with `input_ids`
+    #[arg(long, value_name = "IN")]
+    pub(crate) ids: PathBuf,
+    /// Safetensors file to write
+    #[arg(long, value_name = "OUT")]
+    pub(crate) out: PathBuf,
+}

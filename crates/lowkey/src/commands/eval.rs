@@ -1,0 +1,65 @@
+//! `lowkey eval`.
+
+use burn::tensor::Device;
+use lowkey_data::{DatasetConfig, Packing, SplitBy, Tokenizer, oracle_documents, prepare, validation_batches};
+use lowkey_model::CausalLm;
+use lowkey_train::{Held, Workers, evaluate};
+
+use super::WrongUse;
+use crate::cli::EvalArguments;
+use crate::output::{say, say_json};
+use crate::progress::{evaluation_table, show_preparation};
+
+/// Held-out documents of a corpus with a known entropy.
+const ORACLE_DOCUMENTS: usize = 512;
+
+pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
+    let device = Device::flex();
+    let tokenizer = Tokenizer::from_model_dir(&arguments.model)?;
+    let model = CausalLm::load(&arguments.model, &device)?;
+    let longest = model.config.max_position_embeddings;
+    let seq_len = arguments.seq_len.unwrap_or(longest.min(2048));
+    if seq_len == 0 || seq_len > longest {
+        return Err(WrongUse(format!("--seq-len {seq_len}: this model takes 1 to {longest} tokens")).into());
+    }
+    if arguments.batch_size == 0 {
+        return Err(WrongUse("--batch-size 0: must be at least 1".into()).into());
+    }
+    let mut dataset = super::data::dataset(&arguments.data)?;
+    let all = arguments.split == "all";
+    if all {
+        dataset.split.validation_fraction = 0.0;
+        dataset.split.by = SplitBy::Tail;
+    }
+    let held = match oracle_documents(&dataset, &tokenizer, ORACLE_DOCUMENTS)? {
+        Some(documents) if documents.iter().all(|d| d.ids.len() <= longest + 1) => Held::Documents(documents),
+        _ => Held::Batches(batches(arguments, &dataset, &tokenizer, seq_len, all)?),
+    };
+    let held = arguments.batches.map_or_else(|| held.clone(), |count| held.first(count, arguments.batch_size));
+    let threads = lowkey_train::available_threads();
+    let workers = Workers::new(threads, threads)?;
+    let evaluation = evaluate(&model, &held, &tokenizer.byte_lengths(), &workers, &device)?;
+    if evaluation.tokens == 0 {
+        return Err(WrongUse(format!("{}: no token to predict in this split", arguments.data.display())).into());
+    }
+    if arguments.json {
+        return say_json(&evaluation);
+    }
+    say(&evaluation_table(&evaluation));
+    Ok(())
+}
+
+/// The split's text as batches. Its tokens go to a temporary folder: an evaluation leaves nothing behind.
+fn batches(
+    arguments: &EvalArguments,
+    dataset: &DatasetConfig,
+    tokenizer: &Tokenizer,
+    seq_len: usize,
+    all: bool,
+) -> anyhow::Result<Vec<lowkey_data::Batch>> {
+    let dir = tempfile::tempdir()?;
+    let prepared = prepare(dataset, dir.path(), Some(tokenizer.clone()), &mut |progress| show_preparation(&progress))?;
+    let shard = if all { &prepared.train } else { &prepared.validation };
+    let packing = if shard.documents() > 1 { Packing::Documents } else { Packing::Stream };
+    Ok(validation_batches(shard, seq_len, arguments.batch_size, arguments.batches, packing, true).collect())
+}

@@ -1,0 +1,178 @@
+//! `lowkey generate`.
+
+use std::ops::ControlFlow;
+
+use anyhow::Context;
+use burn::tensor::Device;
+use lowkey_data::Tokenizer;
+use lowkey_infer::{Finish, Form, GenerateConfig, SamplingConfig};
+use lowkey_model::CausalLm;
+use serde_json::json;
+
+use super::WrongUse;
+use crate::cli::GenerateArguments;
+use crate::output::{bytes, complain, say, say_json, stream};
+
+pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
+    let form: Form = arguments.decode.parse().map_err(|e| WrongUse(format!("--decode {}: {e}", arguments.decode)))?;
+    let prompt = match (&arguments.prompt, &arguments.prompt_file) {
+        (Some(prompt), _) => prompt.clone(),
+        (None, Some(path)) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
+        (None, None) => String::new(),
+    };
+    if arguments.stop.iter().any(String::is_empty) {
+        return Err(WrongUse("--stop \"\": an empty text would stop before the first token".into()).into());
+    }
+    let device = Device::flex();
+    let tokenizer = Tokenizer::from_model_dir(&arguments.model)?;
+    let model = CausalLm::load(&arguments.model, &device)?;
+    let mut ids = tokenizer.encode(&prompt)?;
+    if ids.is_empty() {
+        // With nothing to continue, a text begins where the last one ended.
+        let start = model.config.bos_token_id.or(tokenizer.eos_id());
+        ids.push(start.ok_or_else(|| WrongUse("this model has no token that begins a text; give --prompt".into()))?);
+    }
+    let eos = if arguments.ignore_eos { Vec::new() } else { end_tokens(&model, &tokenizer) };
+    let config = GenerateConfig {
+        max_new_tokens: arguments.max_new_tokens,
+        sampling: SamplingConfig {
+            temperature: arguments.temperature,
+            top_k: arguments.top_k,
+            top_p: arguments.top_p,
+            repetition_penalty: arguments.repetition_penalty,
+            seed: arguments.seed,
+            ..SamplingConfig::default()
+        },
+        form,
+        eos,
+        ..GenerateConfig::default()
+    };
+    if !arguments.json {
+        stream(&prompt);
+    }
+    let mut writer = Writer::new(&tokenizer, &arguments.stop, !arguments.json);
+    let mut failure = None;
+    let out = lowkey_infer::generate(&model, &ids, &config, &device, &mut |id| match writer.push(id) {
+        Ok(flow) => flow,
+        Err(e) => {
+            failure = Some(e);
+            ControlFlow::Break(())
+        }
+    })?;
+    if let Some(failure) = failure {
+        return Err(failure.into());
+    }
+    let stopped = writer.finish();
+    let seconds = out.decode.as_secs_f64();
+    // The first token comes with the prefill.
+    let rate = out.ids.len().saturating_sub(1) as f64 / seconds.max(1e-9);
+    if arguments.json {
+        let finish = match out.finish {
+            Finish::Length => "length",
+            Finish::Eos => "eos",
+            Finish::Stopped => "stop",
+        };
+        return say_json(&json!({
+            "prompt": prompt,
+            "text": stopped,
+            "ids": out.ids,
+            "finish": finish,
+            "prompt_tokens": out.prompt_tokens,
+            "prefill_s": out.prefill.as_secs_f64(),
+            "decode_s": seconds,
+            "tokens_per_s": rate,
+            "cache_bytes": out.cache_bytes,
+        }));
+    }
+    say("");
+    complain(&format!(
+        "[{} tokens, {rate:.0} tokens/s, cache {}]",
+        out.ids.len(),
+        bytes(out.cache_bytes)
+    ));
+    Ok(())
+}
+
+fn end_tokens(model: &CausalLm, tokenizer: &Tokenizer) -> Vec<u32> {
+    if model.config.eos_token_id.is_empty() {
+        tokenizer.eos_id().into_iter().collect()
+    } else {
+        model.config.eos_token_id.clone()
+    }
+}
+
+/// Prints text as it comes, up to the first stop text. Text that might yet become a stop text is held back.
+struct Writer<'a> {
+    tokens: lowkey_data::TextStream,
+    stop: &'a [String],
+    print: bool,
+    text: String,
+    printed: usize,
+}
+
+impl<'a> Writer<'a> {
+    fn new(tokenizer: &Tokenizer, stop: &'a [String], print: bool) -> Self {
+        Self { tokens: tokenizer.stream(), stop, print, text: String::new(), printed: 0 }
+    }
+
+    fn push(&mut self, id: u32) -> lowkey_data::Result<ControlFlow<()>> {
+        self.text += &self.tokens.push(id)?;
+        if let Some(at) = self.stop.iter().filter_map(|stop| self.text.find(stop.as_str())).min() {
+            self.text.truncate(at);
+            self.print_to(at);
+            return Ok(ControlFlow::Break(()));
+        }
+        self.print_to(self.text.len() - self.undecided());
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Bytes at the end that are the beginning of a stop text.
+    fn undecided(&self) -> usize {
+        let ends = |stop: &String| {
+            let starts = stop.char_indices().map(|(i, _)| i).chain([stop.len()]);
+            starts.filter(|at| *at < stop.len() && self.text.ends_with(&stop[..*at])).max().unwrap_or(0)
+        };
+        self.stop.iter().map(ends).max().unwrap_or(0)
+    }
+
+    fn print_to(&mut self, end: usize) {
+        if self.print && end > self.printed {
+            stream(&self.text[self.printed..end]);
+        }
+        self.printed = self.printed.max(end);
+    }
+
+    /// Prints what was held back and returns the whole text.
+    fn finish(mut self) -> String {
+        self.print_to(self.text.len());
+        self.text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(stop: &[&str], text: &str) -> (String, bool) {
+        let stop: Vec<String> = stop.iter().map(|s| (*s).to_string()).collect();
+        let tokenizer = Tokenizer::bytes();
+        let mut writer = Writer::new(&tokenizer, &stop, false);
+        for id in tokenizer.encode(text).unwrap() {
+            if writer.push(id).unwrap().is_break() {
+                return (writer.finish(), true);
+            }
+            // What is printed never holds a part of a stop text that then comes true.
+            assert!(stop.iter().all(|s| !writer.text[..writer.printed].contains(s.as_str())));
+        }
+        (writer.finish(), false)
+    }
+
+    #[test]
+    fn generation_ends_before_the_first_stop_text() {
+        assert_eq!(run(&["END"], "one ENEND two"), ("one EN".into(), true));
+        assert_eq!(run(&["\n\n", "END"], "a\nb\n\nc END"), ("a\nb".into(), true));
+        assert_eq!(run(&["é!"], "café é!x"), ("café ".into(), true));
+        assert_eq!(run(&["END"], "one EN"), ("one EN".into(), false));
+        assert_eq!(run(&[], "all of it"), ("all of it".into(), false));
+    }
+}

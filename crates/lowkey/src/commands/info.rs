@@ -1,0 +1,126 @@
+//! `lowkey info`.
+
+use std::path::Path;
+
+use anyhow::bail;
+use lowkey_data::Tokenizer;
+use lowkey_model::{AttentionConfig, ModelConfig, weight_files};
+use lowkey_train::{Metrics, checkpoint};
+use serde_json::json;
+
+use crate::cli::InfoArguments;
+use crate::output::{bytes, count, duration, pairs, say, say_json};
+
+/// Bytes of a number in a bf16 cache.
+const CACHE_BYTES: usize = 2;
+
+pub(crate) fn info(arguments: &InfoArguments) -> anyhow::Result<()> {
+    let path = &arguments.path;
+    if path.join("metrics.jsonl").is_file() {
+        return run_info(path, arguments.json);
+    }
+    if !path.join("config.json").is_file() {
+        bail!("{}: neither a model directory (config.json) nor a run (metrics.jsonl)", path.display());
+    }
+    model_info(path, arguments.json)
+}
+
+fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
+    let config = ModelConfig::read(&path.join("config.json"))?;
+    let files = weight_files(path)?;
+    let size = files.iter().map(|file| Ok(std::fs::metadata(file)?.len())).sum::<std::io::Result<u64>>()?;
+    let (parameters, cache) = (config.parameter_count(), config.cache_width());
+    let whole = if checkpoint::has_checksums(path) {
+        checkpoint::verify(path)?;
+        "all checksums match"
+    } else {
+        "no checksums here"
+    };
+    let tokenizer = match Tokenizer::from_model_dir(path) {
+        Ok(tokenizer) => format!("{}, {} tokens", tokenizer.name(), tokenizer.vocab_size()),
+        Err(e) => format!("none ({e})"),
+    };
+    let latent = cache.latent * config.num_hidden_layers * CACHE_BYTES;
+    let expanded = cache.expanded * config.num_hidden_layers * CACHE_BYTES;
+    if as_json {
+        return say_json(&json!({
+            "attention": config.attention_name(),
+            "parameters": parameters.total,
+            "block_parameters": parameters.blocks,
+            "attention_parameters": parameters.attention,
+            "cache_bytes_per_token_bf16": latent,
+            "cache_bytes_per_token_expanded_bf16": expanded,
+            "weight_bytes": size,
+            "tokenizer": tokenizer,
+            "config": config.to_json("float32"),
+        }));
+    }
+    let sizes = match &config.attention {
+        AttentionConfig::Mla(m) => format!(
+            "MLA: {} heads, kv_lora_rank {}, q_lora_rank {}, nope {} + rope {}, v {}",
+            config.num_attention_heads,
+            m.kv_lora_rank,
+            m.q_lora_rank.map_or("none".into(), |q| q.to_string()),
+            m.qk_nope_head_dim,
+            m.qk_rope_head_dim,
+            m.v_head_dim
+        ),
+        AttentionConfig::Grouped(g) => format!(
+            "{}: {} heads over {} key heads of {}, {} rotated",
+            config.attention_name(),
+            config.num_attention_heads,
+            g.num_key_value_heads,
+            g.head_dim,
+            g.rotary_dim
+        ),
+    };
+    say(&pairs(&[
+        ("model", path.display().to_string()),
+        ("attention", sizes),
+        (
+            "shape",
+            format!(
+                "{} layers, d {}, ffn {}, vocabulary {}{}",
+                config.num_hidden_layers,
+                config.hidden_size,
+                config.intermediate_size,
+                config.vocab_size,
+                if config.tie_word_embeddings { " (tied)" } else { "" }
+            ),
+        ),
+        ("positions", config.max_position_embeddings.to_string()),
+        (
+            "parameters",
+            format!("{} ({} in blocks)", count(parameters.total as f64), count(parameters.blocks as f64)),
+        ),
+        ("cache", format!("{} per token in bf16; expanded {}", bytes(latent), bytes(expanded))),
+        ("weights", format!("{} in {} file(s); {whole}", bytes(size as usize), files.len())),
+        ("tokenizer", tokenizer),
+    ]));
+    Ok(())
+}
+
+fn run_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(path.join("metrics.jsonl"))?;
+    let lines: Vec<Metrics> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let Some(last) = lines.last() else { bail!("{}: metrics.jsonl holds no step yet", path.display()) };
+    let evaluated = lines.iter().filter(|m| m.val_loss.is_some());
+    let best = evaluated.clone().min_by(|a, b| a.val_loss.unwrap_or(f64::MAX).total_cmp(&b.val_loss.unwrap_or(f64::MAX)));
+    if as_json {
+        return say_json(&json!({ "last": last, "best": best }));
+    }
+    let mut rows = vec![
+        ("run", path.display().to_string()),
+        ("steps", last.step.to_string()),
+        ("tokens", count(last.tokens as f64)),
+        ("time", duration(last.time_s)),
+        ("train loss", format!("{:.4}", last.train_loss)),
+    ];
+    if let Some(best) = best {
+        let gap = best.gap.map(|gap| format!(", gap {gap:.4}")).unwrap_or_default();
+        let figure = format!("{:.4} at step {}{gap}", best.val_loss.unwrap_or(f64::NAN), best.step);
+        rows.push(("best val loss", figure));
+    }
+    say(&pairs(&rows));
+    Ok(())
+}

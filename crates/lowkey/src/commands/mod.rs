@@ -1,0 +1,38 @@
+//! One file per command.
+
+mod data;
+mod eval;
+mod generate;
+mod info;
+mod logits;
+mod train;
+
+use std::process::ExitCode;
+
+use crate::cli::{Arguments, Command, DataCommand};
+
+/// The command line asked for something that makes no sense.
+#[derive(Debug)]
+pub(crate) struct WrongUse(pub(crate) String);
+
+impl std::fmt::Display for WrongUse {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for WrongUse {}
+
+pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let done = |()| ExitCode::SUCCESS;
+    match arguments.command {
+        Command::Train(arguments) => train::train(arguments),
+        Command::Plan(arguments) => train::plan(arguments).map(done),
+        Command::Generate(arguments) => generate::generate(&arguments).map(done),
+        Command::Eval(arguments) => eval::eval(&arguments).map(done),
+        Command::Data { command: DataCommand::Prepare(arguments) } => data::prepare(&arguments).map(done),
+        Command::Data { command: DataCommand::Info(arguments) } => data::info(&arguments).map(done),
+        Command::Info(arguments) => info::info(&arguments).map(done),
+        Command::Logits(arguments) => logits::logits(&arguments).map(done),
+    }
+}

@@ -1,0 +1,87 @@
+//! `lowkey train` and `lowkey plan`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Context;
+use lowkey_train::{Plan, RunConfig, RunOptions, matmul_ceiling, setup};
+use serde_json::json;
+
+use crate::cli::{PlanArguments, RunFileArguments, TrainArguments};
+use crate::output::{complain, say, say_json};
+use crate::progress::{View, plan_text};
+
+pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
+    let TrainArguments { mut file, resume, overwrite, device } = arguments;
+    file.overrides.extend(device.map(|device| format!("run.device=\"{device}\"")));
+    let config = RunConfig::load(&file.run, &file.overrides)?;
+    let mut options = options(&file, &config);
+    (options.resume, options.overwrite) = (resume, overwrite);
+    say(&format!("run {} in {}", config.run.name, options.out.display()));
+
+    let interrupt = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&interrupt);
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            complain("stopping now; the last checkpoint stands");
+            std::process::exit(1);
+        }
+        complain("stopping after this step; once more stops at once");
+    })
+    .context("cannot watch for Ctrl-C")?;
+
+    let mut view = View::new(config.training.steps);
+    let result = lowkey_train::train(&config, &options, &interrupt, &mut |event| view.show(event));
+    view.clear();
+    let outcome = result?;
+    let best = options.out.join("checkpoints").join("best");
+    if outcome.finished {
+        say(&format!("\ndone. Try it: lowkey generate {} --prompt \"...\"", best.display()));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let out = file.out.map(|dir| format!(" --out {}", dir.display())).unwrap_or_default();
+    let set: String = file.overrides.iter().map(|expression| format!(" --set '{expression}'")).collect();
+    say(&format!(
+        "stopped after step {}. Go on with: lowkey train {}{set}{out} --resume",
+        outcome.step,
+        file.run.display()
+    ));
+    Ok(ExitCode::FAILURE)
+}
+
+pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
+    let config = RunConfig::load(&arguments.file.run, &arguments.file.overrides)?;
+    let options = options(&arguments.file, &config);
+    let device = lowkey_train::device(&config.run.device)?;
+    let setup = setup(&config, &options, &mut |_| {})?;
+    for note in &setup.notes {
+        complain(&format!("note: {note}"));
+    }
+    let threads = config.training.threads.unwrap_or_else(lowkey_train::available_threads);
+    let plan = Plan::new(&config, &setup.model, matmul_ceiling(threads, &device)?);
+    if arguments.json {
+        return say_json(&plan);
+    }
+    say(&plan_text(&plan));
+    Ok(())
+}
+
+fn options(file: &RunFileArguments, config: &RunConfig) -> RunOptions {
+    let environment = [
+        ("lowkey", json!(env!("CARGO_PKG_VERSION"))),
+        ("commit", json!(env!("LOWKEY_COMMIT"))),
+        ("burn", json!("0.22.1")),
+        ("os", json!(std::env::consts::OS)),
+        ("arch", json!(std::env::consts::ARCH)),
+        ("cores", json!(lowkey_train::available_threads())),
+    ];
+    RunOptions {
+        run_file: file.run.clone(),
+        out: file.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&config.run.name)),
+        resume: false,
+        overwrite: false,
+        environment: environment.into_iter().map(|(key, value)| (key.to_string(), value)).collect(),
+    }
+}

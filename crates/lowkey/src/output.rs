@@ -1,0 +1,108 @@
+//! Printing: text that a closed pipe cannot break, tables, and numbers for people.
+
+use std::io::Write;
+
+/// Writes a line to standard output. A reader that has gone away (`lowkey info … | head`) ends the program quietly.
+pub(crate) fn say(text: &str) {
+    write(text, "\n");
+}
+
+/// Writes to standard output without a line end, at once.
+pub(crate) fn stream(text: &str) {
+    write(text, "");
+}
+
+fn write(text: &str, end: &str) {
+    let mut out = std::io::stdout().lock();
+    if write!(out, "{text}{end}").and_then(|()| out.flush()).is_err() {
+        std::process::exit(0);
+    }
+}
+
+/// Writes a line to standard error, as well as it can be.
+pub(crate) fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// A value as pretty JSON on standard output.
+pub(crate) fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    say(&serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// Two columns, the first padded to the widest label.
+pub(crate) fn pairs(rows: &[(&str, String)]) -> String {
+    let width = rows.iter().map(|(label, _)| label.chars().count()).max().unwrap_or(0);
+    rows.iter().map(|(label, value)| format!("  {label:<width$}  {value}")).collect::<Vec<_>>().join("\n")
+}
+
+/// A table with a header; the first column is flush left, the others flush right.
+pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let widths: Vec<usize> = header
+        .iter()
+        .enumerate()
+        .map(|(i, title)| rows.iter().filter_map(|row| row.get(i)).map(String::len).chain([title.len()]).max().unwrap_or(0))
+        .collect();
+    let line = |cells: &[String]| {
+        let cells = cells.iter().zip(&widths).enumerate().map(|(i, (cell, width))| match i {
+            0 => format!("{cell:<width$}"),
+            _ => format!("{cell:>width$}"),
+        });
+        format!("  {}", cells.collect::<Vec<_>>().join("  ")).trim_end().to_string()
+    };
+    let header: Vec<String> = header.iter().map(|title| (*title).to_string()).collect();
+    std::iter::once(line(&header)).chain(rows.iter().map(|row| line(row))).collect::<Vec<_>>().join("\n")
+}
+
+/// `1234567` as `1.23 M`.
+pub(crate) fn count(n: f64) -> String {
+    scaled(n, 1000.0, &["", " k", " M", " G", " T", " P", " E"])
+}
+
+/// `1536` as `1.50 KiB`.
+pub(crate) fn bytes(n: usize) -> String {
+    scaled(n as f64, 1024.0, &[" B", " KiB", " MiB", " GiB", " TiB"])
+}
+
+fn scaled(n: f64, base: f64, units: &[&str]) -> String {
+    let mut value = n;
+    let mut unit = 0;
+    while value.abs() >= base && unit + 1 < units.len() {
+        value /= base;
+        unit += 1;
+    }
+    if unit == 0 && value.fract() == 0.0 { format!("{value:.0}{}", units[0]) } else { format!("{value:.2}{}", units[unit]) }
+}
+
+/// `4000` seconds as `1 h 07 min`.
+pub(crate) fn duration(seconds: f64) -> String {
+    let s = seconds.max(0.0).round() as u64;
+    match s {
+        0..60 => format!("{s} s"),
+        60..3600 => format!("{} min {:02} s", s / 60, s % 60),
+        3600..172_800 => format!("{} h {:02} min", s / 3600, s / 60 % 60),
+        _ => format!("{:.1} days", s as f64 / 86_400.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(count(999.0), "999");
+        assert_eq!(count(1_234_567.0), "1.23 M");
+        assert_eq!(bytes(1536), "1.50 KiB");
+        assert_eq!(bytes(12), "12 B");
+        assert_eq!(duration(59.4), "59 s");
+        assert_eq!(duration(61.0), "1 min 01 s");
+        assert_eq!(duration(4020.0), "1 h 07 min");
+    }
+
+    #[test]
+    fn a_table_aligns() {
+        let text = table(&["class", "n"], &[vec!["a".into(), "10".into()], vec!["longer".into(), "7".into()]]);
+        assert_eq!(text, "  class    n\n  a       10\n  longer   7");
+    }
+}

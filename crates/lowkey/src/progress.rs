@@ -1,0 +1,217 @@
+//! What a run looks like while it goes: a progress bar on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lowkey_train::{ClassEvaluation, Evaluation, Event, Metrics, Plan};
+
+use crate::output::{bytes, complain, count, duration, pairs, say, table};
+
+/// Between plain lines.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Shows the events of a run.
+pub(crate) struct View {
+    steps: u64,
+    bar: Option<ProgressBar>,
+    terminal: bool,
+    last_line: Option<Instant>,
+    first: Option<(Instant, u64)>,
+    preparing: bool,
+}
+
+impl View {
+    pub(crate) fn new(steps: u64) -> Self {
+        let terminal = std::io::stderr().is_terminal() && std::io::stdout().is_terminal();
+        Self { steps, bar: None, terminal, last_line: None, first: None, preparing: false }
+    }
+
+    pub(crate) fn show(&mut self, event: Event) {
+        match event {
+            Event::Preparing(progress) => self.preparing(&progress),
+            Event::Note(note) => self.line(&format!("note: {note}")),
+            Event::Ready { plan, step } => self.ready(plan, step),
+            Event::Step(metrics) => self.step(metrics),
+            Event::Evaluated { step, evaluation, last } => {
+                self.line(&evaluation_line(step, evaluation));
+                if last {
+                    self.clear();
+                    self.line("");
+                    self.line(&evaluation_table(evaluation));
+                }
+            }
+            Event::Sample { prompt, text } => self.line(&indented(prompt, text)),
+            Event::Saved { path, best } => {
+                self.line(&format!("saved {}{}", path.display(), if best { " (best so far)" } else { "" }));
+            }
+        }
+    }
+
+    /// Removes the bar, so that what follows stands alone.
+    pub(crate) fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn preparing(&mut self, progress: &lowkey_data::Progress) {
+        // Said once: a small corpus is through in a moment.
+        if !self.preparing {
+            self.preparing = true;
+            self.line("preparing the corpus");
+        }
+        if let lowkey_data::Progress::Fetching { file } = progress {
+            self.line(&format!("fetching {file}"));
+        }
+    }
+
+    fn ready(&mut self, plan: &Plan, step: u64) {
+        self.line(&plan_text(plan));
+        if step > 0 {
+            self.line(&format!("resuming after step {step} of {}", self.steps));
+        }
+        self.first = Some((Instant::now(), step));
+        if self.terminal {
+            let bar = ProgressBar::with_draw_target(Some(self.steps), ProgressDrawTarget::stderr());
+            // The template is a literal; a mistake in it would leave the default style.
+            if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}  ETA {eta}") {
+                bar.set_style(style);
+            }
+            bar.set_position(step);
+            bar.reset_eta();
+            self.bar = Some(bar);
+        }
+    }
+
+    fn step(&mut self, m: &Metrics) {
+        let figures = format!(
+            "loss {:.4}  lr {:.1e}  |g| {:.2}  {} tok/s  MFU {:.0} %",
+            m.train_loss,
+            m.lr,
+            m.grad_norm,
+            count(m.tokens_per_s),
+            m.mfu * 100.0
+        );
+        if let Some(bar) = &self.bar {
+            bar.set_position(m.step);
+            bar.set_message(figures);
+            return;
+        }
+        let due = self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) || m.step == self.steps;
+        if due {
+            self.last_line = Some(Instant::now());
+            say(&format!("step {:>6}/{}  {figures}  ETA {}", m.step, self.steps, duration(self.eta(m.step))));
+        }
+    }
+
+    fn eta(&self, step: u64) -> f64 {
+        let Some((started, from)) = self.first else { return 0.0 };
+        let done = step.saturating_sub(from).max(1);
+        started.elapsed().as_secs_f64() / done as f64 * self.steps.saturating_sub(step) as f64
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| say(text)),
+            None => say(text),
+        }
+    }
+}
+
+/// The figures of a plan, as a block of text.
+pub(crate) fn plan_text(plan: &Plan) -> String {
+    let smaller = plan.cache_bytes_expanded as f64 / plan.cache_bytes_latent as f64;
+    let cache = if plan.cache_bytes_latent == plan.cache_bytes_expanded {
+        format!("{} per token (bf16)", bytes(plan.cache_bytes_latent))
+    } else {
+        format!(
+            "{} per token (bf16), {smaller:.1}× smaller than the {} of expanded keys and values",
+            bytes(plan.cache_bytes_latent),
+            bytes(plan.cache_bytes_expanded)
+        )
+    };
+    let rows = [
+        (
+            "parameters",
+            format!(
+                "{} ({} in blocks, {} of them attention: {})",
+                count(plan.parameters as f64),
+                count(plan.block_parameters as f64),
+                count(plan.attention_parameters as f64),
+                plan.attention
+            ),
+        ),
+        ("cache", cache),
+        ("tokens", format!("{} ({} per step)", count(plan.tokens as f64), count(plan.tokens_per_step as f64))),
+        (
+            "work",
+            format!(
+                "{}FLOP per token, {}FLOP in all",
+                spaced(count(plan.train_flops_per_token)),
+                spaced(count(plan.flops))
+            ),
+        ),
+        ("memory", format!("about {} at the peak", bytes(plan.train_bytes))),
+        (
+            "time",
+            format!(
+                "about {} (matrix products run at {}FLOP/s here)",
+                duration(plan.seconds),
+                spaced(count(plan.matmul_flops_per_s))
+            ),
+        ),
+    ];
+    pairs(&rows)
+}
+
+/// A space between a bare number and its unit; a prefixed one has its own.
+fn spaced(number: String) -> String {
+    if number.ends_with(|c: char| c.is_ascii_digit()) { number + " " } else { number }
+}
+
+fn evaluation_line(step: u64, e: &Evaluation) -> String {
+    let gap = e.gap.map(|gap| format!("  gap {gap:.4} nats/token")).unwrap_or_default();
+    format!(
+        "eval after step {step}: val loss {:.4}  {:.4} bits/byte{gap}  max logit {:.1}",
+        e.loss, e.bits_per_byte, e.max_logit
+    )
+}
+
+/// The figures of an evaluation, as a block of text.
+pub(crate) fn evaluation_table(e: &Evaluation) -> String {
+    let mut rows = vec![
+        ("held-out loss", format!("{:.4} nats per token over {} tokens", e.loss, count(e.tokens as f64))),
+        ("perplexity", format!("{:.4}", e.perplexity)),
+        ("bits per byte", format!("{:.4}", e.bits_per_byte)),
+    ];
+    if let Some(gap) = e.gap {
+        rows.push(("gap to the true entropy", format!("{gap:.4} nats per token")));
+    }
+    let mut text = pairs(&rows);
+    if !e.classes.is_empty() {
+        let classes: Vec<Vec<String>> = e.classes.iter().map(class_row).collect();
+        let header = ["class", "tokens", "loss", "entropy", "gap (nats/token)"];
+        text = format!("{text}\n\n{}", table(&header, &classes));
+    }
+    text
+}
+
+fn class_row(class: &ClassEvaluation) -> Vec<String> {
+    let four = |x: f64| format!("{x:.4}");
+    vec![class.class.clone(), class.tokens.to_string(), four(class.loss), four(class.entropy), four(class.gap)]
+}
+
+fn indented(prompt: &str, text: &str) -> String {
+    format!("{prompt}{text}").lines().map(|line| format!("    | {line}")).collect::<Vec<_>>().join("\n")
+}
+
+/// Shows the preparation of a corpus outside a run.
+pub(crate) fn show_preparation(progress: &lowkey_data::Progress) {
+    match progress {
+        lowkey_data::Progress::Fetching { file } => complain(&format!("fetching {file}")),
+        lowkey_data::Progress::Hashing { file } => complain(&format!("reading {file}")),
+        lowkey_data::Progress::BuildingTokenizer => complain("building the tokenizer"),
+        lowkey_data::Progress::Tokenizing { .. } => {}
+    }
+}
