@@ -64,7 +64,7 @@ impl Cache {
     pub fn new(model: &CausalLm, batch: usize, capacity: usize, device: &Device) -> Result<Self> {
         for (field, size) in [("batch", batch), ("capacity", capacity)] {
             if size == 0 {
-                return Err(Error::setting(field, size, "at least 1"));
+                return Err(Error::setting(field, &size, "at least 1"));
             }
         }
         let limit = model.config.max_position_embeddings;
@@ -169,8 +169,9 @@ impl LayerCache {
         let mut whole = mem::replace(buffer, new.clone());
         #[cfg(test)]
         assert!(whole.can_mut(), "an append would copy the cache");
-        if let (Some(offset), Some(count)) = (span.common_offset(), all_equal(&span.counts))
-            && count == seq
+        // Rows in step with each other are one region of the buffer.
+        if let Some(offset) = span.common_offset()
+            && all_equal(&span.counts).is_some()
         {
             whole = whole.slice_assign(region(0, batch, offset, seq), new);
         } else {

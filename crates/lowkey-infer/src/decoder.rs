@@ -55,7 +55,7 @@ impl Decoder {
     /// `chunk` is 0.
     pub fn prefill(&mut self, rows: &[&[u32]], chunk: usize) -> Result<Tensor<2>> {
         if chunk == 0 {
-            return Err(Error::setting("prefill_chunk", chunk, "at least 1"));
+            return Err(Error::setting("prefill_chunk", &chunk, "at least 1"));
         }
         self.check(rows)?;
         let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
@@ -95,7 +95,7 @@ impl Decoder {
     /// [`Error::Setting`] where `rows` is empty or names a sequence that is not there.
     pub fn keep(&mut self, rows: &[usize]) -> Result<()> {
         if rows.is_empty() || rows.iter().any(|row| *row >= self.cache.batch()) {
-            return Err(Error::setting("rows", format!("{rows:?}"), "at least one index, each below the batch size"));
+            return Err(Error::setting("rows", &format!("{rows:?}"), "at least one index, each below the batch size"));
         }
         self.cache.keep(rows);
         Ok(())

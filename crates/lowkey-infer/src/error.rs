@@ -81,7 +81,7 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn setting(field: &'static str, value: impl ToString, allowed: &'static str) -> Self {
+    pub(crate) fn setting(field: &'static str, value: &dyn ToString, allowed: &'static str) -> Self {
         Self::Setting { field, value: value.to_string(), allowed }
     }
 }

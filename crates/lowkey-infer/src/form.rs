@@ -55,7 +55,7 @@ impl FromStr for Form {
         [Self::Auto, Self::Expanded, Self::Absorbed]
             .into_iter()
             .find(|form| form.to_string() == name)
-            .ok_or_else(|| Error::setting("form", format!("{name:?}"), "auto, expanded or absorbed"))
+            .ok_or_else(|| Error::setting("form", &format!("{name:?}"), "auto, expanded or absorbed"))
     }
 }
 

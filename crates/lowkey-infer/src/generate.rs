@@ -172,7 +172,7 @@ fn check(model: &CausalLm, prompts: &[&[u32]], config: &GenerateConfig) -> Resul
     ];
     for (field, size) in sizes {
         if size == 0 {
-            return Err(Error::setting(field, size, "at least 1"));
+            return Err(Error::setting(field, &size, "at least 1"));
         }
     }
     config.sampling.check()?;

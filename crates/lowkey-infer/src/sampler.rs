@@ -38,7 +38,7 @@ impl SamplingConfig {
     /// [`Error::Setting`] naming the first field out of range, its value and the range.
     pub fn check(&self) -> Result<()> {
         let rule = |ok: bool, field, value: f64, allowed| {
-            if ok { Ok(()) } else { Err(Error::setting(field, value, allowed)) }
+            if ok { Ok(()) } else { Err(Error::setting(field, &value, allowed)) }
         };
         let (t, r) = (self.temperature, self.repetition_penalty);
         rule(t.is_finite() && t >= 0.0, "temperature", t, "a finite number ≥ 0 (0 is greedy)")?;
@@ -50,7 +50,7 @@ impl SamplingConfig {
             rule((0.0..=1.0).contains(&p), "min_p", p, "between 0 and 1")?;
         }
         match self.top_k {
-            Some(0) => Err(Error::setting("top_k", 0, "at least 1 (leave it out to keep all tokens)")),
+            Some(0) => Err(Error::setting("top_k", &0, "at least 1 (leave it out to keep all tokens)")),
             _ => Ok(()),
         }
     }

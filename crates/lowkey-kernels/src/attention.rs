@@ -26,9 +26,7 @@ impl Mask {
             return Self::causal(seq, seq, 0, device);
         }
         let rows = document_starts.len() / seq;
-        Self::from_fn([rows, seq, seq], device, |row, q, k| {
-            k > q || (k as u32) < document_starts[row * seq + q]
-        })
+        Self::from_fn([rows, seq, seq], device, |row, q, k| k > q || (k as u32) < document_starts[row * seq + q])
     }
 
     /// Keys of a cache with different fill per row: query `i` of row `b` sits at `offsets[b] + i`.
@@ -98,19 +96,12 @@ mod tests {
         let device = Device::flex();
         device.seed(3);
         let (q, k, v) = (random([1, 2, 7, 6]), random([1, 2, 7, 6]), random([1, 2, 7, 5]));
-        let packed = attention(
-            q.clone(),
-            k.clone(),
-            v.clone(),
-            &Mask::documents(&[0, 0, 0, 3, 3, 3, 3], 7, &device),
-            0.3,
-        );
+        let packed =
+            attention(q.clone(), k.clone(), v.clone(), &Mask::documents(&[0, 0, 0, 3, 3, 3, 3], 7, &device), 0.3);
         for (start, len) in [(0, 3), (3, 4)] {
             let part = |t: &Tensor<4>| t.clone().narrow(2, start, len);
             let alone = attention(part(&q), part(&k), part(&v), &Mask::causal(len, len, 0, &device), 0.3);
-            alone
-                .into_data()
-                .assert_approx_eq::<f32>(&part(&packed).into_data(), Tolerance::absolute(1e-6));
+            alone.into_data().assert_approx_eq::<f32>(&part(&packed).into_data(), Tolerance::absolute(1e-6));
         }
     }
 
@@ -118,7 +109,8 @@ mod tests {
     fn the_first_query_returns_the_first_value() {
         let device = Device::flex();
         let v = random([1, 1, 3, 4]);
-        let out = attention(random([1, 1, 3, 2]), random([1, 1, 3, 2]), v.clone(), &Mask::causal(3, 3, 0, &device), 1.0);
+        let out =
+            attention(random([1, 1, 3, 2]), random([1, 1, 3, 2]), v.clone(), &Mask::causal(3, 3, 0, &device), 1.0);
         let first = |t: Tensor<4>| t.narrow(2, 0, 1).into_data();
         first(out).assert_approx_eq::<f32>(&first(v), Tolerance::absolute(1e-6));
     }

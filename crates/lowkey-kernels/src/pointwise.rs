@@ -47,13 +47,7 @@ pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>, interleaved: bool) -
     } else {
         (x.clone().narrow(3, 0, half), x.narrow(3, half, half))
     };
-    Tensor::cat(
-        vec![
-            first.clone() * cos.clone() - second.clone() * sin.clone(),
-            first * sin + second * cos,
-        ],
-        3,
-    )
+    Tensor::cat(vec![first.clone() * cos.clone() - second.clone() * sin.clone(), first * sin + second * cos], 3)
 }
 
 /// `silu(gate) · up` (Shazeer, arXiv 2002.05202), with `silu(x) = x · sigmoid(x)`.

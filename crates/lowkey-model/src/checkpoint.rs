@@ -106,7 +106,10 @@ impl Weights {
         // checkpoints can guard against, and checkpoints are replaced by rename, never rewritten in place.
         let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(&path, source))?;
         let parsed = SafeTensors::deserialize(&map).map_err(|e| {
-            Error::file(&path, format!("not a readable safetensors file ({e}); it may be cut short: fetch or save it again"))
+            Error::file(
+                &path,
+                format!("not a readable safetensors file ({e}); it may be cut short: fetch or save it again"),
+            )
         })?;
         let start = map.as_ptr() as usize;
         for (name, view) in parsed.tensors() {
@@ -133,7 +136,9 @@ impl Weights {
             Dtype::F32 => Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
             Dtype::BF16 => Ok(pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect()),
             Dtype::F16 => Ok(pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect()),
-            other => Err(Error::file(path, format!("tensor {name} has dtype {other:?}; only F32, BF16 and F16 are read"))),
+            other => {
+                Err(Error::file(path, format!("tensor {name} has dtype {other:?}; only F32, BF16 and F16 are read")))
+            }
         }
     }
 }
@@ -159,7 +164,8 @@ pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
         .ok_or_else(|| Error::file(&index, "has no object \"weight_map\""))?;
     let mut names = BTreeSet::new();
     for (tensor, file) in map {
-        let file = file.as_str().ok_or_else(|| Error::file(&index, format!("weight_map.{tensor} is not a file name")))?;
+        let file =
+            file.as_str().ok_or_else(|| Error::file(&index, format!("weight_map.{tensor} is not a file name")))?;
         if Path::new(file).file_name() != Some(OsStr::new(file)) {
             return Err(Error::file(&index, format!("weight_map.{tensor} points outside the directory: {file}")));
         }

@@ -195,6 +195,20 @@ pub enum Family {
     Lowkey,
 }
 
+impl Family {
+    /// The name in `config.json`.
+    pub fn model_type(self) -> &'static str {
+        match self {
+            Self::DeepseekV2 => "deepseek_v2",
+            Self::DeepseekV3 => "deepseek_v3",
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::Lowkey => "lowkey",
+        }
+    }
+}
+
 impl ModelSection {
     /// Fills the defaults, checks every size and says which keys the chosen attention leaves unused.
     ///
@@ -228,7 +242,7 @@ impl ModelSection {
         if config.vocab_size < vocab_size {
             return Err(Error::config(
                 "vocab_size",
-                config.vocab_size,
+                &config.vocab_size,
                 format!("the tokenizer has {vocab_size} tokens; leave the key out or make it at least that"),
             ));
         }
@@ -268,14 +282,14 @@ impl ModelSection {
         if self.head_dim.is_none() && (heads == 0 || !self.hidden_size.is_multiple_of(heads)) {
             return Err(Error::config(
                 "hidden_size",
-                self.hidden_size,
+                &self.hidden_size,
                 format!("not a multiple of num_attention_heads = {heads}; set head_dim or change one of them"),
             ));
         }
         let head_dim = self.head_dim.unwrap_or_else(|| self.hidden_size / heads);
         let factor = self.partial_rotary_factor.unwrap_or(1.0);
         if !(0.0..=1.0).contains(&factor) {
-            return Err(Error::config("partial_rotary_factor", factor, "must lie between 0 and 1"));
+            return Err(Error::config("partial_rotary_factor", &factor, "must lie between 0 and 1"));
         }
         let grouped = GroupedConfig {
             num_key_value_heads,
@@ -353,12 +367,12 @@ impl ModelConfig {
             check_size(key, size, most)?;
         }
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
-            return Err(Error::config("rms_norm_eps", self.rms_norm_eps, "must be a finite number ≥ 0"));
+            return Err(Error::config("rms_norm_eps", &self.rms_norm_eps, "must be a finite number ≥ 0"));
         }
         if let Some(range) = self.initializer_range
             && !(range.is_finite() && range > 0.0)
         {
-            return Err(Error::config("initializer_range", range, "must be a finite number > 0"));
+            return Err(Error::config("initializer_range", &range, "must be a finite number > 0"));
         }
         let rotary_dim = match &self.attention {
             AttentionConfig::Mla(mla) => {
@@ -382,13 +396,13 @@ impl ModelConfig {
                 if !heads.is_multiple_of(g.num_key_value_heads) {
                     return Err(Error::config(
                         "num_key_value_heads",
-                        g.num_key_value_heads,
+                        &g.num_key_value_heads,
                         format!("must divide num_attention_heads = {heads}"),
                     ));
                 }
                 if g.rotary_dim > g.head_dim {
                     let why = format!("at most the whole head can be rotated, head_dim = {}", g.head_dim);
-                    return Err(Error::config("partial_rotary_factor", g.rotary_dim, why));
+                    return Err(Error::config("partial_rotary_factor", &g.rotary_dim, why));
                 }
                 even(if g.rotary_dim == g.head_dim { "head_dim" } else { "partial_rotary_factor" }, g.rotary_dim)?;
                 g.rotary_dim
@@ -397,8 +411,8 @@ impl ModelConfig {
         if !self.suits_its_family() {
             return Err(Error::config(
                 "model_type",
-                format!("{:?}", self.family).to_lowercase(),
-                format!("does not compute this combination; {:?} does", self.natural_family()),
+                self.family.model_type(),
+                format!("does not compute this combination; {} does", self.natural_family().model_type()),
             ));
         }
         self.rope.check(rotary_dim, self.max_position_embeddings)
@@ -436,7 +450,7 @@ impl ModelConfig {
 
 fn check_size(key: &'static str, size: usize, most: usize) -> Result<()> {
     if size == 0 || size > most {
-        return Err(Error::config(key, size, format!("must lie between 1 and {most}")));
+        return Err(Error::config(key, &size, format!("must lie between 1 and {most}")));
     }
     Ok(())
 }
@@ -444,14 +458,18 @@ fn check_size(key: &'static str, size: usize, most: usize) -> Result<()> {
 fn check_heads(heads: usize, width: usize, most: usize) -> Result<()> {
     if heads.saturating_mul(width) > most {
         let why = format!("{heads} heads of width {width} are more than {most} wide together");
-        return Err(Error::config("num_attention_heads", heads, why));
+        return Err(Error::config("num_attention_heads", &heads, why));
     }
     Ok(())
 }
 
 fn even(key: &'static str, width: usize) -> Result<()> {
     if !width.is_multiple_of(2) || width > 1 << 16 {
-        return Err(Error::config(key, width, "the rotated width must be even (components turn in pairs) and at most 65536"));
+        return Err(Error::config(
+            key,
+            &width,
+            "the rotated width must be even (components turn in pairs) and at most 65536",
+        ));
     }
     Ok(())
 }

@@ -50,11 +50,7 @@ impl ModelConfig {
         };
         let block = attention + 3 * d * self.intermediate_size + 2 * d;
         let tables = self.vocab_size * d * if self.tie_word_embeddings { 1 } else { 2 };
-        ParameterCount {
-            total: layers * block + d + tables,
-            blocks: layers * block + d,
-            attention: layers * attention,
-        }
+        ParameterCount { total: layers * block + d + tables, blocks: layers * block + d, attention: layers * attention }
     }
 
     /// Floating-point operations to train on one token at sequence length `seq`: forward and backward (3×) of every matrix

@@ -65,7 +65,7 @@ fn report(missing: &[String], unexpected: &[String], mismatched: &[String]) -> S
 }
 
 impl Error {
-    pub(crate) fn config(key: &'static str, value: impl ToString, why: impl Into<String>) -> Self {
+    pub(crate) fn config(key: &'static str, value: &(impl ToString + ?Sized), why: impl Into<String>) -> Self {
         Self::Config { key, value: value.to_string(), why: why.into() }
     }
 

@@ -81,17 +81,17 @@ impl ModelConfig {
     ///
     /// Writes both spellings of the rotary parameters and of the dtype, so that old and new transformers read the same model.
     pub fn to_json(&self, dtype: &str) -> Value {
-        let (model_type, architecture) = match self.family {
-            Family::DeepseekV2 => ("deepseek_v2", "DeepseekV2ForCausalLM"),
-            Family::DeepseekV3 => ("deepseek_v3", "DeepseekV3ForCausalLM"),
-            Family::Llama => ("llama", "LlamaForCausalLM"),
-            Family::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
-            Family::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
-            Family::Lowkey => ("lowkey", "LowkeyForCausalLM"),
+        let architecture = match self.family {
+            Family::DeepseekV2 => "DeepseekV2ForCausalLM",
+            Family::DeepseekV3 => "DeepseekV3ForCausalLM",
+            Family::Llama => "LlamaForCausalLM",
+            Family::Qwen2 => "Qwen2ForCausalLM",
+            Family::Qwen3 => "Qwen3ForCausalLM",
+            Family::Lowkey => "LowkeyForCausalLM",
         };
         let mut out = json!({
             "architectures": [architecture],
-            "model_type": model_type,
+            "model_type": self.family.model_type(),
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -151,14 +151,17 @@ impl ModelConfig {
             extend(&mut out, json!({ "rope_scaling": scaling }));
         }
         if self.family == Family::Lowkey {
-            extend(&mut out, match &self.attention {
-                AttentionConfig::Mla(mla) => json!({ "latent_scale": mla.latent_scale }),
-                AttentionConfig::Grouped(g) => json!({
-                    "partial_rotary_factor": g.rotary_dim as f64 / g.head_dim as f64,
-                    "qkv_bias": g.qkv_bias,
-                    "qk_norm": g.qk_norm,
-                }),
-            });
+            extend(
+                &mut out,
+                match &self.attention {
+                    AttentionConfig::Mla(mla) => json!({ "latent_scale": mla.latent_scale }),
+                    AttentionConfig::Grouped(g) => json!({
+                        "partial_rotary_factor": g.rotary_dim as f64 / g.head_dim as f64,
+                        "qkv_bias": g.qkv_bias,
+                        "qk_norm": g.qk_norm,
+                    }),
+                },
+            );
         }
         out
     }
@@ -184,10 +187,10 @@ fn refuse_unsupported(keys: &Keys, family: Family) -> Result<()> {
         ));
     }
     if keys.flag("mlp_bias")?.unwrap_or(false) {
-        return Err(Error::config("mlp_bias", true, "biases in the feed-forward layers are not implemented"));
+        return Err(Error::config("mlp_bias", &true, "biases in the feed-forward layers are not implemented"));
     }
     if keys.flag("use_sliding_window")?.unwrap_or(false) {
-        return Err(Error::config("use_sliding_window", true, "sliding-window attention is not implemented"));
+        return Err(Error::config("use_sliding_window", &true, "sliding-window attention is not implemented"));
     }
     let dense_by_default = match family {
         Family::DeepseekV2 => 0,
@@ -199,7 +202,7 @@ fn refuse_unsupported(keys: &Keys, family: Family) -> Result<()> {
     if dense < layers {
         return Err(Error::config(
             "first_k_dense_replace",
-            dense,
+            &dense,
             format!(
                 "layers {dense} to {} are mixture-of-experts layers, which are not implemented; a dense model has \
                  first_k_dense_replace = num_hidden_layers = {layers}",
@@ -216,7 +219,7 @@ fn mla(keys: &Keys, family: Family, heads: usize) -> Result<AttentionConfig> {
     {
         return Err(Error::config(
             "num_key_value_heads",
-            kv_heads,
+            &kv_heads,
             format!("MLA has no key heads of its own: write null or num_attention_heads = {heads}"),
         ));
     }
@@ -226,8 +229,10 @@ fn mla(keys: &Keys, family: Family, heads: usize) -> Result<AttentionConfig> {
     {
         return Err(Error::config(
             "head_dim",
-            head_dim,
-            format!("for MLA it is the width of the rotation: leave it out or write qk_rope_head_dim = {qk_rope_head_dim}"),
+            &head_dim,
+            format!(
+                "for MLA it is the width of the rotation: leave it out or write qk_rope_head_dim = {qk_rope_head_dim}"
+            ),
         ));
     }
     Ok(AttentionConfig::Mla(MlaConfig {
@@ -262,14 +267,12 @@ fn grouped(keys: &Keys, family: Family, hidden_size: usize, heads: usize) -> Res
         _ => 1.0,
     };
     if !(0.0..=1.0).contains(&rotary) {
-        return Err(Error::config("partial_rotary_factor", rotary, "must lie between 0 and 1"));
+        return Err(Error::config("partial_rotary_factor", &rotary, "must lie between 0 and 1"));
     }
     let (qkv_bias, o_bias, qk_norm) = match family {
         Family::Qwen2 => (true, false, false),
         Family::Qwen3 => (bias, bias, true),
-        Family::Lowkey => {
-            (keys.flag("qkv_bias")?.unwrap_or(bias), bias, keys.flag("qk_norm")?.unwrap_or(false))
-        }
+        Family::Lowkey => (keys.flag("qkv_bias")?.unwrap_or(bias), bias, keys.flag("qk_norm")?.unwrap_or(false)),
         _ => (bias, bias, false),
     };
     Ok(AttentionConfig::Grouped(GroupedConfig {
@@ -304,7 +307,7 @@ fn rope(keys: &Keys) -> Result<RopeConfig> {
     // DeepSeek and Qwen files carry keys of other rope types; those that no type here uses are dropped.
     map.retain(|key, value| !value.is_null() && KNOWN_ROPE_KEYS.contains(&key.as_str()));
     serde_json::from_value(Value::Object(map.clone()))
-        .map_err(|e| Error::config("rope_parameters", Value::Object(map), e.to_string()))
+        .map_err(|e| Error::config("rope_parameters", &Value::Object(map), e.to_string()))
 }
 
 const KNOWN_ROPE_KEYS: [&str; 12] = [

@@ -137,9 +137,8 @@ impl Mla {
         };
         let q = q.reshape([batch, seq, heads, nope + r]);
         let q_nope = q.clone().narrow(3, 0, nope).swap_dims(1, 2);
-        let q_pe = (r > 0).then(|| {
-            rotate(q.narrow(3, nope, r), rope.cos.clone(), rope.sin.clone(), interleave).swap_dims(1, 2)
-        });
+        let q_pe = (r > 0)
+            .then(|| rotate(q.narrow(3, nope, r), rope.cos.clone(), rope.sin.clone(), interleave).swap_dims(1, 2));
         Queries { q_nope, q_pe }
     }
 

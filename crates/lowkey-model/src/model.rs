@@ -48,6 +48,7 @@ pub struct Block {
 
 /// The attention of a block.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one per layer; a box would stand between every use and the tensors")]
 pub enum Attention {
     /// Multi-head Latent Attention.
     Mla(Mla),
@@ -157,7 +158,11 @@ impl Block {
 
 impl CausalLm {
     /// Builds the model with the values that `fill` gives for each tensor name and shape.
-    pub(crate) fn build(config: &ModelConfig, device: &Device, fill: &mut dyn FnMut(&str, &[usize]) -> Vec<f32>) -> Self {
+    pub(crate) fn build(
+        config: &ModelConfig,
+        device: &Device,
+        fill: &mut dyn FnMut(&str, &[usize]) -> Vec<f32>,
+    ) -> Self {
         let b = &mut Builder { device, fill };
         let (d, f, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
         let embed_tokens = Embedding::build(b, "model.embed_tokens", config.vocab_size, d);
@@ -182,8 +187,7 @@ impl CausalLm {
             })
             .collect();
         let norm = RmsNorm::build(b, "model.norm", d, eps);
-        let lm_head =
-            (!config.tie_word_embeddings).then(|| Linear::build(b, "lm_head", d, config.vocab_size, false));
+        let lm_head = (!config.tie_word_embeddings).then(|| Linear::build(b, "lm_head", d, config.vocab_size, false));
         Self { model: Decoder { embed_tokens, layers, norm }, lm_head, config: config.clone() }
     }
 

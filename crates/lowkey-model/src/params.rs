@@ -76,9 +76,7 @@ struct TakeGradients<'a> {
 impl ModuleVisitor for TakeGradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let value = param.val();
-        let gradient = value
-            .grad_remove(self.gradients)
-            .map_or_else(|| value.without_autodiff().zeros_like(), |gradient| gradient);
+        let gradient = value.grad_remove(self.gradients).unwrap_or_else(|| value.without_autodiff().zeros_like());
         self.taken.push(flat(gradient));
     }
 }

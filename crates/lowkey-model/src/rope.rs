@@ -102,7 +102,7 @@ impl RopeConfig {
             if value.is_finite() && value > 0.0 {
                 Ok(())
             } else {
-                Err(Error::config(key, value, "must be a finite number > 0"))
+                Err(Error::config(key, &value, "must be a finite number > 0"))
             }
         };
         positive("rope_theta", self.rope_theta)?;
@@ -115,7 +115,7 @@ impl RopeConfig {
         })?;
         positive("rope_parameters.factor", factor)?;
         if self.original_max_position_embeddings == Some(0) {
-            return Err(Error::config("rope_parameters.original_max_position_embeddings", 0, "must be at least 1"));
+            return Err(Error::config("rope_parameters.original_max_position_embeddings", &0, "must be at least 1"));
         }
         for (key, value) in [
             ("rope_parameters.beta_fast", self.beta_fast),
@@ -127,7 +127,7 @@ impl RopeConfig {
             if let Some(value) = value
                 && !(value.is_finite() && value >= 0.0)
             {
-                return Err(Error::config(key, value, "must be a finite number ≥ 0"));
+                return Err(Error::config(key, &value, "must be a finite number ≥ 0"));
             }
         }
         if self.rope_type == RopeType::Llama3 {
@@ -143,17 +143,17 @@ impl RopeConfig {
             if self.high_freq_factor <= self.low_freq_factor {
                 return Err(Error::config(
                     "rope_parameters.high_freq_factor",
-                    self.high_freq_factor.unwrap_or_default(),
+                    &self.high_freq_factor.unwrap_or_default(),
                     "must be greater than low_freq_factor",
                 ));
             }
         }
         if self.rope_type == RopeType::Yarn && self.rope_theta <= 1.0 {
-            return Err(Error::config("rope_theta", self.rope_theta, "YaRN needs frequencies that fall: more than 1"));
+            return Err(Error::config("rope_theta", &self.rope_theta, "YaRN needs frequencies that fall: more than 1"));
         }
         let frequencies = self.inverse_frequencies(dim, max_positions);
         if frequencies.iter().any(|f| !f.is_finite()) {
-            return Err(Error::config("rope_theta", self.rope_theta, "gives frequencies that are not finite"));
+            return Err(Error::config("rope_theta", &self.rope_theta, "gives frequencies that are not finite"));
         }
         Ok(())
     }
@@ -240,7 +240,13 @@ impl RopeTable {
     /// Tables for the given positions, one row per sequence (or one row for all). All rows have the same length.
     ///
     /// Angles are formed in f64 and rounded once, so that positions far from 0 lose nothing.
-    pub fn new(config: &RopeConfig, dim: usize, max_positions: usize, positions: &[Vec<usize>], device: &Device) -> Self {
+    pub fn new(
+        config: &RopeConfig,
+        dim: usize,
+        max_positions: usize,
+        positions: &[Vec<usize>],
+        device: &Device,
+    ) -> Self {
         let frequencies = config.inverse_frequencies(dim, max_positions);
         let factor = config.table_factor();
         let (rows, seq) = (positions.len(), positions.first().map_or(0, Vec::len));

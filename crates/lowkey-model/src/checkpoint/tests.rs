@@ -292,7 +292,9 @@ fn an_index_is_not_trusted() {
     let dir = saved(&model(18), 1500);
     let index = dir.path().join(INDEX);
     let whole = std::fs::read_to_string(&index).unwrap();
-    for file in ["../elsewhere.safetensors", "/etc/hostname", "..", ".", "", "/", "sub/model.safetensors", "./x.safetensors"] {
+    for file in
+        ["../elsewhere.safetensors", "/etc/hostname", "..", ".", "", "/", "sub/model.safetensors", "./x.safetensors"]
+    {
         let mut value: Value = serde_json::from_str(&whole).unwrap();
         value["weight_map"]["model.norm.weight"] = json!(file);
         std::fs::write(&index, value.to_string()).unwrap();

@@ -87,7 +87,8 @@ fn absent_keys_get_their_defaults() {
     let (config, _) = resolve(with(full("mha"), "head_dim", json!(10))).unwrap();
     let AttentionConfig::Grouped(grouped) = &config.attention else { panic!("{config:?}") };
     assert_eq!((grouped.head_dim, grouped.rotary_dim), (10, 10));
-    let (config, _) = resolve(with(with(full("mha"), "vocab_size", json!(128)), "max_position_embeddings", json!(7))).unwrap();
+    let (config, _) =
+        resolve(with(with(full("mha"), "vocab_size", json!(128)), "max_position_embeddings", json!(7))).unwrap();
     assert_eq!((config.vocab_size, config.max_position_embeddings), (128, 7));
     assert_eq!((config.rms_norm_eps, config.tie_word_embeddings, config.initializer_range), (1e-6, false, None));
     let rope = json!({ "rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0 });
@@ -120,7 +121,9 @@ fn unknown_keys_and_wrong_types_are_refused() {
 #[test]
 fn every_rule_of_a_section_names_its_key() {
     for kind in ["mla", "gqa"] {
-        for key in ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"] {
+        for key in
+            ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"]
+        {
             // Where the head width follows from it, the number of heads is part of another rule.
             let section = with(full(kind), "head_dim", json!(6));
             assert_eq!(refused(resolve(with(section.clone(), key, json!(0)))), key);
@@ -153,7 +156,10 @@ fn every_rule_of_a_section_names_its_key() {
     assert_eq!(refused(resolve(with(full("mha"), "num_attention_heads", json!(0)))), "hidden_size");
     for factor in [-0.1, 1.1, 0.5] {
         // Half of 6 is odd.
-        assert_eq!(refused(resolve(with(full("mha"), "partial_rotary_factor", json!(factor)))), "partial_rotary_factor");
+        assert_eq!(
+            refused(resolve(with(full("mha"), "partial_rotary_factor", json!(factor)))),
+            "partial_rotary_factor"
+        );
     }
 }
 
@@ -196,7 +202,7 @@ fn a_family_that_computes_something_else_is_refused() {
     }
     let halves = fixtures::mla_with(|m| m.rope_interleave = false);
     let error = ModelConfig { family: Family::DeepseekV2, ..halves }.check().unwrap_err();
-    assert!(error.to_string().starts_with("model.model_type = deepseekv2"), "{error}");
+    assert!(error.to_string().starts_with("model.model_type = deepseek_v2:"), "{error}");
 }
 
 #[test]

@@ -12,7 +12,11 @@ fn the_count_is_that_of_the_model() {
         };
         let got = config.parameter_count();
         assert_eq!(got.total, count(|_| true), "{kind}");
-        assert_eq!(got.blocks, count(|name| name.starts_with("model.layers.") || name == "model.norm.weight"), "{kind}");
+        assert_eq!(
+            got.blocks,
+            count(|name| name.starts_with("model.layers.") || name == "model.norm.weight"),
+            "{kind}"
+        );
         assert_eq!(got.attention, count(|name| name.contains("self_attn")), "{kind}");
     }
 }

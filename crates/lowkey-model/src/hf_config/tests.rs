@@ -114,7 +114,9 @@ fn contradictions_are_settled_as_transformers_settles_them() {
     let map = with(base.clone(), "rope_parameters", json!({ "rope_theta": 5.0, "rope_type": "linear", "factor": 3.0 }));
     let map = with(map, "rope_scaling", json!({ "type": "yarn", "factor": 2.0 }));
     assert_eq!((rope(&map).rope_type, rope(&map).factor, rope(&map).rope_theta), (RopeType::Yarn, Some(2.0), 10_000.0));
-    assert_eq!(rope(&with(map, "rope_theta", json!(9.0))).rope_theta, 9.0);
+    assert_eq!(rope(&with(map.clone(), "rope_theta", json!(9.0))).rope_theta, 9.0);
+    // But an empty one, which is false in Python, replaces nothing.
+    assert_eq!(rope(&with(map, "rope_scaling", json!({}))).rope_type, RopeType::Linear);
     // rope_parameters.rope_theta beats the one outside.
     let map = with(with(base.clone(), "rope_parameters", json!({ "rope_theta": 5.0 })), "rope_theta", json!(9.0));
     assert_eq!(rope(&map).rope_theta, 5.0);
@@ -157,10 +159,16 @@ fn what_is_not_implemented_is_refused() {
     }
     // Absent, the key means experts: from layer 0 in V2, from layer 3 in V3.
     assert_eq!(refused(&without(v2.clone(), "first_k_dense_replace")), "first_k_dense_replace");
-    assert!(ModelConfig::from_json(&without(mla.clone(), "first_k_dense_replace")).is_ok(), "two layers are below three");
+    assert!(
+        ModelConfig::from_json(&without(mla.clone(), "first_k_dense_replace")).is_ok(),
+        "two layers are below three"
+    );
     let deep = with(without(mla.clone(), "first_k_dense_replace"), "num_hidden_layers", json!(4));
     assert_eq!(refused(&deep), "first_k_dense_replace");
-    assert_eq!(refused(&with(mla.clone(), "rope_scaling", json!({ "type": "longrope", "factor": 2.0 }))), "rope_parameters");
+    assert_eq!(
+        refused(&with(mla.clone(), "rope_scaling", json!({ "type": "longrope", "factor": 2.0 }))),
+        "rope_parameters"
+    );
     // A rotated width of 0 is read as "not given" by transformers.
     assert_eq!(refused(&with(with(mla, "qk_rope_head_dim", json!(0)), "head_dim", json!(0))), "model_type");
 }
@@ -232,7 +240,9 @@ fn wrong_types_are_named() {
 fn each_family_keeps_its_own_rules() {
     let from = |map: Map<String, Value>| ModelConfig::from_json(&map).unwrap();
     let mla = written(&fixtures::mla_with(|m| m.rope_interleave = false));
-    let AttentionConfig::Mla(v2) = from(with(mla.clone(), "model_type", json!("deepseek_v2"))).attention else { panic!() };
+    let AttentionConfig::Mla(v2) = from(with(mla.clone(), "model_type", json!("deepseek_v2"))).attention else {
+        panic!()
+    };
     assert!(v2.rope_interleave, "DeepSeek-V2 rotates pairs whatever the file says");
     let AttentionConfig::Mla(v3) = from(with(mla, "latent_scale", json!(true))).attention else { panic!() };
     assert!(!v3.rope_interleave && !v3.latent_scale, "transformers knows no latent_scale");

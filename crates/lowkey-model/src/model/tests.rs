@@ -116,11 +116,8 @@ fn absorbed_attention_is_expanded_attention() {
         let AttentionConfig::Mla(sizes) = &config.attention else { continue };
         for latent_scale in [false, true] {
             let sizes = crate::MlaConfig { latent_scale, ..sizes.clone() };
-            let config = ModelConfig {
-                attention: AttentionConfig::Mla(sizes),
-                family: crate::Family::Lowkey,
-                ..config.clone()
-            };
+            let config =
+                ModelConfig { attention: AttentionConfig::Mla(sizes), family: crate::Family::Lowkey, ..config.clone() };
             let model = scrambled(&config, 9, &device);
             let Attention::Mla(mla) = &model.model.layers[0].self_attn else { panic!("{kind}") };
             let x = random(10, [2, 11, 12], &device);
@@ -315,6 +312,170 @@ fn every_gradient_agrees_with_finite_differences() {
     }
 }
 
+/// The same model written as loops over numbers, in f64 and from the equations: no code in common but the frequencies.
+struct Naive<'a> {
+    config: &'a ModelConfig,
+    weights: std::collections::BTreeMap<String, (Vec<usize>, Vec<f64>)>,
+}
+
+impl<'a> Naive<'a> {
+    fn new(model: &'a CausalLm) -> Self {
+        let wide = |values: Vec<f32>| values.into_iter().map(f64::from).collect();
+        let weights = model.parameters().into_iter().map(|p| (p.name, (p.shape, wide(values(p.value))))).collect();
+        Self { config: &model.config, weights }
+    }
+
+    fn linear(&self, name: &str, x: &[f64]) -> Vec<f64> {
+        let (shape, w) = &self.weights[&format!("{name}.weight")];
+        let mut y: Vec<f64> = w.chunks_exact(shape[1]).map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect();
+        if let Some((_, bias)) = self.weights.get(&format!("{name}.bias")) {
+            y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        }
+        y
+    }
+
+    fn norm(&self, name: &str, x: &[f64], eps: f64) -> Vec<f64> {
+        let (_, gain) = &self.weights[&format!("{name}.weight")];
+        let scale = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64 + eps).sqrt();
+        x.iter().zip(gain).map(|(x, g)| x * scale * g).collect()
+    }
+
+    /// Turns the pairs of `x` in place; the order of its components stays.
+    fn turn(&self, x: &mut [f64], position: usize, adjacent: bool) {
+        let half = x.len() / 2;
+        let frequencies = self.config.rope.inverse_frequencies(x.len(), self.config.max_position_embeddings);
+        let factor = self.config.rope.table_factor();
+        for (i, frequency) in frequencies.into_iter().enumerate() {
+            let (a, b) = if adjacent { (2 * i, 2 * i + 1) } else { (i, i + half) };
+            let (sin, cos) = (position as f64 * frequency).sin_cos();
+            (x[a], x[b]) = ((x[a] * cos - x[b] * sin) * factor, (x[a] * sin + x[b] * cos) * factor);
+        }
+    }
+
+    /// Query, key and value of each head at one position, and the width by which the scores are scaled.
+    fn projections(&self, at: &str, x: &[f64], position: usize) -> [Vec<Vec<f64>>; 3] {
+        let heads = self.config.num_attention_heads;
+        let name = |part: &str| format!("{at}.{part}");
+        match &self.config.attention {
+            AttentionConfig::Mla(m) => {
+                let q = match m.q_lora_rank {
+                    None => self.linear(&name("q_proj"), x),
+                    Some(_) => {
+                        let down = self.linear(&name("q_a_proj"), x);
+                        self.linear(&name("q_b_proj"), &self.norm(&name("q_a_layernorm"), &down, 1e-6))
+                    }
+                };
+                let mut kv = self.linear(&name("kv_a_proj_with_mqa"), x);
+                let mut k_pe = kv.split_off(m.kv_lora_rank);
+                self.turn(&mut k_pe, position, m.rope_interleave);
+                let mut c_kv = self.norm(&name("kv_a_layernorm"), &kv, 1e-6);
+                if m.latent_scale {
+                    let scale = (self.config.hidden_size as f64 / m.kv_lora_rank as f64).sqrt();
+                    c_kv.iter_mut().for_each(|c| *c *= scale);
+                }
+                let up = self.linear(&name("kv_b_proj"), &c_kv);
+                let mut out = [Vec::new(), Vec::new(), Vec::new()];
+                for h in 0..heads {
+                    let width = m.qk_nope_head_dim + m.qk_rope_head_dim;
+                    let mut q = q[h * width..][..width].to_vec();
+                    self.turn(&mut q[m.qk_nope_head_dim..], position, m.rope_interleave);
+                    let width = m.qk_nope_head_dim + m.v_head_dim;
+                    let (nope, v) = up[h * width..][..width].split_at(m.qk_nope_head_dim);
+                    out[0].push(q);
+                    out[1].push([nope, &k_pe].concat());
+                    out[2].push(v.to_vec());
+                }
+                out
+            }
+            AttentionConfig::Grouped(g) => ["q", "k", "v"].map(|part| {
+                let all = self.linear(&name(&format!("{part}_proj")), x);
+                (0..heads)
+                    .map(|h| {
+                        let h = if part == "q" { h } else { h / (heads / g.num_key_value_heads) };
+                        let mut head = all[h * g.head_dim..][..g.head_dim].to_vec();
+                        if part != "v" {
+                            if g.qk_norm {
+                                head = self.norm(&name(&format!("{part}_norm")), &head, self.config.rms_norm_eps);
+                            }
+                            self.turn(&mut head[..g.rotary_dim], position, false);
+                        }
+                        head
+                    })
+                    .collect()
+            }),
+        }
+    }
+
+    /// What the last position of `seen` reads from all of them, through one head.
+    fn attend(seen: &[[Vec<Vec<f64>>; 3]], head: usize, scale: f64) -> Vec<f64> {
+        let q = &seen[seen.len() - 1][0][head];
+        let mut out = vec![0.0; seen[0][2][head].len()];
+        let mut total = 0.0;
+        for [_, k, v] in seen {
+            let weight = (scale * q.iter().zip(&k[head]).map(|(q, k)| q * k).sum::<f64>()).exp();
+            total += weight;
+            out.iter_mut().zip(&v[head]).for_each(|(out, v)| *out += weight * v);
+        }
+        out.iter_mut().for_each(|out| *out /= total);
+        out
+    }
+
+    /// `scale` is a number of its own: the one thing that the configurations must not compute for this model.
+    fn logits(&self, tokens: &[u32], scale: f64) -> Vec<f32> {
+        let (d, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
+        let table = &self.weights["model.embed_tokens.weight"].1;
+        let mut xs: Vec<Vec<f64>> = tokens.iter().map(|id| table[*id as usize * d..][..d].to_vec()).collect();
+        for layer in 0..self.config.num_hidden_layers {
+            let name = |part: &str| format!("model.layers.{layer}.{part}");
+            let projected: Vec<_> = xs
+                .iter()
+                .enumerate()
+                .map(|(t, x)| self.projections(&name("self_attn"), &self.norm(&name("input_layernorm"), x, eps), t))
+                .collect();
+            for (t, x) in xs.iter_mut().enumerate() {
+                let heads = 0..self.config.num_attention_heads;
+                let out: Vec<f64> = heads.flat_map(|h| Self::attend(&projected[..=t], h, scale)).collect();
+                let attended = self.linear(&name("self_attn.o_proj"), &out);
+                x.iter_mut().zip(attended).for_each(|(x, y)| *x += y);
+                let normed = self.norm(&name("post_attention_layernorm"), x, eps);
+                let gate = self.linear(&name("mlp.gate_proj"), &normed);
+                let up = self.linear(&name("mlp.up_proj"), &normed);
+                let hidden: Vec<f64> = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+                let fed = self.linear(&name("mlp.down_proj"), &hidden);
+                x.iter_mut().zip(fed).for_each(|(x, y)| *x += y);
+            }
+        }
+        let head = if self.config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
+        xs.iter().flat_map(|x| self.linear(head, &self.norm("model.norm", x, eps))).map(|x| x as f32).collect()
+    }
+}
+
+#[test]
+fn the_model_computes_its_equations() {
+    let device = Device::flex();
+    for (kind, config) in fixtures::every_kind() {
+        // An ε that shows: with the usual one nobody sees which norm uses it.
+        let config = ModelConfig { rms_norm_eps: 0.05, ..config };
+        let scale = match (&config.attention, config.rope.mscale_all_dim) {
+            (AttentionConfig::Mla(m), None) => 1.0 / ((m.qk_nope_head_dim + m.qk_rope_head_dim) as f64).sqrt(),
+            (AttentionConfig::Mla(_), Some(_)) => (0.1 * 0.6 * 4f64.ln() + 1.0).powi(2) / 11f64.sqrt(),
+            (AttentionConfig::Grouped(_), _) => 1.0 / 6f64.sqrt(),
+        };
+        let mut model = scrambled(&config, 26, &device);
+        // Small latents, so that their ε shows as well.
+        let shrunk = model.parameters().into_iter().map(|p| {
+            let small = p.name.ends_with("_a_proj.weight") || p.name.ends_with("kv_a_proj_with_mqa.weight");
+            if small { p.value * 1e-2 } else { p.value }
+        });
+        let shrunk = shrunk.collect();
+        model = model.with_values(shrunk);
+        let tokens = ids(12, 29, 27);
+        let expected = Naive::new(&model).logits(&tokens, scale);
+        let error = distance(&values(model.forward(ids_tensor(&tokens, 1, 12, &device))), &expected);
+        assert!(error < 1e-4, "{kind}: off by {error}");
+    }
+}
+
 /// What transformers computed for a case, by name.
 fn expected(bytes: &[u8], name: &str) -> Option<Vec<f32>> {
     let file = SafeTensors::deserialize(bytes).unwrap();
@@ -371,9 +532,8 @@ fn the_reference_cases_come_out_as_transformers_computes_them() {
         }
         let error = compare("logits", model.logits(hidden));
 
-        let targets: Vec<i64> = (0..rows * seq)
-            .map(|t| if t % seq == seq - 1 { IGNORE } else { i64::from(tokens[t + 1]) })
-            .collect();
+        let targets: Vec<i64> =
+            (0..rows * seq).map(|t| if t % seq == seq - 1 { IGNORE } else { i64::from(tokens[t + 1]) }).collect();
         let starts = vec![0; rows * seq];
         let batch = TokenBatch { rows, seq_len: seq, input_ids: &tokens, targets: &targets, document_starts: &starts };
         let (loss, _) = model.loss(batch, &device, None);

@@ -83,7 +83,8 @@ fn new_values_arrive_and_still_learn() {
     for (parameter, expected) in model.parameters().into_iter().zip(doubled) {
         assert_eq!(values(parameter.value), values(expected));
     }
-    let batch = TokenBatch { rows: 1, seq_len: 3, input_ids: &[1, 2, 3], targets: &[2, 3, 4], document_starts: &[0; 3] };
+    let batch =
+        TokenBatch { rows: 1, seq_len: 3, input_ids: &[1, 2, 3], targets: &[2, 3, 4], document_starts: &[0; 3] };
     let (loss, _) = model.loss(batch, &device, None);
     let gradients = model.take_gradients(&mut loss.nats.backward());
     for (gradient, parameter) in gradients.into_iter().zip(model.parameters()) {
@@ -103,7 +104,8 @@ fn gradients_come_in_the_order_of_the_parameters_and_absent_ones_are_zero() {
             + half_square(block.input_layernorm.weight.val())
             + half_square(flat(block.mlp.up_proj.weight.val()));
         let mut gradients = loss.backward();
-        let reached = ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"];
+        let reached =
+            ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"];
         let taken = model.take_gradients(&mut gradients);
         let parameters = model.parameters();
         assert_eq!(taken.len(), parameters.len(), "{kind}");

@@ -27,7 +27,7 @@ fn published_yarn(theta: f64, dim: usize, factor: f64, low: f64, high: f64) -> V
         .map(|i| {
             let position_frequency = theta.powf(2.0 * i as f64 / dim as f64);
             let (extrapolated, interpolated) = (1.0 / position_frequency, 1.0 / (factor * position_frequency));
-            let ramp = ((i as f64 - low) / (high - low)).max(0.0).min(1.0);
+            let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
             let mask = 1.0 - ramp;
             interpolated * (1.0 - mask) + extrapolated * mask
         })
@@ -57,7 +57,8 @@ fn deepseek_v3_ramps_from_pair_10_to_pair_23() {
     // R = 64, θ = 10000, 4096 positions extended 40 times: the bounds that DeepSeek's own code computes.
     assert_eq!(correction(1e4, 64, 4096.0, 32.0).floor(), 10.0);
     assert_eq!(correction(1e4, 64, 4096.0, 1.0).ceil(), 23.0);
-    let got = RopeConfig { beta_fast: Some(32.0), beta_slow: Some(1.0), ..yarn(40.0, 4096) }.inverse_frequencies(64, 163_840);
+    let got =
+        RopeConfig { beta_fast: Some(32.0), beta_slow: Some(1.0), ..yarn(40.0, 4096) }.inverse_frequencies(64, 163_840);
     close(&got, &published_yarn(1e4, 64, 40.0, 10.0, 23.0));
     let plain = |i: i32| 10_000f64.powf(-f64::from(i) / 32.0);
     close(&got[..11], &(0..11).map(plain).collect::<Vec<_>>());
@@ -67,7 +68,8 @@ fn deepseek_v3_ramps_from_pair_10_to_pair_23() {
 
 #[test]
 fn absent_and_zero_betas_mean_32_and_1() {
-    let expected = RopeConfig { beta_fast: Some(32.0), beta_slow: Some(1.0), ..yarn(8.0, 2048) }.inverse_frequencies(32, 0);
+    let expected =
+        RopeConfig { beta_fast: Some(32.0), beta_slow: Some(1.0), ..yarn(8.0, 2048) }.inverse_frequencies(32, 0);
     close(&yarn(8.0, 2048).inverse_frequencies(32, 0), &expected);
     let zero = RopeConfig { beta_fast: Some(0.0), beta_slow: Some(0.0), ..yarn(8.0, 2048) };
     close(&zero.inverse_frequencies(32, 0), &expected);
@@ -112,6 +114,12 @@ fn equal_bounds_make_a_step() {
     assert!(correction(1e4, 8, 6.0, 1.0).ceil() <= 0.0);
     let got = yarn(2.0, 6).inverse_frequencies(8, 0);
     close(&got, &[1.0, 0.05, 0.005, 0.0005]);
+    // Fractional bounds, both at pair 2.3: the step is no wider than a thousandth of a pair.
+    let turns = 1e4 / TAU / 1e4f64.powf(2.3 / 4.0);
+    let rope =
+        RopeConfig { beta_fast: Some(turns), beta_slow: Some(turns), truncate: Some(false), ..yarn(2.0, 10_000) };
+    assert!((correction(1e4, 8, 1e4, turns) - 2.3).abs() < 1e-12);
+    close(&rope.inverse_frequencies(8, 0), &[1.0, 0.1, 0.01, 0.0005]);
 }
 
 #[test]
@@ -195,8 +203,11 @@ fn tables_far_from_zero_are_as_exact_as_f32_can_say() {
     let table = RopeTable::new(&rope, 16, 4096, &positions, &Device::flex());
     assert_eq!(table.cos.dims(), [2, 3, 1, 8]);
     let (frequencies, factor) = (rope.inverse_frequencies(16, 4096), rope.table_factor());
-    let angles: Vec<f64> =
-        positions.iter().flatten().flat_map(|p| frequencies.iter().map(|f| *p as f64 * f).collect::<Vec<_>>()).collect();
+    let angles: Vec<f64> = positions
+        .iter()
+        .flatten()
+        .flat_map(|p| frequencies.iter().map(|f| *p as f64 * f).collect::<Vec<_>>())
+        .collect();
     for (got, angle) in values(table.cos).iter().zip(&angles) {
         assert!((f64::from(*got) - factor * angle.cos()).abs() < 1e-7, "cos {angle}");
     }
@@ -207,17 +218,16 @@ fn tables_far_from_zero_are_as_exact_as_f32_can_say() {
 
 #[test]
 fn a_table_without_columns_or_rows_is_no_error() {
-    assert_eq!(RopeTable::new(&RopeConfig::default(), 0, 8, &[vec![0, 1, 2]], &Device::flex()).cos.dims(), [1, 3, 1, 0]);
+    assert_eq!(
+        RopeTable::new(&RopeConfig::default(), 0, 8, &[vec![0, 1, 2]], &Device::flex()).cos.dims(),
+        [1, 3, 1, 0]
+    );
 }
 
 #[test]
 fn every_rule_names_its_key() {
     let scaled = |rope_type| RopeConfig { rope_type, ..yarn(4.0, 16) };
-    let llama3 = RopeConfig {
-        low_freq_factor: Some(1.0),
-        high_freq_factor: Some(4.0),
-        ..scaled(RopeType::Llama3)
-    };
+    let llama3 = RopeConfig { low_freq_factor: Some(1.0), high_freq_factor: Some(4.0), ..scaled(RopeType::Llama3) };
     assert!(llama3.check(8, 64).is_ok() && scaled(RopeType::Yarn).check(8, 64).is_ok());
     let bad = [
         ("rope_theta", RopeConfig { rope_theta: 0.0, ..RopeConfig::default() }),
@@ -241,7 +251,9 @@ fn every_rule_names_its_key() {
     ];
     for (key, rope) in bad {
         match rope.check(8, 64) {
-            Err(Error::Config { key: got, .. } | Error::MissingKey { key: got, .. }) => assert_eq!(got, key, "{rope:?}"),
+            Err(Error::Config { key: got, .. } | Error::MissingKey { key: got, .. }) => {
+                assert_eq!(got, key, "{rope:?}");
+            }
             other => panic!("{rope:?}: {other:?}"),
         }
     }

@@ -1,0 +1,1 @@
+//! Each command as a user runs it, on a model that a run of a second has trained.
