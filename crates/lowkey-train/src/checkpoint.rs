@@ -26,6 +26,10 @@ const CHECKSUMS: &str = "checksums.json";
 const TRAINER: &str = "trainer.json";
 const MOMENTS: &str = "trainer.safetensors";
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
+/// Begins the name of what is being written or removed.
+const TEMPORARY: &str = ".tmp-";
+/// Begins the name of a whole checkpoint that is being replaced.
+const REPLACED: &str = ".old-";
 
 /// `trainer.json`: all that a run needs besides weights and moments to go on as if it had never stopped.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -51,15 +55,24 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Those in `dir`, which is created; what a killed process left half-written is removed.
+    /// Those in `dir`, which is created; what a killed process left half-written is removed, and what it was about to
+    /// replace is put back.
     ///
     /// # Errors
     /// [`Error::Io`] where the folder cannot be made or cleaned.
     pub fn open(dir: &Path, keep: usize) -> Result<Self> {
         fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
         for entry in entries(dir)? {
-            if entry.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".tmp-")) {
+            let name = entry.file_name().unwrap_or_default().to_string_lossy();
+            if name.starts_with(TEMPORARY) {
                 remove(&entry)?;
+            } else if let Some(name) = name.strip_prefix(REPLACED) {
+                let target = dir.join(name);
+                if target.exists() {
+                    remove(&entry)?;
+                } else {
+                    fs::rename(&entry, &target).map_err(|e| Error::io(&entry, e))?;
+                }
             }
         }
         Ok(Self { dir: dir.to_path_buf(), keep })
@@ -71,7 +84,7 @@ impl Checkpoints {
     /// [`Error::Io`] or [`Error::Model`] where a file cannot be written; earlier checkpoints stay as they are.
     pub fn save(&self, model: &CausalLm, tokenizer: &Tokenizer, optimizer: &AdamW, state: &TrainerState) -> Result<PathBuf> {
         let name = step_name(state.step);
-        let (target, temporary) = (self.dir.join(&name), self.dir.join(format!(".tmp-{name}")));
+        let (target, temporary) = (self.dir.join(&name), self.dir.join(format!("{TEMPORARY}{name}")));
         let written = write(&temporary, model, tokenizer, optimizer, state);
         if let Err(e) = written {
             // The message about the disk matters more than one about the clean-up.
@@ -79,19 +92,55 @@ impl Checkpoints {
             return Err(e);
         }
         if target.exists() {
-            let old = self.dir.join(format!(".tmp-old-{name}"));
+            let old = self.dir.join(format!("{REPLACED}{name}"));
             fs::rename(&target, &old).map_err(|e| Error::io(&target, e))?;
             fs::rename(&temporary, &target).map_err(|e| Error::io(&target, e))?;
-            remove(&old)?;
+            self.discard(&old)?;
         } else {
             fs::rename(&temporary, &target).map_err(|e| Error::io(&target, e))?;
         }
         sync_dir(&self.dir)?;
-        if let Some((step, _)) = state.best {
+        self.settle(state)?;
+        Ok(target)
+    }
+
+    /// Points `best` at the best checkpoint, and removes all but the last `keep` and the best. What comes after
+    /// `state.step` can only be damaged; it does not count, and stays until it is written anew.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the folder cannot be changed.
+    pub fn settle(&self, state: &TrainerState) -> Result<()> {
+        let best = state.best.map(|(step, _)| step);
+        if let Some(step) = best {
             self.point_best(&step_name(step))?;
         }
-        self.prune(state)?;
-        Ok(target)
+        let mut steps = steps(&self.dir)?;
+        steps.retain(|(step, _)| *step <= state.step);
+        let old = steps.len().saturating_sub(self.keep);
+        for (_, path) in steps.into_iter().take(old).filter(|(step, _)| Some(*step) != best) {
+            self.discard(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Removes all checkpoints.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where one cannot be removed.
+    pub fn clear(&self) -> Result<()> {
+        let best = self.dir.join("best");
+        if best.symlink_metadata().is_ok() {
+            self.discard(&best)?;
+        }
+        steps(&self.dir)?.iter().try_for_each(|(_, path)| self.discard(path))
+    }
+
+    /// Removes a checkpoint so that at no moment a part of it stands under its name.
+    fn discard(&self, path: &Path) -> Result<()> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let hidden = self.dir.join(format!("{TEMPORARY}gone-{name}"));
+        fs::rename(path, &hidden).map_err(|e| Error::io(path, e))?;
+        remove(&hidden)
     }
 
     /// The newest checkpoint that is whole, and what is wrong with any newer one.
@@ -100,7 +149,7 @@ impl Checkpoints {
     /// [`Error::Io`] where the folder cannot be read.
     pub fn latest(&self) -> Result<(Option<PathBuf>, Vec<String>)> {
         let mut notes = Vec::new();
-        for (_, path) in self.steps()?.into_iter().rev() {
+        for (_, path) in steps(&self.dir)?.into_iter().rev() {
             match verify(&path) {
                 Ok(()) => return Ok((Some(path), notes)),
                 Err(e) => notes.push(format!("skipping a damaged checkpoint: {e}")),
@@ -109,34 +158,9 @@ impl Checkpoints {
         Ok((None, notes))
     }
 
-    /// Checkpoints by step, oldest first.
-    fn steps(&self) -> Result<Vec<(u64, PathBuf)>> {
-        let mut found: Vec<(u64, PathBuf)> = entries(&self.dir)?
-            .into_iter()
-            .filter_map(|path| {
-                let step = path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
-                Some((step, path))
-            })
-            .collect();
-        found.sort();
-        Ok(found)
-    }
-
-    fn prune(&self, state: &TrainerState) -> Result<()> {
-        let steps = self.steps()?;
-        let best = state.best.map(|(step, _)| step);
-        let old = steps.len().saturating_sub(self.keep);
-        for (step, path) in steps.into_iter().take(old) {
-            if Some(step) != best {
-                remove(&path)?;
-            }
-        }
-        Ok(())
-    }
-
     /// A relative symbolic link, replaced by rename; a copy where the system has no such links.
     fn point_best(&self, name: &str) -> Result<()> {
-        let (best, temporary) = (self.dir.join("best"), self.dir.join(".tmp-best"));
+        let (best, temporary) = (self.dir.join("best"), self.dir.join(format!("{TEMPORARY}best")));
         if !self.dir.join(name).exists() {
             return Ok(());
         }
@@ -215,6 +239,28 @@ pub fn verify(dir: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The newest checkpoint in a folder, whole or damaged; none where there is no such folder.
+///
+/// # Errors
+/// [`Error::Io`] where the folder cannot be read.
+pub fn newest(dir: &Path) -> Result<Option<PathBuf>> {
+    let steps = if dir.exists() { steps(dir)? } else { Vec::new() };
+    Ok(steps.into_iter().next_back().map(|(_, path)| path))
+}
+
+/// Checkpoints by step, oldest first.
+fn steps(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found: Vec<(u64, PathBuf)> = entries(dir)?
+        .into_iter()
+        .filter_map(|path| {
+            let step = path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
+            Some((step, path))
+        })
+        .collect();
+    found.sort();
+    Ok(found)
 }
 
 /// Whether a model directory carries checksums.

@@ -61,13 +61,19 @@ pub struct ClassEvaluation {
 const DOCUMENTS_PER_PASS: usize = 16;
 
 impl Held {
-    /// The first `count` batches' worth of it, for evaluations during a run.
+    /// The first `count · batch_size` rows or documents of it, for evaluations during a run; a batch is never cut.
     pub fn first(&self, count: usize, batch_size: usize) -> Self {
+        let mut left = count.saturating_mul(batch_size);
         match self {
-            Self::Batches(batches) => Self::Batches(batches.iter().take(count).cloned().collect()),
-            Self::Documents(documents) => {
-                Self::Documents(documents.iter().take(count.saturating_mul(batch_size)).cloned().collect())
+            Self::Batches(batches) => {
+                let wanted = batches.iter().take_while(|batch| {
+                    let wanted = left > 0;
+                    left = left.saturating_sub(batch.rows);
+                    wanted
+                });
+                Self::Batches(wanted.cloned().collect())
             }
+            Self::Documents(documents) => Self::Documents(documents.iter().take(left).cloned().collect()),
         }
     }
 }

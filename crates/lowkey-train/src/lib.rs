@@ -23,6 +23,7 @@ mod evaluate;
 mod metrics;
 mod optimizer;
 mod plan;
+mod resume;
 mod run_config;
 pub mod run_data;
 mod schedule;

@@ -80,19 +80,25 @@ impl AdamW {
 /// # Errors
 /// The index of the first gradient whose norm is not finite, with that norm.
 pub fn global_norm(gradients: &[Tensor<1>]) -> Result<std::result::Result<f64, (usize, f64)>> {
+    /// Numbers that are added in one go. Above some millions the CPU's threads share a sum in an order that changes from
+    /// call to call, and f32 loses digits.
+    const PART: usize = 1 << 20;
     let mut total = 0.0;
     for (i, gradient) in gradients.iter().enumerate() {
-        let squares = gradient
-            .clone()
-            .square()
-            .sum()
-            .try_into_scalar::<f32>()
-            .map_err(|e| Error::Device { what: "a gradient's norm", why: format!("{e:?}") })?;
-        let squares = f64::from(squares);
-        if !squares.is_finite() {
-            return Ok(Err((i, squares.sqrt())));
+        let len = gradient.dims()[0];
+        for from in (0..len).step_by(PART) {
+            let part = gradient.clone().narrow(0, from, PART.min(len - from));
+            let squares = part
+                .square()
+                .sum()
+                .try_into_scalar::<f32>()
+                .map_err(|e| Error::Device { what: "a gradient's norm", why: format!("{e:?}") })?;
+            let squares = f64::from(squares);
+            if !squares.is_finite() {
+                return Ok(Err((i, squares.sqrt())));
+            }
+            total += squares;
         }
-        total += squares;
     }
     Ok(Ok(total.sqrt()))
 }

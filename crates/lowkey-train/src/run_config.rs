@@ -1,5 +1,7 @@
 //! The run file: one TOML file is one whole run.
 
+mod check;
+
 use std::path::{Path, PathBuf};
 
 use lowkey_data::Packing;
@@ -332,105 +334,6 @@ impl RunConfig {
     pub fn micro_batch_size(&self) -> usize {
         self.training.micro_batch_size.unwrap_or(self.training.batch_size).min(self.training.batch_size)
     }
-
-    fn check(&self) -> Result<()> {
-        let name = &self.run.name;
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if name.is_empty() || !name.chars().all(plain) || name.starts_with('.') {
-            return Err(Error::config("run.name", name, "must be a folder name of letters, digits, '-', '_' and '.'"));
-        }
-        match (&self.data.dataset, &self.data.path) {
-            (Some(_), Some(path)) => {
-                return Err(Error::config("data.path", path.display(), "data.dataset is set too; keep one of them"));
-            }
-            (None, None) => {
-                return Err(Error::config("data.dataset", "(absent)", "set it to a dataset file, or data.path to a text file"));
-            }
-            _ => {}
-        }
-        at_least_one("data.seq_len", self.data.seq_len, 1 << 20)?;
-        if self.model.is_none() && self.init.is_none() {
-            return Err(Error::config("model", "(absent)", "write a [model] section, or [init] from = a model directory"));
-        }
-        if self.model.is_some() && self.init.is_some() {
-            return Err(Error::config(
-                "model",
-                "(set)",
-                "[init] from brings its own configuration; remove the [model] section",
-            ));
-        }
-        if self.training.steps == 0 || self.training.steps > 1 << 40 {
-            return Err(Error::config("training.steps", self.training.steps, "must be at least 1"));
-        }
-        at_least_one("training.batch_size", self.training.batch_size, 1 << 20)?;
-        if let Some(micro) = self.training.micro_batch_size {
-            at_least_one("training.micro_batch_size", micro, 1 << 20)?;
-        }
-        if let Some(threads) = self.training.threads {
-            at_least_one("training.threads", threads, 1024)?;
-        }
-        if self.training.dtype != ComputeDtype::F32 {
-            let value = format!("{:?}", self.training.dtype).to_lowercase();
-            return Err(Error::config("training.dtype", value, "the CPU trains in f32; write \"f32\""));
-        }
-        self.check_optimizer()?;
-        let s = &self.lr_scheduler;
-        fraction("lr_scheduler.decay_fraction", s.decay_fraction)?;
-        fraction("lr_scheduler.min_lr_ratio", s.min_lr_ratio)?;
-        if s.warmup_steps > self.training.steps {
-            let why = format!("must not exceed training.steps = {}", self.training.steps);
-            return Err(Error::config("lr_scheduler.warmup_steps", s.warmup_steps, why));
-        }
-        at_least_one("eval.batches", self.eval.batches, usize::MAX)?;
-        at_least_one("eval.sample_tokens", self.eval.sample_tokens, 1 << 20)?;
-        if !(self.eval.temperature.is_finite() && self.eval.temperature >= 0.0) {
-            return Err(Error::config("eval.temperature", self.eval.temperature, "must be a finite number ≥ 0"));
-        }
-        at_least_one("checkpoint.keep", self.checkpoint.keep, usize::MAX)?;
-        if self.metrics.every == 0 {
-            return Err(Error::config("metrics.every", 0, "must be at least 1"));
-        }
-        Ok(())
-    }
-
-    fn check_optimizer(&self) -> Result<()> {
-        let o = &self.optimizer;
-        if !(o.lr.is_finite() && o.lr > 0.0) {
-            return Err(Error::config("optimizer.lr", o.lr, "must be a finite number > 0"));
-        }
-        for beta in o.betas {
-            if !(0.0..1.0).contains(&beta) {
-                return Err(Error::config("optimizer.betas", beta, "each must lie in 0 ≤ β < 1"));
-            }
-        }
-        if !(o.eps.is_finite() && o.eps > 0.0) {
-            return Err(Error::config("optimizer.eps", o.eps, "must be a finite number > 0"));
-        }
-        if !(o.weight_decay.is_finite() && o.weight_decay >= 0.0) {
-            return Err(Error::config("optimizer.weight_decay", o.weight_decay, "must be a finite number ≥ 0"));
-        }
-        if let Some(clip) = o.grad_clip
-            && !(clip.is_finite() && clip > 0.0)
-        {
-            return Err(Error::config("optimizer.grad_clip", clip, "must be a finite number > 0; leave it out for none"));
-        }
-        Ok(())
-    }
-}
-
-fn at_least_one(key: &'static str, value: usize, most: usize) -> Result<()> {
-    if value == 0 || value > most {
-        let why = if most == usize::MAX { "must be at least 1".into() } else { format!("must lie between 1 and {most}") };
-        return Err(Error::config(key, value, why));
-    }
-    Ok(())
-}
-
-fn fraction(key: &'static str, value: f64) -> Result<()> {
-    if (0.0..=1.0).contains(&value) {
-        return Ok(());
-    }
-    Err(Error::config(key, value, "must lie between 0 and 1"))
 }
 
 fn set(table: &mut toml::Table, expression: &str) -> Result<()> {
@@ -452,3 +355,6 @@ fn set(table: &mut toml::Table, expression: &str) -> Result<()> {
     at.insert(last.to_string(), value);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

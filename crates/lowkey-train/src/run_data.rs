@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lowkey_data::{
-    DatasetConfig, Packing, Prepared, Progress, Sampler, Shard, Tokenizer, oracle_documents, prepare, validation_batches,
+    DatasetConfig, OracleDocument, Packing, Prepared, Progress, Sampler, Shard, Tokenizer, oracle_documents, prepare,
+    validation_batches,
 };
 
 use crate::error::{Error, Result};
@@ -61,14 +62,14 @@ pub fn prepared_dir(dataset: &DatasetConfig, section: &DataSection, run_dir: &Pa
     dataset.base.join("prepared").join(name)
 }
 
-/// Prepares the tokens, or opens them where they lie prepared.
+/// Prepares the tokens, or opens them where they lie prepared. Held-out text comes in batches of `rows` sequences.
 ///
 /// # Errors
 /// [`Error::Data`] from the reader, the tokenizer or the disk; [`Error::File`] where a split is empty.
 pub fn open(
     dataset: &DatasetConfig,
     section: &DataSection,
-    batch_size: usize,
+    rows: usize,
     dir: &Path,
     tokenizer: Option<Tokenizer>,
     progress: &mut dyn FnMut(Progress),
@@ -76,10 +77,11 @@ pub fn open(
     let Prepared { tokenizer, train, validation, .. } = prepare(dataset, dir, tokenizer, progress)?;
     let packing = section.packing.unwrap_or(if train.documents() > 1 { Packing::Documents } else { Packing::Stream });
     let held = match oracle_documents(dataset, &tokenizer, ORACLE_DOCUMENTS)? {
-        Some(documents) => Held::Documents(documents),
+        // What a document's beginning is made of does not depend on its end, so a part has its own entropy.
+        Some(documents) => Held::Documents(documents.into_iter().map(|d| cropped(d, section.seq_len + 1)).collect()),
         None => {
             let batches =
-                validation_batches(&validation, section.seq_len, batch_size, None, packing, section.mask_documents);
+                validation_batches(&validation, section.seq_len, rows, None, packing, section.mask_documents);
             Held::Batches(batches.collect())
         }
     };
@@ -92,6 +94,14 @@ pub fn open(
         return Err(Error::file(&dataset.origin, why));
     }
     Ok(RunData { tokenizer, train: Arc::new(train), held, packing, name: dataset.name.clone() })
+}
+
+/// The first `len` tokens of a document.
+fn cropped(mut document: OracleDocument, len: usize) -> OracleDocument {
+    document.ids.truncate(len);
+    document.log_probs.truncate(len);
+    document.classes.truncate(len);
+    document
 }
 
 impl RunData {

@@ -13,14 +13,15 @@ use serde_json::json;
 
 use crate::checkpoint::{self, Checkpoints, TrainerState, write_file, write_json};
 use crate::error::{Error, Result};
-use crate::evaluate::{Evaluation, evaluate};
+use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::metrics::{Metrics, MetricsFile};
 use crate::optimizer::{AdamW, clip, global_norm};
 use crate::plan::Plan;
+use crate::resume;
 use crate::run_config::RunConfig;
 use crate::run_data::{self, RunData};
 use crate::tensorboard::EventWriter;
-use crate::workers::{Workers, available_threads, matmul_ceiling};
+use crate::workers::{Workers, matmul_ceiling};
 
 /// Where a run writes, and how it starts.
 #[derive(Clone, Debug)]
@@ -57,11 +58,11 @@ pub enum Event<'a> {
     Evaluated {
         /// Steps taken.
         step: u64,
-        /// Its figures.
+        /// Its figures, on the same part of the held-out split each time.
         evaluation: &'a Evaluation,
-        /// Whether it is the run's last, over the whole held-out split.
-        last: bool,
     },
+    /// All steps are taken; the model as it now is, on the whole held-out split.
+    Finished(&'a Evaluation),
     /// A prompt was continued.
     Sample {
         /// The prompt.
@@ -83,9 +84,7 @@ pub enum Event<'a> {
 pub struct Outcome {
     /// Steps taken.
     pub step: u64,
-    /// Whether all steps of the run file were taken.
-    pub finished: bool,
-    /// The last evaluation over the whole held-out split, where the run was finished.
+    /// The model on the whole held-out split, where all steps of the run file were taken.
     pub evaluation: Option<Evaluation>,
 }
 
@@ -129,7 +128,7 @@ pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(E
     let dataset = run_data::dataset(&config.data, &options.run_file)?;
     let dir = run_data::prepared_dir(&dataset, &config.data, &options.out, own_tokenizer.as_ref());
     let data =
-        run_data::open(&dataset, &config.data, config.training.batch_size, &dir, own_tokenizer, &mut |progress| {
+        run_data::open(&dataset, &config.data, config.micro_batch_size(), &dir, own_tokenizer, &mut |progress| {
             observe(Event::Preparing(progress));
         })?;
     let (vocab, seq_len) = (data.tokenizer.vocab_size(), config.data.seq_len);
@@ -156,7 +155,25 @@ pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(E
     if model.eos_token_id.is_empty() {
         model.eos_token_id = data.tokenizer.eos_id().into_iter().collect();
     }
+    check_prompts(&config.eval.prompts, &data.tokenizer, &model)?;
     Ok(Setup { model, data, notes })
+}
+
+/// Refuses now what would stop the run at its first evaluation.
+fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig) -> Result<()> {
+    for prompt in prompts {
+        let refuse = |why: String| Err(Error::config("eval.prompts", format!("{prompt:?}"), why));
+        match tokenizer.encode(prompt) {
+            Err(e) => return refuse(e.to_string()),
+            Ok(ids) if ids.is_empty() => return refuse("has no token to go on from; remove it".into()),
+            Ok(ids) if ids.len() >= model.max_position_embeddings => {
+                let most = model.max_position_embeddings;
+                return refuse(format!("has {} tokens and fills the model's {most} positions; shorten it", ids.len()));
+            }
+            Ok(_) => {}
+        }
+    }
+    Ok(())
 }
 
 /// Trains as the run file says. `interrupt` stops it after the current step, with a checkpoint.
@@ -171,11 +188,11 @@ pub fn train(
 ) -> Result<Outcome> {
     let device = device(&config.run.device)?.autodiff();
     let checkpoints_dir = options.out.join("checkpoints");
-    refuse_to_lose_a_run(&checkpoints_dir, options)?;
+    resume::refuse_to_lose_a_run(&checkpoints_dir, options)?;
     std::fs::create_dir_all(&options.out).map_err(|e| Error::io(&options.out, e))?;
     let checkpoints = Checkpoints::open(&checkpoints_dir, config.checkpoint.keep)?;
     let (found, damaged) = if options.resume { checkpoints.latest()? } else { (None, Vec::new()) };
-    let config = &with_threads(config, options, found.is_some())?;
+    let config = &resume::with_threads(config, options, found.is_some())?;
     let Setup { model: model_config, data, notes } = setup(config, options, observe)?;
     for note in notes.into_iter().chain(damaged) {
         observe(Event::Note(note));
@@ -184,6 +201,13 @@ pub fn train(
         observe(Event::Note("no checkpoint to resume from; starting at step 0".into()));
     }
     let run = Run::start(config, options, model_config, data, checkpoints, found.as_deref(), device)?;
+    match found {
+        // A process may have been killed between a checkpoint and what follows it.
+        Some(_) => run.checkpoints.settle(&run.state)?,
+        // Only now: whatever is wrong with the new run, the old one would be gone.
+        None if options.overwrite => run.checkpoints.clear()?,
+        None => {}
+    }
     run.write_head(found.is_some())?;
     observe(Event::Ready { plan: &run.plan, step: run.state.step });
     run.steps(interrupt, observe)
@@ -202,6 +226,8 @@ struct Run<'a> {
     optimizer: AdamW,
     checkpoints: Checkpoints,
     state: TrainerState,
+    /// The step of the newest checkpoint.
+    saved: Option<u64>,
     plan: Plan,
     metrics: MetricsFile,
     events: Option<EventWriter>,
@@ -223,7 +249,9 @@ impl<'a> Run<'a> {
         let threads = config.training.threads.unwrap_or(1);
         let sampler = data.sampler(&config.data, config.training.batch_size, config.run.seed)?;
         let model = match (resume, &config.init) {
-            (Some(dir), _) => CausalLm::load(dir, &device)?,
+            // The configuration comes from the run file both times: a decimal fraction need not survive config.json to
+            // the last bit.
+            (Some(dir), _) => CausalLm::load_with(dir, &model_config, &device)?,
             (None, Some(init)) => {
                 if checkpoint::has_checksums(&init.from) {
                     checkpoint::verify(&init.from)?;
@@ -263,6 +291,7 @@ impl<'a> Run<'a> {
             optimizer,
             checkpoints,
             earlier_s: state.time_s,
+            saved: resume.map(|_| state.step),
             state,
             plan,
             metrics,
@@ -289,23 +318,22 @@ impl<'a> Run<'a> {
 
     fn steps(mut self, interrupt: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
         let steps = self.config.training.steps;
-        let mut evaluation = None;
         while self.state.step < steps && !interrupt.load(Ordering::Relaxed) {
             let mut metrics = self.step()?;
             let last = self.state.step == steps;
             let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
             let mut best = false;
             if last || due(self.config.eval.every, self.state.step) {
-                let measured = self.evaluate(last)?;
-                best = self.state.best.is_none_or(|(_, loss)| measured.loss < loss);
+                let section = &self.config.eval;
+                let measured = self.evaluate(&self.data.held.first(section.batches, self.config.training.batch_size))?;
+                best = measured.loss.is_finite() && self.state.best.is_none_or(|(_, loss)| measured.loss < loss);
                 if best {
                     self.state.best = Some((self.state.step, measured.loss));
                 }
                 metrics = metrics.with_evaluation(&measured);
                 observe(Event::Step(&metrics));
-                observe(Event::Evaluated { step: self.state.step, evaluation: &measured, last });
+                observe(Event::Evaluated { step: self.state.step, evaluation: &measured });
                 self.sample(observe)?;
-                evaluation = last.then_some(measured);
             } else {
                 observe(Event::Step(&metrics));
             }
@@ -316,11 +344,16 @@ impl<'a> Run<'a> {
                 self.save(best, observe)?;
             }
         }
-        let finished = self.state.step == steps;
-        if !finished {
-            self.save(false, observe)?;
+        if self.state.step < steps {
+            if self.saved != Some(self.state.step) {
+                self.save(false, observe)?;
+            }
+            return Ok(Outcome { step: self.state.step, evaluation: None });
         }
-        Ok(Outcome { step: self.state.step, finished, evaluation })
+        let evaluation = self.evaluate(&self.data.held)?;
+        write_json(&self.options.out.join("evaluation.json"), &json!(evaluation))?;
+        observe(Event::Finished(&evaluation));
+        Ok(Outcome { step: self.state.step, evaluation: Some(evaluation) })
     }
 
     /// One optimiser step.
@@ -374,15 +407,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn evaluate(&self, last: bool) -> Result<Evaluation> {
-        let section = &self.config.eval;
-        let subset;
-        let held = if last {
-            &self.data.held
-        } else {
-            subset = self.data.held.first(section.batches, self.config.training.batch_size);
-            &subset
-        };
+    fn evaluate(&self, held: &Held) -> Result<Evaluation> {
         evaluate(&self.model, held, &self.byte_lengths, &self.workers, &self.device)
     }
 
@@ -418,67 +443,13 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn save(&self, best: bool, observe: &mut dyn FnMut(Event)) -> Result<()> {
+    fn save(&mut self, best: bool, observe: &mut dyn FnMut(Event)) -> Result<()> {
         let path = self.checkpoints.save(&self.model, &self.data.tokenizer, &self.optimizer, &self.state)?;
+        self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });
         Ok(())
     }
 }
 
-/// A folder with checkpoints is only touched when the user says what to do with them.
-fn refuse_to_lose_a_run(checkpoints: &Path, options: &RunOptions) -> Result<()> {
-    if options.resume || !checkpoints.exists() {
-        return Ok(());
-    }
-    let present = Checkpoints::open(checkpoints, 1)?.latest()?.0;
-    match present {
-        Some(_) if options.overwrite => std::fs::remove_dir_all(checkpoints).map_err(|e| Error::io(checkpoints, e)),
-        Some(path) => {
-            let why = "this run is already here: --resume continues it, --overwrite replaces it, --out DIR goes elsewhere";
-            Err(Error::file(path, why))
-        }
-        None => Ok(()),
-    }
-}
-
-/// Fixes the number of threads: that of the run file, else of the run being resumed, else one per core. Refuses to resume
-/// with a run file that describes another run.
-fn with_threads(config: &RunConfig, options: &RunOptions, resuming: bool) -> Result<RunConfig> {
-    let mut config = config.clone();
-    let path = options.out.join("run.toml");
-    let earlier = match resuming {
-        true => Some(RunConfig::load(&path, &[])?),
-        false => None,
-    };
-    if config.training.threads.is_none() {
-        config.training.threads = match &earlier {
-            Some(earlier) => earlier.training.threads,
-            None => Some(available_threads()),
-        };
-    }
-    if let Some(earlier) = earlier {
-        let (now, then) = (comparable(&config)?, comparable(&earlier)?);
-        if let Some(section) = now.keys().chain(then.keys()).find(|key| now.get(*key) != then.get(*key)) {
-            let why = format!(
-                "[{section}] is not what the run began with; resume with the same run file (only eval, checkpoint, metrics \
-                 and training.steps may change), or start a new run with --out DIR"
-            );
-            return Err(Error::file(path, why));
-        }
-    }
-    Ok(config)
-}
-
-/// The parts of a run file that decide the weights.
-fn comparable(config: &RunConfig) -> Result<toml::Table> {
-    let mut config = config.clone();
-    config.training.steps = 1;
-    config.run.device = String::new();
-    config.run.name = String::new();
-    let mut table: toml::Table = toml::from_str(&config.to_toml()?)
-        .map_err(|e| Error::RunFile { path: "run.toml".into(), why: e.to_string() })?;
-    for section in ["eval", "checkpoint", "metrics"] {
-        table.remove(section);
-    }
-    Ok(table)
-}
+#[cfg(test)]
+mod tests;

@@ -33,13 +33,10 @@ impl View {
             Event::Note(note) => self.line(&format!("note: {note}")),
             Event::Ready { plan, step } => self.ready(plan, step),
             Event::Step(metrics) => self.step(metrics),
-            Event::Evaluated { step, evaluation, last } => {
-                self.line(&evaluation_line(step, evaluation));
-                if last {
-                    self.clear();
-                    self.line("");
-                    self.line(&evaluation_table(evaluation));
-                }
+            Event::Evaluated { step, evaluation } => self.line(&evaluation_line(step, evaluation)),
+            Event::Finished(evaluation) => {
+                self.clear();
+                self.line(&format!("\nall steps taken; on the whole held-out split:\n{}", evaluation_table(evaluation)));
             }
             Event::Sample { prompt, text } => self.line(&indented(prompt, text)),
             Event::Saved { path, best } => {

@@ -37,7 +37,7 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     view.clear();
     let outcome = result?;
     let best = options.out.join("checkpoints").join("best");
-    if outcome.finished {
+    if outcome.evaluation.is_some() {
         say(&format!("\ndone. Try it: lowkey generate {} --prompt \"...\"", best.display()));
         return Ok(ExitCode::SUCCESS);
     }

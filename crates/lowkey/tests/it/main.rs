@@ -2,6 +2,8 @@
 //!
 //! One binary, so that the tests link Burn once.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod bad_input;
 mod commands;
 mod reference;
