@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
-use lowkey_train::{Plan, RunConfig, RunOptions, matmul_ceiling, setup};
+use lowkey_train::{Plan, RunConfig, RunOptions, matmul_ceiling, planned_model};
 use serde_json::json;
 
 use crate::cli::{PlanArguments, RunFileArguments, TrainArguments};
@@ -55,12 +55,12 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
     let config = RunConfig::load(&arguments.file.run, &arguments.file.overrides)?;
     let options = options(&arguments.file, &config);
     let device = lowkey_train::device(&config.run.device)?;
-    let setup = setup(&config, &options, &mut |_| {})?;
-    for note in &setup.notes {
+    let (model, notes) = planned_model(&config, &options)?;
+    for note in &notes {
         complain(&format!("note: {note}"));
     }
     let threads = config.training.threads.unwrap_or_else(lowkey_train::available_threads);
-    let plan = Plan::new(&config, &setup.model, matmul_ceiling(threads, &device)?);
+    let plan = Plan::new(&config, &model, matmul_ceiling(threads, &device)?);
     if arguments.json {
         return say_json(&plan);
     }
