@@ -200,11 +200,20 @@ fn main_revision() -> String {
 impl DatasetConfig {
     /// Reads and checks a dataset file.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let text = String::from_utf8(bytes)
+            .map_err(|e| Error::Utf8 { path: path.to_path_buf(), offset: e.utf8_error().valid_up_to() as u64 })?;
         let mut config: Self = toml::from_str(&text)
             .map_err(|e| Error::Config { path: path.to_path_buf(), message: e.to_string().trim_end().to_owned() })?;
         config.base = path.parent().unwrap_or(Path::new("")).to_path_buf();
         config.origin = path.to_path_buf();
+        let plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if !config.name.chars().all(plain) || config.name.is_empty() || config.name.starts_with('.') {
+            let name = &config.name;
+            return Err(
+                config.error(format!("name = {name:?} must be a folder name of letters, digits, '-', '_' and '.'"))
+            );
+        }
         config.check()?;
         Ok(config)
     }
@@ -272,9 +281,10 @@ impl DatasetConfig {
             return refuse(format!("split.validation_fraction = {fraction} must lie between 0 and 0.5"));
         }
         if let TokenizerConfig::Bpe { vocab_size } = self.tokenizer
-            && vocab_size < 257
+            && !(257..=1 << 20).contains(&vocab_size)
         {
-            return refuse(format!("tokenizer.vocab_size = {vocab_size} must be at least 257: 256 bytes and one end"));
+            let range = format!("must be at least 257 (256 bytes and one end) and at most {}", 1 << 20);
+            return refuse(format!("tokenizer.vocab_size = {vocab_size} {range}"));
         }
         for (name, digest) in &self.sha256 {
             if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_hexdigit()) {

@@ -126,7 +126,7 @@ fn json_text(path: &Path, number: u64, line: &str, field: &str) -> Result<String
 /// A string column, one row group at a time. A null is no document.
 fn parquet_column(path: &Path, column: &str) -> Result<Documents> {
     let file = File::open(path).map_err(Error::io("open", path))?;
-    let reader = SerializedFileReader::new(file).map_err(|e| damaged(path, &e))?;
+    let reader = guarded(path, || SerializedFileReader::new(file).map_err(|e| damaged(path, &e)))?;
     let schema = reader.metadata().file_metadata().schema_descr_ptr();
     let columns = schema.columns();
     let Some(index) = columns.iter().position(|c| c.path().string() == column) else {
@@ -142,7 +142,7 @@ fn parquet_column(path: &Path, column: &str) -> Result<Documents> {
     let path = path.to_path_buf();
     let mut row = 0;
     Ok(Box::new((0..reader.num_row_groups()).flat_map(move |group| {
-        let (texts, rows) = match read_group(&path, &reader, group, index, row) {
+        let (texts, rows) = match guarded(&path, || read_group(&path, &reader, group, index, row)) {
             Ok((texts, rows)) => (texts, rows),
             Err(error) => (vec![Err(error)], 0),
         };
@@ -189,6 +189,14 @@ fn read_group(
         })
     });
     Ok((texts.collect(), rows as u64))
+}
+
+/// Runs the Parquet reader, which panics on some damaged files where it should return an error.
+fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        let message = "not a readable Parquet file: its parts contradict each other".to_owned();
+        Err(Error::Source { path: path.to_path_buf(), message })
+    })
 }
 
 fn damaged(path: &Path, error: &parquet::errors::ParquetError) -> Error {
@@ -340,5 +348,24 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() - 9]).unwrap();
         assert!(fail(&path, &format).contains("not a readable Parquet file"));
+    }
+
+    #[test]
+    fn no_damage_to_a_parquet_file_ends_the_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.parquet");
+        let format = Format::Parquet { column: "text".into() };
+        write_parquet(&path, true, &[Some(b"words, words, words and words"), None, Some(b"more words"), Some(b"x")]);
+        let whole = std::fs::read(&path).unwrap();
+        let mut refused = 0;
+        for at in 0..whole.len() {
+            for value in [0, 1, 0x15, 0x7f, 0xff, whole[at] ^ 0x10, whole[at] ^ 0x02] {
+                let mut bytes = whole.clone();
+                bytes[at] = value;
+                std::fs::write(&path, &bytes).unwrap();
+                refused += usize::from(read(&path, &format).any(|document| document.is_err()));
+            }
+        }
+        assert!(refused > whole.len(), "{refused} of {} changes noticed", 7 * whole.len());
     }
 }

@@ -69,7 +69,7 @@ pub enum Error {
     /// A source holds no text at all.
     #[error("{name}: {message}")]
     Empty {
-        /// The dataset.
+        /// The dataset file, or the dataset's name where it did not come from a file.
         name: String,
         /// What is empty and how to mend it.
         message: String,

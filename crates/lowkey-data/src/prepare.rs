@@ -210,6 +210,10 @@ pub fn open(dir: &Path) -> Result<Prepared> {
 
 fn read_manifest(dir: &Path) -> Result<Manifest> {
     let path = dir.join("manifest.json");
+    if dir.is_dir() && !path.exists() {
+        let message = "there is no such file, so this is no prepared folder, or an unfinished one".to_owned();
+        return Err(Error::Prepared { path, message });
+    }
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     let manifest: Manifest = serde_json::from_str(&text)
         .map_err(|e| Error::Prepared { path: path.clone(), message: format!("not a manifest: {e}") })?;

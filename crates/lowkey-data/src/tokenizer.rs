@@ -178,7 +178,7 @@ impl Tokenizer {
         // Some files carry the truncation and padding of the run that saved them. A corpus must not be cut by them.
         hf.with_padding(None);
         hf.with_truncation(None).map_err(|e| Error::tokenizer(origin, e))?;
-        let (tokens, bytewise) = build::entries(&hf);
+        let (tokens, bytewise) = build::entries(&hf).map_err(|e| Error::tokenizer(origin, e))?;
         let added = hf.get_added_tokens_decoder();
         let eos = KNOWN_ENDS.iter().find_map(|name| {
             let id = hf.token_to_id(name)?;

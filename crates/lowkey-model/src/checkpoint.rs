@@ -206,7 +206,7 @@ impl CausalLm {
                     Err(e) => failure = failure.take().or(Some(e)),
                 },
             }
-            vec![0.0; shape.iter().product()]
+            Vec::new()
         });
         if let Some(failure) = failure {
             return Err(failure);

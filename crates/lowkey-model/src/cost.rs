@@ -107,8 +107,9 @@ impl ModelConfig {
         };
         let scores = 4 * self.num_attention_heads * seq;
         let block = per_token + scores + 10 * self.hidden_size + 6 * self.intermediate_size;
-        let activations = tokens * (self.num_hidden_layers * block + 5 * self.vocab_size);
-        4 * (4 * self.parameter_count().total + activations)
+        // The bounds of `check` keep every factor small, but not the product of all of them.
+        let activations = tokens.saturating_mul(self.num_hidden_layers * block + 5 * self.vocab_size);
+        activations.saturating_add(4 * self.parameter_count().total).saturating_mul(4)
     }
 }
 

@@ -55,10 +55,14 @@ pub enum Error {
 }
 
 fn report(missing: &[String], unexpected: &[String], mismatched: &[String]) -> String {
+    // A configuration of another model misses hundreds; the first ones tell which.
+    const SHOWN: usize = 12;
     let mut lines = Vec::new();
     for (label, names) in [("missing", missing), ("unexpected", unexpected), ("wrong shape", mismatched)] {
         if !names.is_empty() {
-            lines.push(format!("  {label} ({}): {}", names.len(), names.join(", ")));
+            let more = if names.len() > SHOWN { ", …" } else { "" };
+            let shown = names[..names.len().min(SHOWN)].join(", ");
+            lines.push(format!("  {label} ({}): {shown}{more}", names.len()));
         }
     }
     lines.join("\n")

@@ -5,7 +5,8 @@ use burn::tensor::{Device, Int, Tensor, TensorData, module::embedding};
 
 use lowkey_kernels::{linear, rms_norm};
 
-/// Supplies the values of each parameter by checkpoint name: random ones, or those of a file.
+/// Supplies the values of each parameter by checkpoint name: random ones, or those of a file. No values at all make an empty
+/// tensor, for a model that is about to be refused: nothing as large as a wrong configuration claims is allocated.
 pub(crate) struct Builder<'a> {
     pub(crate) device: &'a Device,
     pub(crate) fill: &'a mut dyn FnMut(&str, &[usize]) -> Vec<f32>,
@@ -14,12 +15,14 @@ pub(crate) struct Builder<'a> {
 impl Builder<'_> {
     fn vector(&mut self, name: &str, len: usize) -> Param<Tensor<1>> {
         let values = (self.fill)(name, &[len]);
-        Param::from_data(TensorData::new(values, [len]), self.device)
+        let shape = [values.len()];
+        Param::from_data(TensorData::new(values, shape), self.device)
     }
 
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Param<Tensor<2>> {
         let values = (self.fill)(name, &[rows, columns]);
-        Param::from_data(TensorData::new(values, [rows, columns]), self.device)
+        let shape = if values.is_empty() { [0, 0] } else { [rows, columns] };
+        Param::from_data(TensorData::new(values, shape), self.device)
     }
 }
 

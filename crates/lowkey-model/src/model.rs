@@ -48,7 +48,7 @@ pub struct Block {
 
 /// The attention of a block.
 #[derive(Module, Debug)]
-#[allow(clippy::large_enum_variant, reason = "one per layer; a box would stand between every use and the tensors")]
+#[expect(clippy::large_enum_variant, reason = "one per layer; a box would stand between every use and the tensors")]
 pub enum Attention {
     /// Multi-head Latent Attention.
     Mla(Mla),

@@ -82,7 +82,13 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Model`] where a file cannot be written; earlier checkpoints stay as they are.
-    pub fn save(&self, model: &CausalLm, tokenizer: &Tokenizer, optimizer: &AdamW, state: &TrainerState) -> Result<PathBuf> {
+    pub fn save(
+        &self,
+        model: &CausalLm,
+        tokenizer: &Tokenizer,
+        optimizer: &AdamW,
+        state: &TrainerState,
+    ) -> Result<PathBuf> {
         let name = step_name(state.step);
         let (target, temporary) = (self.dir.join(&name), self.dir.join(format!("{TEMPORARY}{name}")));
         let written = write(&temporary, model, tokenizer, optimizer, state);
@@ -169,6 +175,10 @@ impl Checkpoints {
         }
         #[cfg(unix)]
         {
+            if best.symlink_metadata().is_ok_and(|kind| kind.is_dir()) {
+                // A run that was copied without its links, or comes from a system that has none.
+                self.discard(&best)?;
+            }
             std::os::unix::fs::symlink(name, &temporary).map_err(|e| Error::io(&temporary, e))?;
             fs::rename(&temporary, &best).map_err(|e| Error::io(&best, e))
         }
@@ -234,7 +244,10 @@ pub fn verify(dir: &Path) -> Result<()> {
         let path = dir.join(&name);
         let found = sha256(&path)?;
         if found != expected {
-            let why = format!("its SHA-256 is {found}, not {expected} as when it was saved: the file has changed since");
+            let why = format!(
+                "its SHA-256 is {found}, not {expected} as when it was saved: the file has changed since; use another \
+                 checkpoint, or remove {CHECKSUMS} if the change was meant"
+            );
             return Err(Error::file(path, why));
         }
     }
@@ -370,3 +383,6 @@ fn sync_dir(dir: &Path) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -42,6 +42,31 @@ pub enum Error {
         /// Last row of the batch.
         last_row: u64,
     },
+    /// A step was taken after which the model computes no numbers any more.
+    #[error(
+        "step {step}: {what} is not finite ({value}) after this step; the last good checkpoint is kept. Lower optimizer.lr, raise lr_scheduler.warmup_steps, or set optimizer.grad_clip"
+    )]
+    Diverged {
+        /// The step, counted from 1.
+        step: u64,
+        /// The held-out loss, or the first parameter that is not finite.
+        what: String,
+        /// The offending number.
+        value: f64,
+    },
+    /// The machine cannot hold what the run needs.
+    #[error(
+        "training needs about {needed_gib:.1} GiB of memory ({parameters} parameters), and this machine has {memory_gib:.1} GiB; \
+         lower the model's sizes, training.micro_batch_size or data.seq_len"
+    )]
+    Memory {
+        /// Estimated peak.
+        needed_gib: f64,
+        /// Parameters of the model.
+        parameters: usize,
+        /// What the machine has.
+        memory_gib: f64,
+    },
     /// A file of a run or checkpoint is not what it should be.
     #[error("{}: {why}", path.display())]
     File {

@@ -192,3 +192,6 @@ fn max_logit(model: &CausalLm, batch: Option<&Batch>, device: &Device) -> Result
     }
     Ok(largest)
 }
+
+#[cfg(test)]
+mod tests;

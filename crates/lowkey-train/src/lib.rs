@@ -20,6 +20,8 @@
 pub mod checkpoint;
 mod error;
 mod evaluate;
+#[cfg(test)]
+mod fixtures;
 mod metrics;
 mod optimizer;
 mod plan;
@@ -27,6 +29,7 @@ mod resume;
 mod run_config;
 pub mod run_data;
 mod schedule;
+mod setup;
 mod tensorboard;
 mod train;
 mod workers;
@@ -42,6 +45,7 @@ pub use run_config::{
     OptimizerSection, RunConfig, RunSection, SchedulerKind, SchedulerSection, TrainingSection,
 };
 pub use run_data::RunData;
+pub use setup::{Setup, device, planned_model, setup};
 pub use tensorboard::EventWriter;
-pub use train::{Event, Outcome, RunOptions, Setup, device, setup, train};
-pub use workers::{StepGradients, Workers, available_threads, matmul_ceiling};
+pub use train::{Event, Outcome, RunOptions, train};
+pub use workers::{StepGradients, Workers, available_threads, matmul_ceiling, memory};

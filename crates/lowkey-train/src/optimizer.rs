@@ -34,10 +34,7 @@ impl AdamW {
             betas: section.betas,
             eps: section.eps,
             weight_decay: parameters.iter().map(|p| if decays(p) { section.weight_decay } else { 0.0 }).collect(),
-            moments: parameters
-                .iter()
-                .map(|p| Moments { m: p.value.zeros_like(), v: p.value.zeros_like() })
-                .collect(),
+            moments: parameters.iter().map(|p| Moments { m: p.value.zeros_like(), v: p.value.zeros_like() }).collect(),
             steps: 0,
         }
     }
@@ -111,3 +108,6 @@ pub fn clip(gradients: Vec<Tensor<1>>, norm: f64, limit: f64) -> Vec<Tensor<1>> 
     }
     gradients.into_iter().map(|gradient| gradient * factor).collect()
 }
+
+#[cfg(test)]
+mod tests;

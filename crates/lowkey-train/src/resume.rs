@@ -15,7 +15,8 @@ pub(crate) fn refuse_to_lose_a_run(checkpoints: &Path, options: &RunOptions) -> 
     }
     match checkpoint::newest(checkpoints)? {
         Some(path) => {
-            let why = "this run is already here: --resume continues it, --overwrite replaces it, --out DIR goes elsewhere";
+            let why =
+                "this run is already here: --resume continues it, --overwrite replaces it, --out DIR goes elsewhere";
             Err(Error::file(path, why))
         }
         None => Ok(()),

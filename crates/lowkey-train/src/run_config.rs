@@ -304,8 +304,11 @@ impl RunConfig {
     /// [`Error::RunFile`] with line and column for a file that does not parse or has an unknown key, [`Error::Config`] for a
     /// value out of range.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
         let fail = |why: String| Error::RunFile { path: path.to_path_buf(), why };
+        let bytes = std::fs::read(path).map_err(|source| Error::io(path, source))?;
+        let text = String::from_utf8(bytes).map_err(|e| {
+            fail(format!("invalid UTF-8 at byte {}; a run file is TOML text in UTF-8", e.utf8_error().valid_up_to()))
+        })?;
         if overrides.is_empty() {
             // Straight from the text, so that a message can point at line and column.
             let config: Self = toml::from_str(&text).map_err(|e| fail(e.to_string()))?;

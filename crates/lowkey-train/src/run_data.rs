@@ -38,7 +38,8 @@ pub fn dataset(section: &DataSection, run_file: &Path) -> Result<DatasetConfig> 
     let find = |path: &Path| -> Result<PathBuf> {
         let beside = run_file.parent().unwrap_or(Path::new("")).join(path);
         [path.to_path_buf(), beside.clone()].into_iter().find(|p| p.exists()).ok_or_else(|| {
-            let why = format!("does not exist, and neither does {}; paths count from the current folder", beside.display());
+            let why =
+                format!("does not exist, and neither does {}; paths count from the current folder", beside.display());
             Error::file(path, why)
         })
     };
@@ -50,7 +51,12 @@ pub fn dataset(section: &DataSection, run_file: &Path) -> Result<DatasetConfig> 
 }
 
 /// Where a dataset's tokens are kept: beside its file, or in the run's folder for a plain text file.
-pub fn prepared_dir(dataset: &DatasetConfig, section: &DataSection, run_dir: &Path, tokenizer: Option<&Tokenizer>) -> PathBuf {
+pub fn prepared_dir(
+    dataset: &DatasetConfig,
+    section: &DataSection,
+    run_dir: &Path,
+    tokenizer: Option<&Tokenizer>,
+) -> PathBuf {
     if section.dataset.is_none() {
         return run_dir.join("data");
     }
@@ -80,8 +86,7 @@ pub fn open(
         // What a document's beginning is made of does not depend on its end, so a part has its own entropy.
         Some(documents) => Held::Documents(documents.into_iter().map(|d| cropped(d, section.seq_len + 1)).collect()),
         None => {
-            let batches =
-                validation_batches(&validation, section.seq_len, rows, None, packing, section.mask_documents);
+            let batches = validation_batches(&validation, section.seq_len, rows, None, packing, section.mask_documents);
             Held::Batches(batches.collect())
         }
     };
@@ -114,3 +119,6 @@ impl RunData {
         Ok(Sampler::new(train, section.seq_len, batch_size, seed, self.packing, section.mask_documents)?)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -66,7 +66,8 @@ impl EventWriter {
         std::fs::create_dir_all(dir).map_err(|source| Error::io(dir, source))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // TensorBoard reads the files of a folder in the order of their names.
-        let name = format!("events.out.tfevents.{}.{:09}.{}.lowkey", now.as_secs(), now.subsec_nanos(), std::process::id());
+        let name =
+            format!("events.out.tfevents.{}.{:09}.{}.lowkey", now.as_secs(), now.subsec_nanos(), std::process::id());
         let path = dir.join(name);
         let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::io(&path, e))?;
         let mut writer = Self { path, file };
@@ -80,10 +81,8 @@ impl EventWriter {
     /// # Errors
     /// [`Error::Io`] where the file cannot be written.
     pub fn scalars(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
-        let value = values
-            .iter()
-            .map(|(tag, value)| Scalar { tag: (*tag).to_string(), simple_value: *value as f32 })
-            .collect();
+        let value =
+            values.iter().map(|(tag, value)| Scalar { tag: (*tag).to_string(), simple_value: *value as f32 }).collect();
         self.write(&Event { summary: Some(Summary { value }), ..self.event(step) })
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use lowkey_data::{Sampler, Tokenizer};
+use lowkey_data::Sampler;
 use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
 use lowkey_model::{CausalLm, ModelConfig, Parameter};
 use serde_json::json;
@@ -19,7 +19,8 @@ use crate::optimizer::{AdamW, clip, global_norm};
 use crate::plan::Plan;
 use crate::resume;
 use crate::run_config::RunConfig;
-use crate::run_data::{self, RunData};
+use crate::run_data::RunData;
+use crate::setup::{Setup, check_memory, device, setup};
 use crate::tensorboard::EventWriter;
 use crate::workers::{Workers, matmul_ceiling};
 
@@ -88,98 +89,11 @@ pub struct Outcome {
     pub evaluation: Option<Evaluation>,
 }
 
-/// The device that a run file names.
-///
-/// # Errors
-/// [`Error::Config`] for a name that is unknown or not built in.
-pub fn device(name: &str) -> Result<Device> {
-    match name {
-        "auto" | "cpu" => Ok(Device::flex()),
-        "wgpu" | "vulkan" | "metal" | "cuda" => {
-            Err(Error::config("run.device", name, "this build runs on the CPU only; write \"auto\" or \"cpu\""))
-        }
-        _ if name.starts_with("cuda:") => {
-            Err(Error::config("run.device", name, "this build runs on the CPU only; write \"auto\" or \"cpu\""))
-        }
-        _ => Err(Error::config("run.device", name, "known are auto, cpu, wgpu, vulkan, metal and cuda[:i]")),
-    }
-}
-
-/// Model configuration, corpus and tokenizer of a run file, with notes for the user.
-#[derive(Debug)]
-pub struct Setup {
-    /// The model to train.
-    pub model: ModelConfig,
-    /// The corpus.
-    pub data: RunData,
-    /// What the user should know.
-    pub notes: Vec<String>,
-}
-
-/// Resolves a run file: opens (or prepares) the corpus and checks the model against its tokenizer.
-///
-/// # Errors
-/// Everything that is wrong with the run file, the corpus or the model directory of `[init]`.
-pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(Event)) -> Result<Setup> {
-    let own_tokenizer = match &config.init {
-        Some(init) => Some(Tokenizer::from_model_dir(&init.from)?),
-        None => None,
-    };
-    let dataset = run_data::dataset(&config.data, &options.run_file)?;
-    let dir = run_data::prepared_dir(&dataset, &config.data, &options.out, own_tokenizer.as_ref());
-    let data =
-        run_data::open(&dataset, &config.data, config.micro_batch_size(), &dir, own_tokenizer, &mut |progress| {
-            observe(Event::Preparing(progress));
-        })?;
-    let (vocab, seq_len) = (data.tokenizer.vocab_size(), config.data.seq_len);
-    let mut notes = Vec::new();
-    let mut model = match (&config.init, &config.model) {
-        (Some(init), _) => ModelConfig::read(&init.from.join("config.json"))?,
-        (None, Some(section)) => {
-            let (model, unused) = section.resolve(vocab, seq_len)?;
-            if !unused.is_empty() {
-                notes.push(format!("{} does not use {}", model.attention_name(), unused.join(", ")));
-            }
-            model
-        }
-        (None, None) => return Err(Error::config("model", "(absent)", "write a [model] section")),
-    };
-    if model.vocab_size < vocab {
-        let why = format!("the tokenizer has {vocab} tokens, more than the model's embedding has rows");
-        return Err(Error::config("model.vocab_size", model.vocab_size, why));
-    }
-    if model.max_position_embeddings < seq_len {
-        let why = format!("the model was made for {} positions at most", model.max_position_embeddings);
-        return Err(Error::config("data.seq_len", seq_len, why));
-    }
-    if model.eos_token_id.is_empty() {
-        model.eos_token_id = data.tokenizer.eos_id().into_iter().collect();
-    }
-    check_prompts(&config.eval.prompts, &data.tokenizer, &model)?;
-    Ok(Setup { model, data, notes })
-}
-
-/// Refuses now what would stop the run at its first evaluation.
-fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig) -> Result<()> {
-    for prompt in prompts {
-        let refuse = |why: String| Err(Error::config("eval.prompts", format!("{prompt:?}"), why));
-        match tokenizer.encode(prompt) {
-            Err(e) => return refuse(e.to_string()),
-            Ok(ids) if ids.is_empty() => return refuse("has no token to go on from; remove it".into()),
-            Ok(ids) if ids.len() >= model.max_position_embeddings => {
-                let most = model.max_position_embeddings;
-                return refuse(format!("has {} tokens and fills the model's {most} positions; shorten it", ids.len()));
-            }
-            Ok(_) => {}
-        }
-    }
-    Ok(())
-}
-
 /// Trains as the run file says. `interrupt` stops it after the current step, with a checkpoint.
 ///
 /// # Errors
-/// What is wrong with the run file or its data, before the first step; later [`Error::NonFinite`] and failures of the disk.
+/// What is wrong with the run file or its data, and [`Error::Memory`], before the first step; later [`Error::NonFinite`],
+/// [`Error::Diverged`] and failures of the disk.
 pub fn train(
     config: &RunConfig,
     options: &RunOptions,
@@ -192,6 +106,12 @@ pub fn train(
     std::fs::create_dir_all(&options.out).map_err(|e| Error::io(&options.out, e))?;
     let checkpoints = Checkpoints::open(&checkpoints_dir, config.checkpoint.keep)?;
     let (found, damaged) = if options.resume { checkpoints.latest()? } else { (None, Vec::new()) };
+    if let (None, Some(first)) = (&found, damaged.first()) {
+        // Starting anew would write over what may still be mended.
+        let why =
+            format!("no checkpoint here is whole ({first}); put one back from a copy, or start anew with --overwrite");
+        return Err(Error::file(checkpoints_dir, why));
+    }
     let config = &resume::with_threads(config, options, found.is_some())?;
     let Setup { model: model_config, data, notes } = setup(config, options, observe)?;
     for note in notes.into_iter().chain(damaged) {
@@ -248,6 +168,7 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let threads = config.training.threads.unwrap_or(1);
         let sampler = data.sampler(&config.data, config.training.batch_size, config.run.seed)?;
+        check_memory(config, &model_config)?;
         let model = match (resume, &config.init) {
             // The configuration comes from the run file both times: a decimal fraction need not survive config.json to
             // the last bit.
@@ -325,8 +246,9 @@ impl<'a> Run<'a> {
             let mut best = false;
             if last || due(self.config.eval.every, self.state.step) {
                 let section = &self.config.eval;
-                let measured = self.evaluate(&self.data.held.first(section.batches, self.config.training.batch_size))?;
-                best = measured.loss.is_finite() && self.state.best.is_none_or(|(_, loss)| measured.loss < loss);
+                let measured =
+                    self.evaluate(&self.data.held.first(section.batches, self.config.training.batch_size))?;
+                best = self.state.best.is_none_or(|(_, loss)| measured.loss < loss);
                 if best {
                     self.state.best = Some((self.state.step, measured.loss));
                 }
@@ -408,7 +330,15 @@ impl<'a> Run<'a> {
     }
 
     fn evaluate(&self, held: &Held) -> Result<Evaluation> {
-        evaluate(&self.model, held, &self.byte_lengths, &self.workers, &self.device)
+        let evaluation = evaluate(&self.model, held, &self.byte_lengths, &self.workers, &self.device)?;
+        if !evaluation.loss.is_finite() {
+            return Err(Error::Diverged {
+                step: self.state.step,
+                what: "the held-out loss".into(),
+                value: evaluation.loss,
+            });
+        }
+        Ok(evaluation)
     }
 
     fn sample(&self, observe: &mut dyn FnMut(Event)) -> Result<()> {
@@ -444,6 +374,12 @@ impl<'a> Run<'a> {
     }
 
     fn save(&mut self, best: bool, observe: &mut dyn FnMut(Event)) -> Result<()> {
+        let parameters = self.model.parameters();
+        let values: Vec<_> = parameters.iter().map(|p| p.value.clone()).collect();
+        if let Err((i, value)) = global_norm(&values)? {
+            let name = parameters.get(i).map_or("?", |p| p.name.as_str());
+            return Err(Error::Diverged { step: self.state.step, what: name.into(), value });
+        }
         let path = self.checkpoints.save(&self.model, &self.data.tokenizer, &self.optimizer, &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });

@@ -86,7 +86,13 @@ impl Workers {
     ///
     /// # Errors
     /// [`Error::Device`] where a loss cannot be read back.
-    pub fn gradients(&self, model: &CausalLm, batch: &Batch, micro_batch: usize, device: &Device) -> Result<StepGradients> {
+    pub fn gradients(
+        &self,
+        model: &CausalLm,
+        batch: &Batch,
+        micro_batch: usize,
+        device: &Device,
+    ) -> Result<StepGradients> {
         let targets = batch.target_tokens();
         let scale = 1.0 / targets.max(1) as f64;
         let mut nats = 0.0;
@@ -123,6 +129,16 @@ pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
+/// Bytes of memory that this machine has, or its container may use, where the system says so.
+pub fn memory() -> Option<u64> {
+    let total = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let total =
+        total.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.trim().parse().ok());
+    let total = total.map(|kib: u64| kib.saturating_mul(1024))?;
+    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    Some(limit.map_or(total, |limit: u64| limit.min(total)))
+}
+
 /// The rate, in floating-point operations per second, at which `threads` threads multiply f32 matrices of a size that fits
 /// the second-level cache: what a model's own products cannot exceed.
 ///
@@ -146,3 +162,6 @@ pub fn matmul_ceiling(threads: usize, device: &Device) -> Result<f64> {
     }
     Ok(best)
 }
+
+#[cfg(test)]
+mod tests;

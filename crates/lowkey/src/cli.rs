@@ -105,16 +105,16 @@ pub(crate) struct GenerateArguments {
     #[arg(long, default_value_t = 200)]
     pub(crate) max_new_tokens: usize,
     /// 0 takes the most likely token; higher is more varied
-    #[arg(long, default_value_t = 0.8)]
+    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
     pub(crate) temperature: f64,
     /// Choose among the K most likely tokens only
     #[arg(long, value_name = "K")]
     pub(crate) top_k: Option<usize>,
     /// Choose among the fewest tokens that together have probability P
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) top_p: Option<f64>,
     /// Above 1: make tokens that have occurred less likely
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub(crate) repetition_penalty: f64,
     /// Seed of the random choice
     #[arg(long, default_value_t = 0)]

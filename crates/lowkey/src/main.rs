@@ -9,6 +9,7 @@ mod output;
 mod progress;
 
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Parser;
 
@@ -17,20 +18,26 @@ const WRONG_USE: u8 = 2;
 const FAILED: u8 = 1;
 
 fn main() -> ExitCode {
-    std::panic::set_hook(Box::new(|panic| {
+    // A reader of foreign files may panic and be caught where that is expected; only what comes through to here is reported.
+    let report = Arc::new(Mutex::new(String::new()));
+    let last = Arc::clone(&report);
+    std::panic::set_hook(Box::new(move |panic| {
         let message = panic.payload_as_str().unwrap_or("no message");
         let place = panic.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
-        output::complain(&format!("internal error: {message}{place}. Please report this with the command that you ran."));
+        *last.lock().unwrap_or_else(PoisonError::into_inner) = format!("{message}{place}");
     }));
     let arguments = cli::Arguments::parse();
-    // A panic anywhere below has been reported by the hook.
     match std::panic::catch_unwind(|| commands::run(arguments)) {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
             output::complain(&format!("error: {error:#}"));
             ExitCode::from(if is_wrong_use(&error) { WRONG_USE } else { FAILED })
         }
-        Err(_) => ExitCode::from(FAILED),
+        Err(_) => {
+            let report = report.lock().unwrap_or_else(PoisonError::into_inner);
+            output::complain(&format!("internal error: {report}. Please report this with the command that you ran."));
+            ExitCode::from(FAILED)
+        }
     }
 }
 
@@ -40,7 +47,9 @@ fn is_wrong_use(error: &anyhow::Error) -> bool {
         matches!(e, lowkey_model::Error::Config { .. } | lowkey_model::Error::MissingKey { .. })
     };
     let data = |e: &lowkey_data::Error| matches!(e, lowkey_data::Error::Config { .. });
-    let infer = |e: &lowkey_infer::Error| matches!(e, lowkey_infer::Error::Setting { .. });
+    let infer = |e: &lowkey_infer::Error| {
+        matches!(e, lowkey_infer::Error::Setting { .. } | lowkey_infer::Error::Positions { .. })
+    };
     error.chain().any(|cause| {
         cause.downcast_ref::<Train>().is_some_and(|e| match e {
             Train::RunFile { .. } | Train::Config { .. } => true,

@@ -41,7 +41,9 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let widths: Vec<usize> = header
         .iter()
         .enumerate()
-        .map(|(i, title)| rows.iter().filter_map(|row| row.get(i)).map(String::len).chain([title.len()]).max().unwrap_or(0))
+        .map(|(i, title)| {
+            rows.iter().filter_map(|row| row.get(i)).map(String::len).chain([title.len()]).max().unwrap_or(0)
+        })
         .collect();
     let line = |cells: &[String]| {
         let cells = cells.iter().zip(&widths).enumerate().map(|(i, (cell, width))| match i {
@@ -71,7 +73,11 @@ fn scaled(n: f64, base: f64, units: &[&str]) -> String {
         value /= base;
         unit += 1;
     }
-    if unit == 0 && value.fract() == 0.0 { format!("{value:.0}{}", units[0]) } else { format!("{value:.2}{}", units[unit]) }
+    if unit == 0 && value.fract() == 0.0 {
+        format!("{value:.0}{}", units[0])
+    } else {
+        format!("{value:.2}{}", units[unit])
+    }
 }
 
 /// `4000` seconds as `1 h 07 min`.

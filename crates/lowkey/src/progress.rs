@@ -36,7 +36,10 @@ impl View {
             Event::Evaluated { step, evaluation } => self.line(&evaluation_line(step, evaluation)),
             Event::Finished(evaluation) => {
                 self.clear();
-                self.line(&format!("\nall steps taken; on the whole held-out split:\n{}", evaluation_table(evaluation)));
+                self.line(&format!(
+                    "\nall steps taken; on the whole held-out split:\n{}",
+                    evaluation_table(evaluation)
+                ));
             }
             Event::Sample { prompt, text } => self.line(&indented(prompt, text)),
             Event::Saved { path, best } => {

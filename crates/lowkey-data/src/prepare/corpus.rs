@@ -159,7 +159,11 @@ impl<'a> Corpus<'a> {
         };
         match (train.tokens(), validation.tokens()) {
             (0, 0) => return Err(self.empty("the source holds no text; check its paths")),
-            (0, _) => return Err(self.empty("the split leaves no text for training; lower split.validation_fraction")),
+            (0, _) => {
+                return Err(
+                    self.empty("the split leaves no text for training; add text, or lower split.validation_fraction")
+                );
+            }
             (_, 0) if wanted => {
                 let mend = "raise split.validation_fraction, or set it to 0 to hold nothing out";
                 return Err(self.empty(&format!("the split holds no text out; {mend}")));
@@ -171,7 +175,9 @@ impl<'a> Corpus<'a> {
     }
 
     fn empty(&self, message: &str) -> Error {
-        Error::Empty { name: self.config.name.clone(), message: message.to_owned() }
+        let origin = &self.config.origin;
+        let name = if origin.as_os_str().is_empty() { self.config.name.clone() } else { origin.display().to_string() };
+        Error::Empty { name, message: message.to_owned() }
     }
 }
 

@@ -140,7 +140,7 @@ pub(super) fn train_bpe(texts: impl Iterator<Item = String> + Send, vocab_size: 
 }
 
 /// What every id of a loaded tokenizer stands for, and whether decoding only joins those bytes.
-pub(super) fn entries(hf: &HfTokenizer) -> (Vec<Entry>, bool) {
+pub(super) fn entries(hf: &HfTokenizer) -> Result<(Vec<Entry>, bool), String> {
     let bytewise = matches!(hf.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
     let byte_of: std::collections::HashMap<char, u8> = (0..=255u8).map(|byte| (byte_character(byte), byte)).collect();
     let text = |token: &str| -> Vec<u8> {
@@ -158,7 +158,12 @@ pub(super) fn entries(hf: &HfTokenizer) -> (Vec<Entry>, bool) {
     };
     let vocab = hf.get_vocab(true);
     let added = hf.get_added_tokens_decoder();
+    // A few holes are usual; one stray id must not fill the memory with them.
+    let bound = 2 * vocab.len() + (1 << 16);
     let size = vocab.values().max().map_or(0, |&id| id as usize + 1);
+    if size > bound {
+        return Err(format!("its largest id is {}, but it has {} tokens only: an id is wrong", size - 1, vocab.len()));
+    }
     let mut entries = vec![Entry::Unused; size];
     for (token, id) in &vocab {
         let entry = match added.get(id) {
@@ -170,5 +175,5 @@ pub(super) fn entries(hf: &HfTokenizer) -> (Vec<Entry>, bool) {
             *slot = entry;
         }
     }
-    (entries, bytewise)
+    Ok((entries, bytewise))
 }

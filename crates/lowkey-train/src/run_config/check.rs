@@ -16,13 +16,21 @@ impl RunConfig {
                 return Err(Error::config("data.path", path.display(), "data.dataset is set too; keep one of them"));
             }
             (None, None) => {
-                return Err(Error::config("data.dataset", "(absent)", "set it to a dataset file, or data.path to a text file"));
+                return Err(Error::config(
+                    "data.dataset",
+                    "(absent)",
+                    "set it to a dataset file, or data.path to a text file",
+                ));
             }
             _ => {}
         }
         at_least_one("data.seq_len", self.data.seq_len, 1 << 20)?;
         if self.model.is_none() && self.init.is_none() {
-            return Err(Error::config("model", "(absent)", "write a [model] section, or [init] from = a model directory"));
+            return Err(Error::config(
+                "model",
+                "(absent)",
+                "write a [model] section, or [init] from = a model directory",
+            ));
         }
         if self.model.is_some() && self.init.is_some() {
             return Err(Error::config(
@@ -36,6 +44,8 @@ impl RunConfig {
             return Err(Error::config("training.steps", self.training.steps, why));
         }
         at_least_one("training.batch_size", self.training.batch_size, 1 << 20)?;
+        // The tokens of a step lie in memory together; the largest published runs take a little less.
+        at_least_one("training.batch_size · data.seq_len", self.training.batch_size * self.data.seq_len, 1 << 26)?;
         if let Some(micro) = self.training.micro_batch_size {
             at_least_one("training.micro_batch_size", micro, 1 << 20)?;
         }
@@ -85,7 +95,11 @@ impl RunConfig {
         if let Some(clip) = o.grad_clip
             && !(clip.is_finite() && clip > 0.0)
         {
-            return Err(Error::config("optimizer.grad_clip", clip, "must be a finite number > 0; leave it out for none"));
+            return Err(Error::config(
+                "optimizer.grad_clip",
+                clip,
+                "must be a finite number > 0; leave it out for none",
+            ));
         }
         Ok(())
     }
@@ -93,7 +107,8 @@ impl RunConfig {
 
 fn at_least_one(key: &'static str, value: usize, most: usize) -> Result<()> {
     if value == 0 || value > most {
-        let why = if most == usize::MAX { "must be at least 1".into() } else { format!("must lie between 1 and {most}") };
+        let why =
+            if most == usize::MAX { "must be at least 1".into() } else { format!("must lie between 1 and {most}") };
         return Err(Error::config(key, value, why));
     }
     Ok(())

@@ -1,8 +1,8 @@
 //! `lowkey eval`.
 
+use anyhow::bail;
 use burn::tensor::Device;
 use lowkey_data::{DatasetConfig, Packing, SplitBy, Tokenizer, oracle_documents, prepare, validation_batches};
-use lowkey_model::CausalLm;
 use lowkey_train::{Held, Workers, evaluate};
 
 use super::WrongUse;
@@ -13,17 +13,30 @@ use crate::progress::{evaluation_table, show_preparation};
 /// Held-out documents of a corpus with a known entropy.
 const ORACLE_DOCUMENTS: usize = 512;
 
+/// Tokens of a batch that are laid out together.
+const MOST_TOKENS: usize = 1 << 26;
+
 pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
     let device = Device::flex();
     let tokenizer = Tokenizer::from_model_dir(&arguments.model)?;
-    let model = CausalLm::load(&arguments.model, &device)?;
+    let model = super::load_model(&arguments.model, &device)?;
     let longest = model.config.max_position_embeddings;
     let seq_len = arguments.seq_len.unwrap_or(longest.min(2048));
     if seq_len == 0 || seq_len > longest {
         return Err(WrongUse(format!("--seq-len {seq_len}: this model takes 1 to {longest} tokens")).into());
     }
-    if arguments.batch_size == 0 {
-        return Err(WrongUse("--batch-size 0: must be at least 1".into()).into());
+    let most = MOST_TOKENS / seq_len;
+    if arguments.batch_size == 0 || arguments.batch_size > most.max(1) {
+        let why = format!("--batch-size {}: must lie between 1 and {}", arguments.batch_size, most.max(1));
+        return Err(WrongUse(why).into());
+    }
+    if tokenizer.vocab_size() > model.config.vocab_size {
+        bail!(
+            "{}: tokenizer.json has {} tokens, more than the {} of config.json; put the model's own tokenizer there",
+            arguments.model.display(),
+            tokenizer.vocab_size(),
+            model.config.vocab_size
+        );
     }
     let mut dataset = super::data::dataset(&arguments.data)?;
     let all = arguments.split == "all";
@@ -41,6 +54,13 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
     let evaluation = evaluate(&model, &held, &tokenizer.byte_lengths(), &workers, &device)?;
     if evaluation.tokens == 0 {
         return Err(WrongUse(format!("{}: no token to predict in this split", arguments.data.display())).into());
+    }
+    if !evaluation.loss.is_finite() {
+        bail!(
+            "{}: the loss is {}; the weights are damaged or have diverged",
+            arguments.model.display(),
+            evaluation.loss
+        );
     }
     if arguments.json {
         return say_json(&evaluation);

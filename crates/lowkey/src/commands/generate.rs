@@ -25,8 +25,8 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     }
     let device = Device::flex();
     let tokenizer = Tokenizer::from_model_dir(&arguments.model)?;
-    let model = CausalLm::load(&arguments.model, &device)?;
-    let mut ids = tokenizer.encode(&prompt)?;
+    let model = super::load_model(&arguments.model, &device)?;
+    let mut ids = tokenizer.encode(&prompt).map_err(|e| WrongUse(format!("the prompt cannot be encoded: {e}")))?;
     if ids.is_empty() {
         // With nothing to continue, a text begins where the last one ended.
         let start = model.config.bos_token_id.or(tokenizer.eos_id());
@@ -47,18 +47,18 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
         eos,
         ..GenerateConfig::default()
     };
-    if !arguments.json {
-        stream(&prompt);
-    }
     let mut writer = Writer::new(&tokenizer, &arguments.stop, !arguments.json);
+    // Not before the first token: a message about a refused request stands alone.
+    let mut unprinted = (!arguments.json).then_some(prompt.as_str());
     let mut failure = None;
-    let out = lowkey_infer::generate(&model, &ids, &config, &device, &mut |id| match writer.push(id) {
-        Ok(flow) => flow,
-        Err(e) => {
+    let out = lowkey_infer::generate(&model, &ids, &config, &device, &mut |id| {
+        unprinted.take().into_iter().for_each(stream);
+        writer.push(id).unwrap_or_else(|e| {
             failure = Some(e);
             ControlFlow::Break(())
-        }
+        })
     })?;
+    unprinted.into_iter().for_each(stream);
     if let Some(failure) = failure {
         return Err(failure.into());
     }
@@ -85,11 +85,7 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
         }));
     }
     say("");
-    complain(&format!(
-        "[{} tokens, {rate:.0} tokens/s, cache {}]",
-        out.ids.len(),
-        bytes(out.cache_bytes)
-    ));
+    complain(&format!("[{} tokens, {rate:.0} tokens/s, cache {}]", out.ids.len(), bytes(out.cache_bytes)));
     Ok(())
 }
 

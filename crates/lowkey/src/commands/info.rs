@@ -89,10 +89,7 @@ fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
             ),
         ),
         ("positions", config.max_position_embeddings.to_string()),
-        (
-            "parameters",
-            format!("{} ({} in blocks)", count(parameters.total as f64), count(parameters.blocks as f64)),
-        ),
+        ("parameters", format!("{} ({} in blocks)", count(parameters.total as f64), count(parameters.blocks as f64))),
         ("cache", format!("{} per token in bf16; expanded {}", bytes(latent), bytes(expanded))),
         ("weights", format!("{} in {} file(s); {whole}", bytes(size as usize), files.len())),
         ("tokenizer", tokenizer),
@@ -105,7 +102,8 @@ fn run_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
     let lines: Vec<Metrics> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let Some(last) = lines.last() else { bail!("{}: metrics.jsonl holds no step yet", path.display()) };
     let evaluated = lines.iter().filter(|m| m.val_loss.is_some());
-    let best = evaluated.clone().min_by(|a, b| a.val_loss.unwrap_or(f64::MAX).total_cmp(&b.val_loss.unwrap_or(f64::MAX)));
+    let best =
+        evaluated.clone().min_by(|a, b| a.val_loss.unwrap_or(f64::MAX).total_cmp(&b.val_loss.unwrap_or(f64::MAX)));
     if as_json {
         return say_json(&json!({ "last": last, "best": best }));
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use burn::tensor::Device;
-use lowkey_model::{CausalLm, ids_tensor};
+use lowkey_model::ids_tensor;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -14,7 +14,7 @@ use crate::output::say;
 
 pub(crate) fn logits(arguments: &LogitsArguments) -> anyhow::Result<()> {
     let device = Device::flex();
-    let model = CausalLm::load(&arguments.model, &device)?;
+    let model = super::load_model(&arguments.model, &device)?;
     let (ids, [rows, seq]) = read_ids(&arguments.ids)?;
     let (vocab, longest) = (model.config.vocab_size, model.config.max_position_embeddings);
     if seq > longest {

@@ -7,7 +7,12 @@ mod info;
 mod logits;
 mod train;
 
+use std::path::Path;
 use std::process::ExitCode;
+
+use burn::tensor::Device;
+use lowkey_model::CausalLm;
+use lowkey_train::checkpoint;
 
 use crate::cli::{Arguments, Command, DataCommand};
 
@@ -22,6 +27,14 @@ impl std::fmt::Display for WrongUse {
 }
 
 impl std::error::Error for WrongUse {}
+
+/// Loads a model directory; one that carries checksums only if they match.
+fn load_model(dir: &Path, device: &Device) -> anyhow::Result<CausalLm> {
+    if checkpoint::has_checksums(dir) {
+        checkpoint::verify(dir)?;
+    }
+    Ok(CausalLm::load(dir, device)?)
+}
 
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let done = |()| ExitCode::SUCCESS;

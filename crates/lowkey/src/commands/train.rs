@@ -1,6 +1,6 @@
 //! `lowkey train` and `lowkey plan`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,7 @@ use crate::progress::{View, plan_text};
 pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     let TrainArguments { mut file, resume, overwrite, device } = arguments;
     file.overrides.extend(device.map(|device| format!("run.device=\"{device}\"")));
-    let config = RunConfig::load(&file.run, &file.overrides)?;
+    let config = RunConfig::load(&file.run, &file.overrides).map_err(|e| in_run_file(e, &file.run))?;
     let mut options = options(&file, &config);
     (options.resume, options.overwrite) = (resume, overwrite);
     say(&format!("run {} in {}", config.run.name, options.out.display()));
@@ -35,7 +35,7 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     let mut view = View::new(config.training.steps);
     let result = lowkey_train::train(&config, &options, &interrupt, &mut |event| view.show(event));
     view.clear();
-    let outcome = result?;
+    let outcome = result.map_err(|e| in_run_file(e, &file.run))?;
     let best = options.out.join("checkpoints").join("best");
     if outcome.evaluation.is_some() {
         say(&format!("\ndone. Try it: lowkey generate {} --prompt \"...\"", best.display()));
@@ -52,10 +52,11 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
 }
 
 pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
-    let config = RunConfig::load(&arguments.file.run, &arguments.file.overrides)?;
+    let named = |e| in_run_file(e, &arguments.file.run);
+    let config = RunConfig::load(&arguments.file.run, &arguments.file.overrides).map_err(named)?;
     let options = options(&arguments.file, &config);
-    let device = lowkey_train::device(&config.run.device)?;
-    let (model, notes) = planned_model(&config, &options)?;
+    let device = lowkey_train::device(&config.run.device).map_err(named)?;
+    let (model, notes) = planned_model(&config, &options).map_err(named)?;
     for note in &notes {
         complain(&format!("note: {note}"));
     }
@@ -66,6 +67,16 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
     }
     say(&plan_text(&plan));
     Ok(())
+}
+
+/// Says which file a key stands in. Messages about files name theirs already.
+fn in_run_file(error: lowkey_train::Error, run_file: &Path) -> anyhow::Error {
+    use lowkey_model::Error as Model;
+    use lowkey_train::Error as Train;
+    let about_a_key =
+        matches!(error, Train::Config { .. } | Train::Model(Model::Config { .. } | Model::MissingKey { .. }));
+    let error = anyhow::Error::from(error);
+    if about_a_key { error.context(run_file.display().to_string()) } else { error }
 }
 
 fn options(file: &RunFileArguments, config: &RunConfig) -> RunOptions {

@@ -81,7 +81,8 @@ fn fixture() -> &'static Path {
     static FIXTURE: OnceLock<tempfile::TempDir> = OnceLock::new();
     let dir = FIXTURE.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
-        let story: String = (0..120).map(|i| format!("The cat number {i} sat on the mat and saw {} mice.\n", i * 7)).collect();
+        let story: String =
+            (0..120).map(|i| format!("The cat number {i} sat on the mat and saw {} mice.\n", i * 7)).collect();
         std::fs::write(dir.path().join("story.txt"), story).unwrap();
         std::fs::write(dir.path().join("tiny.toml"), RUN).unwrap();
         train(dir.path(), "run", &[]);
@@ -117,7 +118,9 @@ fn a_run_leaves_what_the_readme_promises() {
     for key in ["step", "tokens", "time_s", "train_loss", "lr", "grad_norm", "tokens_per_s", "mfu"] {
         assert!(lines.iter().all(|line| line[key].is_number()), "{key}");
     }
-    assert!(lines[5]["val_loss"].is_number() && lines[5]["bits_per_byte"].is_number() && lines[4]["val_loss"].is_null());
+    assert!(
+        lines[5]["val_loss"].is_number() && lines[5]["bits_per_byte"].is_number() && lines[4]["val_loss"].is_null()
+    );
     assert!(lines[11]["train_loss"].as_f64() < lines[0]["train_loss"].as_f64());
 }
 
@@ -168,7 +171,8 @@ fn both_forms_of_decoding_and_every_repetition_give_the_same_text() {
     let warm = ["--temperature", "1.2", "--top-p", "0.95", "--top-k", "50", "--seed", "4"];
     assert_eq!(run(&warm)["ids"], run(&warm)["ids"]);
     assert_ne!(run(&warm)["ids"], run(&["--temperature", "1.2", "--seed", "5"])["ids"]);
-    let streamed = succeed(&["generate", text(&model), "--prompt", "The cat", "--max-new-tokens", "24", "--temperature", "0"]);
+    let streamed =
+        succeed(&["generate", text(&model), "--prompt", "The cat", "--max-new-tokens", "24", "--temperature", "0"]);
     assert_eq!(streamed.trim_end(), format!("The cat{}", greedy["text"].as_str().unwrap()).trim_end());
     let whole = greedy["text"].as_str().unwrap();
     let stop = &whole[4..6];
@@ -224,8 +228,9 @@ fn a_storybook_model_is_told_its_gap_by_class() {
 #[test]
 fn a_corpus_of_json_lines_trains_a_tokenizer_and_a_model_that_can_be_fine_tuned() {
     let dir = tempfile::tempdir().unwrap();
-    let lines: String =
-        (0..150).map(|i| format!("{{\"id\": {i}, \"body\": \"Die Maus {i} läuft über den Käse und frisst {i}.\"}}\n")).collect();
+    let lines: String = (0..150)
+        .map(|i| format!("{{\"id\": {i}, \"body\": \"Die Maus {i} läuft über den Käse und frisst {i}.\"}}\n"))
+        .collect();
     std::fs::write(dir.path().join("corpus.jsonl"), lines).unwrap();
     let dataset = dir.path().join("mice.toml");
     std::fs::write(
@@ -237,16 +242,22 @@ fn a_corpus_of_json_lines_trains_a_tokenizer_and_a_model_that_can_be_fine_tuned(
     let prepared = dir.path().join("prepared/mice");
     assert!(succeed(&["data", "info", text(&prepared), "--show", "1"]).contains("Käse"));
     let manifest = json(&["data", "info", text(&prepared), "--json"]);
-    assert_eq!(manifest["train"]["documents"].as_u64().unwrap() + manifest["validation"]["documents"].as_u64().unwrap(), 150);
+    assert_eq!(
+        manifest["train"]["documents"].as_u64().unwrap() + manifest["validation"]["documents"].as_u64().unwrap(),
+        150
+    );
 
-    std::fs::write(dir.path().join("tiny.toml"), RUN.replace("path = \"story.txt\"", "dataset = \"mice.toml\"")).unwrap();
+    std::fs::write(dir.path().join("tiny.toml"), RUN.replace("path = \"story.txt\"", "dataset = \"mice.toml\""))
+        .unwrap();
     let (out, _) = train(dir.path(), "base", &["eval.prompts=[\"Die\"]"]);
     let base = out.join("checkpoints/best");
-    let before = json(&["eval", text(&base), "--data", text(&dataset), "--seq-len", "32", "--batch-size", "4", "--json"]);
+    let before =
+        json(&["eval", text(&base), "--data", text(&dataset), "--seq-len", "32", "--batch-size", "4", "--json"]);
 
     let start = RUN.find("[model]").unwrap()..RUN.find("[data]").unwrap();
     let tune = RUN.replace(&RUN[start], &format!("[init]\nfrom = \"{}\"\n\n", text(&base)));
-    std::fs::write(dir.path().join("tiny.toml"), tune.replace("path = \"story.txt\"", "dataset = \"mice.toml\"")).unwrap();
+    std::fs::write(dir.path().join("tiny.toml"), tune.replace("path = \"story.txt\"", "dataset = \"mice.toml\""))
+        .unwrap();
     // A rate of almost nothing: the model that comes out is the one that went in.
     train(dir.path(), "tuned", &["training.steps=1", "optimizer.lr=1e-12", "lr_scheduler.warmup_steps=0"]);
     let after: Value =
@@ -272,8 +283,7 @@ fn logits_are_those_of_transformers() {
         let bytes = std::fs::read(path).unwrap();
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let view = tensors.tensor("logits").unwrap();
-        let values: Vec<f32> =
-            view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        let values: Vec<f32> = view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
         (view.shape().to_vec(), values)
     };
     let ((shape, found), (expected_shape, expected)) = (read(&out), read(&expected));

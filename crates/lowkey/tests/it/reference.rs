@@ -119,7 +119,8 @@ fn every_dense_case_agrees_with_transformers() {
         println!("no reference cases at {}: nothing compared", dir.display());
         return;
     }
-    let mut cases: Vec<PathBuf> = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
+    let mut cases: Vec<PathBuf> =
+        std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
     cases.sort();
     let device = Device::flex().autodiff();
     let mut ran = Vec::new();

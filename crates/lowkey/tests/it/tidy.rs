@@ -81,9 +81,11 @@ fn each_absence_that_a_crate_was_drawn_for_holds() {
         assert!(name == "lowkey-kernels" || !has("burn-flex"), "{name} knows a backend");
     }
     for (path, text) in sources() {
-        let library = !path.components().any(|c| c.as_os_str() == "lowkey") && path.components().any(|c| c.as_os_str() == "src");
+        let library =
+            !path.components().any(|c| c.as_os_str() == "lowkey") && path.components().any(|c| c.as_os_str() == "src");
         let code = text.split("#[cfg(test)]").next().unwrap_or_default();
-        let is_test = path.file_name().is_some_and(|name| name == "tests.rs") || path.components().any(|c| c.as_os_str() == "tests");
+        let is_test = path.file_name().is_some_and(|name| name == "tests.rs")
+            || path.components().any(|c| c.as_os_str() == "tests");
         if library && !is_test {
             assert!(!code.contains("println!(") && !code.contains("eprintln!("), "{} prints", path.display());
         }

@@ -1,0 +1,233 @@
+use super::*;
+use crate::fixtures::{bits, model, names, weight_bits};
+use crate::run_config::{OptimizerKind, OptimizerSection};
+
+const VOCAB: usize = 257;
+
+/// A folder for checkpoints, a model, and an optimiser that has taken some steps.
+struct Bench {
+    dir: tempfile::TempDir,
+    model: CausalLm,
+    optimizer: AdamW,
+    tokenizer: Tokenizer,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let device = Device::flex();
+        let model = model(VOCAB, 8, 3, &device);
+        let section = OptimizerSection {
+            kind: OptimizerKind::AdamW,
+            lr: 1e-2,
+            betas: [0.9, 0.95],
+            eps: 1e-8,
+            weight_decay: 0.1,
+            grad_clip: None,
+        };
+        let mut optimizer = AdamW::new(&section, &model.parameters(), Parameter::is_matrix);
+        for _ in 0..3 {
+            let gradients = model.parameters().into_iter().map(|p| p.value * 0.1).collect();
+            optimizer.step(model.parameters(), gradients, 1e-2);
+        }
+        Self { dir: tempfile::tempdir().unwrap(), model, optimizer, tokenizer: Tokenizer::bytes() }
+    }
+
+    fn open(&self, keep: usize) -> Checkpoints {
+        Checkpoints::open(self.dir.path(), keep).unwrap()
+    }
+
+    fn save(&self, checkpoints: &Checkpoints, step: u64, best: Option<u64>) -> PathBuf {
+        checkpoints.save(&self.model, &self.tokenizer, &self.optimizer, &state(step, best)).unwrap()
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
+
+fn state(step: u64, best: Option<u64>) -> TrainerState {
+    TrainerState { step, tokens: 100 * step, time_s: 1.5, data: "abc".into(), best: best.map(|step| (step, 1.25)) }
+}
+
+fn moments(optimizer: &AdamW) -> Vec<u32> {
+    optimizer.state().0.iter().flat_map(|moments| bits([&moments.m, &moments.v])).collect()
+}
+
+fn flip_a_byte(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn what_is_saved_verifies_and_comes_back_bit_for_bit() {
+    let bench = Bench::new();
+    let checkpoints = bench.open(2);
+    let path = bench.save(&checkpoints, 7, Some(7));
+    assert_eq!(path, bench.path("step-000007"));
+    verify(&path).unwrap();
+    assert!(has_checksums(&path));
+    assert_eq!(checkpoints.latest().unwrap(), (Some(path.clone()), Vec::new()));
+    let device = Device::flex();
+    let loaded = CausalLm::load(&path, &device).unwrap();
+    assert_eq!(weight_bits(&loaded), weight_bits(&bench.model));
+    assert_eq!(Tokenizer::from_model_dir(&path).unwrap().fingerprint(), bench.tokenizer.fingerprint());
+    let (loaded_state, loaded_moments) = load_state(&path, &loaded.parameters(), &device).unwrap();
+    assert_eq!(loaded_state, state(7, Some(7)));
+    let found: Vec<u32> = loaded_moments.iter().flat_map(|moments| bits([&moments.m, &moments.v])).collect();
+    assert_eq!(found, moments(&bench.optimizer));
+    let listed: BTreeMap<String, String> =
+        serde_json::from_str(&fs::read_to_string(path.join(CHECKSUMS)).unwrap()).unwrap();
+    let files: Vec<String> = names(&path).into_iter().filter(|name| name != CHECKSUMS).collect();
+    assert_eq!(listed.into_keys().collect::<Vec<_>>(), files, "every file has a checksum");
+}
+
+#[test]
+fn any_damage_is_found_and_named() {
+    let bench = Bench::new();
+    let checkpoints = bench.open(1);
+    for file in ["model.safetensors", "config.json", "tokenizer.json", TRAINER, MOMENTS, "generation_config.json"] {
+        let path = bench.save(&checkpoints, 1, None).join(file);
+        flip_a_byte(&path);
+        let message = verify(&bench.path("step-000001")).unwrap_err().to_string();
+        assert!(message.contains(file) && message.contains("has changed"), "{message}");
+        fs::remove_file(&path).unwrap();
+        let message = verify(&bench.path("step-000001")).unwrap_err().to_string();
+        assert!(message.contains(file), "{message}");
+    }
+    for text in ["", "{\"config.json\": 3}", "[]"] {
+        let path = bench.save(&checkpoints, 1, None).join(CHECKSUMS);
+        fs::write(&path, text).unwrap();
+        let message = verify(&bench.path("step-000001")).unwrap_err().to_string();
+        assert!(message.contains("not a table of checksums"), "{message}");
+    }
+}
+
+#[test]
+fn a_damaged_newest_checkpoint_is_skipped_with_a_note() {
+    let bench = Bench::new();
+    let checkpoints = bench.open(3);
+    for step in [1, 2, 3] {
+        bench.save(&checkpoints, step, Some(1));
+    }
+    flip_a_byte(&bench.path("step-000003/model.safetensors"));
+    let (found, notes) = checkpoints.latest().unwrap();
+    assert_eq!(found, Some(bench.path("step-000002")));
+    assert!(notes.len() == 1 && notes[0].contains("step-000003"), "{notes:?}");
+    fs::remove_file(bench.path("step-000002/checksums.json")).unwrap();
+    let (found, notes) = checkpoints.latest().unwrap();
+    assert_eq!((found, notes.len()), (Some(bench.path("step-000001")), 2));
+    fs::remove_dir_all(bench.path("step-000001")).unwrap();
+    assert_eq!(checkpoints.latest().unwrap().0, None);
+    assert_eq!(newest(bench.dir.path()).unwrap(), Some(bench.path("step-000003")), "it is there, if damaged");
+    assert_eq!(newest(&bench.path("nowhere")).unwrap(), None);
+}
+
+#[test]
+fn a_state_that_does_not_fit_the_model_is_refused() {
+    let bench = Bench::new();
+    let path = bench.save(&bench.open(1), 1, None);
+    let device = Device::flex();
+    let mut parameters = bench.model.parameters();
+    parameters[1].shape.push(2);
+    let fail = |parameters: &[Parameter]| load_state(&path, parameters, &device).unwrap_err().to_string();
+    assert!(fail(&parameters).contains(&format!("tensor m.{} is F32", parameters[1].name)));
+    parameters[1].name = "other.weight".into();
+    assert!(fail(&parameters).contains("tensor m.other.weight is missing"));
+    fs::write(path.join(MOMENTS), "nonsense").unwrap();
+    assert!(fail(&bench.model.parameters()).contains("not a readable safetensors file"));
+    fs::write(path.join(TRAINER), "{\"step\": 1}").unwrap();
+    assert!(fail(&bench.model.parameters()).contains("not a trainer's state"));
+}
+
+#[test]
+fn the_last_few_and_the_best_are_kept() {
+    let bench = Bench::new();
+    let checkpoints = bench.open(2);
+    for (step, best, expected) in [
+        (1, None, vec!["step-000001"]),
+        (2, Some(2), vec!["best", "step-000001", "step-000002"]),
+        (3, Some(2), vec!["best", "step-000002", "step-000003"]),
+        (4, Some(2), vec!["best", "step-000002", "step-000003", "step-000004"]),
+        (5, Some(5), vec!["best", "step-000004", "step-000005"]),
+    ] {
+        bench.save(&checkpoints, step, best);
+        assert_eq!(names(bench.dir.path()), expected, "after step {step}");
+    }
+}
+
+#[test]
+fn a_damaged_later_checkpoint_does_not_count_among_those_kept() {
+    let bench = Bench::new();
+    let checkpoints = bench.open(1);
+    bench.save(&checkpoints, 9, None);
+    flip_a_byte(&bench.path("step-000009/model.safetensors"));
+    for step in [5, 7] {
+        bench.save(&checkpoints, step, None);
+        assert_eq!(checkpoints.latest().unwrap().0, Some(bench.path(&step_name(step))));
+    }
+    bench.save(&checkpoints, 9, None);
+    assert_eq!(names(bench.dir.path()), ["step-000009"]);
+    verify(&bench.path("step-000009")).unwrap();
+}
+
+#[test]
+fn a_step_saved_again_replaces_the_old_one() {
+    let bench = Bench::new();
+    let checkpoints = bench.open(2);
+    let path = bench.save(&checkpoints, 4, Some(4));
+    fs::write(path.join("stray.txt"), "x").unwrap();
+    bench.save(&checkpoints, 4, Some(4));
+    assert_eq!(names(bench.dir.path()), ["best", "step-000004"]);
+    assert!(!path.join("stray.txt").exists());
+    verify(&path).unwrap();
+}
+
+#[test]
+fn what_a_killed_process_left_is_cleared_away_or_put_back() {
+    let bench = Bench::new();
+    let path = bench.save(&bench.open(2), 4, None);
+    fs::create_dir(bench.path(".tmp-step-000008")).unwrap();
+    fs::write(bench.path(".tmp-step-000008/model.safetensors"), "half").unwrap();
+    fs::create_dir(bench.path(".tmp-gone-step-000002")).unwrap();
+    fs::create_dir(bench.path(".old-step-000004")).unwrap();
+    bench.open(2);
+    assert_eq!(names(bench.dir.path()), ["step-000004"]);
+    // Killed between the two renames of a replacement.
+    fs::rename(&path, bench.path(".old-step-000004")).unwrap();
+    assert_eq!(bench.open(2).latest().unwrap().0, Some(path.clone()));
+    assert_eq!(names(bench.dir.path()), ["step-000004"]);
+}
+
+#[test]
+#[cfg(unix)]
+fn best_is_a_relative_link_and_is_mended_when_the_run_goes_on() {
+    let bench = Bench::new();
+    let checkpoints = bench.open(1);
+    bench.save(&checkpoints, 1, Some(1));
+    bench.save(&checkpoints, 2, Some(1));
+    let target = || fs::read_link(bench.path("best")).unwrap();
+    assert_eq!(target(), Path::new("step-000001"));
+    verify(&bench.path("best")).unwrap();
+    // Killed after a checkpoint, before the link and the removal of older ones.
+    bench.save(&bench.open(9), 3, Some(1));
+    fs::create_dir(bench.path(".tmp-best")).unwrap();
+    checkpoints.settle(&state(3, Some(3))).unwrap();
+    assert_eq!(target(), Path::new("step-000003"));
+    assert_eq!(names(bench.dir.path()), ["best", "step-000003"]);
+    // A best one that is gone leaves the link as it is.
+    checkpoints.settle(&state(3, Some(2))).unwrap();
+    assert_eq!(target(), Path::new("step-000003"));
+}
+
+#[test]
+fn clearing_leaves_only_what_is_not_a_checkpoint() {
+    let bench = Bench::new();
+    let checkpoints = bench.open(5);
+    bench.save(&checkpoints, 1, Some(1));
+    bench.save(&checkpoints, 2, Some(1));
+    fs::write(bench.path("notes.txt"), "mine").unwrap();
+    checkpoints.clear().unwrap();
+    assert_eq!(names(bench.dir.path()), ["notes.txt"]);
+}

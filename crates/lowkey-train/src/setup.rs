@@ -1,0 +1,138 @@
+//! From a run file to a model, a corpus and a device that fit together.
+
+use burn::tensor::Device;
+use lowkey_data::{Tokenizer, TokenizerConfig};
+use lowkey_model::ModelConfig;
+
+use crate::error::{Error, Result};
+use crate::run_config::RunConfig;
+use crate::run_data::{self, RunData};
+use crate::train::{Event, RunOptions};
+use crate::workers::memory;
+
+/// The device that a run file names.
+///
+/// # Errors
+/// [`Error::Config`] for a name that is unknown or not built in.
+pub fn device(name: &str) -> Result<Device> {
+    match name {
+        "auto" | "cpu" => Ok(Device::flex()),
+        "wgpu" | "vulkan" | "metal" | "cuda" => {
+            Err(Error::config("run.device", name, "this build runs on the CPU only; write \"auto\" or \"cpu\""))
+        }
+        _ if name.starts_with("cuda:") => {
+            Err(Error::config("run.device", name, "this build runs on the CPU only; write \"auto\" or \"cpu\""))
+        }
+        _ => Err(Error::config("run.device", name, "known are auto, cpu, wgpu, vulkan, metal and cuda[:i]")),
+    }
+}
+
+/// Model configuration, corpus and tokenizer of a run file, with notes for the user.
+#[derive(Debug)]
+pub struct Setup {
+    /// The model to train.
+    pub model: ModelConfig,
+    /// The corpus.
+    pub data: RunData,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// Resolves a run file: opens (or prepares) the corpus and checks the model against its tokenizer.
+///
+/// # Errors
+/// Everything that is wrong with the run file, the corpus or the model directory of `[init]`.
+pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(Event)) -> Result<Setup> {
+    let own_tokenizer = match &config.init {
+        Some(init) => Some(Tokenizer::from_model_dir(&init.from)?),
+        None => None,
+    };
+    let dataset = run_data::dataset(&config.data, &options.run_file)?;
+    let dir = run_data::prepared_dir(&dataset, &config.data, &options.out, own_tokenizer.as_ref());
+    let data =
+        run_data::open(&dataset, &config.data, config.micro_batch_size(), &dir, own_tokenizer, &mut |progress| {
+            observe(Event::Preparing(progress));
+        })?;
+    let (mut model, notes) = resolve_model(config, data.tokenizer.vocab_size())?;
+    if model.eos_token_id.is_empty() {
+        model.eos_token_id = data.tokenizer.eos_id().into_iter().collect();
+    }
+    check_prompts(&config.eval.prompts, &data.tokenizer, &model)?;
+    Ok(Setup { model, data, notes })
+}
+
+/// The model of a run file for a vocabulary of that many tokens, with notes for the user.
+fn resolve_model(config: &RunConfig, vocab: usize) -> Result<(ModelConfig, Vec<String>)> {
+    let seq_len = config.data.seq_len;
+    let mut notes = Vec::new();
+    let model = match (&config.init, &config.model) {
+        (Some(init), _) => ModelConfig::read(&init.from.join("config.json"))?,
+        (None, Some(section)) => {
+            let (model, unused) = section.resolve(vocab, seq_len)?;
+            if !unused.is_empty() {
+                notes.push(format!("{} does not use {}", model.attention_name(), unused.join(", ")));
+            }
+            model
+        }
+        (None, None) => return Err(Error::config("model", "(absent)", "write a [model] section")),
+    };
+    if model.vocab_size < vocab {
+        let why = format!("the tokenizer has {vocab} tokens, more than the model's embedding has rows");
+        return Err(Error::config("model.vocab_size", model.vocab_size, why));
+    }
+    if model.max_position_embeddings < seq_len {
+        let why = format!("the model was made for {} positions at most", model.max_position_embeddings);
+        return Err(Error::config("data.seq_len", seq_len, why));
+    }
+    Ok((model, notes))
+}
+
+/// The model of a run file, without touching its corpus where the dataset file already says how many tokens there are: a plan
+/// for a corpus on the hub fetches nothing.
+///
+/// # Errors
+/// As [`setup`].
+pub fn planned_model(config: &RunConfig, options: &RunOptions) -> Result<(ModelConfig, Vec<String>)> {
+    let dataset = run_data::dataset(&config.data, &options.run_file)?;
+    let vocab = match (&config.init, &dataset.tokenizer) {
+        (Some(init), _) => Tokenizer::from_model_dir(&init.from)?.vocab_size(),
+        (None, TokenizerConfig::Bytes) => Tokenizer::bytes().vocab_size(),
+        (None, TokenizerConfig::Bpe { vocab_size }) => *vocab_size,
+        (None, TokenizerConfig::Chars | TokenizerConfig::File { .. }) => {
+            let setup = setup(config, options, &mut |_| {})?;
+            return Ok((setup.model, setup.notes));
+        }
+    };
+    resolve_model(config, vocab)
+}
+
+/// Refuses now what would stop the run at its first evaluation.
+fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig) -> Result<()> {
+    for prompt in prompts {
+        let refuse = |why: String| Err(Error::config("eval.prompts", format!("{prompt:?}"), why));
+        match tokenizer.encode(prompt) {
+            Err(e) => return refuse(e.to_string()),
+            Ok(ids) if ids.is_empty() => return refuse("has no token to go on from; remove it".into()),
+            Ok(ids) if ids.len() >= model.max_position_embeddings => {
+                let most = model.max_position_embeddings;
+                return refuse(format!("has {} tokens and fills the model's {most} positions; shorten it", ids.len()));
+            }
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a model that this machine cannot hold, before an allocation fails and takes the process with it. The estimate is
+/// rough, so that only twice the memory is certainly too much.
+pub(crate) fn check_memory(config: &RunConfig, model: &ModelConfig) -> Result<()> {
+    const GIB: f64 = (1u64 << 30) as f64;
+    let parameters = model.parameter_count().total;
+    let needed = model.train_bytes(config.micro_batch_size(), config.data.seq_len);
+    match memory() {
+        Some(memory) if needed as f64 > 2.0 * memory as f64 => {
+            Err(Error::Memory { needed_gib: needed as f64 / GIB, parameters, memory_gib: memory as f64 / GIB })
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,126 @@
+//! One small run that works; every bad case is a copy of it with something broken.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use tempfile::TempDir;
+
+/// A run file whose run takes a tenth of a second.
+pub(super) const RUN: &str = r#"[run]
+name = "tiny"
+seed = 1
+
+[model]
+attention = "mla"
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+kv_lora_rank = 8
+qk_nope_head_dim = 4
+qk_rope_head_dim = 4
+v_head_dim = 4
+intermediate_size = 32
+
+[data]
+path = "text.txt"
+seq_len = 16
+
+[optimizer]
+lr = 1e-2
+
+[training]
+steps = 4
+batch_size = 2
+threads = 1
+
+[checkpoint]
+every = 2
+"#;
+
+/// The same text as a dataset of one token per character.
+pub(super) const CHARACTERS: &str = r#"name = "chars"
+[source]
+kind = "text"
+paths = ["text.txt"]
+[tokenizer]
+kind = "chars"
+"#;
+
+/// A folder with `text.txt`, `run.toml`, `chars.toml`, the run `run` on bytes, the run `chars` on characters, and the
+/// shards `prepared`.
+pub(super) struct Fixture {
+    root: TempDir,
+}
+
+impl Fixture {
+    pub(super) fn new() -> Self {
+        let root = TempDir::new().unwrap();
+        let dir = root.path();
+        let words =
+            ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "it", "sleeps"];
+        let text: Vec<&str> = (0..1000usize).map(|i| words[i * i * 7 % 11 + i % 3]).collect();
+        fs::write(dir.join("text.txt"), text.join(" ")).unwrap();
+        fs::write(dir.join("run.toml"), RUN).unwrap();
+        fs::write(dir.join("chars.toml"), CHARACTERS).unwrap();
+        fs::write(dir.join("chars-run.toml"), RUN.replace("path = \"text.txt\"", "dataset = \"chars.toml\"")).unwrap();
+        for arguments in [
+            &["train", "run.toml", "--out", "run"][..],
+            &["train", "chars-run.toml", "--out", "chars"],
+            &["data", "prepare", "chars.toml", "--out", "prepared"],
+        ] {
+            let output = Command::new(env!("CARGO_BIN_EXE_lowkey")).args(arguments).current_dir(dir).output().unwrap();
+            assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Self { root }
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// Copies files and folders of the fixture into `dir`.
+    pub(super) fn give(&self, dir: &Path, names: &[&str]) {
+        for name in names {
+            copy(&self.root().join(name), &dir.join(name));
+        }
+    }
+
+    /// Copies the last checkpoint of the run `run` to `dir/model`, as a model directory without checksums.
+    pub(super) fn give_model(&self, run: &str, dir: &Path) {
+        copy(&self.root().join(run).join("checkpoints/step-000004"), &dir.join("model"));
+        fs::remove_file(dir.join("model/checksums.json")).unwrap();
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    if from.is_symlink() {
+        // `best`: relative, so that it points into the copy.
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(fs::read_link(from).unwrap(), to).unwrap();
+        return;
+    }
+    if from.is_dir() {
+        fs::create_dir(to).unwrap();
+        for entry in fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            copy(&entry.path(), &to.join(entry.file_name()));
+        }
+    } else {
+        fs::copy(from, to).unwrap();
+    }
+}
+
+/// Changes a file's bytes in place.
+pub(super) fn edit(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    let mut bytes = fs::read(path).unwrap();
+    change(&mut bytes);
+    fs::write(path, bytes).unwrap();
+}
+
+/// Changes the keys of a JSON file.
+pub(super) fn edit_json(path: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+    let mut value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    change(&mut value);
+    fs::write(path, value.to_string()).unwrap();
+}
