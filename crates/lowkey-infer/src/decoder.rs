@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use lowkey_model::{Attention, CausalLm, Context, KeyValue, Latent, Mask, ids_tensor};
+use lowkey_model::{Attention, CausalLm, KeyValue, Latent, Mask, RopeTable, ids_tensor};
 
 use crate::cache::{Cache, LayerCache, Span};
 use crate::error::{Error, Result};
@@ -124,12 +124,13 @@ impl Decoder {
         // Rows at the same offset share one set of positions and one mask.
         let offsets = span.common_offset().map_or(span.offsets.clone(), |offset| vec![offset]);
         let positions: Vec<Vec<usize>> = offsets.iter().map(|offset| (*offset..offset + queries).collect()).collect();
-        let context =
-            Context { rope: model.rope_table(&positions, device), mask: Mask::cached(&offsets, queries, keys, device) };
+        let rope = model.rope_table(&positions, device);
+        let mask = Mask::cached(&offsets, queries, keys, device);
+        let chunk = Chunk { rope, mask, span: &span, form: *form };
         let mut x = model.model.embed_tokens.forward(ids_tensor(&ids, rows.len(), queries, device));
         for (block, layer) in model.model.layers.iter().zip(cache.layers_mut()) {
             let normed = block.input_layernorm.forward(x.clone());
-            x = block.feed_forward(x + attend(&block.self_attn, layer, normed, &context, &span, *form));
+            x = block.feed_forward(x + attend(&block.self_attn, layer, normed, &chunk));
         }
         cache.commit(&span);
         Ok(model.model.norm.forward(x))
@@ -155,36 +156,38 @@ pub(crate) fn check_tokens(model: &CausalLm, rows: &[&[u32]]) -> Result<()> {
     Ok(())
 }
 
+/// What all layers of one chunk share.
+struct Chunk<'a> {
+    rope: RopeTable,
+    mask: Mask,
+    span: &'a Span,
+    form: Form,
+}
+
 /// Appends a chunk to a layer's cache and attends from it to everything that lies there.
 ///
 /// # Shapes
 /// `x [batch, seq, d]` → `[batch, seq, d]`.
-fn attend(
-    attention: &Attention,
-    layer: &mut LayerCache,
-    x: Tensor<3>,
-    context: &Context,
-    span: &Span,
-    form: Form,
-) -> Tensor<3> {
+fn attend(attention: &Attention, layer: &mut LayerCache, x: Tensor<3>, chunk: &Chunk) -> Tensor<3> {
+    let Chunk { rope, mask, span, form } = chunk;
     match attention {
         Attention::Mla(mla) => {
-            let new = mla.latent(x.clone(), &context.rope);
-            let queries = mla.queries(x, &context.rope);
+            let new = mla.latent(x.clone(), rope);
+            let queries = mla.queries(x, rope);
             // One latent serves all heads: it lies in the cache as a single head.
             let mut append = |part, new: Tensor<3>| layer.append(part, new.unsqueeze_dim(1), span).squeeze_dim::<3>(1);
             let latent = Latent { c_kv: append(0, new.c_kv), k_pe: new.k_pe.map(|k_pe| append(1, k_pe)) };
             if form.absorbs(&mla.dims, span.width(), span.filled()) {
-                mla.attend_absorbed(queries, latent, &context.mask)
+                mla.attend_absorbed(queries, latent, mask)
             } else {
-                mla.attend_expanded(queries, latent, &context.mask)
+                mla.attend_expanded(queries, latent, mask)
             }
         }
         Attention::Grouped(grouped) => {
-            let new = grouped.key_value(x.clone(), &context.rope);
-            let queries = grouped.queries(x, &context.rope);
+            let new = grouped.key_value(x.clone(), rope);
+            let queries = grouped.queries(x, rope);
             let kv = KeyValue { k: layer.append(0, new.k, span), v: layer.append(1, new.v, span) };
-            grouped.attend(queries, kv, &context.mask)
+            grouped.attend(queries, kv, mask)
         }
     }
 }

@@ -3,20 +3,24 @@
 //! **Purpose.** One place for the arithmetic that decides speed: RMSNorm, rotary embedding, SwiGLU, causal attention and
 //! cross entropy. Everything above this crate composes these functions and never touches a backend primitive.
 //!
-//! **Main functions.** [`linear`], [`rms_norm`], [`rotate`], [`swiglu`], [`attention`], [`cross_entropy`].
+//! **Main functions.** [`linear`], [`rms_norm`], [`swiglu`], [`rotate`], [`causal_attention`], [`cross_entropy_sum`] for
+//! training; [`attention`] with a [`Mask`] for queries against a cache.
 //!
-//! **Flow.** `lowkey-model` builds a [`Mask`] once per batch and calls the functions from its blocks; gradients come from
-//! Burn's autodiff, so each function is differentiable in every floating-point argument.
+//! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
+//! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
+//! exists in training. On the CPU they run on plain slices, vectorised for whatever the processor has, in parallel on the
+//! current rayon pool. Tensors that are not f32 take the [`reference`].
 //!
-//! **State.** All functions are compositions of ordinary tensor operations: they run on every backend, and they are the
-//! reference that a fused implementation has to agree with.
-//!
-//! **What this crate does not know.** Models, parameters, names, files, text.
+//! **What this crate does not know.** Models, parameters, names, files, text. It is the only crate that knows a backend.
 
 mod attention;
-mod loss;
-mod pointwise;
+mod cpu;
+mod flex;
+mod fused;
+mod linear;
+mod ops;
+pub mod reference;
 
 pub use attention::{Mask, attention, scores};
-pub use loss::{IGNORE, LossSum, cross_entropy};
-pub use pointwise::{linear, rms_norm, rotate, swiglu};
+pub use fused::{IGNORE, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, rms_norm, rotate, swiglu};
+pub use linear::linear;

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use lowkey_kernels::{Mask, attention, rotate, scores};
+use lowkey_kernels::{Mask, attention, causal_attention, rotate, scores};
 
 use crate::config::{GroupedConfig, ModelConfig};
 use crate::layers::{Builder, Linear, RmsNorm};
@@ -97,14 +97,18 @@ impl Grouped {
             None => x,
         };
         let x = match rope {
-            Some(rope) if rotary_dim == head_dim => rotate(x, rope.cos.clone(), rope.sin.clone(), false),
-            Some(rope) if rotary_dim > 0 => {
-                let turned = rotate(x.clone().narrow(3, 0, rotary_dim), rope.cos.clone(), rope.sin.clone(), false);
-                Tensor::cat(vec![turned, x.narrow(3, rotary_dim, head_dim - rotary_dim)], 3)
-            }
+            Some(rope) if rotary_dim > 0 => rotate(x, rope.cos.clone(), rope.sin.clone(), 0, false),
             _ => x,
         };
         x.swap_dims(1, 2)
+    }
+
+    /// Attention over whole sequences, `[batch, seq, d]`: query `t` of a row sees the keys of its document up to its own. The
+    /// form for training: no score outlives its block.
+    pub fn attend_causal(&self, q: Tensor<4>, kv: KeyValue, document_starts: &[u32]) -> Tensor<3> {
+        let GroupedDims { head_dim, scale, .. } = self.dims;
+        let kv = Tensor::cat(vec![kv.k.swap_dims(1, 2), kv.v.swap_dims(1, 2)], 3);
+        self.o_proj.forward(causal_attention(q.swap_dims(1, 2), kv, None, document_starts, head_dim, scale))
     }
 
     /// `[batch, seq, d]` from queries of `seq` positions and keys and values of `keys ≥ seq` positions.

@@ -5,7 +5,7 @@
 //! transformers gives the same logits, gradients and training trajectories here.
 //!
 //! **Main types.** [`ModelConfig`] (checked sizes), [`CausalLm`] (the parameters), [`Attention`] with [`Mla`] and
-//! [`Grouped`], [`RopeConfig`] (frequencies and YaRN), [`Context`] (positions and mask of a forward pass), [`Trace`]
+//! [`Grouped`], [`RopeConfig`] (frequencies and YaRN), [`Context`] (positions and documents of a forward pass), [`Trace`]
 //! (intermediate results), [`Parameter`] (a named, flat view for optimisers and files).
 //!
 //! **Flow.** A `[model]` section ([`ModelSection`]) or a `config.json` becomes a [`ModelConfig`];
@@ -57,7 +57,7 @@ pub use error::{Error, Result};
 pub use grouped::{Grouped, GroupedDims, KeyValue};
 pub use layers::{Embedding, Linear, RmsNorm};
 pub use lowkey_kernels::{IGNORE, LossSum, Mask};
-pub use mla::{LATENT_NORM_EPS, Latent, Mla, MlaDims, Queries};
+pub use mla::{LATENT_NORM_EPS, Latent, Mla, MlaDims};
 pub use model::{Attention, Block, CausalLm, Context, Decoder, Mlp, TokenBatch, Trace, ids_tensor};
 pub use params::Parameter;
 pub use rope::{RopeConfig, RopeTable, RopeType};

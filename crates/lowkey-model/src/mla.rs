@@ -1,11 +1,12 @@
 //! Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, §2.1.2 and eqs. 37–47).
 //!
 //! The forward pass is cut where a cache cuts it: [`Mla::latent`] computes what is stored per token, [`Mla::queries`] what
-//! is not, and [`Mla::attend_expanded`] and [`Mla::attend_absorbed`] are two ways to compute the same attention from them.
+//! is not, and [`Mla::attend_causal`], [`Mla::attend_expanded`] and [`Mla::attend_absorbed`] are three ways to compute the same
+//! attention from them.
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use lowkey_kernels::{Mask, attention, rotate, scores};
+use lowkey_kernels::{Mask, attention, causal_attention, rotate, scores};
 
 use crate::config::{MlaConfig, ModelConfig};
 use crate::layers::{Builder, Linear, RmsNorm};
@@ -68,15 +69,6 @@ pub struct Latent {
     pub k_pe: Option<Tensor<3>>,
 }
 
-/// Queries of a chunk.
-#[derive(Clone, Debug)]
-pub struct Queries {
-    /// `[batch, H, seq, N]`
-    pub q_nope: Tensor<4>,
-    /// `[batch, H, seq, R]`, rotated, in half-split order; `None` where R = 0.
-    pub q_pe: Option<Tensor<4>>,
-}
-
 impl Mla {
     pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, mla: &MlaConfig) -> Self {
         let (d, heads) = (config.hidden_size, config.num_attention_heads);
@@ -117,7 +109,7 @@ impl Mla {
         let c_kv = if latent_scale == 1.0 { c_kv } else { c_kv * latent_scale };
         let k_pe = (r > 0).then(|| {
             let k_pe = kv.narrow(2, rank, r).unsqueeze_dim::<4>(2);
-            rotate(k_pe, rope.cos.clone(), rope.sin.clone(), interleave).squeeze_dim::<3>(2)
+            rotate(k_pe, rope.cos.clone(), rope.sin.clone(), 0, interleave).squeeze_dim::<3>(2)
         });
         Latent { c_kv, k_pe }
     }
@@ -125,8 +117,8 @@ impl Mla {
     /// q = [q_nope | RoPE(q_pe)] for each head, eqs. 37–40.
     ///
     /// # Shapes
-    /// `x [batch, seq, d]`.
-    pub fn queries(&self, x: Tensor<3>, rope: &RopeTable) -> Queries {
+    /// `x [batch, seq, d]` → `[batch, H, seq, N+R]`, the rotated part in half-split order.
+    pub fn queries(&self, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
         let MlaDims { heads, nope, rope: r, interleave, .. } = self.dims;
         let [batch, seq, _] = x.dims();
         let q = match (&self.q_proj, &self.q_a_proj, &self.q_a_layernorm, &self.q_b_proj) {
@@ -136,10 +128,21 @@ impl Mla {
             _ => x,
         };
         let q = q.reshape([batch, seq, heads, nope + r]);
-        let q_nope = q.clone().narrow(3, 0, nope).swap_dims(1, 2);
-        let q_pe = (r > 0)
-            .then(|| rotate(q.narrow(3, nope, r), rope.cos.clone(), rope.sin.clone(), interleave).swap_dims(1, 2));
-        Queries { q_nope, q_pe }
+        let q = if r > 0 { rotate(q, rope.cos.clone(), rope.sin.clone(), nope, interleave) } else { q };
+        q.swap_dims(1, 2)
+    }
+
+    /// Attention over whole sequences: query `t` of a row sees the keys of its document up to its own. The form for training:
+    /// no score and no copy of the shared key outlives its block.
+    ///
+    /// # Shapes
+    /// Queries and latent of the same `seq`, `document_starts` of length `batch · seq` → `[batch, seq, d]`.
+    pub fn attend_causal(&self, queries: Tensor<4>, latent: Latent, document_starts: &[u32]) -> Tensor<3> {
+        let MlaDims { heads, nope, value, scale, .. } = self.dims;
+        let [batch, seq, _] = latent.c_kv.dims();
+        let kv = self.kv_b_proj.forward(latent.c_kv).reshape([batch, seq, heads, nope + value]);
+        let q = queries.swap_dims(1, 2);
+        self.o_proj.forward(causal_attention(q, kv, latent.k_pe, document_starts, nope, scale))
     }
 
     /// Keys `[batch, H, keys, N+R]` and values `[batch, H, keys, V]` rebuilt from the latent, eqs. 42, 44 and 45.
@@ -159,14 +162,14 @@ impl Mla {
         (k, v)
     }
 
-    /// Attention with keys and values rebuilt from the latent: N+R+V products per pair and head. The form for training and
-    /// for long prefills.
+    /// Attention over a cache with keys and values rebuilt from the latent: N+R+V products per pair and head. The form for long
+    /// prefills.
     ///
     /// # Shapes
     /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, d]`.
-    pub fn attend_expanded(&self, queries: Queries, latent: Latent, mask: &Mask) -> Tensor<3> {
+    pub fn attend_expanded(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<3> {
         let (k, v) = self.expand(latent);
-        let out = attention(joined(queries), k, v, mask, self.dims.scale);
+        let out = attention(queries, k, v, mask, self.dims.scale);
         self.output(out)
     }
 
@@ -175,15 +178,16 @@ impl Mla {
     ///
     /// # Shapes
     /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, d]`.
-    pub fn attend_absorbed(&self, queries: Queries, latent: Latent, mask: &Mask) -> Tensor<3> {
-        let MlaDims { heads, nope, value, rank, .. } = self.dims;
+    pub fn attend_absorbed(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<3> {
+        let MlaDims { heads, nope, rope, value, rank, .. } = self.dims;
         let w = self.kv_b_proj.weight.val().reshape([1, heads, nope + value, rank]);
         let w_uk = w.clone().narrow(2, 0, nope);
         let w_uv = w.narrow(2, nope, value);
-        let [batch, ..] = queries.q_nope.dims();
+        let [batch, ..] = queries.dims();
         let w_uk = w_uk.expand([batch, heads, nope, rank]);
         let w_uv = w_uv.expand([batch, heads, value, rank]);
-        let q = joined(Queries { q_nope: queries.q_nope.matmul(w_uk), q_pe: queries.q_pe });
+        let q_nope = queries.clone().narrow(3, 0, nope).matmul(w_uk);
+        let q = if rope > 0 { Tensor::cat(vec![q_nope, queries.narrow(3, nope, rope)], 3) } else { q_nope };
         let c_kv = latent.c_kv.unsqueeze_dim::<4>(1);
         let k = match latent.k_pe {
             Some(k_pe) => Tensor::cat(vec![c_kv.clone(), k_pe.unsqueeze_dim::<4>(1)], 3),
@@ -194,21 +198,14 @@ impl Mla {
     }
 
     /// The largest attention logit, `[1]`: a growing one is the earliest sign of divergence (QK-Clip, arXiv 2507.20534).
-    pub fn max_logit(&self, queries: Queries, latent: Latent, mask: &Mask) -> Tensor<1> {
+    pub fn max_logit(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<1> {
         let (k, _) = self.expand(latent);
-        scores(joined(queries), k, mask, self.dims.scale).max()
+        scores(queries, k, mask, self.dims.scale).max()
     }
 
     /// `[batch, H, seq, V]` → `[batch, seq, d]` through W_O.
     fn output(&self, heads_out: Tensor<4>) -> Tensor<3> {
         let [batch, heads, seq, value] = heads_out.dims();
         self.o_proj.forward(heads_out.swap_dims(1, 2).reshape([batch, seq, heads * value]))
-    }
-}
-
-fn joined(queries: Queries) -> Tensor<4> {
-    match queries.q_pe {
-        Some(q_pe) => Tensor::cat(vec![queries.q_nope, q_pe], 3),
-        None => queries.q_nope,
     }
 }

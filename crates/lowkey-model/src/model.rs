@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use lowkey_kernels::{LossSum, Mask, cross_entropy, swiglu};
+use lowkey_kernels::{LossSum, Mask, cross_entropy_each, cross_entropy_sum, swiglu};
 
 use crate::config::{AttentionConfig, ModelConfig};
 use crate::grouped::Grouped;
@@ -67,13 +67,13 @@ pub struct Mlp {
     pub down_proj: Linear,
 }
 
-/// What all layers of one forward pass share: positions and mask.
+/// What all layers of one forward pass over whole sequences share: positions and documents.
 #[derive(Clone, Debug)]
 pub struct Context {
     /// Cosines and sines of the positions.
     pub rope: RopeTable,
-    /// Who sees whom.
-    pub mask: Mask,
+    /// `[batch · seq]`: where in its row the document of a token starts.
+    pub document_starts: Vec<u32>,
 }
 
 /// Intermediate results of a forward pass, for verification and for a look at a model's health.
@@ -120,12 +120,15 @@ impl Block {
     /// `[batch, seq, d]` → `[batch, seq, d]`.
     pub fn forward(&self, x: Tensor<3>, context: &Context, trace: Option<&mut Trace>) -> Tensor<3> {
         let normed = self.input_layernorm.forward(x.clone());
+        let [_, seq, _] = x.dims();
+        // Only a trace looks at whole score matrices.
+        let mask = trace.is_some().then(|| Mask::documents(&context.document_starts, seq, &x.device()));
         let attended = match &self.self_attn {
             Attention::Mla(mla) => {
                 let latent = mla.latent(normed.clone(), &context.rope);
                 let queries = mla.queries(normed, &context.rope);
-                let max_logit = trace.is_some().then(|| mla.max_logit(queries.clone(), latent.clone(), &context.mask));
-                let out = mla.attend_expanded(queries, latent.clone(), &context.mask);
+                let max_logit = mask.map(|mask| mla.max_logit(queries.clone(), latent.clone(), &mask));
+                let out = mla.attend_causal(queries, latent.clone(), &context.document_starts);
                 if let Some(trace) = trace {
                     trace.max_logit.extend(max_logit);
                     trace.latent.push(latent.c_kv);
@@ -137,8 +140,8 @@ impl Block {
             Attention::Grouped(grouped) => {
                 let kv = grouped.key_value(normed.clone(), &context.rope);
                 let q = grouped.queries(normed, &context.rope);
-                let max_logit = trace.is_some().then(|| grouped.max_logit(q.clone(), kv.clone(), &context.mask));
-                let out = grouped.attend(q, kv, &context.mask);
+                let max_logit = mask.map(|mask| grouped.max_logit(q.clone(), kv.clone(), &mask));
+                let out = grouped.attend_causal(q, kv, &context.document_starts);
                 if let Some(trace) = trace {
                     trace.max_logit.extend(max_logit);
                     trace.attn_out.push(out.clone());
@@ -197,12 +200,9 @@ impl CausalLm {
         RopeTable::new(&config.rope, config.rotary_dim(), config.max_position_embeddings, positions, device)
     }
 
-    /// Positions and mask of whole sequences of `seq` tokens with the given document starts (`[rows · seq]`).
+    /// Positions and documents of whole sequences of `seq` tokens with the given document starts (`[rows · seq]`).
     pub fn context(&self, document_starts: &[u32], seq: usize, device: &Device) -> Context {
-        Context {
-            rope: self.rope_table(&[(0..seq).collect()], device),
-            mask: Mask::documents(document_starts, seq, device),
-        }
+        Context { rope: self.rope_table(&[(0..seq).collect()], device), document_starts: document_starts.to_vec() }
     }
 
     /// Hidden states after the final norm, `[batch, seq]` → `[batch, seq, d]`.
@@ -223,28 +223,38 @@ impl CausalLm {
 
     /// Output head, `[batch, seq, d]` → `[batch, seq, vocab]`.
     pub fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
-        match &self.lm_head {
-            Some(head) => head.forward(hidden),
-            None => lowkey_kernels::linear(hidden, self.model.embed_tokens.weight.val(), None),
-        }
+        lowkey_kernels::linear(hidden, self.head_weight(), None)
     }
 
     /// Logits of whole sequences that hold one document each, `[batch, seq]` → `[batch, seq, vocab]`.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-        let [_, seq] = ids.dims();
+        let [batch, seq] = ids.dims();
         let device = ids.device();
-        let context = self.context(&vec![0; seq], seq, &device);
+        let context = self.context(&vec![0; batch * seq], seq, &device);
         self.logits(self.hidden(ids, &context, None))
     }
 
-    /// Summed next-token loss of a batch, and the loss of each position (`[rows · seq_len]`, 0 where ignored).
-    pub fn loss(&self, batch: TokenBatch, device: &Device, trace: Option<&mut Trace>) -> (LossSum, Tensor<1>) {
+    /// Summed next-token loss of a batch. The logits never exist whole, in neither direction.
+    pub fn loss(&self, batch: TokenBatch, device: &Device) -> LossSum {
+        cross_entropy_sum(self.last_hidden(batch, device, None), self.head_weight(), batch.targets)
+    }
+
+    /// Loss of each position, `[rows · seq_len]`, 0 where there is no target; no gradient flows through it.
+    pub fn losses(&self, batch: TokenBatch, device: &Device, trace: Option<&mut Trace>) -> Tensor<1> {
+        cross_entropy_each(self.last_hidden(batch, device, trace), self.head_weight(), batch.targets)
+    }
+
+    /// Hidden states after the final norm, `[rows · seq_len, d]`.
+    fn last_hidden(&self, batch: TokenBatch, device: &Device, trace: Option<&mut Trace>) -> Tensor<2> {
         let TokenBatch { rows, seq_len, .. } = batch;
         let context = self.context(batch.document_starts, seq_len, device);
         let hidden = self.hidden(ids_tensor(batch.input_ids, rows, seq_len, device), &context, trace);
-        let logits = self.logits(hidden);
-        let [_, _, vocab] = logits.dims();
-        cross_entropy(logits.reshape([rows * seq_len, vocab]), batch.targets, device)
+        hidden.reshape([rows * seq_len, self.config.hidden_size])
+    }
+
+    /// The output head's matrix, `[vocab, d]`.
+    fn head_weight(&self) -> Tensor<2> {
+        self.lm_head.as_ref().map_or_else(|| self.model.embed_tokens.weight.val(), |head| head.weight.val())
     }
 }
 

@@ -102,7 +102,7 @@ pub fn evaluate(
         }
     };
     let losses = workers
-        .map(batches, |batch| model.loss(rows(batch, 0, batch.rows), &device, None).1.try_into_vec_as::<f32>())
+        .map(batches, |batch| model.losses(rows(batch, 0, batch.rows), &device, None).try_into_vec_as::<f32>())
         .into_iter()
         .collect::<std::result::Result<Vec<_>, _>>()
         .map_err(|e| Error::Device { what: "the losses", why: format!("{e:?}") })?;
@@ -182,7 +182,7 @@ fn by_class(documents: &[OracleDocument], batches: &[Batch], losses: &[Vec<f32>]
 fn max_logit(model: &CausalLm, batch: Option<&Batch>, device: &Device) -> Result<f64> {
     let Some(batch) = batch else { return Ok(0.0) };
     let mut trace = Trace::default();
-    model.loss(rows(batch, 0, batch.rows.min(2)), device, Some(&mut trace));
+    model.losses(rows(batch, 0, batch.rows.min(2)), device, Some(&mut trace));
     let mut largest = f64::NEG_INFINITY;
     for logit in trace.max_logit {
         let logit = logit

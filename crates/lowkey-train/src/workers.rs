@@ -105,7 +105,7 @@ impl Workers {
             // Forked here, not in the threads: the fork reads the parameters' shared nodes.
             let forks: Vec<_> = shares.iter().map(|range| (*range, model.clone().fork(device))).collect();
             let results = self.map(&forks, |((from, to), fork)| {
-                let (loss, _) = fork.loss(rows(batch, *from, *to), device, None);
+                let loss = fork.loss(rows(batch, *from, *to), device);
                 let mut gradients = (loss.nats.clone() * scale).backward();
                 (loss.nats.without_autodiff(), fork.take_gradients(&mut gradients))
             });

@@ -13,18 +13,26 @@ fn random(seed: u64, shape: [usize; 3], device: &Device) -> Tensor<3> {
     Tensor::from_data(TensorData::new(normal(seed, shape.iter().product()), shape), device)
 }
 
-/// Attention of a whole model's kinds at given positions and under a given mask.
+/// Attention of a whole model's kinds at given positions, one document per row: by the form for training, held to the one for
+/// caches.
 fn attend(block: &Block, x: Tensor<3>, context: &Context) -> Tensor<3> {
-    match &block.self_attn {
+    let [_, seq, _] = x.dims();
+    let mask = Mask::documents(&context.document_starts, seq, &x.device());
+    let [causal, masked] = match &block.self_attn {
         Attention::Mla(mla) => {
             let (latent, queries) = (mla.latent(x.clone(), &context.rope), mla.queries(x, &context.rope));
-            mla.attend_expanded(queries, latent, &context.mask)
+            [
+                mla.attend_causal(queries.clone(), latent.clone(), &context.document_starts),
+                mla.attend_expanded(queries, latent, &mask),
+            ]
         }
         Attention::Grouped(grouped) => {
             let (kv, q) = (grouped.key_value(x.clone(), &context.rope), grouped.queries(x, &context.rope));
-            grouped.attend(q, kv, &context.mask)
+            [grouped.attend_causal(q.clone(), kv.clone(), &context.document_starts), grouped.attend(q, kv, &mask)]
         }
-    }
+    };
+    assert!(distance(&values(causal.clone()), &values(masked)) < 1e-5);
+    causal
 }
 
 #[test]
@@ -47,7 +55,7 @@ fn a_packed_row_gives_each_document_what_it_gets_alone() {
         let context = model.context(&starts, seq, &device);
         let packed = model.logits(model.hidden(ids_tensor(&all, 2, seq, &device), &context, None));
         let batch = TokenBatch { rows: 2, seq_len: seq, input_ids: &all, targets: &targets, document_starts: &starts };
-        let (sum, each) = model.loss(batch, &device, None);
+        let (sum, each) = (model.loss(batch, &device), model.losses(batch, &device, None));
         let each = values(each);
         let mut total = 0.0;
         for (row, start, length) in [(0, 0, 37), (0, 37, 23), (0, 60, 11), (1, 0, 5), (1, 5, seq - 5)] {
@@ -64,7 +72,7 @@ fn a_packed_row_gives_each_document_what_it_gets_alone() {
                 targets: document_targets,
                 document_starts: &vec![0; length],
             };
-            let (alone, alone_each) = model.loss(batch, &device, None);
+            let (alone, alone_each) = (model.loss(batch, &device), model.losses(batch, &device, None));
             assert!(distance(&values(alone_each), &each[row * seq + start..][..length]) < 1e-4, "{kind}");
             total += alone.nats.into_scalar::<f32>();
         }
@@ -98,7 +106,7 @@ fn the_loss_is_the_negative_log_of_the_probability_of_the_target() {
     let targets = [3, IGNORE, 5, IGNORE, 0, 28];
     let probabilities = values(softmax(model.forward(ids_tensor(&tokens, 1, 6, &device)), 2));
     let batch = TokenBatch { rows: 1, seq_len: 6, input_ids: &tokens, targets: &targets, document_starts: &[0; 6] };
-    let (sum, each) = model.loss(batch, &device, None);
+    let (sum, each) = (model.loss(batch, &device), model.losses(batch, &device, None));
     let mut total = 0.0;
     for (t, (target, got)) in targets.iter().zip(values(each)).enumerate() {
         let expected = if *target == IGNORE { 0.0 } else { -probabilities[29 * t + *target as usize].ln() };
@@ -171,8 +179,7 @@ fn attention_depends_on_distances_only() {
         let block = &model.model.layers[0];
         let x = random(14, [1, 10, 12], &device);
         let at = |positions: Vec<usize>| {
-            let context =
-                Context { rope: model.rope_table(&[positions], &device), mask: Mask::causal(10, 10, 0, &device) };
+            let context = Context { rope: model.rope_table(&[positions], &device), document_starts: vec![0; 10] };
             values(attend(block, x.clone(), &context))
         };
         let here = at((0..10).collect());
@@ -250,14 +257,14 @@ fn the_largest_logit_is_found_among_pairs_that_may_see_each_other() {
     let rope = model.rope_table(&[(0..6).collect()], &device);
     let (latent, queries) = (mla.latent(x.clone(), &rope), mla.queries(x, &rope));
     let (k, _) = mla.expand(latent.clone());
-    let (k, q_nope, q_pe) = (values(k), values(queries.q_nope.clone()), values(queries.q_pe.clone().unwrap()));
+    let (k, q) = (values(k), values(queries.clone()));
     let mut largest = f32::NEG_INFINITY;
     for head in 0..3 {
         for t in 0..6 {
             for j in 0..=t {
                 let key = &k[(head * 6 + j) * 11..][..11];
-                let (nope, pe) = (&q_nope[(head * 6 + t) * 5..][..5], &q_pe[(head * 6 + t) * 6..][..6]);
-                let dot: f32 = nope.iter().chain(pe).zip(key).map(|(q, k)| q * k).sum();
+                let query = &q[(head * 6 + t) * 11..][..11];
+                let dot: f32 = query.iter().zip(key).map(|(q, k)| q * k).sum();
                 largest = largest.max(dot / 11f32.sqrt());
             }
         }
@@ -278,7 +285,7 @@ fn every_gradient_agrees_with_finite_differences() {
         let targets: Vec<i64> =
             ids(14, 29, 25).iter().enumerate().map(|(t, id)| if t == 4 { IGNORE } else { i64::from(*id) }).collect();
         let batch = TokenBatch { rows: 2, seq_len: 7, input_ids: &tokens, targets: &targets, document_starts: &starts };
-        let (loss, _) = model.loss(batch, &training, None);
+        let loss = model.loss(batch, &training);
         let gradients = model.take_gradients(&mut loss.nats.backward());
         let model = model.valid();
         let parameters = model.parameters();
@@ -299,7 +306,7 @@ fn every_gradient_agrees_with_finite_differences() {
                 let mut moved = weights.clone();
                 let delta = direction.iter().map(|v| step * v).collect::<Vec<f32>>();
                 moved[i] = moved[i].clone() + Tensor::from_data(TensorData::new(delta, [direction.len()]), &plain);
-                let (_, each) = model.clone().with_values(moved).loss(batch, &plain, None);
+                let each = model.clone().with_values(moved).losses(batch, &plain, None);
                 values(each).iter().map(|x| f64::from(*x)).sum()
             };
             let near = at(STEP) - at(-STEP);
@@ -536,7 +543,7 @@ fn the_reference_cases_come_out_as_transformers_computes_them() {
             (0..rows * seq).map(|t| if t % seq == seq - 1 { IGNORE } else { i64::from(tokens[t + 1]) }).collect();
         let starts = vec![0; rows * seq];
         let batch = TokenBatch { rows, seq_len: seq, input_ids: &tokens, targets: &targets, document_starts: &starts };
-        let (loss, _) = model.loss(batch, &device, None);
+        let loss = model.loss(batch, &device);
         let mean = loss.nats.into_scalar::<f32>() / loss.targets as f32;
         let loss_error = (mean - expected(&bytes, "loss").unwrap()[0]).abs();
         let loss_tolerance = case["suggested_tolerance"]["loss_abs"].as_f64().unwrap() as f32;

@@ -7,7 +7,7 @@ const VOCAB: usize = 29;
 
 /// Loss and gradients of a batch in one pass, without threads.
 fn single_pass(model: &CausalLm, batch: &Batch, device: &Device) -> (f64, Vec<Tensor<1>>) {
-    let (loss, _) = model.loss(rows(batch, 0, batch.rows), device, None);
+    let loss = model.loss(rows(batch, 0, batch.rows), device);
     let mean = loss.nats / loss.targets as f64;
     let mut gradients = mean.backward();
     (f64::from(mean.into_scalar::<f32>()), model.take_gradients(&mut gradients))

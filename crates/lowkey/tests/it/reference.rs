@@ -105,7 +105,7 @@ impl Batch {
 
     /// Mean loss and its gradients, flattened.
     fn gradients(&self, model: &CausalLm, device: &Device) -> (f64, Vec<Tensor<1>>) {
-        let (loss, _) = model.loss(self.tokens(), device, None);
+        let loss = model.loss(self.tokens(), device);
         let mean = loss.nats / loss.targets as f64;
         let mut gradients = mean.backward();
         (f64::from(mean.into_scalar::<f32>()), model.take_gradients(&mut gradients))
@@ -185,7 +185,7 @@ fn check(case: &Case, model: CausalLm, device: &Device) {
 fn states(case: &Case, model: &CausalLm, batch: &Batch, device: &Device) {
     let tolerance = case.tolerance("logits_abs");
     let mut trace = Trace::default();
-    model.loss(batch.tokens(), device, Some(&mut trace));
+    model.losses(batch.tokens(), device, Some(&mut trace));
     for (i, hidden) in trace.hidden.into_iter().enumerate() {
         case.close(&format!("hidden.{i}"), &host(hidden), &case.floats(&format!("hidden.{i}")), tolerance);
     }

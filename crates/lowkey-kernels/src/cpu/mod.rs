@@ -1,0 +1,10 @@
+//! The operations on plain f32 slices, for the CPU.
+//!
+//! Loops are written so that the compiler vectorises them, and run through `pulp`, which picks the widest instructions that
+//! the processor has when the program runs: one binary serves every machine. Matrix products are those of the `gemm` crate.
+
+pub(crate) mod attention;
+pub(crate) mod cross_entropy;
+mod gemm;
+pub(crate) mod pointwise;
+mod vector;

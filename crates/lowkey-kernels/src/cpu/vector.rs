@@ -1,0 +1,105 @@
+//! Row primitives. All are `inline(always)`: they take the instruction set of the `pulp` dispatch around them.
+
+const LANES: usize = 16;
+
+/// e^x for x ≤ 88, to about 1e-7 relative; below −87 it stays at e^−87, which is 0 beside anything it is added to.
+///
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; a polynomial in r (Cephes `expf`), scaled by 2ⁿ through the exponent's bits.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // Adding 1.5·2²³ rounds to the nearest integer.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.clamp(-87.0, 88.0);
+    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    // ln 2 in two parts: n · 0.693359375 is exact.
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = p * r + c;
+    }
+    let p = p * r * r + r + 1.0;
+    f32::from_bits((p.to_bits() as i32).wrapping_add((n as i32) << 23) as u32)
+}
+
+/// Largest element; −∞ for none.
+#[inline(always)]
+pub(crate) fn max(row: &[f32]) -> f32 {
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = if *x > *lane { *x } else { *lane };
+        }
+    }
+    rest.iter().chain(&lanes).fold(f32::NEG_INFINITY, |a, x| if *x > a { *x } else { a })
+}
+
+/// Replaces x by e^(x − shift) and returns the sum.
+#[inline(always)]
+pub(crate) fn exp_shifted(row: &mut [f32], shift: f32) -> f32 {
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *x = exp(*x - shift);
+            *lane += *x;
+        }
+    }
+    let mut sum: f32 = lanes.iter().sum();
+    for x in rest {
+        *x = exp(*x - shift);
+        sum += *x;
+    }
+    sum
+}
+
+/// Multiplies all elements.
+#[inline(always)]
+pub(crate) fn scale(row: &mut [f32], factor: f32) {
+    for x in row {
+        *x *= factor;
+    }
+}
+
+/// Σ a·b
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (chunks_a, rest_a) = a.as_chunks::<LANES>();
+    let (chunks_b, rest_b) = b.as_chunks::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for (x, y) in chunks_a.iter().zip(chunks_b) {
+        for (lane, (x, y)) in lanes.iter_mut().zip(x.iter().zip(y)) {
+            *lane += x * y;
+        }
+    }
+    lanes.iter().sum::<f32>() + rest_a.iter().zip(rest_b).map(|(x, y)| x * y).sum::<f32>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exponential_is_good_to_seven_digits() {
+        for i in -86_999..87_999 {
+            let x = i as f32 * 1e-3;
+            let (found, expected) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((found / expected - 1.0).abs() < 3e-7, "e^{x}: {found} {expected}");
+        }
+        assert!(exp(f32::NEG_INFINITY) < 1e-37 && exp(-1e4) < 1e-37);
+    }
+
+    #[test]
+    fn rows_of_every_length_reduce_right() {
+        for len in 0..50 {
+            let a: Vec<f32> = (0..len).map(|i| ((i * 37 % 11) as f32) - 5.0).collect();
+            let naive: f32 = a.iter().map(|x| x * x).sum();
+            assert_eq!(dot(&a, &a), naive);
+            assert_eq!(max(&a), a.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            let mut b = a.clone();
+            let sum = exp_shifted(&mut b, 1.0);
+            let expected: f32 = a.iter().map(|x| (x - 1.0).exp()).sum();
+            assert!((sum - expected).abs() <= 1e-5 * expected.max(1.0));
+        }
+    }
+}

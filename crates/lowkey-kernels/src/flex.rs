@@ -1,0 +1,182 @@
+//! The CPU backend's side of the operations: contiguous f32 slices in and out of its tensors.
+
+use burn::backend::Flex;
+use burn::tensor::{DType, Shape};
+use burn_flex::FlexTensor;
+
+use crate::cpu::attention::{self, Dims};
+use crate::cpu::cross_entropy;
+use crate::cpu::pointwise::{self, Turn};
+use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps};
+
+fn new(shape: impl Into<Vec<usize>>) -> FlexTensor {
+    FlexTensor::empty(Shape::from(shape.into()), DType::F32)
+}
+
+fn like(tensor: &FlexTensor) -> FlexTensor {
+    FlexTensor::empty(tensor.layout().shape().clone(), DType::F32)
+}
+
+fn dims<const D: usize>(tensor: &FlexTensor) -> [usize; D] {
+    let shape = tensor.layout().shape();
+    std::array::from_fn(|i| shape[i])
+}
+
+/// Integers as the kernels read them; the backend may hold them as 32 or 64 bits.
+fn integers(tensor: &FlexTensor) -> Vec<i32> {
+    let tensor = tensor.to_contiguous();
+    match tensor.dtype() {
+        DType::I64 => tensor.storage::<i64>().iter().map(|x| *x as i32).collect(),
+        _ => tensor.storage::<i32>().to_vec(),
+    }
+}
+
+fn turn(interleaved: bool, back: bool) -> Turn {
+    match (interleaved, back) {
+        (false, false) => Turn::Halves,
+        (true, false) => Turn::Pairs,
+        (false, true) => Turn::HalvesBack,
+        (true, true) => Turn::PairsBack,
+    }
+}
+
+fn rotated(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, from: usize, turn: Turn) -> FlexTensor {
+    let (x, cos, sin) = (x.to_contiguous(), cos.to_contiguous(), sin.to_contiguous());
+    let [.., heads, width] = dims::<4>(&x);
+    let [.., half] = dims::<4>(&cos);
+    let mut out = like(&x);
+    let sizes = [heads, width, half, from];
+    pointwise::rotate(x.storage(), cos.storage(), sin.storage(), sizes, turn, out.storage_mut());
+    out
+}
+
+fn attention_dims(q: &FlexTensor, kv: &FlexTensor, shape: AttentionShape) -> Dims {
+    let [batch, seq, heads, _] = dims::<4>(q);
+    let [_, _, groups, width] = dims::<4>(kv);
+    let AttentionShape { nope, rope, scale } = shape;
+    Dims { batch, seq, heads, groups, nope, rope, value: width - nope, scale: scale as f32 }
+}
+
+impl FusedOps for Flex {
+    fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+        let (gate, up) = (gate.to_contiguous(), up.to_contiguous());
+        let mut out = like(&gate);
+        pointwise::swiglu(gate.storage(), up.storage(), out.storage_mut());
+        out
+    }
+
+    fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> FlexTensor {
+        let (x, weight) = (x.to_contiguous(), weight.to_contiguous());
+        let mut out = like(&x);
+        pointwise::rms_norm(x.storage(), weight.storage(), eps as f32, out.storage_mut());
+        out
+    }
+
+    fn rotate(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, from: usize, interleaved: bool) -> FlexTensor {
+        rotated(&x, &cos, &sin, from, turn(interleaved, false))
+    }
+
+    fn causal_attention(
+        q: FlexTensor,
+        kv: FlexTensor,
+        k_pe: FlexTensor,
+        starts: FlexTensor,
+        nope: usize,
+        rope: usize,
+        scale: f64,
+    ) -> FlexTensor {
+        Self::causal_attention_saving(q, kv, k_pe, starts, AttentionShape { nope, rope, scale }).0
+    }
+
+    fn cross_entropy_sum(h: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {
+        let each = Self::cross_entropy_each(h, weight, targets);
+        let sum: f64 = each.storage::<f32>().iter().map(|x| f64::from(*x)).sum();
+        let mut out = new([1]);
+        out.storage_mut::<f32>().fill(sum as f32);
+        out
+    }
+
+    fn cross_entropy_each(h: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {
+        let (h, weight) = (h.to_contiguous(), weight.to_contiguous());
+        let [n, width] = dims::<2>(&h);
+        let mut out = new([n]);
+        let targets = &integers(&targets);
+        let inputs = cross_entropy::Inputs { h: h.storage(), weight: weight.storage(), targets, width };
+        cross_entropy::losses(inputs, out.storage_mut());
+        out
+    }
+}
+
+impl FusedGradients for Flex {
+    fn swiglu_grad(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
+        let (gate, up, grad) = (gate.to_contiguous(), up.to_contiguous(), grad.to_contiguous());
+        let (mut d_gate, mut d_up) = (like(&gate), like(&up));
+        pointwise::swiglu_grad(gate.storage(), up.storage(), grad.storage(), d_gate.storage_mut(), d_up.storage_mut());
+        (d_gate, d_up)
+    }
+
+    fn rms_norm_grad(x: FlexTensor, weight: FlexTensor, grad: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
+        let (x, weight, grad) = (x.to_contiguous(), weight.to_contiguous(), grad.to_contiguous());
+        let (mut d_x, mut d_weight) = (like(&x), like(&weight));
+        pointwise::rms_norm_grad(
+            x.storage(),
+            weight.storage(),
+            grad.storage(),
+            eps as f32,
+            d_x.storage_mut(),
+            d_weight.storage_mut(),
+        );
+        (d_x, d_weight)
+    }
+
+    fn rotate_back(grad: FlexTensor, cos: FlexTensor, sin: FlexTensor, from: usize, interleaved: bool) -> FlexTensor {
+        rotated(&grad, &cos, &sin, from, turn(interleaved, true))
+    }
+
+    fn causal_attention_saving(
+        q: FlexTensor,
+        kv: FlexTensor,
+        k_pe: FlexTensor,
+        starts: FlexTensor,
+        shape: AttentionShape,
+    ) -> (FlexTensor, FlexTensor) {
+        let (q, kv, k_pe) = (q.to_contiguous(), kv.to_contiguous(), k_pe.to_contiguous());
+        let dims = attention_dims(&q, &kv, shape);
+        let starts = &integers(&starts);
+        let inputs = attention::Inputs { q: q.storage(), kv: kv.storage(), k_pe: k_pe.storage(), starts };
+        let mut out = new([dims.batch, dims.seq, dims.heads * dims.value]);
+        let mut lse = new([dims.batch, dims.heads, dims.seq]);
+        attention::forward(dims, inputs, out.storage_mut(), lse.storage_mut());
+        (out, lse)
+    }
+
+    fn causal_attention_grad(saved: AttentionState<Self>, grad: FlexTensor) -> (FlexTensor, FlexTensor, FlexTensor) {
+        let AttentionState { q, kv, k_pe, starts, out, lse, shape } = saved;
+        let (q, kv, k_pe, grad) = (q.to_contiguous(), kv.to_contiguous(), k_pe.to_contiguous(), grad.to_contiguous());
+        let dims = attention_dims(&q, &kv, shape);
+        let starts = &integers(&starts);
+        let inputs = attention::Inputs { q: q.storage(), kv: kv.storage(), k_pe: k_pe.storage(), starts };
+        let saved = attention::Saved { out: out.storage(), lse: lse.storage(), d_out: grad.storage() };
+        let (mut d_q, mut d_kv) = (like(&q), like(&kv));
+        let mut d_k_pe = FlexTensor::zeros(k_pe.layout().shape().clone(), DType::F32);
+        let gradients =
+            attention::Gradients { d_q: d_q.storage_mut(), d_kv: d_kv.storage_mut(), d_k_pe: d_k_pe.storage_mut() };
+        attention::backward(dims, inputs, saved, gradients);
+        (d_q, d_kv, d_k_pe)
+    }
+
+    fn cross_entropy_sum_saving(
+        h: FlexTensor,
+        weight: FlexTensor,
+        targets: FlexTensor,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        let (h, weight) = (h.to_contiguous(), weight.to_contiguous());
+        let [_, width] = dims::<2>(&h);
+        let targets = &integers(&targets);
+        let inputs = cross_entropy::Inputs { h: h.storage(), weight: weight.storage(), targets, width };
+        let (mut sum, mut d_h, mut d_weight) = (new([1]), like(&h), like(&weight));
+        let nats = cross_entropy::sum_with_gradients(inputs, d_h.storage_mut(), d_weight.storage_mut());
+        sum.storage_mut::<f32>().fill(nats);
+        (sum, d_h, d_weight)
+    }
+}

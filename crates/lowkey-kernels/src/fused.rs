@@ -1,0 +1,132 @@
+//! The entry points: tensors in, tensors out, fused where there is a fused implementation for their dtype.
+
+use burn::backend::Dispatch;
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+
+use crate::ops::FusedOps;
+use crate::reference;
+
+/// The label of a position that has no target, as in PyTorch and Hugging Face.
+pub const IGNORE: i64 = -100;
+
+/// A sum of negative log-likelihoods (nats) and how many targets it covers.
+///
+/// A sum rather than a mean, so that micro-batches with different numbers of targets can be combined exactly.
+#[derive(Clone, Debug)]
+pub struct LossSum {
+    /// `Σ −log p(target)`, shape `[1]`.
+    pub nats: Tensor<1>,
+    /// Number of targets that are not [`IGNORE`].
+    pub targets: usize,
+}
+
+/// `silu(gate) · up` (Shazeer, arXiv 2002.05202), with `silu(x) = x · sigmoid(x)`.
+///
+/// # Shapes
+/// `gate` and `up [batch, seq, d]` → `[batch, seq, d]`.
+pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
+    if gate.dtype() != DType::F32 {
+        return reference::swiglu(gate, up);
+    }
+    Tensor::from_dispatch(Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()))
+}
+
+/// Root-mean-square normalisation over the last axis: `x / sqrt(mean(x²) + eps) · weight` (Zhang & Sennrich,
+/// arXiv 1910.07467, eq. 4).
+///
+/// # Shapes
+/// `x [..., d]`, `weight [d]` → `[..., d]`.
+pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    if x.dtype() != DType::F32 {
+        return reference::rms_norm(x, weight, eps);
+    }
+    Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps))
+}
+
+/// Rotary position embedding (Su et al., arXiv 2104.09864) of R components of each head, from component `from` on; the others
+/// are copied.
+///
+/// With `interleaved` the rotated pairs are `(x[2i], x[2i+1])` of those R, else `(x[i], x[i + R/2])`. The result is always in
+/// half-split order (all first components, then all second ones): dot products between two rotated tensors do not depend
+/// on the order, and one order for the cache serves both conventions.
+///
+/// # Shapes
+/// `x [batch, seq, heads, width ≥ from + R]`, `cos` and `sin [batch or 1, seq, 1, R/2]` → `[batch, seq, heads, width]`.
+pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>, from: usize, interleaved: bool) -> Tensor<4> {
+    if x.dtype() != DType::F32 {
+        return reference::rotate(x, cos, sin, from, interleaved);
+    }
+    let (x, cos, sin) = (x.into_dispatch(), cos.into_dispatch(), sin.into_dispatch());
+    Tensor::from_dispatch(Dispatch::rotate(x, cos, sin, from, interleaved))
+}
+
+/// Causal softmax attention within documents, over whole sequences: the form for training.
+///
+/// Query `t` of a row sees keys `document_starts[t] ≤ j ≤ t`; the starts must not fall along a row. Query head `h` of `H`
+/// reads key head `h / (H/G)` of `G`; the last R components of every key are `k_pe`, shared by all heads and not copied.
+/// Neither scores nor probabilities exist beyond one block, in either direction.
+///
+/// # Shapes
+/// `q [batch, seq, H, N+R]`, `kv [batch, seq, G, N+V]` (key without position, then value), `k_pe [batch, seq, R]`,
+/// `document_starts` of length `batch · seq` → `[batch, seq, H·V]`.
+pub fn causal_attention(
+    q: Tensor<4>,
+    kv: Tensor<4>,
+    k_pe: Option<Tensor<3>>,
+    document_starts: &[u32],
+    nope: usize,
+    scale: f64,
+) -> Tensor<3> {
+    if q.dtype() != DType::F32 {
+        return reference::causal_attention(q, kv, k_pe, document_starts, nope, scale);
+    }
+    let [batch, seq, ..] = q.dims();
+    let device = q.device();
+    let starts: Vec<i32> = document_starts.iter().map(|start| *start as i32).collect();
+    let starts = Tensor::<2, Int>::from_data(TensorData::new(starts, [batch, seq]), &device);
+    let rope = k_pe.as_ref().map_or(0, |k_pe| k_pe.dims()[2]);
+    // Where no part of a key is shared, a single number stands in for it and is not read.
+    let k_pe = k_pe.unwrap_or_else(|| Tensor::zeros([1, 1, 1], &device));
+    let (q, kv, k_pe) = (q.into_dispatch(), kv.into_dispatch(), k_pe.into_dispatch());
+    Tensor::from_dispatch(Dispatch::causal_attention(q, kv, k_pe, starts.into_dispatch(), nope, rope, scale))
+}
+
+/// `Σ −log softmax(W h)[target]` over all tokens whose target is not [`IGNORE`].
+///
+/// Forward and backward run together over blocks of tokens: the logits never exist whole.
+///
+/// # Shapes
+/// `h [n, d]`, `weight [vocab, d]`, `targets` of length `n`.
+pub fn cross_entropy_sum(h: Tensor<2>, weight: Tensor<2>, targets: &[i64]) -> LossSum {
+    let count = targets.iter().filter(|target| **target != IGNORE).count();
+    let index = target_tensor(targets, &h.device());
+    let nats = if h.dtype() == DType::F32 {
+        let (h, weight) = (h.into_dispatch(), weight.into_dispatch());
+        Tensor::from_dispatch(Dispatch::cross_entropy_sum(h, weight, index.into_dispatch()))
+    } else {
+        reference::cross_entropy_each(h, weight, index).sum()
+    };
+    LossSum { nats, targets: count }
+}
+
+/// `−log softmax(W h)[target]` of each token, 0 where the target is [`IGNORE`]; no gradient flows through it.
+///
+/// # Shapes
+/// `h [n, d]`, `weight [vocab, d]`, `targets` of length `n` → `[n]`.
+pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: &[i64]) -> Tensor<1> {
+    let index = target_tensor(targets, &h.device());
+    if h.dtype() != DType::F32 {
+        return reference::cross_entropy_each(h, weight, index).detach();
+    }
+    let (h, weight) = (h.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(Dispatch::cross_entropy_each(h, weight, index.into_dispatch()))
+}
+
+fn target_tensor(targets: &[i64], device: &Device) -> Tensor<1, Int> {
+    let targets: Vec<i32> = targets.iter().map(|t| if *t == IGNORE { -1 } else { *t as i32 }).collect();
+    let n = targets.len();
+    Tensor::from_data(TensorData::new(targets, [n]), device)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,296 @@
+//! Every fused operation against its reference: values and all gradients, on odd shapes and at the edges of f32.
+
+use super::*;
+use burn::tensor::{Distribution, Tolerance};
+
+fn device() -> Device {
+    Device::flex().autodiff()
+}
+
+fn random<const D: usize>(shape: [usize; D], spread: f64) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, spread), &device()).require_grad()
+}
+
+fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.try_into_vec_as::<f32>().unwrap()
+}
+
+fn assert_close(what: &str, found: Vec<f32>, expected: Vec<f32>) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let square = |x: f32| f64::from(x).powi(2);
+    let off: f64 = found.iter().zip(&expected).map(|(a, b)| square(a - b)).sum();
+    let size: f64 = expected.iter().map(|x| square(*x)).sum();
+    assert!(off.is_finite(), "{what}: not finite");
+    assert!(off.sqrt() <= 1e-5 * size.sqrt().max(0.1), "{what}: relative error {:.1e}", (off / size).sqrt());
+}
+
+/// Compares values, and gradients under one random weighting of the outputs.
+fn compare<const N: usize, const D: usize>(
+    what: &str,
+    inputs: &[(&str, Leaf)],
+    fused: impl Fn() -> Tensor<N>,
+    plain: impl Fn() -> Tensor<D>,
+) {
+    let (a, b) = (fused(), plain());
+    let weights: Tensor<1> = Tensor::random([a.shape().num_elements()], Distribution::Normal(0.0, 1.0), &device());
+    assert_close(what, host(a.clone()), host(b.clone()));
+    let n = weights.dims();
+    let grads_a = (a.reshape(n) * weights.clone()).sum().backward();
+    let grads_b = (b.reshape(n) * weights).sum().backward();
+    for (name, leaf) in inputs {
+        assert_close(&format!("{what}: gradient of {name}"), leaf.grad(&grads_a), leaf.grad(&grads_b));
+    }
+}
+
+enum Leaf {
+    One(Tensor<1>),
+    Two(Tensor<2>),
+    Three(Tensor<3>),
+    Four(Tensor<4>),
+}
+
+impl Leaf {
+    fn grad(&self, grads: &burn::tensor::Gradients) -> Vec<f32> {
+        match self {
+            Self::One(t) => host(t.grad(grads).unwrap()),
+            Self::Two(t) => host(t.grad(grads).unwrap()),
+            Self::Three(t) => host(t.grad(grads).unwrap()),
+            Self::Four(t) => host(t.grad(grads).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn swiglu_agrees() {
+    device().seed(1);
+    for shape in [[1, 1, 1], [2, 3, 37], [3, 257, 65]] {
+        let (gate, up) = (random(shape, 2.0), random(shape, 1.0));
+        compare(
+            &format!("swiglu {shape:?}"),
+            &[("gate", Leaf::Three(gate.clone())), ("up", Leaf::Three(up.clone()))],
+            || swiglu(gate.clone(), up.clone()),
+            || reference::swiglu(gate.clone(), up.clone()),
+        );
+    }
+}
+
+#[test]
+fn swiglu_survives_extreme_gates() {
+    let gate = Tensor::<1>::from_floats([1e4, -1e4, 88.0, -88.0, 0.0], &device()).reshape([1, 1, 5]).require_grad();
+    let up = Tensor::ones([1, 1, 5], &device()).require_grad();
+    let y = swiglu(gate.clone(), up.clone());
+    let values = host(y.clone());
+    assert!((values[0] - 1e4).abs() < 1e-2 && values[1].abs() < 1e-30 && (values[2] - 88.0).abs() < 1e-4);
+    let grads = y.sum().backward();
+    let (d_gate, d_up) = (host(gate.grad(&grads).unwrap()), host(up.grad(&grads).unwrap()));
+    assert!(d_gate.iter().chain(&d_up).all(|x| x.is_finite()));
+    assert_eq!((d_gate[0], d_gate[4]), (1.0, 0.5));
+}
+
+#[test]
+fn rms_norm_agrees() {
+    device().seed(2);
+    for (shape, eps) in [([1, 1, 1], 1e-6), ([2, 3, 37], 1e-2), ([3, 257, 67], 1e-6), ([1, 1, 5000], 1e-5)] {
+        let (x, w) = (random(shape, 3.0), random([shape[2]], 1.0));
+        compare(
+            &format!("rms_norm {shape:?}"),
+            &[("x", Leaf::Three(x.clone())), ("weight", Leaf::One(w.clone()))],
+            || rms_norm(x.clone(), w.clone(), eps),
+            || reference::rms_norm(x.clone(), w.clone(), eps),
+        );
+    }
+}
+
+#[test]
+fn rotate_agrees_and_reads_one_table_for_all_rows_or_one_each() {
+    device().seed(3);
+    for (heads, width, half, from) in
+        [(1, 2, 1, 0), (3, 24, 6, 12), (3, 17, 5, 7), (2, 10, 5, 0), (3, 14, 3, 0), (2, 13, 3, 4)]
+    {
+        for rows in [1, 2] {
+            for interleaved in [false, true] {
+                let x = random([2, 7, heads, width], 1.0);
+                let angle = Tensor::<4>::random([rows, 7, 1, half], Distribution::Normal(0.0, 2.0), &Device::flex());
+                let angle = Tensor::from_inner(angle);
+                let (cos, sin) = (angle.clone().cos(), angle.sin());
+                compare(
+                    &format!("rotate {heads} {width} {half} {from} {rows} {interleaved}"),
+                    &[("x", Leaf::Four(x.clone()))],
+                    || rotate(x.clone(), cos.clone(), sin.clone(), from, interleaved),
+                    || reference::rotate(x.clone(), cos.clone(), sin.clone(), from, interleaved),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn rotating_by_a_right_angle_swaps_the_pair() {
+    let tensor = |values: [f32; 2]| Tensor::<1>::from_floats(values, &Device::flex()).reshape([1, 1, 1, 2]);
+    let (cos, sin) = (tensor([0.0, 1.0]), tensor([1.0, 0.0]));
+    let x = Tensor::<1>::from_floats([9.0, 1.0, 2.0, 3.0, 4.0], &Device::flex()).reshape([1, 1, 1, 5]);
+    // Interleaved: (1, 2) turns to (-2, 1), (3, 4) stays; half-split output is (-2, 3 | 1, 4). The head is copied.
+    assert_eq!(host(rotate(x.clone(), cos.clone(), sin.clone(), 1, true)), vec![9.0, -2.0, 3.0, 1.0, 4.0]);
+    // Half-split: (1, 3) turns to (-3, 1), (2, 4) stays.
+    assert_eq!(host(rotate(x, cos, sin, 1, false)), vec![9.0, -3.0, 2.0, 1.0, 4.0]);
+}
+
+struct Attention {
+    q: Tensor<4>,
+    kv: Tensor<4>,
+    k_pe: Option<Tensor<3>>,
+    nope: usize,
+    scale: f64,
+}
+
+impl Attention {
+    fn new(
+        batch: usize,
+        seq: usize,
+        [heads, groups]: [usize; 2],
+        [nope, rope, value]: [usize; 3],
+        spread: f64,
+    ) -> Self {
+        Self {
+            q: random([batch, seq, heads, nope + rope], spread),
+            kv: random([batch, seq, groups, nope + value], spread),
+            k_pe: (rope > 0).then(|| random([batch, seq, rope], spread)),
+            nope,
+            scale: 0.3,
+        }
+    }
+
+    fn fused(&self, starts: &[u32]) -> Tensor<3> {
+        causal_attention(self.q.clone(), self.kv.clone(), self.k_pe.clone(), starts, self.nope, self.scale)
+    }
+
+    fn compare(&self, what: &str, starts: &[u32]) {
+        let mut inputs = vec![("q", Leaf::Four(self.q.clone())), ("kv", Leaf::Four(self.kv.clone()))];
+        inputs.extend(self.k_pe.clone().map(|k_pe| ("k_pe", Leaf::Three(k_pe))));
+        let (q, kv, k_pe) = (&self.q, &self.kv, &self.k_pe);
+        compare(
+            what,
+            &inputs,
+            || self.fused(starts),
+            || reference::causal_attention(q.clone(), kv.clone(), k_pe.clone(), starts, self.nope, self.scale),
+        );
+    }
+}
+
+#[test]
+fn attention_agrees_at_every_length_and_width() {
+    device().seed(4);
+    for seq in [1, 2, 7, 63, 64, 65, 255, 257, 321] {
+        let attention = Attention::new(2, seq, [3, 3], [12, 12, 12], 1.0);
+        attention.compare(&format!("length {seq}"), &vec![0; 2 * seq]);
+    }
+    for widths in [[24, 12, 40], [5, 4, 7], [16, 0, 9], [1, 2, 1]] {
+        let attention = Attention::new(2, 70, [3, 3], widths, 1.0);
+        attention.compare(&format!("widths {widths:?}"), &[0; 140]);
+    }
+}
+
+#[test]
+fn attention_agrees_where_heads_share_keys() {
+    device().seed(5);
+    for groups in [1, 2, 3, 6] {
+        let attention = Attention::new(2, 67, [6, groups], [10, 0, 10], 1.0);
+        attention.compare(&format!("{groups} key heads"), &[0; 134]);
+        let attention = Attention::new(1, 67, [6, groups], [10, 4, 6], 1.0);
+        attention.compare(&format!("{groups} key heads and a shared part"), &[0; 67]);
+    }
+}
+
+#[test]
+fn attention_keeps_to_documents() {
+    device().seed(6);
+    let seq = 330;
+    // Bounds inside blocks, at their edges, and two in a row; the second row is one document.
+    let bounds = [0, 1, 2, 63, 64, 130, 256, 300, 329];
+    let start = |t: usize| *bounds.iter().rev().find(|b| **b <= t).unwrap() as u32;
+    let starts: Vec<u32> = (0..seq).map(start).chain(std::iter::repeat_n(0, seq)).collect();
+    let attention = Attention::new(2, seq, [3, 3], [8, 4, 6], 1.0);
+    attention.compare("documents", &starts);
+    // A document packed at 130 is what it is alone.
+    let packed = attention.fused(&starts).narrow(0, 0, 1).narrow(1, 130, 126);
+    let alone = Attention {
+        q: attention.q.clone().narrow(0, 0, 1).narrow(1, 130, 126),
+        kv: attention.kv.clone().narrow(0, 0, 1).narrow(1, 130, 126),
+        k_pe: attention.k_pe.clone().map(|k| k.narrow(0, 0, 1).narrow(1, 130, 126)),
+        ..attention
+    };
+    let tolerance = Tolerance::absolute(1e-6);
+    packed.into_data().assert_approx_eq::<f32>(&alone.fused(&[0; 126]).into_data(), tolerance);
+}
+
+#[test]
+fn attention_survives_extreme_logits() {
+    device().seed(7);
+    let attention = Attention { scale: 1.0, ..Attention::new(1, 300, [2, 2], [8, 4, 6], 60.0) };
+    let out = attention.fused(&[0; 300]);
+    assert!(host(out.clone()).iter().all(|x| x.is_finite()));
+    let grads = out.sum().backward();
+    for gradient in [host(attention.q.grad(&grads).unwrap()), host(attention.kv.grad(&grads).unwrap())] {
+        assert!(gradient.iter().all(|x| x.is_finite()));
+    }
+}
+
+#[test]
+fn cross_entropy_agrees() {
+    device().seed(8);
+    for (n, d, vocab) in [(1, 3, 2), (7, 24, 67), (255, 40, 257), (257, 12, 67), (300, 8, 1000)] {
+        let (h, w) = (random([n, d], 1.0), random([vocab, d], 1.0));
+        let targets: Vec<i64> = (0..n).map(|i| if i % 5 == 3 { IGNORE } else { (i * 31 % vocab) as i64 }).collect();
+        let index = target_tensor(&targets, &device());
+        compare(
+            &format!("cross entropy {n} {d} {vocab}"),
+            &[("h", Leaf::Two(h.clone())), ("weight", Leaf::Two(w.clone()))],
+            || cross_entropy_sum(h.clone(), w.clone(), &targets).nats,
+            || reference::cross_entropy_each(h.clone(), w.clone(), index.clone()).sum(),
+        );
+        let each = host(cross_entropy_each(h.clone(), w.clone(), &targets));
+        assert_close("each", each, host(reference::cross_entropy_each(h.clone(), w.clone(), index)));
+        assert_eq!(cross_entropy_sum(h, w, &targets).targets, targets.iter().filter(|t| **t != IGNORE).count());
+    }
+}
+
+#[test]
+fn cross_entropy_survives_extreme_logits_and_no_targets() {
+    let h = Tensor::<2>::from_floats([[1e4, 0.0], [-1e4, 0.0]], &device()).require_grad();
+    let w = Tensor::<2>::from_floats([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], &device()).require_grad();
+    let loss = cross_entropy_sum(h.clone(), w.clone(), &[0, 0]);
+    // The first is certain and right; the second is certain and wrong by 2e4.
+    assert!((loss.nats.clone().into_scalar::<f32>() - 2e4).abs() < 1.0);
+    let grads = loss.nats.backward();
+    assert!(host(h.grad(&grads).unwrap()).iter().chain(&host(w.grad(&grads).unwrap())).all(|x| x.is_finite()));
+    let none = cross_entropy_sum(h.clone(), w, &[IGNORE, IGNORE]);
+    assert_eq!((none.targets, none.nats.clone().into_scalar::<f32>()), (0, 0.0));
+    let grads = none.nats.backward();
+    assert_eq!(host(h.grad(&grads).unwrap()), vec![0.0; 4]);
+}
+
+#[test]
+fn a_repetition_gives_the_same_bits_and_the_number_of_threads_does_not_matter() {
+    device().seed(9);
+    let attention = Attention::new(2, 257, [4, 2], [12, 4, 10], 1.0);
+    let (h, w) = (random([300, 40], 1.0), random([67, 40], 1.0));
+    let targets: Vec<i64> = (0..300).map(|i| i % 67).collect();
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let out = attention.fused(&[0; 514]);
+            let grads = out.clone().sum().backward();
+            let loss = cross_entropy_sum(h.clone(), w.clone(), &targets);
+            let loss_grads = loss.nats.backward();
+            [
+                host(out),
+                host(attention.q.grad(&grads).unwrap()),
+                host(attention.kv.grad(&grads).unwrap()),
+                host(w.grad(&loss_grads).unwrap()),
+            ]
+        })
+    };
+    let one = run(1);
+    assert_eq!(one, run(1));
+    assert_eq!(one, run(3));
+}

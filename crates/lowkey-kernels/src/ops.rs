@@ -1,0 +1,325 @@
+//! The operations with a backward pass of their own: one trait, its CPU implementation, and its place in autodiff.
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Autodiff, AutodiffBackend, Backend, backend_extension};
+use burn::tensor::Shape;
+
+/// Sizes and scale of an attention; the other sizes follow from its arguments.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct AttentionShape {
+    /// Width of the part of a key that a head has to itself.
+    pub(crate) nope: usize,
+    /// Width of the part of a key that all heads share; 0: the shared key is not read.
+    pub(crate) rope: usize,
+    /// Factor on q·k.
+    pub(crate) scale: f64,
+}
+
+/// Forward operations, dispatched to the backend of their arguments.
+#[backend_extension(Autodiff, Flex)]
+pub(crate) trait FusedOps: Backend {
+    /// `silu(gate) · up`, any shape.
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `x / sqrt(mean(x²) + eps) · weight` over the last axis.
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
+
+    /// Rotates `2 · half` components, from component `from` on, of `x [batch, seq, heads, width]` by
+    /// `cos`, `sin [batch or 1, seq, 1, half]`.
+    fn rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        from: usize,
+        interleaved: bool,
+    ) -> FloatTensor<Self>;
+
+    /// Causal attention within documents: `q [B, T, H, N+R]`, `kv [B, T, G, N+V]`, `k_pe [B, T, R]`, `starts [B, T]` →
+    /// `[B, T, H·V]`.
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        kv: FloatTensor<Self>,
+        k_pe: FloatTensor<Self>,
+        starts: IntTensor<Self>,
+        nope: usize,
+        rope: usize,
+        scale: f64,
+    ) -> FloatTensor<Self>;
+
+    /// `Σ −log softmax(W h)[target]`, `[1]`, for `h [n, d]`, `weight [vocab, d]`, `targets [n]`, negative for none.
+    fn cross_entropy_sum(
+        h: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// The same per token, `[n]`, without a gradient.
+    fn cross_entropy_each(
+        h: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self>;
+}
+
+/// What the backward passes need from a backend.
+pub(crate) trait FusedGradients: FusedOps {
+    /// `(d gate, d up)`.
+    fn swiglu_grad(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// `(d x, d weight)`.
+    fn rms_norm_grad(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        eps: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// The transposed map of [`FusedOps::rotate`].
+    fn rotate_back(
+        grad: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        from: usize,
+        interleaved: bool,
+    ) -> FloatTensor<Self>;
+
+    /// [`FusedOps::causal_attention`] with the log-sum-exp of each query's scores, `[B, H, T]`.
+    fn causal_attention_saving(
+        q: FloatTensor<Self>,
+        kv: FloatTensor<Self>,
+        k_pe: FloatTensor<Self>,
+        starts: IntTensor<Self>,
+        shape: AttentionShape,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// `(d q, d kv, d k_pe)`.
+    fn causal_attention_grad(
+        saved: AttentionState<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// The sum of the losses with its gradients: `(sum [1], d h, d weight)`.
+    fn cross_entropy_sum_saving(
+        h: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+}
+
+/// What the forward pass of an attention keeps for its backward pass: no T×T tensor.
+#[derive(Debug)]
+pub(crate) struct AttentionState<B: Backend> {
+    /// Queries.
+    pub(crate) q: FloatTensor<B>,
+    /// Keys without position, and values.
+    pub(crate) kv: FloatTensor<B>,
+    /// Shared keys.
+    pub(crate) k_pe: FloatTensor<B>,
+    /// Document starts.
+    pub(crate) starts: IntTensor<B>,
+    /// Output.
+    pub(crate) out: FloatTensor<B>,
+    /// Log-sum-exp of the scores.
+    pub(crate) lse: FloatTensor<B>,
+    /// Sizes and scale.
+    pub(crate) shape: AttentionShape,
+}
+
+impl<B: Backend> Clone for AttentionState<B> {
+    fn clone(&self) -> Self {
+        Self {
+            q: self.q.clone(),
+            kv: self.kv.clone(),
+            k_pe: self.k_pe.clone(),
+            starts: self.starts.clone(),
+            out: self.out.clone(),
+            lse: self.lse.clone(),
+            shape: self.shape,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Swiglu;
+
+impl<B: FusedGradients> Backward<B, 2> for Swiglu {
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [gate, up] = ops.parents;
+        let grad = grads.consume::<B>(&ops.node);
+        let (d_gate, d_up) = B::swiglu_grad(ops.state.0, ops.state.1, grad);
+        for (node, gradient) in [(gate, d_gate), (up, d_up)] {
+            if let Some(node) = node {
+                grads.register::<B>(node.id, gradient);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Norm {
+    eps: f64,
+}
+
+impl<B: FusedGradients> Backward<B, 2> for Norm {
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x, weight] = ops.parents;
+        let grad = grads.consume::<B>(&ops.node);
+        let (d_x, d_weight) = B::rms_norm_grad(ops.state.0, ops.state.1, grad, self.eps);
+        for (node, gradient) in [(x, d_x), (weight, d_weight)] {
+            if let Some(node) = node {
+                grads.register::<B>(node.id, gradient);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Rotate {
+    from: usize,
+    interleaved: bool,
+}
+
+impl<B: FusedGradients> Backward<B, 1> for Rotate {
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [x] = ops.parents;
+        let grad = grads.consume::<B>(&ops.node);
+        if let Some(node) = x {
+            let (cos, sin) = ops.state;
+            grads.register::<B>(node.id, B::rotate_back(grad, cos, sin, self.from, self.interleaved));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct CausalAttention;
+
+impl<B: FusedGradients> Backward<B, 3> for CausalAttention {
+    type State = AttentionState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [q, kv, k_pe] = ops.parents;
+        let grad = grads.consume::<B>(&ops.node);
+        let (d_q, d_kv, d_k_pe) = B::causal_attention_grad(ops.state, grad);
+        for (node, gradient) in [(q, d_q), (kv, d_kv), (k_pe, d_k_pe)] {
+            if let Some(node) = node {
+                grads.register::<B>(node.id, gradient);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct CrossEntropy;
+
+impl<B: FusedGradients> Backward<B, 2> for CrossEntropy {
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let [h, weight] = ops.parents;
+        let grad = grads.consume::<B>(&ops.node);
+        // The gradients of the sum were formed with it: what is left is the factor in front of the sum.
+        let factor = B::float_reshape(grad, Shape::new([1, 1]));
+        for (node, gradient) in [(h, ops.state.0), (weight, ops.state.1)] {
+            if let Some(node) = node {
+                grads.register::<B>(node.id, B::float_mul(gradient, factor.clone()));
+            }
+        }
+    }
+}
+
+impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        let prep = Swiglu.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful();
+        let (gate, up) = (gate.into_primitive(), up.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => prep.finish((gate.clone(), up.clone()), B::swiglu(gate, up)),
+            OpsKind::UnTracked(prep) => prep.finish(B::swiglu(gate, up)),
+        }
+    }
+
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
+        let prep = Norm { eps }.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
+        let (x, weight) = (x.into_primitive(), weight.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone()), B::rms_norm(x, weight, eps)),
+            OpsKind::UnTracked(prep) => prep.finish(B::rms_norm(x, weight, eps)),
+        }
+    }
+
+    fn rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        from: usize,
+        interleaved: bool,
+    ) -> FloatTensor<Self> {
+        let prep = Rotate { from, interleaved }.prepare::<C>([x.node()]).compute_bound().stateful();
+        let (x, cos, sin) = (x.into_primitive(), cos.into_primitive(), sin.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => {
+                prep.finish((cos.clone(), sin.clone()), B::rotate(x, cos, sin, from, interleaved))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::rotate(x, cos, sin, from, interleaved)),
+        }
+    }
+
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        kv: FloatTensor<Self>,
+        k_pe: FloatTensor<Self>,
+        starts: IntTensor<Self>,
+        nope: usize,
+        rope: usize,
+        scale: f64,
+    ) -> FloatTensor<Self> {
+        let prep = CausalAttention.prepare::<C>([q.node(), kv.node(), k_pe.node()]).compute_bound().stateful();
+        let (q, kv, k_pe) = (q.into_primitive(), kv.into_primitive(), k_pe.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => {
+                let shape = AttentionShape { nope, rope, scale };
+                let (out, lse) = B::causal_attention_saving(q.clone(), kv.clone(), k_pe.clone(), starts.clone(), shape);
+                let state = AttentionState { q, kv, k_pe, starts, out: out.clone(), lse, shape };
+                prep.finish(state, out)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::causal_attention(q, kv, k_pe, starts, nope, rope, scale)),
+        }
+    }
+
+    fn cross_entropy_sum(
+        h: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let prep = CrossEntropy.prepare::<C>([h.node(), weight.node()]).compute_bound().stateful();
+        let (h, weight) = (h.into_primitive(), weight.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => {
+                let (sum, d_h, d_weight) = B::cross_entropy_sum_saving(h, weight, targets);
+                prep.finish((d_h, d_weight), sum)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy_sum(h, weight, targets)),
+        }
+    }
+
+    fn cross_entropy_each(
+        h: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        Self::from_inner(B::cross_entropy_each(h.into_primitive(), weight.into_primitive(), targets))
+    }
+}

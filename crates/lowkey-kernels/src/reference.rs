@@ -1,0 +1,80 @@
+//! Every fused operation as a composition of ordinary tensor operations.
+//!
+//! It runs on every backend and in every floating-point dtype, and it is what the fused implementations are held to. Slow
+//! and hungry: whole score and logit matrices exist.
+
+use burn::tensor::{Int, Tensor, activation::log_softmax, activation::sigmoid};
+
+use crate::attention::{Mask, attention};
+
+/// See [`crate::swiglu`].
+pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
+    gate.clone() * sigmoid(gate) * up
+}
+
+/// See [`crate::rms_norm`].
+pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    let inv = (x.clone().square().mean_dim(D - 1) + eps).sqrt().recip();
+    x * inv * weight.unsqueeze()
+}
+
+/// See [`crate::rotate`].
+pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>, from: usize, interleaved: bool) -> Tensor<4> {
+    let [batch, seq, heads, width] = x.dims();
+    let half = cos.dims()[3];
+    let part = x.clone().narrow(3, from, 2 * half);
+    let (first, second) = if interleaved {
+        let pairs = part.reshape([batch, seq, heads * half, 2]);
+        let one = |i| pairs.clone().narrow(3, i, 1).reshape([batch, seq, heads, half]);
+        (one(0), one(1))
+    } else {
+        (part.clone().narrow(3, 0, half), part.narrow(3, half, half))
+    };
+    let turned_first = first.clone() * cos.clone() - second.clone() * sin.clone();
+    let turned_second = first * sin + second * cos;
+    let mut parts = vec![turned_first, turned_second];
+    if from > 0 {
+        parts.insert(0, x.clone().narrow(3, 0, from));
+    }
+    let after = width - from - 2 * half;
+    if after > 0 {
+        parts.push(x.narrow(3, width - after, after));
+    }
+    Tensor::cat(parts, 3)
+}
+
+/// See [`crate::causal_attention`].
+pub fn causal_attention(
+    q: Tensor<4>,
+    kv: Tensor<4>,
+    k_pe: Option<Tensor<3>>,
+    document_starts: &[u32],
+    nope: usize,
+    scale: f64,
+) -> Tensor<3> {
+    let [batch, seq, heads, _] = q.dims();
+    let [_, _, groups, width] = kv.dims();
+    let mask = Mask::documents(document_starts, seq, &q.device());
+    let k_nope = kv.clone().narrow(3, 0, nope);
+    let v = kv.narrow(3, nope, width - nope);
+    let k = match k_pe {
+        Some(k_pe) => {
+            let rope = k_pe.dims()[2];
+            let shared = k_pe.unsqueeze_dim::<4>(2).expand([batch, seq, groups, rope]);
+            Tensor::cat(vec![k_nope, shared], 3)
+        }
+        None => k_nope,
+    };
+    let out = attention(q.swap_dims(1, 2), k.swap_dims(1, 2), v.swap_dims(1, 2), &mask, scale);
+    out.swap_dims(1, 2).reshape([batch, seq, heads * (width - nope)])
+}
+
+/// `−log softmax(W h)[target]` of each token, 0 where the target is negative. See [`crate::cross_entropy_each`].
+pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    let [n] = targets.dims();
+    let ignored = targets.clone().lower_elem(0);
+    let index = targets.clamp_min(0).reshape([n, 1]);
+    let picked = log_softmax(h.matmul(weight.transpose()), 1).gather(1, index).reshape([n]);
+    // A select, not a product: an ignored row may hold a non-finite logit, and 0 · inf would be NaN.
+    picked.neg().mask_fill(ignored, 0.0f32)
+}
