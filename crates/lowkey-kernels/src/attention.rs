@@ -4,7 +4,7 @@ use burn::tensor::{Bool, Device, Tensor, TensorData, activation::softmax};
 
 /// Which keys a query must not see; `true` marks a forbidden pair.
 ///
-/// Built once per batch on the host and shared by all layers.
+/// Built on the host, for queries against a cache and for the reference; training needs none.
 #[derive(Clone, Debug)]
 pub struct Mask {
     /// `[batch or 1, 1, queries, keys]`

@@ -80,15 +80,28 @@ pub fn causal_attention(
     if q.dtype() != DType::F32 {
         return reference::causal_attention(q, kv, k_pe, document_starts, nope, scale);
     }
-    let [batch, seq, ..] = q.dims();
+    let [batch, seq, heads, q_width] = q.dims();
+    let [_, _, groups, kv_width] = kv.dims();
+    let shared = k_pe.as_ref().map_or(0, |k_pe| k_pe.dims()[2]);
+    assert!(
+        kv.dims()[..2] == [batch, seq]
+            && q_width == nope + shared
+            && kv_width > nope
+            && heads.is_multiple_of(groups)
+            && document_starts.len() == batch * seq,
+        "causal_attention: q {:?}, kv {:?}, shared key {shared}, own key {nope}, {} starts do not fit",
+        q.dims(),
+        kv.dims(),
+        document_starts.len()
+    );
+    debug_assert!(document_starts.chunks(seq).all(<[u32]>::is_sorted), "document starts fall along a row");
     let device = q.device();
     let starts: Vec<i32> = document_starts.iter().map(|start| *start as i32).collect();
     let starts = Tensor::<2, Int>::from_data(TensorData::new(starts, [batch, seq]), &device);
-    let rope = k_pe.as_ref().map_or(0, |k_pe| k_pe.dims()[2]);
     // Where no part of a key is shared, a single number stands in for it and is not read.
     let k_pe = k_pe.unwrap_or_else(|| Tensor::zeros([1, 1, 1], &device));
     let (q, kv, k_pe) = (q.into_dispatch(), kv.into_dispatch(), k_pe.into_dispatch());
-    Tensor::from_dispatch(Dispatch::causal_attention(q, kv, k_pe, starts.into_dispatch(), nope, rope, scale))
+    Tensor::from_dispatch(Dispatch::causal_attention(q, kv, k_pe, starts.into_dispatch(), nope, shared, scale))
 }
 
 /// `Σ −log softmax(W h)[target]` over all tokens whose target is not [`IGNORE`].
@@ -98,7 +111,7 @@ pub fn causal_attention(
 /// # Shapes
 /// `h [n, d]`, `weight [vocab, d]`, `targets` of length `n`.
 pub fn cross_entropy_sum(h: Tensor<2>, weight: Tensor<2>, targets: &[i64]) -> LossSum {
-    let count = targets.iter().filter(|target| **target != IGNORE).count();
+    let count = targets.iter().filter(|target| **target >= 0).count();
     let index = target_tensor(targets, &h.device());
     let nats = if h.dtype() == DType::F32 {
         let (h, weight) = (h.into_dispatch(), weight.into_dispatch());

@@ -94,22 +94,23 @@ impl ModelConfig {
         }
     }
 
-    /// Estimated peak bytes of f32 training: weights, gradients and two moments, plus the activations that the backward
-    /// pass of one micro-batch keeps (scores and probabilities per head, and the logits several times over).
-    pub fn train_bytes(&self, micro_batch: usize, seq: usize) -> usize {
+    /// Estimated peak bytes of f32 training on `threads` threads: weights, two moments, the gradients of each thread and their sum,
+    /// plus what each layer keeps for the backward pass of one micro-batch. Neither scores nor logits are kept.
+    pub fn train_bytes(&self, micro_batch: usize, seq: usize, threads: usize) -> usize {
         let tokens = micro_batch * seq;
-        let per_token = match &self.attention {
+        let attention = match &self.attention {
             AttentionConfig::Mla(m) => {
-                let qk = m.qk_nope_head_dim + m.qk_rope_head_dim;
-                self.num_attention_heads * (4 * qk + 3 * m.v_head_dim) + 4 * (m.kv_lora_rank + m.qk_rope_head_dim)
+                // Queries before and after the rotation, keys and values, the output; the latent before and after its norm.
+                let head = 2 * (m.qk_nope_head_dim + m.qk_rope_head_dim) + m.qk_nope_head_dim + 3 * m.v_head_dim;
+                self.num_attention_heads * head + 2 * (m.kv_lora_rank + m.qk_rope_head_dim + m.q_lora_rank.unwrap_or(0))
             }
-            AttentionConfig::Grouped(g) => 6 * self.num_attention_heads * g.head_dim,
+            AttentionConfig::Grouped(g) => (3 * self.num_attention_heads + 5 * g.num_key_value_heads) * g.head_dim,
         };
-        let scores = 4 * self.num_attention_heads * seq;
-        let block = per_token + scores + 10 * self.hidden_size + 6 * self.intermediate_size;
+        let block = attention + 6 * self.hidden_size + 4 * self.intermediate_size;
         // The bounds of `check` keep every factor small, but not the product of all of them.
-        let activations = tokens.saturating_mul(self.num_hidden_layers * block + 5 * self.vocab_size);
-        activations.saturating_add(4 * self.parameter_count().total).saturating_mul(4)
+        let activations = tokens.saturating_mul(self.num_hidden_layers * block);
+        let copies = 4 + threads.min(micro_batch);
+        activations.saturating_add(copies * self.parameter_count().total).saturating_mul(4)
     }
 }
 

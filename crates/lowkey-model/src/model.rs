@@ -234,7 +234,7 @@ impl CausalLm {
         self.logits(self.hidden(ids, &context, None))
     }
 
-    /// Summed next-token loss of a batch. The logits never exist whole, in neither direction.
+    /// Summed next-token loss of a batch. The logits never exist whole, in either direction.
     pub fn loss(&self, batch: TokenBatch, device: &Device) -> LossSum {
         cross_entropy_sum(self.last_hidden(batch, device, None), self.head_weight(), batch.targets)
     }

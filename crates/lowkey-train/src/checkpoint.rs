@@ -293,7 +293,8 @@ fn write(dir: &Path, model: &CausalLm, tokenizer: &Tokenizer, optimizer: &AdamW,
     tokenizer.save(dir)?;
     let generation = json!({
         "bos_token_id": model.config.bos_token_id,
-        "eos_token_id": model.config.eos_token_id,
+        // null where there is none: an empty list would stop transformers' own generation.
+        "eos_token_id": (!model.config.eos_token_id.is_empty()).then_some(&model.config.eos_token_id),
         "do_sample": true,
         "temperature": 0.8,
     });

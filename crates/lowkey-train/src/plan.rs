@@ -37,7 +37,7 @@ pub struct Plan {
 }
 
 /// The fraction of the matrix-product rate that a training run reaches, for the estimate of its duration.
-pub const EXPECTED_MFU: f64 = 0.25;
+pub const EXPECTED_MFU: f64 = 0.5;
 
 /// Bytes of a number in a bf16 cache.
 const CACHE_BYTES: usize = 2;
@@ -62,7 +62,7 @@ impl Plan {
             cache_bytes_latent: latent * model.num_hidden_layers * CACHE_BYTES,
             tokens_per_step,
             tokens,
-            train_bytes: model.train_bytes(config.micro_batch_size(), seq),
+            train_bytes: model.train_bytes(config.micro_batch_size(), seq, config.threads()),
             flops,
             matmul_flops_per_s,
             seconds: flops / (matmul_flops_per_s * EXPECTED_MFU),

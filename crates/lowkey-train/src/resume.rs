@@ -1,5 +1,6 @@
 //! What a run in a folder that is not empty may do.
 
+use std::fs::{File, TryLockError};
 use std::path::Path;
 
 use crate::checkpoint;
@@ -7,6 +8,24 @@ use crate::error::{Error, Result};
 use crate::run_config::RunConfig;
 use crate::train::RunOptions;
 use crate::workers::available_threads;
+
+/// Keeps a second process out of a run's folder until the returned file is dropped: two would remove each other's
+/// unfinished checkpoints and mix their metrics.
+///
+/// # Errors
+/// [`Error::File`] where another process trains here, [`Error::Io`] where the folder cannot be written.
+pub(crate) fn lock(out: &Path) -> Result<File> {
+    let path = out.join(".lock");
+    let file = File::create(&path).map_err(|e| Error::io(&path, e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::file(
+            out,
+            "another process is training in this folder; wait for it, or choose another --out DIR",
+        )),
+        Err(TryLockError::Error(e)) => Err(Error::io(path, e)),
+    }
+}
 
 /// A folder with checkpoints is only touched when the user says what to do with them.
 pub(crate) fn refuse_to_lose_a_run(checkpoints: &Path, options: &RunOptions) -> Result<()> {
@@ -63,4 +82,19 @@ fn comparable(config: &RunConfig) -> Result<toml::Table> {
         table.remove(section);
     }
     Ok(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_takes_one_process_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = lock(dir.path()).unwrap();
+        let refused = lock(dir.path()).unwrap_err().to_string();
+        assert!(refused.contains("another process"), "{refused}");
+        drop(held);
+        lock(dir.path()).unwrap();
+    }
 }

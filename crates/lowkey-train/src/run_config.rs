@@ -333,6 +333,11 @@ impl RunConfig {
             .map_err(|e| Error::RunFile { path: "run.toml".into(), why: format!("cannot be written: {e}") })
     }
 
+    /// Threads that share a pass: those of the run file, else one per core.
+    pub fn threads(&self) -> usize {
+        self.training.threads.unwrap_or_else(crate::workers::available_threads)
+    }
+
     /// Sequences per forward and backward pass.
     pub fn micro_batch_size(&self) -> usize {
         self.training.micro_batch_size.unwrap_or(self.training.batch_size).min(self.training.batch_size)

@@ -27,9 +27,6 @@ pub struct RunData {
     pub name: String,
 }
 
-/// Held-out documents whose true entropy is computed; more would not change the third digit.
-const ORACLE_DOCUMENTS: usize = 512;
-
 /// Finds the dataset of a run file: relative to the current folder, else to the run file's.
 ///
 /// # Errors
@@ -82,7 +79,7 @@ pub fn open(
 ) -> Result<RunData> {
     let Prepared { tokenizer, train, validation, .. } = prepare(dataset, dir, tokenizer, progress)?;
     let packing = section.packing.unwrap_or(if train.documents() > 1 { Packing::Documents } else { Packing::Stream });
-    let held = match oracle_documents(dataset, &tokenizer, ORACLE_DOCUMENTS)? {
+    let held = match oracle_documents(dataset, &tokenizer, usize::MAX)? {
         // What a document's beginning is made of does not depend on its end, so a part has its own entropy.
         Some(documents) => Held::Documents(documents.into_iter().map(|d| cropped(d, section.seq_len + 1)).collect()),
         None => {

@@ -128,7 +128,7 @@ fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig)
 pub(crate) fn check_memory(config: &RunConfig, model: &ModelConfig) -> Result<()> {
     const GIB: f64 = (1u64 << 30) as f64;
     let parameters = model.parameter_count().total;
-    let needed = model.train_bytes(config.micro_batch_size(), config.data.seq_len);
+    let needed = model.train_bytes(config.micro_batch_size(), config.data.seq_len, config.threads());
     match memory() {
         Some(memory) if needed as f64 > 2.0 * memory as f64 => {
             Err(Error::Memory { needed_gib: needed as f64 / GIB, parameters, memory_gib: memory as f64 / GIB })

@@ -104,6 +104,7 @@ pub fn train(
     let checkpoints_dir = options.out.join("checkpoints");
     resume::refuse_to_lose_a_run(&checkpoints_dir, options)?;
     std::fs::create_dir_all(&options.out).map_err(|e| Error::io(&options.out, e))?;
+    let _lock = resume::lock(&options.out)?;
     let checkpoints = Checkpoints::open(&checkpoints_dir, config.checkpoint.keep)?;
     let (found, damaged) = if options.resume { checkpoints.latest()? } else { (None, Vec::new()) };
     if let (None, Some(first)) = (&found, damaged.first()) {
@@ -120,7 +121,7 @@ pub fn train(
     if options.resume && found.is_none() {
         observe(Event::Note("no checkpoint to resume from; starting at step 0".into()));
     }
-    let run = Run::start(config, options, model_config, data, checkpoints, found.as_deref(), device)?;
+    let mut run = Run::start(config, options, model_config, data, checkpoints, found.as_deref(), device)?;
     match found {
         // A process may have been killed between a checkpoint and what follows it.
         Some(_) => run.checkpoints.settle(&run.state)?,
@@ -128,6 +129,7 @@ pub fn train(
         None if options.overwrite => run.checkpoints.clear()?,
         None => {}
     }
+    run.open_logs()?;
     run.write_head(found.is_some())?;
     observe(Event::Ready { plan: &run.plan, step: run.state.step });
     run.steps(interrupt, observe)
@@ -149,7 +151,7 @@ struct Run<'a> {
     /// The step of the newest checkpoint.
     saved: Option<u64>,
     plan: Plan,
-    metrics: MetricsFile,
+    metrics: Option<MetricsFile>,
     events: Option<EventWriter>,
     /// Time of earlier sessions.
     earlier_s: f64,
@@ -194,12 +196,6 @@ impl<'a> Run<'a> {
             state = saved;
         }
         let plan = Plan::new(config, &model.config, matmul_ceiling(threads, &device)?);
-        let metrics = MetricsFile::open(&options.out.join("metrics.jsonl"), state.step)?;
-        let tensorboard = config.metrics.tensorboard;
-        let events = match tensorboard {
-            true => Some(EventWriter::create(&options.out.join("tensorboard"), state.step)?),
-            false => None,
-        };
         Ok(Self {
             config,
             options,
@@ -215,10 +211,24 @@ impl<'a> Run<'a> {
             saved: resume.map(|_| state.step),
             state,
             plan,
-            metrics,
-            events,
+            metrics: None,
+            events: None,
             started: Instant::now(),
         })
+    }
+
+    /// Opens the metrics, and removes an evaluation that is not this run's last word.
+    fn open_logs(&mut self) -> Result<()> {
+        let out = &self.options.out;
+        self.metrics = Some(MetricsFile::open(&out.join("metrics.jsonl"), self.state.step)?);
+        if self.config.metrics.tensorboard {
+            self.events = Some(EventWriter::create(&out.join("tensorboard"), self.state.step)?);
+        }
+        let evaluation = out.join("evaluation.json");
+        if self.state.step < self.config.training.steps && evaluation.exists() {
+            std::fs::remove_file(&evaluation).map_err(|e| Error::io(evaluation, e))?;
+        }
+        Ok(())
     }
 
     /// `run.toml` as resolved and `environment.json`.
@@ -366,7 +376,9 @@ impl<'a> Run<'a> {
     }
 
     fn log(&mut self, metrics: &Metrics) -> Result<()> {
-        self.metrics.write(metrics)?;
+        if let Some(file) = &mut self.metrics {
+            file.write(metrics)?;
+        }
         if let Some(events) = &mut self.events {
             events.scalars(metrics.step, &metrics.scalars())?;
         }

@@ -46,17 +46,17 @@ impl Workers {
     /// [`Error::Io`] where the operating system gives no thread.
     pub fn new(threads: usize, rows: usize) -> Result<Self> {
         let count = threads.min(rows).max(1);
-        let per_pool = (threads / count).max(1);
         let pools = (0..count)
-            .map(|_| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(per_pool).build();
+            .map(|i| {
+                let share = threads / count + usize::from(i < threads % count);
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(share.max(1)).build();
                 pool.map_err(|e| Error::io("thread pool", std::io::Error::other(e)))
             })
             .collect::<Result<_>>()?;
         Ok(Self { pools })
     }
 
-    /// Runs `job(i, items[i])` for all items, at most one per pool at a time, and returns the results in order.
+    /// Runs `job(&items[i])` for all items, at most one per pool at a time, and returns the results in order.
     pub fn map<T: Sync, R: Send>(&self, items: &[T], job: impl Fn(&T) -> R + Sync) -> Vec<R> {
         let count = self.pools.len();
         let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
@@ -66,14 +66,22 @@ impl Workers {
             for (i, pair) in items.iter().zip(results.iter_mut()).enumerate() {
                 lanes[i % count].push(pair);
             }
-            for (pool, lane) in self.pools.iter().zip(lanes) {
+            let lanes = self.pools.iter().zip(lanes).map(|(pool, lane)| {
                 scope.spawn(move || {
                     pool.install(|| {
                         for (item, slot) in lane {
                             *slot = Some(job(item));
                         }
                     });
-                });
+                })
+            });
+            // Collected before the first is joined: all lanes run at once.
+            let running: Vec<_> = lanes.collect();
+            for thread in running {
+                // Joined here so that a panic keeps its own message.
+                if let Err(cause) = thread.join() {
+                    std::panic::resume_unwind(cause);
+                }
             }
         });
         // Every lane has run to its end (a panic would have been raised by the scope), so no slot is empty.
@@ -139,8 +147,8 @@ pub fn memory() -> Option<u64> {
     Some(limit.map_or(total, |limit: u64| limit.min(total)))
 }
 
-/// The rate, in floating-point operations per second, at which `threads` threads multiply f32 matrices of a size that fits
-/// the second-level cache: what a model's own products cannot exceed.
+/// The rate, in floating-point operations per second, at which `threads` threads multiply f32 matrices of 512 × 512: what a
+/// model's own products hardly exceed.
 ///
 /// Measured in about a third of a second, best of several rounds.
 pub fn matmul_ceiling(threads: usize, device: &Device) -> Result<f64> {

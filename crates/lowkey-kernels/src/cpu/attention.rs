@@ -99,26 +99,30 @@ fn block_scores(dims: Dims, q: &[f32], keys: &[f32], [queries, count]: [usize; 2
     product([queries, count, qk], scores, count, false, q, View::new(keys, qk).t(), dims.scale);
 }
 
-/// Disjoint parts of a slice, written from several threads.
-struct Parts(*mut f32, usize);
+/// A buffer whose rows are written by several tasks, each its own ranges.
+struct Parts<'a> {
+    start: *mut f32,
+    len: usize,
+    buffer: std::marker::PhantomData<&'a mut [f32]>,
+}
 
-// SAFETY: each task writes only the rows of its own head (see `Parts::from`), so no element is touched by two threads.
-unsafe impl Sync for Parts {}
+// SAFETY: a `Parts` only hands out ranges through `Parts::range`, whose callers promise that no two of them overlap.
+unsafe impl Sync for Parts<'_> {}
 
-impl Parts {
-    fn new(slice: &mut [f32]) -> Self {
-        Self(slice.as_mut_ptr(), slice.len())
+impl<'a> Parts<'a> {
+    fn new(buffer: &'a mut [f32]) -> Self {
+        Self { start: buffer.as_mut_ptr(), len: buffer.len(), buffer: std::marker::PhantomData }
     }
 
-    /// The slice from `at` on.
+    /// `len` elements from `at` on.
     ///
     /// # Safety
-    /// The caller writes only elements that no other task writes.
-    #[expect(clippy::mut_from_ref, reason = "tasks write interleaved, disjoint elements of one buffer")]
-    unsafe fn from(&self, at: usize) -> &mut [f32] {
-        assert!(at <= self.1);
-        // SAFETY: in bounds by the assertion; disjointness is the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), self.1 - at) }
+    /// While the returned slice lives, no other range that overlaps it may be asked for.
+    #[expect(clippy::mut_from_ref, reason = "tasks write disjoint ranges of one buffer")]
+    unsafe fn range(&self, at: usize, len: usize) -> &mut [f32] {
+        assert!(at <= self.len && len <= self.len - at, "range exceeds its buffer");
+        // SAFETY: in bounds by the assertion, of a buffer borrowed mutably for longer than `self`, and unaliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }
 }
 
@@ -163,8 +167,8 @@ pub(crate) fn forward(dims: Dims, inputs: Inputs, out: &mut [f32], lse: &mut [f3
             for (i, sums) in sums.chunks_exact(value).take(queries).enumerate() {
                 // A query that sees nothing gets zeros.
                 let inv = if mass[i] > 0.0 { 1.0 / mass[i] } else { 0.0 };
-                // SAFETY: this head's columns of this row's tokens, which only this task writes.
-                let out = unsafe { out.from(out_at + (q0 + i) * out_stride) };
+                // SAFETY: one head's columns of one token, which only this task writes, one at a time.
+                let out = unsafe { out.range(out_at + (q0 + i) * out_stride, value) };
                 for (o, sum) in out.iter_mut().zip(sums) {
                     *o = sum * inv;
                 }
@@ -196,6 +200,7 @@ struct Scratch {
     d_values: Vec<f32>,
     scores: Vec<f32>,
     d_scores: Vec<f32>,
+    d_queries: Vec<f32>,
 }
 
 /// Recomputes each block's probabilities from the log-sum-exp and adds up the three gradients.
@@ -213,6 +218,7 @@ pub(crate) fn backward(dims: Dims, inputs: Inputs, saved: Saved, gradients: Grad
         d_values: vec![0.0; seq * value],
         scores: vec![0.0; QUERIES * KEYS],
         d_scores: vec![0.0; QUERIES * KEYS],
+        d_queries: vec![0.0; QUERIES * qk],
     };
     let share = |s: &mut Scratch, task: usize, d_pe: &mut [f32]| {
         let (row, group) = (task / groups, task % groups);
@@ -223,10 +229,10 @@ pub(crate) fn backward(dims: Dims, inputs: Inputs, saved: Saved, gradients: Grad
             head_backward(dims, inputs, saved, [row, head], s, &d_q);
         }
         for t in 0..seq {
-            // SAFETY: this key head's columns of this row's tokens, which only this task writes.
-            let out = unsafe { d_kv.from((row * seq + t) * kv_stride + group * (nope + value)) };
+            // SAFETY: one key head's columns of one token, which only this task writes, one at a time.
+            let out = unsafe { d_kv.range((row * seq + t) * kv_stride + group * (nope + value), nope + value) };
             out[..nope].copy_from_slice(&s.d_keys[t * qk..t * qk + nope]);
-            out[nope..nope + value].copy_from_slice(&s.d_values[t * value..(t + 1) * value]);
+            out[nope..].copy_from_slice(&s.d_values[t * value..(t + 1) * value]);
             d_pe[t * rope..(t + 1) * rope].copy_from_slice(&s.d_keys[t * qk + nope..(t + 1) * qk]);
         }
     };
@@ -246,7 +252,7 @@ pub(crate) fn backward(dims: Dims, inputs: Inputs, saved: Saved, gradients: Grad
     }
 }
 
-fn head_backward(dims: Dims, inputs: Inputs, saved: Saved, [row, head]: [usize; 2], s: &mut Scratch, d_q: &Parts) {
+fn head_backward(dims: Dims, inputs: Inputs, saved: Saved, [row, head]: [usize; 2], s: &mut Scratch, d_q: &Parts<'_>) {
     let arch = Arch::new();
     let Dims { seq, heads, value, .. } = dims;
     let qk = dims.qk();
@@ -265,11 +271,7 @@ fn head_backward(dims: Dims, inputs: Inputs, saved: Saved, [row, head]: [usize; 
             let at = out_at + (q0 + i) * out_stride;
             *pull = dot(&saved.d_out[at..at + value], &saved.out[at..at + value]);
         }
-        // SAFETY: this head's columns of this row's queries, which only this task writes.
-        let d_q = unsafe { d_q.from(q_at + q0 * q_stride) };
-        for row in d_q.chunks_mut(q_stride).take(queries) {
-            row[..qk].fill(0.0);
-        }
+        s.d_queries.fill(0.0);
         for (k0, count) in key_blocks(starts, q0, queries) {
             let keys = &s.keys[k0 * qk..];
             block_scores(dims, q, keys, [queries, count], &mut s.scores);
@@ -292,11 +294,15 @@ fn head_backward(dims: Dims, inputs: Inputs, saved: Saved, [row, head]: [usize; 
                 }
             });
             let (p, d) = (View::new(&s.scores, count), View::new(&s.d_scores, count));
-            product([queries, qk, count], d_q, q_stride, true, d, View::new(keys, qk), dims.scale);
+            product([queries, qk, count], &mut s.d_queries, qk, true, d, View::new(keys, qk), dims.scale);
             let q = View::new(q, q_stride);
             product([count, qk, queries], &mut s.d_keys[k0 * qk..], qk, true, d.t(), q, dims.scale);
             let d_out = View::new(d_out, out_stride);
             product([count, value, queries], &mut s.d_values[k0 * value..], value, true, p.t(), d_out, 1.0);
+        }
+        for (i, gradient) in s.d_queries.chunks_exact(qk).take(queries).enumerate() {
+            // SAFETY: one head's columns of one query, which only this task writes, one at a time.
+            unsafe { d_q.range(q_at + (q0 + i) * q_stride, qk) }.copy_from_slice(gradient);
         }
     }
 }

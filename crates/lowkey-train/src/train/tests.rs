@@ -87,7 +87,16 @@ fn a_run_learns_and_tells_what_it_does_in_order() {
     let out = run.out();
     assert_eq!(
         names(&out),
-        ["checkpoints", "data", "environment.json", "evaluation.json", "metrics.jsonl", "run.toml", "tensorboard"]
+        [
+            ".lock",
+            "checkpoints",
+            "data",
+            "environment.json",
+            "evaluation.json",
+            "metrics.jsonl",
+            "run.toml",
+            "tensorboard"
+        ]
     );
     let json = |name: &str| -> serde_json::Value {
         serde_json::from_str(&std::fs::read_to_string(out.join(name)).unwrap()).unwrap()

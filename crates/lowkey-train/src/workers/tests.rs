@@ -47,7 +47,7 @@ fn any_number_of_threads_and_passes_gives_the_gradient_of_the_mean_over_all_targ
             let found = workers.gradients(&model, &batch, micro_batch, &device).unwrap();
             assert_eq!(found.targets, batch.target_tokens(), "{case}");
             assert!((found.loss / loss - 1.0).abs() < 1e-6, "{case}: loss {} for {loss}", found.loss);
-            agree(&case, &model, &found.gradients, &gradients, 1e-6);
+            agree(&case, &model, &found.gradients, &gradients, 5e-6);
         }
     }
 }
@@ -62,7 +62,7 @@ fn a_share_without_targets_adds_nothing() {
     let found = Workers::new(3, 3).unwrap().gradients(&model, &batch, 3, &device).unwrap();
     assert!((found.loss / loss - 1.0).abs() < 1e-6);
     // So few targets cancel less of the rounding.
-    agree("a row without targets", &model, &found.gradients, &gradients, 3e-6);
+    agree("a row without targets", &model, &found.gradients, &gradients, 5e-6);
 
     batch.targets.fill(lowkey_data::IGNORE);
     let found = Workers::new(2, 3).unwrap().gradients(&model, &batch, 3, &device).unwrap();

@@ -2,16 +2,13 @@
 
 use anyhow::bail;
 use burn::tensor::Device;
-use lowkey_data::{DatasetConfig, Packing, SplitBy, Tokenizer, oracle_documents, prepare, validation_batches};
+use lowkey_data::{DatasetConfig, Packing, Source, SplitBy, Tokenizer, oracle_documents, prepare, validation_batches};
 use lowkey_train::{Held, Workers, evaluate};
 
 use super::WrongUse;
 use crate::cli::EvalArguments;
 use crate::output::{say, say_json};
 use crate::progress::{evaluation_table, show_preparation};
-
-/// Held-out documents of a corpus with a known entropy.
-const ORACLE_DOCUMENTS: usize = 512;
 
 /// Tokens of a batch that are laid out together.
 const MOST_TOKENS: usize = 1 << 26;
@@ -40,11 +37,15 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
     }
     let mut dataset = super::data::dataset(&arguments.data)?;
     let all = arguments.split == "all";
+    if all && matches!(dataset.source, Source::Storybook { .. }) {
+        let why = "--split all: a storybook has no end; its held-out stories are --split validation";
+        return Err(WrongUse(why.into()).into());
+    }
     if all {
         dataset.split.validation_fraction = 0.0;
         dataset.split.by = SplitBy::Tail;
     }
-    let held = match oracle_documents(&dataset, &tokenizer, ORACLE_DOCUMENTS)? {
+    let held = match oracle_documents(&dataset, &tokenizer, usize::MAX)? {
         Some(documents) if documents.iter().all(|d| d.ids.len() <= longest + 1) => Held::Documents(documents),
         _ => Held::Batches(batches(arguments, &dataset, &tokenizer, seq_len, all)?),
     };

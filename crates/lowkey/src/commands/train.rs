@@ -60,8 +60,7 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
     for note in &notes {
         complain(&format!("note: {note}"));
     }
-    let threads = config.training.threads.unwrap_or_else(lowkey_train::available_threads);
-    let plan = Plan::new(&config, &model, matmul_ceiling(threads, &device)?);
+    let plan = Plan::new(&config, &model, matmul_ceiling(config.threads(), &device)?);
     if arguments.json {
         return say_json(&plan);
     }
