@@ -9,7 +9,7 @@
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
 //! exists in training. On the CPU they run on plain slices, vectorised for whatever the processor has, in parallel on the
-//! current rayon pool. Tensors that are not f32 take the [`reference`].
+//! current rayon pool. Tensors that are not f32 take the [`mod@reference`].
 //!
 //! **What this crate does not know.** Models, parameters, names, files, text. It is the only crate that knows a backend.
 
