@@ -1,5 +1,6 @@
 //! The operations with a backward pass of their own: one trait, its CPU implementation, and its place in autodiff.
 
+use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
@@ -147,6 +148,19 @@ impl<B: Backend> Clone for AttentionState<B> {
     }
 }
 
+/// Hands each parent that is tracked its gradient.
+fn register<B: Backend, const N: usize>(
+    grads: &mut Gradients,
+    parents: [Option<NodeId>; N],
+    gradients: [FloatTensor<B>; N],
+) {
+    for (parent, gradient) in parents.into_iter().zip(gradients) {
+        if let Some(id) = parent {
+            grads.register::<B>(id, gradient);
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Swiglu;
 
@@ -154,14 +168,9 @@ impl<B: FusedGradients> Backward<B, 2> for Swiglu {
     type State = (FloatTensor<B>, FloatTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [gate, up] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
         let (d_gate, d_up) = B::swiglu_grad(ops.state.0, ops.state.1, grad);
-        for (node, gradient) in [(gate, d_gate), (up, d_up)] {
-            if let Some(node) = node {
-                grads.register::<B>(node.id, gradient);
-            }
-        }
+        register::<B, 2>(grads, ops.parents.map(|node| node.map(|node| node.id)), [d_gate, d_up]);
     }
 }
 
@@ -174,14 +183,9 @@ impl<B: FusedGradients> Backward<B, 2> for Norm {
     type State = (FloatTensor<B>, FloatTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x, weight] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
         let (d_x, d_weight) = B::rms_norm_grad(ops.state.0, ops.state.1, grad, self.eps);
-        for (node, gradient) in [(x, d_x), (weight, d_weight)] {
-            if let Some(node) = node {
-                grads.register::<B>(node.id, gradient);
-            }
-        }
+        register::<B, 2>(grads, ops.parents.map(|node| node.map(|node| node.id)), [d_x, d_weight]);
     }
 }
 
@@ -211,14 +215,9 @@ impl<B: FusedGradients> Backward<B, 3> for CausalAttention {
     type State = AttentionState<B>;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [q, kv, k_pe] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
         let (d_q, d_kv, d_k_pe) = B::causal_attention_grad(ops.state, grad);
-        for (node, gradient) in [(q, d_q), (kv, d_kv), (k_pe, d_k_pe)] {
-            if let Some(node) = node {
-                grads.register::<B>(node.id, gradient);
-            }
-        }
+        register::<B, 3>(grads, ops.parents.map(|node| node.map(|node| node.id)), [d_q, d_kv, d_k_pe]);
     }
 }
 

@@ -168,7 +168,7 @@ impl<'a> Run<'a> {
         resume: Option<&Path>,
         device: Device,
     ) -> Result<Self> {
-        let threads = config.training.threads.unwrap_or(1);
+        let threads = config.threads();
         let sampler = data.sampler(&config.data, config.training.batch_size, config.run.seed)?;
         check_memory(config, &model_config)?;
         let model = match (resume, &config.init) {
