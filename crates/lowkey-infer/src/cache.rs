@@ -21,8 +21,8 @@ pub struct Cache {
 /// The buffers of one layer.
 #[derive(Debug)]
 pub(crate) struct LayerCache {
-    /// `[batch, heads, capacity, width]` each. MLA: the latent (width L) and, unless R = 0, the rotated key (width R), both
-    /// shared by all heads (`heads` = 1). Otherwise: keys and values (`heads` = G, width D).
+    /// `[batch, heads, capacity, width]` each. MLA: one buffer, latent and rotated key side by side (width L + R), shared by all
+    /// heads (`heads` = 1). Otherwise: keys and values (`heads` = G, width D).
     buffers: Vec<Tensor<4>>,
 }
 
@@ -72,16 +72,15 @@ impl Cache {
             return Err(Error::Positions { needed: capacity, limit });
         }
         let (heads, widths) = match &model.config.attention {
-            AttentionConfig::Mla(mla) => (1, [mla.kv_lora_rank, mla.qk_rope_head_dim]),
-            AttentionConfig::Grouped(grouped) => (grouped.num_key_value_heads, [grouped.head_dim; 2]),
+            AttentionConfig::Mla(mla) => (1, vec![mla.kv_lora_rank + mla.qk_rope_head_dim]),
+            AttentionConfig::Grouped(grouped) => (grouped.num_key_value_heads, vec![grouped.head_dim; 2]),
         };
         let options = (&device.clone().inner(), model.model.embed_tokens.weight.val().dtype());
         let layer = || LayerCache {
             buffers: widths
-                .into_iter()
-                .filter(|width| *width > 0)
+                .iter()
                 // Zeros, not uninitialised memory: a shorter row's empty slots are read with weight 0, and 0·NaN is NaN.
-                .map(|width| Tensor::zeros([batch, heads, capacity, width], options))
+                .map(|width| Tensor::zeros([batch, heads, capacity, *width], options))
                 .collect(),
         };
         Ok(Self {

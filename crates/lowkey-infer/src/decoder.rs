@@ -1,5 +1,7 @@
 //! The model with its cache: what one chunk of tokens goes through.
 
+use std::cell::OnceCell;
+
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use lowkey_model::{Attention, CausalLm, KeyValue, Latent, Mask, RopeTable, ids_tensor};
@@ -118,19 +120,18 @@ impl Decoder {
     pub(crate) fn advance(&mut self, rows: &[&[u32]]) -> Result<Tensor<3>> {
         let Self { model, cache, form, device } = self;
         let span = cache.span(rows.iter().map(|row| row.len()).collect())?;
-        let (queries, keys) = (span.width(), span.filled());
+        let queries = span.width();
         let ids: Vec<u32> =
             rows.iter().flat_map(|row| (0..queries).map(|i| row.get(i).copied().unwrap_or(0))).collect();
         // Rows at the same offset share one set of positions and one mask.
         let offsets = span.common_offset().map_or(span.offsets.clone(), |offset| vec![offset]);
         let positions: Vec<Vec<usize>> = offsets.iter().map(|offset| (*offset..offset + queries).collect()).collect();
         let rope = model.rope_table(&positions, device);
-        let mask = Mask::cached(&offsets, queries, keys, device);
-        let chunk = Chunk { rope, mask, span: &span, form: *form };
+        let chunk = Chunk { rope, mask: OnceCell::new(), offsets, span: &span, form: *form, device };
         let mut x = model.model.embed_tokens.forward(ids_tensor(&ids, rows.len(), queries, device));
         for (block, layer) in model.model.layers.iter().zip(cache.layers_mut()) {
             let normed = block.input_layernorm.forward(x.clone());
-            x = block.feed_forward(x + attend(&block.self_attn, layer, normed, &chunk));
+            x = block.finish(x, attend(&block.self_attn, layer, normed, &chunk));
         }
         cache.commit(&span);
         Ok(model.model.norm.forward(x))
@@ -159,35 +160,46 @@ pub(crate) fn check_tokens(model: &CausalLm, rows: &[&[u32]]) -> Result<()> {
 /// What all layers of one chunk share.
 struct Chunk<'a> {
     rope: RopeTable,
-    mask: Mask,
+    /// Made where a layer asks for it: the absorbed form needs none.
+    mask: OnceCell<Mask>,
+    /// One per row, or one for all.
+    offsets: Vec<usize>,
     span: &'a Span,
     form: Form,
+    device: &'a Device,
+}
+
+impl Chunk<'_> {
+    fn mask(&self) -> &Mask {
+        let Self { offsets, span, device, .. } = self;
+        self.mask.get_or_init(|| Mask::cached(offsets, span.width(), span.filled(), device))
+    }
 }
 
 /// Appends a chunk to a layer's cache and attends from it to everything that lies there.
 ///
 /// # Shapes
-/// `x [batch, seq, d]` → `[batch, seq, d]`.
+/// `x [batch, seq, d]` → the heads' outputs, `[batch, seq, H·V]`.
 fn attend(attention: &Attention, layer: &mut LayerCache, x: Tensor<3>, chunk: &Chunk) -> Tensor<3> {
-    let Chunk { rope, mask, span, form } = chunk;
+    let Chunk { rope, span, form, .. } = chunk;
     match attention {
         Attention::Mla(mla) => {
-            let new = mla.latent(x.clone(), rope);
+            let Latent { both, rank } = mla.latent(x.clone(), rope);
             let queries = mla.queries(x, rope);
             // One latent serves all heads: it lies in the cache as a single head.
-            let mut append = |part, new: Tensor<3>| layer.append(part, new.unsqueeze_dim(1), span).squeeze_dim::<3>(1);
-            let latent = Latent { c_kv: append(0, new.c_kv), k_pe: new.k_pe.map(|k_pe| append(1, k_pe)) };
+            let both = layer.append(0, both.unsqueeze_dim(1), span).squeeze_dim::<3>(1);
+            let latent = Latent { both, rank };
             if form.absorbs(&mla.dims, span.width(), span.filled()) {
-                mla.attend_absorbed(queries, latent, mask)
+                mla.attend_absorbed(queries, latent, &span.offsets)
             } else {
-                mla.attend_expanded(queries, latent, mask)
+                mla.attend_expanded(queries, latent, chunk.mask())
             }
         }
         Attention::Grouped(grouped) => {
             let new = grouped.key_value(x.clone(), rope);
             let queries = grouped.queries(x, rope);
             let kv = KeyValue { k: layer.append(0, new.k, span), v: layer.append(1, new.v, span) };
-            grouped.attend(queries, kv, mask)
+            grouped.attend(queries, kv, chunk.mask())
         }
     }
 }

@@ -83,6 +83,7 @@ mod tests {
             rank: 512,
             scale: 1.0,
             latent_scale: 1.0,
+            latent_eps: 1e-6,
             interleave: true,
         };
         // 512·256/(1024−256) = 170.7

@@ -1,12 +1,15 @@
 //! The CPU backend's side of the operations: contiguous f32 slices in and out of its tensors.
 
+mod block;
+
 use burn::backend::Flex;
 use burn::tensor::{DType, Shape};
 use burn_flex::FlexTensor;
 
 use crate::cpu::attention::{self, Dims};
 use crate::cpu::cross_entropy;
-use crate::cpu::pointwise::{self, Turn};
+use crate::cpu::linear::Tokens;
+use crate::cpu::pointwise::{self, Table, Target, Turn};
 use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps};
 
 fn new(shape: impl Into<Vec<usize>>) -> FlexTensor {
@@ -31,22 +34,13 @@ fn integers(tensor: &FlexTensor) -> Vec<i32> {
     }
 }
 
-fn turn(interleaved: bool, back: bool) -> Turn {
-    match (interleaved, back) {
-        (false, false) => Turn::Halves,
-        (true, false) => Turn::Pairs,
-        (false, true) => Turn::HalvesBack,
-        (true, true) => Turn::PairsBack,
-    }
-}
-
 fn rotated(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, from: usize, turn: Turn) -> FlexTensor {
     let (x, cos, sin) = (x.to_contiguous(), cos.to_contiguous(), sin.to_contiguous());
     let [.., heads, width] = dims::<4>(&x);
     let [.., half] = dims::<4>(&cos);
     let mut out = like(&x);
-    let sizes = [heads, width, half, from];
-    pointwise::rotate(x.storage(), cos.storage(), sin.storage(), sizes, turn, out.storage_mut());
+    let table = Table { cos: cos.storage(), sin: sin.storage(), half };
+    pointwise::rotate(x.storage(), table, [heads, width, from], turn, out.storage_mut());
     out
 }
 
@@ -58,22 +52,17 @@ fn attention_dims(q: &FlexTensor, kv: &FlexTensor, shape: AttentionShape) -> Dim
 }
 
 impl FusedOps for Flex {
-    fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
-        let (gate, up) = (gate.to_contiguous(), up.to_contiguous());
-        let mut out = like(&gate);
-        pointwise::swiglu(gate.storage(), up.storage(), out.storage_mut());
-        out
-    }
-
     fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> FlexTensor {
         let (x, weight) = (x.to_contiguous(), weight.to_contiguous());
         let mut out = like(&x);
-        pointwise::rms_norm(x.storage(), weight.storage(), eps as f32, out.storage_mut());
+        let [width] = dims::<1>(&weight);
+        let rows = Tokens::dense(x.storage(), width);
+        pointwise::rms_norm(rows, weight.storage(), eps as f32, 1.0, out.storage_mut(), width);
         out
     }
 
     fn rotate(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, from: usize, interleaved: bool) -> FlexTensor {
-        rotated(&x, &cos, &sin, from, turn(interleaved, false))
+        rotated(&x, &cos, &sin, from, Turn::new(interleaved, false))
     }
 
     fn causal_attention(
@@ -108,29 +97,19 @@ impl FusedOps for Flex {
 }
 
 impl FusedGradients for Flex {
-    fn swiglu_grad(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
-        let (gate, up, grad) = (gate.to_contiguous(), up.to_contiguous(), grad.to_contiguous());
-        let (mut d_gate, mut d_up) = (like(&gate), like(&up));
-        pointwise::swiglu_grad(gate.storage(), up.storage(), grad.storage(), d_gate.storage_mut(), d_up.storage_mut());
-        (d_gate, d_up)
-    }
-
     fn rms_norm_grad(x: FlexTensor, weight: FlexTensor, grad: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
         let (x, weight, grad) = (x.to_contiguous(), weight.to_contiguous(), grad.to_contiguous());
         let (mut d_x, mut d_weight) = (like(&x), like(&weight));
-        pointwise::rms_norm_grad(
-            x.storage(),
-            weight.storage(),
-            grad.storage(),
-            eps as f32,
-            d_x.storage_mut(),
-            d_weight.storage_mut(),
-        );
+        let [width] = dims::<1>(&weight);
+        let rows = Tokens::dense(x.storage(), width);
+        let target = Target { data: d_x.storage_mut(), stride: width, accumulate: false };
+        let (grad, d_weight_out) = (grad.storage(), d_weight.storage_mut());
+        pointwise::rms_norm_grad(rows, weight.storage(), grad, eps as f32, 1.0, target, d_weight_out);
         (d_x, d_weight)
     }
 
     fn rotate_back(grad: FlexTensor, cos: FlexTensor, sin: FlexTensor, from: usize, interleaved: bool) -> FlexTensor {
-        rotated(&grad, &cos, &sin, from, turn(interleaved, true))
+        rotated(&grad, &cos, &sin, from, Turn::new(interleaved, true))
     }
 
     fn causal_attention_saving(
@@ -143,7 +122,13 @@ impl FusedGradients for Flex {
         let (q, kv, k_pe) = (q.to_contiguous(), kv.to_contiguous(), k_pe.to_contiguous());
         let dims = attention_dims(&q, &kv, shape);
         let starts = &integers(&starts);
-        let inputs = attention::Inputs { q: q.storage(), kv: kv.storage(), k_pe: k_pe.storage(), starts };
+        let inputs = attention::Inputs {
+            q: q.storage(),
+            kv: kv.storage(),
+            k_pe: k_pe.storage(),
+            k_pe_stride: shape.rope,
+            starts,
+        };
         let mut out = new([dims.batch, dims.seq, dims.heads * dims.value]);
         let mut lse = new([dims.batch, dims.heads, dims.seq]);
         attention::forward(dims, inputs, out.storage_mut(), lse.storage_mut());
@@ -155,7 +140,13 @@ impl FusedGradients for Flex {
         let (q, kv, k_pe, grad) = (q.to_contiguous(), kv.to_contiguous(), k_pe.to_contiguous(), grad.to_contiguous());
         let dims = attention_dims(&q, &kv, shape);
         let starts = &integers(&starts);
-        let inputs = attention::Inputs { q: q.storage(), kv: kv.storage(), k_pe: k_pe.storage(), starts };
+        let inputs = attention::Inputs {
+            q: q.storage(),
+            kv: kv.storage(),
+            k_pe: k_pe.storage(),
+            k_pe_stride: shape.rope,
+            starts,
+        };
         let saved = attention::Saved { out: out.storage(), lse: lse.storage(), d_out: grad.storage() };
         let (mut d_q, mut d_kv) = (like(&q), like(&kv));
         let mut d_k_pe = FlexTensor::zeros(k_pe.layout().shape().clone(), DType::F32);

@@ -20,17 +20,6 @@ pub struct LossSum {
     pub targets: usize,
 }
 
-/// `silu(gate) · up` (Shazeer, arXiv 2002.05202), with `silu(x) = x · sigmoid(x)`.
-///
-/// # Shapes
-/// `gate` and `up [batch, seq, d]` → `[batch, seq, d]`.
-pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
-    if gate.dtype() != DType::F32 {
-        return reference::swiglu(gate, up);
-    }
-    Tensor::from_dispatch(Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()))
-}
-
 /// Root-mean-square normalisation over the last axis: `x / sqrt(mean(x²) + eps) · weight` (Zhang & Sennrich,
 /// arXiv 1910.07467, eq. 4).
 ///

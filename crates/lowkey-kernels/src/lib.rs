@@ -14,13 +14,18 @@
 //! **What this crate does not know.** Models, parameters, names, files, text. It is the only crate that knows a backend.
 
 mod attention;
+mod block;
+mod block_ops;
 mod cpu;
+#[cfg(test)]
+mod fixtures;
 mod flex;
 mod fused;
-mod linear;
 mod ops;
 pub mod reference;
 
 pub use attention::{Mask, attention, scores};
-pub use fused::{IGNORE, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, rms_norm, rotate, swiglu};
-pub use linear::linear;
+pub use block::{
+    LatentWeights, MlaDims, MlpWeights, absorbed_attention, add_linear, gated_mlp, latent_attention, linear,
+};
+pub use fused::{IGNORE, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, rms_norm, rotate};

@@ -23,9 +23,6 @@ pub(crate) struct AttentionShape {
 /// Forward operations, dispatched to the backend of their arguments.
 #[backend_extension(Autodiff, Flex)]
 pub(crate) trait FusedOps: Backend {
-    /// `silu(gate) · up`, any shape.
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
-
     /// `x / sqrt(mean(x²) + eps) · weight` over the last axis.
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
 
@@ -68,13 +65,6 @@ pub(crate) trait FusedOps: Backend {
 
 /// What the backward passes need from a backend.
 pub(crate) trait FusedGradients: FusedOps {
-    /// `(d gate, d up)`.
-    fn swiglu_grad(
-        gate: FloatTensor<Self>,
-        up: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
-
     /// `(d x, d weight)`.
     fn rms_norm_grad(
         x: FloatTensor<Self>,
@@ -149,7 +139,7 @@ impl<B: Backend> Clone for AttentionState<B> {
 }
 
 /// Hands each parent that is tracked its gradient.
-fn register<B: Backend, const N: usize>(
+pub(crate) fn register<B: Backend, const N: usize>(
     grads: &mut Gradients,
     parents: [Option<NodeId>; N],
     gradients: [FloatTensor<B>; N],
@@ -158,19 +148,6 @@ fn register<B: Backend, const N: usize>(
         if let Some(id) = parent {
             grads.register::<B>(id, gradient);
         }
-    }
-}
-
-#[derive(Debug)]
-struct Swiglu;
-
-impl<B: FusedGradients> Backward<B, 2> for Swiglu {
-    type State = (FloatTensor<B>, FloatTensor<B>);
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let grad = grads.consume::<B>(&ops.node);
-        let (d_gate, d_up) = B::swiglu_grad(ops.state.0, ops.state.1, grad);
-        register::<B, 2>(grads, ops.parents.map(|node| node.map(|node| node.id)), [d_gate, d_up]);
     }
 }
 
@@ -241,15 +218,6 @@ impl<B: FusedGradients> Backward<B, 2> for CrossEntropy {
 }
 
 impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        let prep = Swiglu.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful();
-        let (gate, up) = (gate.into_primitive(), up.into_primitive());
-        match prep {
-            OpsKind::Tracked(prep) => prep.finish((gate.clone(), up.clone()), B::swiglu(gate, up)),
-            OpsKind::UnTracked(prep) => prep.finish(B::swiglu(gate, up)),
-        }
-    }
-
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
         let prep = Norm { eps }.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
         let (x, weight) = (x.into_primitive(), weight.into_primitive());

@@ -6,10 +6,63 @@
 use burn::tensor::{Int, Tensor, activation::log_softmax, activation::sigmoid};
 
 use crate::attention::{Mask, attention};
+use crate::block::{LatentWeights, MlaDims, MlpWeights};
 
-/// See [`crate::swiglu`].
-pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
-    gate.clone() * sigmoid(gate) * up
+/// See [`crate::linear`]; without a bias.
+pub fn linear(x: Tensor<3>, weight: Tensor<2>) -> Tensor<3> {
+    let [batch, seq, d_in] = x.dims();
+    let [d_out, _] = weight.dims();
+    // One tall product: a batched one would repeat the packing of W for every row of the batch.
+    x.reshape([batch * seq, d_in]).matmul(weight.transpose()).reshape([batch, seq, d_out])
+}
+
+/// See [`crate::gated_mlp`].
+pub fn gated_mlp(x: Tensor<3>, weights: MlpWeights, eps: f64) -> Tensor<3> {
+    let normed = rms_norm(x.clone(), weights.norm, eps);
+    let (gate, up) = (linear(normed.clone(), weights.gate), linear(normed, weights.up));
+    x + linear(gate.clone() * sigmoid(gate) * up, weights.down)
+}
+
+/// See [`crate::latent_attention`].
+pub fn latent_attention(
+    q: Tensor<4>,
+    kv_a: Tensor<3>,
+    weights: LatentWeights,
+    document_starts: &[u32],
+    dims: MlaDims,
+) -> Tensor<3> {
+    let MlaDims { heads, nope, rope, value, rank, scale, latent_scale, latent_eps, interleave } = dims;
+    let [batch, seq, _] = kv_a.dims();
+    let c_kv = rms_norm(kv_a.clone().narrow(2, 0, rank), weights.norm, latent_eps) * latent_scale;
+    let k_pe = (rope > 0).then(|| {
+        let k_pe = kv_a.narrow(2, rank, rope).unsqueeze_dim::<4>(2);
+        rotate(k_pe, weights.cos, weights.sin, 0, interleave).squeeze_dim::<3>(2)
+    });
+    let kv = linear(c_kv, weights.kv_b).reshape([batch, seq, heads, nope + value]);
+    causal_attention(q, kv, k_pe, document_starts, nope, scale)
+}
+
+/// See [`crate::absorbed_attention`].
+pub fn absorbed_attention(
+    q: Tensor<4>,
+    cache: Tensor<3>,
+    kv_b: Tensor<2>,
+    offsets: &[usize],
+    dims: MlaDims,
+) -> Tensor<3> {
+    let MlaDims { heads, nope, rope, value, rank, scale, .. } = dims;
+    let [batch, seq, ..] = q.dims();
+    let [_, keys, width] = cache.dims();
+    let w = kv_b.reshape([1, heads, nope + value, rank]);
+    let w_uk = w.clone().narrow(2, 0, nope).expand([batch, heads, nope, rank]);
+    let w_uv = w.narrow(2, nope, value).expand([batch, heads, value, rank]);
+    let q = q.swap_dims(1, 2);
+    let q_nope = q.clone().narrow(3, 0, nope).matmul(w_uk);
+    let q = if rope > 0 { Tensor::cat(vec![q_nope, q.narrow(3, nope, rope)], 3) } else { q_nope };
+    let mask = Mask::cached(offsets, seq, keys, &q.device());
+    let cache = cache.reshape([batch, 1, keys, width]);
+    let out = attention(q, cache.clone(), cache.narrow(3, 0, rank), &mask, scale);
+    out.matmul(w_uv.swap_dims(2, 3)).swap_dims(1, 2).reshape([batch, seq, heads * value])
 }
 
 /// See [`crate::rms_norm`].

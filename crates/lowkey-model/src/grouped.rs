@@ -103,19 +103,19 @@ impl Grouped {
         x.swap_dims(1, 2)
     }
 
-    /// Attention over whole sequences, `[batch, seq, d]`: query `t` of a row sees the keys of its document up to its own. The
-    /// form for training: no score outlives its block.
+    /// Attention over whole sequences, `[batch, seq, H·D]`: query `t` of a row sees the keys of its document up to its own. The
+    /// form for training: no score outlives its block. W_O has yet to follow.
     pub fn attend_causal(&self, q: Tensor<4>, kv: KeyValue, document_starts: &[u32]) -> Tensor<3> {
         let GroupedDims { head_dim, scale, .. } = self.dims;
         let kv = Tensor::cat(vec![kv.k.swap_dims(1, 2), kv.v.swap_dims(1, 2)], 3);
-        self.o_proj.forward(causal_attention(q.swap_dims(1, 2), kv, None, document_starts, head_dim, scale))
+        causal_attention(q.swap_dims(1, 2), kv, None, document_starts, head_dim, scale)
     }
 
-    /// `[batch, seq, d]` from queries of `seq` positions and keys and values of `keys ≥ seq` positions.
+    /// `[batch, seq, H·D]` from queries of `seq` positions and keys and values of `keys ≥ seq` positions.
     pub fn attend(&self, q: Tensor<4>, kv: KeyValue, mask: &Mask) -> Tensor<3> {
         let out = attention(q, kv.k, kv.v, mask, self.dims.scale);
         let [batch, heads, seq, head_dim] = out.dims();
-        self.o_proj.forward(out.swap_dims(1, 2).reshape([batch, seq, heads * head_dim]))
+        out.swap_dims(1, 2).reshape([batch, seq, heads * head_dim])
     }
 
     /// The largest attention logit, `[1]`.

@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData, module::embedding};
 
-use lowkey_kernels::{linear, rms_norm};
+use lowkey_kernels::{add_linear, linear, rms_norm};
 
 /// Supplies the values of each parameter by checkpoint name: random ones, or those of a file. No values at all make an empty
 /// tensor, for a model that is about to be refused: nothing as large as a wrong configuration claims is allocated.
@@ -46,6 +46,11 @@ impl Linear {
     /// `[batch, seq, d_in]` → `[batch, seq, d_out]`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         linear(x, self.weight.val(), self.bias.as_ref().map(Param::val))
+    }
+
+    /// `residual + y`, `residual [batch, seq, d_out]`.
+    pub fn add_to(&self, residual: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
+        add_linear(residual, x, self.weight.val(), self.bias.as_ref().map(Param::val))
     }
 }
 

@@ -6,7 +6,7 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use lowkey_kernels::{Mask, attention, causal_attention, rotate, scores};
+use lowkey_kernels::{LatentWeights, Mask, MlaDims, absorbed_attention, attention, latent_attention, rotate, scores};
 
 use crate::config::{MlaConfig, ModelConfig};
 use crate::layers::{Builder, Linear, RmsNorm};
@@ -39,34 +39,26 @@ pub struct Mla {
     pub dims: MlaDims,
 }
 
-/// The numbers that the forward pass of [`Mla`] needs.
-#[derive(Clone, Debug)]
-pub struct MlaDims {
-    /// H
-    pub heads: usize,
-    /// N
-    pub nope: usize,
-    /// R
-    pub rope: usize,
-    /// V
-    pub value: usize,
-    /// L
-    pub rank: usize,
-    /// Softmax scale.
-    pub scale: f64,
-    /// Factor on the normalised latent.
-    pub latent_scale: f64,
-    /// Rotate adjacent pairs.
-    pub interleave: bool,
-}
-
-/// What a cache stores per token: the normalised latent and the rotated shared key.
+/// What a cache stores per token: the normalised latent and, behind it, the rotated shared key.
 #[derive(Clone, Debug)]
 pub struct Latent {
-    /// `[batch, seq, L]`
-    pub c_kv: Tensor<3>,
-    /// `[batch, seq, R]`, in half-split order; `None` where R = 0.
-    pub k_pe: Option<Tensor<3>>,
+    /// `[batch, seq, L+R]`, the key in half-split order.
+    pub both: Tensor<3>,
+    /// L
+    pub rank: usize,
+}
+
+impl Latent {
+    /// The normalised latent, `[batch, seq, L]`.
+    pub fn c_kv(&self) -> Tensor<3> {
+        self.both.clone().narrow(2, 0, self.rank)
+    }
+
+    /// The rotated shared key, `[batch, seq, R]`; `None` where R = 0.
+    pub fn k_pe(&self) -> Option<Tensor<3>> {
+        let [.., width] = self.both.dims();
+        (width > self.rank).then(|| self.both.clone().narrow(2, self.rank, width - self.rank))
+    }
 }
 
 impl Mla {
@@ -93,6 +85,7 @@ impl Mla {
                 rank,
                 scale: config.softmax_scale(),
                 latent_scale: if mla.latent_scale { (d as f64 / rank as f64).sqrt() } else { 1.0 },
+                latent_eps: LATENT_NORM_EPS,
                 interleave: mla.rope_interleave,
             },
         }
@@ -107,17 +100,20 @@ impl Mla {
         let kv = self.kv_a_proj_with_mqa.forward(x);
         let c_kv = self.kv_a_layernorm.forward(kv.clone().narrow(2, 0, rank));
         let c_kv = if latent_scale == 1.0 { c_kv } else { c_kv * latent_scale };
-        let k_pe = (r > 0).then(|| {
+        let both = if r > 0 {
             let k_pe = kv.narrow(2, rank, r).unsqueeze_dim::<4>(2);
-            rotate(k_pe, rope.cos.clone(), rope.sin.clone(), 0, interleave).squeeze_dim::<3>(2)
-        });
-        Latent { c_kv, k_pe }
+            let k_pe = rotate(k_pe, rope.cos.clone(), rope.sin.clone(), 0, interleave).squeeze_dim::<3>(2);
+            Tensor::cat(vec![c_kv, k_pe], 2)
+        } else {
+            c_kv
+        };
+        Latent { both, rank }
     }
 
     /// q = [q_nope | RoPE(q_pe)] for each head, eqs. 37–40.
     ///
     /// # Shapes
-    /// `x [batch, seq, d]` → `[batch, H, seq, N+R]`, the rotated part in half-split order.
+    /// `x [batch, seq, d]` → `[batch, seq, H, N+R]`, the rotated part in half-split order.
     pub fn queries(&self, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
         let MlaDims { heads, nope, rope: r, interleave, .. } = self.dims;
         let [batch, seq, _] = x.dims();
@@ -128,31 +124,34 @@ impl Mla {
             _ => x,
         };
         let q = q.reshape([batch, seq, heads, nope + r]);
-        let q = if r > 0 { rotate(q, rope.cos.clone(), rope.sin.clone(), nope, interleave) } else { q };
-        q.swap_dims(1, 2)
+        if r > 0 { rotate(q, rope.cos.clone(), rope.sin.clone(), nope, interleave) } else { q }
     }
 
     /// Attention over whole sequences: query `t` of a row sees the keys of its document up to its own. The form for training:
-    /// no score and no copy of the shared key outlives its block.
+    /// of keys, values and scores nothing outlives the operation. W_O has yet to follow.
     ///
     /// # Shapes
-    /// Queries and latent of the same `seq`, `document_starts` of length `batch · seq` → `[batch, seq, d]`.
-    pub fn attend_causal(&self, queries: Tensor<4>, latent: Latent, document_starts: &[u32]) -> Tensor<3> {
-        let MlaDims { heads, nope, value, scale, .. } = self.dims;
-        let [batch, seq, _] = latent.c_kv.dims();
-        let kv = self.kv_b_proj.forward(latent.c_kv).reshape([batch, seq, heads, nope + value]);
-        let q = queries.swap_dims(1, 2);
-        self.o_proj.forward(causal_attention(q, kv, latent.k_pe, document_starts, nope, scale))
+    /// `x [batch, seq, d]`, `document_starts` of length `batch · seq` → `[batch, seq, H·V]`.
+    pub fn attend_causal(&self, x: Tensor<3>, rope: &RopeTable, document_starts: &[u32]) -> Tensor<3> {
+        let queries = self.queries(x.clone(), rope);
+        let kv_a = self.kv_a_proj_with_mqa.forward(x);
+        let weights = LatentWeights {
+            norm: self.kv_a_layernorm.weight.val(),
+            kv_b: self.kv_b_proj.weight.val(),
+            cos: rope.cos.clone(),
+            sin: rope.sin.clone(),
+        };
+        latent_attention(queries, kv_a, weights, document_starts, self.dims)
     }
 
     /// Keys `[batch, H, keys, N+R]` and values `[batch, H, keys, V]` rebuilt from the latent, eqs. 42, 44 and 45.
     pub fn expand(&self, latent: Latent) -> (Tensor<4>, Tensor<4>) {
         let MlaDims { heads, nope, rope: r, value, .. } = self.dims;
-        let [batch, keys, _] = latent.c_kv.dims();
-        let kv = self.kv_b_proj.forward(latent.c_kv).reshape([batch, keys, heads, nope + value]).swap_dims(1, 2);
+        let [batch, keys, _] = latent.both.dims();
+        let kv = self.kv_b_proj.forward(latent.c_kv()).reshape([batch, keys, heads, nope + value]).swap_dims(1, 2);
         let k_nope = kv.clone().narrow(3, 0, nope);
         let v = kv.narrow(3, nope, value);
-        let k = match latent.k_pe {
+        let k = match latent.k_pe() {
             Some(k_pe) => {
                 let shared = k_pe.unsqueeze_dim::<4>(1).expand([batch, heads, keys, r]);
                 Tensor::cat(vec![k_nope, shared], 3)
@@ -166,46 +165,27 @@ impl Mla {
     /// prefills.
     ///
     /// # Shapes
-    /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, d]`.
+    /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, H·V]`.
     pub fn attend_expanded(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<3> {
         let (k, v) = self.expand(latent);
-        let out = attention(queries, k, v, mask, self.dims.scale);
-        self.output(out)
+        let out = attention(queries.swap_dims(1, 2), k, v, mask, self.dims.scale);
+        let [batch, heads, seq, value] = out.dims();
+        out.swap_dims(1, 2).reshape([batch, seq, heads * value])
     }
 
     /// The same attention in latent space: q̃ = W_UKᵀ q_nope attends over c_kv itself, and W_UV maps the result: 2L+R products
-    /// per pair and head, and only L+R numbers read per cached token (arXiv 2405.04434 §2.1.2, "absorbed").
+    /// per pair and head, and only L+R numbers read per cached token (arXiv 2405.04434 §2.1.2, "absorbed"). Query `t` of row `b`
+    /// sees the tokens `0..=offsets[b] + t`.
     ///
     /// # Shapes
-    /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, d]`.
-    pub fn attend_absorbed(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<3> {
-        let MlaDims { heads, nope, rope, value, rank, .. } = self.dims;
-        let w = self.kv_b_proj.weight.val().reshape([1, heads, nope + value, rank]);
-        let w_uk = w.clone().narrow(2, 0, nope);
-        let w_uv = w.narrow(2, nope, value);
-        let [batch, ..] = queries.dims();
-        let w_uk = w_uk.expand([batch, heads, nope, rank]);
-        let w_uv = w_uv.expand([batch, heads, value, rank]);
-        let q_nope = queries.clone().narrow(3, 0, nope).matmul(w_uk);
-        let q = if rope > 0 { Tensor::cat(vec![q_nope, queries.narrow(3, nope, rope)], 3) } else { q_nope };
-        let c_kv = latent.c_kv.unsqueeze_dim::<4>(1);
-        let k = match latent.k_pe {
-            Some(k_pe) => Tensor::cat(vec![c_kv.clone(), k_pe.unsqueeze_dim::<4>(1)], 3),
-            None => c_kv.clone(),
-        };
-        let out = attention(q, k, c_kv, mask, self.dims.scale).matmul(w_uv.swap_dims(2, 3));
-        self.output(out)
+    /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, H·V]`.
+    pub fn attend_absorbed(&self, queries: Tensor<4>, latent: Latent, offsets: &[usize]) -> Tensor<3> {
+        absorbed_attention(queries, latent.both, self.kv_b_proj.weight.val(), offsets, self.dims)
     }
 
     /// The largest attention logit, `[1]`: a growing one is the earliest sign of divergence (QK-Clip, arXiv 2507.20534).
     pub fn max_logit(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<1> {
         let (k, _) = self.expand(latent);
-        scores(queries, k, mask, self.dims.scale).max()
-    }
-
-    /// `[batch, H, seq, V]` → `[batch, seq, d]` through W_O.
-    fn output(&self, heads_out: Tensor<4>) -> Tensor<3> {
-        let [batch, heads, seq, value] = heads_out.dims();
-        self.o_proj.forward(heads_out.swap_dims(1, 2).reshape([batch, seq, heads * value]))
+        scores(queries.swap_dims(1, 2), k, mask, self.dims.scale).max()
     }
 }

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use lowkey_kernels::{LossSum, Mask, cross_entropy_each, cross_entropy_sum, swiglu};
+use lowkey_kernels::{LossSum, Mask, MlpWeights, cross_entropy_each, cross_entropy_sum, gated_mlp};
 
 use crate::config::{AttentionConfig, ModelConfig};
 use crate::grouped::Grouped;
@@ -106,10 +106,13 @@ pub struct TokenBatch<'a> {
     pub document_starts: &'a [u32],
 }
 
-impl Mlp {
-    /// `[batch, seq, d]` → `[batch, seq, d]`.
-    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        self.down_proj.forward(swiglu(self.gate_proj.forward(x.clone()), self.up_proj.forward(x)))
+impl Attention {
+    /// W_O.
+    pub fn o_proj(&self) -> &Linear {
+        match self {
+            Self::Mla(mla) => &mla.o_proj,
+            Self::Grouped(grouped) => &grouped.o_proj,
+        }
     }
 }
 
@@ -120,42 +123,57 @@ impl Block {
     /// `[batch, seq, d]` → `[batch, seq, d]`.
     pub fn forward(&self, x: Tensor<3>, context: &Context, trace: Option<&mut Trace>) -> Tensor<3> {
         let normed = self.input_layernorm.forward(x.clone());
-        let [_, seq, _] = x.dims();
-        // Only a trace looks at whole score matrices.
-        let mask = trace.is_some().then(|| Mask::documents(&context.document_starts, seq, &x.device()));
-        let attended = match &self.self_attn {
+        if let Some(trace) = trace {
+            self.look(normed.clone(), context, trace);
+        }
+        let starts = &context.document_starts;
+        let heads = match &self.self_attn {
+            Attention::Mla(mla) => mla.attend_causal(normed, &context.rope, starts),
+            Attention::Grouped(grouped) => {
+                let kv = grouped.key_value(normed.clone(), &context.rope);
+                grouped.attend_causal(grouped.queries(normed, &context.rope), kv, starts)
+            }
+        };
+        self.finish(x, heads)
+    }
+
+    /// From the heads' outputs on: `x + W_O heads`, and the feed-forward layer `+ mlp(norm(…))`.
+    ///
+    /// # Shapes
+    /// `x [batch, seq, d]`, `heads [batch, seq, H·V]` → `[batch, seq, d]`.
+    pub fn finish(&self, x: Tensor<3>, heads: Tensor<3>) -> Tensor<3> {
+        let x = self.self_attn.o_proj().add_to(x, heads);
+        let (norm, mlp) = (&self.post_attention_layernorm, &self.mlp);
+        let weights = MlpWeights {
+            norm: norm.weight.val(),
+            gate: mlp.gate_proj.weight.val(),
+            up: mlp.up_proj.weight.val(),
+            down: mlp.down_proj.weight.val(),
+        };
+        gated_mlp(x, weights, norm.eps)
+    }
+
+    /// Records what the attention makes of its input, whole score matrices among it.
+    fn look(&self, normed: Tensor<3>, context: &Context, trace: &mut Trace) {
+        let [_, seq, _] = normed.dims();
+        let mask = Mask::documents(&context.document_starts, seq, &normed.device());
+        let heads = match &self.self_attn {
             Attention::Mla(mla) => {
                 let latent = mla.latent(normed.clone(), &context.rope);
-                let queries = mla.queries(normed, &context.rope);
-                let max_logit = mask.map(|mask| mla.max_logit(queries.clone(), latent.clone(), &mask));
-                let out = mla.attend_causal(queries, latent.clone(), &context.document_starts);
-                if let Some(trace) = trace {
-                    trace.max_logit.extend(max_logit);
-                    trace.latent.push(latent.c_kv);
-                    trace.k_pe.extend(latent.k_pe);
-                    trace.attn_out.push(out.clone());
-                }
-                out
+                let queries = mla.queries(normed.clone(), &context.rope);
+                trace.max_logit.push(mla.max_logit(queries, latent.clone(), &mask));
+                trace.latent.push(latent.c_kv());
+                trace.k_pe.extend(latent.k_pe());
+                mla.attend_causal(normed, &context.rope, &context.document_starts)
             }
             Attention::Grouped(grouped) => {
                 let kv = grouped.key_value(normed.clone(), &context.rope);
                 let q = grouped.queries(normed, &context.rope);
-                let max_logit = mask.map(|mask| grouped.max_logit(q.clone(), kv.clone(), &mask));
-                let out = grouped.attend_causal(q, kv, &context.document_starts);
-                if let Some(trace) = trace {
-                    trace.max_logit.extend(max_logit);
-                    trace.attn_out.push(out.clone());
-                }
-                out
+                trace.max_logit.push(grouped.max_logit(q.clone(), kv.clone(), &mask));
+                grouped.attend_causal(q, kv, &context.document_starts)
             }
         };
-        self.feed_forward(x + attended)
-    }
-
-    /// The second half of a block: `x + mlp(norm(x))`.
-    pub fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let normed = self.post_attention_layernorm.forward(x.clone());
-        x + self.mlp.forward(normed)
+        trace.attn_out.push(self.self_attn.o_proj().forward(heads));
     }
 }
 

@@ -10,6 +10,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::parts::Parts;
 use super::tile::{Aligned, Extent, LANES, Left, ROWS, multiply, round_up};
 use super::vector::{dot, exp, exp_shifted, max, scale};
 
@@ -36,13 +37,15 @@ pub(crate) struct Dims {
     pub(crate) scale: f32,
 }
 
-/// `q [batch, seq, heads, nope+rope]`, `kv [batch, seq, groups, nope+value]`, `k_pe [batch, seq, rope]`,
-/// `starts [batch, seq]`.
+/// `q [batch, seq, heads, nope+rope]`, `kv [batch, seq, groups, nope+value]`, `k_pe [batch, seq, rope]` in rows
+/// `k_pe_stride` apart, `starts [batch, seq]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Inputs<'a> {
     pub(crate) q: &'a [f32],
     pub(crate) kv: &'a [f32],
     pub(crate) k_pe: &'a [f32],
+    /// Distance between the shared keys of two tokens.
+    pub(crate) k_pe_stride: usize,
     pub(crate) starts: &'a [i32],
 }
 
@@ -79,8 +82,9 @@ impl Dims {
     }
 
     fn shared<'a>(self, inputs: Inputs<'a>, row: usize) -> Rows<'a> {
-        let data = if self.rope == 0 { &[] } else { &inputs.k_pe[row * self.seq * self.rope..] };
-        Rows { data, stride: self.rope, width: self.rope, count: self.seq }
+        let stride = inputs.k_pe_stride;
+        let data = if self.rope == 0 { &[] } else { &inputs.k_pe[row * self.seq * stride..] };
+        Rows { data, stride: if self.rope == 0 { 0 } else { stride }, width: self.rope, count: self.seq }
     }
 }
 
@@ -185,33 +189,6 @@ impl Sight<'_> {
             let from = (self.k0 + row).saturating_sub(self.q0).min(queries);
             Extent { inner: (from, queries), columns: width }
         }
-    }
-}
-
-/// A buffer whose rows are written by several tasks, each its own ranges.
-struct Parts<'a> {
-    start: *mut f32,
-    len: usize,
-    buffer: std::marker::PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: a `Parts` only hands out ranges through `Parts::range`, whose callers promise that no two of them overlap.
-unsafe impl Sync for Parts<'_> {}
-
-impl<'a> Parts<'a> {
-    fn new(buffer: &'a mut [f32]) -> Self {
-        Self { start: buffer.as_mut_ptr(), len: buffer.len(), buffer: std::marker::PhantomData }
-    }
-
-    /// `len` elements from `at` on.
-    ///
-    /// # Safety
-    /// While the returned slice lives, no other range that overlaps it may be asked for.
-    #[expect(clippy::mut_from_ref, reason = "tasks write disjoint ranges of one buffer")]
-    unsafe fn range(&self, at: usize, len: usize) -> &mut [f32] {
-        assert!(at <= self.len && len <= self.len - at, "range exceeds its buffer");
-        // SAFETY: in bounds by the assertion, of a buffer borrowed mutably for longer than `self`, and unaliased by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }
 }
 

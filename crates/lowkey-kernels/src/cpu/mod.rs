@@ -3,9 +3,14 @@
 //! Loops are written so that the compiler vectorises them, and run through `pulp`, which picks the widest instructions that
 //! the processor has when the program runs: one binary serves every machine. Matrix products are those of the `gemm` crate.
 
+pub(crate) mod absorbed;
 pub(crate) mod attention;
 pub(crate) mod cross_entropy;
 mod gemm;
+pub(crate) mod latent;
+pub(crate) mod linear;
+pub(crate) mod mlp;
+mod parts;
 pub(crate) mod pointwise;
 mod tile;
 mod vector;

@@ -3,10 +3,11 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::vector::{dot, exp};
+use super::linear::Tokens;
+use super::vector::{dot, dot_weighted, exp};
 
 /// Elements per parallel piece: large enough to hide the cost of handing it out.
-const PIECE: usize = 1 << 14;
+pub(super) const PIECE: usize = 1 << 14;
 
 /// `out = silu(gate) · up`
 pub(crate) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
@@ -20,32 +21,16 @@ pub(crate) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     });
 }
 
-/// `(d gate, d up)` from the gradient of the output.
-pub(crate) fn swiglu_grad(gate: &[f32], up: &[f32], grad: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
-    let arch = Arch::new();
-    let inputs = gate.par_chunks(PIECE).zip(up.par_chunks(PIECE)).zip(grad.par_chunks(PIECE));
-    let outputs = d_gate.par_chunks_mut(PIECE).zip(d_up.par_chunks_mut(PIECE));
-    outputs.zip(inputs).for_each(|((d_gate, d_up), ((gate, up), grad))| {
-        arch.dispatch(|| {
-            let outputs = d_gate.iter_mut().zip(d_up.iter_mut());
-            for ((dg, du), ((g, u), d)) in outputs.zip(gate.iter().zip(up).zip(grad)) {
-                let s = 1.0 / (1.0 + exp(-g));
-                *du = d * g * s;
-                *dg = d * u * s * (1.0 + g * (1.0 - s));
-            }
-        });
-    });
-}
-
-/// `out = x / sqrt(mean(x²) + eps) · weight`, row by row.
-pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+/// `out = x / sqrt(mean(x²) + eps) · weight · factor`, row by row; rows of `out` are `stride` apart.
+pub(crate) fn rms_norm(x: Tokens, weight: &[f32], eps: f32, factor: f32, out: &mut [f32], stride: usize) {
     let arch = Arch::new();
     let width = weight.len();
-    let rows = (PIECE / width).max(1) * width;
-    out.par_chunks_mut(rows).zip(x.par_chunks(rows)).for_each(|(out, x)| {
+    let rows = (PIECE / width).max(1);
+    out.par_chunks_mut(rows * stride).enumerate().for_each(|(piece, out)| {
         arch.dispatch(|| {
-            for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                let inv = 1.0 / (dot(x, x) / width as f32 + eps).sqrt();
+            for (i, out) in out.chunks_mut(stride).enumerate() {
+                let x = x.row(piece * rows + i, width);
+                let inv = factor / (dot(x, x) / width as f32 + eps).sqrt();
                 for (o, (x, w)) in out.iter_mut().zip(x.iter().zip(weight)) {
                     *o = x * inv * w;
                 }
@@ -54,27 +39,47 @@ pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     });
 }
 
-/// `(d x, d weight)`. With n = x·inv: `d x = inv · (w·g − n · mean(w·g·n))`, `d weight = Σ_rows g·n`.
-pub(crate) fn rms_norm_grad(x: &[f32], weight: &[f32], grad: &[f32], eps: f32, d_x: &mut [f32], d_weight: &mut [f32]) {
+/// Rows that receive a gradient, `stride` apart.
+pub(crate) struct Target<'a> {
+    pub(crate) data: &'a mut [f32],
+    pub(crate) stride: usize,
+    /// Add to what is there.
+    pub(crate) accumulate: bool,
+}
+
+/// `(d x, d weight)` of [`rms_norm`] from the gradient of its output, whose rows lie side by side. With n = x·inv:
+/// `d x = inv · (w·g − n · mean(w·g·n))`, `d weight = Σ_rows g·n`.
+pub(crate) fn rms_norm_grad(
+    x: Tokens,
+    weight: &[f32],
+    grad: &[f32],
+    eps: f32,
+    factor: f32,
+    d_x: Target,
+    d_weight: &mut [f32],
+) {
     let arch = Arch::new();
     let width = weight.len();
-    let rows = (PIECE / width).max(1) * width;
-    let pieces = d_x.par_chunks_mut(rows).zip(x.par_chunks(rows)).zip(grad.par_chunks(rows));
+    let rows = (PIECE / width).max(1);
+    let Target { data, stride, accumulate } = d_x;
     // Partial sums per piece, added in order afterwards: the result does not depend on which thread was first.
-    let partial: Vec<Vec<f32>> = pieces
-        .map(|((d_x, x), grad)| {
+    let partial: Vec<Vec<f32>> = data
+        .par_chunks_mut(rows * stride)
+        .zip(grad.par_chunks(rows * width))
+        .enumerate()
+        .map(|(piece, (d_x, grad))| {
             let mut sum = vec![0.0; width];
             arch.dispatch(|| {
-                let rows = d_x.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(grad.chunks_exact(width));
-                for ((d_x, x), grad) in rows {
+                for (i, (d_x, grad)) in d_x.chunks_mut(stride).zip(grad.chunks_exact(width)).enumerate() {
+                    let x = x.row(piece * rows + i, width);
                     let inv = 1.0 / (dot(x, x) / width as f32 + eps).sqrt();
-                    for (d, (g, w)) in d_x.iter_mut().zip(grad.iter().zip(weight)) {
-                        *d = g * w;
-                    }
-                    let pull = dot(d_x, x) * inv * inv / width as f32;
-                    for ((d, x), (g, sum)) in d_x.iter_mut().zip(x).zip(grad.iter().zip(sum.iter_mut())) {
+                    let pull = dot_weighted(grad, x, weight) * inv * inv / width as f32;
+                    let inv = inv * factor;
+                    let inputs = x.iter().zip(grad.iter().zip(weight));
+                    for ((d, sum), (x, (g, w))) in d_x.iter_mut().zip(sum.iter_mut()).zip(inputs) {
                         *sum += g * x * inv;
-                        *d = inv * (*d - x * pull);
+                        let new = inv * (g * w - x * pull);
+                        *d = if accumulate { *d + new } else { new };
                     }
                 }
             });
@@ -87,6 +92,15 @@ pub(crate) fn rms_norm_grad(x: &[f32], weight: &[f32], grad: &[f32], eps: f32, d
             *d += s;
         }
     }
+}
+
+/// Cosines and sines, `[table rows, half]`; token `t` uses row `t % table rows`.
+#[derive(Clone, Copy)]
+pub(crate) struct Table<'a> {
+    pub(crate) cos: &'a [f32],
+    pub(crate) sin: &'a [f32],
+    /// Pairs that are rotated.
+    pub(crate) half: usize,
 }
 
 /// Which way [`rotate`] turns, and in which order the components lie before and after.
@@ -102,17 +116,27 @@ pub(crate) enum Turn {
     PairsBack,
 }
 
+impl Turn {
+    /// The turn from adjacent pairs (`interleaved`) or halves, or the map back.
+    pub(crate) fn new(interleaved: bool, back: bool) -> Self {
+        match (interleaved, back) {
+            (false, false) => Self::Halves,
+            (true, false) => Self::Pairs,
+            (false, true) => Self::HalvesBack,
+            (true, true) => Self::PairsBack,
+        }
+    }
+}
+
 /// Rotates `2·half` components of each head from component `from` on; copies the others.
 ///
-/// `x` and `out [tokens, heads, width]`; `cos` and `sin [table rows, half]`, token `t` using row `t % table rows`.
-pub(crate) fn rotate(
-    x: &[f32],
-    cos: &[f32],
-    sin: &[f32],
-    [heads, width, half, from]: [usize; 4],
-    turn: Turn,
-    out: &mut [f32],
-) {
+/// `x` and `out [tokens, heads, width]`.
+pub(crate) fn rotate(x: &[f32], table: Table, [heads, width, from]: [usize; 3], turn: Turn, out: &mut [f32]) {
+    let Table { cos, sin, half } = table;
+    if half == 0 {
+        out.copy_from_slice(x);
+        return;
+    }
     let arch = Arch::new();
     let token = heads * width;
     let table_rows = cos.len() / half;

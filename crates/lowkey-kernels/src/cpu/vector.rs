@@ -77,6 +77,22 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + rest_a.iter().zip(rest_b).map(|(x, y)| x * y).sum::<f32>()
 }
 
+/// Σ a·b·weight
+#[inline(always)]
+pub(crate) fn dot_weighted(a: &[f32], b: &[f32], weight: &[f32]) -> f32 {
+    let (chunks_a, rest_a) = a.as_chunks::<LANES>();
+    let (chunks_b, rest_b) = b.as_chunks::<LANES>();
+    let (chunks_w, rest_w) = weight.as_chunks::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for ((x, y), w) in chunks_a.iter().zip(chunks_b).zip(chunks_w) {
+        for (lane, ((x, y), w)) in lanes.iter_mut().zip(x.iter().zip(y).zip(w)) {
+            *lane += x * y * w;
+        }
+    }
+    let rest = rest_a.iter().zip(rest_b).zip(rest_w).map(|((x, y), w)| x * y * w);
+    lanes.iter().sum::<f32>() + rest.sum::<f32>()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,6 +113,7 @@ mod tests {
             let a: Vec<f32> = (0..len).map(|i| ((i * 37 % 11) as f32) - 5.0).collect();
             let naive: f32 = a.iter().map(|x| x * x).sum();
             assert_eq!(dot(&a, &a), naive);
+            assert_eq!(dot_weighted(&a, &a, &vec![2.0; len]), 2.0 * naive);
             assert_eq!(max(&a), a.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             let mut b = a.clone();
             let sum = exp_shifted(&mut b, 1.0);

@@ -20,11 +20,8 @@ fn attend(block: &Block, x: Tensor<3>, context: &Context) -> Tensor<3> {
     let mask = Mask::documents(&context.document_starts, seq, &x.device());
     let [causal, masked] = match &block.self_attn {
         Attention::Mla(mla) => {
-            let (latent, queries) = (mla.latent(x.clone(), &context.rope), mla.queries(x, &context.rope));
-            [
-                mla.attend_causal(queries.clone(), latent.clone(), &context.document_starts),
-                mla.attend_expanded(queries, latent, &mask),
-            ]
+            let (latent, queries) = (mla.latent(x.clone(), &context.rope), mla.queries(x.clone(), &context.rope));
+            [mla.attend_causal(x, &context.rope, &context.document_starts), mla.attend_expanded(queries, latent, &mask)]
         }
         Attention::Grouped(grouped) => {
             let (kv, q) = (grouped.key_value(x.clone(), &context.rope), grouped.queries(x, &context.rope));
@@ -133,7 +130,7 @@ fn absorbed_attention_is_expanded_attention() {
             let (latent, queries) = (mla.latent(x.clone(), &rope), mla.queries(x.clone(), &rope));
             let whole = Mask::causal(11, 11, 0, &device);
             let expanded = mla.attend_expanded(queries.clone(), latent.clone(), &whole);
-            let absorbed = mla.attend_absorbed(queries, latent.clone(), &whole);
+            let absorbed = mla.attend_absorbed(queries, latent.clone(), &[0, 0]);
             let spread = values(expanded.clone()).iter().fold(0f32, |m, x| m.max(x.abs()));
             let error = distance(&values(expanded.clone()), &values(absorbed));
             assert!(error < 2e-5 * spread.max(1.0), "{kind}, scale {latent_scale}: off by {error}");
@@ -144,7 +141,7 @@ fn absorbed_attention_is_expanded_attention() {
             for mask in [Mask::causal(3, 11, 8, &device), Mask::cached(&[8, 8], 3, 11, &device)] {
                 for out in [
                     mla.attend_expanded(queries.clone(), latent.clone(), &mask),
-                    mla.attend_absorbed(queries.clone(), latent.clone(), &mask),
+                    mla.attend_absorbed(queries.clone(), latent.clone(), &[8, 8]),
                 ] {
                     let error = distance(&values(out), &values(expanded.clone().narrow(1, 8, 3)));
                     assert!(error < 2e-5 * spread.max(1.0), "{kind}, scale {latent_scale}: a chunk is off by {error}");
@@ -166,9 +163,9 @@ fn the_latent_scale_multiplies_the_normed_latent() {
         mla.latent(x.clone(), &rope)
     };
     let (plain, scaled) = (latent(&plain), latent(&scaled));
-    let expected = plain.c_kv * (12f64 / 9.0).sqrt();
-    scaled.c_kv.into_data().assert_approx_eq::<f32>(&expected.into_data(), Tolerance::absolute(1e-6));
-    assert_eq!(values(scaled.k_pe.unwrap()), values(plain.k_pe.unwrap()), "the shared key is not scaled");
+    let expected = plain.c_kv() * (12f64 / 9.0).sqrt();
+    scaled.c_kv().into_data().assert_approx_eq::<f32>(&expected.into_data(), Tolerance::absolute(1e-6));
+    assert_eq!(values(scaled.k_pe().unwrap()), values(plain.k_pe().unwrap()), "the shared key is not scaled");
 }
 
 #[test]
@@ -197,9 +194,9 @@ fn rows_may_have_positions_of_their_own() {
     let model = scrambled(&fixtures::mla_with(|_| ()), 15, &device);
     let Attention::Mla(mla) = &model.model.layers[0].self_attn else { panic!("no MLA") };
     let x = random(16, [2, 3, 12], &device);
-    let both = mla.latent(x.clone(), &model.rope_table(&[vec![0, 1, 2], vec![7, 8, 9]], &device)).k_pe.unwrap();
+    let both = mla.latent(x.clone(), &model.rope_table(&[vec![0, 1, 2], vec![7, 8, 9]], &device)).k_pe().unwrap();
     for (row, positions) in [(0, vec![0, 1, 2]), (1, vec![7, 8, 9])] {
-        let one = mla.latent(x.clone().narrow(0, row, 1), &model.rope_table(&[positions], &device)).k_pe.unwrap();
+        let one = mla.latent(x.clone().narrow(0, row, 1), &model.rope_table(&[positions], &device)).k_pe().unwrap();
         assert_eq!(values(both.clone().narrow(0, row, 1)), values(one));
     }
 }
@@ -257,7 +254,7 @@ fn the_largest_logit_is_found_among_pairs_that_may_see_each_other() {
     let rope = model.rope_table(&[(0..6).collect()], &device);
     let (latent, queries) = (mla.latent(x.clone(), &rope), mla.queries(x, &rope));
     let (k, _) = mla.expand(latent.clone());
-    let (k, q) = (values(k), values(queries.clone()));
+    let (k, q) = (values(k), values(queries.clone().swap_dims(1, 2)));
     let mut largest = f32::NEG_INFINITY;
     for head in 0..3 {
         for t in 0..6 {

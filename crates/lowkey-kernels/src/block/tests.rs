@@ -1,0 +1,240 @@
+//! The parts of a block against their references: values and all gradients, on odd shapes.
+
+use super::*;
+use crate::fixtures::{Leaf, assert_close, compare, device, host, random};
+use burn::tensor::{Device, Distribution};
+
+#[test]
+fn linear_agrees_on_whole_tensors_and_on_views() {
+    device().seed(21);
+    for [batch, seq, d_in, d_out] in [[1, 1, 1, 1], [2, 3, 37, 5], [1, 7, 24, 67], [3, 85, 20, 33], [1, 8, 300, 310]] {
+        let (wide, w) = (random([batch, seq, d_in + 3], 1.0), random([d_out, d_in], 1.0));
+        let bias = random([d_out], 1.0);
+        let inputs =
+            [("x", Leaf::Three(wide.clone())), ("weight", Leaf::Two(w.clone())), ("bias", Leaf::One(bias.clone()))];
+        let x = || wide.clone().narrow(2, 2, d_in);
+        let plain = || reference::linear(x(), w.clone()) + bias.clone().unsqueeze::<3>();
+        compare("linear", &inputs, || linear(x(), w.clone(), Some(bias.clone())), plain);
+        let residual = random([batch, seq, d_out], 1.0);
+        let inputs = [
+            ("residual", Leaf::Three(residual.clone())),
+            ("x", Leaf::Three(wide.clone())),
+            ("weight", Leaf::Two(w.clone())),
+        ];
+        compare(
+            "add_linear",
+            &inputs,
+            || add_linear(residual.clone(), x(), w.clone(), None),
+            || residual.clone() + reference::linear(x(), w.clone()),
+        );
+    }
+}
+
+#[test]
+fn a_sum_does_not_write_over_a_residual_that_is_still_needed() {
+    device().seed(22);
+    let plain = device().inner();
+    let random = |shape: [usize; 3]| Tensor::<3>::random(shape, Distribution::Normal(0.0, 1.0), &plain);
+    let (residual, x) = (random([1, 9, 4]), random([1, 9, 5]));
+    let w = random([1, 4, 5]).squeeze_dim::<2>(0);
+    let before = host(residual.clone());
+    let first = host(add_linear(residual.clone(), x.clone(), w.clone(), None));
+    assert_eq!(host(residual.clone()), before);
+    assert_eq!(host(add_linear(residual, x, w, None)), first);
+}
+
+fn mlp(d: usize, f: usize) -> MlpWeights {
+    MlpWeights { norm: random([d], 1.0), gate: random([f, d], 0.5), up: random([f, d], 0.5), down: random([d, f], 0.5) }
+}
+
+#[test]
+fn gated_mlp_agrees() {
+    device().seed(23);
+    for ([batch, seq, d, f], eps) in
+        [([1, 1, 1, 1], 1e-6), ([2, 3, 37, 5], 1e-2), ([1, 7, 24, 67], 1e-6), ([3, 85, 20, 33], 1e-5)]
+    {
+        let (x, w) = (random([batch, seq, d], 3.0), mlp(d, f));
+        let inputs = [
+            ("x", Leaf::Three(x.clone())),
+            ("norm", Leaf::One(w.norm.clone())),
+            ("gate", Leaf::Two(w.gate.clone())),
+            ("up", Leaf::Two(w.up.clone())),
+            ("down", Leaf::Two(w.down.clone())),
+        ];
+        compare(
+            &format!("gated_mlp {batch} {seq} {d} {f}"),
+            &inputs,
+            || gated_mlp(x.clone(), w.clone(), eps),
+            || reference::gated_mlp(x.clone(), w.clone(), eps),
+        );
+    }
+}
+
+#[test]
+fn gated_mlp_survives_extreme_gates() {
+    let leaf = |values: [f32; 1]| Tensor::<1>::from_floats(values, &device());
+    for gate in [1e4, -1e4, 88.0, -88.0, 0.0] {
+        let x = leaf([1.0]).reshape([1, 1, 1]).require_grad();
+        let one = || leaf([1.0]).reshape([1, 1]);
+        let weights =
+            MlpWeights { norm: leaf([1.0]), gate: leaf([gate]).reshape([1, 1]).require_grad(), up: one(), down: one() };
+        let gate_weight = weights.gate.clone();
+        let y = gated_mlp(x.clone(), weights, 0.0);
+        let expected = 1.0 + gate.max(0.0);
+        assert!((host(y.clone())[0] - expected).abs() <= 1e-4 * expected, "gate {gate}: {:?}", host(y.clone()));
+        let grads = y.sum().backward();
+        assert!(host(x.grad(&grads).unwrap())[0].is_finite());
+        let slope = host(gate_weight.grad(&grads).unwrap())[0];
+        assert!(
+            (slope
+                - if gate > 0.0 {
+                    1.0
+                } else if gate < 0.0 {
+                    0.0
+                } else {
+                    0.5
+                })
+            .abs()
+                < 1e-5,
+            "{slope}"
+        );
+    }
+}
+
+/// Sizes with their queries, latents and weights; positions begin far from 0.
+struct Case {
+    dims: MlaDims,
+    q: Tensor<4>,
+    kv_a: Tensor<3>,
+    weights: LatentWeights,
+}
+
+impl Case {
+    fn new([batch, seq]: [usize; 2], heads: usize, [nope, rope, value, rank]: [usize; 4], interleave: bool) -> Self {
+        let dims =
+            MlaDims { heads, nope, rope, value, rank, scale: 0.3, latent_scale: 1.25, latent_eps: 1e-3, interleave };
+        let angles: Vec<f32> =
+            (0..seq).flat_map(|t| (0..rope / 2).map(move |i| (5000 + t) as f32 / 10f32.powi(i as i32))).collect();
+        let angles = Tensor::<1>::from_floats(angles.as_slice(), &device()).reshape([1, seq, 1, rope / 2]);
+        Self {
+            dims,
+            q: random([batch, seq, heads, nope + rope], 1.0),
+            kv_a: random([batch, seq, rank + rope], 1.0),
+            weights: LatentWeights {
+                norm: random([rank], 1.0),
+                kv_b: random([heads * (nope + value), rank], 0.2),
+                cos: angles.clone().cos(),
+                sin: angles.sin(),
+            },
+        }
+    }
+
+    fn compare(&self, starts: &[u32]) {
+        let Self { dims, q, kv_a, weights } = self;
+        let inputs = [
+            ("q", Leaf::Four(q.clone())),
+            ("kv_a", Leaf::Three(kv_a.clone())),
+            ("norm", Leaf::One(weights.norm.clone())),
+            ("kv_b", Leaf::Two(weights.kv_b.clone())),
+        ];
+        compare(
+            &format!("latent attention {:?} {dims:?}", q.dims()),
+            &inputs,
+            || latent_attention(q.clone(), kv_a.clone(), weights.clone(), starts, *dims),
+            || reference::latent_attention(q.clone(), kv_a.clone(), weights.clone(), starts, *dims),
+        );
+    }
+}
+
+#[test]
+fn latent_attention_agrees_at_every_length_width_and_pairing() {
+    device().seed(24);
+    for seq in [1, 7, 255, 257] {
+        Case::new([2, seq], 3, [24, 12, 12, 20], seq % 2 == 0).compare(&vec![0; 2 * seq]);
+    }
+    for (sizes, interleave) in
+        [([5, 4, 7, 3], true), ([5, 4, 7, 3], false), ([8, 0, 6, 16], false), ([1, 2, 1, 1], true)]
+    {
+        Case::new([2, 33], 2, sizes, interleave).compare(&[0; 66]);
+    }
+    let starts: Vec<u32> = (0..260)
+        .map(|t| {
+            if t < 100 {
+                0
+            } else if t < 193 {
+                100
+            } else {
+                193
+            }
+        })
+        .collect();
+    Case::new([1, 260], 3, [8, 4, 6, 9], true).compare(&starts);
+}
+
+#[test]
+fn absorbed_attention_agrees_for_one_query_and_for_many() {
+    device().seed(25);
+    let plain = &Device::flex();
+    let random = |n: usize| Tensor::<1>::random([n], Distribution::Normal(0.0, 1.0), plain);
+    for (seq, heads, [nope, rope, value, rank]) in [
+        (1, 1, [1, 0, 1, 1]),
+        (1, 16, [32, 16, 32, 128]),
+        (1, 3, [24, 12, 12, 20]),
+        (5, 3, [24, 12, 12, 20]),
+        (30, 7, [4, 2, 3, 16]),
+    ] {
+        let dims = MlaDims {
+            heads,
+            nope,
+            rope,
+            value,
+            rank,
+            scale: 0.3,
+            latent_scale: 1.0,
+            latent_eps: 1e-6,
+            interleave: false,
+        };
+        for (offsets, capacity) in [(vec![0], 30), (vec![127], 200), (vec![128, 3, 700], 800)] {
+            let (batch, width) = (offsets.len(), rank + rope);
+            let keys = offsets.iter().max().unwrap() + seq;
+            let q = random(batch * seq * heads * (nope + rope)).reshape([batch, seq, heads, nope + rope]);
+            // The filled part of a longer buffer, as a cache gives it.
+            let cache = random(batch * capacity * width).reshape([batch, capacity, width]).narrow(1, 0, keys);
+            let kv_b = random(heads * (nope + value) * rank).reshape([heads * (nope + value), rank]);
+            let expected = reference::absorbed_attention(q.clone(), cache.clone(), kv_b.clone(), &offsets, dims);
+            for threads in [1, 2] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let found = pool.install(|| absorbed_attention(q.clone(), cache.clone(), kv_b.clone(), &offsets, dims));
+                let what = format!("absorbed {seq} {heads} {offsets:?} on {threads}");
+                assert_close(&what, host(found), host(expected.clone()));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_matter() {
+    device().seed(26);
+    let case = Case::new([1, 257], 4, [12, 4, 10, 20], false);
+    let (x, weights) = (random([1, 257, 40], 1.0), mlp(40, 100));
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let Case { dims, q, kv_a, weights: latent } = &case;
+            let out = latent_attention(q.clone(), kv_a.clone(), latent.clone(), &[0; 257], *dims);
+            let y = gated_mlp(x.clone(), weights.clone(), 1e-6);
+            let grads = (out.clone().sum() + y.clone().sum()).backward();
+            [
+                host(out),
+                host(y),
+                host(kv_a.grad(&grads).unwrap()),
+                host(latent.kv_b.grad(&grads).unwrap()),
+                host(x.grad(&grads).unwrap()),
+                host(weights.gate.grad(&grads).unwrap()),
+            ]
+        })
+    };
+    let one = run(1);
+    assert_eq!(one, run(1));
+    assert_eq!(one, run(3));
+}

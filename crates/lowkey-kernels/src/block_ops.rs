@@ -1,0 +1,290 @@
+//! The parts of a decoder block as operations with a backward pass of their own: what they save, and what they form anew.
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Autodiff, AutodiffBackend, Backend, backend_extension};
+
+use crate::block::MlaDims;
+use crate::ops::register;
+
+/// Forward operations, dispatched to the backend of their arguments.
+#[backend_extension(Autodiff, Flex)]
+pub(crate) trait BlockOps: Backend {
+    /// `x Wᵀ` for `x [batch, seq, d_in]`, `weight [d_out, d_in]`.
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `residual + x Wᵀ`, `residual [batch, seq, d_out]`.
+    fn add_project(residual: FloatTensor<Self>, x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `x + down(silu(gate n) · up n)`, `n = RMSNorm(x)`, for `x [batch, seq, d]`, `norm [d]`, `gate`, `up [f, d]`,
+    /// `down [d, f]`.
+    fn gated_mlp(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        eps: f64,
+    ) -> FloatTensor<Self>;
+
+    /// Multi-head Latent Attention over whole sequences, `[batch, seq, H·V]`; see [`crate::latent_attention`].
+    fn latent_attention(
+        q: FloatTensor<Self>,
+        kv_a: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        starts: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self>;
+
+    /// The absorbed form against a cache, `[batch, seq, H·V]`, without a gradient; see [`crate::absorbed_attention`].
+    fn absorbed_attention(
+        q: FloatTensor<Self>,
+        cache: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self>;
+}
+
+/// What the backward passes need from a backend.
+pub(crate) trait BlockGradients: BlockOps {
+    /// `(d x, d weight)` of [`BlockOps::project`].
+    fn project_grad(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// [`BlockOps::gated_mlp`] with the two inner activations, `[batch, seq, f]`.
+    fn gated_mlp_saving(x: FloatTensor<Self>, weights: MlpWeights<Self>, eps: f64) -> [FloatTensor<Self>; 3];
+
+    /// Gradients of `x, norm, gate, up, down`; consumes the inner activations.
+    fn gated_mlp_grad(saved: MlpState<Self>, grad: FloatTensor<Self>, eps: f64) -> [FloatTensor<Self>; 5];
+
+    /// [`BlockOps::latent_attention`] with the log-sum-exp of each query's scores, `[batch, H, seq]`.
+    fn latent_attention_saving(inputs: LatentInputs<Self>) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Gradients of `q, kv_a, norm, kv_b`.
+    fn latent_attention_grad(saved: LatentState<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 4];
+}
+
+/// Norm, gate, up and down of a feed-forward layer.
+pub(crate) type MlpWeights<B> = [FloatTensor<B>; 4];
+
+/// What the forward pass of a feed-forward layer keeps.
+pub(crate) struct MlpState<B: Backend> {
+    /// Input.
+    pub(crate) x: FloatTensor<B>,
+    /// Weights.
+    pub(crate) weights: MlpWeights<B>,
+    /// `gate n` and `up n`.
+    pub(crate) inner: [FloatTensor<B>; 2],
+}
+
+/// Arguments of a latent attention.
+pub(crate) struct LatentInputs<B: Backend> {
+    /// Rotated queries.
+    pub(crate) q: FloatTensor<B>,
+    /// Latent before its norm, shared key before its rotation.
+    pub(crate) kv_a: FloatTensor<B>,
+    /// Gain of the latent's norm.
+    pub(crate) norm: FloatTensor<B>,
+    /// W_UK and W_UV.
+    pub(crate) kv_b: FloatTensor<B>,
+    /// Cosines.
+    pub(crate) cos: FloatTensor<B>,
+    /// Sines.
+    pub(crate) sin: FloatTensor<B>,
+    /// Document starts.
+    pub(crate) starts: IntTensor<B>,
+    /// Sizes and factors.
+    pub(crate) dims: MlaDims,
+}
+
+/// What the forward pass of a latent attention keeps: no keys, no values.
+pub(crate) struct LatentState<B: Backend> {
+    /// Its arguments.
+    pub(crate) inputs: LatentInputs<B>,
+    /// Output.
+    pub(crate) out: FloatTensor<B>,
+    /// Log-sum-exp of the scores.
+    pub(crate) lse: FloatTensor<B>,
+}
+
+impl<B: Backend> Clone for MlpState<B> {
+    fn clone(&self) -> Self {
+        Self { x: self.x.clone(), weights: self.weights.clone(), inner: self.inner.clone() }
+    }
+}
+
+impl<B: Backend> Clone for LatentInputs<B> {
+    fn clone(&self) -> Self {
+        Self {
+            q: self.q.clone(),
+            kv_a: self.kv_a.clone(),
+            norm: self.norm.clone(),
+            kv_b: self.kv_b.clone(),
+            cos: self.cos.clone(),
+            sin: self.sin.clone(),
+            starts: self.starts.clone(),
+            dims: self.dims,
+        }
+    }
+}
+
+impl<B: Backend> Clone for LatentState<B> {
+    fn clone(&self) -> Self {
+        Self { inputs: self.inputs.clone(), out: self.out.clone(), lse: self.lse.clone() }
+    }
+}
+
+impl<B: Backend> std::fmt::Debug for MlpState<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MlpState").finish_non_exhaustive()
+    }
+}
+
+impl<B: Backend> std::fmt::Debug for LatentState<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LatentState").field("dims", &self.inputs.dims).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+struct Project;
+
+impl<B: BlockGradients> Backward<B, 2> for Project {
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let (d_x, d_weight) = B::project_grad(ops.state.0, ops.state.1, grad);
+        register::<B, 2>(grads, ops.parents.map(|node| node.map(|node| node.id)), [d_x, d_weight]);
+    }
+}
+
+#[derive(Debug)]
+struct AddProject;
+
+impl<B: BlockGradients> Backward<B, 3> for AddProject {
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let (d_x, d_weight) = B::project_grad(ops.state.0, ops.state.1, grad.clone());
+        register::<B, 3>(grads, ops.parents.map(|node| node.map(|node| node.id)), [grad, d_x, d_weight]);
+    }
+}
+
+#[derive(Debug)]
+struct GatedMlp {
+    eps: f64,
+}
+
+impl<B: BlockGradients> Backward<B, 5> for GatedMlp {
+    type State = MlpState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 5>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let gradients = B::gated_mlp_grad(ops.state, grad, self.eps);
+        register::<B, 5>(grads, ops.parents.map(|node| node.map(|node| node.id)), gradients);
+    }
+}
+
+#[derive(Debug)]
+struct LatentAttention;
+
+impl<B: BlockGradients> Backward<B, 4> for LatentAttention {
+    type State = LatentState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let gradients = B::latent_attention_grad(ops.state, grad);
+        register::<B, 4>(grads, ops.parents.map(|node| node.map(|node| node.id)), gradients);
+    }
+}
+
+impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let prep = Project.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
+        let (x, weight) = (x.into_primitive(), weight.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone()), B::project(x, weight)),
+            OpsKind::UnTracked(prep) => prep.finish(B::project(x, weight)),
+        }
+    }
+
+    fn add_project(residual: FloatTensor<Self>, x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let nodes = [residual.node(), x.node(), weight.node()];
+        let prep = AddProject.prepare::<C>(nodes).compute_bound().stateful();
+        let (residual, x, weight) = (residual.into_primitive(), x.into_primitive(), weight.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone()), B::add_project(residual, x, weight)),
+            OpsKind::UnTracked(prep) => prep.finish(B::add_project(residual, x, weight)),
+        }
+    }
+
+    fn gated_mlp(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        eps: f64,
+    ) -> FloatTensor<Self> {
+        let nodes = [x.node(), norm.node(), gate.node(), up.node(), down.node()];
+        let prep = GatedMlp { eps }.prepare::<C>(nodes).compute_bound().stateful();
+        let x = x.into_primitive();
+        let weights = [norm, gate, up, down].map(|weight| weight.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => {
+                let [out, gate, up] = B::gated_mlp_saving(x.clone(), weights.clone(), eps);
+                prep.finish(MlpState { x, weights, inner: [gate, up] }, out)
+            }
+            OpsKind::UnTracked(prep) => {
+                let [norm, gate, up, down] = weights;
+                prep.finish(B::gated_mlp(x, norm, gate, up, down, eps))
+            }
+        }
+    }
+
+    fn latent_attention(
+        q: FloatTensor<Self>,
+        kv_a: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        starts: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self> {
+        let nodes = [q.node(), kv_a.node(), norm.node(), kv_b.node()];
+        let prep = LatentAttention.prepare::<C>(nodes).compute_bound().stateful();
+        let [q, kv_a, norm, kv_b, cos, sin] = [q, kv_a, norm, kv_b, cos, sin].map(|tensor| tensor.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => {
+                let inputs = LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims };
+                let (out, lse) = B::latent_attention_saving(inputs.clone());
+                prep.finish(LatentState { inputs, out: out.clone(), lse }, out)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::latent_attention(q, kv_a, norm, kv_b, cos, sin, starts, dims)),
+        }
+    }
+
+    fn absorbed_attention(
+        q: FloatTensor<Self>,
+        cache: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self> {
+        let [q, cache, kv_b] = [q, cache, kv_b].map(|tensor| tensor.into_primitive());
+        Self::from_inner(B::absorbed_attention(q, cache, kv_b, offsets, dims))
+    }
+}

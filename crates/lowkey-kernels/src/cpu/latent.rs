@@ -1,0 +1,123 @@
+//! Multi-head Latent Attention from the projected latent to the heads' outputs, as one operation.
+//!
+//! The latent's norm, the shared key's rotation and the keys and values of all heads are computed for as long as the attention
+//! runs, and again in the backward pass: what is kept per token is the latent (L + R numbers), the queries and the output.
+
+use super::attention::{self, Dims};
+use super::linear::{Tokens, input_gradient, project, weight_gradient};
+use super::pointwise::{self, Table, Target, Turn};
+
+/// Sizes and factors of one latent attention.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) attention: Dims,
+    /// Width of the latent.
+    pub(crate) rank: usize,
+    /// Factor on the normalised latent.
+    pub(crate) latent_scale: f32,
+    pub(crate) eps: f32,
+    /// Whether the shared key comes as adjacent pairs.
+    pub(crate) interleaved: bool,
+}
+
+/// `q [batch, seq, heads, nope+rope]`, rotated; `kv_a [batch, seq, rank+rope]`: latent before its norm, shared key before its
+/// rotation; `norm [rank]`; `kv_b [heads(nope+value), rank]`; cosines and sines; `starts [batch, seq]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a> {
+    pub(crate) q: &'a [f32],
+    pub(crate) kv_a: &'a [f32],
+    pub(crate) norm: &'a [f32],
+    pub(crate) kv_b: &'a [f32],
+    pub(crate) table: Table<'a>,
+    pub(crate) starts: &'a [i32],
+}
+
+/// What [`Inputs::expand`] makes of the latents.
+struct Expanded {
+    /// Normalised latent and rotated shared key, `[batch, seq, rank+rope]`.
+    latent: Vec<f32>,
+    /// Keys without position and values, `[batch, seq, heads, nope+value]`.
+    kv: Vec<f32>,
+}
+
+impl Shape {
+    fn width(self) -> usize {
+        self.rank + self.attention.rope
+    }
+
+    fn turn(self, back: bool) -> Turn {
+        Turn::new(self.interleaved, back)
+    }
+
+    fn latents(self, latent: &[f32]) -> Tokens<'_> {
+        Tokens { data: latent, count: latent.len() / self.width(), stride: self.width() }
+    }
+}
+
+impl<'a> Inputs<'a> {
+    fn expand(self, shape: Shape) -> Expanded {
+        let Shape { rank, latent_scale, eps, .. } = shape;
+        let mut latent = vec![0.0; self.kv_a.len()];
+        let sizes = [1, shape.width(), rank];
+        pointwise::rotate(self.kv_a, self.table, sizes, shape.turn(false), &mut latent);
+        let raw = shape.latents(self.kv_a);
+        pointwise::rms_norm(raw, self.norm, eps, latent_scale, &mut latent, shape.width());
+        let tokens = shape.latents(&latent);
+        let mut kv = vec![0.0; tokens.count * self.kv_b.len() / rank];
+        project(tokens, self.kv_b, rank, &mut kv, false);
+        Expanded { latent, kv }
+    }
+
+    fn attention<'b>(self, shape: Shape, expanded: &'b Expanded) -> attention::Inputs<'b>
+    where
+        'a: 'b,
+    {
+        attention::Inputs {
+            q: self.q,
+            kv: &expanded.kv,
+            k_pe: &expanded.latent[shape.rank..],
+            k_pe_stride: shape.width(),
+            starts: self.starts,
+        }
+    }
+}
+
+/// Writes `out [batch, seq, heads, value]` and `lse [batch, heads, seq]`.
+pub(crate) fn forward(shape: Shape, inputs: Inputs, out: &mut [f32], lse: &mut [f32]) {
+    let expanded = inputs.expand(shape);
+    attention::forward(shape.attention, inputs.attention(shape, &expanded), out, lse);
+}
+
+/// Gradients of [`forward`], laid out as the inputs.
+pub(crate) struct Gradients<'a> {
+    pub(crate) q: &'a mut [f32],
+    pub(crate) kv_a: &'a mut [f32],
+    pub(crate) norm: &'a mut [f32],
+    pub(crate) kv_b: &'a mut [f32],
+}
+
+/// Fills `gradients` from what [`forward`] wrote and the gradient of its output.
+pub(crate) fn backward(shape: Shape, inputs: Inputs, saved: attention::Saved, gradients: Gradients) {
+    let Shape { attention: dims, rank, latent_scale, eps, .. } = shape;
+    let expanded = inputs.expand(shape);
+    let tokens = dims.batch * dims.seq;
+    let mut d_kv = vec![0.0; expanded.kv.len()];
+    let mut d_k_pe = vec![0.0; tokens * dims.rope];
+    let parts = attention::Gradients { d_q: gradients.q, d_kv: &mut d_kv, d_k_pe: &mut d_k_pe };
+    attention::backward(dims, inputs.attention(shape, &expanded), saved, parts);
+    let Expanded { latent, kv } = expanded;
+    drop(kv);
+    weight_gradient(&d_kv, shape.latents(&latent), rank, gradients.kv_b);
+    let mut d_latent = vec![0.0; tokens * rank];
+    input_gradient(&d_kv, inputs.kv_b, rank, &mut d_latent, false);
+    let raw = shape.latents(inputs.kv_a);
+    let into = Target { data: gradients.kv_a, stride: shape.width(), accumulate: false };
+    pointwise::rms_norm_grad(raw, inputs.norm, &d_latent, eps, latent_scale, into, gradients.norm);
+    if dims.rope > 0 {
+        let mut turned = vec![0.0; d_k_pe.len()];
+        pointwise::rotate(&d_k_pe, inputs.table, [1, dims.rope, 0], shape.turn(true), &mut turned);
+        for (row, turned) in gradients.kv_a.chunks_exact_mut(shape.width()).zip(turned.chunks_exact(dims.rope)) {
+            row[rank..].copy_from_slice(turned);
+        }
+    }
+}

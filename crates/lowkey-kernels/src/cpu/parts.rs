@@ -1,0 +1,28 @@
+//! One buffer, several writers.
+
+/// A buffer whose parts are written by several tasks, each its own ranges.
+pub(super) struct Parts<'a> {
+    start: *mut f32,
+    len: usize,
+    buffer: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a `Parts` only hands out ranges through `Parts::range`, whose callers promise that no two of them overlap.
+unsafe impl Sync for Parts<'_> {}
+
+impl<'a> Parts<'a> {
+    pub(super) fn new(buffer: &'a mut [f32]) -> Self {
+        Self { start: buffer.as_mut_ptr(), len: buffer.len(), buffer: std::marker::PhantomData }
+    }
+
+    /// `len` elements from `at` on.
+    ///
+    /// # Safety
+    /// While the returned slice lives, no other range that overlaps it may be asked for.
+    #[expect(clippy::mut_from_ref, reason = "tasks write disjoint ranges of one buffer")]
+    pub(super) unsafe fn range(&self, at: usize, len: usize) -> &mut [f32] {
+        assert!(at <= self.len && len <= self.len - at, "range exceeds its buffer");
+        // SAFETY: in bounds by the assertion, of a buffer borrowed mutably for longer than `self`, and unaliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
+    }
+}

@@ -1,0 +1,60 @@
+//! What the tests of operations share: random leaves, and the comparison of values and gradients.
+
+use burn::tensor::{Device, Distribution, Tensor};
+
+pub(crate) fn device() -> Device {
+    Device::flex().autodiff()
+}
+
+pub(crate) fn random<const D: usize>(shape: [usize; D], spread: f64) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, spread), &device()).require_grad()
+}
+
+pub(crate) fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.try_into_vec_as::<f32>().unwrap()
+}
+
+pub(crate) fn assert_close(what: &str, found: Vec<f32>, expected: Vec<f32>) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let square = |x: f32| f64::from(x).powi(2);
+    let off: f64 = found.iter().zip(&expected).map(|(a, b)| square(a - b)).sum();
+    let size: f64 = expected.iter().map(|x| square(*x)).sum();
+    assert!(off.is_finite(), "{what}: not finite");
+    assert!(off.sqrt() <= 1e-5 * size.sqrt().max(0.1), "{what}: relative error {:.1e}", (off / size).sqrt());
+}
+
+/// Compares values, and gradients under one random weighting of the outputs.
+pub(crate) fn compare<const N: usize, const D: usize>(
+    what: &str,
+    inputs: &[(&str, Leaf)],
+    fused: impl Fn() -> Tensor<N>,
+    plain: impl Fn() -> Tensor<D>,
+) {
+    let (a, b) = (fused(), plain());
+    let weights: Tensor<1> = Tensor::random([a.shape().num_elements()], Distribution::Normal(0.0, 1.0), &device());
+    assert_close(what, host(a.clone()), host(b.clone()));
+    let n = weights.dims();
+    let grads_a = (a.reshape(n) * weights.clone()).sum().backward();
+    let grads_b = (b.reshape(n) * weights).sum().backward();
+    for (name, leaf) in inputs {
+        assert_close(&format!("{what}: gradient of {name}"), leaf.grad(&grads_a), leaf.grad(&grads_b));
+    }
+}
+
+pub(crate) enum Leaf {
+    One(Tensor<1>),
+    Two(Tensor<2>),
+    Three(Tensor<3>),
+    Four(Tensor<4>),
+}
+
+impl Leaf {
+    pub(crate) fn grad(&self, grads: &burn::tensor::Gradients) -> Vec<f32> {
+        match self {
+            Self::One(t) => host(t.grad(grads).unwrap()),
+            Self::Two(t) => host(t.grad(grads).unwrap()),
+            Self::Three(t) => host(t.grad(grads).unwrap()),
+            Self::Four(t) => host(t.grad(grads).unwrap()),
+        }
+    }
+}
