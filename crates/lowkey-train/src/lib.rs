@@ -30,6 +30,7 @@ mod run_config;
 pub mod run_data;
 mod schedule;
 mod setup;
+mod step;
 mod tensorboard;
 mod train;
 mod workers;
