@@ -17,6 +17,7 @@
 //!
 //! **What this crate does not know.** The command line, the terminal, how a model computes.
 
+pub mod bench;
 pub mod checkpoint;
 mod error;
 mod evaluate;
