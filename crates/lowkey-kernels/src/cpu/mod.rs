@@ -7,4 +7,5 @@ pub(crate) mod attention;
 pub(crate) mod cross_entropy;
 mod gemm;
 pub(crate) mod pointwise;
+mod tile;
 mod vector;

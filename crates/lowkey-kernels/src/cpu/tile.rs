@@ -1,0 +1,226 @@
+//! Small matrix products inside one core: a tile of the result stays in registers while the inner dimension runs.
+//!
+//! The `gemm` crate packs both operands anew for every product. That pays for weights; it costs more than the product itself for
+//! the blocks of an attention, whose inner dimension is a head's width and whose operands are used again at once.
+
+use pulp::Simd;
+
+/// Rows of a tile. Every row count is rounded up to a multiple of it: buffers must have that many rows.
+pub(super) const ROWS: usize = 6;
+
+/// Widths are multiples of this many numbers, whatever the processor's vectors hold.
+pub(super) const LANES: usize = 16;
+
+/// `n` rounded up to a multiple of `step`.
+pub(super) fn round_up(n: usize, step: usize) -> usize {
+    n.div_ceil(step) * step
+}
+
+/// A buffer of zeros that begins at a cache line.
+pub(super) struct Aligned {
+    data: Vec<f32>,
+    start: usize,
+}
+
+impl Aligned {
+    pub(super) fn zeros(len: usize) -> Self {
+        let data = vec![0.0f32; len + LANES];
+        // A failed alignment only costs speed.
+        let start = data.as_ptr().align_offset(64).min(LANES);
+        Self { data, start }
+    }
+}
+
+impl std::ops::Deref for Aligned {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.data[self.start..]
+    }
+}
+
+impl std::ops::DerefMut for Aligned {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.data[self.start..]
+    }
+}
+
+/// The left factor: number `(row, k)` lies at `row · rows + k · inner`.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) inner: usize,
+}
+
+/// Which part of a tile row to compute, and over which part of the inner dimension.
+#[derive(Clone, Copy)]
+pub(super) struct Extent {
+    /// Inner dimension `from..to`.
+    pub(super) inner: (usize, usize),
+    /// Columns to compute from column 0, rounded up to [`LANES`].
+    pub(super) columns: usize,
+}
+
+/// `out = A B` or `out += A B` for rows `0..rows` (rounded up to [`ROWS`]), with `B [inner, columns]` in rows `b.1` apart and
+/// `out` in rows `out.1` apart. `extent(first row)` says for each [`ROWS`] rows what of them is wanted.
+#[inline(always)]
+pub(super) fn multiply<S: Simd>(
+    simd: S,
+    rows: usize,
+    a: Left,
+    b: (&[f32], usize),
+    out: (&mut [f32], usize),
+    accumulate: bool,
+    extent: impl Fn(usize) -> Extent,
+) {
+    let most = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
+    for row in (0..rows).step_by(ROWS) {
+        let Extent { inner: (from, to), columns } = extent(row);
+        if from >= to && accumulate || columns == 0 {
+            continue;
+        }
+        let width = round_up(columns, LANES);
+        let last_row = row + ROWS - 1;
+        assert!(
+            from <= to
+                && (from == to
+                    || last_row * a.rows + (to - 1) * a.inner < a.data.len() && (to - 1) * b.1 + width <= b.0.len())
+                && last_row * out.1 + width <= out.0.len(),
+            "tile exceeds its buffers"
+        );
+        let vectors = width / S::F32_LANES;
+        let mut at = 0;
+        while at < vectors {
+            let count = (vectors - at).min(most);
+            // SAFETY: the assertion above covers rows `row..row+ROWS`, the inner range and all columns of the tile.
+            unsafe {
+                let a_at = a.data.as_ptr().add(row * a.rows + from * a.inner);
+                let column = at * S::F32_LANES;
+                let place = Place {
+                    a: a_at,
+                    a_row: a.rows,
+                    a_inner: a.inner,
+                    b: b.0.as_ptr().add(if from == to { 0 } else { from * b.1 + column }),
+                    b_row: b.1,
+                    out: out.0.as_mut_ptr().add(row * out.1 + column),
+                    out_row: out.1,
+                    inner: to - from,
+                };
+                match count {
+                    1 => tile::<S, 1>(simd, place, accumulate),
+                    2 => tile::<S, 2>(simd, place, accumulate),
+                    3 => tile::<S, 3>(simd, place, accumulate),
+                    _ => tile::<S, 4>(simd, place, accumulate),
+                }
+            }
+            at += count;
+        }
+    }
+}
+
+/// Where a tile's operands and its result lie.
+#[derive(Clone, Copy)]
+struct Place {
+    a: *const f32,
+    a_row: usize,
+    a_inner: usize,
+    b: *const f32,
+    b_row: usize,
+    out: *mut f32,
+    out_row: usize,
+    inner: usize,
+}
+
+/// One tile of [`ROWS`] rows and `N` vectors.
+///
+/// # Safety
+/// For all rows below [`ROWS`] and inner indices below `p.inner`, the numbers of `a`, the `N` vectors of each row of `b` and
+/// of `out` must lie within their buffers.
+#[inline(always)]
+unsafe fn tile<S: Simd, const N: usize>(simd: S, p: Place, accumulate: bool) {
+    let mut sums = [[simd.splat_f32s(0.0); N]; ROWS];
+    for k in 0..p.inner {
+        // SAFETY: by the caller's promise; vectors are read as plain numbers without alignment.
+        unsafe {
+            let b_row = p.b.add(k * p.b_row);
+            let mut b = [simd.splat_f32s(0.0); N];
+            for (n, b) in b.iter_mut().enumerate() {
+                *b = b_row.add(n * S::F32_LANES).cast::<S::f32s>().read_unaligned();
+            }
+            for (m, sums) in sums.iter_mut().enumerate() {
+                let a = simd.splat_f32s(*p.a.add(m * p.a_row + k * p.a_inner));
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = simd.mul_add_e_f32s(a, b, *sum);
+                }
+            }
+        }
+    }
+    for (m, sums) in sums.into_iter().enumerate() {
+        for (n, sum) in sums.into_iter().enumerate() {
+            // SAFETY: by the caller's promise.
+            unsafe {
+                let out = p.out.add(m * p.out_row + n * S::F32_LANES).cast::<S::f32s>();
+                let sum = if accumulate { simd.add_f32s(out.read_unaligned(), sum) } else { sum };
+                out.write_unaligned(sum);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pulp::{Arch, WithSimd};
+
+    struct Product<'a> {
+        rows: usize,
+        inner: usize,
+        columns: usize,
+        a: &'a [f32],
+        transposed: bool,
+        b: &'a [f32],
+        out: &'a mut [f32],
+    }
+
+    impl WithSimd for Product<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let Self { rows, inner, columns, a, transposed, b, out } = self;
+            let width = round_up(columns, LANES);
+            let (row, step) = if transposed { (1, round_up(rows, ROWS)) } else { (inner, 1) };
+            let a = Left { data: a, rows: row, inner: step };
+            multiply(simd, rows, a, (b, width), (out, width), true, |_| Extent { inner: (0, inner), columns });
+        }
+    }
+
+    #[test]
+    fn a_tiled_product_is_the_product() {
+        for (rows, inner, columns) in [(1, 1, 1), (6, 5, 16), (7, 48, 33), (48, 3, 100), (13, 17, 64)] {
+            let (padded, width) = (round_up(rows, ROWS), round_up(columns, LANES));
+            let a: Vec<f32> = (0..padded * inner).map(|i| ((i * 37 % 19) as f32) - 9.0).collect();
+            let b: Vec<f32> = (0..inner * width).map(|i| ((i * 53 % 23) as f32) - 11.0).collect();
+            for transposed in [false, true] {
+                let mut out = vec![1.0; padded * width];
+                Arch::new().dispatch(Product { rows, inner, columns, a: &a, transposed, b: &b, out: &mut out });
+                for i in 0..rows {
+                    for j in 0..columns {
+                        let a = |k: usize| if transposed { a[k * padded + i] } else { a[i * inner + k] };
+                        let expected: f32 = 1.0 + (0..inner).map(|k| a(k) * b[k * width + j]).sum::<f32>();
+                        assert_eq!(out[i * width + j], expected, "{rows} {inner} {columns} at {i}, {j}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn buffers_begin_at_a_cache_line() {
+        for len in [1, 100, 4096] {
+            let buffer = Aligned::zeros(len);
+            assert!(buffer.as_ptr().addr().is_multiple_of(64) && buffer.len() >= len);
+        }
+    }
+}
