@@ -43,6 +43,11 @@ impl Decoder {
         self.form
     }
 
+    /// Computes MLA attention in another form from the next chunk on. What lies in the cache serves every form.
+    pub fn set_form(&mut self, form: Form) {
+        self.form = form;
+    }
+
     /// Appends `rows[b]` to sequence `b`, in chunks of at most `chunk` tokens, and returns the logits that follow each row's
     /// last token. Rows may differ in length. A later call goes on where this one ended.
     ///

@@ -60,15 +60,40 @@ impl ModelConfig {
         6.0 * (self.matrix_weights() + self.attention_products(seq)) as f64
     }
 
+    /// The same with only the half of the attention that causality leaves: each of `seq` queries sees (seq + 1)/2 keys on
+    /// average, counted as seq/2. What a kernel that skips the masked half has to compute, and what measurements of speed are
+    /// reported in; [`ModelConfig::train_flops_per_token`] counts the full square and is larger.
+    pub fn causal_train_flops_per_token(&self, seq: usize) -> f64 {
+        6.0 * (self.matrix_weights() as f64 + self.attention_products(seq) as f64 / 2.0)
+    }
+
     /// Floating-point operations of one forward pass per token at `context` keys.
     pub fn forward_flops_per_token(&self, context: usize) -> f64 {
         2.0 * (self.matrix_weights() + self.attention_products(context)) as f64
     }
 
-    /// Weights that take part in a matrix product once per token.
-    fn matrix_weights(&self) -> usize {
-        let count = self.parameter_count();
-        count.blocks + self.vocab_size * self.hidden_size
+    /// Weights that take part in a matrix product once per token: neither norms nor biases, nor an embedding that is only
+    /// looked up.
+    pub fn matrix_weights(&self) -> usize {
+        self.parameter_count().blocks - self.vector_weights() + self.vocab_size * self.hidden_size
+    }
+
+    /// Parameters of norms and biases.
+    fn vector_weights(&self) -> usize {
+        let (d, heads) = (self.hidden_size, self.num_attention_heads);
+        let biases = |set: bool, width: usize| if set { width } else { 0 };
+        let attention = match &self.attention {
+            AttentionConfig::Mla(m) => {
+                let query = m.q_lora_rank.unwrap_or(0);
+                let down = m.kv_lora_rank + m.qk_rope_head_dim;
+                query + m.kv_lora_rank + biases(m.attention_bias, query + down + d)
+            }
+            AttentionConfig::Grouped(g) => {
+                let qkv = (heads + 2 * g.num_key_value_heads) * g.head_dim;
+                biases(g.qkv_bias, qkv) + biases(g.o_bias, d) + biases(g.qk_norm, 2 * g.head_dim)
+            }
+        };
+        self.num_hidden_layers * (attention + 2 * d) + d
     }
 
     /// Multiply-adds per token between one query and `keys` keys, all layers and heads, expanded form.

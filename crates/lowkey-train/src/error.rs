@@ -56,16 +56,20 @@ pub enum Error {
     },
     /// The machine cannot hold what the run needs.
     #[error(
-        "training needs about {needed_gib:.1} GiB of memory ({parameters} parameters), and this machine has {memory_gib:.1} GiB; \
-         lower the model's sizes, training.micro_batch_size or data.seq_len"
+        "{what} needs about {needed_gib:.1} GiB of memory ({parameters} parameters), and this machine has {memory_gib:.1} GiB; \
+         lower {lower}"
     )]
     Memory {
+        /// What was to be done.
+        what: &'static str,
         /// Estimated peak.
         needed_gib: f64,
         /// Parameters of the model.
         parameters: usize,
         /// What the machine has.
         memory_gib: f64,
+        /// The sizes that it follows from.
+        lower: &'static str,
     },
     /// A file of a run or checkpoint is not what it should be.
     #[error("{}: {why}", path.display())]

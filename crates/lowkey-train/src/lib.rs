@@ -17,6 +17,7 @@
 //!
 //! **What this crate does not know.** The command line, the terminal, how a model computes.
 
+pub mod bench;
 pub mod checkpoint;
 mod error;
 mod evaluate;
@@ -30,6 +31,7 @@ mod run_config;
 pub mod run_data;
 mod schedule;
 mod setup;
+mod step;
 mod tensorboard;
 mod train;
 mod workers;

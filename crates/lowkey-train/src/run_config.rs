@@ -4,6 +4,7 @@ mod check;
 
 use std::path::{Path, PathBuf};
 
+pub(crate) use check::at_least_one;
 use lowkey_data::Packing;
 use lowkey_model::ModelSection;
 use serde::{Deserialize, Serialize};

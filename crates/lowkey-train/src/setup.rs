@@ -123,16 +123,24 @@ fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig)
     Ok(())
 }
 
-/// Refuses a model that this machine cannot hold, before an allocation fails and takes the process with it. The estimate is
-/// rough, so that only twice the memory is certainly too much.
+/// Refuses a run that this machine cannot hold, before an allocation fails and takes the process with it.
 pub(crate) fn check_memory(config: &RunConfig, model: &ModelConfig) -> Result<()> {
-    const GIB: f64 = (1u64 << 30) as f64;
-    let parameters = model.parameter_count().total;
     let needed = model.train_bytes(config.micro_batch_size(), config.data.seq_len, config.threads());
+    let lower = "the model's sizes, training.micro_batch_size or data.seq_len";
+    check_bytes("training", needed, lower, model)
+}
+
+/// Refuses to need more than the machine has. Estimates are rough, so that only twice the memory is certainly too much.
+pub(crate) fn check_bytes(what: &'static str, needed: usize, lower: &'static str, model: &ModelConfig) -> Result<()> {
+    const GIB: f64 = (1u64 << 30) as f64;
     match memory() {
-        Some(memory) if needed as f64 > 2.0 * memory as f64 => {
-            Err(Error::Memory { needed_gib: needed as f64 / GIB, parameters, memory_gib: memory as f64 / GIB })
-        }
+        Some(memory) if needed as f64 > 2.0 * memory as f64 => Err(Error::Memory {
+            what,
+            needed_gib: needed as f64 / GIB,
+            parameters: model.parameter_count().total,
+            memory_gib: memory as f64 / GIB,
+            lower,
+        }),
         _ => Ok(()),
     }
 }

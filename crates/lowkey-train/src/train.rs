@@ -15,12 +15,13 @@ use crate::checkpoint::{self, Checkpoints, TrainerState, write_file, write_json}
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::metrics::{Metrics, MetricsFile};
-use crate::optimizer::{AdamW, clip, global_norm};
+use crate::optimizer::{AdamW, global_norm};
 use crate::plan::Plan;
 use crate::resume;
 use crate::run_config::RunConfig;
 use crate::run_data::RunData;
 use crate::setup::{Setup, check_memory, device, setup};
+use crate::step::StepSettings;
 use crate::tensorboard::EventWriter;
 use crate::workers::{Workers, matmul_ceiling};
 
@@ -294,44 +295,25 @@ impl<'a> Run<'a> {
         let config = self.config;
         let step = self.state.step;
         let batch = self.sampler.batch(step);
-        let result = self.workers.gradients(&self.model, &batch, config.micro_batch_size(), &self.device)?;
-        let rows = config.training.batch_size as u64;
-        let non_finite = |what: String, value: f64| Error::NonFinite {
-            step: step + 1,
-            what,
-            value,
-            first_row: step * rows,
-            last_row: (step + 1) * rows - 1,
-        };
-        if !result.loss.is_finite() {
-            return Err(non_finite("the loss".into(), result.loss));
-        }
-        let parameters = self.model.parameters();
-        let norm = match global_norm(&result.gradients)? {
-            Ok(norm) => norm,
-            Err((i, value)) => {
-                let name = parameters.get(i).map_or("?", |p| p.name.as_str());
-                return Err(non_finite(format!("the gradient of {name}"), value));
-            }
-        };
-        let gradients = match config.optimizer.grad_clip {
-            Some(limit) => clip(result.gradients, norm, limit),
-            None => result.gradients,
-        };
         let lr = config.lr_scheduler.rate(step, config.training.steps, config.optimizer.lr);
-        let values = self.optimizer.step(parameters, gradients, lr);
-        self.model = self.model.clone().with_values(values);
+        let settings = StepSettings {
+            workers: &self.workers,
+            device: &self.device,
+            micro_batch: config.micro_batch_size(),
+            grad_clip: config.optimizer.grad_clip,
+        };
+        let taken = settings.step(&mut self.model, &mut self.optimizer, &batch, step, lr)?;
         self.state.step += 1;
-        self.state.tokens += result.targets as u64;
+        self.state.tokens += taken.targets as u64;
         self.state.time_s = self.earlier_s + self.started.elapsed().as_secs_f64();
-        let tokens_per_s = result.targets as f64 / started.elapsed().as_secs_f64();
+        let tokens_per_s = taken.targets as f64 / started.elapsed().as_secs_f64();
         Ok(Metrics {
             step: self.state.step,
             tokens: self.state.tokens,
             time_s: self.state.time_s,
-            train_loss: result.loss,
+            train_loss: taken.loss,
             lr,
-            grad_norm: norm,
+            grad_norm: taken.norm,
             tokens_per_s,
             mfu: tokens_per_s * self.plan.train_flops_per_token / self.plan.matmul_flops_per_s,
             epoch: self.sampler.epoch(self.state.step),

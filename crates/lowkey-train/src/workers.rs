@@ -56,6 +56,12 @@ impl Workers {
         Ok(Self { pools })
     }
 
+    /// How a pass of `rows` rows is divided: ranges of rows, one per pool.
+    pub(crate) fn shares(&self, rows: usize) -> Vec<(usize, usize)> {
+        let share = rows.div_ceil(self.pools.len()).max(1);
+        (0..rows).step_by(share).map(|at| (at, (at + share).min(rows))).collect()
+    }
+
     /// Runs `job(&items[i])` for all items, at most one per pool at a time, and returns the results in order.
     pub fn map<T: Sync, R: Send>(&self, items: &[T], job: impl Fn(&T) -> R + Sync) -> Vec<R> {
         let count = self.pools.len();
@@ -107,11 +113,9 @@ impl Workers {
         let mut total: Option<Vec<Tensor<1>>> = None;
         for from in (0..batch.rows).step_by(micro_batch) {
             let pass = (batch.rows - from).min(micro_batch);
-            let share = pass.div_ceil(self.pools.len());
-            let shares: Vec<(usize, usize)> =
-                (0..pass).step_by(share).map(|at| (from + at, from + (at + share).min(pass))).collect();
+            let shares = self.shares(pass).into_iter().map(|(first, end)| (from + first, from + end));
             // Forked here, not in the threads: the fork reads the parameters' shared nodes.
-            let forks: Vec<_> = shares.iter().map(|range| (*range, model.clone().fork(device))).collect();
+            let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
             let results = self.map(&forks, |((from, to), fork)| {
                 let loss = fork.loss(rows(batch, *from, *to), device);
                 let mut gradients = (loss.nats.clone() * scale).backward();

@@ -1,8 +1,14 @@
 //! The command line.
 
+mod bench;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+
+pub(crate) use bench::{
+    BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchStepArguments, BenchTrainArguments,
+};
 
 /// Trains, samples, evaluates and inspects Multi-head Latent Attention (MLA) language models.
 #[derive(Debug, Parser)]
@@ -53,6 +59,15 @@ pub(crate) enum Command {
     #[command(after_help = "IN holds `input_ids` (I64 [B, T]); OUT receives `logits` (F32 [B, T, V]).\n\n\
         Example:\n  lowkey logits MODEL --ids in.safetensors --out out.safetensors")]
     Logits(LogitsArguments),
+    /// Measure speed and memory of training and decoding on fixed shapes and random tokens
+    #[command(after_help = "Examples:\n  \
+        lowkey bench train --shape d256\n  \
+        lowkey bench decode --shape d512 --context 4096\n  \
+        lowkey bench ops --shape d256 --batch 1 --seq 2048")]
+    Bench {
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -42,7 +42,8 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
         .iter()
         .enumerate()
         .map(|(i, title)| {
-            rows.iter().filter_map(|row| row.get(i)).map(String::len).chain([title.len()]).max().unwrap_or(0)
+            let cells = rows.iter().filter_map(|row| row.get(i)).map(|cell| cell.chars().count());
+            cells.chain([title.chars().count()]).max().unwrap_or(0)
         })
         .collect();
     let line = |cells: &[String]| {
@@ -108,7 +109,7 @@ mod tests {
 
     #[test]
     fn a_table_aligns() {
-        let text = table(&["class", "n"], &[vec!["a".into(), "10".into()], vec!["longer".into(), "7".into()]]);
-        assert_eq!(text, "  class    n\n  a       10\n  longer   7");
+        let text = table(&["class", "n"], &[vec!["a".into(), "10".into()], vec!["2 × 3".into(), "7".into()]]);
+        assert_eq!(text, "  class   n\n  a      10\n  2 × 3   7");
     }
 }

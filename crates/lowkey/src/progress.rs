@@ -119,6 +119,34 @@ impl View {
     }
 }
 
+/// A bar on standard error while something is measured; nothing where that is no terminal.
+pub(crate) struct Measuring {
+    bar: ProgressBar,
+}
+
+impl Measuring {
+    pub(crate) fn new() -> Self {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        // The template is a literal; a mistake in it would leave the default style.
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}") {
+            bar.set_style(style);
+        }
+        Self { bar }
+    }
+
+    pub(crate) fn show(&self, progress: lowkey_train::bench::Progress) {
+        self.bar.set_length(progress.of as u64);
+        self.bar.set_message(progress.doing);
+        self.bar.set_position(progress.done as u64);
+    }
+}
+
+impl Drop for Measuring {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
 /// The figures of a plan, as a block of text.
 pub(crate) fn plan_text(plan: &Plan) -> String {
     let smaller = plan.cache_bytes_expanded as f64 / plan.cache_bytes_latent as f64;
@@ -166,7 +194,7 @@ pub(crate) fn plan_text(plan: &Plan) -> String {
 }
 
 /// A space between a bare number and its unit; a prefixed one has its own.
-fn spaced(number: String) -> String {
+pub(crate) fn spaced(number: String) -> String {
     if number.ends_with(|c: char| c.is_ascii_digit()) { number + " " } else { number }
 }
 

@@ -18,6 +18,11 @@ fn the_count_is_that_of_the_model() {
             "{kind}"
         );
         assert_eq!(got.attention, count(|name| name.contains("self_attn")), "{kind}");
+        let matrices = model.parameters().into_iter().filter(|p| p.is_matrix());
+        let looked_up = |name: &str| name == "model.embed_tokens.weight" && !config.tie_word_embeddings;
+        let multiplied: usize =
+            matrices.filter(|p| !looked_up(&p.name)).map(|p| p.shape.iter().product::<usize>()).sum();
+        assert_eq!(config.matrix_weights(), multiplied, "{kind}");
     }
 }
 
@@ -36,4 +41,5 @@ fn operations_grow_with_the_context_by_the_attention_alone() {
     let per_key = 2.0 * 2.0 * 3.0 * 18.0;
     assert_eq!(config.forward_flops_per_token(11) - config.forward_flops_per_token(10), per_key);
     assert_eq!(config.train_flops_per_token(10), 3.0 * config.forward_flops_per_token(10));
+    assert_eq!(config.train_flops_per_token(10), config.causal_train_flops_per_token(20));
 }

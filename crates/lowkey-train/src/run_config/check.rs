@@ -105,7 +105,8 @@ impl RunConfig {
     }
 }
 
-fn at_least_one(key: &'static str, value: usize, most: usize) -> Result<()> {
+/// Refuses 0 and what is above `most`.
+pub(crate) fn at_least_one(key: &'static str, value: usize, most: usize) -> Result<()> {
     if value == 0 || value > most {
         let why =
             if most == usize::MAX { "must be at least 1".into() } else { format!("must lie between 1 and {most}") };

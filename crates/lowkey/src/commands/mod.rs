@@ -1,5 +1,6 @@
 //! One file per command.
 
+mod bench;
 mod data;
 mod eval;
 mod generate;
@@ -47,5 +48,6 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Data { command: DataCommand::Info(arguments) } => data::info(&arguments).map(done),
         Command::Info(arguments) => info::info(&arguments).map(done),
         Command::Logits(arguments) => logits::logits(&arguments).map(done),
+        Command::Bench { command } => bench::bench(command).map(done),
     }
 }

@@ -2,6 +2,7 @@
 //! and nothing lost.
 
 mod fixture;
+mod measurements;
 mod models;
 mod run_files;
 mod runs;
@@ -218,7 +219,8 @@ fn bad_input_is_refused_with_a_message_that_helps() {
     cases.extend(texts::cases());
     cases.extend(models::cases());
     cases.extend(runs::cases());
-    assert!(cases.len() >= 70, "{} cases", cases.len());
+    cases.extend(measurements::cases());
+    assert!(cases.len() >= 85, "{} cases", cases.len());
 
     let (next, faults) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {

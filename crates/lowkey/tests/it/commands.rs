@@ -14,13 +14,13 @@ fn lowkey(arguments: &[&str]) -> (i32, String, String) {
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
 
-fn succeed(arguments: &[&str]) -> String {
+pub(crate) fn succeed(arguments: &[&str]) -> String {
     let (code, out, err) = lowkey(arguments);
     assert_eq!(code, 0, "{arguments:?}\n{out}\n{err}");
     out
 }
 
-fn json(arguments: &[&str]) -> Value {
+pub(crate) fn json(arguments: &[&str]) -> Value {
     serde_json::from_str(&succeed(arguments)).unwrap()
 }
 

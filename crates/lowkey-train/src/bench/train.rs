@@ -1,0 +1,239 @@
+//! Whole optimiser steps.
+
+use std::time::{Duration, Instant};
+
+use burn::tensor::Device;
+use lowkey_data::Batch;
+use lowkey_model::{CausalLm, Parameter};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::de::IntoDeserializer;
+use serde::{Deserialize, Serialize};
+
+use super::machine::{Spread, below_ceiling, peak_rss_mb, thousandths};
+use super::shapes::Shape;
+use super::{MOST_ROUNDS, Observer, Progress};
+use crate::error::{Error, Result};
+use crate::optimizer::AdamW;
+use crate::run_config::{OptimizerKind, OptimizerSection, at_least_one};
+use crate::setup::check_bytes;
+use crate::step::{StepSettings, StepTaken};
+use crate::workers::Workers;
+
+/// Seed of weights and tokens.
+const SEED: u64 = 1;
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct TrainOptions {
+    /// Name of a [`Shape`].
+    pub shape: String,
+    /// Sequences per step; absent: the shape's.
+    pub batch: Option<usize>,
+    /// Tokens per sequence; absent: the shape's.
+    pub seq: Option<usize>,
+    /// Threads; absent: one per core.
+    pub threads: Option<usize>,
+    /// Steps that are timed.
+    pub steps: usize,
+    /// Steps before them.
+    pub warmup: usize,
+    /// Name of an [`OptimizerKind`], as in a run file.
+    pub optimizer: String,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self {
+            shape: "d256".into(),
+            batch: None,
+            seq: None,
+            threads: None,
+            steps: 20,
+            warmup: 5,
+            optimizer: "adamw".into(),
+        }
+    }
+}
+
+/// What was measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainFigures {
+    /// `train`
+    pub what: &'static str,
+    /// Name of the shape.
+    pub shape: &'static str,
+    /// Sequences per step.
+    pub batch: usize,
+    /// Tokens per sequence.
+    pub seq: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Name of the optimiser.
+    pub optimizer: String,
+    /// Steps before the timed ones.
+    pub warmup: usize,
+    /// Timed steps.
+    pub steps: usize,
+    /// Parameters.
+    pub params: usize,
+    /// Loss of the first step, nats per token, before any training.
+    pub loss_first: f64,
+    /// Loss of the last step.
+    pub loss_last: f64,
+    /// Median time of a step.
+    pub step_ms: f64,
+    /// The shortest.
+    pub step_ms_min: f64,
+    /// The longest.
+    pub step_ms_max: f64,
+    /// Tokens per second of the median step.
+    pub tokens_per_s: f64,
+    /// Of the longest step.
+    pub tokens_per_s_min: f64,
+    /// Of the shortest step.
+    pub tokens_per_s_max: f64,
+    /// Operations per token, see [`lowkey_model::ModelConfig::causal_train_flops_per_token`].
+    pub flops_per_token: f64,
+    /// Their product: operations of the model per second.
+    pub model_flops_per_s: f64,
+    /// Rate of plain matrix products on as many threads, operations per second.
+    pub matmul_flops_per_s: f64,
+    /// `model_flops_per_s / matmul_flops_per_s`.
+    pub mfu: f64,
+    /// Largest resident memory of the process, MiB; absent where the system does not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_rss_mb: Option<f64>,
+}
+
+/// A model in training on random tokens.
+pub(super) struct Session {
+    pub(super) shape: Shape,
+    pub(super) batch: usize,
+    pub(super) seq: usize,
+    pub(super) threads: usize,
+    pub(super) optimizer_section: OptimizerSection,
+    pub(super) model: CausalLm,
+    pub(super) optimizer: AdamW,
+    pub(super) workers: Workers,
+    /// Records gradients.
+    pub(super) device: Device,
+    random: ChaCha8Rng,
+    steps: u64,
+}
+
+impl Session {
+    /// Checks the options and builds the model.
+    pub(super) fn new(options: &TrainOptions) -> Result<Self> {
+        let shape = Shape::named(&options.shape)?;
+        let (batch, seq) = (options.batch.unwrap_or(shape.batch), options.seq.unwrap_or(shape.seq));
+        super::check_tokens(batch, "seq", seq)?;
+        let threads = super::threads(options.threads)?;
+        at_least_one("steps", options.steps, MOST_ROUNDS)?;
+        if options.warmup > MOST_ROUNDS {
+            return Err(Error::config("warmup", options.warmup, format!("must be at most {MOST_ROUNDS}")));
+        }
+        let kind = OptimizerKind::deserialize(options.optimizer.as_str().into_deserializer())
+            .map_err(|e: serde::de::value::Error| Error::config("optimizer", &options.optimizer, e.to_string()))?;
+        let config = shape.config(seq)?;
+        check_bytes(
+            "training",
+            config.train_bytes(batch, seq, threads),
+            "the shape, the batch or the length",
+            &config,
+        )?;
+        let device = super::device().autodiff();
+        let model = CausalLm::init(&config, SEED, &device);
+        let optimizer_section =
+            OptimizerSection { kind, lr: 1e-3, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: Some(1.0) };
+        let optimizer = AdamW::new(&optimizer_section, &model.parameters(), Parameter::is_matrix);
+        let (workers, random) = (Workers::new(threads, batch)?, ChaCha8Rng::seed_from_u64(SEED));
+        Ok(Self { shape, batch, seq, threads, optimizer_section, model, optimizer, workers, device, random, steps: 0 })
+    }
+
+    /// One step as `lowkey train` takes it, on new tokens that are made before the clock starts.
+    pub(super) fn step(&mut self) -> Result<(StepTaken, Duration)> {
+        let batch = random_batch(&mut self.random, self.batch, self.seq, self.shape.vocab);
+        let settings = StepSettings {
+            workers: &self.workers,
+            device: &self.device,
+            micro_batch: self.batch,
+            grad_clip: self.optimizer_section.grad_clip,
+        };
+        let started = Instant::now();
+        let lr = self.optimizer_section.lr;
+        let taken = settings.step(&mut self.model, &mut self.optimizer, &batch, self.steps, lr)?;
+        self.steps += 1;
+        Ok((taken, started.elapsed()))
+    }
+}
+
+/// Rows of random tokens in which every second one repeats the one before it: half of the targets can be learnt, so that a
+/// loss that does not fall means that nothing was trained.
+pub(super) fn random_batch(random: &mut ChaCha8Rng, rows: usize, seq_len: usize, vocab: usize) -> Batch {
+    let (mut input_ids, mut targets) = (Vec::with_capacity(rows * seq_len), Vec::with_capacity(rows * seq_len));
+    for _ in 0..rows {
+        let mut tokens: Vec<u32> = (0..=seq_len).map(|_| random.random_range(0..vocab as u32)).collect();
+        for pair in tokens.chunks_exact_mut(2) {
+            pair[1] = pair[0];
+        }
+        input_ids.extend(&tokens[..seq_len]);
+        targets.extend(tokens[1..].iter().map(|token| i64::from(*token)));
+    }
+    Batch { rows, seq_len, input_ids, targets, document_starts: vec![0; rows * seq_len] }
+}
+
+/// Times whole optimiser steps.
+///
+/// # Errors
+/// [`Error::Config`] for options out of range, [`Error::Memory`] for a model that this machine cannot hold.
+pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> {
+    super::on_threads(super::threads(options.threads)?, || measure(options, observe))
+}
+
+fn measure(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> {
+    let mut session = Session::new(options)?;
+    let (threads, device) = (session.threads, session.device.clone());
+    let ((times, losses, peak_rss_mb), ceiling) = below_ceiling(threads, &device, || {
+        let (mut times, mut losses) = (Vec::new(), Vec::new());
+        let of = options.warmup + options.steps;
+        for done in 0..of {
+            observe(Progress { doing: "steps", done, of });
+            let (taken, time) = session.step()?;
+            losses.push(taken.loss);
+            if done >= options.warmup {
+                times.push(time);
+            }
+        }
+        Ok((times, losses, peak_rss_mb()))
+    })?;
+    let Spread { median, min, max } = Spread::milliseconds(&times);
+    let (batch, seq, config) = (session.batch, session.seq, &session.model.config);
+    let rate = |ms: f64| (batch * seq) as f64 / ms * 1e3;
+    let flops_per_token = config.causal_train_flops_per_token(seq);
+    let model_flops_per_s = rate(median) * flops_per_token;
+    Ok(TrainFigures {
+        what: "train",
+        shape: session.shape.name,
+        batch,
+        seq,
+        threads,
+        optimizer: options.optimizer.clone(),
+        warmup: options.warmup,
+        steps: options.steps,
+        params: config.parameter_count().total,
+        loss_first: losses.first().copied().unwrap_or(0.0),
+        loss_last: losses.last().copied().unwrap_or(0.0),
+        step_ms: thousandths(median),
+        step_ms_min: thousandths(min),
+        step_ms_max: thousandths(max),
+        tokens_per_s: thousandths(rate(median)),
+        tokens_per_s_min: thousandths(rate(max)),
+        tokens_per_s_max: thousandths(rate(min)),
+        flops_per_token,
+        model_flops_per_s,
+        matmul_flops_per_s: ceiling,
+        mfu: model_flops_per_s / ceiling,
+        peak_rss_mb,
+    })
+}

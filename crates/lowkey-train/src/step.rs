@@ -1,0 +1,74 @@
+//! One optimiser step: gradients, a check that all is finite, clipping, new weights.
+
+use burn::tensor::Device;
+use lowkey_data::Batch;
+use lowkey_model::CausalLm;
+
+use crate::error::{Error, Result};
+use crate::optimizer::{AdamW, clip, global_norm};
+use crate::workers::Workers;
+
+/// What stays the same from step to step.
+pub(crate) struct StepSettings<'a> {
+    /// Threads that share the rows.
+    pub(crate) workers: &'a Workers,
+    /// Where the model lies; records gradients.
+    pub(crate) device: &'a Device,
+    /// Rows per forward and backward pass.
+    pub(crate) micro_batch: usize,
+    /// Largest global norm of the gradient.
+    pub(crate) grad_clip: Option<f64>,
+}
+
+/// What a step has measured on its way.
+pub(crate) struct StepTaken {
+    /// Mean loss before the step, nats per target.
+    pub(crate) loss: f64,
+    /// Global norm of the gradient before clipping.
+    pub(crate) norm: f64,
+    /// Targets of the batch.
+    pub(crate) targets: usize,
+}
+
+impl StepSettings<'_> {
+    /// Takes one step on `batch`; `step` counts those before it.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`], with model and optimiser as they were, where the loss or a gradient is no number.
+    pub(crate) fn step(
+        &self,
+        model: &mut CausalLm,
+        optimizer: &mut AdamW,
+        batch: &Batch,
+        step: u64,
+        lr: f64,
+    ) -> Result<StepTaken> {
+        let result = self.workers.gradients(model, batch, self.micro_batch, self.device)?;
+        let rows = batch.rows as u64;
+        let non_finite = |what: String, value: f64| Error::NonFinite {
+            step: step + 1,
+            what,
+            value,
+            first_row: step * rows,
+            last_row: (step + 1) * rows - 1,
+        };
+        if !result.loss.is_finite() {
+            return Err(non_finite("the loss".into(), result.loss));
+        }
+        let parameters = model.parameters();
+        let norm = match global_norm(&result.gradients)? {
+            Ok(norm) => norm,
+            Err((i, value)) => {
+                let name = parameters.get(i).map_or("?", |p| p.name.as_str());
+                return Err(non_finite(format!("the gradient of {name}"), value));
+            }
+        };
+        let gradients = match self.grad_clip {
+            Some(limit) => clip(result.gradients, norm, limit),
+            None => result.gradients,
+        };
+        let values = optimizer.step(parameters, gradients, lr);
+        *model = model.clone().with_values(values);
+        Ok(StepTaken { loss: result.loss, norm, targets: result.targets })
+    }
+}

@@ -1,0 +1,106 @@
+//! The command line of the measurements.
+
+use clap::{Args, Subcommand};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Time whole training steps
+    #[command(after_help = "\
+        Shapes, with their usual batch: d256 (8 × 256), d512 (4 × 512), d768 (16 × 1024), d1536 (8 × 2048).\n\
+        MFU is the model's operations per second, causal attention counted as half, over the rate of\n\
+        plain matrix products on as many threads, measured before and after.\n\n\
+        Examples:\n  \
+        lowkey bench train --shape d256\n  \
+        lowkey bench train --shape d512 --batch 1 --seq 2048 --threads 2 --json")]
+    Train(BenchTrainArguments),
+    /// Time single tokens over a cache that already holds a context
+    #[command(after_help = "\
+        Bytes per token are the weights and the part of the cache that a step cannot but read.\n\n\
+        Examples:\n  \
+        lowkey bench decode --shape d256 --context 4096\n  \
+        lowkey bench decode --shape d512 --context 512 --way expanded --batch 4 --json")]
+    Decode(BenchDecodeArguments),
+    /// Take a training step apart: time, rate and share of each operation
+    #[command(after_help = "\
+        Each operation runs by itself, shared between the same threads as in a step; what the whole step\n\
+        takes beyond their sum is \"other\".\n\n\
+        Examples:\n  \
+        lowkey bench ops --shape d256\n  \
+        lowkey bench ops --shape d512 --batch 1 --seq 2048 --json")]
+    Ops(BenchOpsArguments),
+}
+
+/// The step that is measured.
+#[derive(Debug, Args)]
+pub(crate) struct BenchStepArguments {
+    /// The model: d256, d512, d768 or d1536
+    #[arg(long, default_value = "d256", value_name = "NAME")]
+    pub(crate) shape: String,
+    /// Sequences per step [default: the shape's]
+    #[arg(long, value_name = "N")]
+    pub(crate) batch: Option<usize>,
+    /// Tokens per sequence [default: the shape's]
+    #[arg(long, value_name = "N")]
+    pub(crate) seq: Option<usize>,
+    /// Threads [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// The optimiser, as in a run file
+    #[arg(long, default_value = "adamw", value_name = "KIND")]
+    pub(crate) optimizer: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchTrainArguments {
+    #[command(flatten)]
+    pub(crate) step: BenchStepArguments,
+    /// Steps to time
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    pub(crate) steps: usize,
+    /// Steps before those
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub(crate) warmup: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchDecodeArguments {
+    /// The model: d256, d512, d768 or d1536
+    #[arg(long, default_value = "d256", value_name = "NAME")]
+    pub(crate) shape: String,
+    /// Tokens in the cache before the first step
+    #[arg(long, default_value_t = 4096, value_name = "N")]
+    pub(crate) context: usize,
+    /// Steps to time, of one token per sequence
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub(crate) new: usize,
+    /// Sequences at a time
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) batch: usize,
+    /// How attention is computed in the steps: absorbed, expanded or auto
+    #[arg(long, default_value = "absorbed", value_name = "FORM")]
+    pub(crate) way: String,
+    /// Threads [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchOpsArguments {
+    #[command(flatten)]
+    pub(crate) step: BenchStepArguments,
+    /// Rounds: in each a whole step is timed, then each operation
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    pub(crate) steps: usize,
+    /// Whole steps before the rounds
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    pub(crate) warmup: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
