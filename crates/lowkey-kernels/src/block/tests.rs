@@ -113,9 +113,11 @@ impl Case {
     fn new([batch, seq]: [usize; 2], heads: usize, [nope, rope, value, rank]: [usize; 4], interleave: bool) -> Self {
         let dims =
             MlaDims { heads, nope, rope, value, rank, scale: 0.3, latent_scale: 1.25, latent_eps: 1e-3, interleave };
-        let angles: Vec<f32> =
-            (0..seq).flat_map(|t| (0..rope / 2).map(move |i| (5000 + t) as f32 / 10f32.powi(i as i32))).collect();
-        let angles = Tensor::<1>::from_floats(angles.as_slice(), &device()).reshape([1, seq, 1, rope / 2]);
+        // Without a shared key there is no table; one number stands in for it.
+        let half = (rope / 2).max(1);
+        let angle = |t: usize, i: usize| (5000 + t) as f32 / 10f32.powi(i as i32);
+        let angles: Vec<f32> = (0..seq).flat_map(|t| (0..half).map(move |i| angle(t, i))).collect();
+        let angles = Tensor::<1>::from_floats(angles.as_slice(), &device()).reshape([1, seq, 1, half]);
         Self {
             dims,
             q: random([batch, seq, heads, nope + rope], 1.0),

@@ -1,7 +1,10 @@
 //! The operations of a training step. A new one is a new entry here.
 
 use burn::tensor::{Tensor, module::embedding};
-use lowkey_kernels::{causal_attention, cross_entropy_sum, linear, rms_norm, rotate, swiglu};
+use lowkey_kernels::{
+    LatentWeights, MlaDims, MlpWeights, add_linear, cross_entropy_sum, gated_mlp, latent_attention, linear, rms_norm,
+    rotate,
+};
 use lowkey_model::ids_tensor;
 
 use super::super::train::Session;
@@ -28,72 +31,102 @@ fn row(
     Row { name, size, calls, work, run: Run::Shared(Box::new(run)), times: Vec::new() }
 }
 
-/// The linear maps of the blocks.
+/// The linear maps of the blocks that are operations of their own.
 fn products(session: &Session) -> Vec<Row> {
     let (seq, tokens, s) = (session.seq, session.batch * session.seq, session.shape);
-    let map = |name, calls, d_in: usize, d_out: usize| {
-        let work = Work::products(2.0 * (tokens * d_in * d_out) as f64);
-        row(name, format!("{tokens} × {d_in} → {d_out}"), calls, work, move |lane| {
+    let describe = |d_in: usize, d_out: usize| {
+        (format!("{tokens} × {d_in} → {d_out}"), Work::products(2.0 * (tokens * d_in * d_out) as f64))
+    };
+    let map = |name, d_in: usize, d_out: usize| {
+        let (size, work) = describe(d_in, d_out);
+        row(name, size, s.layers, work, move |lane| {
             let (x, w) = (lane.random([lane.rows, seq, d_in]), lane.random([d_out, d_in]));
             lane.time(|| linear(leaf(&x), leaf(&w), None))
         })
     };
+    let (size, work) = describe(s.heads * s.value, s.hidden);
+    let output = row("o_proj and residual", size, s.layers, work, move |lane| {
+        let d_in = s.heads * s.value;
+        let (x, w) = (lane.random([lane.rows, seq, d_in]), lane.random([s.hidden, d_in]));
+        let residual = lane.random([lane.rows, seq, s.hidden]);
+        lane.time(|| add_linear(leaf(&residual), leaf(&x), leaf(&w), None))
+    });
     vec![
-        map("q_proj", s.layers, s.hidden, s.heads * (s.nope + s.rope)),
-        map("kv_a_proj", s.layers, s.hidden, s.rank + s.rope),
-        map("kv_b_proj", s.layers, s.rank, s.heads * (s.nope + s.value)),
-        map("o_proj", s.layers, s.heads * s.value, s.hidden),
-        map("gate_proj, up_proj", 2 * s.layers, s.hidden, s.feed_forward),
-        map("down_proj", s.layers, s.feed_forward, s.hidden),
+        map("q_proj", s.hidden, s.heads * (s.nope + s.rope)),
+        map("kv_a_proj", s.hidden, s.rank + s.rope),
+        output,
+        feed_forward(session),
+        attention(session),
     ]
 }
 
-/// Attention, norms, rotations and the gate of the blocks.
-fn pointwise(session: &Session) -> Vec<Row> {
+/// Norm, three products, gate and residual of the feed-forward layer.
+fn feed_forward(session: &Session) -> Row {
+    let (seq, tokens, s) = (session.seq, session.batch * session.seq, session.shape);
+    let work = Work::products(2.0 * (3 * tokens * s.hidden * s.feed_forward) as f64);
+    let size = format!("{tokens} × {} → {} → {}", s.hidden, s.feed_forward, s.hidden);
+    row("gated_mlp", size, s.layers, work, move |lane| {
+        let x = lane.random([lane.rows, seq, s.hidden]);
+        let norm = lane.random([s.hidden]);
+        let (gate, up) = (lane.random([s.feed_forward, s.hidden]), lane.random([s.feed_forward, s.hidden]));
+        let down = lane.random([s.hidden, s.feed_forward]);
+        lane.time(|| {
+            let weights = MlpWeights { norm: leaf(&norm), gate: leaf(&gate), up: leaf(&up), down: leaf(&down) };
+            gated_mlp(leaf(&x), weights, 1e-6)
+        })
+    })
+}
+
+/// Latent norm, shared key, keys and values, attention.
+fn attention(session: &Session) -> Row {
     let (batch, seq, tokens, s) = (session.batch, session.seq, session.batch * session.seq, session.shape);
-    // Read x, write y; read x and dy, write dx.
-    let norm = |name, calls, width: usize| {
-        row(name, format!("{tokens} × {width}"), calls, Work::numbers(5 * tokens * width), move |lane| {
-            let (x, w) = (lane.random([lane.rows, seq, width]), lane.random([width]));
-            lane.time(|| rms_norm(leaf(&x), leaf(&w), 1e-6))
-        })
-    };
-    // Read x, write y; read dy, write dx.
-    let turn = |name, heads: usize, from: usize| {
-        let width = from + s.rope;
-        let work = Work::numbers(4 * tokens * heads * width);
-        row(name, format!("{tokens} × {heads} × {width}"), s.layers, work, move |lane| {
-            let x = lane.random([lane.rows, seq, heads, width]);
-            let (cos, sin) = (lane.random([1, seq, 1, s.rope / 2]), lane.random([1, seq, 1, s.rope / 2]));
-            lane.time(|| rotate(leaf(&x), cos.clone().autodiff(), sin.clone().autodiff(), from, false))
-        })
-    };
-    // Two products per pair of a query and a key, and half of the pairs.
+    // Two products per pair of a query and a key, and half of the pairs; keys and values from the latents.
     let pairs = (batch * s.heads * seq * seq) as f64 / 2.0;
-    let attention = Work::products(2.0 * pairs * (s.nope + s.rope + s.value) as f64);
-    let size = format!("{batch} × {} × {seq} × {seq}", s.heads);
-    let attention = row("causal_attention", size, s.layers, attention, move |lane| {
+    let expand = (tokens * s.rank * s.heads * (s.nope + s.value)) as f64;
+    let work = Work::products(2.0 * (pairs * (s.nope + s.rope + s.value) as f64 + expand));
+    row("latent_attention", format!("{batch} × {} × {seq} × {seq}", s.heads), s.layers, work, move |lane| {
         let q = lane.random([lane.rows, seq, s.heads, s.nope + s.rope]);
-        let kv = lane.random([lane.rows, seq, s.heads, s.nope + s.value]);
-        let k_pe = lane.random([lane.rows, seq, s.rope]);
-        let (starts, scale) = (vec![0; lane.rows * seq], ((s.nope + s.rope) as f64).powf(-0.5));
-        lane.time(|| causal_attention(leaf(&q), leaf(&kv), Some(leaf(&k_pe)), &starts, s.nope, scale))
+        let kv_a = lane.random([lane.rows, seq, s.rank + s.rope]);
+        let (norm, kv_b) = (lane.random([s.rank]), lane.random([s.heads * (s.nope + s.value), s.rank]));
+        let (cos, sin) = (lane.random([1, seq, 1, s.rope / 2]), lane.random([1, seq, 1, s.rope / 2]));
+        let dims = MlaDims {
+            heads: s.heads,
+            nope: s.nope,
+            rope: s.rope,
+            value: s.value,
+            rank: s.rank,
+            scale: ((s.nope + s.rope) as f64).powf(-0.5),
+            latent_scale: 1.0,
+            latent_eps: 1e-6,
+            interleave: false,
+        };
+        let starts = vec![0; lane.rows * seq];
+        lane.time(|| {
+            let (cos, sin) = (cos.clone().autodiff(), sin.clone().autodiff());
+            let weights = LatentWeights { norm: leaf(&norm), kv_b: leaf(&kv_b), cos, sin };
+            latent_attention(leaf(&q), leaf(&kv_a), weights, &starts, dims)
+        })
+    })
+}
+
+/// Norms and rotations outside the operations above.
+fn pointwise(session: &Session) -> Vec<Row> {
+    let (seq, tokens, s) = (session.seq, session.batch * session.seq, session.shape);
+    // Read x, write y; read x and dy, write dx.
+    let work = Work::numbers(5 * tokens * s.hidden);
+    let norm = row("rms_norm", format!("{tokens} × {}", s.hidden), s.layers + 1, work, move |lane| {
+        let (x, w) = (lane.random([lane.rows, seq, s.hidden]), lane.random([s.hidden]));
+        lane.time(|| rms_norm(leaf(&x), leaf(&w), 1e-6))
     });
-    // Read gate and up, write y; read gate, up and dy, write d gate and d up.
-    let gate = Work::numbers(8 * tokens * s.feed_forward);
-    let gate = row("swiglu", format!("{tokens} × {}", s.feed_forward), s.layers, gate, move |lane| {
-        let shape = [lane.rows, seq, s.feed_forward];
-        let (gate, up) = (lane.random(shape), lane.random(shape));
-        lane.time(|| swiglu(leaf(&gate), leaf(&up)))
+    // Read x, write y; read dy, write dx.
+    let width = s.nope + s.rope;
+    let work = Work::numbers(4 * tokens * s.heads * width);
+    let turn = row("rotate, queries", format!("{tokens} × {} × {width}", s.heads), s.layers, work, move |lane| {
+        let x = lane.random([lane.rows, seq, s.heads, width]);
+        let (cos, sin) = (lane.random([1, seq, 1, s.rope / 2]), lane.random([1, seq, 1, s.rope / 2]));
+        lane.time(|| rotate(leaf(&x), cos.clone().autodiff(), sin.clone().autodiff(), s.nope, false))
     });
-    vec![
-        attention,
-        norm("rms_norm, hidden", 2 * s.layers + 1, s.hidden),
-        norm("rms_norm, latent", s.layers, s.rank),
-        turn("rotate, queries", s.heads, s.nope),
-        turn("rotate, shared key", 1, 0),
-        gate,
-    ]
+    vec![norm, turn]
 }
 
 /// Embedding, and output head with loss.
