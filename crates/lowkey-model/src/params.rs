@@ -68,6 +68,35 @@ impl ModuleVisitor for Collect {
     }
 }
 
+/// Takes the values out, and leaves a number in their place that has their shape, device and place in autodiff.
+struct TakeValues {
+    path: Path,
+    taken: Vec<Parameter>,
+}
+
+impl ModuleMapper for TakeValues {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|old| {
+            let stand_in = Tensor::<D>::zeros([1; D], &old.device().without_autodiff()).expand(old.dims());
+            let stand_in = in_place_of(&old, stand_in);
+            self.taken.push(Parameter {
+                name: self.path.0.join("."),
+                shape: old.dims().to_vec(),
+                value: flat(old.without_autodiff()),
+            });
+            stand_in
+        })
+    }
+
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, container: &str) {
+        self.path.exit(container);
+    }
+}
+
 struct TakeGradients<'a> {
     gradients: &'a mut Gradients,
     taken: Vec<Tensor<1>>,
@@ -88,17 +117,18 @@ struct Replace<I> {
 impl<I: Iterator<Item = Tensor<1>>> ModuleMapper for Replace<I> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(value) = self.values.next() else { return param };
-        param.map(|old| {
-            let value = value.reshape(old.dims());
-            match old.gradient_checkpointing_strategy() {
-                // Tensors with different strategies cannot meet in one operation, so the old one stays.
-                Some(strategy) => value
-                    .autodiff()
-                    .with_gradient_checkpointing_strategy(strategy)
-                    .set_require_grad(old.is_require_grad()),
-                None => value,
-            }
-        })
+        param.map(|old| in_place_of(&old, value.reshape(old.dims())))
+    }
+}
+
+/// `new`, tracked as `old` is.
+fn in_place_of<const D: usize>(old: &Tensor<D>, new: Tensor<D>) -> Tensor<D> {
+    match old.gradient_checkpointing_strategy() {
+        // Tensors with different strategies cannot meet in one operation, so the old one stays.
+        Some(strategy) => {
+            new.autodiff().with_gradient_checkpointing_strategy(strategy).set_require_grad(old.is_require_grad())
+        }
+        None => new,
     }
 }
 
@@ -120,6 +150,16 @@ impl CausalLm {
         let mut take = TakeGradients { gradients, taken: Vec::new() };
         self.visit(&mut take);
         take.taken
+    }
+
+    /// Replaces every value by what `update` makes of them, in the order of [`CausalLm::parameters`].
+    ///
+    /// Where no clone of the model is left, each tensor is handed over with its only handle and can be changed in place.
+    pub fn update(&mut self, update: impl FnOnce(Vec<Parameter>) -> Vec<Tensor<1>>) {
+        let mut take = TakeValues { path: Path::default(), taken: Vec::new() };
+        // The assignment ends the old model, and with it the second handle to each value.
+        *self = self.clone().map(&mut take);
+        *self = self.clone().with_values(update(take.taken));
     }
 
     /// The same model with other values, in the order of [`CausalLm::parameters`].

@@ -38,7 +38,7 @@ pub use checkpoint::{Checkpoints, TrainerState};
 pub use error::{Error, Result};
 pub use evaluate::{ClassEvaluation, Evaluation, Held, evaluate};
 pub use metrics::{Metrics, MetricsFile};
-pub use optimizer::{AdamW, Moments, clip, global_norm};
+pub use optimizer::{AdamW, Moments, clip_factor, global_norm};
 pub use plan::{EXPECTED_MFU, Plan};
 pub use run_config::{
     CheckpointSection, ComputeDtype, DataSection, EvalSection, InitSection, MetricsSection, OptimizerKind,

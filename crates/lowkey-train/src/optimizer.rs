@@ -1,13 +1,14 @@
 //! AdamW over the flat list of parameters.
 
 use burn::tensor::Tensor;
+use lowkey_kernels::optim::{self, AdamWStep};
 use lowkey_model::Parameter;
+use rayon::prelude::*;
 
-use crate::error::{Error, Result};
 use crate::run_config::OptimizerSection;
 
-/// AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2), with PyTorch's order of operations:
-/// `p ← p(1 − lr·wd)`, then `p ← p − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)`.
+/// AdamW (arXiv 1711.05101) as PyTorch computes it, see [`lowkey_kernels::optim::adamw`]: one pass over each parameter, in
+/// place, on the threads of the current rayon pool, with a result that does not depend on how many there are.
 #[derive(Clone, Debug)]
 pub struct AdamW {
     betas: [f64; 2],
@@ -50,63 +51,54 @@ impl AdamW {
         self.steps = steps;
     }
 
-    /// One step; returns the new values in the order of `parameters`.
-    pub fn step(&mut self, parameters: Vec<Parameter>, gradients: Vec<Tensor<1>>, lr: f64) -> Vec<Tensor<1>> {
+    /// One step with the gradients times `clip`; returns the new values in the order of `parameters`.
+    pub fn step(
+        &mut self,
+        parameters: Vec<Parameter>,
+        gradients: Vec<Tensor<1>>,
+        clip: f64,
+        lr: f64,
+    ) -> Vec<Tensor<1>> {
         self.steps += 1;
-        let [beta1, beta2] = self.betas;
-        let correction1 = 1.0 - beta1.powf(self.steps as f64);
-        let correction2 = (1.0 - beta2.powf(self.steps as f64)).sqrt();
+        let Self { betas, eps, steps, .. } = *self;
         parameters
-            .into_iter()
+            .into_par_iter()
             .zip(gradients)
-            .zip(self.moments.iter_mut().zip(&self.weight_decay))
-            .map(|((parameter, gradient), (moments, decay))| {
-                let m = moments.m.clone() * beta1 + gradient.clone() * (1.0 - beta1);
-                let v = moments.v.clone() * beta2 + gradient.square() * (1.0 - beta2);
-                let update = m.clone() / (v.clone().sqrt() / correction2 + self.eps);
+            .zip(self.moments.par_iter_mut().zip(&self.weight_decay))
+            .map(|((parameter, gradient), (moments, weight_decay))| {
+                let step = AdamWStep { clip, lr, betas, eps, weight_decay: *weight_decay, step: steps };
+                // Taken out, so that the pass holds their only handles.
+                let nothing = || Tensor::empty([0], &gradient.device());
+                let Moments { m, v } = std::mem::replace(moments, Moments { m: nothing(), v: nothing() });
+                let (value, m, v) = optim::adamw(parameter.value, gradient, m, v, step);
                 *moments = Moments { m, v };
-                let value = if *decay > 0.0 { parameter.value * (1.0 - lr * decay) } else { parameter.value };
-                value - update * (lr / correction1)
+                value
             })
             .collect()
     }
 }
 
-/// The global L2 norm of the gradients.
+/// The global L2 norm of the gradients; uses the threads of the current rayon pool, and does not depend on how many there are.
 ///
 /// # Errors
-/// The index of the first gradient whose norm is not finite, with that norm.
-pub fn global_norm(gradients: &[Tensor<1>]) -> Result<std::result::Result<f64, (usize, f64)>> {
-    /// Numbers that are added in one go. Above some millions the CPU's threads share a sum in an order that changes from
-    /// call to call, and f32 loses digits.
-    const PART: usize = 1 << 20;
+/// The index of the first gradient whose norm is not finite, with that norm. Norms whose square exceeds f32 count as such: the
+/// second moment could not hold them.
+pub fn global_norm(gradients: &[Tensor<1>]) -> Result<f64, (usize, f64)> {
+    let squares: Vec<f64> = gradients.par_iter().map(|gradient| optim::sum_of_squares(gradient.clone())).collect();
     let mut total = 0.0;
-    for (i, gradient) in gradients.iter().enumerate() {
-        let len = gradient.dims()[0];
-        for from in (0..len).step_by(PART) {
-            let part = gradient.clone().narrow(0, from, PART.min(len - from));
-            let squares = part
-                .square()
-                .sum()
-                .try_into_scalar::<f32>()
-                .map_err(|e| Error::Device { what: "a gradient's norm", why: format!("{e:?}") })?;
-            let squares = f64::from(squares);
-            if !squares.is_finite() {
-                return Ok(Err((i, squares.sqrt())));
-            }
-            total += squares;
+    for (i, squares) in squares.into_iter().enumerate() {
+        let single = squares as f32;
+        if !single.is_finite() {
+            return Err((i, f64::from(single.sqrt())));
         }
+        total += squares;
     }
-    Ok(Ok(total.sqrt()))
+    Ok(total.sqrt())
 }
 
-/// Scales the gradients to a global norm of at most `limit`, as PyTorch's `clip_grad_norm_` does.
-pub fn clip(gradients: Vec<Tensor<1>>, norm: f64, limit: f64) -> Vec<Tensor<1>> {
-    let factor = limit / (norm + 1e-6);
-    if factor >= 1.0 {
-        return gradients;
-    }
-    gradients.into_iter().map(|gradient| gradient * factor).collect()
+/// The factor that scales gradients of global norm `norm` to at most `limit`, as PyTorch's `clip_grad_norm_` has it.
+pub fn clip_factor(norm: f64, limit: f64) -> f64 {
+    (limit / (norm + 1e-6)).min(1.0)
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use crate::checkpoint::{self, Checkpoints, TrainerState, write_file, write_json}
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::metrics::{Metrics, MetricsFile};
-use crate::optimizer::{AdamW, clip, global_norm};
+use crate::optimizer::{AdamW, clip_factor, global_norm};
 use crate::plan::Plan;
 use crate::resume;
 use crate::run_config::RunConfig;
@@ -306,21 +306,17 @@ impl<'a> Run<'a> {
         if !result.loss.is_finite() {
             return Err(non_finite("the loss".into(), result.loss));
         }
-        let parameters = self.model.parameters();
-        let norm = match global_norm(&result.gradients)? {
+        let norm = match self.workers.together(|| global_norm(&result.gradients)) {
             Ok(norm) => norm,
             Err((i, value)) => {
-                let name = parameters.get(i).map_or("?", |p| p.name.as_str());
+                let name = self.model.parameters().into_iter().nth(i).map_or_else(|| "?".into(), |p| p.name);
                 return Err(non_finite(format!("the gradient of {name}"), value));
             }
         };
-        let gradients = match config.optimizer.grad_clip {
-            Some(limit) => clip(result.gradients, norm, limit),
-            None => result.gradients,
-        };
+        let clip = config.optimizer.grad_clip.map_or(1.0, |limit| clip_factor(norm, limit));
         let lr = config.lr_scheduler.rate(step, config.training.steps, config.optimizer.lr);
-        let values = self.optimizer.step(parameters, gradients, lr);
-        self.model = self.model.clone().with_values(values);
+        let Self { model, optimizer, workers, .. } = self;
+        workers.together(|| model.update(|parameters| optimizer.step(parameters, result.gradients, clip, lr)));
         self.state.step += 1;
         self.state.tokens += result.targets as u64;
         self.state.time_s = self.earlier_s + self.started.elapsed().as_secs_f64();
@@ -386,12 +382,12 @@ impl<'a> Run<'a> {
     }
 
     fn save(&mut self, best: bool, observe: &mut dyn FnMut(Event)) -> Result<()> {
-        let parameters = self.model.parameters();
-        let values: Vec<_> = parameters.iter().map(|p| p.value.clone()).collect();
-        if let Err((i, value)) = global_norm(&values)? {
-            let name = parameters.get(i).map_or("?", |p| p.name.as_str());
-            return Err(Error::Diverged { step: self.state.step, what: name.into(), value });
+        let (names, values): (Vec<_>, Vec<_>) = self.model.parameters().into_iter().map(|p| (p.name, p.value)).unzip();
+        if let Err((i, value)) = self.workers.together(|| global_norm(&values)) {
+            let what = names.into_iter().nth(i).unwrap_or_default();
+            return Err(Error::Diverged { step: self.state.step, what, value });
         }
+        drop(values);
         let path = self.checkpoints.save(&self.model, &self.data.tokenizer, &self.optimizer, &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });

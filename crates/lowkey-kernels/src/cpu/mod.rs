@@ -6,5 +6,6 @@
 pub(crate) mod attention;
 pub(crate) mod cross_entropy;
 mod gemm;
+pub(crate) mod optim;
 pub(crate) mod pointwise;
 mod vector;

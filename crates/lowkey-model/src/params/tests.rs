@@ -75,6 +75,30 @@ fn putting_the_values_back_changes_nothing() {
 }
 
 #[test]
+fn an_update_in_place_is_one_with_new_values() {
+    let checkpointing = Device::flex().autodiff().gradient_checkpointing();
+    for device in [Device::flex(), Device::flex().autodiff(), checkpointing] {
+        for (kind, config) in fixtures::every_kind() {
+            let mut model = scrambled(&config, 2, &device);
+            let before = model.parameters();
+            let expected = model.clone().with_values(before.iter().map(|p| p.value.clone() * 2.0).collect());
+            model.update(|taken| {
+                for (a, b) in taken.iter().zip(&before) {
+                    assert_eq!((&a.name, &a.shape), (&b.name, &b.shape), "{kind}");
+                }
+                taken.into_iter().map(|p| p.value * 2.0).collect()
+            });
+            for (a, b) in expected.parameters().into_iter().zip(model.parameters()) {
+                assert_eq!((a.name, a.shape, values(a.value)), (b.name, b.shape, values(b.value)), "{kind}");
+            }
+            let weight = model.model.norm.weight.val();
+            assert_eq!(weight.is_require_grad(), device.is_autodiff(), "{kind}");
+            assert_eq!(weight.gradient_checkpointing_strategy(), device.gradient_checkpointing_strategy(), "{kind}");
+        }
+    }
+}
+
+#[test]
 fn new_values_arrive_and_still_learn() {
     let device = Device::flex().autodiff();
     let model = scrambled(&fixtures::grouped_with(|g| g.qk_norm = true), 3, &device);
