@@ -1,7 +1,8 @@
 //! The operations that a decoder block spends its time in, as functions over Burn tensors.
 //!
-//! **Purpose.** One place for the arithmetic that decides speed: RMSNorm, rotary embedding, SwiGLU, causal attention and
-//! cross entropy; and the optimiser's passes. Everything above this crate composes these functions and never touches a backend primitive.
+//! **Purpose.** One place for the arithmetic that decides speed: RMSNorm, rotary embedding, SwiGLU, causal attention, cross
+//! entropy, and an optimiser's passes. Everything above this crate composes these functions and never touches a backend
+//! primitive.
 //!
 //! **Main functions.** [`linear`], [`rms_norm`], [`swiglu`], [`rotate`], [`causal_attention`], [`cross_entropy_sum`] for
 //! training; [`attention`] with a [`Mask`] for queries against a cache; [`optim`] for what an optimiser does to every

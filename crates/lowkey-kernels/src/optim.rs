@@ -57,6 +57,49 @@ pub fn adamw(
     }
 }
 
+/// Root mean square of a Muon update at learning rate 1: about that of AdamW's (Moonlight, arXiv 2502.16982, section 2.2), so
+/// that its learning rates and decays carry over.
+const MUON_RMS: f64 = 0.2;
+
+/// The numbers of one Muon step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MuonStep {
+    /// Factor on the gradient: 1, or less where its global norm is clipped.
+    pub clip: f64,
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay μ of the momentum buffer.
+    pub momentum: f64,
+    /// Decoupled decay of the parameter.
+    pub weight_decay: f64,
+}
+
+/// Muon (Jordan et al. 2024, <https://kellerjordan.github.io/posts/muon/>) for matrices that stand one below the other: with
+/// g the clipped gradient, `B ← μB + g`, and for each block of rows with `O ≈ U Vᵀ` of its part of `g + μB`,
+/// `p ← p(1 − lr·decay) − lr · 0.2 √max(rows, columns) · O` (the scale of arXiv 2502.16982, section 2.2).
+///
+/// # Shapes
+/// All `[numel]` with rows of `width` numbers; `heights` are the rows of each block, and add up to all. Returns
+/// `(value, buffer)`.
+pub fn muon(
+    value: Tensor<1>,
+    gradient: Tensor<1>,
+    buffer: Tensor<1>,
+    width: usize,
+    heights: &[usize],
+    step: MuonStep,
+) -> (Tensor<1>, Tensor<1>) {
+    same_lengths(&value, [&gradient, &buffer]);
+    assert_eq!(value.dims(), [heights.iter().sum::<usize>() * width], "the blocks are not the whole parameter");
+    match flex::on_cpu([value, gradient, buffer]) {
+        Ok(storage) => {
+            let [value, buffer] = flex::muon(storage, width, heights, step).map(flex::tensor);
+            (value, buffer)
+        }
+        Err([value, gradient, buffer]) => reference::muon(value, gradient, buffer, width, heights, step),
+    }
+}
+
 /// `first + others[0] + others[1] + …`, added in this order.
 ///
 /// # Shapes

@@ -15,7 +15,7 @@ use crate::checkpoint::{self, Checkpoints, TrainerState, write_file, write_json}
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::metrics::{Metrics, MetricsFile};
-use crate::optimizer::{AdamW, clip_factor, global_norm};
+use crate::optimizer::{Optimizer, clip_factor, global_norm};
 use crate::plan::Plan;
 use crate::resume;
 use crate::run_config::RunConfig;
@@ -145,7 +145,7 @@ struct Run<'a> {
     byte_lengths: Vec<u32>,
     workers: Workers,
     model: CausalLm,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     checkpoints: Checkpoints,
     state: TrainerState,
     /// The step of the newest checkpoint.
@@ -184,15 +184,15 @@ impl<'a> Run<'a> {
             (None, None) => CausalLm::init(&model_config, config.run.seed, &device),
         };
         let parameters = model.parameters();
-        let mut optimizer = AdamW::new(&config.optimizer, &parameters, Parameter::is_matrix);
+        let mut optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
         let mut state = TrainerState { data: data.train.checksum(), ..TrainerState::default() };
         if let Some(dir) = resume {
-            let (saved, moments) = checkpoint::load_state(dir, &parameters, &device)?;
+            let (saved, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, &device)?;
             if saved.data != state.data {
                 let why = "the training tokens are not those this run began with; restore the text, or start a new run";
                 return Err(Error::file(dir, why));
             }
-            optimizer.restore(moments, saved.step);
+            optimizer.restore(states, saved.step);
             state = saved;
         }
         let plan = Plan::new(config, &model.config, matmul_ceiling(threads, &device)?);

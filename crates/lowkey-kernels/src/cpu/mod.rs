@@ -6,6 +6,7 @@
 pub(crate) mod attention;
 pub(crate) mod cross_entropy;
 mod gemm;
+pub(crate) mod muon;
 pub(crate) mod optim;
 pub(crate) mod pointwise;
 mod vector;

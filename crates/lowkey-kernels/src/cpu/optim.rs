@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 /// Elements per parallel piece: four arrays of it fit the second-level cache, and a sum per piece does not depend on how many
 /// threads there are.
-const PIECE: usize = 1 << 14;
+pub(super) const PIECE: usize = 1 << 14;
 
 /// Factors of an AdamW step, rounded once.
 #[derive(Clone, Copy)]

@@ -4,8 +4,8 @@ use burn::backend::Flex;
 use burn::tensor::{DType, Tensor};
 use burn_flex::FlexTensor;
 
-use super::AdamWStep;
-use crate::cpu::optim;
+use super::{AdamWStep, MUON_RMS, MuonStep};
+use crate::cpu::{muon, optim};
 
 /// The storage of f32 tensors on the CPU; the tensors back where one of them is neither.
 pub(super) fn on_cpu<const N: usize>(tensors: [Tensor<1>; N]) -> Result<[FlexTensor; N], [Tensor<1>; N]> {
@@ -55,4 +55,21 @@ pub(super) fn sum_of_squares(x: &FlexTensor) -> f64 {
 /// Where the numbers begin in memory.
 pub(super) fn address(x: &FlexTensor) -> usize {
     x.bytes().as_ptr() as usize
+}
+
+pub(super) fn muon(
+    [mut value, gradient, mut buffer]: [FlexTensor; 3],
+    width: usize,
+    heights: &[usize],
+    step: MuonStep,
+) -> [FlexTensor; 2] {
+    let MuonStep { clip, lr, momentum, weight_decay } = step;
+    let factors = muon::Muon {
+        clip: clip as f32,
+        momentum: momentum as f32,
+        keep: (1.0 - lr * weight_decay) as f32,
+        rate: (lr * MUON_RMS) as f32,
+    };
+    muon::muon(value.storage_mut(), gradient.storage(), buffer.storage_mut(), width, heights, factors);
+    [value, buffer]
 }

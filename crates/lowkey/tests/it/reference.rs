@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use lowkey_infer::{Form, GenerateConfig, generate};
 use lowkey_model::{CausalLm, Family, IGNORE, TokenBatch, Trace, ids_tensor};
-use lowkey_train::{AdamW, OptimizerKind, OptimizerSection, clip_factor, global_norm};
+use lowkey_train::{Optimizer, OptimizerKind, OptimizerSection, clip_factor, global_norm};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -236,13 +236,14 @@ fn trajectory(case: &Case, mut model: CausalLm, batch: &Batch, limit: Option<f64
     let section = OptimizerSection {
         kind: OptimizerKind::AdamW,
         lr: 1e-3,
+        momentum: None,
         betas: [0.9, 0.95],
         eps: 1e-8,
         weight_decay: 0.1,
         grad_clip: limit,
     };
     // The reference decays every parameter.
-    let mut optimizer = AdamW::new(&section, &model.parameters(), |_| true);
+    let mut optimizer = Optimizer::new(&section, &model.parameters(), |_| true);
     let expected = case.floats(key);
     let mut losses = Vec::new();
     for step in 0..expected.len() {
