@@ -1,10 +1,12 @@
 //! The operations that a decoder block spends its time in, as functions over Burn tensors.
 //!
-//! **Purpose.** One place for the arithmetic that decides speed: RMSNorm, rotary embedding, SwiGLU, causal attention and
-//! cross entropy. Everything above this crate composes these functions and never touches a backend primitive.
+//! **Purpose.** One place for the arithmetic that decides speed: RMSNorm, rotary embedding, SwiGLU, causal attention, cross
+//! entropy, and an optimiser's passes. Everything above this crate composes these functions and never touches a backend
+//! primitive.
 //!
 //! **Main functions.** [`linear`], [`rms_norm`], [`swiglu`], [`rotate`], [`causal_attention`], [`cross_entropy_sum`] for
-//! training; [`attention`] with a [`Mask`] for queries against a cache.
+//! training; [`attention`] with a [`Mask`] for queries against a cache; [`optim`] for what an optimiser does to every
+//! parameter.
 //!
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
@@ -22,6 +24,7 @@ mod fixtures;
 mod flex;
 mod fused;
 mod ops;
+pub mod optim;
 pub mod reference;
 
 pub use attention::{Mask, attention, scores};

@@ -294,7 +294,7 @@ fn split(parameters: Vec<Parameter>, dtype: WeightDtype, max_bytes: usize) -> Ve
 /// The content of one safetensors file.
 fn encode_shard(path: &Path, shard: Vec<Parameter>, dtype: WeightDtype) -> Result<Vec<u8>> {
     let mut encoded = Vec::with_capacity(shard.len());
-    for Parameter { name, shape, value } in shard {
+    for Parameter { name, shape, value, .. } in shard {
         let values = value
             .try_into_vec_as::<f32>()
             .map_err(|e| Error::file(path, format!("tensor {name} cannot be read back: {e:?}")))?;

@@ -20,18 +20,18 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::optimizer::{AdamW, Moments};
+use crate::optimizer::{Optimizer, ParameterState};
 
 const CHECKSUMS: &str = "checksums.json";
 const TRAINER: &str = "trainer.json";
-const MOMENTS: &str = "trainer.safetensors";
+const OPTIMIZER: &str = "trainer.safetensors";
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
 /// Begins the name of what is being written or removed.
 const TEMPORARY: &str = ".tmp-";
 /// Begins the name of a whole checkpoint that is being replaced.
 const REPLACED: &str = ".old-";
 
-/// `trainer.json`: all that a run needs besides weights and moments to go on as if it had never stopped.
+/// `trainer.json`: all that a run needs besides weights and the optimiser's state to go on as if it had never stopped.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
     /// Optimiser steps taken.
@@ -86,7 +86,7 @@ impl Checkpoints {
         &self,
         model: &CausalLm,
         tokenizer: &Tokenizer,
-        optimizer: &AdamW,
+        optimizer: &Optimizer,
         state: &TrainerState,
     ) -> Result<PathBuf> {
         let name = step_name(state.step);
@@ -198,16 +198,21 @@ impl Checkpoints {
     }
 }
 
-/// Loads the trainer's state and, in the order of `parameters`, the optimiser's moments.
+/// Loads the trainer's state and, in the order of `parameters`, the optimiser's states, each of the kind of `kinds`.
 ///
 /// # Errors
 /// [`Error::File`] naming the file and tensor that do not fit.
-pub fn load_state(dir: &Path, parameters: &[Parameter], device: &Device) -> Result<(TrainerState, Vec<Moments>)> {
+pub fn load_state(
+    dir: &Path,
+    parameters: &[Parameter],
+    kinds: &[ParameterState],
+    device: &Device,
+) -> Result<(TrainerState, Vec<ParameterState>)> {
     let path = dir.join(TRAINER);
     let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
     let state: TrainerState =
         serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not a trainer's state: {e}")))?;
-    let path = dir.join(MOMENTS);
+    let path = dir.join(OPTIMIZER);
     let bytes = fs::read(&path).map_err(|e| Error::io(&path, e))?;
     let tensors = SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::file(&path, format!("not a readable safetensors file: {e}")))?;
@@ -224,11 +229,12 @@ pub fn load_state(dir: &Path, parameters: &[Parameter], device: &Device) -> Resu
             view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
         Ok(Tensor::from_data(TensorData::new(values, [len]), &device))
     };
-    let moments = parameters
+    let states = parameters
         .iter()
-        .map(|parameter| Ok(Moments { m: read("m", parameter)?, v: read("v", parameter)? }))
+        .zip(kinds)
+        .map(|(parameter, kind)| kind.read(|name| read(name, parameter)))
         .collect::<Result<_>>()?;
-    Ok((state, moments))
+    Ok((state, states))
 }
 
 /// Recomputes every checksum of a checkpoint.
@@ -285,7 +291,13 @@ fn step_name(step: u64) -> String {
     format!("step-{step:06}")
 }
 
-fn write(dir: &Path, model: &CausalLm, tokenizer: &Tokenizer, optimizer: &AdamW, state: &TrainerState) -> Result<()> {
+fn write(
+    dir: &Path,
+    model: &CausalLm,
+    tokenizer: &Tokenizer,
+    optimizer: &Optimizer,
+    state: &TrainerState,
+) -> Result<()> {
     if dir.exists() {
         remove(dir)?;
     }
@@ -299,7 +311,7 @@ fn write(dir: &Path, model: &CausalLm, tokenizer: &Tokenizer, optimizer: &AdamW,
         "temperature": 0.8,
     });
     write_json(&dir.join("generation_config.json"), &generation)?;
-    write_moments(&dir.join(MOMENTS), model, optimizer)?;
+    write_states(&dir.join(OPTIMIZER), model, optimizer)?;
     write_json(&dir.join(TRAINER), &json!(state))?;
     let mut checksums = BTreeMap::new();
     for path in entries(dir)? {
@@ -311,14 +323,14 @@ fn write(dir: &Path, model: &CausalLm, tokenizer: &Tokenizer, optimizer: &AdamW,
     sync_dir(dir)
 }
 
-fn write_moments(path: &Path, model: &CausalLm, optimizer: &AdamW) -> Result<()> {
-    let (moments, _) = optimizer.state();
+fn write_states(path: &Path, model: &CausalLm, optimizer: &Optimizer) -> Result<()> {
+    let (states, _) = optimizer.state();
     let mut tensors = Vec::new();
-    for (parameter, Moments { m, v }) in model.parameters().iter().zip(moments) {
-        for (kind, moment) in [("m", m), ("v", v)] {
-            let values = moment
+    for (parameter, state) in model.parameters().iter().zip(states) {
+        for (kind, tensor) in state.tensors() {
+            let values = tensor
                 .try_to_vec_as::<f32>()
-                .map_err(|e| Error::Device { what: "the optimiser's moments", why: format!("{e:?}") })?;
+                .map_err(|e| Error::Device { what: "the optimiser's state", why: format!("{e:?}") })?;
             let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
             tensors.push((format!("{kind}.{}", parameter.name), values.len(), bytes));
         }

@@ -5,10 +5,10 @@
 //! survive a kill at any moment, and the metrics that tools read.
 //!
 //! **Main types.** [`RunConfig`] (the run file), [`setup`] and [`train`] (the loop), [`Event`] (what a watcher is told),
-//! [`AdamW`], [`Workers`] (threads), [`Evaluation`], [`Checkpoints`], [`Metrics`], [`Plan`].
+//! [`Optimizer`], [`Workers`] (threads), [`Evaluation`], [`Checkpoints`], [`Metrics`], [`Plan`].
 //!
 //! **Flow.** [`RunConfig::load`] → [`setup`] opens the corpus and resolves the model → each step: the sampler's batch for
-//! (seed, step), [`Workers::gradients`], a check that all is finite, clipping to the global norm, [`AdamW::step`] → every so
+//! (seed, step), [`Workers::gradients`], a check that all is finite, clipping to the global norm, [`Optimizer::step`] → every so
 //! many steps an [`evaluate`], samples, a line of metrics, a checkpoint.
 //!
 //! **Invariants.** The batch is a pure function of (seed, step), and nothing random happens elsewhere: a run that was killed
@@ -40,7 +40,7 @@ pub use checkpoint::{Checkpoints, TrainerState};
 pub use error::{Error, Result};
 pub use evaluate::{ClassEvaluation, Evaluation, Held, evaluate};
 pub use metrics::{Metrics, MetricsFile};
-pub use optimizer::{AdamW, Moments, clip, global_norm};
+pub use optimizer::{Optimizer, ParameterState, clip_factor, global_norm};
 pub use plan::{EXPECTED_MFU, Plan};
 pub use run_config::{
     CheckpointSection, ComputeDtype, DataSection, EvalSection, InitSection, MetricsSection, OptimizerKind,

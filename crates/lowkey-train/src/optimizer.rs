@@ -1,112 +1,161 @@
-//! AdamW over the flat list of parameters.
+//! AdamW and Muon over the flat list of parameters.
 
 use burn::tensor::Tensor;
+use lowkey_kernels::optim::{self, AdamWStep, MuonStep};
 use lowkey_model::Parameter;
+use rayon::prelude::*;
 
-use crate::error::{Error, Result};
-use crate::run_config::OptimizerSection;
+use crate::run_config::{OptimizerKind, OptimizerSection};
 
-/// AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2), with PyTorch's order of operations:
-/// `p ← p(1 − lr·wd)`, then `p ← p − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)`.
+/// The optimiser of a run, see [`lowkey_kernels::optim::adamw`] and [`lowkey_kernels::optim::muon`].
+///
+/// Works in place, on the threads of the current rayon pool, with a result that does not depend on how many there are.
+///
+/// Muon takes the matrices between hidden states, AdamW the rest, each with the same rate and decay. A projection to heads
+/// stacks one map per head (MLA's `kv_b_proj` two: to a key and to a value), and Muon orthogonalises each map by itself: whole,
+/// heads with large gradients would decide the update of the others, and MLA is known to lose to GQA by it (GLM-5, arXiv
+/// 2602.15763).
 #[derive(Clone, Debug)]
-pub struct AdamW {
+pub struct Optimizer {
     betas: [f64; 2],
     eps: f64,
+    momentum: f64,
     /// One per parameter: matrices decay, norms and biases do not.
     weight_decay: Vec<f64>,
-    moments: Vec<Moments>,
+    states: Vec<ParameterState>,
     steps: u64,
 }
 
-/// First and second moment of one parameter's gradient, `[numel]` each.
+/// What the optimiser remembers of one parameter, `[numel]` each.
 #[derive(Clone, Debug)]
-pub struct Moments {
-    /// Running mean of the gradient.
-    pub m: Tensor<1>,
-    /// Running mean of its square.
-    pub v: Tensor<1>,
+#[expect(clippy::large_enum_variant, reason = "one per parameter, and what it points at is far larger")]
+pub enum ParameterState {
+    /// A parameter that AdamW updates.
+    AdamW {
+        /// Running mean of the gradient.
+        m: Tensor<1>,
+        /// Running mean of its square.
+        v: Tensor<1>,
+    },
+    /// A parameter that Muon updates.
+    Muon {
+        /// Decaying sum of the gradients.
+        momentum: Tensor<1>,
+    },
 }
 
-impl AdamW {
-    /// An optimiser with zero moments. Weight decay applies where `decays` says so.
+impl ParameterState {
+    /// Its tensors with their names in a checkpoint.
+    pub fn tensors(&self) -> Vec<(&'static str, &Tensor<1>)> {
+        match self {
+            Self::AdamW { m, v } => vec![("m", m), ("v", v)],
+            Self::Muon { momentum } => vec![("momentum", momentum)],
+        }
+    }
+
+    /// A state of the same kind from tensors by name.
+    ///
+    /// # Errors
+    /// Those of `read`.
+    pub fn read<E>(&self, mut read: impl FnMut(&'static str) -> Result<Tensor<1>, E>) -> Result<Self, E> {
+        Ok(match self {
+            Self::AdamW { .. } => Self::AdamW { m: read("m")?, v: read("v")? },
+            Self::Muon { .. } => Self::Muon { momentum: read("momentum")? },
+        })
+    }
+}
+
+impl Optimizer {
+    /// An optimiser that has seen no gradient. Weight decay applies where `decays` says so.
     pub fn new(section: &OptimizerSection, parameters: &[Parameter], decays: impl Fn(&Parameter) -> bool) -> Self {
+        let state = |parameter: &Parameter| {
+            let zeros = || parameter.value.zeros_like();
+            match section.kind {
+                OptimizerKind::Muon if parameter.is_hidden_matrix() => ParameterState::Muon { momentum: zeros() },
+                OptimizerKind::Muon | OptimizerKind::AdamW => ParameterState::AdamW { m: zeros(), v: zeros() },
+            }
+        };
         Self {
             betas: section.betas,
             eps: section.eps,
+            momentum: section.momentum(),
             weight_decay: parameters.iter().map(|p| if decays(p) { section.weight_decay } else { 0.0 }).collect(),
-            moments: parameters.iter().map(|p| Moments { m: p.value.zeros_like(), v: p.value.zeros_like() }).collect(),
+            states: parameters.iter().map(state).collect(),
             steps: 0,
         }
     }
 
-    /// Moments in the order of the parameters, and how many steps they have seen.
-    pub fn state(&self) -> (&[Moments], u64) {
-        (&self.moments, self.steps)
+    /// States in the order of the parameters, and how many steps they have seen.
+    pub fn state(&self) -> (&[ParameterState], u64) {
+        (&self.states, self.steps)
     }
 
-    /// Continues from saved moments.
-    pub fn restore(&mut self, moments: Vec<Moments>, steps: u64) {
-        self.moments = moments;
+    /// Continues from saved states.
+    pub fn restore(&mut self, states: Vec<ParameterState>, steps: u64) {
+        self.states = states;
         self.steps = steps;
     }
 
-    /// One step; returns the new values in the order of `parameters`.
-    pub fn step(&mut self, parameters: Vec<Parameter>, gradients: Vec<Tensor<1>>, lr: f64) -> Vec<Tensor<1>> {
+    /// One step with the gradients times `clip`; returns the new values in the order of `parameters`.
+    pub fn step(
+        &mut self,
+        parameters: Vec<Parameter>,
+        gradients: Vec<Tensor<1>>,
+        clip: f64,
+        lr: f64,
+    ) -> Vec<Tensor<1>> {
         self.steps += 1;
-        let [beta1, beta2] = self.betas;
-        let correction1 = 1.0 - beta1.powf(self.steps as f64);
-        let correction2 = (1.0 - beta2.powf(self.steps as f64)).sqrt();
+        let Self { betas, eps, momentum, steps, .. } = *self;
         parameters
-            .into_iter()
+            .into_par_iter()
             .zip(gradients)
-            .zip(self.moments.iter_mut().zip(&self.weight_decay))
-            .map(|((parameter, gradient), (moments, decay))| {
-                let m = moments.m.clone() * beta1 + gradient.clone() * (1.0 - beta1);
-                let v = moments.v.clone() * beta2 + gradient.square() * (1.0 - beta2);
-                let update = m.clone() / (v.clone().sqrt() / correction2 + self.eps);
-                *moments = Moments { m, v };
-                let value = if *decay > 0.0 { parameter.value * (1.0 - lr * decay) } else { parameter.value };
-                value - update * (lr / correction1)
+            .zip(self.states.par_iter_mut().zip(&self.weight_decay))
+            .with_max_len(1)
+            .map(|((parameter, gradient), (state, &weight_decay))| {
+                let Parameter { shape, maps, value, .. } = parameter;
+                // Taken out, so that the pass holds the only handles.
+                let nothing = ParameterState::Muon { momentum: Tensor::empty([0], &value.device()) };
+                match std::mem::replace(state, nothing) {
+                    ParameterState::AdamW { m, v } => {
+                        let step = AdamWStep { clip, lr, betas, eps, weight_decay, step: steps };
+                        let (value, m, v) = optim::adamw(value, gradient, m, v, step);
+                        *state = ParameterState::AdamW { m, v };
+                        value
+                    }
+                    ParameterState::Muon { momentum: buffer } => {
+                        let step = MuonStep { clip, lr, momentum, weight_decay };
+                        let width = shape.iter().skip(1).product();
+                        let (value, momentum) = optim::muon(value, gradient, buffer, width, &maps, step);
+                        *state = ParameterState::Muon { momentum };
+                        value
+                    }
+                }
             })
             .collect()
     }
 }
 
-/// The global L2 norm of the gradients.
+/// The global L2 norm of the gradients; uses the threads of the current rayon pool, and does not depend on how many there are.
 ///
 /// # Errors
-/// The index of the first gradient whose norm is not finite, with that norm.
-pub fn global_norm(gradients: &[Tensor<1>]) -> Result<std::result::Result<f64, (usize, f64)>> {
-    /// Numbers that are added in one go. Above some millions the CPU's threads share a sum in an order that changes from
-    /// call to call, and f32 loses digits.
-    const PART: usize = 1 << 20;
+/// The index of the first gradient whose norm is not finite, with that norm. Norms whose square exceeds f32 count as such: the
+/// second moment could not hold them.
+pub fn global_norm(gradients: &[Tensor<1>]) -> Result<f64, (usize, f64)> {
+    let squares: Vec<f64> = gradients.par_iter().map(|gradient| optim::sum_of_squares(gradient.clone())).collect();
     let mut total = 0.0;
-    for (i, gradient) in gradients.iter().enumerate() {
-        let len = gradient.dims()[0];
-        for from in (0..len).step_by(PART) {
-            let part = gradient.clone().narrow(0, from, PART.min(len - from));
-            let squares = part
-                .square()
-                .sum()
-                .try_into_scalar::<f32>()
-                .map_err(|e| Error::Device { what: "a gradient's norm", why: format!("{e:?}") })?;
-            let squares = f64::from(squares);
-            if !squares.is_finite() {
-                return Ok(Err((i, squares.sqrt())));
-            }
-            total += squares;
+    for (i, squares) in squares.into_iter().enumerate() {
+        let single = squares as f32;
+        if !single.is_finite() {
+            return Err((i, f64::from(single.sqrt())));
         }
+        total += squares;
     }
-    Ok(Ok(total.sqrt()))
+    Ok(total.sqrt())
 }
 
-/// Scales the gradients to a global norm of at most `limit`, as PyTorch's `clip_grad_norm_` does.
-pub fn clip(gradients: Vec<Tensor<1>>, norm: f64, limit: f64) -> Vec<Tensor<1>> {
-    let factor = limit / (norm + 1e-6);
-    if factor >= 1.0 {
-        return gradients;
-    }
-    gradients.into_iter().map(|gradient| gradient * factor).collect()
+/// The factor that scales gradients of global norm `norm` to at most `limit`, as PyTorch's `clip_grad_norm_` has it.
+pub fn clip_factor(norm: f64, limit: f64) -> f64 {
+    (limit / (norm + 1e-6)).min(1.0)
 }
 
 #[cfg(test)]

@@ -102,10 +102,13 @@ pub struct OptimizerSection {
     pub kind: OptimizerKind,
     /// Peak learning rate.
     pub lr: f64,
-    /// Decay of the first and second moment.
+    /// `muon`: decay of its momentum; absent: 0.95.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub momentum: Option<f64>,
+    /// AdamW's decay of the first and second moment.
     #[serde(default = "default_betas")]
     pub betas: [f64; 2],
-    /// ε beside the root of the second moment.
+    /// AdamW's ε beside the root of the second moment.
     #[serde(default = "default_adam_eps")]
     pub eps: f64,
     /// Decoupled decay of matrices; norms and biases are not decayed.
@@ -124,6 +127,13 @@ fn default_adam_eps() -> f64 {
     1e-8
 }
 
+impl OptimizerSection {
+    /// Decay of Muon's momentum.
+    pub fn momentum(&self) -> f64 {
+        self.momentum.unwrap_or(0.95)
+    }
+}
+
 /// The optimisers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -131,6 +141,9 @@ pub enum OptimizerKind {
     /// Adam with decoupled weight decay (arXiv 1711.05101).
     #[default]
     AdamW,
+    /// Momentum orthogonalised (Jordan et al. 2024) for the matrices between hidden states, with an update as large as
+    /// AdamW's (arXiv 2502.16982); AdamW for embedding, output head, norms and biases.
+    Muon,
 }
 
 /// `[lr_scheduler]`

@@ -5,7 +5,7 @@ use lowkey_data::Batch;
 use lowkey_model::CausalLm;
 
 use crate::error::{Error, Result};
-use crate::optimizer::{AdamW, clip, global_norm};
+use crate::optimizer::{Optimizer, clip_factor, global_norm};
 use crate::workers::Workers;
 
 /// What stays the same from step to step.
@@ -38,7 +38,7 @@ impl StepSettings<'_> {
     pub(crate) fn step(
         &self,
         model: &mut CausalLm,
-        optimizer: &mut AdamW,
+        optimizer: &mut Optimizer,
         batch: &Batch,
         step: u64,
         lr: f64,
@@ -55,20 +55,15 @@ impl StepSettings<'_> {
         if !result.loss.is_finite() {
             return Err(non_finite("the loss".into(), result.loss));
         }
-        let parameters = model.parameters();
-        let norm = match global_norm(&result.gradients)? {
+        let norm = match self.workers.together(|| global_norm(&result.gradients)) {
             Ok(norm) => norm,
             Err((i, value)) => {
-                let name = parameters.get(i).map_or("?", |p| p.name.as_str());
+                let name = model.parameters().into_iter().nth(i).map_or_else(|| "?".into(), |p| p.name);
                 return Err(non_finite(format!("the gradient of {name}"), value));
             }
         };
-        let gradients = match self.grad_clip {
-            Some(limit) => clip(result.gradients, norm, limit),
-            None => result.gradients,
-        };
-        let values = optimizer.step(parameters, gradients, lr);
-        *model = model.clone().with_values(values);
+        let clip = self.grad_clip.map_or(1.0, |limit| clip_factor(norm, limit));
+        self.workers.together(|| model.update(|parameters| optimizer.step(parameters, result.gradients, clip, lr)));
         Ok(StepTaken { loss: result.loss, norm, targets: result.targets })
     }
 }

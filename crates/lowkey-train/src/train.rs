@@ -15,7 +15,7 @@ use crate::checkpoint::{self, Checkpoints, TrainerState, write_file, write_json}
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::metrics::{Metrics, MetricsFile};
-use crate::optimizer::{AdamW, global_norm};
+use crate::optimizer::{Optimizer, global_norm};
 use crate::plan::Plan;
 use crate::resume;
 use crate::run_config::RunConfig;
@@ -146,7 +146,7 @@ struct Run<'a> {
     byte_lengths: Vec<u32>,
     workers: Workers,
     model: CausalLm,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     checkpoints: Checkpoints,
     state: TrainerState,
     /// The step of the newest checkpoint.
@@ -185,15 +185,15 @@ impl<'a> Run<'a> {
             (None, None) => CausalLm::init(&model_config, config.run.seed, &device),
         };
         let parameters = model.parameters();
-        let mut optimizer = AdamW::new(&config.optimizer, &parameters, Parameter::is_matrix);
+        let mut optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
         let mut state = TrainerState { data: data.train.checksum(), ..TrainerState::default() };
         if let Some(dir) = resume {
-            let (saved, moments) = checkpoint::load_state(dir, &parameters, &device)?;
+            let (saved, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, &device)?;
             if saved.data != state.data {
                 let why = "the training tokens are not those this run began with; restore the text, or start a new run";
                 return Err(Error::file(dir, why));
             }
-            optimizer.restore(moments, saved.step);
+            optimizer.restore(states, saved.step);
             state = saved;
         }
         let plan = Plan::new(config, &model.config, matmul_ceiling(threads, &device)?);
@@ -368,12 +368,12 @@ impl<'a> Run<'a> {
     }
 
     fn save(&mut self, best: bool, observe: &mut dyn FnMut(Event)) -> Result<()> {
-        let parameters = self.model.parameters();
-        let values: Vec<_> = parameters.iter().map(|p| p.value.clone()).collect();
-        if let Err((i, value)) = global_norm(&values)? {
-            let name = parameters.get(i).map_or("?", |p| p.name.as_str());
-            return Err(Error::Diverged { step: self.state.step, what: name.into(), value });
+        let (names, values): (Vec<_>, Vec<_>) = self.model.parameters().into_iter().map(|p| (p.name, p.value)).unzip();
+        if let Err((i, value)) = self.workers.together(|| global_norm(&values)) {
+            let what = names.into_iter().nth(i).unwrap_or_default();
+            return Err(Error::Diverged { step: self.state.step, what, value });
         }
+        drop(values);
         let path = self.checkpoints.save(&self.model, &self.data.tokenizer, &self.optimizer, &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });

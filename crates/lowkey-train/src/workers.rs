@@ -3,10 +3,14 @@
 //! Each thread runs its own autodiff graph on a fork of the model inside its own thread pool, so that no lock and no node
 //! is shared; gradients are summed in the order of the rows. For a given number of threads the result is bit-identical.
 
+use std::sync::{Mutex, PoisonError};
+
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use lowkey_data::Batch;
+use lowkey_kernels::optim;
 use lowkey_model::{CausalLm, TokenBatch};
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
@@ -14,6 +18,8 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub struct Workers {
     pools: Vec<rayon::ThreadPool>,
+    /// All threads together, where they are not one pool already.
+    all: Option<rayon::ThreadPool>,
 }
 
 /// Loss and gradients of one optimiser step.
@@ -46,14 +52,20 @@ impl Workers {
     /// [`Error::Io`] where the operating system gives no thread.
     pub fn new(threads: usize, rows: usize) -> Result<Self> {
         let count = threads.min(rows).max(1);
-        let pools = (0..count)
-            .map(|i| {
-                let share = threads / count + usize::from(i < threads % count);
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(share.max(1)).build();
-                pool.map_err(|e| Error::io("thread pool", std::io::Error::other(e)))
-            })
-            .collect::<Result<_>>()?;
-        Ok(Self { pools })
+        let pool = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build();
+            pool.map_err(|e| Error::io("thread pool", std::io::Error::other(e)))
+        };
+        let pools = (0..count).map(|i| pool(threads / count + usize::from(i < threads % count)));
+        Ok(Self { pools: pools.collect::<Result<_>>()?, all: if count > 1 { Some(pool(threads)?) } else { None } })
+    }
+
+    /// Runs a job in one pool of all threads: for work on the whole model, between passes.
+    pub fn together<R: Send>(&self, job: impl FnOnce() -> R + Send) -> R {
+        match self.all.as_ref().or(self.pools.first()) {
+            Some(pool) => pool.install(job),
+            None => job(),
+        }
     }
 
     /// How a pass of `rows` rows is divided: ranges of rows, one per pool.
@@ -73,10 +85,16 @@ impl Workers {
                 lanes[i % count].push(pair);
             }
             let lanes = self.pools.iter().zip(lanes).map(|(pool, lane)| {
+                let lane = Mutex::new(lane);
                 scope.spawn(move || {
-                    pool.install(|| {
-                        for (item, slot) in lane {
-                            *slot = Some(job(item));
+                    // Always on a pool's first thread, the others helping: memory that a step frees is kept by the thread
+                    // that had asked for it, and another one would not find it again in the next step.
+                    pool.broadcast(|thread| {
+                        if thread.index() == 0 {
+                            let lane = std::mem::take(&mut *lane.lock().unwrap_or_else(PoisonError::into_inner));
+                            for (item, slot) in lane {
+                                *slot = Some(job(item));
+                            }
                         }
                     });
                 })
@@ -110,7 +128,7 @@ impl Workers {
         let targets = batch.target_tokens();
         let scale = 1.0 / targets.max(1) as f64;
         let mut nats = 0.0;
-        let mut total: Option<Vec<Tensor<1>>> = None;
+        let mut total: Vec<Tensor<1>> = Vec::new();
         for from in (0..batch.rows).step_by(micro_batch) {
             let pass = (batch.rows - from).min(micro_batch);
             let shares = self.shares(pass).into_iter().map(|(first, end)| (from + first, from + end));
@@ -121,19 +139,31 @@ impl Workers {
                 let mut gradients = (loss.nats.clone() * scale).backward();
                 (loss.nats.without_autodiff(), fork.take_gradients(&mut gradients))
             });
+            // The graphs are gone, and the forks with them, before anything is summed.
+            drop(forks);
+            let mut parts = Vec::new();
             for (loss, gradients) in results {
                 let loss = loss
                     .try_into_scalar::<f32>()
                     .map_err(|e| Error::Device { what: "the loss", why: format!("{e:?}") })?;
                 nats += f64::from(loss);
-                total = Some(match total {
-                    None => gradients,
-                    Some(sum) => sum.into_iter().zip(gradients).map(|(a, b)| a + b).collect(),
-                });
+                parts.push(gradients);
             }
+            total = self.together(|| sum(total, parts));
         }
-        Ok(StepGradients { loss: nats * scale, targets, gradients: total.unwrap_or_default() })
+        Ok(StepGradients { loss: nats * scale, targets, gradients: total })
     }
+}
+
+/// Adds `parts` to `total` (empty: to the first part) in their order, parameter by parameter; each is freed once it is added.
+fn sum(total: Vec<Tensor<1>>, parts: Vec<Vec<Tensor<1>>>) -> Vec<Tensor<1>> {
+    let mut parts = parts.into_iter();
+    let first = if total.is_empty() { parts.next().unwrap_or_default() } else { total };
+    let mut others: Vec<Vec<Tensor<1>>> = first.iter().map(|_| Vec::new()).collect();
+    for part in parts {
+        others.iter_mut().zip(part).for_each(|(others, gradient)| others.push(gradient));
+    }
+    first.into_par_iter().zip(others).map(|(first, others)| optim::accumulate(first, others)).collect()
 }
 
 /// Threads that this process may use: one per core.

@@ -10,6 +10,8 @@ mod gemm;
 pub(crate) mod latent;
 pub(crate) mod linear;
 pub(crate) mod mlp;
+pub(crate) mod muon;
+pub(crate) mod optim;
 mod parts;
 pub(crate) mod pointwise;
 mod tile;

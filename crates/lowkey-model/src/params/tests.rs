@@ -55,6 +55,29 @@ fn names_are_those_of_hugging_face() {
 }
 
 #[test]
+fn only_projections_to_heads_stack_several_maps() {
+    for (kind, config) in fixtures::every_kind() {
+        for parameter in scrambled(&config, 1, &Device::flex()).parameters() {
+            assert_eq!(parameter.maps.iter().sum::<usize>(), parameter.shape[0], "{kind}: {}", parameter.name);
+            let to_heads = ["q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "k_proj.weight", "v_proj.weight"];
+            if !to_heads.iter().any(|end| parameter.name.ends_with(end)) {
+                assert_eq!(parameter.maps.len(), 1, "{kind}: {}", parameter.name);
+            }
+            let outside = parameter.name.contains("embed_tokens") || parameter.name.contains("lm_head");
+            assert_eq!(parameter.is_hidden_matrix(), parameter.is_matrix() && !outside, "{kind}: {}", parameter.name);
+        }
+    }
+    let config = fixtures::mla_with(|m| {
+        (m.q_lora_rank, m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim) = (Some(8), 6, 4, 10);
+    });
+    let heads = config.num_attention_heads;
+    let parameters = scrambled(&config, 1, &Device::flex()).parameters();
+    let maps = |part: &str| parameters.iter().find(|p| p.name.contains(part)).unwrap().maps.clone();
+    assert_eq!((maps("q_b_proj"), maps("kv_b_proj")), (vec![10; heads], [6, 10].repeat(heads)));
+    assert_eq!((maps("q_a_proj"), maps("down_proj").len()), (vec![8], 1));
+}
+
+#[test]
 fn putting_the_values_back_changes_nothing() {
     let checkpointing = Device::flex().autodiff().gradient_checkpointing();
     for device in [Device::flex(), Device::flex().autodiff(), checkpointing] {
@@ -68,6 +91,30 @@ fn putting_the_values_back_changes_nothing() {
             let ids = || ids_tensor(&[3, 1, 4, 1, 5], 1, 5, &device);
             assert_eq!(values(model.forward(ids())), values(same.forward(ids())), "{kind}");
             let weight = same.model.norm.weight.val();
+            assert_eq!(weight.is_require_grad(), device.is_autodiff(), "{kind}");
+            assert_eq!(weight.gradient_checkpointing_strategy(), device.gradient_checkpointing_strategy(), "{kind}");
+        }
+    }
+}
+
+#[test]
+fn an_update_in_place_is_one_with_new_values() {
+    let checkpointing = Device::flex().autodiff().gradient_checkpointing();
+    for device in [Device::flex(), Device::flex().autodiff(), checkpointing] {
+        for (kind, config) in fixtures::every_kind() {
+            let mut model = scrambled(&config, 2, &device);
+            let before = model.parameters();
+            let expected = model.clone().with_values(before.iter().map(|p| p.value.clone() * 2.0).collect());
+            model.update(|taken| {
+                for (a, b) in taken.iter().zip(&before) {
+                    assert_eq!((&a.name, &a.shape), (&b.name, &b.shape), "{kind}");
+                }
+                taken.into_iter().map(|p| p.value * 2.0).collect()
+            });
+            for (a, b) in expected.parameters().into_iter().zip(model.parameters()) {
+                assert_eq!((a.name, a.shape, values(a.value)), (b.name, b.shape, values(b.value)), "{kind}");
+            }
+            let weight = model.model.norm.weight.val();
             assert_eq!(weight.is_require_grad(), device.is_autodiff(), "{kind}");
             assert_eq!(weight.gradient_checkpointing_strategy(), device.gradient_checkpointing_strategy(), "{kind}");
         }

@@ -14,7 +14,7 @@ use super::machine::{Spread, below_ceiling, peak_rss_mb, thousandths};
 use super::shapes::Shape;
 use super::{MOST_ROUNDS, Observer, Progress};
 use crate::error::{Error, Result};
-use crate::optimizer::AdamW;
+use crate::optimizer::Optimizer;
 use crate::run_config::{OptimizerKind, OptimizerSection, at_least_one};
 use crate::setup::check_bytes;
 use crate::step::{StepSettings, StepTaken};
@@ -114,7 +114,7 @@ pub(super) struct Session {
     pub(super) threads: usize,
     pub(super) optimizer_section: OptimizerSection,
     pub(super) model: CausalLm,
-    pub(super) optimizer: AdamW,
+    pub(super) optimizer: Optimizer,
     pub(super) workers: Workers,
     /// Records gradients.
     pub(super) device: Device,
@@ -144,9 +144,16 @@ impl Session {
         )?;
         let device = super::device().autodiff();
         let model = CausalLm::init(&config, SEED, &device);
-        let optimizer_section =
-            OptimizerSection { kind, lr: 1e-3, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: Some(1.0) };
-        let optimizer = AdamW::new(&optimizer_section, &model.parameters(), Parameter::is_matrix);
+        let optimizer_section = OptimizerSection {
+            kind,
+            lr: 1e-3,
+            betas: [0.9, 0.95],
+            eps: 1e-8,
+            weight_decay: 0.1,
+            grad_clip: Some(1.0),
+            momentum: None,
+        };
+        let optimizer = Optimizer::new(&optimizer_section, &model.parameters(), Parameter::is_matrix);
         let (workers, random) = (Workers::new(threads, batch)?, ChaCha8Rng::seed_from_u64(SEED));
         Ok(Self { shape, batch, seq, threads, optimizer_section, model, optimizer, workers, device, random, steps: 0 })
     }

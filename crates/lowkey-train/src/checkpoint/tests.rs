@@ -8,7 +8,7 @@ const VOCAB: usize = 257;
 struct Bench {
     dir: tempfile::TempDir,
     model: CausalLm,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     tokenizer: Tokenizer,
 }
 
@@ -17,17 +17,18 @@ impl Bench {
         let device = Device::flex();
         let model = model(VOCAB, 8, 3, &device);
         let section = OptimizerSection {
-            kind: OptimizerKind::AdamW,
+            kind: OptimizerKind::Muon,
             lr: 1e-2,
+            momentum: None,
             betas: [0.9, 0.95],
             eps: 1e-8,
             weight_decay: 0.1,
             grad_clip: None,
         };
-        let mut optimizer = AdamW::new(&section, &model.parameters(), Parameter::is_matrix);
+        let mut optimizer = Optimizer::new(&section, &model.parameters(), Parameter::is_matrix);
         for _ in 0..3 {
             let gradients = model.parameters().into_iter().map(|p| p.value * 0.1).collect();
-            optimizer.step(model.parameters(), gradients, 1e-2);
+            optimizer.step(model.parameters(), gradients, 1.0, 1e-2);
         }
         Self { dir: tempfile::tempdir().unwrap(), model, optimizer, tokenizer: Tokenizer::bytes() }
     }
@@ -49,8 +50,12 @@ fn state(step: u64, best: Option<u64>) -> TrainerState {
     TrainerState { step, tokens: 100 * step, time_s: 1.5, data: "abc".into(), best: best.map(|step| (step, 1.25)) }
 }
 
-fn moments(optimizer: &AdamW) -> Vec<u32> {
-    optimizer.state().0.iter().flat_map(|moments| bits([&moments.m, &moments.v])).collect()
+fn state_bits(states: &[ParameterState]) -> Vec<u32> {
+    states.iter().flat_map(ParameterState::tensors).flat_map(|(_, tensor)| bits([tensor])).collect()
+}
+
+fn moments(optimizer: &Optimizer) -> Vec<u32> {
+    state_bits(optimizer.state().0)
 }
 
 fn flip_a_byte(path: &Path) {
@@ -73,10 +78,10 @@ fn what_is_saved_verifies_and_comes_back_bit_for_bit() {
     let loaded = CausalLm::load(&path, &device).unwrap();
     assert_eq!(weight_bits(&loaded), weight_bits(&bench.model));
     assert_eq!(Tokenizer::from_model_dir(&path).unwrap().fingerprint(), bench.tokenizer.fingerprint());
-    let (loaded_state, loaded_moments) = load_state(&path, &loaded.parameters(), &device).unwrap();
+    let kinds = bench.optimizer.state().0;
+    let (loaded_state, loaded_states) = load_state(&path, &loaded.parameters(), kinds, &device).unwrap();
     assert_eq!(loaded_state, state(7, Some(7)));
-    let found: Vec<u32> = loaded_moments.iter().flat_map(|moments| bits([&moments.m, &moments.v])).collect();
-    assert_eq!(found, moments(&bench.optimizer));
+    assert_eq!(state_bits(&loaded_states), moments(&bench.optimizer));
     let listed: BTreeMap<String, String> =
         serde_json::from_str(&fs::read_to_string(path.join(CHECKSUMS)).unwrap()).unwrap();
     let files: Vec<String> = names(&path).into_iter().filter(|name| name != CHECKSUMS).collect();
@@ -87,7 +92,7 @@ fn what_is_saved_verifies_and_comes_back_bit_for_bit() {
 fn any_damage_is_found_and_named() {
     let bench = Bench::new();
     let checkpoints = bench.open(1);
-    for file in ["model.safetensors", "config.json", "tokenizer.json", TRAINER, MOMENTS, "generation_config.json"] {
+    for file in ["model.safetensors", "config.json", "tokenizer.json", TRAINER, OPTIMIZER, "generation_config.json"] {
         let path = bench.save(&checkpoints, 1, None).join(file);
         flip_a_byte(&path);
         let message = verify(&bench.path("step-000001")).unwrap_err().to_string();
@@ -131,11 +136,18 @@ fn a_state_that_does_not_fit_the_model_is_refused() {
     let device = Device::flex();
     let mut parameters = bench.model.parameters();
     parameters[1].shape.push(2);
-    let fail = |parameters: &[Parameter]| load_state(&path, parameters, &device).unwrap_err().to_string();
+    let fail = |parameters: &[Parameter]| {
+        load_state(&path, parameters, bench.optimizer.state().0, &device).unwrap_err().to_string()
+    };
     assert!(fail(&parameters).contains(&format!("tensor m.{} is F32", parameters[1].name)));
     parameters[1].name = "other.weight".into();
     assert!(fail(&parameters).contains("tensor m.other.weight is missing"));
-    fs::write(path.join(MOMENTS), "nonsense").unwrap();
+    // Matrices between hidden states have one moment, the rest two.
+    parameters = bench.model.parameters();
+    let hidden = parameters.iter().position(Parameter::is_hidden_matrix).unwrap();
+    parameters[hidden].name = "other.weight".into();
+    assert!(fail(&parameters).contains("tensor momentum.other.weight is missing"));
+    fs::write(path.join(OPTIMIZER), "nonsense").unwrap();
     assert!(fail(&bench.model.parameters()).contains("not a readable safetensors file"));
     fs::write(path.join(TRAINER), "{\"step\": 1}").unwrap();
     assert!(fail(&bench.model.parameters()).contains("not a trainer's state"));

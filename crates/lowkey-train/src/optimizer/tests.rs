@@ -1,12 +1,25 @@
 use burn::tensor::{Device, TensorData};
+use lowkey_model::{CausalLm, ModelConfig};
 
 use super::*;
-use crate::fixtures::{Lcg, bits, values};
+use crate::fixtures::{Lcg, bits, model, model_config, uneven_batch, values, weight_bits};
 use crate::run_config::OptimizerKind;
+use crate::workers::Workers;
+
+fn section_of(kind: OptimizerKind) -> OptimizerSection {
+    OptimizerSection {
+        kind,
+        lr: 1e-2,
+        momentum: None,
+        betas: [0.9, 0.95],
+        eps: 1e-8,
+        weight_decay: 0.1,
+        grad_clip: None,
+    }
+}
 
 fn section() -> OptimizerSection {
-    let kind = OptimizerKind::AdamW;
-    OptimizerSection { kind, lr: 1e-2, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: None }
+    section_of(OptimizerKind::AdamW)
 }
 
 fn tensor(values: &[f32]) -> Tensor<1> {
@@ -18,6 +31,7 @@ fn parameters() -> Vec<Parameter> {
     let parameter = |name: &str, shape: &[usize], values: &[f32]| Parameter {
         name: name.into(),
         shape: shape.to_vec(),
+        maps: vec![shape[0]],
         value: tensor(values),
     };
     vec![
@@ -41,9 +55,9 @@ fn rate(step: u64) -> f64 {
     1e-2 / (1.0 + step as f64)
 }
 
-fn take(optimizer: &mut AdamW, mut parameters: Vec<Parameter>, steps: std::ops::Range<u64>) -> Vec<Parameter> {
+fn take(optimizer: &mut Optimizer, mut parameters: Vec<Parameter>, steps: std::ops::Range<u64>) -> Vec<Parameter> {
     for step in steps {
-        let new = optimizer.step(parameters.clone(), gradients(step), rate(step));
+        let new = optimizer.step(parameters.clone(), gradients(step), 1.0, rate(step));
         parameters.iter_mut().zip(new).for_each(|(parameter, value)| parameter.value = value);
     }
     parameters
@@ -69,7 +83,7 @@ fn reference(mut p: f64, gradients: impl Iterator<Item = f64>, decay: f64) -> f6
 fn steps_are_those_of_pytorch_and_only_matrices_decay() {
     const STEPS: u64 = 12;
     let start = parameters();
-    let mut optimizer = AdamW::new(&section(), &start, Parameter::is_matrix);
+    let mut optimizer = Optimizer::new(&section(), &start, Parameter::is_matrix);
     let end = take(&mut optimizer, start.clone(), 0..STEPS);
     let all: Vec<Vec<Vec<f32>>> = (0..STEPS).map(|step| gradients(step).iter().map(values).collect()).collect();
     for (i, (start, end)) in start.iter().zip(&end).enumerate() {
@@ -88,7 +102,7 @@ fn steps_are_those_of_pytorch_and_only_matrices_decay() {
 fn without_a_gradient_matrices_shrink_and_the_rest_stays() {
     let start = parameters();
     let zeros = start.iter().map(|p| p.value.zeros_like()).collect();
-    let end = AdamW::new(&section(), &start, Parameter::is_matrix).step(start.clone(), zeros, 0.5);
+    let end = Optimizer::new(&section(), &start, Parameter::is_matrix).step(start.clone(), zeros, 1.0, 0.5);
     for (before, after) in values(&start[0].value).iter().zip(values(&end[0])) {
         assert!((after - before * 0.95).abs() <= before.abs() * 1e-6);
     }
@@ -97,25 +111,28 @@ fn without_a_gradient_matrices_shrink_and_the_rest_stays() {
 
 #[test]
 fn a_restored_optimiser_continues_with_the_same_bits() {
-    let mut unbroken = AdamW::new(&section(), &parameters(), Parameter::is_matrix);
-    let expected = take(&mut unbroken, parameters(), 0..9);
+    for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
+        let new = || Optimizer::new(&section_of(kind), &parameters(), Parameter::is_matrix);
+        let mut unbroken = new();
+        let expected = take(&mut unbroken, parameters(), 0..9);
 
-    let mut first = AdamW::new(&section(), &parameters(), Parameter::is_matrix);
-    let half = take(&mut first, parameters(), 0..4);
-    let (moments, steps) = first.state();
-    let mut second = AdamW::new(&section(), &half, Parameter::is_matrix);
-    second.restore(moments.to_vec(), steps);
-    let found = take(&mut second, half, 4..9);
-    let all = |parameters: &[Parameter]| bits(&parameters.iter().map(|p| p.value.clone()).collect::<Vec<_>>());
-    assert_eq!(all(&found), all(&expected));
-    assert_eq!(second.state().1, unbroken.state().1);
+        let mut first = new();
+        let half = take(&mut first, parameters(), 0..4);
+        let (states, steps) = first.state();
+        let mut second = new();
+        second.restore(states.to_vec(), steps);
+        let found = take(&mut second, half, 4..9);
+        let all = |parameters: &[Parameter]| bits(&parameters.iter().map(|p| p.value.clone()).collect::<Vec<_>>());
+        assert_eq!(all(&found), all(&expected));
+        assert_eq!(second.state().1, unbroken.state().1);
+    }
 }
 
 #[test]
 fn the_norm_is_that_of_all_gradients_together() {
     let gradients = [tensor(&[3.0, 0.0]), tensor(&[4.0]), tensor(&[12.0, 0.0, 84.0])];
-    assert!((global_norm(&gradients).unwrap().unwrap() - 85.0).abs() < 1e-9);
-    assert_eq!(global_norm(&[]).unwrap().unwrap(), 0.0);
+    assert!((global_norm(&gradients).unwrap() - 85.0).abs() < 1e-9);
+    assert_eq!(global_norm(&[]).unwrap(), 0.0);
 }
 
 #[test]
@@ -124,36 +141,185 @@ fn the_norm_of_many_numbers_is_exact_and_always_the_same() {
     let numbers: Vec<f32> = (0..5_000_001).map(|_| random.below(2000) as f32 / 1000.0 - 1.0).collect();
     let exact = numbers.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
     let gradients = [tensor(&numbers), tensor(&[1e-3])];
-    let first = global_norm(&gradients).unwrap().unwrap();
+    let first = global_norm(&gradients).unwrap();
     assert!((first / exact - 1.0).abs() < 1e-6, "{first} for {exact}");
-    assert!((0..5).all(|_| global_norm(&gradients).unwrap().unwrap().to_bits() == first.to_bits()));
+    assert!((0..5).all(|_| global_norm(&gradients).unwrap().to_bits() == first.to_bits()));
 }
 
 #[test]
 fn the_first_gradient_that_is_no_number_is_named() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let gradients = [tensor(&[1.0]), tensor(&[0.0, bad, 1.0]), tensor(&[f32::NAN])];
-        let (i, value) = global_norm(&gradients).unwrap().unwrap_err();
+        let (i, value) = global_norm(&gradients).unwrap_err();
         assert_eq!(i, 1);
         assert!(!value.is_finite());
     }
 }
 
 #[test]
+fn a_norm_whose_square_exceeds_f32_is_none() {
+    assert_eq!(global_norm(&[tensor(&[1.0]), tensor(&[2e19])]), Err((1, f64::INFINITY)));
+    assert!(global_norm(&[tensor(&[1e18, 1e18])]).is_ok());
+}
+
+#[test]
 fn clipping_is_that_of_pytorch() {
-    let gradients = || vec![tensor(&[3.0, 0.0]), tensor(&[4.0])];
-    for (limit, norm) in [(1.0, 5.0), (5.0, 5.0), (4.9999, 5.0), (10.0, 5.0), (1e-3, 5.0)] {
+    for (limit, norm) in [(1.0, 5.0), (5.0, 5.0), (4.9999, 5.0), (10.0, 5.0), (1e-3, 5.0), (1.0, 0.0)] {
         // clip_grad_norm_: coefficient max_norm / (total_norm + 1e-6), at most 1.
-        let factor = f64::min(limit / (norm + 1e-6), 1.0);
-        for (found, before) in clip(gradients(), norm, limit).iter().zip(gradients()) {
-            for (found, before) in values(found).iter().zip(values(&before)) {
-                let expected = f64::from(before) * factor;
-                assert!(
-                    (f64::from(*found) - expected).abs() <= expected * 1e-6,
-                    "limit {limit}: {found} for {expected}"
-                );
+        assert_eq!(clip_factor(norm, limit), f64::min(limit / (norm + 1e-6), 1.0));
+    }
+    let step = |gradients: Vec<Tensor<1>>, clip| {
+        let mut optimizer = Optimizer::new(&section(), &parameters(), Parameter::is_matrix);
+        bits(&optimizer.step(parameters(), gradients, clip, 1e-2))
+    };
+    let clipped = gradients(1).into_iter().map(|gradient| gradient * 0.3).collect();
+    assert_eq!(step(gradients(1), 0.3), step(clipped, 1.0));
+}
+
+#[test]
+fn a_step_of_a_model_happens_where_its_numbers_lie() {
+    let device = Device::flex().autodiff();
+    for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
+        let mut model = model(29, 16, 5, &device);
+        let mut optimizer = Optimizer::new(&section_of(kind), &model.parameters(), Parameter::is_matrix);
+        let address = |x: &Tensor<1>| optim::address(x).unwrap();
+        let addresses = |model: &CausalLm, optimizer: &Optimizer| -> Vec<usize> {
+            let values = model.parameters();
+            let states = optimizer.state().0.iter().flat_map(ParameterState::tensors);
+            values.iter().map(|p| address(&p.value)).chain(states.map(|(_, tensor)| address(tensor))).collect()
+        };
+        let (before, weights) = (addresses(&model, &optimizer), weight_bits(&model));
+        let workers = Workers::new(2, 4).unwrap();
+        for seed in 0..3 {
+            let batch = uneven_batch(4, 9, 29, seed);
+            let gradients = workers.gradients(&model, &batch, 4, &device).unwrap().gradients;
+            workers.together(|| model.update(|parameters| optimizer.step(parameters, gradients, 1.0, 1e-2)));
+        }
+        assert_eq!(addresses(&model, &optimizer), before);
+        assert_ne!(weight_bits(&model), weights);
+    }
+}
+
+#[test]
+fn any_number_of_threads_takes_the_same_steps() {
+    let run = |threads: usize, kind| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        // One that a step spreads over threads, too.
+        let device = Device::flex();
+        let config = ModelConfig { hidden_size: 160, intermediate_size: 320, ..model_config(29, 16) };
+        let mut model = CausalLm::init(&config, 3, &device);
+        let mut optimizer = Optimizer::new(&section_of(kind), &model.parameters(), Parameter::is_matrix);
+        pool.install(|| {
+            for _ in 0..3 {
+                let gradients: Vec<_> = model.parameters().into_iter().map(|p| p.value.sin() * 0.1 + 0.001).collect();
+                let clip = clip_factor(global_norm(&gradients).unwrap(), 1.0);
+                model.update(|parameters| optimizer.step(parameters, gradients, clip, 1e-2));
             }
+        });
+        weight_bits(&model)
+    };
+    for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
+        let one = run(1, kind);
+        assert!([2, 3].into_iter().all(|threads| run(threads, kind) == one), "{kind:?}");
+    }
+}
+
+/// Row-major matrices in f64.
+#[derive(Clone)]
+struct Matrix(Vec<Vec<f64>>);
+
+impl Matrix {
+    fn times(&self, other: &Self) -> Self {
+        let column = |row: &Vec<f64>, j: usize| row.iter().zip(&other.0).map(|(a, b)| a * b[j]).sum();
+        Self(self.0.iter().map(|row| (0..other.0[0].len()).map(|j| column(row, j)).collect()).collect())
+    }
+
+    fn transposed(&self) -> Self {
+        Self((0..self.0[0].len()).map(|j| self.0.iter().map(|row| row[j]).collect()).collect())
+    }
+
+    fn combine(&self, a: f64, other: &Self, b: f64) -> Self {
+        let row = |(x, y): (&Vec<f64>, &Vec<f64>)| x.iter().zip(y).map(|(x, y)| a * x + b * y).collect();
+        Self(self.0.iter().zip(&other.0).map(row).collect())
+    }
+
+    /// Five steps of the quintic, as the post on Muon has them.
+    fn orthogonal(&self) -> Self {
+        let norm = self.0.iter().flatten().map(|x| x * x).sum::<f64>().sqrt();
+        let mut x = self.combine(1.0 / norm.max(1e-30), self, 0.0);
+        for _ in 0..5 {
+            let gram = x.times(&x.transposed());
+            let poly = gram.combine(-4.7750, &gram.times(&gram), 2.0315);
+            x = x.combine(3.4445, &poly.times(&x), 1.0);
+        }
+        x
+    }
+}
+
+#[test]
+fn muon_takes_the_published_steps() {
+    const STEPS: u64 = 12;
+    let (heights, width, clip) = ([3usize, 4], 5, 0.7);
+    let start: Vec<f32> = (0..35).map(|i| (i as f32).sin()).collect();
+    let gradient =
+        |step: u64| -> Vec<f32> { (0..35).map(|i| ((i * 7 + 3 * step) as f32 * 0.37).cos() * 0.1).collect() };
+    let parameter = Parameter {
+        name: "o_proj.weight".into(),
+        shape: vec![7, width],
+        maps: heights.to_vec(),
+        value: tensor(&start),
+    };
+    let section = OptimizerSection { momentum: Some(0.9), ..section_of(OptimizerKind::Muon) };
+    let mut optimizer = Optimizer::new(&section, std::slice::from_ref(&parameter), Parameter::is_matrix);
+    let mut value = parameter.value.clone();
+
+    let rows = |x: &[f32]| -> Vec<Vec<f64>> {
+        x.chunks(width).map(|row| row.iter().map(|x| f64::from(*x)).collect()).collect()
+    };
+    let (mut expected, mut buffer) = (Matrix(rows(&start)), Matrix(vec![vec![0.0; width]; 7]));
+    for step in 0..STEPS {
+        let parameters = vec![Parameter { value, ..parameter.clone() }];
+        value = optimizer.step(parameters, vec![tensor(&gradient(step))], clip, rate(step)).remove(0);
+
+        let g = Matrix(rows(&gradient(step)));
+        buffer = buffer.combine(0.9, &g, clip);
+        let ahead = g.combine(clip, &buffer, 0.9);
+        let mut update = Vec::new();
+        for height in heights {
+            let block = Matrix(ahead.0[update.len()..update.len() + height].to_vec()).orthogonal();
+            let scale = 0.2 * f64::from(height.max(width) as u32).sqrt();
+            update.extend(block.combine(scale, &block, 0.0).0);
+        }
+        expected = expected.combine(1.0 - rate(step) * 0.1, &Matrix(update), -rate(step));
+    }
+    for (found, expected) in values(&value).into_iter().zip(expected.0.into_iter().flatten()) {
+        assert!((f64::from(found) - expected).abs() < 1e-5, "{found} for {expected}");
+    }
+}
+
+#[test]
+fn muon_leaves_embedding_head_norms_and_biases_to_adamw() {
+    let model = model(29, 16, 5, &Device::flex());
+    let parameters = model.parameters();
+    let gradients = || parameters.iter().map(|p| p.value.clone() * 0.1 + 0.01).collect::<Vec<_>>();
+    let step = |kind| {
+        let mut optimizer = Optimizer::new(&section_of(kind), &parameters, Parameter::is_matrix);
+        let values = optimizer.step(parameters.clone(), gradients(), 1.0, 1e-2);
+        (optimizer, values)
+    };
+    let ((muon, a), (_, b)) = (step(OptimizerKind::Muon), step(OptimizerKind::AdamW));
+    let mut kinds = [0, 0];
+    for ((parameter, state), (a, b)) in parameters.iter().zip(muon.state().0).zip(a.iter().zip(&b)) {
+        let hidden = matches!(state, ParameterState::Muon { .. });
+        kinds[usize::from(hidden)] += 1;
+        assert_eq!(hidden, parameter.is_hidden_matrix(), "{}", parameter.name);
+        assert_eq!(bits([a]) != bits([b]), hidden, "{}", parameter.name);
+        if hidden {
+            // As large as AdamW's usual step: a root mean square of 0.2, for singular values near 1.
+            let change = a.clone() - parameter.value.clone() * (1.0 - 1e-3);
+            let rms = values(&change.square().mean().reshape([1]))[0].sqrt() / 1e-2;
+            assert!((0.02..0.25).contains(&rms), "{}: {rms}", parameter.name);
         }
     }
-    assert_eq!(bits(&clip(gradients(), 5.0, 6.0)), bits(&gradients()));
+    assert!(kinds[0] > 4 && kinds[1] == 2 * 7, "{kinds:?}");
 }

@@ -1,6 +1,6 @@
 //! The rules that a run file's values must keep.
 
-use super::{ComputeDtype, RunConfig};
+use super::{ComputeDtype, OptimizerKind, RunConfig};
 use crate::error::{Error, Result};
 
 impl RunConfig {
@@ -85,6 +85,17 @@ impl RunConfig {
             if !(0.0..1.0).contains(&beta) {
                 return Err(Error::config("optimizer.betas", beta, "each must lie in 0 ≤ β < 1"));
             }
+        }
+        match (o.kind, o.momentum) {
+            (OptimizerKind::AdamW, Some(momentum)) => {
+                let why =
+                    "kind = \"adamw\" has none (its betas are two of them); leave it out, or write kind = \"muon\"";
+                return Err(Error::config("optimizer.momentum", momentum, why));
+            }
+            (OptimizerKind::Muon, Some(momentum)) if !(0.0..1.0).contains(&momentum) => {
+                return Err(Error::config("optimizer.momentum", momentum, "must lie in 0 ≤ μ < 1"));
+            }
+            _ => {}
         }
         if !(o.eps.is_finite() && o.eps > 0.0) {
             return Err(Error::config("optimizer.eps", o.eps, "must be a finite number > 0"));

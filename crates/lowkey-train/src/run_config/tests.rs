@@ -15,7 +15,7 @@ fn full() -> String {
         "[run]\nname = \"full-1.a_b\"\nseed = 7\ndevice = \"cpu\"\n[model]{MODEL}\
          [model.rope_parameters]\nrope_theta = 5e4\n\
          [data]\ndataset = \"datasets/storybook.toml\"\nseq_len = 24\npacking = \"documents\"\nmask_documents = false\n\
-         [optimizer]\nkind = \"adamw\"\nlr = 3e-3\nbetas = [0.8, 0.99]\neps = 1e-6\nweight_decay = 0.1\ngrad_clip = 0.3\n\
+         [optimizer]\nkind = \"muon\"\nlr = 3e-3\nmomentum = 0.9\nbetas = [0.8, 0.99]\neps = 1e-6\nweight_decay = 0.1\ngrad_clip = 0.3\n\
          [lr_scheduler]\nkind = \"wsd\"\nwarmup_steps = 50\ndecay_fraction = 0.3\nmin_lr_ratio = 0.1\n\
          [training]\nsteps = 600\nbatch_size = 16\nmicro_batch_size = 5\ndtype = \"f32\"\nthreads = 3\n\
          [eval]\nevery = 100\nbatches = 7\nprompts = [\"Once\", \"say \\\"hi\\\"\\n\"]\nsample_tokens = 9\ntemperature = 0.0\n\
@@ -79,6 +79,7 @@ fn defaults_are_these() {
         metrics = { tensorboard = false, every = 1 }
     ";
     assert_eq!(table, toml::from_str::<toml::Table>(expected).unwrap());
+    assert_eq!(config.optimizer.momentum(), 0.95);
     // What stands in no file: one thread per core, the whole batch at once, no clipping.
     assert_eq!((config.training.threads, config.micro_batch_size(), config.optimizer.grad_clip), (None, 8, None));
 }
@@ -135,7 +136,7 @@ fn overrides_that_say_nothing_are_refused() {
         ("training.steps=many", "invalid type: string \"many\""),
         ("training.steps=", "invalid type: string \"\""),
         ("training.steps=-1", "invalid value: integer `-1`"),
-        ("optimizer.kind=sgd", "unknown variant `sgd`, expected `adamw`"),
+        ("optimizer.kind=sgd", "unknown variant `sgd`, expected `adamw` or `muon`"),
     ] {
         let message = refusal(&minimal(), &[expression]);
         assert!(message.contains(expected), "{expression}: {message}");
@@ -220,6 +221,12 @@ fn every_rule_refuses_what_breaks_it_and_names_the_key() {
         let message = refusal(&minimal(), &[expression]);
         assert!(message.starts_with(&format!("{key} = ")), "{expression}: {message}");
     }
+    for momentum in ["1.0", "-0.1", "nan"] {
+        let message = refusal(&minimal(), &["optimizer.kind=muon", &format!("optimizer.momentum={momentum}")]);
+        assert!(message.starts_with("optimizer.momentum = ") && message.contains("0 ≤ μ < 1"), "{message}");
+    }
+    let message = refusal(&minimal(), &["optimizer.momentum=0.9"]);
+    assert!(message.contains("optimizer.momentum = 0.9: kind = \"adamw\" has none"), "{message}");
     let without = |part: &str| refusal(&minimal().replace(part, ""), &[]);
     assert!(without("path = \"text.txt\"\n").starts_with("data.dataset = (absent)"));
     assert!(without(&format!("[model]{MODEL}")).starts_with("model = (absent)"));

@@ -166,6 +166,35 @@ fn an_interrupted_run_goes_on_to_the_same_bits() {
 }
 
 #[test]
+fn muon_learns_and_an_interrupted_run_of_it_goes_on_to_the_same_bits() {
+    let muon = ["optimizer.kind=muon", "optimizer.momentum=0.9"];
+    let unbroken = TinyRun::new();
+    let evaluation = unbroken.train(&muon).unwrap().evaluation.unwrap();
+    let (first, last) = (unbroken.metrics()[0].train_loss, unbroken.metrics()[STEPS as usize - 1].train_loss);
+    let unigram = unigram_entropy();
+    assert!(first > 5.0 && last < unigram && evaluation.loss < unigram, "{first} {last} {} {unigram}", evaluation.loss);
+
+    let mut run = TinyRun::new();
+    for stop in [5, 16] {
+        let interrupt = AtomicBool::new(false);
+        run.watch(&muon, &interrupt, &mut |event| {
+            if matches!(event, Event::Step(metrics) if metrics.step == stop) {
+                interrupt.store(true, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+        run = run.resumed();
+    }
+    run.train(&muon).unwrap();
+    for file in ["model.safetensors", "trainer.safetensors"] {
+        let read = |run: &TinyRun| std::fs::read(run.checkpoint(STEPS).join(file)).unwrap();
+        assert!(read(&run) == read(&unbroken), "{file} differs");
+    }
+    let refused = message(run.train(&["optimizer.kind=muon"]));
+    assert!(refused.contains("[optimizer] is not what the run began with"), "{refused}");
+}
+
+#[test]
 fn a_run_that_is_longer_or_shorter_than_before_resumes() {
     let run = TinyRun::new();
     run.train(&["training.steps=12"]).unwrap();
@@ -195,6 +224,7 @@ fn only_what_cannot_change_the_weights_may_change_on_the_way() {
         ("data.mask_documents=false", "data"),
         ("optimizer.lr=0.02", "optimizer"),
         ("optimizer.grad_clip=2.0", "optimizer"),
+        ("optimizer.kind=muon", "optimizer"),
         ("lr_scheduler.warmup_steps=4", "lr_scheduler"),
         ("training.batch_size=9", "training"),
         ("training.micro_batch_size=3", "training"),

@@ -57,7 +57,7 @@ pub(super) struct Times {
 pub(super) enum Run {
     /// A differentiable operation, on each thread's share of the rows at once.
     Shared(Box<dyn Fn(&Lane) -> Times + Send + Sync>),
-    /// Something that the step does once, outside the workers; it has no backward pass.
+    /// Something that the step does once, on all threads together; it has no backward pass.
     Once(Box<dyn FnMut() -> Result<()> + Send>),
 }
 
@@ -72,7 +72,7 @@ impl Row {
                 let slowest = |part: fn(&Times) -> f64| times.iter().map(part).fold(0.0, f64::max);
                 Times { forward: slowest(|t| t.forward), backward: slowest(|t| t.backward) }
             }
-            Run::Once(job) => Times { forward: repeat(job)?, backward: 0.0 },
+            Run::Once(job) => Times { forward: session.workers.together(|| repeat(job))?, backward: 0.0 },
         };
         self.times.push(times);
         Ok(())

@@ -1,0 +1,136 @@
+//! What an optimiser does to a whole model in each step, as passes that read and write each number once.
+//!
+//! All work on flattened tensors outside any autodiff graph, on the threads of the current rayon pool, and no result depends
+//! on how many there are. A tensor that is handed over with its only handle is written in place: nothing of the size of the
+//! model is allocated.
+
+mod flex;
+mod reference;
+
+use burn::tensor::Tensor;
+
+/// The numbers of one AdamW step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWStep {
+    /// Factor on the gradient: 1, or less where its global norm is clipped.
+    pub clip: f64,
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay of the first and second moment.
+    pub betas: [f64; 2],
+    /// ε beside the root of the second moment.
+    pub eps: f64,
+    /// Decoupled decay of the parameter.
+    pub weight_decay: f64,
+    /// Which step this is, counted from 1: the moments are corrected for having begun at zero.
+    pub step: u64,
+}
+
+impl AdamWStep {
+    /// `(1 − β₁ᵗ, √(1 − β₂ᵗ))`
+    fn corrections(&self) -> (f64, f64) {
+        let [beta1, beta2] = self.betas.map(|beta| 1.0 - beta.powf(self.step as f64));
+        (beta1, beta2.sqrt())
+    }
+}
+
+/// AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2) with PyTorch's order of operations: with g the clipped gradient,
+/// `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`,
+/// `p ← p(1 − lr·decay) − lr/(1 − β₁ᵗ) · m / (√v/√(1 − β₂ᵗ) + ε)`.
+///
+/// # Shapes
+/// All `[numel]`; returns `(value, m, v)`.
+pub fn adamw(
+    value: Tensor<1>,
+    gradient: Tensor<1>,
+    m: Tensor<1>,
+    v: Tensor<1>,
+    step: AdamWStep,
+) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
+    same_lengths(&value, [&gradient, &m, &v]);
+    match flex::on_cpu([value, gradient, m, v]) {
+        Ok(storage) => {
+            let [value, m, v] = flex::adamw(storage, step).map(flex::tensor);
+            (value, m, v)
+        }
+        Err([value, gradient, m, v]) => reference::adamw(value, gradient, m, v, step),
+    }
+}
+
+/// Root mean square of a Muon update at learning rate 1: about that of AdamW's (Moonlight, arXiv 2502.16982, section 2.2), so
+/// that its learning rates and decays carry over.
+const MUON_RMS: f64 = 0.2;
+
+/// The numbers of one Muon step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MuonStep {
+    /// Factor on the gradient: 1, or less where its global norm is clipped.
+    pub clip: f64,
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay μ of the momentum buffer.
+    pub momentum: f64,
+    /// Decoupled decay of the parameter.
+    pub weight_decay: f64,
+}
+
+/// Muon (Jordan et al. 2024, <https://kellerjordan.github.io/posts/muon/>) for matrices that stand one below the other: with
+/// g the clipped gradient, `B ← μB + g`, and for each block of rows with `O ≈ U Vᵀ` of its part of `g + μB`,
+/// `p ← p(1 − lr·decay) − lr · 0.2 √max(rows, columns) · O` (the scale of arXiv 2502.16982, section 2.2).
+///
+/// # Shapes
+/// All `[numel]` with rows of `width` numbers; `heights` are the rows of each block, and add up to all. Returns
+/// `(value, buffer)`.
+pub fn muon(
+    value: Tensor<1>,
+    gradient: Tensor<1>,
+    buffer: Tensor<1>,
+    width: usize,
+    heights: &[usize],
+    step: MuonStep,
+) -> (Tensor<1>, Tensor<1>) {
+    same_lengths(&value, [&gradient, &buffer]);
+    assert_eq!(value.dims(), [heights.iter().sum::<usize>() * width], "the blocks are not the whole parameter");
+    match flex::on_cpu([value, gradient, buffer]) {
+        Ok(storage) => {
+            let [value, buffer] = flex::muon(storage, width, heights, step).map(flex::tensor);
+            (value, buffer)
+        }
+        Err([value, gradient, buffer]) => reference::muon(value, gradient, buffer, width, heights, step),
+    }
+}
+
+/// `first + others[0] + others[1] + …`, added in this order.
+///
+/// # Shapes
+/// All `[numel]`.
+pub fn accumulate(first: Tensor<1>, others: Vec<Tensor<1>>) -> Tensor<1> {
+    same_lengths(&first, &others);
+    let Some(storage) = flex::all_on_cpu(&others) else { return reference::accumulate(first, others) };
+    match flex::on_cpu([first]) {
+        Ok([first]) => flex::tensor(flex::accumulate(first, &storage)),
+        Err([first]) => reference::accumulate(first, others),
+    }
+}
+
+/// `Σ x²` over `x [numel]`, added up in f64.
+pub fn sum_of_squares(x: Tensor<1>) -> f64 {
+    match flex::on_cpu([x]) {
+        Ok([x]) => flex::sum_of_squares(&x),
+        Err([x]) => reference::sum_of_squares(x),
+    }
+}
+
+/// Where the numbers of an f32 tensor lie in memory, for checks that nothing is copied; `None` on other devices.
+pub fn address(x: &Tensor<1>) -> Option<usize> {
+    flex::on_cpu([x.clone()]).ok().map(|[x]| flex::address(&x))
+}
+
+fn same_lengths<'a>(first: &Tensor<1>, others: impl IntoIterator<Item = &'a Tensor<1>>) {
+    for other in others {
+        assert_eq!(first.dims(), other.dims(), "tensors of one parameter differ in length");
+    }
+}
+
+#[cfg(test)]
+mod tests;
