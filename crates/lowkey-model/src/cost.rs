@@ -1,6 +1,7 @@
 //! What a configuration costs, before a byte is allocated: parameters, FLOPs and cache bytes.
 
 use crate::config::{AttentionConfig, ModelConfig};
+use crate::gradients::Recompute;
 
 /// Parameter counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,22 +120,29 @@ impl ModelConfig {
         }
     }
 
-    /// Estimated peak bytes of f32 training on `threads` threads: weights, two moments, the gradients of each thread and their sum,
-    /// plus what each layer keeps for the backward pass of one micro-batch. Neither scores nor logits are kept.
-    pub fn train_bytes(&self, micro_batch: usize, seq: usize, threads: usize) -> usize {
+    /// Estimated peak bytes of f32 training on `threads` threads: weights, two moments, the gradients of each thread, plus what each
+    /// layer keeps for the backward pass of one micro-batch. Neither keys, values, scores nor logits are kept.
+    pub fn train_bytes(&self, micro_batch: usize, seq: usize, threads: usize, recompute: Recompute) -> usize {
         let tokens = micro_batch * seq;
         let attention = match &self.attention {
             AttentionConfig::Mla(m) => {
-                // Queries before and after the rotation, keys and values, the output; the latent before and after its norm.
-                let head = 2 * (m.qk_nope_head_dim + m.qk_rope_head_dim) + m.qk_nope_head_dim + 3 * m.v_head_dim;
-                self.num_attention_heads * head + 2 * (m.kv_lora_rank + m.qk_rope_head_dim + m.q_lora_rank.unwrap_or(0))
+                // Queries, the output with its log-sum-exp; the latents before their norms.
+                let head = m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim + 1;
+                self.num_attention_heads * head + m.kv_lora_rank + m.qk_rope_head_dim + 2 * m.q_lora_rank.unwrap_or(0)
             }
-            AttentionConfig::Grouped(g) => (3 * self.num_attention_heads + 5 * g.num_key_value_heads) * g.head_dim,
+            AttentionConfig::Grouped(g) => (2 * self.num_attention_heads + 2 * g.num_key_value_heads) * g.head_dim,
         };
-        let block = attention + 6 * self.hidden_size + 4 * self.intermediate_size;
+        // The stream before each half and its norm; gate and up.
+        let block = attention + 3 * self.hidden_size + 2 * self.intermediate_size;
+        let kept = match recompute {
+            Recompute::None => self.num_hidden_layers * block,
+            Recompute::Block => self.num_hidden_layers * self.hidden_size + block,
+        };
+        // What one layer needs while it runs: keys and values or an inner activation, with gradients.
+        let passing = 3 * self.intermediate_size + 4 * self.hidden_size;
         // The bounds of `check` keep every factor small, but not the product of all of them.
-        let activations = tokens.saturating_mul(self.num_hidden_layers * block);
-        let copies = 4 + threads.min(micro_batch);
+        let activations = tokens.saturating_mul(kept + passing);
+        let copies = 3 + threads.min(micro_batch);
         activations.saturating_add(copies * self.parameter_count().total).saturating_mul(4)
     }
 }

@@ -41,6 +41,7 @@ mod cost;
 mod error;
 #[cfg(test)]
 mod fixtures;
+mod gradients;
 mod grouped;
 mod hf_config;
 pub mod init;
@@ -54,6 +55,7 @@ pub use checkpoint::{WeightDtype, weight_files};
 pub use config::{AttentionConfig, AttentionKind, Family, GroupedConfig, MlaConfig, ModelConfig, ModelSection};
 pub use cost::{CacheWidth, ParameterCount};
 pub use error::{Error, Result};
+pub use gradients::Recompute;
 pub use grouped::{Grouped, GroupedDims, KeyValue};
 pub use layers::{Embedding, Linear, RmsNorm};
 pub use lowkey_kernels::{IGNORE, LossSum, Mask, MlaDims};

@@ -271,7 +271,7 @@ impl CausalLm {
     }
 
     /// The output head's matrix, `[vocab, d]`.
-    fn head_weight(&self) -> Tensor<2> {
+    pub(crate) fn head_weight(&self) -> Tensor<2> {
         self.lm_head.as_ref().map_or_else(|| self.model.embed_tokens.weight.val(), |head| head.weight.val())
     }
 }

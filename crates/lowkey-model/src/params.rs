@@ -4,7 +4,7 @@
 //! fixed order, with its name. They get it here, so that nothing above this crate walks the module tree.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::Tensor;
 
 use crate::config::{AttentionConfig, ModelConfig};
 use crate::model::CausalLm;
@@ -119,19 +119,6 @@ impl ModuleMapper for TakeValues<'_> {
     }
 }
 
-struct TakeGradients<'a> {
-    gradients: &'a mut Gradients,
-    taken: Vec<Tensor<1>>,
-}
-
-impl ModuleVisitor for TakeGradients<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let value = param.val();
-        let gradient = value.grad_remove(self.gradients).unwrap_or_else(|| value.without_autodiff().zeros_like());
-        self.taken.push(flat(gradient));
-    }
-}
-
 struct Replace<I> {
     values: I,
 }
@@ -165,13 +152,6 @@ impl CausalLm {
         let mut collect = Collect { config: &self.config, path: Path::default(), found: Vec::new() };
         self.visit(&mut collect);
         collect.found
-    }
-
-    /// Takes each parameter's gradient (zeros where there is none), flattened, in the order of [`CausalLm::parameters`].
-    pub fn take_gradients(&self, gradients: &mut Gradients) -> Vec<Tensor<1>> {
-        let mut take = TakeGradients { gradients, taken: Vec::new() };
-        self.visit(&mut take);
-        take.taken
     }
 
     /// Replaces every value by what `update` makes of them, in the order of [`CausalLm::parameters`].

@@ -62,7 +62,7 @@ impl Plan {
             cache_bytes_latent: latent * model.num_hidden_layers * CACHE_BYTES,
             tokens_per_step,
             tokens,
-            train_bytes: model.train_bytes(config.micro_batch_size(), seq, config.threads()),
+            train_bytes: model.train_bytes(config.micro_batch_size(), seq, config.threads(), config.training.recompute),
             flops,
             matmul_flops_per_s,
             seconds: flops / (matmul_flops_per_s * EXPECTED_MFU),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 pub(crate) use check::at_least_one;
 use lowkey_data::Packing;
-use lowkey_model::ModelSection;
+use lowkey_model::{ModelSection, Recompute};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -200,6 +200,9 @@ pub struct TrainingSection {
     /// Sequences per forward and backward pass; smaller than `batch_size`: gradients are accumulated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub micro_batch_size: Option<usize>,
+    /// What the backward pass computes again to save memory: `none`, or `block` for all within a decoder block.
+    #[serde(default)]
+    pub recompute: Recompute,
     /// Number format of the computation.
     #[serde(default)]
     pub dtype: ComputeDtype,

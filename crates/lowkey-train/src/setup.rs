@@ -125,7 +125,8 @@ fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig)
 
 /// Refuses a run that this machine cannot hold, before an allocation fails and takes the process with it.
 pub(crate) fn check_memory(config: &RunConfig, model: &ModelConfig) -> Result<()> {
-    let needed = model.train_bytes(config.micro_batch_size(), config.data.seq_len, config.threads());
+    let needed =
+        model.train_bytes(config.micro_batch_size(), config.data.seq_len, config.threads(), config.training.recompute);
     let lower = "the model's sizes, training.micro_batch_size or data.seq_len";
     check_bytes("training", needed, lower, model)
 }

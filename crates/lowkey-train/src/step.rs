@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 use lowkey_data::Batch;
-use lowkey_model::CausalLm;
+use lowkey_model::{CausalLm, Recompute};
 
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, clip_factor, global_norm};
@@ -16,6 +16,8 @@ pub(crate) struct StepSettings<'a> {
     pub(crate) device: &'a Device,
     /// Rows per forward and backward pass.
     pub(crate) micro_batch: usize,
+    /// What the backward pass computes again.
+    pub(crate) recompute: Recompute,
     /// Largest global norm of the gradient.
     pub(crate) grad_clip: Option<f64>,
 }
@@ -43,7 +45,7 @@ impl StepSettings<'_> {
         step: u64,
         lr: f64,
     ) -> Result<StepTaken> {
-        let result = self.workers.gradients(model, batch, self.micro_batch, self.device)?;
+        let result = self.workers.gradients(model, batch, self.micro_batch, self.recompute, self.device)?;
         let rows = batch.rows as u64;
         let non_finite = |what: String, value: f64| Error::NonFinite {
             step: step + 1,

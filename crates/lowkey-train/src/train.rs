@@ -300,6 +300,7 @@ impl<'a> Run<'a> {
             workers: &self.workers,
             device: &self.device,
             micro_batch: config.micro_batch_size(),
+            recompute: config.training.recompute,
             grad_clip: config.optimizer.grad_clip,
         };
         let taken = settings.step(&mut self.model, &mut self.optimizer, &batch, step, lr)?;

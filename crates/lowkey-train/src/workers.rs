@@ -9,7 +9,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use lowkey_data::Batch;
 use lowkey_kernels::optim;
-use lowkey_model::{CausalLm, TokenBatch};
+use lowkey_model::{CausalLm, Recompute, TokenBatch};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -123,6 +123,7 @@ impl Workers {
         model: &CausalLm,
         batch: &Batch,
         micro_batch: usize,
+        recompute: Recompute,
         device: &Device,
     ) -> Result<StepGradients> {
         let targets = batch.target_tokens();
@@ -135,9 +136,8 @@ impl Workers {
             // Forked here, not in the threads: the fork reads the parameters' shared nodes.
             let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
             let results = self.map(&forks, |((from, to), fork)| {
-                let loss = fork.loss(rows(batch, *from, *to), device);
-                let mut gradients = (loss.nats.clone() * scale).backward();
-                (loss.nats.without_autodiff(), fork.take_gradients(&mut gradients))
+                let (loss, gradients) = fork.loss_and_gradients(rows(batch, *from, *to), scale, recompute, device);
+                (loss.nats, gradients)
             });
             // The graphs are gone, and the forks with them, before anything is summed.
             drop(forks);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 use lowkey_data::Batch;
-use lowkey_model::{CausalLm, Parameter};
+use lowkey_model::{CausalLm, Parameter, Recompute};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::de::IntoDeserializer;
@@ -40,6 +40,8 @@ pub struct TrainOptions {
     pub warmup: usize,
     /// Name of an [`OptimizerKind`], as in a run file.
     pub optimizer: String,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
 }
 
 impl Default for TrainOptions {
@@ -52,6 +54,7 @@ impl Default for TrainOptions {
             steps: 20,
             warmup: 5,
             optimizer: "adamw".into(),
+            recompute: Recompute::None,
         }
     }
 }
@@ -71,6 +74,8 @@ pub struct TrainFigures {
     pub threads: usize,
     /// Name of the optimiser.
     pub optimizer: String,
+    /// What the backward pass computed again.
+    pub recompute: Recompute,
     /// Steps before the timed ones.
     pub warmup: usize,
     /// Timed steps.
@@ -117,6 +122,7 @@ pub(super) struct Session {
     pub(super) optimizer: Optimizer,
     pub(super) workers: Workers,
     /// Records gradients.
+    pub(super) recompute: Recompute,
     pub(super) device: Device,
     random: ChaCha8Rng,
     steps: u64,
@@ -138,7 +144,7 @@ impl Session {
         let config = shape.config(seq)?;
         check_bytes(
             "training",
-            config.train_bytes(batch, seq, threads),
+            config.train_bytes(batch, seq, threads, options.recompute),
             "the shape, the batch or the length",
             &config,
         )?;
@@ -155,7 +161,20 @@ impl Session {
         };
         let optimizer = Optimizer::new(&optimizer_section, &model.parameters(), Parameter::is_matrix);
         let (workers, random) = (Workers::new(threads, batch)?, ChaCha8Rng::seed_from_u64(SEED));
-        Ok(Self { shape, batch, seq, threads, optimizer_section, model, optimizer, workers, device, random, steps: 0 })
+        Ok(Self {
+            shape,
+            batch,
+            seq,
+            threads,
+            optimizer_section,
+            model,
+            optimizer,
+            workers,
+            recompute: options.recompute,
+            device,
+            random,
+            steps: 0,
+        })
     }
 
     /// One step as `lowkey train` takes it, on new tokens that are made before the clock starts.
@@ -165,6 +184,7 @@ impl Session {
             workers: &self.workers,
             device: &self.device,
             micro_batch: self.batch,
+            recompute: self.recompute,
             grad_clip: self.optimizer_section.grad_clip,
         };
         let started = Instant::now();
@@ -226,6 +246,7 @@ fn measure(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> {
         seq,
         threads,
         optimizer: options.optimizer.clone(),
+        recompute: options.recompute,
         warmup: options.warmup,
         steps: options.steps,
         params: config.parameter_count().total,

@@ -48,6 +48,9 @@ pub(crate) struct BenchStepArguments {
     /// The optimiser, as in a run file
     #[arg(long, default_value = "adamw", value_name = "KIND")]
     pub(crate) optimizer: String,
+    /// Keep only the input of each block, and compute the rest again in the backward pass
+    #[arg(long)]
+    pub(crate) recompute: bool,
 }
 
 #[derive(Debug, Args)]

@@ -1,5 +1,6 @@
 //! `lowkey bench`.
 
+use lowkey_model::Recompute;
 use lowkey_train::bench::{
     self, DecodeFigures, DecodeOptions, OpFigures, OpsFigures, OpsOptions, TrainFigures, TrainOptions,
 };
@@ -28,8 +29,9 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
 }
 
 fn options(step: BenchStepArguments, steps: usize, warmup: usize) -> TrainOptions {
-    let BenchStepArguments { shape, batch, seq, threads, optimizer } = step;
-    TrainOptions { shape, batch, seq, threads, steps, warmup, optimizer }
+    let BenchStepArguments { shape, batch, seq, threads, optimizer, recompute } = step;
+    let recompute = if recompute { Recompute::Block } else { Recompute::None };
+    TrainOptions { shape, batch, seq, threads, steps, warmup, optimizer, recompute }
 }
 
 /// Prints what was measured, the bar out of the way.
@@ -74,13 +76,14 @@ fn train_text(f: &TrainFigures) -> String {
     ];
     rows.extend(peak(f.peak_rss_mb));
     let head = format!(
-        "{}: {} parameters, {} × {} tokens per step, {}, {} threads",
+        "{}: {} parameters, {} × {} tokens per step, {}, {} threads{}",
         f.shape,
         count(f.params as f64),
         f.batch,
         f.seq,
         f.optimizer,
-        f.threads
+        f.threads,
+        if f.recompute == Recompute::Block { ", blocks recomputed" } else { "" }
     );
     format!("{head}\n{}", pairs(&rows))
 }

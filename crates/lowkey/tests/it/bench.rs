@@ -77,7 +77,7 @@ fn the_operations_of_a_step_make_the_whole_of_it() {
     let f = json(&[&["bench", "ops", "--json"][..], &TINY].concat());
     let (ops, step_ms) = (f["ops"].as_array().unwrap(), positive(&f, "step_ms"));
     let mut names: Vec<&str> = ops.iter().map(|op| op["name"].as_str().unwrap()).collect();
-    for name in ["q_proj", "kv_b_proj", "causal_attention", "swiglu", "embedding", "head, cross_entropy", "optimiser"] {
+    for name in ["q_proj", "latent_attention", "gated_mlp", "embedding", "head, loss", "optimiser"] {
         assert!(names.contains(&name), "{name} is not in {names:?}");
     }
     assert_eq!(names.last(), Some(&"other"));

@@ -46,7 +46,7 @@ fn products(session: &Session) -> Vec<Row> {
         })
     };
     let (size, work) = describe(s.heads * s.value, s.hidden);
-    let output = row("o_proj and residual", size, s.layers, work, move |lane| {
+    let output = row("o_proj, residual", size, s.layers, work, move |lane| {
         let d_in = s.heads * s.value;
         let (x, w) = (lane.random([lane.rows, seq, d_in]), lane.random([s.hidden, d_in]));
         let residual = lane.random([lane.rows, seq, s.hidden]);
@@ -147,7 +147,7 @@ fn ends(session: &Session) -> Vec<Row> {
         })
     });
     let head = Work::products(2.0 * (tokens * s.hidden * s.vocab) as f64);
-    let head = row("head, cross_entropy", format!("{tokens} × {} → {}", s.hidden, s.vocab), 1, head, move |lane| {
+    let head = row("head, loss", format!("{tokens} × {} → {}", s.hidden, s.vocab), 1, head, move |lane| {
         let n = lane.rows * seq;
         // Small weights, so that no loss leaves the range of f32.
         let (h, w) = (lane.random([n, s.hidden]), lane.random([s.vocab, s.hidden]) * 0.02);
