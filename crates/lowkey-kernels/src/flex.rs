@@ -77,23 +77,45 @@ impl FusedOps for Flex {
         Self::causal_attention_saving(q, kv, k_pe, starts, AttentionShape { nope, rope, scale }).0
     }
 
-    fn cross_entropy_sum(h: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {
-        let each = Self::cross_entropy_each(h, weight, targets);
-        let sum: f64 = each.storage::<f32>().iter().map(|x| f64::from(*x)).sum();
-        let mut out = new([1]);
-        out.storage_mut::<f32>().fill(sum as f32);
-        out
+    fn cross_entropy_sum(
+        h: FlexTensor,
+        weight: FlexTensor,
+        targets: FlexTensor,
+        label_weights: FlexTensor,
+        z_loss: f64,
+    ) -> FlexTensor {
+        let (h, weight, label_weights) = (h.to_contiguous(), weight.to_contiguous(), label_weights.to_contiguous());
+        let targets = &integers(&targets);
+        let inputs = head_inputs(&h, &weight, targets, label_weights.storage(), z_loss);
+        sums_tensor(inputs.sums(cross_entropy::losses(inputs).into_iter().enumerate()))
     }
 
     fn cross_entropy_each(h: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {
         let (h, weight) = (h.to_contiguous(), weight.to_contiguous());
-        let [n, width] = dims::<2>(&h);
-        let mut out = new([n]);
         let targets = &integers(&targets);
-        let inputs = cross_entropy::Inputs { h: h.storage(), weight: weight.storage(), targets, width };
-        cross_entropy::losses(inputs, out.storage_mut());
+        let mut out = new([targets.len()]);
+        let losses = cross_entropy::losses(head_inputs(&h, &weight, targets, &[], 0.0));
+        out.storage_mut::<f32>().iter_mut().zip(losses).for_each(|(out, loss)| *out = loss.nats);
         out
     }
+}
+
+fn head_inputs<'a>(
+    h: &'a FlexTensor,
+    weight: &'a FlexTensor,
+    targets: &'a [i32],
+    label_weights: &'a [f32],
+    z_loss: f64,
+) -> cross_entropy::Inputs<'a> {
+    let [_, width] = dims::<2>(h);
+    let z_loss = z_loss as f32;
+    cross_entropy::Inputs { h: h.storage(), weight: weight.storage(), targets, label_weights, z_loss, width }
+}
+
+fn sums_tensor(sums: cross_entropy::Sums) -> FlexTensor {
+    let mut out = new([2]);
+    out.storage_mut::<f32>().copy_from_slice(&[sums.objective as f32, sums.z_loss as f32]);
+    out
 }
 
 impl FusedGradients for Flex {
@@ -160,14 +182,14 @@ impl FusedGradients for Flex {
         h: FlexTensor,
         weight: FlexTensor,
         targets: FlexTensor,
+        label_weights: FlexTensor,
+        z_loss: f64,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        let (h, weight) = (h.to_contiguous(), weight.to_contiguous());
-        let [_, width] = dims::<2>(&h);
+        let (h, weight, label_weights) = (h.to_contiguous(), weight.to_contiguous(), label_weights.to_contiguous());
         let targets = &integers(&targets);
-        let inputs = cross_entropy::Inputs { h: h.storage(), weight: weight.storage(), targets, width };
-        let (mut sum, mut d_h, mut d_weight) = (new([1]), like(&h), like(&weight));
-        let nats = cross_entropy::sum_with_gradients(inputs, d_h.storage_mut(), d_weight.storage_mut());
-        sum.storage_mut::<f32>().fill(nats);
-        (sum, d_h, d_weight)
+        let inputs = head_inputs(&h, &weight, targets, label_weights.storage(), z_loss);
+        let (mut d_h, mut d_weight) = (like(&h), like(&weight));
+        let sums = cross_entropy::sums_with_gradients(inputs, d_h.storage_mut(), d_weight.storage_mut());
+        (sums_tensor(sums), d_h, d_weight)
     }
 }

@@ -9,15 +9,29 @@ use crate::reference;
 /// The label of a position that has no target, as in PyTorch and Hugging Face.
 pub const IGNORE: i64 = -100;
 
-/// A sum of negative log-likelihoods (nats) and how many targets it covers.
+/// A sum of losses (nats) and how many targets it covers.
 ///
 /// A sum rather than a mean, so that micro-batches with different numbers of targets can be combined exactly.
 #[derive(Clone, Debug)]
 pub struct LossSum {
-    /// `Σ −log p(target)`, shape `[1]`.
+    /// What is minimised, `Σ weight · (−log p(target) + z_loss · log² Z)`, shape `[1]`.
     pub nats: Tensor<1>,
+    /// The part of it that is z-loss, `[1]`; no gradient flows through it.
+    pub z_loss: Tensor<1>,
     /// Number of targets that are not [`IGNORE`].
     pub targets: usize,
+}
+
+/// What [`cross_entropy_sum`] is to predict.
+#[derive(Clone, Copy, Debug)]
+pub struct Labels<'a> {
+    /// `[n]`: the token, or [`IGNORE`].
+    pub targets: &'a [i64],
+    /// `[n]`: factor on each token's loss; absent: 1.
+    pub weights: Option<&'a [f32]>,
+    /// Factor on log² Z, Z being the sum of e^logit, which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5);
+    /// 0: none.
+    pub z_loss: f64,
 }
 
 /// Root-mean-square normalisation over the last axis: `x / sqrt(mean(x²) + eps) · weight` (Zhang & Sennrich,
@@ -93,22 +107,32 @@ pub fn causal_attention(
     Tensor::from_dispatch(Dispatch::causal_attention(q, kv, k_pe, starts.into_dispatch(), nope, shared, scale))
 }
 
-/// `Σ −log softmax(W h)[target]` over all tokens whose target is not [`IGNORE`].
+/// Output head and loss in one: `Σ weight · (−log softmax(W h)[target] + z_loss · log² Z)` over all tokens that have a target.
 ///
 /// Forward and backward run together over blocks of tokens: the logits never exist whole.
 ///
 /// # Shapes
-/// `h [n, d]`, `weight [vocab, d]`, `targets` of length `n`.
-pub fn cross_entropy_sum(h: Tensor<2>, weight: Tensor<2>, targets: &[i64]) -> LossSum {
+/// `h [n, d]`, `weight [vocab, d]`, `labels` of length `n`.
+pub fn cross_entropy_sum(h: Tensor<2>, weight: Tensor<2>, labels: Labels) -> LossSum {
+    let Labels { targets, weights, z_loss } = labels;
+    let ([n, _], device) = (h.dims(), h.device());
+    assert!(
+        targets.len() == n && weights.is_none_or(|weights| weights.len() == n),
+        "cross_entropy_sum: {} targets and {:?} weights for {n} tokens",
+        targets.len(),
+        weights.map(<[f32]>::len)
+    );
     let count = targets.iter().filter(|target| **target >= 0).count();
-    let index = target_tensor(targets, &h.device());
-    let nats = if h.dtype() == DType::F32 {
-        let (h, weight) = (h.into_dispatch(), weight.into_dispatch());
-        Tensor::from_dispatch(Dispatch::cross_entropy_sum(h, weight, index.into_dispatch()))
+    let index = target_tensor(targets, &device);
+    let weights = Tensor::<1>::from_floats(weights.unwrap_or(&[1.0]), &device);
+    let sums = if h.dtype() == DType::F32 {
+        let (h, weight, weights) = (h.into_dispatch(), weight.into_dispatch(), weights.into_dispatch());
+        Tensor::from_dispatch(Dispatch::cross_entropy_sum(h, weight, index.into_dispatch(), weights, z_loss))
     } else {
-        reference::cross_entropy_each(h, weight, index).sum()
+        reference::cross_entropy_sum(h, weight, index, weights, z_loss)
     };
-    LossSum { nats, targets: count }
+    let part = |i| sums.clone().narrow(0, i, 1);
+    LossSum { nats: part(0), z_loss: part(1).detach(), targets: count }
 }
 
 /// `−log softmax(W h)[target]` of each token, 0 where the target is [`IGNORE`]; no gradient flows through it.

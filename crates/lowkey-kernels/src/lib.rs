@@ -31,4 +31,4 @@ pub use attention::{Mask, attention, scores};
 pub use block::{
     LatentWeights, MlaDims, MlpWeights, absorbed_attention, add_linear, gated_mlp, latent_attention, linear,
 };
-pub use fused::{IGNORE, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, rms_norm, rotate};
+pub use fused::{IGNORE, Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, rms_norm, rotate};

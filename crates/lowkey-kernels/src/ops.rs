@@ -7,7 +7,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, Backend, backend_extension};
-use burn::tensor::Shape;
+use burn::tensor::{Shape, Slice};
 
 /// Sizes and scale of an attention; the other sizes follow from its arguments.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,14 +48,17 @@ pub(crate) trait FusedOps: Backend {
         scale: f64,
     ) -> FloatTensor<Self>;
 
-    /// `Σ −log softmax(W h)[target]`, `[1]`, for `h [n, d]`, `weight [vocab, d]`, `targets [n]`, negative for none.
+    /// `Σ weight · (nats + z_loss · log² Z)` and its second part, `[2]`; a gradient flows through the first. For `h [n, d]`,
+    /// `weight [vocab, d]`, `targets [n]`, negative for none, `label_weights [n]` or `[1]`.
     fn cross_entropy_sum(
         h: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        label_weights: FloatTensor<Self>,
+        z_loss: f64,
     ) -> FloatTensor<Self>;
 
-    /// The same per token, `[n]`, without a gradient.
+    /// `nats = −log softmax(W h)[target]` per token, `[n]`, without a gradient.
     fn cross_entropy_each(
         h: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -97,11 +100,13 @@ pub(crate) trait FusedGradients: FusedOps {
         grad: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
-    /// The sum of the losses with its gradients: `(sum [1], d h, d weight)`.
+    /// The sums with the gradients of the first: `(sums [2], d h, d weight)`.
     fn cross_entropy_sum_saving(
         h: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        label_weights: FloatTensor<Self>,
+        z_loss: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 }
 
@@ -208,7 +213,8 @@ impl<B: FusedGradients> Backward<B, 2> for CrossEntropy {
         let [h, weight] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
         // The gradients of the sum were formed with it: what is left is the factor in front of the sum.
-        let factor = B::float_reshape(grad, Shape::new([1, 1]));
+        let factor = B::float_slice(grad, &[Slice::from(0..1)]);
+        let factor = B::float_reshape(factor, Shape::new([1, 1]));
         for (node, gradient) in [(h, ops.state.0), (weight, ops.state.1)] {
             if let Some(node) = node {
                 grads.register::<B>(node.id, B::float_mul(gradient, factor.clone()));
@@ -270,15 +276,17 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         h: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        label_weights: FloatTensor<Self>,
+        z_loss: f64,
     ) -> FloatTensor<Self> {
         let prep = CrossEntropy.prepare::<C>([h.node(), weight.node()]).compute_bound().stateful();
-        let (h, weight) = (h.into_primitive(), weight.into_primitive());
+        let [h, weight, labels] = [h, weight, label_weights].map(|tensor| tensor.into_primitive());
         match prep {
             OpsKind::Tracked(prep) => {
-                let (sum, d_h, d_weight) = B::cross_entropy_sum_saving(h, weight, targets);
-                prep.finish((d_h, d_weight), sum)
+                let (sums, d_h, d_weight) = B::cross_entropy_sum_saving(h, weight, targets, labels, z_loss);
+                prep.finish((d_h, d_weight), sums)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy_sum(h, weight, targets)),
+            OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy_sum(h, weight, targets, labels, z_loss)),
         }
     }
 

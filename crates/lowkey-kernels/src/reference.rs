@@ -131,3 +131,21 @@ pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, In
     // A select, not a product: an ignored row may hold a non-finite logit, and 0 · inf would be NaN.
     picked.neg().mask_fill(ignored, 0.0f32)
 }
+
+/// `Σ weight · (nats + z_loss · log² Z)` and its second part, `[2]`. See [`crate::cross_entropy_sum`]; `label_weights [n]` or `[1]`.
+pub fn cross_entropy_sum(
+    h: Tensor<2>,
+    weight: Tensor<2>,
+    targets: Tensor<1, Int>,
+    label_weights: Tensor<1>,
+    z_loss: f64,
+) -> Tensor<1> {
+    let [n] = targets.dims();
+    let logits = h.clone().matmul(weight.clone().transpose());
+    let highest = logits.clone().max_dim(1).detach();
+    let log_z = (logits - highest.clone()).exp().sum_dim(1).log() + highest;
+    let weights = label_weights.cast(log_z.dtype());
+    let z = (log_z.square() * z_loss).reshape([n]).mask_fill(targets.clone().lower_elem(0), 0.0f32) * weights.clone();
+    let nats = cross_entropy_each(h, weight, targets) * weights;
+    Tensor::cat(vec![(nats + z.clone()).sum(), z.sum()], 0)
+}

@@ -2,7 +2,7 @@
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor};
-use lowkey_kernels::{LossSum, cross_entropy_sum};
+use lowkey_kernels::{Labels, LossSum, cross_entropy_sum};
 use serde::{Deserialize, Serialize};
 
 use crate::model::{CausalLm, TokenBatch, ids_tensor};
@@ -17,6 +17,20 @@ pub enum Recompute {
     /// Each decoder block (Chen et al., arXiv 1604.06174): between the passes only the blocks' inputs are kept. A third more
     /// arithmetic in the blocks.
     Block,
+}
+
+/// What the gradients are those of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Objective {
+    /// Factor on the summed loss: one over the targets of the whole step for its mean.
+    pub scale: f64,
+    /// Factor on each squared log-partition, see [`lowkey_kernels::Labels::z_loss`].
+    pub z_loss: f64,
+}
+
+/// The loss outside its graph.
+fn plain(loss: LossSum) -> LossSum {
+    LossSum { nats: loss.nats.without_autodiff(), z_loss: loss.z_loss.without_autodiff(), targets: loss.targets }
 }
 
 /// Gradients of a module's parameters in its order, flattened.
@@ -47,7 +61,7 @@ fn pull_back(y: Tensor<3>, pull: Tensor<3>) -> Gradients {
 }
 
 impl CausalLm {
-    /// Summed next-token loss of a batch, and the gradients of `scale` times it, flattened, in the order of
+    /// Summed next-token loss of a batch, and the gradients of `objective.scale` times it, flattened, in the order of
     /// [`CausalLm::parameters`].
     ///
     /// The model must record gradients. Both ways of [`Recompute`] give the same numbers, to the order of the sums where several
@@ -55,17 +69,17 @@ impl CausalLm {
     pub fn loss_and_gradients(
         &self,
         batch: TokenBatch,
-        scale: f64,
+        objective: Objective,
         recompute: Recompute,
         device: &Device,
     ) -> (LossSum, Vec<Tensor<1>>) {
         match recompute {
             Recompute::None => {
-                let LossSum { nats, targets } = self.loss(batch, device);
-                let mut gradients = (nats.clone() * scale).backward();
-                (LossSum { nats: nats.without_autodiff(), targets }, take(self, &mut gradients))
+                let loss = self.loss(batch, objective.z_loss, device);
+                let mut gradients = (loss.nats.clone() * objective.scale).backward();
+                (plain(loss), take(self, &mut gradients))
             }
-            Recompute::Block => self.block_by_block(batch, scale, device),
+            Recompute::Block => self.block_by_block(batch, objective, device),
         }
     }
 
@@ -75,31 +89,33 @@ impl CausalLm {
     }
 
     /// Forward without a graph, keeping each block's input; then back from the head, one block's graph at a time.
-    fn block_by_block(&self, batch: TokenBatch, scale: f64, device: &Device) -> (LossSum, Vec<Tensor<1>>) {
+    fn block_by_block(&self, batch: TokenBatch, objective: Objective, device: &Device) -> (LossSum, Vec<Tensor<1>>) {
         let TokenBatch { rows, seq_len, .. } = batch;
-        let (plain, inner) = (self.valid(), device.clone().inner());
-        let context = plain.context(batch.document_starts, seq_len, &inner);
+        let (model, inner) = (self.valid(), device.clone().inner());
+        let context = model.context(batch.document_starts, seq_len, &inner);
         let ids = ids_tensor(batch.input_ids, rows, seq_len, &inner);
-        let mut inputs = vec![plain.model.embed_tokens.forward(ids)];
-        for block in &plain.model.layers {
+        let mut inputs = vec![model.model.embed_tokens.forward(ids)];
+        for block in &model.model.layers {
             if let Some(x) = inputs.last() {
                 let y = block.forward(x.clone(), &context, None);
                 inputs.push(y);
             }
         }
-        drop(plain);
+        drop(model);
         let leaf = |x: Tensor<3>| x.autodiff().require_grad();
         // There are as many inputs as blocks and one more, which is the head's.
         let mut pull = Tensor::zeros([1, 1, 1], &inner);
-        let mut loss = LossSum { nats: Tensor::zeros([1], &inner), targets: 0 };
+        let zero = Tensor::zeros([1], &inner);
+        let mut loss = LossSum { nats: zero.clone(), z_loss: zero, targets: 0 };
         let (mut norm, mut head) = (Vec::new(), Vec::new());
         let mut table = Vec::new();
         if let Some(x) = inputs.pop() {
             let x = leaf(x);
             let hidden = self.model.norm.forward(x.clone()).reshape([rows * seq_len, self.config.hidden_size]);
-            loss = cross_entropy_sum(hidden, self.head_weight(), batch.targets);
-            let mut gradients = (loss.nats.clone() * scale).backward();
-            loss.nats = loss.nats.without_autodiff();
+            let labels = Labels { targets: batch.targets, weights: None, z_loss: objective.z_loss };
+            loss = cross_entropy_sum(hidden, self.head_weight(), labels);
+            let mut gradients = (loss.nats.clone() * objective.scale).backward();
+            loss = plain(loss);
             pull = x.grad_remove(&mut gradients).unwrap_or_else(|| x.without_autodiff().zeros_like());
             norm = take(&self.model.norm, &mut gradients);
             head = take(&self.lm_head, &mut gradients);
@@ -150,8 +166,9 @@ mod tests {
                 targets: &targets,
                 document_starts: &document_starts,
             };
-            let (loss, gradients) = model.loss_and_gradients(batch, 0.1, Recompute::None, &device);
-            let (again, anew) = model.loss_and_gradients(batch, 0.1, Recompute::Block, &device);
+            let objective = Objective { scale: 0.1, z_loss: 0.01 };
+            let (loss, gradients) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
+            let (again, anew) = model.loss_and_gradients(batch, objective, Recompute::Block, &device);
             assert_eq!((values(loss.nats), loss.targets), (values(again.nats), again.targets), "{kind}");
             let parameters = model.parameters();
             assert_eq!((gradients.len(), anew.len()), (parameters.len(), parameters.len()), "{kind}");

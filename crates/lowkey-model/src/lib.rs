@@ -55,7 +55,7 @@ pub use checkpoint::{WeightDtype, weight_files};
 pub use config::{AttentionConfig, AttentionKind, Family, GroupedConfig, MlaConfig, ModelConfig, ModelSection};
 pub use cost::{CacheWidth, ParameterCount};
 pub use error::{Error, Result};
-pub use gradients::Recompute;
+pub use gradients::{Objective, Recompute};
 pub use grouped::{Grouped, GroupedDims, KeyValue};
 pub use layers::{Embedding, Linear, RmsNorm};
 pub use lowkey_kernels::{IGNORE, LossSum, Mask, MlaDims};

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use lowkey_kernels::{LossSum, Mask, MlpWeights, cross_entropy_each, cross_entropy_sum, gated_mlp};
+use lowkey_kernels::{Labels, LossSum, Mask, MlpWeights, cross_entropy_each, cross_entropy_sum, gated_mlp};
 
 use crate::config::{AttentionConfig, ModelConfig};
 use crate::grouped::Grouped;
@@ -252,9 +252,11 @@ impl CausalLm {
         self.logits(self.hidden(ids, &context, None))
     }
 
-    /// Summed next-token loss of a batch. The logits never exist whole, in either direction.
-    pub fn loss(&self, batch: TokenBatch, device: &Device) -> LossSum {
-        cross_entropy_sum(self.last_hidden(batch, device, None), self.head_weight(), batch.targets)
+    /// Summed next-token loss of a batch, with `z_loss` times the square of each log-partition ([`LossSum`]). The logits never exist
+    /// whole, in either direction.
+    pub fn loss(&self, batch: TokenBatch, z_loss: f64, device: &Device) -> LossSum {
+        let labels = Labels { targets: batch.targets, weights: None, z_loss };
+        cross_entropy_sum(self.last_hidden(batch, device, None), self.head_weight(), labels)
     }
 
     /// Loss of each position, `[rows · seq_len]`, 0 where there is no target; no gradient flows through it.

@@ -5,13 +5,14 @@ use std::sync::atomic::AtomicBool;
 
 use burn::tensor::{Device, Tensor};
 use lowkey_data::{Batch, IGNORE};
-use lowkey_model::{CausalLm, ModelConfig, ModelSection};
+use lowkey_model::{CausalLm, ModelConfig, ModelSection, Recompute};
 use tempfile::TempDir;
 
 use crate::error::Result;
 use crate::metrics::Metrics;
 use crate::run_config::RunConfig;
 use crate::train::{Event, Outcome, RunOptions, train};
+use crate::workers::PassSettings;
 
 /// A small `[model]` section.
 pub(crate) const MODEL: &str = "
@@ -33,6 +34,11 @@ pub(crate) fn model_config(vocab: usize, positions: usize) -> ModelConfig {
 
 pub(crate) fn model(vocab: usize, positions: usize, seed: u64, device: &Device) -> CausalLm {
     CausalLm::init(&model_config(vocab, positions), seed, device)
+}
+
+/// Passes of `micro_batch` rows, nothing computed twice.
+pub(crate) fn passes(micro_batch: usize) -> PassSettings {
+    PassSettings { micro_batch, recompute: Recompute::None, z_loss: 0.0 }
 }
 
 pub(crate) fn values(tensor: &Tensor<1>) -> Vec<f32> {

@@ -10,6 +10,7 @@ use lowkey_model::{ModelSection, Recompute};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::workers::PassSettings;
 
 /// A run file, as written and as resolved.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -203,6 +204,10 @@ pub struct TrainingSection {
     /// What the backward pass computes again to save memory: `none`, or `block` for all within a decoder block.
     #[serde(default)]
     pub recompute: Recompute,
+    /// Factor on the square of each position's log-partition, added to the loss that is minimised but not to the one that is
+    /// reported (PaLM, arXiv 2204.02311, section 5: 1e-4); 0: none.
+    #[serde(default)]
+    pub z_loss: f64,
     /// Number format of the computation.
     #[serde(default)]
     pub dtype: ComputeDtype,
@@ -353,6 +358,12 @@ impl RunConfig {
     /// Threads that share a pass: those of the run file, else one per core.
     pub fn threads(&self) -> usize {
         self.training.threads.unwrap_or_else(crate::workers::available_threads)
+    }
+
+    /// How a step's gradients are computed.
+    pub(crate) fn passes(&self) -> PassSettings {
+        let TrainingSection { recompute, z_loss, .. } = self.training;
+        PassSettings { micro_batch: self.micro_batch_size(), recompute, z_loss }
     }
 
     /// Sequences per forward and backward pass.

@@ -2,11 +2,11 @@
 
 use burn::tensor::Device;
 use lowkey_data::Batch;
-use lowkey_model::{CausalLm, Recompute};
+use lowkey_model::CausalLm;
 
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, clip_factor, global_norm};
-use crate::workers::Workers;
+use crate::workers::{PassSettings, Workers};
 
 /// What stays the same from step to step.
 pub(crate) struct StepSettings<'a> {
@@ -14,10 +14,8 @@ pub(crate) struct StepSettings<'a> {
     pub(crate) workers: &'a Workers,
     /// Where the model lies; records gradients.
     pub(crate) device: &'a Device,
-    /// Rows per forward and backward pass.
-    pub(crate) micro_batch: usize,
-    /// What the backward pass computes again.
-    pub(crate) recompute: Recompute,
+    /// How its gradients are computed.
+    pub(crate) passes: PassSettings,
     /// Largest global norm of the gradient.
     pub(crate) grad_clip: Option<f64>,
 }
@@ -45,7 +43,7 @@ impl StepSettings<'_> {
         step: u64,
         lr: f64,
     ) -> Result<StepTaken> {
-        let result = self.workers.gradients(model, batch, self.micro_batch, self.recompute, self.device)?;
+        let result = self.workers.gradients(model, batch, self.passes, self.device)?;
         let rows = batch.rows as u64;
         let non_finite = |what: String, value: f64| Error::NonFinite {
             step: step + 1,

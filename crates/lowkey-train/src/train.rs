@@ -299,8 +299,7 @@ impl<'a> Run<'a> {
         let settings = StepSettings {
             workers: &self.workers,
             device: &self.device,
-            micro_batch: config.micro_batch_size(),
-            recompute: config.training.recompute,
+            passes: config.passes(),
             grad_clip: config.optimizer.grad_clip,
         };
         let taken = settings.step(&mut self.model, &mut self.optimizer, &batch, step, lr)?;

@@ -9,7 +9,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use lowkey_data::Batch;
 use lowkey_kernels::optim;
-use lowkey_model::{CausalLm, Recompute, TokenBatch};
+use lowkey_model::{CausalLm, Objective, Recompute, TokenBatch};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -20,6 +20,17 @@ pub struct Workers {
     pools: Vec<rayon::ThreadPool>,
     /// All threads together, where they are not one pool already.
     all: Option<rayon::ThreadPool>,
+}
+
+/// How a step's gradients are computed.
+#[derive(Clone, Copy, Debug)]
+pub struct PassSettings {
+    /// Rows per forward and backward pass.
+    pub micro_batch: usize,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
+    /// Factor on each squared log-partition.
+    pub z_loss: f64,
 }
 
 /// Loss and gradients of one optimiser step.
@@ -112,7 +123,7 @@ impl Workers {
         results.into_iter().flatten().collect()
     }
 
-    /// Loss and gradients of a batch, in passes of `micro_batch` rows.
+    /// Loss and gradients of a batch, pass by pass.
     ///
     /// The mean is over the targets of the whole batch: a pass with fewer targets weighs less.
     ///
@@ -122,12 +133,12 @@ impl Workers {
         &self,
         model: &CausalLm,
         batch: &Batch,
-        micro_batch: usize,
-        recompute: Recompute,
+        settings: PassSettings,
         device: &Device,
     ) -> Result<StepGradients> {
+        let PassSettings { micro_batch, recompute, z_loss } = settings;
         let targets = batch.target_tokens();
-        let scale = 1.0 / targets.max(1) as f64;
+        let objective = Objective { scale: 1.0 / targets.max(1) as f64, z_loss };
         let mut nats = 0.0;
         let mut total: Vec<Tensor<1>> = Vec::new();
         for from in (0..batch.rows).step_by(micro_batch) {
@@ -136,8 +147,9 @@ impl Workers {
             // Forked here, not in the threads: the fork reads the parameters' shared nodes.
             let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
             let results = self.map(&forks, |((from, to), fork)| {
-                let (loss, gradients) = fork.loss_and_gradients(rows(batch, *from, *to), scale, recompute, device);
-                (loss.nats, gradients)
+                let (loss, gradients) = fork.loss_and_gradients(rows(batch, *from, *to), objective, recompute, device);
+                // What is reported is the loss without what only steers the training.
+                (loss.nats - loss.z_loss, gradients)
             });
             // The graphs are gone, and the forks with them, before anything is summed.
             drop(forks);
@@ -151,7 +163,7 @@ impl Workers {
             }
             total = self.together(|| sum(total, parts));
         }
-        Ok(StepGradients { loss: nats * scale, targets, gradients: total })
+        Ok(StepGradients { loss: nats * objective.scale, targets, gradients: total })
     }
 }
 

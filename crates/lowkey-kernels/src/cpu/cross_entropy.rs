@@ -6,8 +6,11 @@ use rayon::prelude::*;
 use super::gemm::{View, product};
 use super::vector::{exp_shifted, max, scale};
 
-/// Tokens per block.
-const TOKENS: usize = 128;
+/// Logits that exist at a time, about: enough tokens per block that the product does not spend its time on laying out W.
+const LOGITS: usize = 1 << 21;
+
+/// Tokens per block, at least and at most.
+const TOKENS: [usize; 2] = [128, 512];
 
 /// `h [n, d]`, `weight [vocab, d]`, `targets [n]`; a negative target is no target.
 #[derive(Clone, Copy)]
@@ -15,12 +18,42 @@ pub(crate) struct Inputs<'a> {
     pub(crate) h: &'a [f32],
     pub(crate) weight: &'a [f32],
     pub(crate) targets: &'a [i32],
+    /// One per token, or one for all.
+    pub(crate) label_weights: &'a [f32],
+    pub(crate) z_loss: f32,
     pub(crate) width: usize,
+}
+
+/// What the head says of one token.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct TokenLoss {
+    /// `−log p(target)`
+    pub(crate) nats: f32,
+    /// Logarithm of the sum of e^logit.
+    pub(crate) log_z: f32,
+}
+
+/// The sums over all tokens.
+#[derive(Clone, Copy)]
+pub(crate) struct Sums {
+    /// `Σ weight · (nats + z_loss · log_z²)`
+    pub(crate) objective: f64,
+    /// The second part of it.
+    pub(crate) z_loss: f64,
 }
 
 impl Inputs<'_> {
     fn vocab(self) -> usize {
         self.weight.len() / self.width
+    }
+
+    fn block(self) -> usize {
+        let [least, most] = TOKENS;
+        (LOGITS / self.vocab()).clamp(least, most).min(self.targets.len()).max(1)
+    }
+
+    fn label_weight(self, token: usize) -> f32 {
+        self.label_weights.get(token).or(self.label_weights.first()).copied().unwrap_or(1.0)
     }
 
     /// Logits of tokens `from..from+count`, `[count, vocab]`.
@@ -29,65 +62,77 @@ impl Inputs<'_> {
         let h = View::new(&self.h[from * d..], d);
         product([count, vocab, d], logits, vocab, false, h, View::new(self.weight, d).t(), 1.0);
     }
+
+    /// Adds up in f64 and in order: the same for any number of threads.
+    pub(crate) fn sums(self, losses: impl Iterator<Item = (usize, TokenLoss)>) -> Sums {
+        let mut sums = Sums { objective: 0.0, z_loss: 0.0 };
+        for (token, loss) in losses.filter(|(token, _)| self.targets[*token] >= 0) {
+            let weight = f64::from(self.label_weight(token));
+            let z = weight * f64::from(self.z_loss) * f64::from(loss.log_z).powi(2);
+            sums.objective += weight * f64::from(loss.nats) + z;
+            sums.z_loss += z;
+        }
+        sums
+    }
 }
 
-/// Turns a row of logits into e^(logit − max); returns `−log p(target)` and the sum.
+/// Turns a row of logits into e^(logit − max); returns the loss and the sum.
 #[inline(always)]
-fn row_loss(row: &mut [f32], target: usize) -> (f32, f32) {
+fn row_loss(row: &mut [f32], target: usize) -> (TokenLoss, f32) {
     let at_target = row[target];
     let highest = max(row);
     let sum = exp_shifted(row, highest);
-    (highest + sum.ln() - at_target, sum)
+    // The target's logit first: far from 0, log_z alone has few digits left behind the point.
+    (TokenLoss { nats: highest - at_target + sum.ln(), log_z: highest + sum.ln() }, sum)
 }
 
-/// `−log softmax(W h)[target]` of each token, 0 without a target.
-pub(crate) fn losses(inputs: Inputs, losses: &mut [f32]) {
-    let vocab = inputs.vocab();
-    let mut logits = vec![0.0; TOKENS.min(losses.len()) * vocab];
-    for (block, losses) in losses.chunks_mut(TOKENS).enumerate() {
-        let from = block * TOKENS;
+/// The loss of each token, 0 without a target.
+pub(crate) fn losses(inputs: Inputs) -> Vec<TokenLoss> {
+    let (vocab, tokens) = (inputs.vocab(), inputs.block());
+    let mut losses = vec![TokenLoss::default(); inputs.targets.len()];
+    let mut logits = vec![0.0; tokens * vocab];
+    for (block, losses) in losses.chunks_mut(tokens).enumerate() {
+        let from = block * tokens;
         inputs.logits(from, losses.len(), &mut logits);
         let rows = logits.par_chunks_exact_mut(vocab).zip(losses.par_iter_mut()).enumerate();
         rows.for_each(|(i, (row, loss))| {
             let target = inputs.targets[from + i];
-            *loss = if target < 0 { 0.0 } else { Arch::new().dispatch(|| row_loss(row, target as usize).0) };
+            if target >= 0 {
+                *loss = Arch::new().dispatch(|| row_loss(row, target as usize).0);
+            }
         });
     }
+    losses
 }
 
-/// The sum of the losses, and its gradients `d_h [n, d]` and `d_weight [vocab, d]`.
-pub(crate) fn sum_with_gradients(inputs: Inputs, d_h: &mut [f32], d_weight: &mut [f32]) -> f32 {
-    let (d, vocab) = (inputs.width, inputs.vocab());
+/// The sums, and the gradients of the objective, `d_h [n, d]` and `d_weight [vocab, d]`.
+pub(crate) fn sums_with_gradients(inputs: Inputs, d_h: &mut [f32], d_weight: &mut [f32]) -> Sums {
+    let (d, vocab, tokens) = (inputs.width, inputs.vocab(), inputs.block());
     let n = inputs.targets.len();
-    let mut logits = vec![0.0; TOKENS.min(n) * vocab];
-    let mut nats = 0.0;
+    let mut losses = vec![TokenLoss::default(); n];
+    let mut logits = vec![0.0; tokens * vocab];
     d_weight.fill(0.0);
-    for from in (0..n).step_by(TOKENS) {
-        let count = TOKENS.min(n - from);
+    for (block, losses) in losses.chunks_mut(tokens).enumerate() {
+        let (from, count) = (block * tokens, losses.len());
         inputs.logits(from, count, &mut logits);
-        // Collected in order: a sum in f64 in that order is the same for any number of threads.
-        let losses: Vec<f64> = logits
-            .par_chunks_exact_mut(vocab)
-            .take(count)
-            .enumerate()
-            .map(|(i, row)| {
-                let target = inputs.targets[from + i];
-                if target < 0 {
-                    row.fill(0.0);
-                    return 0.0;
-                }
-                Arch::new().dispatch(|| {
-                    let (loss, sum) = row_loss(row, target as usize);
-                    scale(row, 1.0 / sum);
-                    row[target as usize] -= 1.0;
-                    f64::from(loss)
-                })
-            })
-            .collect();
-        nats += losses.iter().sum::<f64>();
+        logits.par_chunks_exact_mut(vocab).zip(losses.par_iter_mut()).enumerate().for_each(|(i, (row, loss))| {
+            let target = inputs.targets[from + i];
+            if target < 0 {
+                row.fill(0.0);
+                return;
+            }
+            let weight = inputs.label_weight(from + i);
+            Arch::new().dispatch(|| {
+                let (found, sum) = row_loss(row, target as usize);
+                // d nats = p − 1[target]; d log_z² = 2 log_z · p.
+                scale(row, weight * (1.0 + 2.0 * inputs.z_loss * found.log_z) / sum);
+                row[target as usize] -= weight;
+                *loss = found;
+            });
+        });
         let p = View::new(&logits, vocab);
         product([count, d, vocab], &mut d_h[from * d..], d, false, p, View::new(inputs.weight, d), 1.0);
         product([vocab, d, count], d_weight, d, true, p.t(), View::new(&inputs.h[from * d..], d), 1.0);
     }
-    nats as f32
+    inputs.sums(losses.into_iter().enumerate())
 }

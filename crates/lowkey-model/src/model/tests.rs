@@ -52,7 +52,7 @@ fn a_packed_row_gives_each_document_what_it_gets_alone() {
         let context = model.context(&starts, seq, &device);
         let packed = model.logits(model.hidden(ids_tensor(&all, 2, seq, &device), &context, None));
         let batch = TokenBatch { rows: 2, seq_len: seq, input_ids: &all, targets: &targets, document_starts: &starts };
-        let (sum, each) = (model.loss(batch, &device), model.losses(batch, &device, None));
+        let (sum, each) = (model.loss(batch, 0.0, &device), model.losses(batch, &device, None));
         let each = values(each);
         let mut total = 0.0;
         for (row, start, length) in [(0, 0, 37), (0, 37, 23), (0, 60, 11), (1, 0, 5), (1, 5, seq - 5)] {
@@ -69,7 +69,7 @@ fn a_packed_row_gives_each_document_what_it_gets_alone() {
                 targets: document_targets,
                 document_starts: &vec![0; length],
             };
-            let (alone, alone_each) = (model.loss(batch, &device), model.losses(batch, &device, None));
+            let (alone, alone_each) = (model.loss(batch, 0.0, &device), model.losses(batch, &device, None));
             assert!(distance(&values(alone_each), &each[row * seq + start..][..length]) < 1e-4, "{kind}");
             total += alone.nats.into_scalar::<f32>();
         }
@@ -103,7 +103,7 @@ fn the_loss_is_the_negative_log_of_the_probability_of_the_target() {
     let targets = [3, IGNORE, 5, IGNORE, 0, 28];
     let probabilities = values(softmax(model.forward(ids_tensor(&tokens, 1, 6, &device)), 2));
     let batch = TokenBatch { rows: 1, seq_len: 6, input_ids: &tokens, targets: &targets, document_starts: &[0; 6] };
-    let (sum, each) = (model.loss(batch, &device), model.losses(batch, &device, None));
+    let (sum, each) = (model.loss(batch, 0.0, &device), model.losses(batch, &device, None));
     let mut total = 0.0;
     for (t, (target, got)) in targets.iter().zip(values(each)).enumerate() {
         let expected = if *target == IGNORE { 0.0 } else { -probabilities[29 * t + *target as usize].ln() };
@@ -282,7 +282,7 @@ fn every_gradient_agrees_with_finite_differences() {
         let targets: Vec<i64> =
             ids(14, 29, 25).iter().enumerate().map(|(t, id)| if t == 4 { IGNORE } else { i64::from(*id) }).collect();
         let batch = TokenBatch { rows: 2, seq_len: 7, input_ids: &tokens, targets: &targets, document_starts: &starts };
-        let loss = model.loss(batch, &training);
+        let loss = model.loss(batch, 0.0, &training);
         let gradients = model.take_gradients(&mut loss.nats.backward());
         let model = model.valid();
         let parameters = model.parameters();
@@ -540,7 +540,7 @@ fn the_reference_cases_come_out_as_transformers_computes_them() {
             (0..rows * seq).map(|t| if t % seq == seq - 1 { IGNORE } else { i64::from(tokens[t + 1]) }).collect();
         let starts = vec![0; rows * seq];
         let batch = TokenBatch { rows, seq_len: seq, input_ids: &tokens, targets: &targets, document_starts: &starts };
-        let loss = model.loss(batch, &device);
+        let loss = model.loss(batch, 0.0, &device);
         let mean = loss.nats.into_scalar::<f32>() / loss.targets as f32;
         let loss_error = (mean - expected(&bytes, "loss").unwrap()[0]).abs();
         let loss_tolerance = case["suggested_tolerance"]["loss_abs"].as_f64().unwrap() as f32;

@@ -132,7 +132,7 @@ fn new_values_arrive_and_still_learn() {
     }
     let batch =
         TokenBatch { rows: 1, seq_len: 3, input_ids: &[1, 2, 3], targets: &[2, 3, 4], document_starts: &[0; 3] };
-    let loss = model.loss(batch, &device);
+    let loss = model.loss(batch, 0.0, &device);
     let gradients = model.take_gradients(&mut loss.nats.backward());
     for (gradient, parameter) in gradients.into_iter().zip(model.parameters()) {
         assert!(values(gradient).iter().any(|g| *g != 0.0), "{}", parameter.name);

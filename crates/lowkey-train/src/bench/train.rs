@@ -18,7 +18,7 @@ use crate::optimizer::Optimizer;
 use crate::run_config::{OptimizerKind, OptimizerSection, at_least_one};
 use crate::setup::check_bytes;
 use crate::step::{StepSettings, StepTaken};
-use crate::workers::Workers;
+use crate::workers::{PassSettings, Workers};
 
 /// Seed of weights and tokens.
 const SEED: u64 = 1;
@@ -183,8 +183,7 @@ impl Session {
         let settings = StepSettings {
             workers: &self.workers,
             device: &self.device,
-            micro_batch: self.batch,
-            recompute: self.recompute,
+            passes: PassSettings { micro_batch: self.batch, recompute: self.recompute, z_loss: 0.0 },
             grad_clip: self.optimizer_section.grad_clip,
         };
         let started = Instant::now();

@@ -2,10 +2,9 @@ use burn::tensor::{Device, TensorData};
 use lowkey_model::{CausalLm, ModelConfig};
 
 use super::*;
-use crate::fixtures::{Lcg, bits, model, model_config, uneven_batch, values, weight_bits};
+use crate::fixtures::{Lcg, bits, model, model_config, passes, uneven_batch, values, weight_bits};
 use crate::run_config::OptimizerKind;
 use crate::workers::Workers;
-use lowkey_model::Recompute;
 
 fn section_of(kind: OptimizerKind) -> OptimizerSection {
     OptimizerSection {
@@ -193,7 +192,7 @@ fn a_step_of_a_model_happens_where_its_numbers_lie() {
         let workers = Workers::new(2, 4).unwrap();
         for seed in 0..3 {
             let batch = uneven_batch(4, 9, 29, seed);
-            let gradients = workers.gradients(&model, &batch, 4, Recompute::None, &device).unwrap().gradients;
+            let gradients = workers.gradients(&model, &batch, passes(4), &device).unwrap().gradients;
             workers.together(|| model.update(|parameters| optimizer.step(parameters, gradients, 1.0, 1e-2)));
         }
         assert_eq!(addresses(&model, &optimizer), before);

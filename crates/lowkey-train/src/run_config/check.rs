@@ -52,6 +52,13 @@ impl RunConfig {
         if let Some(threads) = self.training.threads {
             at_least_one("training.threads", threads, 1024)?;
         }
+        if !(0.0..=1.0).contains(&self.training.z_loss) {
+            return Err(Error::config(
+                "training.z_loss",
+                self.training.z_loss,
+                "must lie between 0 and 1 (usual: 1e-4)",
+            ));
+        }
         if self.training.dtype != ComputeDtype::F32 {
             let value = format!("{:?}", self.training.dtype).to_lowercase();
             return Err(Error::config("training.dtype", value, "the CPU trains in f32; write \"f32\""));

@@ -1,13 +1,13 @@
 use lowkey_model::ModelConfig;
 
 use super::*;
-use crate::fixtures::{bits, model, model_config, uneven_batch, values};
+use crate::fixtures::{bits, model, model_config, passes, uneven_batch, values};
 
 const VOCAB: usize = 29;
 
 /// Loss and gradients of a batch in one pass, without threads.
 fn single_pass(model: &CausalLm, batch: &Batch, device: &Device) -> (f64, Vec<Tensor<1>>) {
-    let loss = model.loss(rows(batch, 0, batch.rows), device);
+    let loss = model.loss(rows(batch, 0, batch.rows), 0.0, device);
     let mean = loss.nats / loss.targets as f64;
     let mut gradients = mean.backward();
     (f64::from(mean.into_scalar::<f32>()), model.take_gradients(&mut gradients))
@@ -44,7 +44,7 @@ fn any_number_of_threads_and_passes_gives_the_gradient_of_the_mean_over_all_targ
         for micro_batch in [1, 2, 5] {
             let case = format!("{threads} threads, passes of {micro_batch}");
             let workers = Workers::new(threads, micro_batch).unwrap();
-            let found = workers.gradients(&model, &batch, micro_batch, Recompute::None, &device).unwrap();
+            let found = workers.gradients(&model, &batch, passes(micro_batch), &device).unwrap();
             assert_eq!(found.targets, batch.target_tokens(), "{case}");
             assert!((found.loss / loss - 1.0).abs() < 1e-6, "{case}: loss {} for {loss}", found.loss);
             agree(&case, &model, &found.gradients, &gradients, 5e-6);
@@ -59,13 +59,13 @@ fn a_share_without_targets_adds_nothing() {
     let mut batch = uneven_batch(3, 9, VOCAB, 2);
     batch.targets[9..18].fill(lowkey_data::IGNORE);
     let (loss, gradients) = single_pass(&model, &batch, &device);
-    let found = Workers::new(3, 3).unwrap().gradients(&model, &batch, 3, Recompute::None, &device).unwrap();
+    let found = Workers::new(3, 3).unwrap().gradients(&model, &batch, passes(3), &device).unwrap();
     assert!((found.loss / loss - 1.0).abs() < 1e-6);
     // So few targets cancel less of the rounding.
     agree("a row without targets", &model, &found.gradients, &gradients, 5e-6);
 
     batch.targets.fill(lowkey_data::IGNORE);
-    let found = Workers::new(2, 3).unwrap().gradients(&model, &batch, 3, Recompute::None, &device).unwrap();
+    let found = Workers::new(2, 3).unwrap().gradients(&model, &batch, passes(3), &device).unwrap();
     assert_eq!((found.loss, found.targets), (0.0, 0));
     assert!(found.gradients.iter().all(|g| values(g).iter().all(|x| *x == 0.0)));
 }
@@ -81,7 +81,7 @@ fn the_same_number_of_threads_gives_the_same_bits() {
     for (threads, micro_batch) in [(1, 4), (2, 4), (3, 4), (3, 1), (2, 3)] {
         let run = || {
             let workers = Workers::new(threads, micro_batch).unwrap();
-            let found = workers.gradients(&model, &batch, micro_batch, Recompute::None, &device).unwrap();
+            let found = workers.gradients(&model, &batch, passes(micro_batch), &device).unwrap();
             (found.loss.to_bits(), bits(&found.gradients))
         };
         let first = run();

@@ -105,7 +105,7 @@ impl Batch {
 
     /// Mean loss and its gradients, flattened.
     fn gradients(&self, model: &CausalLm, device: &Device) -> (f64, Vec<Tensor<1>>) {
-        let loss = model.loss(self.tokens(), device);
+        let loss = model.loss(self.tokens(), 0.0, device);
         let mean = loss.nats / loss.targets as f64;
         let mut gradients = mean.backward();
         (f64::from(mean.into_scalar::<f32>()), model.take_gradients(&mut gradients))

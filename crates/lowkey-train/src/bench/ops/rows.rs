@@ -2,8 +2,8 @@
 
 use burn::tensor::{Tensor, module::embedding};
 use lowkey_kernels::{
-    LatentWeights, MlaDims, MlpWeights, add_linear, cross_entropy_sum, gated_mlp, latent_attention, linear, optim,
-    rms_norm, rotate,
+    Labels, LatentWeights, MlaDims, MlpWeights, add_linear, cross_entropy_sum, gated_mlp, latent_attention, linear,
+    optim, rms_norm, rotate,
 };
 use lowkey_model::ids_tensor;
 use rayon::prelude::*;
@@ -65,7 +65,7 @@ fn products(session: &Session) -> Vec<Row> {
 fn feed_forward(session: &Session) -> Row {
     let (seq, tokens, s) = (session.seq, session.batch * session.seq, session.shape);
     let work = Work::products(2.0 * (3 * tokens * s.hidden * s.feed_forward) as f64);
-    let size = format!("{tokens} × {} → {} → {}", s.hidden, s.feed_forward, s.hidden);
+    let size = format!("{tokens} × {} ↔ {}", s.hidden, s.feed_forward);
     row("gated_mlp", size, s.layers, work, move |lane| {
         let x = lane.random([lane.rows, seq, s.hidden]);
         let norm = lane.random([s.hidden]);
@@ -152,7 +152,10 @@ fn ends(session: &Session) -> Vec<Row> {
         // Small weights, so that no loss leaves the range of f32.
         let (h, w) = (lane.random([n, s.hidden]), lane.random([s.vocab, s.hidden]) * 0.02);
         let targets: Vec<i64> = (0..n).map(|i| id(i) as i64).collect();
-        lane.time(|| cross_entropy_sum(leaf(&h), leaf(&w), &targets).nats)
+        lane.time(|| {
+            let labels = Labels { targets: &targets, weights: None, z_loss: 0.0 };
+            cross_entropy_sum(leaf(&h), leaf(&w), labels).nats
+        })
     });
     vec![looked_up, head]
 }
