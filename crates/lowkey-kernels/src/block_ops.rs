@@ -31,6 +31,7 @@ pub(crate) trait BlockOps: Backend {
     ) -> FloatTensor<Self>;
 
     /// Multi-head Latent Attention over whole sequences, `[batch, seq, H·V]`; see [`crate::latent_attention`].
+    #[allow(clippy::too_many_arguments, reason = "the dispatch to a backend takes each tensor by itself")]
     fn latent_attention(
         q: FloatTensor<Self>,
         kv_a: FloatTensor<Self>,

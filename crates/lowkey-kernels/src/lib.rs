@@ -1,17 +1,18 @@
 //! The operations that a decoder block spends its time in, as functions over Burn tensors.
 //!
-//! **Purpose.** One place for the arithmetic that decides speed: RMSNorm, rotary embedding, SwiGLU, causal attention, cross
-//! entropy, and an optimiser's passes. Everything above this crate composes these functions and never touches a backend
-//! primitive.
+//! **Purpose.** One place for the arithmetic that decides speed: linear maps, RMSNorm, rotary embedding, the feed-forward layer,
+//! attention and cross entropy, and what an optimiser does with the gradients. Everything above this crate composes these
+//! functions and never touches a backend primitive.
 //!
-//! **Main functions.** [`linear`], [`rms_norm`], [`swiglu`], [`rotate`], [`causal_attention`], [`cross_entropy_sum`] for
-//! training; [`attention`] with a [`Mask`] for queries against a cache; [`optim`] for what an optimiser does to every
-//! parameter.
+//! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
+//! [`gated_mlp`] and [`cross_entropy_sum`] for training; [`absorbed_attention`], and [`attention`] with a [`Mask`], for queries
+//! against a cache; [`optim`] for updates.
 //!
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
-//! exists in training. On the CPU they run on plain slices, vectorised for whatever the processor has, in parallel on the
-//! current rayon pool. Tensors that are not f32 take the [`mod@reference`].
+//! exists in training, and of a latent attention's keys and values nothing is kept. On the CPU they run on plain slices,
+//! vectorised for whatever the processor has, in parallel on the current rayon pool; products of weights are those of the
+//! `gemm` crate, those inside an attention are tiles of registers. Tensors that are not f32 take the [`mod@reference`].
 //!
 //! **What this crate does not know.** Models, parameters, names, files, text. It is the only crate that knows a backend.
 

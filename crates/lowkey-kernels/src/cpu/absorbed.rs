@@ -57,7 +57,7 @@ pub(crate) fn forward(shape: Shape, q: &[f32], slots: Slots, kv_b: &[f32], offse
     let work = shape.width() * slots.keys * heads * seq * offsets.len();
     // Heads per task: all of them where there is little to do, else enough tasks for all threads and no more than a tile holds.
     let threads = if work > 1 << 16 { rayon::current_num_threads() } else { 1 };
-    let share = heads.div_ceil(threads.div_ceil(offsets.len())).min(QUERIES).max(1);
+    let share = heads.div_ceil(threads.div_ceil(offsets.len())).clamp(1, QUERIES);
     let positions = (QUERIES / share).clamp(1, seq);
     let tasks: Vec<Task> = (0..offsets.len())
         .flat_map(|row| (0..seq).step_by(positions).map(move |t| (row, t)))

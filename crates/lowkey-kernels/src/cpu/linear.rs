@@ -61,7 +61,7 @@ pub(crate) fn weight_gradient(d_y: &[f32], x: Tokens, d_in: usize, d_weight: &mu
 fn few(x: Tokens, weight: &[f32], [d_in, d_out]: [usize; 2], out: &mut [f32], accumulate: bool) {
     /// Bytes of W that are worth waking a thread for.
     const SHARE: usize = 1 << 18;
-    let threads = rayon::current_num_threads().min(weight.len() * size_of::<f32>() / SHARE).max(1);
+    let threads = rayon::current_num_threads().min(size_of_val(weight) / SHARE).max(1);
     let rows = d_out.div_ceil(threads);
     let arch = Arch::new();
     let out = &Parts::new(out);
