@@ -21,6 +21,8 @@ mod block;
 mod block_ops;
 mod cpu;
 #[cfg(test)]
+mod differences;
+#[cfg(test)]
 mod fixtures;
 mod flex;
 mod fused;
