@@ -37,7 +37,7 @@ pub struct Plan {
 }
 
 /// The fraction of the matrix-product rate that a training run reaches, for the estimate of its duration.
-pub const EXPECTED_MFU: f64 = 0.5;
+pub const EXPECTED_MFU: f64 = 0.65;
 
 /// Bytes of a number in a bf16 cache.
 const CACHE_BYTES: usize = 2;
