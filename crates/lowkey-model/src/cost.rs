@@ -143,7 +143,9 @@ impl ModelConfig {
         // The bounds of `check` keep every factor small, but not the product of all of them.
         let activations = tokens.saturating_mul(kept + passing);
         let copies = 3 + threads.min(micro_batch);
-        activations.saturating_add(copies * self.parameter_count().total).saturating_mul(4)
+        let numbers = activations.saturating_add(copies * self.parameter_count().total);
+        // Blocks of logits and scores of each thread, and the process as it is before it holds a model.
+        numbers.saturating_mul(4).saturating_add((threads << 24) + (64 << 20))
     }
 }
 

@@ -20,7 +20,9 @@ pub(crate) fn exp(x: f32) -> f32 {
     }
     let p = p * r * r + r + 1.0;
     // The last bits of `rounded` are n itself; a conversion of n to an integer would not be vectorised.
-    f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23))
+    let power = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
+    // Arithmetic on bits would make a number of some of them.
+    if x.is_nan() { x } else { power }
 }
 
 /// Largest element; −∞ for none.
@@ -105,6 +107,12 @@ mod tests {
             assert!((found / expected - 1.0).abs() < 3e-7, "e^{x}: {found} {expected}");
         }
         assert!(exp(f32::NEG_INFINITY) < 1e-37 && exp(-1e4) < 1e-37);
+        for payload in [0, 1, 0x1ff, 0x3f_ffff] {
+            assert!(
+                exp(f32::from_bits(0x7fc0_0000 | payload)).is_nan()
+                    && exp(f32::from_bits(0xffc0_0000 | payload)).is_nan()
+            );
+        }
     }
 
     #[test]
