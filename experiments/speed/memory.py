@@ -20,35 +20,35 @@ COLORS = ["#0b6e99", "#d9730d", "#448361", "#ad1a72", "#9f6b53", "#337ea9"]
 
 
 def figure(points, title):
-    """An SVG picture of {side: [(length, MiB)]}, both axes logarithmic to base 2."""
+    """An SVG picture of {side: [(length, MiB)]}, both axes from 0, so that what grows linearly is a straight line."""
     width, height, left, right, top, bottom = 720, 420, 70, 150, 40, 50
     lengths = sorted({x for line in points.values() for x, _ in line})
-    peaks = [y for line in points.values() for _, y in line]
-    low, high = math.floor(math.log2(min(peaks))), math.ceil(math.log2(max(peaks)))
-    first, last = math.log2(lengths[0]), math.log2(lengths[-1])
-    # One length, or one power of two, still has a place.
-    span_x, span_y = (last - first) or 1, (high - low) or 1
+    highest = max(y for line in points.values() for _, y in line)
+    # A round number of MiB that makes four to eight lines.
+    step = 2 ** math.ceil(math.log2(highest / 8))
+    high = step * math.ceil(highest / step)
 
     def x_of(length):
-        return left + (width - left - right) * (math.log2(length) - first) / span_x
+        return left + (width - left - right) * length / lengths[-1]
 
     def y_of(peak):
-        return height - bottom - (height - top - bottom) * (math.log2(peak) - low) / span_y
+        return height - bottom - (height - top - bottom) * peak / high
 
     def text(x, y, words, anchor="middle", color="#333"):
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}">{words}</text>'
 
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">']
     svg += [f'<rect width="{width}" height="{height}" fill="white"/>', text((left + width - right) / 2, 22, title)]
-    for power in range(low, high + 1):
-        y = y_of(2**power)
+    for peak in range(0, high + 1, step):
+        y = y_of(peak)
         svg += [f'<line x1="{left}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" stroke="#ddd"/>']
-        label = f"{2**power} MiB" if power < 10 else f"{2 ** (power - 10)} GiB"
-        svg += [text(left - 8, y + 4, label, "end")]
+        svg += [text(left - 8, y + 4, f"{peak} MiB", "end")]
     for length in lengths:
         x = x_of(length)
         svg += [f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{height - bottom}" stroke="#eee"/>']
-        svg += [text(x, height - bottom + 20, str(length))]
+        # The short ones stand too close together to be named.
+        if length >= lengths[-1] / 8:
+            svg += [text(x, height - bottom + 20, str(length))]
     svg += [text((left + width - right) / 2, height - 10, "tokens per sequence")]
     # Labels of lines that end together are moved apart.
     label_y = math.inf
