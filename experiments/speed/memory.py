@@ -21,7 +21,7 @@ COLORS = ["#0b6e99", "#d9730d", "#448361", "#ad1a72", "#9f6b53", "#337ea9"]
 
 def figure(points, title):
     """An SVG picture of {side: [(length, MiB)]}, both axes from 0, so that what grows linearly is a straight line."""
-    width, height, left, right, top, bottom = 720, 420, 70, 150, 40, 50
+    width, height, left, right, top, bottom = 734, 420, 84, 150, 40, 50
     lengths = sorted({x for line in points.values() for x, _ in line})
     highest = max(y for line in points.values() for _, y in line)
     # A round number of MiB that makes four to eight lines.
