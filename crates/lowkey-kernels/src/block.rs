@@ -4,6 +4,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::block_ops::BlockOps;
+use crate::fused::starts_tensor;
 use crate::reference;
 
 /// Sizes and factors of a Multi-head Latent Attention, in the symbols of DeepSeek-V2 (arXiv 2405.04434).
@@ -136,9 +137,7 @@ pub fn latent_attention(
         weights.kv_b.dims(),
         document_starts.len()
     );
-    debug_assert!(document_starts.chunks(seq).all(<[u32]>::is_sorted), "document starts fall along a row");
-    let starts: Vec<i32> = document_starts.iter().map(|start| *start as i32).collect();
-    let starts = Tensor::<2, Int>::from_data(TensorData::new(starts, [batch, seq]), &q.device());
+    let starts = starts_tensor(document_starts, [batch, seq], &q.device());
     let LatentWeights { norm, kv_b, cos, sin } = weights;
     Tensor::from_dispatch(Dispatch::latent_attention(
         q.into_dispatch(),

@@ -97,10 +97,8 @@ pub fn causal_attention(
         kv.dims(),
         document_starts.len()
     );
-    debug_assert!(document_starts.chunks(seq).all(<[u32]>::is_sorted), "document starts fall along a row");
     let device = q.device();
-    let starts: Vec<i32> = document_starts.iter().map(|start| *start as i32).collect();
-    let starts = Tensor::<2, Int>::from_data(TensorData::new(starts, [batch, seq]), &device);
+    let starts = starts_tensor(document_starts, [batch, seq], &device);
     // Where no part of a key is shared, a single number stands in for it and is not read.
     let k_pe = k_pe.unwrap_or_else(|| Tensor::zeros([1, 1, 1], &device));
     let (q, kv, k_pe) = (q.into_dispatch(), kv.into_dispatch(), k_pe.into_dispatch());
@@ -146,6 +144,13 @@ pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: &[i64]) -> T
     }
     let (h, weight) = (h.into_dispatch(), weight.into_dispatch());
     Tensor::from_dispatch(Dispatch::cross_entropy_each(h, weight, index.into_dispatch()))
+}
+
+/// Document starts `[batch, seq]` for a kernel, which relies on their order to leave blocks of keys out.
+pub(crate) fn starts_tensor(document_starts: &[u32], shape: [usize; 2], device: &Device) -> Tensor<2, Int> {
+    debug_assert!(document_starts.chunks(shape[1]).all(<[u32]>::is_sorted), "document starts fall along a row");
+    let starts: Vec<i32> = document_starts.iter().map(|start| *start as i32).collect();
+    Tensor::from_data(TensorData::new(starts, shape), device)
 }
 
 fn target_tensor(targets: &[i64], device: &Device) -> Tensor<1, Int> {

@@ -94,50 +94,40 @@ impl CausalLm {
         let (model, inner) = (self.valid(), device.clone().inner());
         let context = model.context(batch.document_starts, seq_len, &inner);
         let ids = ids_tensor(batch.input_ids, rows, seq_len, &inner);
-        let mut inputs = vec![model.model.embed_tokens.forward(ids)];
+        let mut x = model.model.embed_tokens.forward(ids);
+        let mut inputs = Vec::with_capacity(model.model.layers.len());
         for block in &model.model.layers {
-            if let Some(x) = inputs.last() {
-                let y = block.forward(x.clone(), &context, None);
-                inputs.push(y);
-            }
+            inputs.push(x.clone());
+            x = block.forward(x, &context, None);
         }
         drop(model);
         let leaf = |x: Tensor<3>| x.autodiff().require_grad();
-        // There are as many inputs as blocks and one more, which is the head's.
-        let mut pull = Tensor::zeros([1, 1, 1], &inner);
-        let zero = Tensor::zeros([1], &inner);
-        let mut loss = LossSum { nats: zero.clone(), z_loss: zero, targets: 0 };
-        let (mut norm, mut head) = (Vec::new(), Vec::new());
-        let mut table = Vec::new();
-        if let Some(x) = inputs.pop() {
-            let x = leaf(x);
-            let hidden = self.model.norm.forward(x.clone()).reshape([rows * seq_len, self.config.hidden_size]);
-            let labels = Labels { targets: batch.targets, weights: None, z_loss: objective.z_loss };
-            loss = cross_entropy_sum(hidden, self.head_weight(), labels);
-            let mut gradients = (loss.nats.clone() * objective.scale).backward();
-            loss = plain(loss);
-            pull = x.grad_remove(&mut gradients).unwrap_or_else(|| x.without_autodiff().zeros_like());
-            norm = take(&self.model.norm, &mut gradients);
-            head = take(&self.lm_head, &mut gradients);
-            if self.lm_head.is_none() {
-                table = take(&self.model.embed_tokens, &mut gradients);
-            }
-        }
+        let pulled = |x: Tensor<3>, gradients: &mut Gradients| {
+            x.grad_remove(gradients).unwrap_or_else(|| x.without_autodiff().zeros_like())
+        };
+        let x = leaf(x);
+        let hidden = self.model.norm.forward(x.clone()).reshape([rows * seq_len, self.config.hidden_size]);
+        let labels = Labels { targets: batch.targets, weights: None, z_loss: objective.z_loss };
+        let loss = cross_entropy_sum(hidden, self.head_weight(), labels);
+        let mut gradients = (loss.nats.clone() * objective.scale).backward();
+        let loss = plain(loss);
+        let mut pull = pulled(x, &mut gradients);
+        let (norm, head) = (take(&self.model.norm, &mut gradients), take(&self.lm_head, &mut gradients));
+        // Without a head of its own, the embedding is it.
+        let as_head = self.lm_head.is_none().then(|| take(&self.model.embed_tokens, &mut gradients));
         let context = self.context(batch.document_starts, seq_len, device);
         let mut blocks = Vec::new();
         for (block, x) in self.model.layers.iter().zip(inputs).rev() {
             let x = leaf(x);
             let mut gradients = pull_back(block.forward(x.clone(), &context, None), pull);
-            pull = x.grad_remove(&mut gradients).unwrap_or_else(|| x.without_autodiff().zeros_like());
+            pull = pulled(x, &mut gradients);
             blocks.push(take(block, &mut gradients));
         }
         let embedded = self.model.embed_tokens.forward(ids_tensor(batch.input_ids, rows, seq_len, device));
         let looked_up = take(&self.model.embed_tokens, &mut pull_back(embedded, pull));
-        let table = if table.is_empty() {
-            looked_up
-        } else {
-            // The head is the embedding: its gradient has two parts.
-            table.into_iter().zip(looked_up).map(|(head, looked_up)| head + looked_up).collect()
+        let table = match as_head {
+            Some(as_head) => as_head.into_iter().zip(looked_up).map(|(head, looked_up)| head + looked_up).collect(),
+            None => looked_up,
         };
         let parts = [table].into_iter().chain(blocks.into_iter().rev()).chain([norm, head]);
         (loss, parts.flatten().collect())

@@ -123,9 +123,7 @@ impl Block {
     /// `[batch, seq, d]` → `[batch, seq, d]`.
     pub fn forward(&self, x: Tensor<3>, context: &Context, trace: Option<&mut Trace>) -> Tensor<3> {
         let normed = self.input_layernorm.forward(x.clone());
-        if let Some(trace) = trace {
-            self.look(normed.clone(), context, trace);
-        }
+        let looked_at = trace.map(|trace| (trace, normed.clone()));
         let starts = &context.document_starts;
         let heads = match &self.self_attn {
             Attention::Mla(mla) => mla.attend_causal(normed, &context.rope, starts),
@@ -134,6 +132,10 @@ impl Block {
                 grouped.attend_causal(grouped.queries(normed, &context.rope), kv, starts)
             }
         };
+        if let Some((trace, normed)) = looked_at {
+            self.look(normed, context, trace);
+            trace.attn_out.push(self.self_attn.o_proj().forward(heads.clone()));
+        }
         self.finish(x, heads)
     }
 
@@ -153,27 +155,22 @@ impl Block {
         gated_mlp(x, weights, norm.eps)
     }
 
-    /// Records what the attention makes of its input, whole score matrices among it.
+    /// Records what the attention makes of its input before it attends, and the largest of a whole score matrix.
     fn look(&self, normed: Tensor<3>, context: &Context, trace: &mut Trace) {
         let [_, seq, _] = normed.dims();
         let mask = Mask::documents(&context.document_starts, seq, &normed.device());
-        let heads = match &self.self_attn {
+        match &self.self_attn {
             Attention::Mla(mla) => {
                 let latent = mla.latent(normed.clone(), &context.rope);
-                let queries = mla.queries(normed.clone(), &context.rope);
-                trace.max_logit.push(mla.max_logit(queries, latent.clone(), &mask));
                 trace.latent.push(latent.c_kv());
                 trace.k_pe.extend(latent.k_pe());
-                mla.attend_causal(normed, &context.rope, &context.document_starts)
+                trace.max_logit.push(mla.max_logit(mla.queries(normed, &context.rope), latent, &mask));
             }
             Attention::Grouped(grouped) => {
                 let kv = grouped.key_value(normed.clone(), &context.rope);
-                let q = grouped.queries(normed, &context.rope);
-                trace.max_logit.push(grouped.max_logit(q.clone(), kv.clone(), &mask));
-                grouped.attend_causal(q, kv, &context.document_starts)
+                trace.max_logit.push(grouped.max_logit(grouped.queries(normed, &context.rope), kv, &mask));
             }
-        };
-        trace.attn_out.push(self.self_attn.o_proj().forward(heads));
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::linear::{Tokens, project};
 use super::parts::Parts;
-use super::tile::{Aligned, Extent, LANES, Left, ROWS, multiply, round_up};
+use super::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
 use super::vector::{exp_shifted, max, scale};
 
 /// Cached tokens per block.
@@ -104,12 +104,12 @@ impl WithSimd for Heads<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { shape, slots, task, out, .. } = self;
         let Shape { seq, heads, nope, value, rank, .. } = shape;
-        let (width, rank_width) = (shape.width(), round_up(rank, LANES));
+        let (width, rank_width) = (shape.width(), rank.next_multiple_of(LANES));
         let count = task.positions * task.heads;
         let queries = self.map_queries();
-        let mut scores = Aligned::zeros(round_up(count, ROWS) * KEYS);
-        let mut sums = Aligned::zeros(round_up(count, ROWS) * rank_width);
-        let mut latents = Aligned::zeros(KEYS * rank_width);
+        let mut scores = Aligned::zeros(count.next_multiple_of(ROWS) * KEYS);
+        let mut sums = Aligned::zeros(count.next_multiple_of(ROWS) * rank_width);
+        let mut latents = Aligned::zeros(if rank_width == rank { 0 } else { KEYS * rank_width });
         let (mut top, mut mass) = (vec![f32::NEG_INFINITY; count], vec![0.0f32; count]);
         let cache = &slots.data[task.row * slots.row..][..slots.keys * width];
         // What the last query of the task sees.

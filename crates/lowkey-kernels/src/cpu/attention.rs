@@ -11,7 +11,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::parts::Parts;
-use super::tile::{Aligned, Extent, LANES, Left, ROWS, multiply, round_up};
+use super::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
 use super::vector::{dot, exp, exp_shifted, max, scale};
 
 /// Queries per block: a multiple of the rows of a tile.
@@ -72,7 +72,7 @@ impl Dims {
 
     /// `seq` rounded up to whole blocks of keys.
     fn padded_seq(self) -> usize {
-        round_up(self.seq, KEYS)
+        self.seq.next_multiple_of(KEYS)
     }
 
     /// A part of a head's keys or values: its rows in their tensor, one per token of `row`.
@@ -198,10 +198,10 @@ pub(crate) fn forward(dims: Dims, inputs: Inputs, out: &mut [f32], lse: &mut [f3
     let out = &Parts::new(out);
     let scratch = || ForwardScratch {
         keys_t: Aligned::zeros(dims.padded_seq() * dims.qk()),
-        values: Aligned::zeros(dims.padded_seq() * round_up(dims.value, LANES)),
+        values: Aligned::zeros(dims.padded_seq() * dims.value.next_multiple_of(LANES)),
         queries: Aligned::zeros(QUERIES * dims.qk()),
         scores: Aligned::zeros(QUERIES * KEYS),
-        sums: Aligned::zeros(QUERIES * round_up(dims.value, LANES)),
+        sums: Aligned::zeros(QUERIES * dims.value.next_multiple_of(LANES)),
     };
     lse.par_chunks_mut(dims.seq).enumerate().for_each_init(scratch, |scratch, (task, lse)| {
         let place = [task / dims.heads, task % dims.heads];
@@ -240,7 +240,7 @@ impl WithSimd for HeadForward<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { dims, inputs, place, scratch, out, lse } = self;
         let Dims { seq, nope, value, .. } = dims;
-        let (qk, width) = (dims.qk(), round_up(value, LANES));
+        let (qk, width) = (dims.qk(), value.next_multiple_of(LANES));
         let [q_at, _, out_at] = dims.offsets(place[0], place[1]);
         let [q_stride, _, out_stride] = dims.strides();
         let ForwardScratch { keys_t, values, queries, scores, sums } = scratch;
@@ -266,7 +266,7 @@ impl WithSimd for HeadForward<'_> {
                         continue;
                     }
                     // Whole vectors: what is masked is −∞ for the maximum and 0 for the sum.
-                    let whole = round_up(to, LANES);
+                    let whole = to.next_multiple_of(LANES);
                     row[..from].fill(f32::NEG_INFINITY);
                     row[to..whole].fill(f32::NEG_INFINITY);
                     let highest = max(&row[..whole]).max(top[i]);
@@ -334,7 +334,7 @@ struct BackwardScratch {
 impl BackwardScratch {
     fn new(dims: Dims) -> Self {
         let keys = dims.padded_seq();
-        let (qk, value) = (round_up(dims.qk(), LANES), round_up(dims.value, LANES));
+        let (qk, value) = (dims.qk().next_multiple_of(LANES), dims.value.next_multiple_of(LANES));
         Self {
             keys_t: Aligned::zeros(keys * dims.qk()),
             keys: Aligned::zeros(keys * qk),
@@ -398,7 +398,7 @@ impl WithSimd for GroupBackward<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { dims, inputs, saved, place: [row, group], scratch: s, d_q, d_kv, d_pe } = self;
         let Dims { seq, heads, groups, nope, rope, value, .. } = dims;
-        let (qk, width, v_width) = (dims.qk(), round_up(dims.qk(), LANES), round_up(value, LANES));
+        let (qk, width, v_width) = (dims.qk(), dims.qk().next_multiple_of(LANES), value.next_multiple_of(LANES));
         let per_group = heads / groups;
         let first = group * per_group;
         let (own, shared) = (dims.own(inputs, [row, first], 0..nope), dims.shared(inputs, row));
@@ -434,7 +434,7 @@ fn head_backward<S: Simd>(
     d_q: &Parts<'_>,
 ) {
     let Dims { seq, heads, value, .. } = dims;
-    let (qk, width, v_width) = (dims.qk(), round_up(dims.qk(), LANES), round_up(value, LANES));
+    let (qk, width, v_width) = (dims.qk(), dims.qk().next_multiple_of(LANES), value.next_multiple_of(LANES));
     let [q_at, _, out_at] = dims.offsets(row, head);
     let [q_stride, _, out_stride] = dims.strides();
     let starts = &inputs.starts[row * seq..(row + 1) * seq];
@@ -464,7 +464,7 @@ fn head_backward<S: Simd>(
                 let (from, to) = seen(starts[q0 + i], q0 + i, k0);
                 if from < to {
                     let (lse, pull) = (lse[q0 + i], pull[i]);
-                    let whole = round_up(to, LANES);
+                    let whole = to.next_multiple_of(LANES);
                     for (p, d) in p[..whole].iter_mut().zip(&mut d[..whole]) {
                         *p = exp(*p - lse);
                         *d = *p * (*d - pull);

@@ -3,6 +3,8 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::vector::LANES;
+
 /// Elements per parallel piece: four arrays of it fit the second-level cache, and a sum per piece does not depend on how many
 /// threads there are.
 pub(super) const PIECE: usize = 1 << 14;
@@ -59,7 +61,6 @@ pub(crate) fn accumulate(sum: &mut [f32], others: &[&[f32]]) {
 
 /// Σ x², in f64: no overflow, and as exact as its numbers.
 pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
-    const LANES: usize = 16;
     let arch = Arch::new();
     let piece = |x: &[f32]| {
         arch.dispatch(|| {

@@ -9,12 +9,7 @@ use pulp::Simd;
 pub(super) const ROWS: usize = 6;
 
 /// Widths are multiples of this many numbers, whatever the processor's vectors hold.
-pub(super) const LANES: usize = 16;
-
-/// `n` rounded up to a multiple of `step`.
-pub(super) fn round_up(n: usize, step: usize) -> usize {
-    n.div_ceil(step) * step
-}
+pub(super) use super::vector::LANES;
 
 /// A buffer of zeros that begins at a cache line.
 pub(super) struct Aligned {
@@ -80,7 +75,7 @@ pub(super) fn multiply<S: Simd>(
         if from >= to && accumulate || columns == 0 {
             continue;
         }
-        let width = round_up(columns, LANES);
+        let width = columns.next_multiple_of(LANES);
         let last_row = row + ROWS - 1;
         assert!(
             from <= to
@@ -189,8 +184,8 @@ mod tests {
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
             let Self { rows, inner, columns, a, transposed, b, out } = self;
-            let width = round_up(columns, LANES);
-            let (row, step) = if transposed { (1, round_up(rows, ROWS)) } else { (inner, 1) };
+            let width = columns.next_multiple_of(LANES);
+            let (row, step) = if transposed { (1, rows.next_multiple_of(ROWS)) } else { (inner, 1) };
             let a = Left { data: a, rows: row, inner: step };
             multiply(simd, rows, a, (b, width), (out, width), true, |_| Extent { inner: (0, inner), columns });
         }
@@ -198,8 +193,8 @@ mod tests {
 
     #[test]
     fn a_tiled_product_is_the_product() {
-        for (rows, inner, columns) in [(1, 1, 1), (6, 5, 16), (7, 48, 33), (48, 3, 100), (13, 17, 64)] {
-            let (padded, width) = (round_up(rows, ROWS), round_up(columns, LANES));
+        for (rows, inner, columns) in [(1usize, 1, 1usize), (6, 5, 16), (7, 48, 33), (48, 3, 100), (13, 17, 64)] {
+            let (padded, width) = (rows.next_multiple_of(ROWS), columns.next_multiple_of(LANES));
             let a: Vec<f32> = (0..padded * inner).map(|i| ((i * 37 % 19) as f32) - 9.0).collect();
             let b: Vec<f32> = (0..inner * width).map(|i| ((i * 53 % 23) as f32) - 11.0).collect();
             for transposed in [false, true] {

@@ -56,7 +56,7 @@ fn check_tokens(batch: usize, length_name: &'static str, length: usize) -> Resul
     Ok(())
 }
 
-/// Runs `job` on a thread pool of that size, so that what is not shared between workers has no more threads than they have.
+/// Runs `job` on a thread pool of that size: decoding has no workers, its operations use the threads around them.
 fn on_threads<R: Send>(threads: usize, job: impl FnOnce() -> Result<R> + Send) -> Result<R> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     pool.map_err(|e| Error::io("thread pool", std::io::Error::other(e)))?.install(job)

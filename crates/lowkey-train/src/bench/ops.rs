@@ -81,10 +81,7 @@ pub struct OpFigures {
 /// # Errors
 /// As [`train`](super::train()).
 pub fn ops(options: &OpsOptions, observe: Observer) -> Result<OpsFigures> {
-    super::on_threads(super::threads(options.step.threads)?, || measure(&options.step, observe))
-}
-
-fn measure(options: &TrainOptions, observe: Observer) -> Result<OpsFigures> {
+    let options = &options.step;
     let mut session = Session::new(options)?;
     let (threads, device) = (session.threads, session.device.clone());
     let ((step_ms, mut ops), matmul_flops_per_s) = below_ceiling(threads, &device, || {
@@ -99,7 +96,7 @@ fn measure(options: &TrainOptions, observe: Observer) -> Result<OpsFigures> {
             let of = options.steps * rows.len();
             for (i, row) in rows.iter_mut().enumerate() {
                 observe(Progress { doing: "operations", done: of / options.steps * round + i, of });
-                row.round(&session)?;
+                row.round(&session);
             }
         }
         let step_ms = Spread::milliseconds(&times).median;

@@ -214,10 +214,6 @@ pub(super) fn random_batch(random: &mut ChaCha8Rng, rows: usize, seq_len: usize,
 /// # Errors
 /// [`Error::Config`] for options out of range, [`Error::Memory`] for a model that this machine cannot hold.
 pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> {
-    super::on_threads(super::threads(options.threads)?, || measure(options, observe))
-}
-
-fn measure(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> {
     let mut session = Session::new(options)?;
     let (threads, device) = (session.threads, session.device.clone());
     let ((times, losses, peak_rss_mb), ceiling) = below_ceiling(threads, &device, || {

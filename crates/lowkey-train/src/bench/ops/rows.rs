@@ -10,7 +10,6 @@ use rayon::prelude::*;
 
 use super::super::train::Session;
 use super::timer::{Lane, Row, Run, Times, Work, leaf};
-use crate::error::Result;
 use crate::optimizer::global_norm;
 
 /// Every operation that a step at this session's sizes consists of.
@@ -166,7 +165,7 @@ fn updates(session: &Session) -> Vec<Row> {
     let gradients: Vec<Tensor<1>> = parameters.iter().map(|p| p.value.clone() * 1e-3).collect();
     let numbers: usize = parameters.iter().map(|p| p.value.dims()[0]).sum();
     let size = || format!("{numbers}");
-    let once = |name, calls, work, run: Box<dyn FnMut() -> Result<()> + Send>| Row {
+    let once = |name, calls, work, run: Box<dyn FnMut() + Send>| Row {
         name,
         size: size(),
         calls,
@@ -183,7 +182,6 @@ fn updates(session: &Session) -> Vec<Row> {
         let add = move || {
             let sum = std::mem::take(&mut total);
             total = sum.into_par_iter().zip(&terms).map(|(a, b)| optim::accumulate(a, vec![b.clone()])).collect();
-            Ok(())
         };
         rows.push(once("sum over threads", sums, 3 * numbers, Box::new(add)));
     }
@@ -191,7 +189,6 @@ fn updates(session: &Session) -> Vec<Row> {
     let measure = move || {
         // Its value does not matter here, nor whether it is finite.
         let _ = global_norm(&norm);
-        Ok(())
     };
     rows.push(once("gradient norm", 1, numbers, Box::new(measure)));
     // Read weight, gradient and two moments; write weight and moments.
@@ -201,7 +198,6 @@ fn updates(session: &Session) -> Vec<Row> {
     let mut model = session.model.clone().with_values(own);
     let step = move || {
         model.update(|parameters| optimizer.step(parameters, gradients.clone(), 0.5, lr));
-        Ok(())
     };
     rows.push(once("optimiser", 1, 7 * numbers, Box::new(step)));
     rows

@@ -7,7 +7,6 @@ use burn::tensor::{Device, Distribution, Tensor};
 use super::super::machine::Spread;
 use super::super::train::Session;
 use super::OpFigures;
-use crate::error::Result;
 
 /// For how long an operation is repeated in a round.
 const LONG_ENOUGH: Duration = Duration::from_millis(20);
@@ -58,12 +57,12 @@ pub(super) enum Run {
     /// A differentiable operation, on each thread's share of the rows at once.
     Shared(Box<dyn Fn(&Lane) -> Times + Send + Sync>),
     /// Something that the step does once, on all threads together; it has no backward pass.
-    Once(Box<dyn FnMut() -> Result<()> + Send>),
+    Once(Box<dyn FnMut() + Send>),
 }
 
 impl Row {
     /// Times it once more.
-    pub(super) fn round(&mut self, session: &Session) -> Result<()> {
+    pub(super) fn round(&mut self, session: &Session) {
         let times = match &mut self.run {
             Run::Shared(job) => {
                 let lanes: Vec<Lane> = session.workers.shares(session.batch).into_iter().map(Lane::from).collect();
@@ -72,10 +71,9 @@ impl Row {
                 let slowest = |part: fn(&Times) -> f64| times.iter().map(part).fold(0.0, f64::max);
                 Times { forward: slowest(|t| t.forward), backward: slowest(|t| t.backward) }
             }
-            Run::Once(job) => Times { forward: session.workers.together(|| repeat(job))?, backward: 0.0 },
+            Run::Once(job) => Times { forward: session.workers.together(|| repeat(job)), backward: 0.0 },
         };
         self.times.push(times);
-        Ok(())
     }
 
     /// What all rounds together say, as a part of a step of `step_ms`.
@@ -149,13 +147,13 @@ impl Lane {
 }
 
 /// Median time of a job, milliseconds.
-fn repeat(job: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+fn repeat(job: &mut dyn FnMut()) -> f64 {
     let mut times = Vec::new();
     let started = Instant::now();
     while times.len() < OFTEN_ENOUGH || started.elapsed() < LONG_ENOUGH {
         let at = Instant::now();
-        job()?;
+        job();
         times.push(at.elapsed());
     }
-    Ok(Spread::milliseconds(&times).median)
+    Spread::milliseconds(&times).median
 }
