@@ -12,8 +12,9 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("lowkey-data", &[]),
     ("lowkey-model", &["lowkey-kernels"]),
     ("lowkey-infer", &["lowkey-model", "lowkey-kernels"]),
+    ("lowkey-export", &["lowkey-data", "lowkey-infer", "lowkey-model"]),
     ("lowkey-train", &["lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-kernels"]),
-    ("lowkey", &["lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-train"]),
+    ("lowkey", &["lowkey-data", "lowkey-export", "lowkey-infer", "lowkey-model", "lowkey-train"]),
 ];
 
 /// Lines of a source file before its tests.

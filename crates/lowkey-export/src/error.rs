@@ -1,0 +1,55 @@
+//! What can go wrong between a model and its exported files.
+
+use std::path::PathBuf;
+
+/// Why an export could not be written, read or certified.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file is not what it should be.
+    #[error("{}: {why}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and the mend.
+        why: String,
+    },
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// The target format has no way to say what this model computes.
+    #[error("{format} cannot hold this model: {why}")]
+    Unsupported {
+        /// The format or form.
+        format: &'static str,
+        /// Which property of the model, and the mend where there is one.
+        why: String,
+    },
+    /// The model directory could not be read or written.
+    #[error(transparent)]
+    Model(#[from] lowkey_model::Error),
+    /// The tokenizer could not be read or written.
+    #[error(transparent)]
+    Data(#[from] lowkey_data::Error),
+    /// The model could not be run.
+    #[error(transparent)]
+    Infer(#[from] lowkey_infer::Error),
+}
+
+impl Error {
+    pub(crate) fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {
+        Self::File { path: path.into(), why: why.into() }
+    }
+
+    pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+}
+
+/// The result of this crate's fallible functions.
+pub type Result<T> = std::result::Result<T, Error>;
