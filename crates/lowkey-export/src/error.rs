@@ -30,6 +30,30 @@ pub enum Error {
         /// Which property of the model, and the mend where there is one.
         why: String,
     },
+    /// A setting of the export is out of range.
+    #[error("{key} = {value}: {why}")]
+    Setting {
+        /// The setting.
+        key: &'static str,
+        /// Its value as text.
+        value: String,
+        /// What it must be.
+        why: String,
+    },
+    /// A tensor could not be read back from the device.
+    #[error("{what} cannot be read back: {why}")]
+    Device {
+        /// The tensor.
+        what: String,
+        /// The device's reason.
+        why: String,
+    },
+    /// The exported files do not hold what was demanded of them.
+    #[error("the export does not hold:\n{}", failures.join("\n"))]
+    Broken {
+        /// A line for each figure or file that fails.
+        failures: Vec<String>,
+    },
     /// The model directory could not be read or written.
     #[error(transparent)]
     Model(#[from] lowkey_model::Error),
@@ -44,6 +68,18 @@ pub enum Error {
 impl Error {
     pub(crate) fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {
         Self::File { path: path.into(), why: why.into() }
+    }
+
+    pub(crate) fn unsupported(format: &'static str, why: impl Into<String>) -> Self {
+        Self::Unsupported { format, why: why.into() }
+    }
+
+    pub(crate) fn setting(key: &'static str, value: impl ToString, why: impl Into<String>) -> Self {
+        Self::Setting { key, value: value.to_string(), why: why.into() }
+    }
+
+    pub(crate) fn device(what: impl Into<String>, error: impl std::fmt::Debug) -> Self {
+        Self::Device { what: what.into(), why: format!("{error:?}") }
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {

@@ -52,7 +52,8 @@ impl WeightDtype {
         }
     }
 
-    fn bytes_per_value(self) -> usize {
+    /// Bytes of a value.
+    pub fn bytes_per_value(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,

@@ -1,0 +1,242 @@
+//! The certificate of an export: what it was made of, what it holds, and how far it is from its source.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::evidence::{Greedy, LogitEvidence, Text};
+use crate::files::{FileHash, write_file};
+use crate::plan::LayerPlan;
+use crate::target::Target;
+
+/// File name of the certificate that programs read.
+pub const JSON: &str = "certificate.json";
+
+/// File name of the one that people read.
+pub const MARKDOWN: &str = "CERTIFICATE.md";
+
+/// Version of the layout below.
+const FORMAT: u32 = 1;
+
+/// How far a tensor, or the worst of several, is from what it should hold. Both figures are relative to the tensor's own size,
+/// so that a number that happens to lie near 0 does not decide.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TensorError {
+    /// max |x − x₀| / max |x₀|
+    pub max: f64,
+    /// ‖x − x₀‖₂ / ‖x₀‖₂
+    pub rms: f64,
+}
+
+impl TensorError {
+    /// The difference of a stored tensor from the exact one.
+    pub(crate) fn of(found: impl Iterator<Item = f64>, exact: impl Iterator<Item = f64>) -> Self {
+        let (mut worst, mut largest, mut error, mut norm) = (0.0f64, 0.0f64, 0.0, 0.0);
+        for (x, exact) in found.zip(exact) {
+            let difference = (x - exact).abs();
+            // max() passes over NaN, and a stored NaN is as wrong as can be.
+            worst = worst.max(if difference.is_nan() { f64::INFINITY } else { difference });
+            largest = largest.max(exact.abs());
+            error += difference * difference;
+            norm += exact * exact;
+        }
+        let ratio = |a: f64, b: f64| if a == 0.0 { 0.0 } else { a / b };
+        Self { max: ratio(worst, largest), rms: ratio(error, norm).sqrt() }
+    }
+
+    pub(crate) fn worst(self, other: Self) -> Self {
+        Self { max: self.max.max(other.max), rms: self.rms.max(other.rms) }
+    }
+}
+
+/// The error of the weights of a layer, or of what lies outside the layers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WeightEvidence {
+    /// `layer 3`, or `embeddings, head and final norm`.
+    pub part: String,
+    /// The worst of its tensors against the source.
+    #[serde(flatten)]
+    pub error: TensorError,
+}
+
+/// The error of a product or a split against the same in f64.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProductEvidence {
+    /// Name in the side file.
+    pub tensor: String,
+    /// Against the source's weights, multiplied in f64.
+    #[serde(flatten)]
+    pub error: TensorError,
+}
+
+/// What was demanded.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Bounds {
+    /// Largest [`TensorError::max`] of a weight or product: the unit roundoff of the number format.
+    pub weight_max: f64,
+    /// Largest [`TensorError::rms`].
+    pub weight_rms: f64,
+    /// Largest [`LogitEvidence::max_relative`].
+    pub logit: f64,
+    /// Largest [`LogitEvidence::mean_kl`].
+    pub kl: f64,
+    /// Least [`LogitEvidence::top1_agreement`].
+    pub top1: f64,
+    /// Largest relative change of the perplexity.
+    pub perplexity: f64,
+    /// Whether greedy continuations must be the source's, but for ties within `logit`.
+    pub greedy: bool,
+}
+
+impl Bounds {
+    /// Replaces one bound by name: `logit=0.2`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where there is no such bound, or the value is not one.
+    pub fn set(&mut self, assignment: &str) -> Result<()> {
+        let (key, value) = assignment.split_once('=').unwrap_or((assignment, ""));
+        let slot = match key {
+            "logit" => &mut self.logit,
+            "kl" => &mut self.kl,
+            "top1" => &mut self.top1,
+            "perplexity" => &mut self.perplexity,
+            _ => return Err(Error::setting("bound", assignment, "must be logit, kl, top1 or perplexity = NUMBER")),
+        };
+        match value.parse::<f64>() {
+            Ok(number) if number.is_finite() && number >= 0.0 => *slot = number,
+            _ => return Err(Error::setting("bound", assignment, "must be a number of at least 0")),
+        }
+        Ok(())
+    }
+}
+
+/// Everything that is recomputed from the files.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Evidence {
+    /// Each layer's weights, and the rest, against the source's.
+    pub weights: Vec<WeightEvidence>,
+    /// Splits and products against f64.
+    pub products: Vec<ProductEvidence>,
+    /// Logits on the text.
+    pub logits: LogitEvidence,
+    /// Greedy continuations.
+    pub greedy: Vec<Greedy>,
+}
+
+/// The certificate.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Certificate {
+    /// Version of this layout.
+    pub format: u32,
+    /// Version of lowkey that wrote it.
+    pub lowkey: String,
+    /// What was exported to.
+    pub target: Target,
+    /// The source's name and files.
+    pub source: SourceFiles,
+    /// The export's files but this one and its readable twin.
+    pub outputs: Vec<FileHash>,
+    /// The choice of form for each layer, where there was one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plan: Vec<LayerPlan>,
+    /// What was demanded.
+    pub bounds: Bounds,
+    /// What was found.
+    pub evidence: Evidence,
+    /// The text that both models read.
+    pub text: Text,
+}
+
+/// Where an export came from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceFiles {
+    /// Name of the model's folder.
+    pub name: String,
+    /// Its files.
+    pub files: Vec<FileHash>,
+}
+
+impl Certificate {
+    pub(crate) fn new(target: Target, source: SourceFiles, bounds: Bounds, evidence: Evidence, text: Text) -> Self {
+        let lowkey = env!("CARGO_PKG_VERSION").into();
+        Self { format: FORMAT, lowkey, target, source, outputs: Vec::new(), plan: Vec::new(), bounds, evidence, text }
+    }
+
+    /// Reads the certificate of an export.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::File`] where there is none or it is damaged.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(JSON);
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+        let certificate: Self = serde_json::from_str(&text)
+            .map_err(|e| Error::file(&path, format!("is no certificate ({e}); export the model again")))?;
+        if certificate.format != FORMAT {
+            let why = format!("has format {}; this version reads {FORMAT}", certificate.format);
+            return Err(Error::file(&path, why));
+        }
+        Ok(certificate)
+    }
+
+    /// Writes it in both forms.
+    pub(crate) fn write(&self, dir: &Path) -> Result<()> {
+        write_file(&dir.join(MARKDOWN), crate::markdown::markdown(self).as_bytes())?;
+        let path = dir.join(JSON);
+        let value = serde_json::to_value(self).map_err(|e| Error::file(&path, e.to_string()))?;
+        // A line for each part: token ids one to a line would be pages.
+        let lines: Vec<String> =
+            value.as_object().into_iter().flatten().map(|(key, value)| format!("  \"{key}\": {value}")).collect();
+        write_file(&path, format!("{{\n{}\n}}\n", lines.join(",\n")).as_bytes())
+    }
+}
+
+impl Evidence {
+    /// A line for each figure that is worse than what is demanded.
+    pub fn failures(&self, bounds: &Bounds) -> Vec<String> {
+        let mut failures = Vec::new();
+        // Written so that NaN fails.
+        let within = |x: f64, most: f64| x <= most;
+        let tensors = self.weights.iter().map(|w| (format!("weights of {}", w.part), w.error));
+        let products = self.products.iter().map(|p| (p.tensor.clone(), p.error));
+        for (what, error) in tensors.chain(products) {
+            for (kind, found, most) in [("max", error.max, bounds.weight_max), ("RMS", error.rms, bounds.weight_rms)] {
+                if !within(found, most) {
+                    failures.push(format!("{what}: {kind} relative error {found:.3e} > {most:.3e}"));
+                }
+            }
+        }
+        let l = &self.logits;
+        let change = (l.perplexity_export / l.perplexity_source - 1.0).abs();
+        let figures = [
+            ("relative error of the logits", l.max_relative, bounds.logit),
+            ("mean KL divergence", l.mean_kl, bounds.kl),
+            ("relative change of the perplexity", change, bounds.perplexity),
+            ("share of positions with another top token", 1.0 - l.top1_agreement, 1.0 - bounds.top1),
+        ];
+        for (what, found, most) in figures {
+            if !within(found, most) {
+                failures.push(format!("{what}: {found:.3e} > {most:.3e}"));
+            }
+        }
+        if bounds.greedy {
+            for (i, greedy) in self.greedy.iter().enumerate() {
+                if let Some(margin) = greedy.margin
+                    && !within(margin.abs(), bounds.logit)
+                {
+                    failures.push(format!(
+                        "greedy continuation {}: parts from the source's after {} of {} tokens, where the source's \
+                         preference of {margin:.3e} is no tie",
+                        i + 1,
+                        greedy.agree,
+                        greedy.source.len()
+                    ));
+                }
+            }
+        }
+        failures
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,382 @@
+//! Writing an export, and computing the evidence from what was written.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::module::Param;
+use burn::tensor::{Device, Tensor, TensorData};
+use lowkey_infer::{Form, Weights};
+use lowkey_model::{Attention, CausalLm, FusedMla, Mla};
+
+use crate::certificate::{
+    Bounds, Certificate, Evidence, JSON, MARKDOWN, ProductEvidence, SourceFiles, TensorError, WeightEvidence,
+};
+use crate::error::{Error, Result};
+use crate::evidence::{Candidate, Text, compare_greedy, compare_logits};
+use crate::files::{self, Staging};
+use crate::plan::{LayerForm, LayerPlan, PlanSettings, latent_attention, plan};
+use crate::products::{self, prefix};
+use crate::side::{self, Exact};
+use crate::source::{Source, canonical};
+use crate::target::{Layout, Target};
+use crate::{Observer, Progress, card, gguf, hf};
+
+/// Side file with W_UK and W_UV.
+pub const ABSORBED: &str = "absorbed.safetensors";
+
+/// Side file with the fused products.
+pub const FUSED: &str = "fused.safetensors";
+
+/// The weights of a GGUF export.
+pub const GGUF: &str = "model.gguf";
+
+/// What to export and what to demand of it.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Layout and number format.
+    pub target: Target,
+    /// The folder to make.
+    pub out: PathBuf,
+    /// Replace an export that lies there.
+    pub overwrite: bool,
+    /// For [`Layout::Fused`]: the form of every layer, instead of the cheapest.
+    pub form: Option<LayerForm>,
+    /// Tokens in the cache that the plan counts with; absent: the model's longest.
+    pub context: Option<usize>,
+    /// The text that source and export are compared on.
+    pub text: Text,
+    /// What is demanded.
+    pub bounds: Bounds,
+    /// Weights above this are cut into shards.
+    pub max_shard_bytes: usize,
+}
+
+/// Exports a model and certifies the files that were written; a folder whose certificate does not hold is not left behind.
+///
+/// # Errors
+/// [`Error::Unsupported`] where the target cannot hold the model, [`Error::Broken`] where a figure is worse than its bound,
+/// [`Error::File`] where `out` is in use, and what reading and writing files brings.
+pub fn export(source: &Source, options: &Options, device: &Device, observe: Observer) -> Result<Certificate> {
+    let Options { target, out, overwrite, form, text, bounds, .. } = options;
+    check_text(text, &source.model)?;
+    if form.is_some() && target.to != Layout::Fused {
+        return Err(Error::setting("form", form.map_or_else(String::new, |f| f.to_string()), "belongs to --to fused"));
+    }
+    let plan = match target.to {
+        Layout::Fused | Layout::Absorbed => {
+            let context = options.context.unwrap_or(source.model.config.max_position_embeddings);
+            let bytes_per_number = target.weight_dtype()?.bytes_per_value();
+            let forced = if target.to == Layout::Absorbed { Some(LayerForm::Absorbed) } else { *form };
+            plan(&source.model.config, PlanSettings { context, bytes_per_number }, forced)?
+        }
+        Layout::Hf | Layout::Gguf => Vec::new(),
+    };
+    let staging = Staging::new(out, *overwrite)?;
+    observe(Progress { doing: "writing", done: 0, of: 0 });
+    write(source, options, &plan, staging.dir())?;
+    let evidence = gather(staging.dir(), target, &source.model, text, device, observe)?;
+    let failures = evidence.failures(bounds);
+    if !failures.is_empty() {
+        return Err(Error::Broken { failures });
+    }
+    let files = SourceFiles { name: files::name(&source.dir), files: source.files.clone() };
+    let mut certificate = Certificate::new(target.clone(), files, *bounds, evidence, text.clone());
+    certificate.plan = plan;
+    certificate.outputs = files::list(staging.dir())?.iter().map(|path| files::hash(path)).collect::<Result<_>>()?;
+    certificate.write(staging.dir())?;
+    staging.commit()?;
+    Ok(certificate)
+}
+
+/// A text that the model can read.
+fn check_text(text: &Text, model: &CausalLm) -> Result<()> {
+    let (vocab, longest) = (model.config.vocab_size, model.config.max_position_embeddings);
+    let wrong = |ids: &Vec<u32>| ids.is_empty() || ids.len() > longest || ids.iter().any(|id| *id as usize >= vocab);
+    if text.sequences.is_empty() || text.sequences.iter().any(wrong) {
+        let why = format!("must hold at least one sequence of 1 to {longest} tokens below {vocab}");
+        return Err(Error::setting("text", &text.description, why));
+    }
+    Ok(())
+}
+
+fn write(source: &Source, options: &Options, plan: &[LayerPlan], dir: &Path) -> Result<()> {
+    let Options { target, max_shard_bytes, .. } = options;
+    let tokenizer = source.tokenizer.as_ref();
+    if target.to == Layout::Gguf {
+        let path = dir.join(GGUF);
+        let Some(tokenizer) = tokenizer else {
+            let why = "llama.cpp needs a tokenizer; put the model's tokenizer.json into its folder";
+            return Err(Error::file(source.dir.join("tokenizer.json"), format!("is missing: {why}")));
+        };
+        gguf::write(&path, &source.model, tokenizer, &source.dir, target.tensor_type()?)?;
+        return Ok(());
+    }
+    let model = canonical(&source.model)?;
+    let dtype = target.weight_dtype()?;
+    hf::write(dir, &model, tokenizer, &source.dir, dtype, *max_shard_bytes)?;
+    files::write_file(&dir.join("README.md"), card::card(source, &model, target).as_bytes())?;
+    match target.to {
+        Layout::Absorbed => {
+            let tensors = layers(&model).map(|(i, mla)| products::split(i, mla));
+            side::write(&dir.join(ABSORBED), flat(tensors), dtype)
+        }
+        Layout::Fused if plan.iter().any(|layer| layer.form == LayerForm::Fused) => {
+            let fused = |i: &usize| plan.get(*i).is_some_and(|layer| layer.form == LayerForm::Fused);
+            let tensors = layers(&model).filter(|(i, _)| fused(i)).map(|(i, mla)| products::fuse(i, mla));
+            side::write(&dir.join(FUSED), flat(tensors), dtype)
+        }
+        Layout::Fused | Layout::Hf | Layout::Gguf => Ok(()),
+    }
+}
+
+/// The layers with Multi-head Latent Attention and their indices: all of a model's or none.
+fn layers(model: &CausalLm) -> impl Iterator<Item = (usize, &Mla)> {
+    model.model.layers.iter().enumerate().filter_map(|(i, block)| match &block.self_attn {
+        Attention::Mla(mla) => Some((i, mla)),
+        Attention::Grouped(_) => None,
+    })
+}
+
+fn flat(pairs: impl Iterator<Item = Result<[Exact; 2]>>) -> impl Iterator<Item = Result<Exact>> {
+    pairs.flat_map(|pair| match pair {
+        Ok([a, b]) => vec![Ok(a), Ok(b)],
+        Err(e) => vec![Err(e)],
+    })
+}
+
+/// Reads an export and compares it with its source.
+///
+/// # Errors
+/// Where a file is missing, damaged or of another model.
+pub(crate) fn gather(
+    dir: &Path,
+    target: &Target,
+    source: &CausalLm,
+    text: &Text,
+    device: &Device,
+    observe: Observer,
+) -> Result<Evidence> {
+    let (weights, products, candidate) = match target.to {
+        Layout::Gguf => {
+            let model = gguf::read_model(&dir.join(GGUF), device)?;
+            let weights = weight_errors(&gguf::as_stored(source)?, &model)?;
+            (weights, Vec::new(), Candidate { weights: Weights::from(model), form: Form::Absorbed })
+        }
+        _ => {
+            let (source, mut model) = (canonical(source)?, CausalLm::load(dir, device)?);
+            let weights = weight_errors(&source, &model)?;
+            let (products, fused, form) = match target.to {
+                Layout::Absorbed => (absorb(dir, &source, &mut model, device)?, None, Form::Absorbed),
+                Layout::Fused if dir.join(FUSED).is_file() => {
+                    let fused = load_fused(dir, &model, device)?;
+                    (fused_errors(&source, &fused)?, Some(fused), Form::Fused)
+                }
+                _ => (Vec::new(), None, Form::Auto),
+            };
+            (weights, products, Candidate { weights: Weights { model, fused }, form })
+        }
+    };
+    let logits = compare_logits(source, &candidate, text, device, observe)?;
+    let greedy = compare_greedy(source, &candidate, text, device, observe)?;
+    Ok(Evidence { weights, products, logits, greedy })
+}
+
+/// The worst of each layer's tensors.
+fn weight_errors(source: &CausalLm, found: &CausalLm) -> Result<Vec<WeightEvidence>> {
+    let mut parts: BTreeMap<Option<usize>, TensorError> = BTreeMap::new();
+    let mut theirs: BTreeMap<String, Tensor<1>> =
+        found.parameters().into_iter().map(|parameter| (parameter.name, parameter.value)).collect();
+    for parameter in source.parameters() {
+        let name = parameter.name;
+        let Some(found) = theirs.remove(&name) else {
+            return Err(Error::Broken { failures: vec![format!("the export has no {name}")] });
+        };
+        let error = error_of(&name, found, parameter.value)?;
+        let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        let part = parts.entry(layer).or_default();
+        *part = part.worst(error);
+    }
+    let label = |layer: Option<usize>| match layer {
+        Some(layer) => format!("layer {layer}"),
+        None => "embeddings, head and final norm".into(),
+    };
+    Ok(parts.into_iter().map(|(layer, error)| WeightEvidence { part: label(layer), error }).collect())
+}
+
+fn error_of(name: &str, found: Tensor<1>, exact: Tensor<1>) -> Result<TensorError> {
+    let host = |tensor: Tensor<1>| tensor.try_into_vec_as::<f32>().map_err(|e| Error::device(name, e));
+    let (found, exact) = (host(found)?, host(exact)?);
+    if found.len() != exact.len() {
+        let why = format!("{name} has {} values, the source's {}", found.len(), exact.len());
+        return Err(Error::Broken { failures: vec![why] });
+    }
+    Ok(TensorError::of(found.into_iter().map(f64::from), exact.into_iter().map(f64::from)))
+}
+
+/// Compares the split weights of the side file with the source's, and puts them in place of the model's `kv_b_proj`, so that
+/// what runs is what the side file holds.
+fn absorb(dir: &Path, source: &CausalLm, model: &mut CausalLm, device: &Device) -> Result<Vec<ProductEvidence>> {
+    let path = dir.join(ABSORBED);
+    let mut tensors = side::read(&path)?;
+    let mut evidence = Vec::new();
+    let exact: Vec<[Exact; 2]> = layers(source).map(|(i, mla)| products::split(i, mla)).collect::<Result<_>>()?;
+    for (block, [uk, uv]) in model.model.layers.iter_mut().zip(exact) {
+        let Attention::Mla(mla) = &mut block.self_attn else { continue };
+        let mut stored = |exact: &Exact| -> Result<Vec<f32>> {
+            let values = side::take(&path, &mut tensors, &exact.name, &exact.shape)?;
+            let error = TensorError::of(values.iter().copied().map(f64::from), exact.values.iter().copied());
+            evidence.push(ProductEvidence { tensor: exact.name.clone(), error });
+            Ok(values)
+        };
+        let (w_uk, w_uv) = (stored(&uk)?, stored(&uv)?);
+        let dims = mla.dims;
+        let heads = w_uk.chunks(dims.nope * dims.rank).zip(w_uv.chunks(dims.value * dims.rank));
+        let joined: Vec<f32> = heads.flat_map(|(k, v)| k.iter().chain(v).copied()).collect();
+        let shape = [dims.heads * (dims.nope + dims.value), dims.rank];
+        mla.kv_b_proj.weight = Param::from_tensor(Tensor::from_data(TensorData::new(joined, shape), device));
+    }
+    side::nothing_left(&path, &tensors)?;
+    Ok(evidence)
+}
+
+/// Reads the fused weights that lie beside a model, one entry per layer.
+///
+/// # Errors
+/// [`Error::Unsupported`] where the model has no latent, [`Error::Io`] where there is no such file, [`Error::File`] where it does
+/// not fit the model.
+pub fn load_fused(dir: &Path, model: &CausalLm, device: &Device) -> Result<Vec<Option<FusedMla>>> {
+    latent_attention(&model.config)?;
+    let path = dir.join(FUSED);
+    let mut tensors = side::read(&path)?;
+    let mut fused = Vec::new();
+    for (i, mla) in layers(model) {
+        let (query, output) = (format!("{}.q_fused.weight", prefix(i)), format!("{}.o_fused.weight", prefix(i)));
+        if !tensors.contains_key(&query) && !tensors.contains_key(&output) {
+            fused.push(None);
+            continue;
+        }
+        let dims = mla.dims;
+        let ([_, width], [d, _]) = (products::query_up(mla)?.weight.dims(), mla.o_proj.weight.dims());
+        let mut tensor = |name: &str, shape: [usize; 2]| -> Result<Tensor<2>> {
+            let values = side::take(&path, &mut tensors, name, &shape)?;
+            Ok(Tensor::from_data(TensorData::new(values, shape), device))
+        };
+        fused.push(Some(FusedMla {
+            query: tensor(&query, [dims.heads * (dims.rank + dims.rope), width])?,
+            output: tensor(&output, [d, dims.heads * dims.rank])?,
+        }));
+    }
+    side::nothing_left(&path, &tensors)?;
+    Ok(fused)
+}
+
+/// Compares fused weights with the source's products in f64.
+fn fused_errors(source: &CausalLm, fused: &[Option<FusedMla>]) -> Result<Vec<ProductEvidence>> {
+    let mut evidence = Vec::new();
+    for ((i, mla), fused) in layers(source).zip(fused) {
+        let Some(FusedMla { query, output }) = fused else { continue };
+        for (exact, stored) in products::fuse(i, mla)?.into_iter().zip([query, output]) {
+            let values = stored.try_to_vec_as::<f32>().map_err(|e| Error::device(&exact.name, e))?;
+            let error = TensorError::of(values.into_iter().map(f64::from), exact.values.into_iter());
+            evidence.push(ProductEvidence { tensor: exact.name, error });
+        }
+    }
+    Ok(evidence)
+}
+
+/// What [`verify`] found.
+#[derive(Clone, Debug)]
+pub struct Verdict {
+    /// The certificate that lies in the folder.
+    pub certificate: Certificate,
+    /// The figures as they are now.
+    pub evidence: Option<Evidence>,
+    /// A line for each file and figure that fails; empty where all holds.
+    pub failures: Vec<String>,
+    /// What the reader should know besides.
+    pub notes: Vec<String>,
+}
+
+/// Recomputes a certificate from the files.
+///
+/// With the source at hand all of it; without, the weights in the export's own Hugging Face files stand in for the source, which
+/// leaves out how they were rounded. A GGUF export holds no other weights and cannot be recomputed without its source.
+///
+/// # Errors
+/// [`Error::Io`] and [`Error::File`] where the certificate or a file of the export cannot be read.
+pub fn verify(dir: &Path, source: Option<&Source>, device: &Device, observe: Observer) -> Result<Verdict> {
+    let certificate = Certificate::read(dir)?;
+    let (mut failures, mut notes) = (Vec::new(), Vec::new());
+    for expected in &certificate.outputs {
+        observe(Progress { doing: "hashing", done: 0, of: 0 });
+        let path = dir.join(&expected.name);
+        if files::name(&path) != expected.name {
+            failures.push(format!("{}: no file name; the certificate has been changed", expected.name));
+        } else if !path.is_file() {
+            failures.push(format!("{}: is missing", expected.name));
+        } else {
+            let found = files::hash(&path)?;
+            if found != *expected {
+                failures.push(format!(
+                    "{}: SHA-256 is {}, the certificate says {}: the file has changed since the export",
+                    expected.name, found.sha256, expected.sha256
+                ));
+            }
+        }
+    }
+    for path in files::list(dir)? {
+        let name = files::name(&path);
+        let known = [JSON, MARKDOWN].contains(&name.as_str()) || certificate.outputs.iter().any(|f| f.name == name);
+        let loaded = [".safetensors", ".json", ".gguf", ".bin"].iter().any(|end| name.ends_with(end));
+        match (known, loaded) {
+            (true, _) => {}
+            (false, true) => failures.push(format!("{name}: is no part of the export, and engines may load it")),
+            (false, false) => notes.push(format!("{name} is no part of the export")),
+        }
+    }
+    match std::fs::read_to_string(dir.join(MARKDOWN)) {
+        Ok(text) if text == crate::markdown::markdown(&certificate) => {}
+        Ok(_) => failures.push(format!("{MARKDOWN}: does not say what {JSON} says")),
+        Err(e) => failures.push(format!("{MARKDOWN}: {e}")),
+    }
+    // Of files that have changed no figure is worth computing.
+    if !failures.is_empty() {
+        return Ok(Verdict { certificate, evidence: None, failures, notes });
+    }
+    let own;
+    let reference = match source {
+        Some(source) => {
+            failures.extend(other_source(&certificate.source, source));
+            &source.model
+        }
+        None if certificate.target.to == Layout::Gguf => {
+            failures.push(format!(
+                "{GGUF} holds the only weights here: give the model that it was made of, --source MODEL ({})",
+                certificate.source.name
+            ));
+            return Ok(Verdict { certificate, evidence: None, failures, notes });
+        }
+        None => {
+            notes.push(
+                "without --source the export's own Hugging Face files stand in for the source: how its weights were \
+                 rounded is not recomputed"
+                    .into(),
+            );
+            own = CausalLm::load(dir, device)?;
+            &own
+        }
+    };
+    check_text(&certificate.text, reference)?;
+    let evidence = gather(dir, &certificate.target, reference, &certificate.text, device, observe)?;
+    failures.extend(evidence.failures(&certificate.bounds));
+    Ok(Verdict { certificate, evidence: Some(evidence), failures, notes })
+}
+
+/// The files that differ from those the export was made of.
+fn other_source(expected: &SourceFiles, found: &Source) -> Vec<String> {
+    let differs = |file: &&files::FileHash| !found.files.contains(file);
+    let line = |file: &files::FileHash| {
+        format!("source {}: {} is not the file that the export was made of", found.dir.display(), file.name)
+    };
+    expected.files.iter().filter(differs).map(line).collect()
+}

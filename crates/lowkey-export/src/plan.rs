@@ -1,0 +1,153 @@
+//! Which form a layer should decode in: what each costs, and which is cheapest.
+
+use std::fmt;
+use std::str::FromStr;
+
+use lowkey_model::{AttentionConfig, MlaConfig, ModelConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How a layer's attention is stored and computed while decoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerForm {
+    /// Keys and values of every head are rebuilt from the latents for each token.
+    Expanded,
+    /// W_UK maps the query, W_UV the result; the attention runs over the latents.
+    Absorbed,
+    /// As absorbed, with W_UKᵀ·W_UQ and W_O·W_UV multiplied out.
+    Fused,
+}
+
+impl fmt::Display for LayerForm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Expanded => "expanded",
+            Self::Absorbed => "absorbed",
+            Self::Fused => "fused",
+        })
+    }
+}
+
+impl FromStr for LayerForm {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        [Self::Expanded, Self::Absorbed, Self::Fused]
+            .into_iter()
+            .find(|form| form.to_string() == name)
+            .ok_or_else(|| Error::setting("form", format!("{name:?}"), "must be expanded, absorbed or fused"))
+    }
+}
+
+/// What a layer's attention costs in one form, at batch 1.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FormCost {
+    /// The form.
+    pub form: LayerForm,
+    /// Weights of the attention that a token multiplies.
+    pub weights: u64,
+    /// Bytes read per decoded token: those weights, the cached latents, and in the expanded form the keys and values that
+    /// were rebuilt from them.
+    pub bytes_per_token: u64,
+    /// Floating-point operations per decoded token.
+    pub flops_per_token: u64,
+}
+
+/// The costs of a layer in all forms and the choice among them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LayerPlan {
+    /// Index of the layer.
+    pub layer: usize,
+    /// The form that it is exported in.
+    pub form: LayerForm,
+    /// Whether that was asked for rather than chosen.
+    pub forced: bool,
+    /// Expanded, absorbed, fused.
+    pub costs: [FormCost; 3],
+}
+
+/// How the plan counts.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlanSettings {
+    /// Tokens in the cache.
+    pub context: usize,
+    /// Bytes of a weight and of a cached number.
+    pub bytes_per_number: usize,
+}
+
+/// Plans every layer. The rule: the form that reads the fewest bytes per decoded token at the given context, because decoding
+/// at small batch is bound by memory; among equals the one with fewer operations, then the plainer one.
+///
+/// `fused` reads fewer weights than `absorbed` only where L < N·Q/(Q−N) on the side of the query (Q the width of the query
+/// latent, or d), and L < V·d/(d−V) on the side of the output: roughly where the latent is no wider than a head.
+///
+/// # Errors
+/// [`Error::Unsupported`] where the attention has no latent.
+pub fn plan(config: &ModelConfig, settings: PlanSettings, forced: Option<LayerForm>) -> Result<Vec<LayerPlan>> {
+    let mla = latent_attention(config)?;
+    let forms = [LayerForm::Expanded, LayerForm::Absorbed, LayerForm::Fused];
+    let costs = forms.map(|form| cost(config, mla, settings, form));
+    // Ties go to the form that a reader of the checkpoint has to do least for: absorbed needs no file of its own.
+    let order = [costs[1], costs[2], costs[0]];
+    let cheapest =
+        order.into_iter().min_by_key(|cost| (cost.bytes_per_token, cost.flops_per_token)).unwrap_or(costs[1]);
+    let form = forced.unwrap_or(cheapest.form);
+    let layer = |layer| LayerPlan { layer, form, forced: forced.is_some(), costs };
+    Ok((0..config.num_hidden_layers).map(layer).collect())
+}
+
+/// The sizes of a Multi-head Latent Attention, or why there is nothing to absorb.
+pub(crate) fn latent_attention(config: &ModelConfig) -> Result<&MlaConfig> {
+    match &config.attention {
+        AttentionConfig::Mla(mla) => Ok(mla),
+        AttentionConfig::Grouped(grouped) => {
+            let why = if grouped.qk_norm {
+                "a norm on each query and key head stands between the up-projection and the dot product, so that the two \
+                 cannot be multiplied; convert the model to MLA first"
+            } else if grouped.rotary_dim > 0 {
+                "its keys are rotated by position between the up-projection and the dot product, so that the two cannot \
+                 be multiplied, and there is no latent to attend to; convert the model to MLA first"
+            } else {
+                "it has no latent to attend to; convert the model to MLA first"
+            };
+            Err(Error::unsupported("the absorbed and fused forms", format!("{} attention: {why}", config.attention_name())))
+        }
+    }
+}
+
+fn cost(config: &ModelConfig, mla: &MlaConfig, settings: PlanSettings, form: LayerForm) -> FormCost {
+    let (d, heads) = (config.hidden_size, config.num_attention_heads);
+    let (nope, rope, value, rank) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim, mla.kv_lora_rank);
+    let PlanSettings { context, bytes_per_number } = settings;
+    // What every form does: the latent, the shared key and the query latent.
+    let shared = d * (rank + rope) + mla.q_lora_rank.map_or(0, |q| d * q);
+    let width = mla.q_lora_rank.unwrap_or(d);
+    let up = rank * heads * (nope + value);
+    let split = width * heads * (nope + rope) + up + heads * value * d;
+    let fused = width * heads * (rank + rope) + heads * rank * d;
+    let keys_and_values = heads * (nope + rope + value);
+    let (weights, read, products) = match form {
+        LayerForm::Expanded => {
+            let rebuilt = context * (up + keys_and_values);
+            // W_UK and W_UV meet every cached token, which is in `rebuilt`, and the new one among them.
+            (shared + split, context * (rank + rope + keys_and_values), shared + split - up + rebuilt)
+        }
+        LayerForm::Absorbed => {
+            (shared + split, context * (rank + rope), shared + split + context * heads * (2 * rank + rope))
+        }
+        LayerForm::Fused => {
+            (shared + fused, context * (rank + rope), shared + fused + context * heads * (2 * rank + rope))
+        }
+    };
+    FormCost {
+        form,
+        weights: weights as u64,
+        bytes_per_token: ((weights + read) * bytes_per_number) as u64,
+        flops_per_token: 2 * products as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests;

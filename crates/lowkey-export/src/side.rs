@@ -1,0 +1,137 @@
+//! Side files: safetensors with tensors that Hugging Face's layout has no name for.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use half::{bf16, f16};
+use lowkey_model::WeightDtype;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+
+use crate::error::{Error, Result};
+use crate::files::write_file;
+
+/// A tensor in double precision, before it is rounded once.
+#[derive(Clone, Debug)]
+pub(crate) struct Exact {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) values: Vec<f64>,
+}
+
+/// A tensor as it stands in a file.
+#[derive(Clone, Debug)]
+pub(crate) struct Stored {
+    pub(crate) shape: Vec<usize>,
+    pub(crate) values: Vec<f32>,
+}
+
+/// Rounds tensors once, from f64 to `dtype`, and writes them as one file.
+///
+/// # Errors
+/// [`Error::File`] where a finite value does not fit `dtype`, [`Error::Io`] where the file cannot be written.
+pub(crate) fn write(path: &Path, tensors: impl Iterator<Item = Result<Exact>>, dtype: WeightDtype) -> Result<()> {
+    let mut encoded = Vec::new();
+    for tensor in tensors {
+        let Exact { name, shape, values } = tensor?;
+        let bytes = encode(&values, dtype).map_err(|value| {
+            let why = format!("tensor {name} holds {value}, too large for {}; export as f32 or bf16", dtype.name());
+            Error::file(path, why)
+        })?;
+        encoded.push((name, shape, bytes));
+    }
+    let format = match dtype {
+        WeightDtype::F32 => Dtype::F32,
+        WeightDtype::Bf16 => Dtype::BF16,
+        WeightDtype::F16 => Dtype::F16,
+    };
+    let bytes = encoded
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(format, shape.clone(), bytes)?)))
+        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
+        .and_then(|views| safetensors::serialize(views, None::<HashMap<String, String>>))
+        .map_err(|e| Error::file(path, format!("cannot be encoded: {e}")))?;
+    write_file(path, &bytes)
+}
+
+/// Little-endian bytes; `Err` with a finite value that would become an infinity.
+fn encode(values: &[f64], dtype: WeightDtype) -> std::result::Result<Vec<u8>, f64> {
+    let mut bytes = Vec::with_capacity(values.len() * 4);
+    for &x in values {
+        let finite = match dtype {
+            WeightDtype::F32 => {
+                bytes.extend((x as f32).to_le_bytes());
+                (x as f32).is_finite()
+            }
+            WeightDtype::Bf16 => {
+                bytes.extend(bf16::from_f64(x).to_le_bytes());
+                bf16::from_f64(x).is_finite()
+            }
+            WeightDtype::F16 => {
+                bytes.extend(f16::from_f64(x).to_le_bytes());
+                f16::from_f64(x).is_finite()
+            }
+        };
+        if x.is_finite() && !finite {
+            return Err(x);
+        }
+    }
+    Ok(bytes)
+}
+
+/// Reads a side file whole.
+///
+/// # Errors
+/// [`Error::File`] where it is damaged or holds a tensor that is not F32, BF16 or F16, [`Error::Io`] where it cannot be read.
+pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    let parsed = SafeTensors::deserialize(&bytes)
+        .map_err(|e| Error::file(path, format!("not a readable safetensors file ({e}); export it again")))?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in parsed.tensors() {
+        let pairs = || view.data().chunks_exact(2).map(|b| [b[0], b[1]]);
+        let values = match view.dtype() {
+            Dtype::F32 => {
+                view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+            }
+            Dtype::BF16 => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
+            Dtype::F16 => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
+            other => {
+                let why = format!("tensor {name} has dtype {other:?}; only F32, BF16 and F16 are read");
+                return Err(Error::file(path, why));
+            }
+        };
+        tensors.insert(name, Stored { shape: view.shape().to_vec(), values });
+    }
+    Ok(tensors)
+}
+
+/// Takes a tensor of the given shape out of what [`read`] found.
+///
+/// # Errors
+/// [`Error::File`] where it is not there or has another shape.
+pub(crate) fn take(
+    path: &Path,
+    tensors: &mut BTreeMap<String, Stored>,
+    name: &str,
+    shape: &[usize],
+) -> Result<Vec<f32>> {
+    match tensors.remove(name) {
+        None => Err(Error::file(path, format!("tensor {name} is missing; export it again"))),
+        Some(found) if found.shape != shape => {
+            Err(Error::file(path, format!("tensor {name} has shape {:?}, config.json asks for {shape:?}", found.shape)))
+        }
+        Some(found) => Ok(found.values),
+    }
+}
+
+/// What remains when every layer has taken its tensors is not of this model.
+///
+/// # Errors
+/// [`Error::File`] naming the first such tensor.
+pub(crate) fn nothing_left(path: &Path, tensors: &BTreeMap<String, Stored>) -> Result<()> {
+    match tensors.keys().next() {
+        Some(name) => Err(Error::file(path, format!("tensor {name} belongs to no layer of config.json"))),
+        None => Ok(()),
+    }
+}

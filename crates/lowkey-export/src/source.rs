@@ -1,0 +1,96 @@
+//! The model that is exported.
+
+use std::path::{Path, PathBuf};
+
+use burn::module::Param;
+use burn::tensor::{Device, Tensor, TensorData};
+use lowkey_data::Tokenizer;
+use lowkey_model::{Attention, AttentionConfig, CausalLm, Family, weight_files};
+
+use crate::error::{Error, Result};
+use crate::files::{self, FileHash};
+
+/// Files beside the weights that say what a model is.
+const DESCRIPTIONS: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+];
+
+/// A model directory, opened.
+#[derive(Debug)]
+pub struct Source {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Its model, in f32 on a device.
+    pub model: CausalLm,
+    /// Its tokenizer, where it has one.
+    pub tokenizer: Option<Tokenizer>,
+    /// The files that the model was read from, with their hashes.
+    pub files: Vec<FileHash>,
+}
+
+impl Source {
+    /// Reads a Hugging Face model directory.
+    ///
+    /// # Errors
+    /// [`Error::Model`] and [`Error::Data`] from its readers, [`Error::Io`] where a file cannot be hashed.
+    pub fn open(dir: &Path, device: &Device) -> Result<Self> {
+        let model = CausalLm::load(dir, device)?;
+        let tokenizer = match dir.join("tokenizer.json").is_file() {
+            true => Some(Tokenizer::from_model_dir(dir)?),
+            false => None,
+        };
+        let described = DESCRIPTIONS.iter().map(|name| dir.join(name)).filter(|path| path.is_file());
+        let index = Some(dir.join("model.safetensors.index.json")).filter(|path| path.is_file());
+        let paths = described.chain(index).chain(weight_files(dir)?);
+        let files = paths.map(|path| files::hash(&path)).collect::<Result<_>>()?;
+        Ok(Self { dir: dir.to_path_buf(), model, tokenizer, files })
+    }
+}
+
+/// The model under a name that transformers knows.
+///
+/// A factor on the latent (`latent_scale`) is multiplied into the gain of the latent's norm, which is the same computation
+/// and leaves a plain DeepSeek-V3; each gain is rounded once.
+///
+/// # Errors
+/// [`Error::Unsupported`] where no class of transformers computes the model.
+pub fn canonical(model: &CausalLm) -> Result<CausalLm> {
+    let mut model = model.clone();
+    for block in &mut model.model.layers {
+        if let Attention::Mla(mla) = &mut block.self_attn
+            && mla.dims.latent_scale != 1.0
+        {
+            let gain = &mla.kv_a_layernorm.weight.val();
+            let values = gain.try_to_vec_as::<f32>().map_err(|e| Error::device("kv_a_layernorm.weight", e))?;
+            let scaled = values.iter().map(|x| (f64::from(*x) * mla.dims.latent_scale) as f32).collect();
+            let data = TensorData::new(scaled, gain.dims());
+            mla.kv_a_layernorm.weight = Param::from_tensor(Tensor::from_data(data, &gain.device()));
+            mla.dims.latent_scale = 1.0;
+        }
+    }
+    if let AttentionConfig::Mla(mla) = &mut model.config.attention {
+        mla.latent_scale = false;
+    }
+    if model.config.family == Family::Lowkey {
+        model.config.family = model.config.natural_family();
+    }
+    if model.config.family == Family::Lowkey {
+        let why = match &model.config.attention {
+            AttentionConfig::Mla(_) => {
+                "qk_rope_head_dim = 0, which transformers reads as \"not given\"; train with at least 2 rotated dimensions"
+            }
+            AttentionConfig::Grouped(_) => {
+                "no transformers class has this combination of partial_rotary_factor, qk_norm and biases; rotate the \
+                 whole head, and have biases as Llama, Qwen2 or Qwen3 do"
+            }
+        };
+        return Err(Error::unsupported("a Hugging Face directory", why));
+    }
+    Ok(model)
+}

@@ -1,0 +1,102 @@
+//! What a model can be exported to.
+
+use std::fmt;
+
+use lowkey_model::WeightDtype;
+use serde::{Deserialize, Serialize};
+
+use crate::certificate::Bounds;
+use crate::error::{Error, Result};
+use crate::gguf::TensorType;
+
+/// Layout and number format of an export.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    /// The layout.
+    pub to: Layout,
+    /// The number format of matrices: `f32`, `bf16`, `f16`, and `q8_0` for GGUF.
+    pub dtype: String,
+}
+
+/// The layout of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layout {
+    /// A Hugging Face directory.
+    Hf,
+    /// The same with W_UK and W_UV of each layer in a side file.
+    Absorbed,
+    /// The same with the products W_UKᵀ·W_UQ and W_O·W_UV in a side file.
+    Fused,
+    /// One file for llama.cpp.
+    Gguf,
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Hf => "hf",
+            Self::Absorbed => "absorbed",
+            Self::Fused => "fused",
+            Self::Gguf => "gguf",
+        })
+    }
+}
+
+impl Target {
+    /// Reads the names of a layout and a number format.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where there is no such layout or format, or the one does not have the other.
+    pub fn parse(to: &str, dtype: &str) -> Result<Self> {
+        let layouts = [Layout::Hf, Layout::Absorbed, Layout::Fused, Layout::Gguf];
+        let to = layouts
+            .into_iter()
+            .find(|layout| layout.to_string() == to)
+            .ok_or_else(|| Error::setting("to", to, "must be hf, absorbed, fused or gguf"))?;
+        let target = Self { to, dtype: dtype.to_ascii_lowercase() };
+        match to {
+            Layout::Gguf => target.tensor_type().map(drop)?,
+            _ => target.weight_dtype().map(drop)?,
+        }
+        Ok(target)
+    }
+
+    /// The format of Hugging Face and side files.
+    pub(crate) fn weight_dtype(&self) -> Result<WeightDtype> {
+        match self.dtype.as_str() {
+            "f32" => Ok(WeightDtype::F32),
+            "bf16" => Ok(WeightDtype::Bf16),
+            "f16" => Ok(WeightDtype::F16),
+            "q8_0" => Err(Error::setting("dtype", &self.dtype, "is a format of GGUF: use --to gguf")),
+            other => Err(Error::setting("dtype", other, "must be f32, bf16 or f16, or q8_0 for GGUF")),
+        }
+    }
+
+    /// The format of GGUF's matrices.
+    pub(crate) fn tensor_type(&self) -> Result<TensorType> {
+        self.dtype.parse().map_err(|_| Error::setting("dtype", &self.dtype, "must be f32, bf16, f16 or q8_0"))
+    }
+
+    /// What is demanded of an export in this format unless the user says otherwise: for f32 that nothing but rounding differs;
+    /// for the narrower formats that the weights are rounded correctly, and that the model is as near to its source as
+    /// models usually are at that width. A weight's error is the format's unit roundoff, for `q8_0` half a step of 1/127.
+    pub fn bounds(&self) -> Bounds {
+        let bits = |significand: i32| 2f64.powi(-significand);
+        let bounds = |weight: f64, [logit, kl, top1, perplexity]: [f64; 4], greedy| Bounds {
+            weight_max: weight,
+            weight_rms: weight,
+            logit,
+            kl,
+            top1,
+            perplexity,
+            greedy,
+        };
+        match self.dtype.as_str() {
+            "f32" => bounds(bits(24), [1e-5, 1e-8, 0.999, 1e-5], true),
+            "f16" => bounds(bits(11), [0.02, 1e-3, 0.99, 2e-3], false),
+            "bf16" => bounds(bits(9), [0.1, 0.02, 0.95, 0.01], false),
+            _ => Bounds { weight_max: 4.1e-3, ..bounds(1.5e-2, [0.2, 0.02, 0.95, 0.01], false) },
+        }
+    }
+}
