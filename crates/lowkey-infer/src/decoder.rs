@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use lowkey_model::{Attention, CausalLm, KeyValue, Latent, Mask, RopeTable, ids_tensor};
+use lowkey_model::{Attention, Block, CausalLm, FusedMla, KeyValue, Latent, Mask, RopeTable, ids_tensor};
 
 use crate::cache::{Cache, LayerCache, Span};
 use crate::error::{Error, Result};
@@ -16,6 +16,8 @@ pub struct Decoder {
     model: CausalLm,
     cache: Cache,
     form: Form,
+    /// One per layer where there are any, else none.
+    fused: Vec<Option<FusedMla>>,
     device: Device,
 }
 
@@ -30,7 +32,39 @@ impl Decoder {
         let model = if model.model.embed_tokens.weight.val().is_autodiff() { model.valid() } else { model.clone() };
         let device = device.clone().inner();
         let cache = Cache::new(&model, batch, capacity, &device)?;
-        Ok(Self { model, cache, form, device })
+        Ok(Self { model, cache, form, fused: Vec::new(), device })
+    }
+
+    /// Gives layers their attention with the up-projections multiplied out, one entry per layer, for the forms
+    /// [`Form::Fused`] and [`Form::Auto`].
+    ///
+    /// # Errors
+    /// [`Error::Fused`] where the number of entries is not that of the layers, or a shape or number format not that of its layer.
+    pub fn with_fused(mut self, layers: Vec<Option<FusedMla>>) -> Result<Self> {
+        let blocks = &self.model.model.layers;
+        let refuse = |why| Err(Error::Fused { why });
+        if layers.len() != blocks.len() {
+            return refuse(format!("weights of {} layers for {}", layers.len(), blocks.len()));
+        }
+        for (i, (fused, block)) in layers.iter().zip(blocks).enumerate() {
+            let Some(fused) = fused else { continue };
+            let Attention::Mla(mla) = &block.self_attn else {
+                return refuse(format!("layer {i} has no latent attention"));
+            };
+            let (expected, dtype) = (mla.fused_shapes(), mla.o_proj.weight.val().dtype());
+            for (name, weight, expected) in
+                [("query", &fused.query, expected[0]), ("output", &fused.output, expected[1])]
+            {
+                let found = (weight.dims(), weight.dtype());
+                if found != (expected, dtype) {
+                    let (shape, of) = found;
+                    let wanted = format!("{expected:?} of {dtype:?}");
+                    return refuse(format!("{name} of layer {i} is {shape:?} of {of:?}, expected {wanted}"));
+                }
+            }
+        }
+        self.fused = layers;
+        Ok(self)
     }
 
     /// What the sequences have left behind so far.
@@ -59,7 +93,7 @@ impl Decoder {
     /// # Errors
     /// Before anything is computed: [`Error::Rows`], [`Error::NoToken`] and [`Error::Token`] for rows that are not
     /// one non-empty list of known tokens per sequence, [`Error::Capacity`] where one does not fit, [`Error::Setting`] where
-    /// `chunk` is 0.
+    /// `chunk` is 0, [`Error::NoFused`] where the form is [`Form::Fused`] and no layer has fused weights.
     pub fn prefill(&mut self, rows: &[&[u32]], chunk: usize) -> Result<Tensor<2>> {
         if chunk == 0 {
             return Err(Error::setting("prefill_chunk", &chunk, "at least 1"));
@@ -114,6 +148,7 @@ impl Decoder {
             return Err(Error::Rows { expected: self.cache.batch(), found: rows.len() });
         }
         check_tokens(&self.model, rows)?;
+        check_form(&self.model, self.form, &self.fused)?;
         self.cache.span(rows.iter().map(|row| row.len()).collect()).map(drop)
     }
 
@@ -123,7 +158,7 @@ impl Decoder {
     /// # Shapes
     /// → `[batch, longest row, d]`
     pub(crate) fn advance(&mut self, rows: &[&[u32]]) -> Result<Tensor<3>> {
-        let Self { model, cache, form, device } = self;
+        let Self { model, cache, form, fused, device } = self;
         let span = cache.span(rows.iter().map(|row| row.len()).collect())?;
         let queries = span.width();
         let ids: Vec<u32> =
@@ -134,9 +169,8 @@ impl Decoder {
         let rope = model.rope_table(&positions, device);
         let chunk = Chunk { rope, mask: OnceCell::new(), offsets, span: &span, form: *form, device };
         let mut x = model.model.embed_tokens.forward(ids_tensor(&ids, rows.len(), queries, device));
-        for (block, layer) in model.model.layers.iter().zip(cache.layers_mut()) {
-            let normed = block.input_layernorm.forward(x.clone());
-            x = block.finish(x, attend(&block.self_attn, layer, normed, &chunk));
+        for (i, (block, layer)) in model.model.layers.iter().zip(cache.layers_mut()).enumerate() {
+            x = forward(block, fused.get(i).and_then(Option::as_ref), layer, x, &chunk);
         }
         cache.commit(&span);
         Ok(model.model.norm.forward(x))
@@ -162,6 +196,15 @@ pub(crate) fn check_tokens(model: &CausalLm, rows: &[&[u32]]) -> Result<()> {
     Ok(())
 }
 
+/// The fused form needs weights for at least one layer of latent attention. Other kinds of attention have only one form.
+pub(crate) fn check_form(model: &CausalLm, form: Form, fused: &[Option<FusedMla>]) -> Result<()> {
+    let latent = model.model.layers.iter().any(|block| matches!(block.self_attn, Attention::Mla(_)));
+    if form == Form::Fused && latent && !fused.iter().any(Option::is_some) {
+        return Err(Error::NoFused);
+    }
+    Ok(())
+}
+
 /// What all layers of one chunk share.
 struct Chunk<'a> {
     rope: RopeTable,
@@ -181,30 +224,34 @@ impl Chunk<'_> {
     }
 }
 
-/// Appends a chunk to a layer's cache and attends from it to everything that lies there.
+/// A block whose attention appends the chunk to its layer's cache and sees everything that lies there.
 ///
 /// # Shapes
-/// `x [batch, seq, d]` → the heads' outputs, `[batch, seq, H·V]`.
-fn attend(attention: &Attention, layer: &mut LayerCache, x: Tensor<3>, chunk: &Chunk) -> Tensor<3> {
+/// `[batch, seq, d]` → `[batch, seq, d]`.
+fn forward(block: &Block, fused: Option<&FusedMla>, layer: &mut LayerCache, x: Tensor<3>, chunk: &Chunk) -> Tensor<3> {
     let Chunk { rope, span, form, .. } = chunk;
-    match attention {
+    let normed = block.input_layernorm.forward(x.clone());
+    let heads = match &block.self_attn {
         Attention::Mla(mla) => {
-            let Latent { both, rank } = mla.latent(x.clone(), rope);
-            let queries = mla.queries(x, rope);
+            let Latent { both, rank } = mla.latent(normed.clone(), rope);
             // One latent serves all heads: it lies in the cache as a single head.
             let both = layer.append(0, both.unsqueeze_dim(1), span).squeeze_dim::<3>(1);
             let latent = Latent { both, rank };
-            if form.absorbs(&mla.dims, span.width(), span.filled()) {
-                mla.attend_absorbed(queries, latent, &span.offsets)
+            if !form.absorbs(&mla.dims, span.width(), span.filled()) {
+                mla.attend_expanded(mla.queries(normed, rope), latent, chunk.mask())
+            } else if let Some(fused) = fused.filter(|_| *form != Form::Absorbed) {
+                let queries = mla.fused_queries(fused, normed, rope);
+                return block.finish_fused(x, mla.attend_fused(queries, latent, &span.offsets), fused);
             } else {
-                mla.attend_expanded(queries, latent, chunk.mask())
+                mla.attend_absorbed(mla.queries(normed, rope), latent, &span.offsets)
             }
         }
         Attention::Grouped(grouped) => {
-            let new = grouped.key_value(x.clone(), rope);
-            let queries = grouped.queries(x, rope);
+            let new = grouped.key_value(normed.clone(), rope);
+            let queries = grouped.queries(normed, rope);
             let kv = KeyValue { k: layer.append(0, new.k, span), v: layer.append(1, new.v, span) };
             grouped.attend(queries, kv, chunk.mask())
         }
-    }
+    };
+    block.finish(x, heads)
 }

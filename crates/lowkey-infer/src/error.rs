@@ -53,6 +53,18 @@ pub enum Error {
         /// Rows of the embedding.
         vocab_size: usize,
     },
+    /// The fused form was asked for, and no layer has fused weights.
+    #[error(
+        "the fused form needs weights that are multiplied out, which this model comes without; \
+         `lowkey export --to fused` makes them, and the forms absorbed and auto do without"
+    )]
+    NoFused,
+    /// Fused weights that do not go with the model.
+    #[error("the fused weights do not go with this model: {why}; export them anew from it")]
+    Fused {
+        /// What is expected and what was found.
+        why: String,
+    },
     /// Tokens for another number of rows than the cache has.
     #[error("{found} rows of tokens for a cache of {expected} rows")]
     Rows {

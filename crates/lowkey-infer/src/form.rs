@@ -1,4 +1,4 @@
-//! The choice between two ways to compute one attention.
+//! The choice between the ways to compute one attention.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,16 +11,22 @@ use crate::error::{Error, Result};
 /// and MQA have only one, and ignore this.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Form {
-    /// For each chunk the form that takes fewer multiplications: usually expanded for a prompt, absorbed for single tokens.
+    /// For each chunk the form that takes fewer multiplications: usually expanded for a prompt, absorbed for single tokens, and
+    /// instead of absorbed fused in the layers that have fused weights.
     #[default]
     Auto,
     /// Keys and values of every head are rebuilt from the latents.
     Expanded,
     /// Queries are mapped into the latent space and attend there; keys and values of the heads never exist.
     Absorbed,
+    /// As absorbed, with the maps into the latent space and out of it multiplied into the weights around them; layers without
+    /// such weights are absorbed. See [`lowkey_model::FusedMla`].
+    Fused,
 }
 
 impl Form {
+    const ALL: [Self; 4] = [Self::Auto, Self::Expanded, Self::Absorbed, Self::Fused];
+
     /// Whether a chunk of `queries` tokens per row attends to its `keys` cached tokens in latent space.
     ///
     /// Multiplications per head (paper symbols as in [`MlaDims`]): expanded, L(N+V) per key to rebuild it and N+R+V per pair;
@@ -33,7 +39,7 @@ impl Form {
         match self {
             Self::Auto => absorbed < expanded,
             Self::Expanded => false,
-            Self::Absorbed => true,
+            Self::Absorbed | Self::Fused => true,
         }
     }
 }
@@ -44,6 +50,7 @@ impl fmt::Display for Form {
             Self::Auto => "auto",
             Self::Expanded => "expanded",
             Self::Absorbed => "absorbed",
+            Self::Fused => "fused",
         })
     }
 }
@@ -52,10 +59,10 @@ impl FromStr for Form {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        [Self::Auto, Self::Expanded, Self::Absorbed]
+        Self::ALL
             .into_iter()
             .find(|form| form.to_string() == name)
-            .ok_or_else(|| Error::setting("form", &format!("{name:?}"), "auto, expanded or absorbed"))
+            .ok_or_else(|| Error::setting("form", &format!("{name:?}"), "auto, expanded, absorbed or fused"))
     }
 }
 
@@ -65,7 +72,7 @@ mod tests {
 
     #[test]
     fn a_form_reads_back_from_its_name() {
-        for form in [Form::Auto, Form::Expanded, Form::Absorbed] {
+        for form in Form::ALL {
             assert_eq!(form.to_string().parse::<Form>().unwrap(), form);
         }
         let message = "latent".parse::<Form>().unwrap_err().to_string();

@@ -4,9 +4,9 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
-use lowkey_model::CausalLm;
+use lowkey_model::{CausalLm, FusedMla};
 
-use crate::decoder::{Decoder, check_tokens};
+use crate::decoder::{Decoder, check_form, check_tokens};
 use crate::error::{Error, Result};
 use crate::form::Form;
 use crate::sampler::{Sampler, SamplingConfig};
@@ -36,6 +36,21 @@ impl Default for GenerateConfig {
             eos: Vec::new(),
             prefill_chunk: 512,
         }
+    }
+}
+
+/// What generates: a model and, where they were made, fused forms of its layers' attention. A plain `&CausalLm` converts.
+#[derive(Clone, Copy, Debug)]
+pub struct Weights<'a> {
+    /// The model.
+    pub model: &'a CausalLm,
+    /// One entry per layer, as [`Decoder::with_fused`] takes them; empty: no layer has any.
+    pub fused: &'a [Option<FusedMla>],
+}
+
+impl<'a> From<&'a CausalLm> for Weights<'a> {
+    fn from(model: &'a CausalLm) -> Self {
+        Self { model, fused: &[] }
     }
 }
 
@@ -82,16 +97,17 @@ struct Live {
 ///
 /// # Errors
 /// [`Error::Setting`] for a configuration out of range, [`Error::NoToken`] and [`Error::Token`] for an empty prompt or an unknown
-/// token, [`Error::Positions`] where prompt and `max_new_tokens` exceed the model's `max_position_embeddings`;
+/// token, [`Error::Positions`] where prompt and `max_new_tokens` exceed the model's `max_position_embeddings`,
+/// [`Error::NoFused`] and [`Error::Fused`] where fused weights are asked for and absent, or do not go with the model;
 /// [`Error::Logit`] and [`Error::NoCandidate`] where the model's output is not usable.
-pub fn generate(
-    model: &CausalLm,
+pub fn generate<'a>(
+    weights: impl Into<Weights<'a>>,
     prompt: &[u32],
     config: &GenerateConfig,
     device: &Device,
     on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation> {
-    let mut all = generate_batch(model, &[prompt], config, device, &mut |_, token| on_token(token))?;
+    let mut all = generate_batch(weights, &[prompt], config, device, &mut |_, token| on_token(token))?;
     all.pop().ok_or(Error::NoToken { row: 0 })
 }
 
@@ -102,14 +118,15 @@ pub fn generate(
 ///
 /// # Errors
 /// As [`generate`]; [`Error::Setting`] where there is no prompt.
-pub fn generate_batch(
-    model: &CausalLm,
+pub fn generate_batch<'a>(
+    weights: impl Into<Weights<'a>>,
     prompts: &[&[u32]],
     config: &GenerateConfig,
     device: &Device,
     on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<Vec<Generation>> {
-    let capacity = check(model, prompts, config)?;
+    let weights @ Weights { model, fused } = weights.into();
+    let capacity = check(weights, prompts, config)?;
     let mut live = Vec::with_capacity(prompts.len());
     for (prompt, tokens) in prompts.iter().enumerate() {
         let sampler = Sampler::new(&config.sampling, prompt as u64)?;
@@ -118,6 +135,9 @@ pub fn generate_batch(
 
     let start = Instant::now();
     let mut decoder = Decoder::new(model, prompts.len(), capacity, config.form, device)?;
+    if !fused.is_empty() {
+        decoder = decoder.with_fused(fused.to_vec())?;
+    }
     let cache_bytes = decoder.cache().bytes() / prompts.len();
     let mut logits = to_host(decoder.prefill(prompts, config.prefill_chunk)?)?;
     let prefill = start.elapsed();
@@ -164,7 +184,7 @@ pub fn generate_batch(
 }
 
 /// Checks a request and returns the slots per row that it needs.
-fn check(model: &CausalLm, prompts: &[&[u32]], config: &GenerateConfig) -> Result<usize> {
+fn check(Weights { model, fused }: Weights, prompts: &[&[u32]], config: &GenerateConfig) -> Result<usize> {
     let sizes = [
         ("max_new_tokens", config.max_new_tokens),
         ("prefill_chunk", config.prefill_chunk),
@@ -177,6 +197,7 @@ fn check(model: &CausalLm, prompts: &[&[u32]], config: &GenerateConfig) -> Resul
     }
     config.sampling.check()?;
     check_tokens(model, prompts)?;
+    check_form(model, config.form, fused)?;
     let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
     let needed = longest.saturating_add(config.max_new_tokens);
     let limit = model.config.max_position_embeddings;

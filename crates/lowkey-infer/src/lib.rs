@@ -16,9 +16,10 @@
 //! a length and positions of its own, and leaves the batch when it ends, so that a row's result does not depend on its
 //! neighbours.
 //!
-//! **Three ways to the same numbers.** The forward pass of `lowkey-model` without a cache, the cache with keys and values
-//! rebuilt ([`Form::Expanded`]) and the cache attended to as it is ([`Form::Absorbed`]) agree to rounding at every position;
-//! the tests hold them to it, and to greedy continuations that transformers computed.
+//! **Four ways to the same numbers.** The forward pass of `lowkey-model` without a cache, the cache with keys and values
+//! rebuilt ([`Form::Expanded`]), the cache attended to as it is ([`Form::Absorbed`]) and the same with weights that have the
+//! maps around it multiplied in ([`Form::Fused`]) agree to rounding at every position; the tests hold them to it, and to
+//! greedy continuations that transformers computed.
 //!
 //! **What this crate does not know.** Text, tokenizers, chat templates and stop strings (a caller that knows them ends a
 //! generation through the callback), files, training. It never prints.
@@ -34,7 +35,7 @@ pub use cache::Cache;
 pub use decoder::Decoder;
 pub use error::{Error, Result};
 pub use form::Form;
-pub use generate::{Finish, GenerateConfig, Generation, generate, generate_batch};
+pub use generate::{Finish, GenerateConfig, Generation, Weights, generate, generate_batch};
 pub use sampler::{Sampler, SamplingConfig};
 
 #[cfg(test)]

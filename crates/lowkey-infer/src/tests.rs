@@ -4,16 +4,17 @@ mod agreement;
 mod generation;
 mod reference;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, FloatDType, Tensor};
 use lowkey_model::{
-    AttentionConfig, CausalLm, Family, GroupedConfig, MlaConfig, ModelConfig, RopeConfig, RopeType, ids_tensor,
+    Attention, AttentionConfig, CausalLm, Family, FusedMla, GroupedConfig, Mla, MlaConfig, ModelConfig, RopeConfig,
+    RopeType, ids_tensor,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::Form;
 
-const FORMS: [Form; 3] = [Form::Expanded, Form::Absorbed, Form::Auto];
+const FORMS: [Form; 4] = [Form::Expanded, Form::Absorbed, Form::Fused, Form::Auto];
 
 /// Sizes that have no factor in common, so that a mixed-up axis cannot go unnoticed.
 fn odd_mla() -> MlaConfig {
@@ -119,6 +120,35 @@ fn random_model(config: &ModelConfig, seed: u64) -> CausalLm {
     });
     let values = values.collect();
     model.with_values(values)
+}
+
+/// The products that the fused form attends with, formed in f64.
+fn fused(mla: &Mla) -> FusedMla {
+    let lowkey_model::MlaDims { heads, nope, rope, value, rank, .. } = mla.dims;
+    let wide = |weight: Tensor<2>| weight.cast(FloatDType::F64);
+    let up = mla.q_b_proj.as_ref().or(mla.q_proj.as_ref()).unwrap().weight.val();
+    let dtype = up.dtype();
+    let narrow = |product: Tensor<2>| if dtype == DType::F32 { product.cast(FloatDType::F32) } else { product };
+    let [_, inner] = up.dims();
+    let [d, _] = mla.o_proj.weight.val().dims();
+    let up = wide(up).reshape([heads, nope + rope, inner]);
+    let kv_b = wide(mla.kv_b_proj.weight.val()).reshape([heads, nope + value, rank]);
+    let mapped = kv_b.clone().narrow(1, 0, nope).swap_dims(1, 2).matmul(up.clone().narrow(1, 0, nope));
+    let query = if rope > 0 { Tensor::cat(vec![mapped, up.narrow(1, nope, rope)], 1) } else { mapped };
+    let out = wide(mla.o_proj.weight.val()).reshape([d, heads, value]).swap_dims(0, 1);
+    let output = out.matmul(kv_b.narrow(1, nope, value)).swap_dims(0, 1);
+    FusedMla {
+        query: narrow(query.reshape([heads * (rank + rope), inner])),
+        output: narrow(output.reshape([d, heads * rank])),
+    }
+}
+
+fn fused_layers(model: &CausalLm) -> Vec<Option<FusedMla>> {
+    let layer = |attention: &Attention| match attention {
+        Attention::Mla(mla) => Some(fused(mla)),
+        Attention::Grouped(_) => None,
+    };
+    model.model.layers.iter().map(|block| layer(&block.self_attn)).collect()
 }
 
 fn tokens(len: usize, seed: u64) -> Vec<u32> {

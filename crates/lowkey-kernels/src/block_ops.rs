@@ -43,7 +43,8 @@ pub(crate) trait BlockOps: Backend {
         dims: MlaDims,
     ) -> FloatTensor<Self>;
 
-    /// The absorbed form against a cache, `[batch, seq, H·V]`, without a gradient; see [`crate::absorbed_attention`].
+    /// Attention against a cache in latent space, without a gradient; see [`crate::absorbed_attention`]. A `kv_b` without rows
+    /// stands for none: the dispatch takes no optional tensors.
     fn absorbed_attention(
         q: FloatTensor<Self>,
         cache: FloatTensor<Self>,

@@ -46,23 +46,36 @@ pub fn latent_attention(
 pub fn absorbed_attention(
     q: Tensor<4>,
     cache: Tensor<3>,
-    kv_b: Tensor<2>,
+    kv_b: Option<Tensor<2>>,
     offsets: &[usize],
     dims: MlaDims,
 ) -> Tensor<3> {
     let MlaDims { heads, nope, rope, value, rank, scale, .. } = dims;
     let [batch, seq, ..] = q.dims();
     let [_, keys, width] = cache.dims();
-    let w = kv_b.reshape([1, heads, nope + value, rank]);
-    let w_uk = w.clone().narrow(2, 0, nope).expand([batch, heads, nope, rank]);
-    let w_uv = w.narrow(2, nope, value).expand([batch, heads, value, rank]);
     let q = q.swap_dims(1, 2);
-    let q_nope = q.clone().narrow(3, 0, nope).matmul(w_uk);
-    let q = if rope > 0 { Tensor::cat(vec![q_nope, q.narrow(3, nope, rope)], 3) } else { q_nope };
+    let maps = kv_b.map(|kv_b| {
+        let w = kv_b.reshape([1, heads, nope + value, rank]);
+        let part = |from, rows| w.clone().narrow(2, from, rows).expand([batch, heads, rows, rank]);
+        (part(0, nope), part(nope, value))
+    });
+    let (q, w_uv) = match maps {
+        Some((w_uk, w_uv)) => {
+            let q_nope = q.clone().narrow(3, 0, nope).matmul(w_uk);
+            let q = if rope > 0 { Tensor::cat(vec![q_nope, q.narrow(3, nope, rope)], 3) } else { q_nope };
+            (q, Some(w_uv))
+        }
+        None => (q, None),
+    };
     let mask = Mask::cached(offsets, seq, keys, &q.device());
     let cache = cache.reshape([batch, 1, keys, width]);
     let out = attention(q, cache.clone(), cache.narrow(3, 0, rank), &mask, scale);
-    out.matmul(w_uv.swap_dims(2, 3)).swap_dims(1, 2).reshape([batch, seq, heads * value])
+    let out = match w_uv {
+        Some(w_uv) => out.matmul(w_uv.swap_dims(2, 3)),
+        None => out,
+    };
+    let [.., width] = out.dims();
+    out.swap_dims(1, 2).reshape([batch, seq, heads * width])
 }
 
 /// See [`crate::rms_norm`].

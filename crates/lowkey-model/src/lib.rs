@@ -10,7 +10,8 @@
 //!
 //! **Flow.** A `[model]` section ([`ModelSection`]) or a `config.json` becomes a [`ModelConfig`];
 //! [`CausalLm::init`] or [`CausalLm::load`] builds the model on a device; [`CausalLm::loss`] trains it,
-//! [`CausalLm::forward`] evaluates it, and the parts of [`Mla`] let a cache stand between latent and attention.
+//! [`CausalLm::forward`] evaluates it, and the parts of [`Mla`] let a cache stand between latent and attention; [`FusedMla`] holds
+//! one layer's attention with its up-projections multiplied out, for that use.
 //!
 //! **What this crate does not know.** Text and tokenizers, training loops, optimisers, any file format but Hugging Face's,
 //! any particular backend. It never prints.
@@ -41,6 +42,7 @@ mod cost;
 mod error;
 #[cfg(test)]
 mod fixtures;
+mod fused;
 mod gradients;
 mod grouped;
 mod hf_config;
@@ -55,6 +57,7 @@ pub use checkpoint::{WeightDtype, weight_files};
 pub use config::{AttentionConfig, AttentionKind, Family, GroupedConfig, MlaConfig, ModelConfig, ModelSection};
 pub use cost::{CacheWidth, ParameterCount};
 pub use error::{Error, Result};
+pub use fused::FusedMla;
 pub use gradients::{Objective, Recompute};
 pub use grouped::{Grouped, GroupedDims, KeyValue};
 pub use layers::{Embedding, Linear, RmsNorm};

@@ -110,6 +110,14 @@ impl Mla {
         Latent { both, rank }
     }
 
+    /// What queries are a linear map of: the normed query latent, or `x` itself where queries are not compressed.
+    pub(crate) fn query_input(&self, x: Tensor<3>) -> Tensor<3> {
+        match (&self.q_a_proj, &self.q_a_layernorm) {
+            (Some(down), Some(norm)) => norm.forward(down.forward(x)),
+            _ => x,
+        }
+    }
+
     /// q = [q_nope | RoPE(q_pe)] for each head, eqs. 37–40.
     ///
     /// # Shapes
@@ -117,11 +125,11 @@ impl Mla {
     pub fn queries(&self, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
         let MlaDims { heads, nope, rope: r, interleave, .. } = self.dims;
         let [batch, seq, _] = x.dims();
-        let q = match (&self.q_proj, &self.q_a_proj, &self.q_a_layernorm, &self.q_b_proj) {
-            (None, Some(down), Some(norm), Some(up)) => up.forward(norm.forward(down.forward(x))),
-            (Some(full), ..) => full.forward(x),
-            // `build` makes one or the other.
-            _ => x,
+        let x = self.query_input(x);
+        // `build` makes one or the other.
+        let q = match self.q_b_proj.as_ref().or(self.q_proj.as_ref()) {
+            Some(up) => up.forward(x),
+            None => x,
         };
         let q = q.reshape([batch, seq, heads, nope + r]);
         if r > 0 { rotate(q, rope.cos.clone(), rope.sin.clone(), nope, interleave) } else { q }
@@ -180,7 +188,7 @@ impl Mla {
     /// # Shapes
     /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, H·V]`.
     pub fn attend_absorbed(&self, queries: Tensor<4>, latent: Latent, offsets: &[usize]) -> Tensor<3> {
-        absorbed_attention(queries, latent.both, self.kv_b_proj.weight.val(), offsets, self.dims)
+        absorbed_attention(queries, latent.both, Some(self.kv_b_proj.weight.val()), offsets, self.dims)
     }
 
     /// The largest attention logit, `[1]`: a growing one is the earliest sign of divergence (QK-Clip, arXiv 2507.20534).

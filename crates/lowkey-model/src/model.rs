@@ -144,7 +144,11 @@ impl Block {
     /// # Shapes
     /// `x [batch, seq, d]`, `heads [batch, seq, H·V]` → `[batch, seq, d]`.
     pub fn finish(&self, x: Tensor<3>, heads: Tensor<3>) -> Tensor<3> {
-        let x = self.self_attn.o_proj().add_to(x, heads);
+        self.feed_forward(self.self_attn.o_proj().add_to(x, heads))
+    }
+
+    /// The second half: `x + mlp(norm(x))`, `[batch, seq, d]`.
+    pub(crate) fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
         let (norm, mlp) = (&self.post_attention_layernorm, &self.mlp);
         let weights = MlpWeights {
             norm: norm.weight.val(),
@@ -211,8 +215,8 @@ impl CausalLm {
 
     /// Cosines and sines for the given positions, one row per sequence or one row for all.
     pub fn rope_table(&self, positions: &[Vec<usize>], device: &Device) -> RopeTable {
-        let config = &self.config;
-        RopeTable::new(&config.rope, config.rotary_dim(), config.max_position_embeddings, positions, device)
+        let (config, dtype) = (&self.config, self.model.embed_tokens.weight.val().dtype());
+        RopeTable::new(&config.rope, config.rotary_dim(), config.max_position_embeddings, positions, (device, dtype))
     }
 
     /// Positions and documents of whole sequences of `seq` tokens with the given document starts (`[rows · seq]`).

@@ -2,7 +2,7 @@
 //!
 //! Su et al., arXiv 2104.09864; YaRN: Peng et al., arXiv 2309.00071, as transformers computes it.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorCreationOptions, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -239,15 +239,15 @@ pub struct RopeTable {
 impl RopeTable {
     /// Tables for the given positions, one row per sequence (or one row for all). All rows have the same length.
     ///
-    /// Angles are formed in f64 and rounded once, so that positions far from 0 lose nothing.
+    /// Angles are formed in f64 and rounded once, to the format that `options` name, so that positions far from 0 lose nothing.
     pub fn new(
         config: &RopeConfig,
         dim: usize,
         max_positions: usize,
         positions: &[Vec<usize>],
-        device: &Device,
+        options: impl Into<TensorCreationOptions>,
     ) -> Self {
-        let frequencies = config.inverse_frequencies(dim, max_positions);
+        let (options, frequencies) = (options.into(), config.inverse_frequencies(dim, max_positions));
         let factor = config.table_factor();
         let (rows, seq) = (positions.len(), positions.first().map_or(0, Vec::len));
         let mut cos = Vec::with_capacity(rows * seq * frequencies.len());
@@ -255,11 +255,12 @@ impl RopeTable {
         for position in positions.iter().flatten() {
             for frequency in &frequencies {
                 let (s, c) = (*position as f64 * frequency).sin_cos();
-                cos.push((c * factor) as f32);
-                sin.push((s * factor) as f32);
+                cos.push(c * factor);
+                sin.push(s * factor);
             }
         }
-        let table = |values| Tensor::from_data(TensorData::new(values, [rows, seq, 1, frequencies.len()]), device);
+        let shape = [rows, seq, 1, frequencies.len()];
+        let table = |values: Vec<f64>| Tensor::from_data(TensorData::new(values, shape), options.clone());
         Self { cos: table(cos), sin: table(sin) }
     }
 }

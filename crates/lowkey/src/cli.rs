@@ -140,7 +140,7 @@ pub(crate) struct GenerateArguments {
     /// Do not end at the model's end-of-text token
     #[arg(long)]
     pub(crate) ignore_eos: bool,
-    /// How attention is computed over the latent cache: auto, expanded or absorbed
+    /// How attention is computed over the latent cache: auto, expanded, absorbed or fused
     #[arg(long, default_value = "auto", value_name = "FORM")]
     pub(crate) decode: String,
     /// Print JSON instead of streaming text

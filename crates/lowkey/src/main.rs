@@ -69,7 +69,8 @@ fn is_wrong_use(error: &anyhow::Error) -> bool {
     };
     let data = |e: &lowkey_data::Error| matches!(e, lowkey_data::Error::Config { .. });
     let infer = |e: &lowkey_infer::Error| {
-        matches!(e, lowkey_infer::Error::Setting { .. } | lowkey_infer::Error::Positions { .. })
+        use lowkey_infer::Error::{NoFused, Positions, Setting};
+        matches!(e, Setting { .. } | Positions { .. } | NoFused)
     };
     error.chain().any(|cause| {
         cause.downcast_ref::<Train>().is_some_and(|e| match e {

@@ -4,7 +4,8 @@ use super::*;
 use crate::{Cache, Decoder, Error};
 
 fn decoder(model: &CausalLm, batch: usize, capacity: usize, form: Form) -> Decoder {
-    Decoder::new(model, batch, capacity, form, &Device::flex()).unwrap()
+    let plain = Decoder::new(model, batch, capacity, form, &Device::flex()).unwrap();
+    plain.with_fused(fused_layers(model)).unwrap()
 }
 
 /// Logits of all positions of one sequence that passes through a cache in chunks.
@@ -27,6 +28,83 @@ fn every_position_agrees_with_the_forward_pass() {
                     assert_close(found, expected, &format!("{name}, {form}, chunk {chunk}, position {position}"));
                 }
             }
+        }
+    }
+}
+
+fn relative_error(found: Tensor<3>, expected: Tensor<3>) -> f64 {
+    let square = |x: Tensor<3>| x.square().sum().into_scalar::<f64>();
+    (square(found - expected.clone()) / square(expected)).sqrt()
+}
+
+/// In f64 rounding is out of the way: what differs then differs in the mathematics. YaRN goes past its original context here.
+#[test]
+fn all_forms_are_one_function_in_f64() {
+    for (seed, (name, config)) in zoo().into_iter().enumerate() {
+        let narrow = random_model(&config, seed as u64);
+        let values = narrow.parameters().into_iter().map(|parameter| parameter.value.cast(FloatDType::F64));
+        let values = values.collect();
+        let model = narrow.with_values(values);
+        let sequences = [tokens(40, 120), tokens(40, 121)];
+        let device = Device::flex();
+        let expected = model.forward(ids_tensor(&sequences.concat(), 2, 40, &device));
+        assert_eq!(expected.dtype(), DType::F64);
+        for form in FORMS {
+            for chunk in [1, 7, 40] {
+                let mut decoder = decoder(&model, 2, 40, form);
+                let parts: Vec<Tensor<3>> = (0..40)
+                    .step_by(chunk)
+                    .map(|from| {
+                        let rows: Vec<&[u32]> =
+                            sequences.iter().map(|ids| &ids[from..(from + chunk).min(40)]).collect();
+                        model.logits(decoder.advance(&rows).unwrap())
+                    })
+                    .collect();
+                let error = relative_error(Tensor::cat(parts, 1), expected.clone());
+                assert!(error <= 1e-12, "{name}, {form}, chunk {chunk}: {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_layer_without_fused_weights_is_absorbed() {
+    let model = random_model(&mla(3, |m| m.q_lora_rank = Some(11)), 30);
+    let ids = tokens(20, 130);
+    let expected = uncached(&model, &ids);
+    let mut layers = fused_layers(&model);
+    (layers[0], layers[2]) = (None, None);
+    let plain = Decoder::new(&model, 1, 20, Form::Fused, &Device::flex()).unwrap();
+    let mut decoder = plain.with_fused(layers).unwrap();
+    for (position, expected) in expected.iter().enumerate() {
+        let found = rows(decoder.step(&ids[position..=position]).unwrap());
+        assert_close(&found[0], expected, &format!("position {position}"));
+    }
+}
+
+#[test]
+fn fused_weights_that_do_not_go_with_the_model_are_refused() {
+    let model = random_model(&mla(3, |_| {}), 31);
+    let device = Device::flex();
+    let decoder = || Decoder::new(&model, 1, 20, Form::Fused, &device).unwrap();
+    let refused = |layers| decoder().with_fused(layers).unwrap_err().to_string();
+    let layers = fused_layers(&model);
+    let text = refused(layers[..2].to_vec());
+    assert!(text.contains("2 layers for 3") && text.contains("export"), "{text}");
+    let mut wrong = layers.clone();
+    wrong[1] = wrong[1].take().map(|fused| FusedMla { output: fused.output.transpose(), ..fused });
+    let text = refused(wrong);
+    assert!(text.contains("output of layer 1") && text.contains("[57, 23]") && text.contains("[23, 57]"), "{text}");
+    let mut wrong = layers.clone();
+    wrong[2] = wrong[2].take().map(|fused| FusedMla { query: fused.query.cast(FloatDType::F64), ..fused });
+    assert!(refused(wrong).contains("F64"));
+    let grouped = random_model(&config(4, AttentionConfig::Grouped(grouped(2))), 1);
+    let of_grouped = Decoder::new(&grouped, 1, 20, Form::Fused, &device).unwrap();
+    assert!(matches!(of_grouped.with_fused(layers), Err(Error::Fused { .. })));
+    for mut without in [decoder(), decoder().with_fused(vec![None, None, None]).unwrap()] {
+        match without.step(&[1]) {
+            Err(e @ Error::NoFused) => assert!(e.to_string().contains("lowkey export --to fused"), "{e}"),
+            other => panic!("{other:?}"),
         }
     }
 }

@@ -3,10 +3,11 @@
 use std::ops::ControlFlow;
 
 use super::*;
-use crate::{Error, Finish, GenerateConfig, Generation, SamplingConfig, generate, generate_batch};
+use crate::{Error, Finish, GenerateConfig, Generation, SamplingConfig, Weights, generate, generate_batch};
 
 fn run(model: &CausalLm, prompt: &[u32], config: &GenerateConfig) -> Generation {
-    generate(model, prompt, config, &Device::flex(), &mut |_| ControlFlow::Continue(())).unwrap()
+    let weights = Weights { model, fused: &fused_layers(model) };
+    generate(weights, prompt, config, &Device::flex(), &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
 fn greedy(max_new_tokens: usize, form: Form, prefill_chunk: usize) -> GenerateConfig {
@@ -48,7 +49,8 @@ fn a_batch_gives_what_each_prompt_gives_alone() {
             let eos = alone[1][3];
             let config = GenerateConfig { eos: vec![eos], ..greedy(10, form, 5) };
             let mut seen = vec![Vec::new(); 4];
-            let all = generate_batch(&model, &prompts, &config, &Device::flex(), &mut |row, token| {
+            let weights = Weights { model: &model, fused: &fused_layers(&model) };
+            let all = generate_batch(weights, &prompts, &config, &Device::flex(), &mut |row, token| {
                 seen[row].push(token);
                 ControlFlow::Continue(())
             });
@@ -183,6 +185,7 @@ fn a_request_out_of_range_is_refused_before_anything_is_computed() {
     let sampling = SamplingConfig { top_p: Some(2.0), ..SamplingConfig::default() };
     assert_eq!(field(refused(&[&prompt], &GenerateConfig { sampling, ..greedy(1, Form::Auto, 1) })), "top_p");
     assert!(matches!(refused(&[&[1], &[]], &greedy(1, Form::Auto, 1)), Error::NoToken { row: 1 }));
+    assert!(matches!(refused(&[&[1]], &greedy(1, Form::Fused, 1)), Error::NoFused));
     assert!(matches!(refused(&[&[53]], &greedy(1, Form::Auto, 1)), Error::Token { token: 53, .. }));
     // The last position is usable.
     assert_eq!(run(&model, &prompt, &greedy(92, Form::Auto, 64)).ids, greedy_uncached(&model, &prompt, 92));

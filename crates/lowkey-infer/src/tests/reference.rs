@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use safetensors::SafeTensors;
 
 use super::*;
-use crate::{GenerateConfig, generate_batch};
+use crate::{GenerateConfig, Weights, generate_batch};
 
 /// A case whose model this program computes must load; the others must say why not.
 const ACCEPTED: usize = 14;
@@ -32,11 +32,13 @@ fn check(dir: &Path, model: &CausalLm) {
         assert_eq!(greedy_uncached(model, prompt, count), *expected, "{name}, without a cache");
     }
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    let fused = fused_layers(model);
+    let weights = Weights { model, fused: &fused };
     for form in FORMS {
         for prefill_chunk in [4, 512] {
             let config = GenerateConfig { max_new_tokens: count, form, prefill_chunk, ..GenerateConfig::default() };
             let mut go_on = |_, _| ControlFlow::Continue(());
-            let found = generate_batch(model, &prompts, &config, &Device::flex(), &mut go_on).unwrap();
+            let found = generate_batch(weights, &prompts, &config, &Device::flex(), &mut go_on).unwrap();
             let found: Vec<Vec<u32>> = found.into_iter().map(|generation| generation.ids).collect();
             assert_eq!(found, expected, "{name}, {form}, chunk {prefill_chunk}");
         }

@@ -203,12 +203,16 @@ fn absorbed_attention_agrees_for_one_query_and_for_many() {
             // The filled part of a longer buffer, as a cache gives it.
             let cache = random(batch * capacity * width).reshape([batch, capacity, width]).narrow(1, 0, keys);
             let kv_b = random(heads * (nope + value) * rank).reshape([heads * (nope + value), rank]);
-            let expected = reference::absorbed_attention(q.clone(), cache.clone(), kv_b.clone(), &offsets, dims);
-            for threads in [1, 2] {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                let found = pool.install(|| absorbed_attention(q.clone(), cache.clone(), kv_b.clone(), &offsets, dims));
-                let what = format!("absorbed {seq} {heads} {offsets:?} on {threads}");
-                assert_close(&what, host(found), host(expected.clone()));
+            let mapped = random(batch * seq * heads * width).reshape([batch, seq, heads, width]);
+            for (q, kv_b) in [(q, Some(kv_b)), (mapped, None)] {
+                let expected = reference::absorbed_attention(q.clone(), cache.clone(), kv_b.clone(), &offsets, dims);
+                for threads in [1, 2] {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    let run = || absorbed_attention(q.clone(), cache.clone(), kv_b.clone(), &offsets, dims);
+                    let found = pool.install(run);
+                    let what = format!("{seq} {heads} {offsets:?}, maps: {}, on {threads}", kv_b.is_some());
+                    assert_close(&what, host(found), host(expected.clone()));
+                }
             }
         }
     }

@@ -35,10 +35,6 @@ impl Shape {
     fn width(self) -> usize {
         self.rank + self.rope
     }
-
-    fn qk(self) -> usize {
-        self.nope + self.rope
-    }
 }
 
 /// The filled part of a cache: `keys` slots of L+R numbers in each row, rows `row` apart.
@@ -49,11 +45,12 @@ pub(crate) struct Slots<'a> {
     pub(crate) row: usize,
 }
 
-/// Writes `out [batch, seq, heads, value]` for `q [batch, seq, heads, nope+rope]`, `kv_b [heads(nope+value), rank]`; query `t` of
-/// row `b` sees the slots `0..=offsets[b] + t` that are filled.
-pub(crate) fn forward(shape: Shape, q: &[f32], slots: Slots, kv_b: &[f32], offsets: &[i32], out: &mut [f32]) {
+/// Writes `out [batch, seq, heads, value]` for `q [batch, seq, heads, nope+rope]`, `kv_b [heads(nope+value), rank]`, or
+/// `out [batch, seq, heads, rank]` for `q [batch, seq, heads, rank+rope]` without `kv_b`; query `t` of row `b` sees the slots
+/// `0..=offsets[b] + t` that are filled.
+pub(crate) fn forward(shape: Shape, q: &[f32], slots: Slots, kv_b: Option<&[f32]>, offsets: &[i32], out: &mut [f32]) {
     let arch = Arch::new();
-    let Shape { seq, heads, value, .. } = shape;
+    let Shape { seq, heads, .. } = shape;
     let work = shape.width() * slots.keys * heads * seq * offsets.len();
     // Heads per task: all of them where there is little to do, else enough tasks for all threads and no more than a tile holds.
     let threads = if work > 1 << 16 { rayon::current_num_threads() } else { 1 };
@@ -71,7 +68,7 @@ pub(crate) fn forward(shape: Shape, q: &[f32], slots: Slots, kv_b: &[f32], offse
             })
         })
         .collect();
-    debug_assert_eq!(out.len(), offsets.len() * seq * heads * value);
+    debug_assert_eq!(out.len(), offsets.len() * seq * heads * if kv_b.is_some() { shape.value } else { shape.rank });
     let out = &Parts::new(out);
     let run = |task: Task| arch.dispatch(Heads { shape, q, slots, kv_b, offsets, task, out });
     if threads == 1 { tasks.into_iter().for_each(run) } else { tasks.into_par_iter().for_each(run) }
@@ -91,7 +88,7 @@ struct Heads<'a> {
     shape: Shape,
     q: &'a [f32],
     slots: Slots<'a>,
-    kv_b: &'a [f32],
+    kv_b: Option<&'a [f32]>,
     offsets: &'a [i32],
     task: Task,
     out: &'a Parts<'a>,
@@ -149,9 +146,15 @@ impl WithSimd for Heads<'_> {
         for (i, sums) in sums.chunks_exact_mut(rank_width).take(count).enumerate() {
             let (t, head) = (task.first + i / task.heads, task.head + i % task.heads);
             scale(sums, 1.0 / mass[i]);
-            // SAFETY: one head of one token, which only this task writes, one at a time.
-            let out = unsafe { out.range(((task.row * seq + t) * heads + head) * value, value) };
-            let w_uv = &self.kv_b[(head * (nope + value) + nope) * rank..][..value * rank];
+            let place = (task.row * seq + t) * heads + head;
+            let Some(kv_b) = self.kv_b else {
+                // SAFETY: one head of one token, which only this task writes, one at a time.
+                unsafe { out.range(place * rank, rank) }.copy_from_slice(&sums[..rank]);
+                continue;
+            };
+            // SAFETY: as above.
+            let out = unsafe { out.range(place * value, value) };
+            let w_uv = &kv_b[(head * (nope + value) + nope) * rank..][..value * rank];
             project(Tokens::dense(&sums[..rank], rank), w_uv, rank, out, false);
         }
     }
@@ -161,13 +164,18 @@ impl Heads<'_> {
     /// `[q̃ | q_pe]` times the scale, a row per position and head.
     #[inline(always)]
     fn map_queries(&self) -> Vec<f32> {
-        let Shape { seq, heads, nope, value, rank, scale, .. } = self.shape;
-        let (task, qk, width) = (self.task, self.shape.qk(), self.shape.width());
+        let Shape { seq, heads, nope, rope, value, rank, scale } = self.shape;
+        let (task, width) = (self.task, self.shape.width());
+        let qk = if self.kv_b.is_some() { nope + rope } else { width };
         let mut queries = vec![0.0; task.positions * task.heads * width];
         for (i, mapped) in queries.chunks_exact_mut(width).enumerate() {
             let (t, head) = (task.first + i / task.heads, task.head + i % task.heads);
             let q = &self.q[((task.row * seq + t) * heads + head) * qk..][..qk];
-            let w_uk = &self.kv_b[head * (nope + value) * rank..][..nope * rank];
+            let Some(kv_b) = self.kv_b else {
+                mapped.iter_mut().zip(q).for_each(|(m, q)| *m = q * scale);
+                continue;
+            };
+            let w_uk = &kv_b[head * (nope + value) * rank..][..nope * rank];
             for (q, w) in q.iter().zip(w_uk.chunks_exact(rank)) {
                 let q = q * scale;
                 for (m, w) in mapped.iter_mut().zip(w) {

@@ -147,6 +147,7 @@ impl BlockOps for Flex {
         mla: MlaDims,
     ) -> FlexTensor {
         let (q, kv_b, offsets) = (q.to_contiguous(), kv_b.to_contiguous(), integers(&offsets));
+        let maps = (dims::<2>(&kv_b)[0] > 0).then(|| kv_b.storage());
         let [batch, seq, ..] = dims::<4>(&q);
         let [_, keys, width] = dims::<3>(&cache);
         // A cache is a long buffer of which the filled part is a view: it is read where it lies.
@@ -160,8 +161,8 @@ impl BlockOps for Flex {
         };
         let MlaDims { heads, nope, rope, value, rank, scale, .. } = mla;
         let shape = absorbed::Shape { seq, heads, nope, rope, value, rank, scale: scale as f32 };
-        let mut out = new([batch, seq, heads * value]);
-        absorbed::forward(shape, q.storage(), slots, kv_b.storage(), &offsets, out.storage_mut());
+        let mut out = new([batch, seq, heads * if maps.is_some() { value } else { rank }]);
+        absorbed::forward(shape, q.storage(), slots, maps, &offsets, out.storage_mut());
         out
     }
 }

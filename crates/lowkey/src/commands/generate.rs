@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use anyhow::Context;
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
-use lowkey_infer::{Finish, Form, GenerateConfig, SamplingConfig};
-use lowkey_model::CausalLm;
+use lowkey_infer::{Finish, Form, GenerateConfig, SamplingConfig, Weights};
+use lowkey_model::{CausalLm, FusedMla};
 use serde_json::json;
 
 use super::WrongUse;
@@ -51,7 +51,8 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     // Not before the first token: a message about a refused request stands alone.
     let mut unprinted = (!arguments.json).then_some(prompt.as_str());
     let mut failure = None;
-    let out = lowkey_infer::generate(&model, &ids, &config, &device, &mut |id| {
+    let fused = fused_weights().unwrap_or_default();
+    let out = lowkey_infer::generate(Weights { model: &model, fused: &fused }, &ids, &config, &device, &mut |id| {
         unprinted.take().into_iter().for_each(stream);
         writer.push(id).unwrap_or_else(|e| {
             failure = Some(e);
@@ -87,6 +88,11 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     say("");
     complain(&format!("[{} tokens, {rate:.0} tokens/s, cache {}]", out.ids.len(), bytes(out.cache_bytes)));
     Ok(())
+}
+
+/// The layers' attention with its up-projections multiplied out, where the model directory holds it.
+fn fused_weights() -> Option<Vec<Option<FusedMla>>> {
+    None
 }
 
 fn end_tokens(model: &CausalLm, tokenizer: &Tokenizer) -> Vec<u32> {

@@ -1,0 +1,63 @@
+//! Attention over cached latents with the up-projections multiplied into the maps around them.
+//!
+//! The absorbed form (DeepSeek-V2, arXiv 2405.04434 §2.1.2) maps each query by W_UKᵀ and each result by W_UV. Both are maps of a
+//! head that follow a map and precede one: with W_UKᵀ·W_UQ and W_O·W_UV formed once, a step does neither, and W_UK and W_UV
+//! are not read at all. The products have L rows or columns per head where the factors have N or V.
+
+use burn::tensor::Tensor;
+use lowkey_kernels::{MlaDims, absorbed_attention, add_linear, linear, rotate};
+
+use crate::mla::{Latent, Mla};
+use crate::model::Block;
+use crate::rope::RopeTable;
+
+/// One layer's attention with its up-projections multiplied out.
+#[derive(Clone, Debug)]
+pub struct FusedMla {
+    /// Per head W_UKᵀ·W_UQ, L rows, then W_QR, R rows: `[H(L+R), Q]`, with d columns where queries are not compressed.
+    pub query: Tensor<2>,
+    /// Per head W_O·W_UV, side by side: `[d, H·L]`.
+    pub output: Tensor<2>,
+}
+
+impl Mla {
+    /// The shapes of [`FusedMla::query`] and [`FusedMla::output`] that go with this layer.
+    pub fn fused_shapes(&self) -> [[usize; 2]; 2] {
+        let MlaDims { heads, rope, rank, .. } = self.dims;
+        let columns = |up: &crate::layers::Linear| up.weight.val().dims()[1];
+        let of_query = self.q_b_proj.as_ref().or(self.q_proj.as_ref()).map_or(0, columns);
+        let [d, _] = self.o_proj.weight.val().dims();
+        [[heads * (rank + rope), of_query], [d, heads * rank]]
+    }
+
+    /// q = [q̃ | RoPE(q_pe)] for each head, with q̃ = W_UKᵀ q_nope already in latent space.
+    ///
+    /// # Shapes
+    /// `x [batch, seq, d]` → `[batch, seq, H, L+R]`, the rotated part in half-split order.
+    pub fn fused_queries(&self, fused: &FusedMla, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
+        let MlaDims { heads, rope: r, rank, interleave, .. } = self.dims;
+        let [batch, seq, _] = x.dims();
+        let q = linear(self.query_input(x), fused.query.clone(), None).reshape([batch, seq, heads, rank + r]);
+        if r > 0 { rotate(q, rope.cos.clone(), rope.sin.clone(), rank, interleave) } else { q }
+    }
+
+    /// Attention of queries in latent space over the latents themselves; the weighted sums of latents are the result.
+    /// Query `t` of row `b` sees the tokens `0..=offsets[b] + t`. [`Block::finish_fused`] has yet to follow.
+    ///
+    /// # Shapes
+    /// Queries of [`Mla::fused_queries`], latent `keys ≥ seq` → `[batch, seq, H·L]`.
+    pub fn attend_fused(&self, queries: Tensor<4>, latent: Latent, offsets: &[usize]) -> Tensor<3> {
+        absorbed_attention(queries, latent.both, None, offsets, self.dims)
+    }
+}
+
+impl Block {
+    /// [`Block::finish`] from the heads' sums of latents on: `x + W_O W_UV sums`, and the feed-forward layer.
+    ///
+    /// # Shapes
+    /// `x [batch, seq, d]`, `sums [batch, seq, H·L]` → `[batch, seq, d]`.
+    pub fn finish_fused(&self, x: Tensor<3>, sums: Tensor<3>, fused: &FusedMla) -> Tensor<3> {
+        let bias = self.self_attn.o_proj().bias.as_ref().map(burn::module::Param::val);
+        self.feed_forward(add_linear(x, sums, fused.output.clone(), bias))
+    }
+}
