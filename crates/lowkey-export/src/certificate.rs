@@ -238,5 +238,3 @@ impl Evidence {
     }
 }
 
-#[cfg(test)]
-mod tests;

@@ -3,8 +3,8 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Tensor};
-use lowkey_infer::{CacheDtype, Decoder, Form, GenerateConfig, Weights, generate};
-use lowkey_model::{CausalLm, ids_tensor};
+use lowkey_infer::{Decoder, Form, GenerateConfig, Weights, generate};
+use lowkey_model::{CausalLm, FusedMla, ids_tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -63,7 +63,9 @@ pub struct Greedy {
 
 /// A model and the form it decodes in.
 pub(crate) struct Candidate {
-    pub(crate) weights: Weights,
+    pub(crate) model: CausalLm,
+    /// One entry per layer, or none at all.
+    pub(crate) fused: Vec<Option<FusedMla>>,
     pub(crate) form: Form,
 }
 
@@ -80,7 +82,10 @@ pub(crate) fn compare_logits(
     for ids in &text.sequences {
         let context = source.context(&vec![0; ids.len()], ids.len(), device);
         let hidden = source.hidden(ids_tensor(ids, 1, ids.len(), device), &context, None);
-        let mut decoder = Decoder::new(&export.weights, 1, ids.len(), export.form, CacheDtype::F32, device)?;
+        let mut decoder = Decoder::new(&export.model, 1, ids.len(), export.form, device)?;
+        if !export.fused.is_empty() {
+            decoder = decoder.with_fused(export.fused.clone())?;
+        }
         for (i, chunk) in ids.chunks(CHUNK).enumerate() {
             observe(Progress { doing: "comparing logits", done: sums.positions, of: total });
             let from = i * CHUNK;
@@ -166,7 +171,7 @@ pub(crate) fn compare_greedy(
     observe: Observer,
 ) -> Result<Vec<Greedy>> {
     let limit = source.config.max_position_embeddings;
-    let plain = Candidate { weights: Weights::from(source.clone()), form: Form::Expanded };
+    let plain = Candidate { model: source.clone(), fused: Vec::new(), form: Form::Expanded };
     let mut found = Vec::new();
     for (done, ids) in text.sequences.iter().enumerate() {
         observe(Progress { doing: "continuing greedily", done, of: text.sequences.len() });
@@ -188,7 +193,8 @@ pub(crate) fn compare_greedy(
 
 fn continuation(model: &Candidate, prompt: &[u32], new: usize, device: &Device) -> Result<Vec<u32>> {
     let config = GenerateConfig { max_new_tokens: new, form: model.form, ..GenerateConfig::default() };
-    Ok(generate(&model.weights, prompt, &config, device, &mut |_| ControlFlow::Continue(()))?.ids)
+    let weights = Weights { model: &model.model, fused: &model.fused };
+    Ok(generate(weights, prompt, &config, device, &mut |_| ControlFlow::Continue(()))?.ids)
 }
 
 /// How much the model prefers the first token over the second after `ids`, as a share of its largest logit.
@@ -205,5 +211,3 @@ fn host(logits: Tensor<3>) -> Result<Vec<f32>> {
     logits.try_into_vec_as::<f32>().map_err(|e| Error::device("the logits", e))
 }
 
-#[cfg(test)]
-mod tests;

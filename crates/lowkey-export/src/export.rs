@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
-use lowkey_infer::{Form, Weights};
+use lowkey_infer::Form;
 use lowkey_model::{Attention, CausalLm, FusedMla, Mla};
 
 use crate::certificate::{
@@ -160,20 +160,20 @@ pub(crate) fn gather(
         Layout::Gguf => {
             let model = gguf::read_model(&dir.join(GGUF), device)?;
             let weights = weight_errors(&gguf::as_stored(source)?, &model)?;
-            (weights, Vec::new(), Candidate { weights: Weights::from(model), form: Form::Absorbed })
+            (weights, Vec::new(), Candidate { model, fused: Vec::new(), form: Form::Absorbed })
         }
         _ => {
             let (source, mut model) = (canonical(source)?, CausalLm::load(dir, device)?);
             let weights = weight_errors(&source, &model)?;
             let (products, fused, form) = match target.to {
-                Layout::Absorbed => (absorb(dir, &source, &mut model, device)?, None, Form::Absorbed),
+                Layout::Absorbed => (absorb(dir, &source, &mut model, device)?, Vec::new(), Form::Absorbed),
                 Layout::Fused if dir.join(FUSED).is_file() => {
                     let fused = load_fused(dir, &model, device)?;
-                    (fused_errors(&source, &fused)?, Some(fused), Form::Fused)
+                    (fused_errors(&source, &fused)?, fused, Form::Fused)
                 }
-                _ => (Vec::new(), None, Form::Auto),
+                _ => (Vec::new(), Vec::new(), Form::Auto),
             };
-            (weights, products, Candidate { weights: Weights { model, fused }, form })
+            (weights, products, Candidate { model, fused, form })
         }
     };
     let logits = compare_logits(source, &candidate, text, device, observe)?;
@@ -255,15 +255,14 @@ pub fn load_fused(dir: &Path, model: &CausalLm, device: &Device) -> Result<Vec<O
             fused.push(None);
             continue;
         }
-        let dims = mla.dims;
-        let ([_, width], [d, _]) = (products::query_up(mla)?.weight.dims(), mla.o_proj.weight.dims());
+        let [of_query, of_output] = mla.fused_shapes();
         let mut tensor = |name: &str, shape: [usize; 2]| -> Result<Tensor<2>> {
             let values = side::take(&path, &mut tensors, name, &shape)?;
             Ok(Tensor::from_data(TensorData::new(values, shape), device))
         };
         fused.push(Some(FusedMla {
-            query: tensor(&query, [dims.heads * (dims.rank + dims.rope), width])?,
-            output: tensor(&output, [d, dims.heads * dims.rank])?,
+            query: tensor(&query, of_query)?,
+            output: tensor(&output, of_output)?,
         }));
     }
     side::nothing_left(&path, &tensors)?;

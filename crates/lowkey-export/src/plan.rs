@@ -149,5 +149,3 @@ fn cost(config: &ModelConfig, mla: &MlaConfig, settings: PlanSettings, form: Lay
     }
 }
 
-#[cfg(test)]
-mod tests;

@@ -116,6 +116,20 @@ impl Decoder {
         Ok(self.logits(Tensor::cat(last.into_iter().flatten().collect(), 0)))
     }
 
+    /// Appends `rows[b]` to sequence `b` in one chunk and returns the logits that follow every token. Where a row is shorter than
+    /// the longest, the numbers past its end mean nothing.
+    ///
+    /// # Shapes
+    /// → `[batch, longest row, vocab]`
+    ///
+    /// # Errors
+    /// As [`Decoder::prefill`].
+    pub fn forward(&mut self, rows: &[&[u32]]) -> Result<Tensor<3>> {
+        self.check(rows)?;
+        let hidden = self.advance(rows)?;
+        Ok(self.model.logits(hidden))
+    }
+
     /// Appends one token to each sequence and returns the logits that follow it.
     ///
     /// # Shapes
