@@ -11,10 +11,10 @@ use crate::plan::LayerPlan;
 use crate::target::Target;
 
 /// File name of the certificate that programs read.
-pub const JSON: &str = "certificate.json";
+pub(crate) const JSON: &str = "certificate.json";
 
 /// File name of the one that people read.
-pub const MARKDOWN: &str = "CERTIFICATE.md";
+pub(crate) const MARKDOWN: &str = "CERTIFICATE.md";
 
 /// Version of the layout below.
 const FORMAT: u32 = 1;
@@ -237,4 +237,3 @@ impl Evidence {
         failures
     }
 }
-

@@ -210,4 +210,3 @@ fn margin(model: &CausalLm, ids: &[u32], [a, b]: [u32; 2], device: &Device) -> R
 fn host(logits: Tensor<3>) -> Result<Vec<f32>> {
     logits.try_into_vec_as::<f32>().map_err(|e| Error::device("the logits", e))
 }
-

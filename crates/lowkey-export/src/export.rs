@@ -260,10 +260,7 @@ pub fn load_fused(dir: &Path, model: &CausalLm, device: &Device) -> Result<Vec<O
             let values = side::take(&path, &mut tensors, name, &shape)?;
             Ok(Tensor::from_data(TensorData::new(values, shape), device))
         };
-        fused.push(Some(FusedMla {
-            query: tensor(&query, of_query)?,
-            output: tensor(&output, of_output)?,
-        }));
+        fused.push(Some(FusedMla { query: tensor(&query, of_query)?, output: tensor(&output, of_output)? }));
     }
     side::nothing_left(&path, &tensors)?;
     Ok(fused)

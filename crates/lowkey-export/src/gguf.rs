@@ -1,12 +1,30 @@
 //! GGUF, the file format of llama.cpp.
-use std::path::Path; use burn::tensor::Device; use lowkey_model::CausalLm; use lowkey_data::Tokenizer; use crate::error::{Result,Error};
+use crate::error::{Error, Result};
+use burn::tensor::Device;
+use lowkey_data::Tokenizer;
+use lowkey_model::CausalLm;
+use std::path::Path;
 /// t
-#[derive(Clone, Copy, Debug, PartialEq, Eq)] pub enum TensorType { /// f
- F32 }
-impl std::str::FromStr for TensorType { type Err = Error; fn from_str(_: &str) -> Result<Self> { Ok(Self::F32) } }
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TensorType {
+    /// f
+    F32,
+}
+impl std::str::FromStr for TensorType {
+    type Err = Error;
+    fn from_str(_: &str) -> Result<Self> {
+        Ok(Self::F32)
+    }
+}
 /// w
-pub fn write(_: &Path, _: &CausalLm, _: &Tokenizer, _: &Path, _: TensorType) -> Result<()> { Err(Error::unsupported("gguf", "later")) }
+pub fn write(_: &Path, _: &CausalLm, _: &Tokenizer, _: &Path, _: TensorType) -> Result<()> {
+    Err(Error::unsupported("gguf", "later"))
+}
 /// r
-pub fn read_model(_: &Path, _: &Device) -> Result<CausalLm> { Err(Error::unsupported("gguf", "later")) }
+pub fn read_model(_: &Path, _: &Device) -> Result<CausalLm> {
+    Err(Error::unsupported("gguf", "later"))
+}
 /// s
-pub fn as_stored(m: &CausalLm) -> Result<CausalLm> { Ok(m.clone()) }
+pub fn as_stored(m: &CausalLm) -> Result<CausalLm> {
+    Ok(m.clone())
+}

@@ -51,9 +51,7 @@ mod side;
 mod source;
 mod target;
 
-pub use certificate::{
-    Bounds, Certificate, Evidence, ProductEvidence, SourceFiles, TensorError, WeightEvidence,
-};
+pub use certificate::{Bounds, Certificate, Evidence, ProductEvidence, SourceFiles, TensorError, WeightEvidence};
 pub use error::{Error, Result};
 pub use evidence::{Greedy, LogitEvidence, Text};
 pub use export::{ABSORBED, FUSED, GGUF, Options, Verdict, export, load_fused, verify};

@@ -25,20 +25,44 @@ pub(crate) fn markdown(c: &Certificate) -> String {
 
     text(&mut page, "## Behaviour\n");
     let sizes: Vec<String> = c.text.sequences.iter().map(|ids| ids.len().to_string()).collect();
-    text(&mut page, &format!("Text: {}; {} positions in sequences of {} tokens.\n", c.text.description, l.positions, sizes.join(", ")));
+    text(
+        &mut page,
+        &format!(
+            "Text: {}; {} positions in sequences of {} tokens.\n",
+            c.text.description,
+            l.positions,
+            sizes.join(", ")
+        ),
+    );
     let change = l.perplexity_export / l.perplexity_source - 1.0;
     let rows = [
-        ["max &#124;Δlogit&#124; / max &#124;logit&#124;".into(), format!("{:.3e}", l.max_relative), format!("≤ {:.1e}", c.bounds.logit)],
+        [
+            "max &#124;Δlogit&#124; / max &#124;logit&#124;".into(),
+            format!("{:.3e}", l.max_relative),
+            format!("≤ {:.1e}", c.bounds.logit),
+        ],
         ["max &#124;Δlogit&#124;".into(), format!("{:.3e}", l.max_abs), String::new()],
         ["mean KL(source‖export), nats".into(), format!("{:.3e}", l.mean_kl), format!("≤ {:.1e}", c.bounds.kl)],
-        ["same top token".into(), format!("{:.2} %", l.top1_agreement * 100.0), format!("≥ {:.2} %", c.bounds.top1 * 100.0)],
+        [
+            "same top token".into(),
+            format!("{:.2} %", l.top1_agreement * 100.0),
+            format!("≥ {:.2} %", c.bounds.top1 * 100.0),
+        ],
         ["perplexity of the source".into(), format!("{:.6}", l.perplexity_source), String::new()],
-        ["perplexity of the export".into(), format!("{:.6} ({change:+.2e})", l.perplexity_export), format!("± {:.1e}", c.bounds.perplexity)],
+        [
+            "perplexity of the export".into(),
+            format!("{:.6} ({change:+.2e})", l.perplexity_export),
+            format!("± {:.1e}", c.bounds.perplexity),
+        ],
     ];
     table(&mut page, ["figure", "found", "demanded"], &rows);
 
     text(&mut page, "\n## Greedy continuations\n");
-    let demanded = if c.bounds.greedy { "must agree, but for ties within the bound of the logits" } else { "reported, not bounded" };
+    let demanded = if c.bounds.greedy {
+        "must agree, but for ties within the bound of the logits"
+    } else {
+        "reported, not bounded"
+    };
     text(&mut page, &format!("Token by token, through each one's own cache; {demanded}.\n"));
     let rows: Vec<[String; 3]> = c
         .evidence
@@ -46,8 +70,13 @@ pub(crate) fn markdown(c: &Certificate) -> String {
         .iter()
         .enumerate()
         .map(|(i, g)| {
-            let margin = g.margin.map_or_else(String::new, |m| format!("parts where the source prefers its token by {m:.1e}"));
-            [format!("{} ({} prompt tokens)", i + 1, g.prompt.len()), format!("{} of {}", g.agree, g.source.len()), margin]
+            let margin =
+                g.margin.map_or_else(String::new, |m| format!("parts where the source prefers its token by {m:.1e}"));
+            [
+                format!("{} ({} prompt tokens)", i + 1, g.prompt.len()),
+                format!("{} of {}", g.agree, g.source.len()),
+                margin,
+            ]
         })
         .collect();
     table(&mut page, ["continuation", "tokens that agree", ""], &rows);
@@ -60,7 +89,8 @@ pub(crate) fn markdown(c: &Certificate) -> String {
             c.bounds.weight_max, c.bounds.weight_rms
         ),
     );
-    let row = |name: &str, error: TensorError| [name.to_string(), format!("{:.2e}", error.max), format!("{:.2e}", error.rms)];
+    let row =
+        |name: &str, error: TensorError| [name.to_string(), format!("{:.2e}", error.max), format!("{:.2e}", error.rms)];
     let rows: Vec<_> = c.evidence.weights.iter().map(|w| row(&w.part, w.error)).collect();
     table(&mut page, ["part", "max", "RMS"], &rows);
     if !c.evidence.products.is_empty() {
@@ -71,7 +101,10 @@ pub(crate) fn markdown(c: &Certificate) -> String {
     }
     if !c.plan.is_empty() {
         text(&mut page, "\n## Plan\n");
-        text(&mut page, "Attention of a layer, per decoded token. The form that reads the fewest bytes is chosen unless one is forced.\n");
+        text(
+            &mut page,
+            "Attention of a layer, per decoded token. The form that reads the fewest bytes is chosen unless one is forced.\n",
+        );
         plan(&mut page, &c.plan);
     }
     text(&mut page, "\n## Files\n");

@@ -112,7 +112,10 @@ pub(crate) fn latent_attention(config: &ModelConfig) -> Result<&MlaConfig> {
             } else {
                 "it has no latent to attend to; convert the model to MLA first"
             };
-            Err(Error::unsupported("the absorbed and fused forms", format!("{} attention: {why}", config.attention_name())))
+            Err(Error::unsupported(
+                "the absorbed and fused forms",
+                format!("{} attention: {why}", config.attention_name()),
+            ))
         }
     }
 }
@@ -148,4 +151,3 @@ fn cost(config: &ModelConfig, mla: &MlaConfig, settings: PlanSettings, form: Lay
         flops_per_token: 2 * products as u64,
     }
 }
-

@@ -62,6 +62,9 @@ fn up_projections(mla: &Mla) -> (Tensor<3>, Tensor<3>) {
 }
 
 fn exact(name: String, shape: Vec<usize>, tensor: Tensor<3>) -> Result<Exact> {
-    let values = tensor.into_data().try_into_vec_as::<f64>().map_err(|e| Error::Device { what: name.clone(), why: format!("{e:?}") })?;
+    let values = tensor
+        .into_data()
+        .try_into_vec_as::<f64>()
+        .map_err(|e| Error::Device { what: name.clone(), why: format!("{e:?}") })?;
     Ok(Exact { name, shape, values })
 }

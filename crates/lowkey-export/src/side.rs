@@ -91,9 +91,7 @@ pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
     for (name, view) in parsed.tensors() {
         let pairs = || view.data().chunks_exact(2).map(|b| [b[0], b[1]]);
         let values = match view.dtype() {
-            Dtype::F32 => {
-                view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-            }
+            Dtype::F32 => view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
             Dtype::BF16 => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
             Dtype::F16 => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
             other => {

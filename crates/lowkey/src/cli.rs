@@ -1,6 +1,7 @@
 //! The command line.
 
 mod bench;
+mod export;
 
 use std::path::PathBuf;
 
@@ -9,8 +10,9 @@ use clap::{Args, Parser, Subcommand};
 pub(crate) use bench::{
     BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchStepArguments, BenchTrainArguments,
 };
+pub(crate) use export::{ExportArguments, VerifyArguments};
 
-/// Trains, samples, evaluates and inspects Multi-head Latent Attention (MLA) language models.
+/// Trains, samples, evaluates, exports and inspects Multi-head Latent Attention (MLA) language models.
 #[derive(Debug, Parser)]
 #[command(
     version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("LOWKEY_COMMIT"), ")"),
@@ -19,7 +21,8 @@ pub(crate) use bench::{
         Examples:\n  \
         lowkey train configs/quickstart.toml\n  \
         lowkey generate runs/quickstart/checkpoints/best --prompt \"Once\"\n  \
-        lowkey eval runs/quickstart/checkpoints/best --data datasets/storybook.toml"
+        lowkey eval runs/quickstart/checkpoints/best --data datasets/storybook.toml\n  \
+        lowkey export runs/quickstart/checkpoints/best --to gguf"
 )]
 pub(crate) struct Arguments {
     #[command(subcommand)]
@@ -47,6 +50,18 @@ pub(crate) enum Command {
         lowkey eval runs/quickstart/checkpoints/best --data datasets/storybook.toml\n  \
         lowkey eval MODEL --data my.txt --split all --json")]
     Eval(EvalArguments),
+    /// Write an inference-ready checkpoint with a certificate that it is the same model
+    #[command(after_help = "Examples:\n  \
+        lowkey export runs/quickstart/checkpoints/best --to hf --dtype bf16\n  \
+        lowkey export MODEL --to absorbed --out exports/story\n  \
+        lowkey export MODEL --to fused --form fused\n  \
+        lowkey export MODEL --to gguf --dtype q8_0 --data my.txt")]
+    Export(ExportArguments),
+    /// Compute an export's certificate again from its files; exit code 1 where it does not hold
+    #[command(after_help = "Examples:\n  \
+        lowkey verify exports/quickstart-absorbed\n  \
+        lowkey verify exports/quickstart-gguf --source runs/quickstart/checkpoints/best")]
+    Verify(VerifyArguments),
     /// Turn a corpus into token shards, or look at one
     Data {
         #[command(subcommand)]

@@ -82,6 +82,9 @@ fn is_wrong_use(error: &anyhow::Error) -> bool {
         }) || cause.downcast_ref::<lowkey_model::Error>().is_some_and(model)
             || cause.downcast_ref::<lowkey_data::Error>().is_some_and(data)
             || cause.downcast_ref::<lowkey_infer::Error>().is_some_and(infer)
+            || cause
+                .downcast_ref::<lowkey_export::Error>()
+                .is_some_and(|e| matches!(e, lowkey_export::Error::Setting { .. }))
             || cause.downcast_ref::<commands::WrongUse>().is_some()
     })
 }

@@ -134,10 +134,10 @@ impl Measuring {
         Self { bar }
     }
 
-    pub(crate) fn show(&self, progress: lowkey_train::bench::Progress) {
-        self.bar.set_length(progress.of as u64);
-        self.bar.set_message(progress.doing);
-        self.bar.set_position(progress.done as u64);
+    pub(crate) fn show(&self, doing: &'static str, done: usize, of: usize) {
+        self.bar.set_length(of as u64);
+        self.bar.set_message(doing);
+        self.bar.set_position(done as u64);
     }
 }
 

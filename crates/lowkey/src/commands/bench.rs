@@ -11,7 +11,7 @@ use crate::progress::{Measuring, spaced};
 
 pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
     let bar = Measuring::new();
-    let observe = &mut |progress| bar.show(progress);
+    let observe = &mut |p: bench::Progress| bar.show(p.doing, p.done, p.of);
     match command {
         BenchCommand::Train(BenchTrainArguments { step, steps, warmup, json }) => {
             let figures = bench::train(&options(step, steps, warmup), observe);

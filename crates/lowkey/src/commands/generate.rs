@@ -6,7 +6,7 @@ use anyhow::Context;
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
 use lowkey_infer::{Finish, Form, GenerateConfig, SamplingConfig, Weights};
-use lowkey_model::{CausalLm, FusedMla};
+use lowkey_model::CausalLm;
 use serde_json::json;
 
 use super::WrongUse;
@@ -51,7 +51,7 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     // Not before the first token: a message about a refused request stands alone.
     let mut unprinted = (!arguments.json).then_some(prompt.as_str());
     let mut failure = None;
-    let fused = fused_weights().unwrap_or_default();
+    let fused = super::export::fused_weights(&arguments.model, &model, &device)?;
     let out = lowkey_infer::generate(Weights { model: &model, fused: &fused }, &ids, &config, &device, &mut |id| {
         unprinted.take().into_iter().for_each(stream);
         writer.push(id).unwrap_or_else(|e| {
@@ -88,11 +88,6 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     say("");
     complain(&format!("[{} tokens, {rate:.0} tokens/s, cache {}]", out.ids.len(), bytes(out.cache_bytes)));
     Ok(())
-}
-
-/// The layers' attention with its up-projections multiplied out, where the model directory holds it.
-fn fused_weights() -> Option<Vec<Option<FusedMla>>> {
-    None
 }
 
 fn end_tokens(model: &CausalLm, tokenizer: &Tokenizer) -> Vec<u32> {

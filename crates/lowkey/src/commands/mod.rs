@@ -3,6 +3,7 @@
 mod bench;
 mod data;
 mod eval;
+mod export;
 mod generate;
 mod info;
 mod logits;
@@ -44,6 +45,8 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Plan(arguments) => train::plan(arguments).map(done),
         Command::Generate(arguments) => generate::generate(&arguments).map(done),
         Command::Eval(arguments) => eval::eval(&arguments).map(done),
+        Command::Export(arguments) => export::export(&arguments).map(done),
+        Command::Verify(arguments) => export::verify(&arguments),
         Command::Data { command: DataCommand::Prepare(arguments) } => data::prepare(&arguments).map(done),
         Command::Data { command: DataCommand::Info(arguments) } => data::info(&arguments).map(done),
         Command::Info(arguments) => info::info(&arguments).map(done),

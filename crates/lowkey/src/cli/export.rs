@@ -1,0 +1,54 @@
+//! Arguments of `lowkey export` and `lowkey verify`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportArguments {
+    /// A Hugging Face model directory, such as a checkpoint
+    pub(crate) model: PathBuf,
+    /// hf: for transformers, vLLM and SGLang; absorbed, fused: the same and a side file with W_UK and W_UV split, or
+    /// multiplied into the weights around them; gguf: one file for llama.cpp
+    #[arg(long, value_name = "LAYOUT", value_parser = ["hf", "absorbed", "fused", "gguf"])]
+    pub(crate) to: String,
+    /// Folder to make [default: exports/NAME-LAYOUT]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Number format of the weights: f32, bf16 or f16, and q8_0 for gguf
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16", "q8_0"])]
+    pub(crate) dtype: String,
+    /// With --to fused: every layer in this form (expanded, absorbed or fused) instead of the one that reads least
+    #[arg(long, value_name = "FORM")]
+    pub(crate) form: Option<String>,
+    /// Tokens in the cache that the plan of the forms counts with [default: the model's longest]
+    #[arg(long, value_name = "N")]
+    pub(crate) context: Option<usize>,
+    /// A dataset file (.toml) or a text file, whose held-out text the certificate is computed on [default: the run's]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Option<PathBuf>,
+    /// Demand something else of the export: logit, kl, top1 or perplexity; may be given several times
+    #[arg(long = "bound", value_name = "NAME=NUMBER")]
+    pub(crate) bounds: Vec<String>,
+    /// Cut weights into files of at most this many megabytes
+    #[arg(long, default_value_t = 5000, value_name = "MB")]
+    pub(crate) shard_size: usize,
+    /// Replace the export that is already in the folder
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    /// Print the certificate as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArguments {
+    /// The folder that `lowkey export` made
+    pub(crate) export: PathBuf,
+    /// The model that it was made of; needed for gguf
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) source: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}

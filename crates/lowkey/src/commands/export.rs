@@ -1,0 +1,264 @@
+//! `lowkey export` and `lowkey verify`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use burn::tensor::Device;
+use lowkey_data::{DatasetConfig, IGNORE, Packing, Tokenizer, prepare, validation_batches};
+use lowkey_export::{
+    Bounds, Certificate, Evidence, FUSED, LayerForm, LayerPlan, Options, Progress, Source, Target, Text,
+};
+use lowkey_model::{CausalLm, FusedMla, ModelConfig};
+use lowkey_train::{RunConfig, checkpoint, run_data};
+use serde_json::json;
+
+use super::WrongUse;
+use crate::cli::{ExportArguments, VerifyArguments};
+use crate::output::{bytes, complain, count, pairs, say, say_json, table};
+use crate::progress::{Measuring, show_preparation};
+
+/// Held-out sequences, and the most tokens of one.
+const SEQUENCES: usize = 4;
+const LONGEST: usize = 512;
+
+pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
+    let target = Target::parse(&arguments.to, &arguments.dtype).map_err(wrong_use)?;
+    let form = arguments.form.as_deref().map(str::parse::<LayerForm>).transpose().map_err(wrong_use)?;
+    let mut bounds = target.bounds();
+    for bound in &arguments.bounds {
+        bounds.set(bound).map_err(wrong_use)?;
+    }
+    if arguments.shard_size == 0 || arguments.context == Some(0) {
+        return Err(WrongUse("--shard-size and --context must be at least 1".into()).into());
+    }
+    let source = open(&arguments.model)?;
+    let options = Options {
+        out: arguments.out.clone().unwrap_or_else(|| default_out(&arguments.model, &arguments.to)),
+        overwrite: arguments.overwrite,
+        form,
+        context: arguments.context,
+        text: text(arguments.data.as_deref(), &source)?,
+        bounds,
+        max_shard_bytes: arguments.shard_size.saturating_mul(1_000_000),
+        target,
+    };
+    let bar = Measuring::new();
+    let observe = &mut |p: Progress| bar.show(p.doing, p.done, p.of);
+    let certificate = lowkey_export::export(&source, &options, &Device::flex(), observe);
+    drop(bar);
+    let certificate = certificate?;
+    if arguments.json {
+        return say_json(&certificate);
+    }
+    say(&report(&options.out, &certificate));
+    Ok(())
+}
+
+pub(crate) fn verify(arguments: &VerifyArguments) -> anyhow::Result<ExitCode> {
+    let source = arguments.source.as_deref().map(open).transpose()?;
+    let bar = Measuring::new();
+    let observe = &mut |p: Progress| bar.show(p.doing, p.done, p.of);
+    let verdict = lowkey_export::verify(&arguments.export, source.as_ref(), &Device::flex(), observe);
+    drop(bar);
+    let verdict = verdict?;
+    let holds = verdict.failures.is_empty();
+    if arguments.json {
+        say_json(&json!({
+            "holds": holds,
+            "failures": verdict.failures,
+            "notes": verdict.notes,
+            "bounds": verdict.certificate.bounds,
+            "evidence": verdict.evidence,
+        }))?;
+    } else {
+        if let Some(evidence) = &verdict.evidence {
+            say(&figures(evidence, &verdict.certificate.bounds));
+        }
+        verdict.notes.iter().for_each(|note| say(&format!("note: {note}")));
+        let path = arguments.export.display();
+        match holds {
+            true => say(&format!("{path}: the certificate holds")),
+            false => complain(&format!("{path}: the certificate does NOT hold\n  {}", verdict.failures.join("\n  "))),
+        }
+    }
+    Ok(if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The layers' fused weights, where the model directory holds them.
+pub(crate) fn fused_weights(dir: &Path, model: &CausalLm, device: &Device) -> anyhow::Result<Vec<Option<FusedMla>>> {
+    if dir.join(FUSED).is_file() {
+        return Ok(lowkey_export::load_fused(dir, model, device)?);
+    }
+    Ok(Vec::new())
+}
+
+fn wrong_use(error: lowkey_export::Error) -> anyhow::Error {
+    WrongUse(error.to_string()).into()
+}
+
+/// A model directory; one that carries checksums only if they match.
+fn open(dir: &Path) -> anyhow::Result<Source> {
+    if checkpoint::has_checksums(dir) {
+        checkpoint::verify(dir)?;
+    }
+    Ok(Source::open(dir, &Device::flex())?)
+}
+
+/// The run that a checkpoint belongs to.
+fn run_dir(model: &Path) -> Option<PathBuf> {
+    let full = model.canonicalize().ok()?;
+    let checkpoints = full.parent()?;
+    (checkpoints.ends_with("checkpoints")).then(|| checkpoints.parent().map(Path::to_path_buf)).flatten()
+}
+
+/// `exports/RUN-LAYOUT` for a run's checkpoint, `exports/FOLDER-LAYOUT` otherwise.
+fn default_out(model: &Path, to: &str) -> PathBuf {
+    let full = model.canonicalize().unwrap_or_else(|_| model.to_path_buf());
+    let folder = run_dir(model).unwrap_or(full);
+    let name = folder.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
+    Path::new("exports").join(format!("{name}-{to}"))
+}
+
+/// Held-out text of `--data`, else of the run that the model belongs to, else random tokens.
+fn text(data: Option<&Path>, source: &Source) -> anyhow::Result<Text> {
+    let config = &source.model.config;
+    match (&source.tokenizer, data) {
+        (Some(tokenizer), Some(path)) => {
+            let dataset = super::data::dataset(path)?;
+            let dir = tempfile::tempdir()?;
+            held_out(&dataset, dir.path(), Some(tokenizer.clone()), config)
+        }
+        (None, Some(_)) => {
+            Err(WrongUse(format!("--data: {} has no tokenizer.json to read it with", source.dir.display())).into())
+        }
+        (_, None) => match of_run(source) {
+            Some(text) => text,
+            None => {
+                complain("note: no --data, and the model belongs to no run: the certificate uses random tokens");
+                Ok(random(config))
+            }
+        },
+    }
+}
+
+/// The held-out text that the run itself was evaluated on; none where the model belongs to no run.
+fn of_run(source: &Source) -> Option<anyhow::Result<Text>> {
+    let run = run_dir(&source.dir)?;
+    let file = run.join("run.toml");
+    let tokenizer = source.tokenizer.as_ref().filter(|_| file.is_file())?;
+    let read = || {
+        let config = RunConfig::load(&file, &[])?;
+        let dataset = run_data::dataset(&config.data, &file)?;
+        let own = config.init.is_some().then(|| tokenizer.clone());
+        let dir = run_data::prepared_dir(&dataset, &config.data, &run, own.as_ref());
+        held_out(&dataset, &dir, own, &source.model.config)
+    };
+    let hint = |e: anyhow::Error| e.context("the run's own text cannot be read; give --data FILE");
+    Some(read().map_err(hint))
+}
+
+fn held_out(
+    dataset: &DatasetConfig,
+    dir: &Path,
+    tokenizer: Option<Tokenizer>,
+    config: &ModelConfig,
+) -> anyhow::Result<Text> {
+    let prepared = prepare(dataset, dir, tokenizer, &mut |progress| show_preparation(&progress))?;
+    let seq_len = config.max_position_embeddings.min(LONGEST);
+    let batch = validation_batches(&prepared.validation, seq_len, SEQUENCES, Some(1), Packing::Stream, false).next();
+    let rows = batch.iter().flat_map(|b| b.input_ids.chunks(seq_len).zip(b.targets.chunks(seq_len)));
+    // A row that the text does not fill is padded.
+    let sequences = rows
+        .map(|(ids, targets)| {
+            let filled = targets.iter().take_while(|target| **target != IGNORE).count();
+            ids[..filled].to_vec()
+        })
+        .filter(|ids: &Vec<u32>| !ids.is_empty())
+        .collect();
+    Ok(Text { description: format!("held-out split of {}", dataset.name), sequences })
+}
+
+/// Tokens of a fixed linear congruential sequence (Knuth's MMIX constants): the same ones for everybody.
+fn random(config: &ModelConfig) -> Text {
+    let len = config.max_position_embeddings.min(LONGEST);
+    let mut state = 1u64;
+    let mut token = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % config.vocab_size as u64) as u32
+    };
+    let sequences = (0..SEQUENCES).map(|_| (0..len).map(|_| token()).collect()).collect();
+    Text { description: "random tokens, as no text was given".into(), sequences }
+}
+
+fn report(out: &Path, certificate: &Certificate) -> String {
+    let size: u64 = certificate.outputs.iter().map(|file| file.bytes).sum();
+    let mut text = format!(
+        "{}: {} in {}, {} files, {}\n",
+        out.display(),
+        certificate.target.to,
+        certificate.target.dtype,
+        certificate.outputs.len(),
+        bytes(size as usize)
+    );
+    if !certificate.plan.is_empty() {
+        text += &(plan(&certificate.plan) + "\n");
+    }
+    text + &figures(&certificate.evidence, &certificate.bounds)
+}
+
+/// One row per form and run of equal layers.
+fn plan(plan: &[LayerPlan]) -> String {
+    let mut rows = Vec::new();
+    let mut from = 0;
+    while let Some(first) = plan.get(from) {
+        let same = plan[from..].iter().take_while(|p| p.form == first.form && p.costs == first.costs).count();
+        for cost in &first.costs {
+            let mark = match (cost.form == first.form, first.forced) {
+                (false, _) => "",
+                (true, true) => "forced",
+                (true, false) => "chosen",
+            };
+            rows.push(vec![
+                format!("{from}..{}", from + same - 1),
+                format!("{:<8}", cost.form.to_string()),
+                count(cost.weights as f64),
+                bytes(cost.bytes_per_token as usize),
+                count(cost.flops_per_token as f64),
+                format!("{mark:<6}"),
+            ]);
+        }
+        from += same;
+    }
+    table(&["layers", "form    ", "weights", "read/token", "FLOPs/token", "      "], &rows)
+}
+
+fn figures(evidence: &Evidence, bounds: &Bounds) -> String {
+    let l = &evidence.logits;
+    let worst = |errors: &mut dyn Iterator<Item = f64>| errors.fold(0.0, f64::max);
+    let mut rows = vec![(
+        "weights",
+        format!(
+            "max relative error {:.2e} (demanded ≤ {:.1e})",
+            worst(&mut evidence.weights.iter().map(|w| w.error.max)),
+            bounds.weight_max
+        ),
+    )];
+    if !evidence.products.is_empty() {
+        let error = worst(&mut evidence.products.iter().map(|p| p.error.max));
+        rows.push(("products", format!("{}, max relative error against f64 {error:.2e}", evidence.products.len())));
+    }
+    let greedy = &evidence.greedy;
+    let (agree, all) = greedy.iter().fold((0, 0), |(a, n), g| (a + g.agree, n + g.source.len()));
+    let same = greedy.iter().filter(|g| g.agree == g.source.len()).count();
+    rows.extend([
+        (
+            "logits",
+            format!("max relative error {:.2e} (≤ {:.1e}) at {} positions", l.max_relative, bounds.logit, l.positions),
+        ),
+        ("mean KL", format!("{:.2e} nats (≤ {:.1e})", l.mean_kl, bounds.kl)),
+        ("top token", format!("the same at {:.2} % (≥ {:.2} %)", l.top1_agreement * 100.0, bounds.top1 * 100.0)),
+        ("perplexity", format!("{:.5}, the source's {:.5}", l.perplexity_export, l.perplexity_source)),
+        ("greedy", format!("{same} of {} continuations the same, {agree} of {all} tokens", greedy.len())),
+    ]);
+    pairs(&rows)
+}
