@@ -95,7 +95,7 @@ impl Target {
         match self.dtype.as_str() {
             "f32" => bounds(bits(24), [1e-5, 1e-8, 0.999, 1e-5], true),
             "f16" => bounds(bits(11), [0.02, 1e-3, 0.99, 2e-3], false),
-            "bf16" => bounds(bits(9), [0.1, 0.02, 0.95, 0.01], false),
+            "bf16" => bounds(bits(8), [0.1, 0.02, 0.95, 0.01], false),
             _ => Bounds { weight_max: 4.1e-3, ..bounds(1.5e-2, [0.2, 0.02, 0.95, 0.01], false) },
         }
     }
