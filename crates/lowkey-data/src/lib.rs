@@ -47,4 +47,4 @@ pub use oracle::{OracleDocument, oracle_documents};
 pub use prepare::{Manifest, Prepared, Progress, SourceFile, SplitSummary, open, prepare};
 pub use sampler::{Batch, IGNORE, Packing, Sampler, validation_batches};
 pub use shard::{Shard, ShardWriter};
-pub use tokenizer::{END_OF_TEXT, TextStream, Tokenizer};
+pub use tokenizer::{END_OF_TEXT, TextStream, Tokenizer, byte_character};

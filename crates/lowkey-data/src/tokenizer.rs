@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::tokenizer::Tokenizer as HfTokenizer;
 
 use crate::error::{Error, Result};
+pub use build::byte_character;
 pub use stream::TextStream;
 
 /// The end-of-document token of every tokenizer built here.
@@ -388,6 +389,17 @@ impl Tokenizer {
     /// SHA-256 of the saved `tokenizer.json`, in hex.
     pub fn fingerprint(&self) -> String {
         hex(&Sha256::digest(self.json.as_bytes()))
+    }
+
+    /// The `tokenizer.json`, as read or as built.
+    pub fn json(&self) -> &str {
+        &self.json
+    }
+
+    /// A file that came with the tokenizer from a model's folder: `tokenizer_config.json`, `special_tokens_map.json` or
+    /// `chat_template.jinja`.
+    pub fn companion(&self, name: &str) -> Option<&str> {
+        self.companions.iter().find(|(known, _)| known == name).map(|(_, text)| text.as_str())
     }
 
     /// An incremental detokenizer.

@@ -1,1 +1,223 @@
-//! GGUF, the file format of llama.cpp.
+//! GGUF, the file format of llama.cpp: a container of typed metadata and tensors, and MLA models in it.
+//!
+//! **The container** is GGUF version 3, little-endian: [`Gguf`] reads it ([`read`]), [`write_container`] writes it. The
+//! reader maps the file and trusts nothing in it.
+//!
+//! **Models** are written by [`write()`] under llama.cpp's architecture `deepseek2` in its latent (absorbed) layout, and read back by
+//! [`read_model`], so that the model inside the file can be compared with its source. What the architecture cannot express is
+//! refused by name; what it expresses elsewhere (a scale on the latent, YaRN's factor on cosines and sines, a rotation of halves) is
+//! folded into the weights, which costs at most one rounding per value.
+//!
+//! | quantity | in the file |
+//! |---|---|
+//! | token ids | those of the tokenizer, which is embedded |
+//! | ε of all norms | `attention.layer_norm_rms_epsilon`, 1e-6 always |
+//! | layers | all dense: `leading_dense_block_count = block_count` |
+//! | YaRN's m² on the attention logits | `rope.scaling.yarn_log_multiplier` = 0.1 · `mscale_all_dim` |
+//!
+//! Source: llama.cpp of November 2026, whose loader and graph were read and whose logits agree with lowkey's.
+
+mod deepseek2;
+mod metadata;
+mod pre_tokenizer;
+mod read;
+mod tensor_type;
+mod tokenizer;
+mod weights;
+mod write;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use lowkey_data::Tokenizer;
+use lowkey_model::{AttentionConfig, CausalLm, Parameter};
+
+use crate::error::{Error, Result};
+pub use metadata::{Array, Metadata, Value};
+pub use read::{Gguf, TensorInfo};
+pub use tensor_type::TensorType;
+use weights::{Plan, join_kv_b, plan};
+pub use write::write_container;
+
+const MAGIC: [u8; 4] = *b"GGUF";
+const VERSION: u32 = 3;
+/// Tensors begin at multiples of this many bytes.
+const ALIGNMENT: usize = 32;
+const ALIGNMENT_KEY: &str = "general.alignment";
+/// The format's limit on keys, and ggml's on names and dimensions of tensors.
+const MAX_KEY_BYTES: usize = 65_535;
+const MAX_NAME_BYTES: usize = 63;
+const MAX_DIMS: u32 = 4;
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// Size of the file.
+    pub bytes: u64,
+    /// Number of tensors.
+    pub tensors: usize,
+    /// The type that was asked for.
+    pub kind: TensorType,
+    /// Matrices stored in half precision because their rows do not divide into blocks of [`TensorType::Q8_0`].
+    pub fallbacks: Vec<String>,
+    /// What a user should know: where the file holds the model in another form, and where llama.cpp's tokenizer differs.
+    pub notes: Vec<String>,
+}
+
+/// Writes a model as a GGUF file that llama.cpp loads. Matrices are stored in `kind`, vectors always in f32. The file appears whole
+/// or not at all.
+///
+/// Without a tokenizer the file holds none: llama.cpp then takes and gives token ids only. A tokenizer that was read from a model
+/// directory brings its chat template.
+///
+/// # Errors
+/// [`Error::Unsupported`] naming the property of the model or of its tokenizer that the format has no way to say, or the tensor
+/// with a value that `kind` cannot hold, with the mend; [`Error::Io`] where the file cannot be written.
+pub fn write(path: &Path, model: &CausalLm, tokenizer: Option<&Tokenizer>, kind: TensorType) -> Result<Summary> {
+    let config = &model.config;
+    let mla = deepseek2::expressible(config)?;
+    let mut notes = Vec::new();
+    let mut metadata = Metadata::default();
+    deepseek2::metadata(config, mla, &mut metadata)?;
+    metadata.set("general.type", "model");
+    if let Some(name) = path.file_stem().and_then(|name| name.to_str()) {
+        metadata.set("general.name", name);
+    }
+    metadata.set("general.file_type", kind.file_type());
+    if kind == TensorType::Q8_0 {
+        metadata.set("general.quantization_version", 2u32);
+    }
+    match tokenizer {
+        Some(tokenizer) => tokenizer::embed(tokenizer, config, &mut metadata, &mut notes)?,
+        None => {
+            metadata.set("tokenizer.ggml.model", "no_vocab");
+            notes.push("no tokenizer is embedded: llama.cpp takes and gives token ids only".into());
+        }
+    }
+    notes.extend(folds(model));
+    let plans = plan(config, mla);
+    let tensors: Vec<TensorInfo> = plans.iter().map(|plan| info(plan, kind)).collect();
+    let fallen = |info: &&TensorInfo| info.shape.len() > 1 && info.kind != kind;
+    let fallbacks = tensors.iter().filter(fallen).map(|info| info.name.clone()).collect();
+    let parameters: HashMap<String, Parameter> =
+        model.parameters().into_iter().map(|parameter| (parameter.name.clone(), parameter)).collect();
+    let mut plans = plans.iter();
+    let bytes = write_container(path, &metadata, &tensors, &mut |info| {
+        // One plan for each description, in the same order.
+        let plan = plans.next().ok_or_else(|| Error::file(path, "more tensors than planned"))?;
+        let parameter = parameters
+            .get(&plan.source)
+            .ok_or_else(|| Error::file(path, format!("the model has no tensor {}", plan.source)))?;
+        let values = parameter.value.clone().try_into_vec_as::<f32>();
+        let values = values.map_err(|e| Error::file(path, format!("{} cannot be read back: {e:?}", info.name)))?;
+        Ok(plan.change.apply(values, parameter.shape.last().copied().unwrap_or(1)))
+    })?;
+    Ok(Summary { bytes, tensors: tensors.len(), kind, fallbacks, notes })
+}
+
+fn info(plan: &Plan, kind: TensorType) -> TensorInfo {
+    let kind = match plan.shape.as_slice() {
+        [.., row] if plan.shape.len() > 1 => kind.for_rows(*row),
+        // llama.cpp multiplies by vectors in f32.
+        _ => TensorType::F32,
+    };
+    TensorInfo { name: plan.name.clone(), shape: plan.shape.clone(), kind }
+}
+
+/// What the file holds in another place than the model.
+fn folds(model: &CausalLm) -> Vec<String> {
+    let AttentionConfig::Mla(mla) = &model.config.attention else { return Vec::new() };
+    let mut notes = Vec::new();
+    if mla.latent_scale {
+        notes.push("latent_scale is folded into attn_kv_a_norm".into());
+    }
+    if !mla.rope_interleave {
+        notes.push("rope_interleave = false: the rotated rows of q and kv_a are permuted into adjacent pairs".into());
+    }
+    let table = model.config.rope.table_factor();
+    if table != 1.0 {
+        notes.push(format!(
+            "YaRN's factor {table:.6} on cosines and sines is folded into the rotated rows of q and kv_a"
+        ));
+    }
+    notes
+}
+
+/// Opens a GGUF file: its keys and tensors, checked against its size.
+///
+/// # Errors
+/// As [`Gguf::open`].
+pub fn read(path: &Path) -> Result<Gguf> {
+    Gguf::open(path)
+}
+
+/// The model inside a file that [`write()`] made, or another in the same layout, with its weights as f32. What was folded into the
+/// weights stays there: the configuration says `rope_interleave = true` and `latent_scale = false`, and YaRN's factor on cosines
+/// and sines is 1.
+///
+/// # Errors
+/// [`Error::File`] naming the key or the tensor that is missing, unexpected or of another shape.
+pub fn read_model(path: &Path, device: &Device) -> Result<CausalLm> {
+    let file = Gguf::open(path)?;
+    let refuse = |why: String| Error::file(path, why);
+    let config = deepseek2::config(file.metadata(), file.tensor("output.weight").is_none()).map_err(refuse)?;
+    let AttentionConfig::Mla(mla) = &config.attention else {
+        return Err(refuse("not a model with latent attention".into()));
+    };
+    // A file has less than one layer per tensor: what it claims must not decide how much is planned.
+    if config.num_hidden_layers > file.tensors().len() {
+        return Err(refuse(format!("{} layers in {} tensors", config.num_hidden_layers, file.tensors().len())));
+    }
+    let plans = plan(&config, mla);
+    let shapes: HashMap<&str, &[usize]> =
+        file.tensors().map(|info| (info.name.as_str(), info.shape.as_slice())).collect();
+    for Plan { name, shape, .. } in &plans {
+        match shapes.get(name.as_str()) {
+            Some(found) if found == shape => {}
+            Some(found) => return Err(refuse(format!("tensor {name} has the shape {found:?}, expected {shape:?}"))),
+            None => return Err(refuse(format!("tensor {name} is missing"))),
+        }
+    }
+    let known: std::collections::HashSet<&str> = plans.iter().map(|plan| plan.name.as_str()).collect();
+    if let Some(info) = file.tensors().find(|info| !known.contains(info.name.as_str())) {
+        return Err(refuse(format!("tensor {} is not part of this model", info.name)));
+    }
+    let missing = |name: &str| refuse(format!("tensor {name} is missing"));
+    let mut failure = None;
+    let mut model = CausalLm::init(&config, 0, device);
+    let sources: HashMap<&str, &str> = plans.iter().map(|plan| (plan.source.as_str(), plan.name.as_str())).collect();
+    model.update(|parameters| {
+        let value = |parameter: Parameter| {
+            let values = match parameter.name.strip_suffix("self_attn.kv_b_proj.weight") {
+                Some(layer) => {
+                    let layer = layer.replace("model.layers.", "blk.");
+                    let part = |name: &str| {
+                        let name = format!("{layer}{name}.weight");
+                        file.values(&name).ok_or_else(|| missing(&name))
+                    };
+                    part("attn_k_b").and_then(|keys| Ok(join_kv_b(&keys, &part("attn_v_b")?, mla)))
+                }
+                None => sources
+                    .get(parameter.name.as_str())
+                    .and_then(|name| file.values(name))
+                    .ok_or_else(|| missing(&parameter.name)),
+            };
+            match values {
+                Ok(values) => Tensor::from_data(TensorData::new(values, parameter.value.dims()), device),
+                Err(error) => {
+                    failure.get_or_insert(error);
+                    parameter.value
+                }
+            }
+        };
+        parameters.into_iter().map(value).collect()
+    });
+    match failure {
+        Some(failure) => Err(failure),
+        None => Ok(model),
+    }
+}
+
+#[cfg(test)]
+mod tests;

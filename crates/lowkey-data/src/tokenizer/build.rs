@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 
 /// The character that GPT-2's byte-level alphabet writes for a byte: printable bytes are themselves, the rest are
 /// moved past U+0100 in order, so that a vocabulary is readable and holds no white space.
-pub(super) fn byte_character(byte: u8) -> char {
+pub fn byte_character(byte: u8) -> char {
     let printable = |b: u8| matches!(b, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);
     if printable(byte) {
         char::from(byte)

@@ -1,0 +1,286 @@
+//! A tokenizer in the keys `tokenizer.ggml.*`.
+//!
+//! Everything is written as llama.cpp's kind `gpt2`: byte-level BPE, in which each byte of a text is first written as one
+//! character. What then holds in llama.cpp, for prompts that are valid UTF-8:
+//!
+//! * **bytes** – tokens are the 256 characters, with no merge: the same ids as here.
+//! * **BPE** – the vocabulary, the merges and the name of the pre-tokenizer's pattern: the same ids as here. A pattern that
+//!   llama.cpp has no name for is refused, because a near one would cut some texts otherwise without a word.
+//! * **chars** – a token is the bytes of its character, and merges join the bytes of each character from the left, so that
+//!   nothing but whole characters remains: the same ids as here. A character that the vocabulary lacks is refused here; llama.cpp
+//!   leaves it out in silence.
+//! * Rows of the embedding past the vocabulary, and holes in it, are unused tokens named `[PAD<id>]`.
+
+use std::collections::HashSet;
+
+use lowkey_data::{END_OF_TEXT, Tokenizer, byte_character};
+use lowkey_model::ModelConfig;
+use serde_json::Value;
+
+use super::metadata::Metadata;
+use super::pre_tokenizer::{Pre, pre_tokenizer, unsupported};
+use crate::error::Result;
+
+/// `llama_token_type`
+const NORMAL: i32 = 1;
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+const UNUSED: i32 = 5;
+
+/// A vocabulary in llama.cpp's terms.
+#[derive(Default)]
+struct Vocabulary {
+    /// By id: spelling and type.
+    tokens: Vec<Option<(String, i32)>>,
+    /// `left right`, the first to apply first.
+    merges: Vec<String>,
+}
+
+/// Writes the keys of `tokenizer` for a model of the given configuration, and appends to `notes` what a user should know.
+///
+/// # Errors
+/// [`crate::Error::Unsupported`] where llama.cpp would cut texts differently, and where the model has fewer rows than the tokenizer
+/// tokens.
+pub(super) fn embed(
+    tokenizer: &Tokenizer,
+    config: &ModelConfig,
+    out: &mut Metadata,
+    notes: &mut Vec<String>,
+) -> Result<()> {
+    let json: Value = serde_json::from_str(tokenizer.json())
+        .map_err(|e| unsupported(format!("its tokenizer.json is not valid JSON: {e}")))?;
+    let rows = config.vocab_size;
+    if tokenizer.vocab_size() > rows {
+        return Err(unsupported(format!(
+            "the tokenizer has {} tokens, the model {rows} rows; export with the tokenizer that it was trained with",
+            tokenizer.vocab_size()
+        )));
+    }
+    let (pre, vocabulary) = match tokenizer.name() {
+        "chars" => (Pre::Gpt2, characters(tokenizer)),
+        "bytes" | "bpe" => {
+            check_model(&json)?;
+            (pre_tokenizer(&json, notes)?, byte_level(&json, rows)?)
+        }
+        other => {
+            return Err(unsupported(format!(
+                "its tokenizer is of the kind {other}, and only byte-level BPE is embedded; use --to hf, or export without a \
+                 tokenizer"
+            )));
+        }
+    };
+    out.set("tokenizer.ggml.model", "gpt2");
+    out.set("tokenizer.ggml.pre", pre.name());
+    let (mut texts, mut types, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
+    let mut tokens = vocabulary.tokens;
+    tokens.resize(rows, None);
+    for (id, token) in tokens.into_iter().enumerate() {
+        let (text, kind) = token.unwrap_or_else(|| (format!("[PAD{id}]"), UNUSED));
+        // llama.cpp ends the program over a repeated text.
+        if !seen.insert(text.clone()) {
+            return Err(unsupported(format!("two tokens of its vocabulary are spelled {text:?}")));
+        }
+        texts.push(text);
+        types.push(kind);
+    }
+    let unused = types.iter().filter(|kind| **kind == UNUSED).count();
+    if unused > 0 {
+        notes.push(format!(
+            "{unused} of {rows} rows of the embedding belong to no token; they are written as unused tokens"
+        ));
+    }
+    out.set("tokenizer.ggml.tokens", texts);
+    out.set("tokenizer.ggml.token_type", types);
+    out.set("tokenizer.ggml.merges", vocabulary.merges);
+    special_tokens(tokenizer, config, &json, out, notes)?;
+    if let Some(template) = chat_template(tokenizer) {
+        out.set("tokenizer.chat_template", template);
+    }
+    Ok(())
+}
+
+/// The character tokenizer as merges of bytes.
+fn characters(tokenizer: &Tokenizer) -> Vocabulary {
+    let mut vocabulary = Vocabulary::default();
+    let mut known = HashSet::new();
+    for id in 0..tokenizer.vocab_size() as u32 {
+        let letters: Vec<char> = tokenizer.token_bytes(id).iter().copied().map(byte_character).collect();
+        let spelled: String = letters.iter().collect();
+        let token = if letters.is_empty() { (END_OF_TEXT.to_owned(), CONTROL) } else { (spelled, NORMAL) };
+        vocabulary.tokens.push(Some(token));
+        // Continuation bytes begin no merge, so that none crosses from one character into the next.
+        for end in 1..letters.len() {
+            let left: String = letters[..end].iter().collect();
+            let merge = format!("{left} {}", letters[end]);
+            if known.insert(merge.clone()) {
+                vocabulary.merges.push(merge);
+            }
+        }
+    }
+    vocabulary
+}
+
+/// Refuses the options of a BPE model that llama.cpp does not have.
+fn check_model(json: &Value) -> Result<()> {
+    let model = json.get("model").unwrap_or(&Value::Null);
+    let plain = |value: Option<&Value>| match value {
+        None | Some(Value::Null | Value::Bool(false)) => true,
+        Some(Value::String(text)) => text.is_empty(),
+        Some(Value::Number(number)) => number.as_f64() == Some(0.0),
+        Some(_) => false,
+    };
+    for key in ["dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"] {
+        if !plain(model.get(key)) {
+            return Err(unsupported(format!(
+                "its tokenizer.json has model.{key} = {}, which is not byte-level BPE; use --to hf, or export without a tokenizer",
+                model.get(key).unwrap_or(&Value::Null)
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Vocabulary, added tokens and merges of a byte-level `tokenizer.json`.
+fn byte_level(json: &Value, rows: usize) -> Result<Vocabulary> {
+    let malformed = |what: &str| unsupported(format!("its tokenizer.json has no usable {what}"));
+    let mut vocabulary = Vocabulary::default();
+    let mut place = |id: Option<u64>, text: &str, kind: i32| -> Result<()> {
+        let id = id.and_then(|id| usize::try_from(id).ok()).filter(|id| *id < rows).ok_or_else(|| malformed("ids"))?;
+        if vocabulary.tokens.len() <= id {
+            vocabulary.tokens.resize(id + 1, None);
+        }
+        vocabulary.tokens[id] = Some((text.to_owned(), kind));
+        Ok(())
+    };
+    let vocab = json.pointer("/model/vocab").and_then(Value::as_object).ok_or_else(|| malformed("model.vocab"))?;
+    for (text, id) in vocab {
+        place(id.as_u64(), text, NORMAL)?;
+    }
+    for token in json.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
+        let text = token.get("content").and_then(Value::as_str).ok_or_else(|| malformed("added_tokens"))?;
+        let special = token.get("special").and_then(Value::as_bool).unwrap_or(false);
+        // A token of the vocabulary keeps its id there, whatever the list says.
+        let id = vocab.get(text).or(token.get("id")).and_then(Value::as_u64);
+        place(id, text, if special { CONTROL } else { USER_DEFINED })?;
+    }
+    for merge in json.pointer("/model/merges").and_then(Value::as_array).into_iter().flatten() {
+        let text = match merge {
+            Value::String(text) => Some(text.clone()),
+            Value::Array(pair) => match pair.as_slice() {
+                [Value::String(left), Value::String(right)] => Some(format!("{left} {right}")),
+                _ => None,
+            },
+            _ => None,
+        };
+        // Byte-level texts hold no space, so that the one between the two is the only one.
+        vocabulary
+            .merges
+            .push(text.filter(|text| text.matches(' ').count() == 1).ok_or_else(|| malformed("model.merges"))?);
+    }
+    Ok(vocabulary)
+}
+
+/// Which tokens begin and end a text, and whether prompts are given one.
+fn special_tokens(
+    tokenizer: &Tokenizer,
+    config: &ModelConfig,
+    json: &Value,
+    out: &mut Metadata,
+    notes: &mut Vec<String>,
+) -> Result<()> {
+    let mut ends = config.eos_token_id.clone();
+    if ends.is_empty() {
+        ends.extend(tokenizer.eos_id());
+    }
+    // llama.cpp takes token 11 for the end of a text where none is named.
+    let end = *ends.first().ok_or_else(|| {
+        unsupported("neither the model nor its tokenizer names an end-of-text token; set eos_token_id in config.json")
+    })?;
+    for (key, id) in ["eos_token_id", "eot_token_id", "eom_token_id"].into_iter().zip(&ends) {
+        out.set(format!("tokenizer.ggml.{key}"), *id);
+    }
+    if ends.len() > 3 {
+        notes.push(format!("of {} end-of-text tokens only the first 3 can be written: {:?}", ends.len(), &ends[..3]));
+    }
+    let added = added_by_post_processor(json.get("post_processor").unwrap_or(&Value::Null))?;
+    let id = |token: &String| {
+        tokenizer
+            .token_to_id(token)
+            .ok_or_else(|| unsupported(format!("its post-processor adds {token:?}, which its vocabulary lacks")))
+    };
+    let begins = added.before.iter().map(id).collect::<Result<Vec<u32>>>()?;
+    let closes = added.after.iter().map(id).collect::<Result<Vec<u32>>>()?;
+    if begins.len() > 1 || closes.len() > 1 || closes.iter().any(|id| *id != end) {
+        return Err(unsupported(format!(
+            "its post-processor adds {:?} before and {:?} after a text; llama.cpp adds one token that begins and one that ends \
+             a text at most",
+            added.before, added.after
+        )));
+    }
+    // A text begins where the last one ended, unless there is a token for it.
+    let begin = begins.first().copied().or(config.bos_token_id).unwrap_or(end);
+    out.set("tokenizer.ggml.bos_token_id", begin);
+    out.set("tokenizer.ggml.add_bos_token", !begins.is_empty());
+    out.set("tokenizer.ggml.add_eos_token", !closes.is_empty());
+    if !begins.is_empty() || !closes.is_empty() {
+        notes.push(
+            "prompts are given the tokens that the tokenizer's post-processor adds; lowkey generate adds none".into(),
+        );
+    }
+    Ok(())
+}
+
+/// Tokens around a single text.
+#[derive(Debug, Default)]
+struct Added {
+    before: Vec<String>,
+    after: Vec<String>,
+}
+
+fn added_by_post_processor(json: &Value) -> Result<Added> {
+    let kind = json.get("type").and_then(Value::as_str);
+    match kind {
+        None | Some("ByteLevel") => Ok(Added::default()),
+        Some("Sequence") => {
+            let mut all = Added::default();
+            for part in json.get("processors").and_then(Value::as_array).into_iter().flatten() {
+                let part = added_by_post_processor(part)?;
+                all.before.splice(0..0, part.before);
+                all.after.extend(part.after);
+            }
+            Ok(all)
+        }
+        Some("TemplateProcessing") => {
+            let mut all = Added::default();
+            let mut text_seen = false;
+            for piece in json.get("single").and_then(Value::as_array).into_iter().flatten() {
+                match piece.pointer("/SpecialToken/id").and_then(Value::as_str) {
+                    Some(token) if text_seen => all.after.push(token.to_owned()),
+                    Some(token) => all.before.push(token.to_owned()),
+                    None => text_seen = true,
+                }
+            }
+            Ok(all)
+        }
+        Some(other) => {
+            Err(unsupported(format!("its tokenizer has a post-processor {other}, which llama.cpp does not know")))
+        }
+    }
+}
+
+/// The chat template that came with the tokenizer: its own file, or the entry of `tokenizer_config.json`, the default one
+/// where there are several.
+fn chat_template(tokenizer: &Tokenizer) -> Option<String> {
+    if let Some(text) = tokenizer.companion("chat_template.jinja") {
+        return Some(text.to_owned());
+    }
+    let config: Value = serde_json::from_str(tokenizer.companion("tokenizer_config.json")?).ok()?;
+    match config.get("chat_template")? {
+        Value::String(text) => Some(text.clone()),
+        Value::Array(named) => {
+            let default = named.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))?;
+            default.get("template")?.as_str().map(str::to_owned)
+        }
+        _ => None,
+    }
+}
