@@ -140,6 +140,9 @@ pub struct Certificate {
     /// The choice of form for each layer, where there was one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plan: Vec<LayerPlan>,
+    /// What stands elsewhere than in the source, or in another number format.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// What was demanded.
     pub bounds: Bounds,
     /// What was found.
@@ -160,7 +163,18 @@ pub struct SourceFiles {
 impl Certificate {
     pub(crate) fn new(target: Target, source: SourceFiles, bounds: Bounds, evidence: Evidence, text: Text) -> Self {
         let lowkey = env!("CARGO_PKG_VERSION").into();
-        Self { format: FORMAT, lowkey, target, source, outputs: Vec::new(), plan: Vec::new(), bounds, evidence, text }
+        Self {
+            format: FORMAT,
+            lowkey,
+            target,
+            source,
+            outputs: Vec::new(),
+            plan: Vec::new(),
+            notes: Vec::new(),
+            bounds,
+            evidence,
+            text,
+        }
     }
 
     /// Reads the certificate of an export.

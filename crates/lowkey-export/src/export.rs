@@ -73,7 +73,7 @@ pub fn export(source: &Source, options: &Options, device: &Device, observe: Obse
     };
     let staging = Staging::new(out, *overwrite)?;
     observe(Progress { doing: "writing", done: 0, of: 0 });
-    write(source, options, &plan, staging.dir())?;
+    let notes = write(source, options, &plan, staging.dir())?;
     let evidence = gather(staging.dir(), target, &source.model, text, device, observe)?;
     let failures = evidence.failures(bounds);
     if !failures.is_empty() {
@@ -82,6 +82,7 @@ pub fn export(source: &Source, options: &Options, device: &Device, observe: Obse
     let files = SourceFiles { name: files::name(&source.dir), files: source.files.clone() };
     let mut certificate = Certificate::new(target.clone(), files, *bounds, evidence, text.clone());
     certificate.plan = plan;
+    certificate.notes = notes;
     certificate.outputs = files::list(staging.dir())?.iter().map(|path| files::hash(path)).collect::<Result<_>>()?;
     certificate.write(staging.dir())?;
     staging.commit()?;
@@ -99,17 +100,16 @@ fn check_text(text: &Text, model: &CausalLm) -> Result<()> {
     Ok(())
 }
 
-fn write(source: &Source, options: &Options, plan: &[LayerPlan], dir: &Path) -> Result<()> {
+/// Writes the files and says what a user should know of them.
+fn write(source: &Source, options: &Options, plan: &[LayerPlan], dir: &Path) -> Result<Vec<String>> {
     let Options { target, max_shard_bytes, .. } = options;
     let tokenizer = source.tokenizer.as_ref();
     if target.to == Layout::Gguf {
         let path = dir.join(GGUF);
-        let Some(tokenizer) = tokenizer else {
-            let why = "llama.cpp needs a tokenizer; put the model's tokenizer.json into its folder";
-            return Err(Error::file(source.dir.join("tokenizer.json"), format!("is missing: {why}")));
-        };
-        gguf::write(&path, &source.model, tokenizer, &source.dir, target.tensor_type()?)?;
-        return Ok(());
+        let summary = gguf::write(&path, &source.model, tokenizer, target.tensor_type()?)?;
+        let fallbacks =
+            summary.fallbacks.iter().map(|name| format!("{name} is stored in f16: its rows are no whole blocks"));
+        return Ok(summary.notes.into_iter().chain(fallbacks).collect());
     }
     let model = canonical(&source.model)?;
     let dtype = target.weight_dtype()?;
@@ -118,15 +118,19 @@ fn write(source: &Source, options: &Options, plan: &[LayerPlan], dir: &Path) -> 
     match target.to {
         Layout::Absorbed => {
             let tensors = layers(&model).map(|(i, mla)| products::split(i, mla));
-            side::write(&dir.join(ABSORBED), flat(tensors), dtype)
+            side::write(&dir.join(ABSORBED), flat(tensors), dtype)?;
         }
         Layout::Fused if plan.iter().any(|layer| layer.form == LayerForm::Fused) => {
             let fused = |i: &usize| plan.get(*i).is_some_and(|layer| layer.form == LayerForm::Fused);
             let tensors = layers(&model).filter(|(i, _)| fused(i)).map(|(i, mla)| products::fuse(i, mla));
-            side::write(&dir.join(FUSED), flat(tensors), dtype)
+            side::write(&dir.join(FUSED), flat(tensors), dtype)?;
         }
-        Layout::Fused | Layout::Hf | Layout::Gguf => Ok(()),
+        Layout::Fused => {
+            return Ok(vec!["the plan fuses no layer: there is no side file, and --form fused makes one".into()]);
+        }
+        Layout::Hf | Layout::Gguf => {}
     }
+    Ok(Vec::new())
 }
 
 /// The layers with Multi-head Latent Attention and their indices: all of a model's or none.

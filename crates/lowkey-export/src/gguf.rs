@@ -37,7 +37,7 @@ use crate::error::{Error, Result};
 pub use metadata::{Array, Metadata, Value};
 pub use read::{Gguf, TensorInfo};
 pub use tensor_type::TensorType;
-use weights::{Plan, join_kv_b, plan};
+use weights::{Change, Plan, join_kv_b, plan};
 pub use write::write_container;
 
 const MAGIC: [u8; 4] = *b"GGUF";
@@ -142,6 +142,29 @@ fn folds(model: &CausalLm) -> Vec<String> {
         ));
     }
     notes
+}
+
+/// The model with its constant factors and permutations where the file has them: what [`read_model`] gives back of an f32 file. The
+/// values are the file's, the configuration stays the model's own.
+///
+/// # Errors
+/// [`Error::Unsupported`] as [`write()`], [`Error::Device`] where a tensor cannot be read back.
+pub fn as_stored(model: &CausalLm) -> Result<CausalLm> {
+    let mla = deepseek2::expressible(&model.config)?;
+    let changes: HashMap<String, Change> = plan(&model.config, mla)
+        .into_iter()
+        .filter(|plan| matches!(plan.change, Change::Scale(_) | Change::Rotated { .. }))
+        .map(|plan| (plan.source, plan.change))
+        .collect();
+    let values = model.parameters().into_iter().map(|Parameter { name, shape, value, .. }| {
+        let Some(change) = changes.get(&name) else { return Ok(value) };
+        let device = value.device();
+        let values = value.try_into_vec_as::<f32>().map_err(|e| Error::device(&name, e))?;
+        let changed = change.apply(values, shape.last().copied().unwrap_or(1));
+        let len = changed.len();
+        Ok(Tensor::from_data(TensorData::new(changed, [len]), &device))
+    });
+    Ok(model.clone().with_values(values.collect::<Result<_>>()?))
 }
 
 /// Opens a GGUF file: its keys and tensors, checked against its size.

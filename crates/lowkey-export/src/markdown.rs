@@ -107,6 +107,10 @@ pub(crate) fn markdown(c: &Certificate) -> String {
         );
         plan(&mut page, &c.plan);
     }
+    if !c.notes.is_empty() {
+        text(&mut page, "\n## Notes\n");
+        c.notes.iter().for_each(|note| text(&mut page, &format!("- {note}")));
+    }
     text(&mut page, "\n## Files\n");
     files(&mut page, "Export", &c.outputs);
     files(&mut page, &format!("\nSource `{}`", c.source.name), &c.source.files);

@@ -203,7 +203,8 @@ fn report(out: &Path, certificate: &Certificate) -> String {
     if !certificate.plan.is_empty() {
         text += &(plan(&certificate.plan) + "\n");
     }
-    text + &figures(&certificate.evidence, &certificate.bounds)
+    text += &figures(&certificate.evidence, &certificate.bounds);
+    certificate.notes.iter().fold(text, |text, note| text + "\n  note        " + note)
 }
 
 /// One row per form and run of equal layers.
