@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::evidence::{Greedy, LogitEvidence, Text};
-use crate::files::{FileHash, write_file};
+use crate::files::{FileHash, hash, write_file};
+use crate::markdown::markdown;
 use crate::plan::LayerPlan;
 use crate::target::Target;
 
@@ -195,13 +196,20 @@ impl Certificate {
 
     /// Writes it in both forms.
     pub(crate) fn write(&self, dir: &Path) -> Result<()> {
-        write_file(&dir.join(MARKDOWN), crate::markdown::markdown(self).as_bytes())?;
         let path = dir.join(JSON);
         let value = serde_json::to_value(self).map_err(|e| Error::file(&path, e.to_string()))?;
         // A line for each part: token ids one to a line would be pages.
         let lines: Vec<String> =
             value.as_object().into_iter().flatten().map(|(key, value)| format!("  \"{key}\": {value}")).collect();
-        write_file(&path, format!("{{\n{}\n}}\n", lines.join(",\n")).as_bytes())
+        write_file(&path, format!("{{\n{}\n}}\n", lines.join(",\n")).as_bytes())?;
+        write_file(&dir.join(MARKDOWN), markdown(self, &hash(&path)?.sha256).as_bytes())
+    }
+
+    /// Whether the page beside this certificate is the one that was written with it, to the byte of both.
+    pub(crate) fn has_its_page(&self, dir: &Path) -> Result<bool> {
+        let page = dir.join(MARKDOWN);
+        let text = std::fs::read(&page).map_err(|e| Error::io(&page, e))?;
+        Ok(text == markdown(self, &hash(&dir.join(JSON))?.sha256).as_bytes())
     }
 }
 

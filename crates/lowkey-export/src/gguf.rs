@@ -243,4 +243,4 @@ pub fn read_model(path: &Path, device: &Device) -> Result<CausalLm> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -73,3 +73,6 @@ pub struct Progress {
 
 /// Sees the progress of [`export`] and [`verify`].
 pub type Observer<'a> = &'a mut dyn FnMut(Progress);
+
+#[cfg(test)]
+mod tests;

@@ -7,8 +7,8 @@ use crate::files::FileHash;
 use crate::plan::{LayerForm, LayerPlan};
 use crate::target::Layout;
 
-/// Everything in [`Certificate`], as Markdown. A pure function of it: verification compares the two.
-pub(crate) fn markdown(c: &Certificate) -> String {
+/// Everything in [`Certificate`], as Markdown, with the SHA-256 of its file. A pure function of both: verification compares.
+pub(crate) fn markdown(c: &Certificate, sha256: &str) -> String {
     let mut page = String::new();
     let text = |page: &mut String, line: &str| {
         page.push_str(line);
@@ -114,7 +114,7 @@ pub(crate) fn markdown(c: &Certificate) -> String {
     text(&mut page, "\n## Files\n");
     files(&mut page, "Export", &c.outputs);
     files(&mut page, &format!("\nSource `{}`", c.source.name), &c.source.files);
-    text(&mut page, &format!("\nToken ids of the text and of the continuations: `{JSON}`."));
+    text(&mut page, &format!("\nToken ids of the text and of the continuations: `{JSON}`, SHA-256 `{sha256}`."));
     page
 }
 

@@ -14,7 +14,7 @@ use lowkey_model::{AttentionConfig, CausalLm, Family, MlaConfig, ModelConfig, Ro
 use super::*;
 
 /// Sizes without a common factor, so that a mixed-up axis cannot go unnoticed.
-fn odd_mla() -> MlaConfig {
+pub(crate) fn odd_mla() -> MlaConfig {
     MlaConfig {
         q_lora_rank: None,
         kv_lora_rank: 9,
@@ -27,7 +27,7 @@ fn odd_mla() -> MlaConfig {
     }
 }
 
-fn config_with(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig {
+pub(crate) fn config_with(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig {
     let mut mla = odd_mla();
     let mut config = ModelConfig {
         vocab_size: 29,
@@ -52,7 +52,7 @@ fn config_with(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelCo
     config
 }
 
-fn yarn(mscale: Option<f64>, mscale_all_dim: Option<f64>) -> RopeConfig {
+pub(crate) fn yarn(mscale: Option<f64>, mscale_all_dim: Option<f64>) -> RopeConfig {
     RopeConfig {
         rope_type: RopeType::Yarn,
         factor: Some(4.0),
@@ -64,7 +64,7 @@ fn yarn(mscale: Option<f64>, mscale_all_dim: Option<f64>) -> RopeConfig {
 }
 
 /// Numbers in -1..1 that depend on the seed and the place only.
-fn noise(seed: u64, len: usize) -> Vec<f32> {
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
     (0..len).map(|_| (next(&mut state) >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
 }
@@ -79,7 +79,7 @@ fn next(state: &mut u64) -> u64 {
 }
 
 /// A model none of whose parameters has its initial value: norms away from 1.
-fn random_model(config: &ModelConfig, seed: u64) -> CausalLm {
+pub(crate) fn random_model(config: &ModelConfig, seed: u64) -> CausalLm {
     let device = Device::flex();
     let mut model = CausalLm::init(config, seed, &device);
     model.update(|parameters| {
@@ -96,31 +96,31 @@ fn random_model(config: &ModelConfig, seed: u64) -> CausalLm {
     model
 }
 
-fn logits(model: &CausalLm, ids: &[u32]) -> Vec<f32> {
+pub(crate) fn logits(model: &CausalLm, ids: &[u32]) -> Vec<f32> {
     model.forward(ids_tensor(ids, 1, ids.len(), &Device::flex())).try_into_vec_as::<f32>().unwrap()
 }
 
-fn bits(model: &CausalLm) -> Vec<(String, Vec<u32>)> {
+pub(crate) fn bits(model: &CausalLm) -> Vec<(String, Vec<u32>)> {
     let values = |p: Parameter| p.value.try_into_vec_as::<f32>().unwrap().iter().map(|x| x.to_bits()).collect();
     model.parameters().into_iter().map(|p| (p.name.clone(), values(p))).collect()
 }
 
 /// Largest difference over the largest logit.
-fn distance(found: &[f32], expected: &[f32]) -> f32 {
+pub(crate) fn distance(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
     assert!(found.iter().chain(expected).all(|x| x.is_finite()));
     let largest = expected.iter().fold(0f32, |m, x| m.max(x.abs()));
     found.iter().zip(expected).fold(0f32, |m, (a, b)| m.max((a - b).abs())) / largest
 }
 
-struct Folder(tempfile::TempDir);
+pub(crate) struct Folder(tempfile::TempDir);
 
 impl Folder {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 }

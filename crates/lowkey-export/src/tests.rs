@@ -1,0 +1,363 @@
+//! Exports of small models of every kind: what they hold, what their certificate says, and what it catches.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use lowkey_infer::{Decoder, Form};
+use lowkey_model::{
+    Attention, AttentionConfig, CausalLm, FusedMla, GroupedConfig, ModelConfig, RopeConfig, WeightDtype, ids_tensor,
+};
+
+use crate::gguf::tests::{Folder, bits, config_with, distance, logits, random_model, yarn};
+use crate::*;
+
+/// MLA of every kind that all layouts can hold.
+fn zoo() -> Vec<(&'static str, ModelConfig)> {
+    vec![
+        ("plain", config_with(|_, _| {})),
+        ("q_lora_rank", config_with(|_, m| m.q_lora_rank = Some(8))),
+        ("halves", config_with(|_, m| m.rope_interleave = false)),
+        ("tied", config_with(|c, _| c.tie_word_embeddings = true)),
+        ("yarn", config_with(|c, m| (c.rope, m.q_lora_rank) = (yarn(Some(1.0), Some(1.0)), Some(8)))),
+        ("yarn, mixed", config_with(|c, _| c.rope = yarn(Some(0.7), Some(1.0)))),
+        ("yarn, no mscale", config_with(|c, _| c.rope = yarn(None, None))),
+        ("latent_scale", config_with(|_, m| m.latent_scale = true)),
+        ("one layer, one head", config_with(|c, _| (c.num_hidden_layers, c.num_attention_heads) = (1, 1))),
+    ]
+}
+
+fn device() -> Device {
+    Device::flex()
+}
+
+fn source(folder: &Folder, config: &ModelConfig, seed: u64) -> Source {
+    let dir = folder.file("model");
+    random_model(config, seed).save(&dir, WeightDtype::F32, usize::MAX).unwrap();
+    Source::open(&dir, &device()).unwrap()
+}
+
+fn text(config: &ModelConfig) -> Text {
+    let ids = |row: u32| (0..config.max_position_embeddings as u32).map(move |i| (i * i + 5 * row + 3) % 29).collect();
+    Text { description: "squares".into(), sequences: (0..2).map(ids).collect() }
+}
+
+fn options(source: &Source, out: PathBuf, to: &str, dtype: &str) -> Options {
+    let target = Target::parse(to, dtype).unwrap();
+    Options {
+        bounds: target.bounds(),
+        target,
+        out,
+        overwrite: false,
+        form: (to == "fused").then_some(LayerForm::Fused),
+        context: None,
+        text: text(&source.model.config),
+        max_shard_bytes: usize::MAX,
+    }
+}
+
+fn exported(source: &Source, out: &Path, to: &str, dtype: &str) -> Certificate {
+    export(source, &options(source, out.to_path_buf(), to, dtype), &device(), &mut |_| {})
+        .unwrap_or_else(|e| panic!("{to} {dtype}: {e}"))
+}
+
+fn verdict(out: &Path, source: Option<&Source>) -> Verdict {
+    verify(out, source, &device(), &mut |_| {}).unwrap()
+}
+
+/// Positions past YaRN's original context, gains away from 1, greedy continuations of 64 tokens.
+#[test]
+fn every_layout_holds_every_model() {
+    for (seed, (name, config)) in zoo().into_iter().enumerate() {
+        let folder = Folder::new();
+        let source = source(&folder, &config, seed as u64 + 1);
+        for to in ["hf", "absorbed", "fused", "gguf"] {
+            let out = folder.file(to);
+            let certificate = exported(&source, &out, to, "f32");
+            let evidence = &certificate.evidence;
+            assert_eq!(evidence.logits.positions, 256, "{name}, {to}");
+            assert!(evidence.greedy.iter().all(|g| g.agree == 64), "{name}, {to}: {:?}", evidence.greedy);
+            assert!(evidence.logits.max_relative <= 1e-5 && evidence.logits.max_relative > 0.0, "{name}, {to}");
+            let products = match to {
+                "absorbed" | "fused" => 2 * config.num_hidden_layers,
+                _ => 0,
+            };
+            assert_eq!(evidence.products.len(), products, "{name}, {to}");
+            let again = verdict(&out, Some(&source));
+            assert_eq!((again.failures.as_slice(), again.evidence.as_ref()), (&[][..], Some(evidence)), "{name}, {to}");
+            assert_eq!(verdict(&out, None).failures.is_empty(), to != "gguf", "{name}, {to}");
+        }
+    }
+}
+
+#[test]
+fn narrow_formats_are_rounded_once_and_hold_their_bounds() {
+    let folder = Folder::new();
+    let source = source(&folder, &config_with(|c, m| (c.hidden_size, m.v_head_dim) = (32, 8)), 5);
+    for (to, dtype) in [("hf", "bf16"), ("absorbed", "f16"), ("fused", "bf16"), ("gguf", "q8_0"), ("gguf", "bf16")] {
+        let out = folder.file(&format!("{to}-{dtype}"));
+        // Weights at random are a harder case than trained ones.
+        let mut options = options(&source, out.clone(), to, dtype);
+        for bound in ["logit=1", "kl=1", "top1=0.5", "perplexity=1"] {
+            options.bounds.set(bound).unwrap();
+        }
+        let certificate =
+            export(&source, &options, &device(), &mut |_| {}).unwrap_or_else(|e| panic!("{to} {dtype}: {e}"));
+        let worst = certificate.evidence.weights.iter().fold(0f64, |worst, w| worst.max(w.error.max));
+        assert!(worst > certificate.bounds.weight_max / 16.0, "{to} {dtype}: {worst:e} is no rounding to {dtype}");
+        assert!(verdict(&out, Some(&source)).failures.is_empty());
+    }
+}
+
+/// In f64 what differs differs in the mathematics: the products as the export forms them, run beside the other two forms.
+#[test]
+fn the_products_are_the_model_in_f64() {
+    for (seed, (name, config)) in zoo().into_iter().enumerate() {
+        let narrow = random_model(&config, seed as u64 + 40);
+        let fused: Vec<Option<FusedMla>> = narrow
+            .model
+            .layers
+            .iter()
+            .enumerate()
+            .map(|(i, block)| {
+                let Attention::Mla(mla) = &block.self_attn else { unreachable!() };
+                let [query, output] = products::fuse(i, mla).unwrap();
+                let tensor = |exact: side::Exact| {
+                    let shape = [exact.shape[0], exact.shape[1]];
+                    let like = Tensor::<2>::zeros([1, 1], &device()).cast(FloatDType::F64);
+                    Tensor::<2>::from_data(TensorData::new(exact.values, shape), (&device(), like.dtype()))
+                };
+                Some(FusedMla { query: tensor(query), output: tensor(output) })
+            })
+            .collect();
+        let values = narrow.parameters().into_iter().map(|p| p.value.cast(FloatDType::F64)).collect();
+        let wide = narrow.with_values(values);
+        let ids: Vec<u32> = (0..100).map(|i| (i * i + 3) % 29).collect();
+        let run = |form: Form| {
+            let mut decoder = Decoder::new(&wide, 1, ids.len(), form, &device()).unwrap();
+            if form == Form::Fused {
+                decoder = decoder.with_fused(fused.clone()).unwrap();
+            }
+            let parts = ids.chunks(7).map(|chunk| decoder.forward(&[chunk]).unwrap()).collect();
+            Tensor::cat(parts, 1).try_into_vec_as::<f64>().unwrap()
+        };
+        let expanded = run(Form::Expanded);
+        let largest = expanded.iter().fold(0f64, |m, x| m.max(x.abs()));
+        for form in [Form::Absorbed, Form::Fused] {
+            let off = run(form).iter().zip(&expanded).fold(0f64, |m, (a, b)| m.max((a - b).abs())) / largest;
+            assert!(off <= 1e-12, "{name}, {form}: {off:e}");
+        }
+    }
+}
+
+#[test]
+fn import_export_import_keeps_every_bit() {
+    for (seed, (name, config)) in zoo().into_iter().enumerate() {
+        if name == "latent_scale" {
+            continue;
+        }
+        let folder = Folder::new();
+        let source = source(&folder, &config, seed as u64 + 9);
+        let out = folder.file("out");
+        exported(&source, &out, "hf", "f32");
+        let again = CausalLm::load(&out, &device()).unwrap();
+        assert_eq!(bits(&again), bits(&source.model), "{name}");
+        assert_eq!(again.config, source.model.config, "{name}");
+    }
+}
+
+#[test]
+fn a_latent_scale_is_folded_into_a_plain_deepseek_v3() {
+    let model = random_model(&config_with(|_, m| m.latent_scale = true), 3);
+    let plain = canonical(&model).unwrap();
+    assert_eq!(plain.config.family.model_type(), "deepseek_v3");
+    assert_eq!(model.config.family.model_type(), "lowkey");
+    let ids: Vec<u32> = (0..60).map(|i| (i * 7 + 1) % 29).collect();
+    let off = distance(&logits(&plain, &ids), &logits(&model, &ids));
+    assert!(off < 1e-5, "{off:e}");
+}
+
+/// Any byte of any file.
+#[test]
+fn one_changed_byte_is_caught() {
+    let folder = Folder::new();
+    let source = source(&folder, &config_with(|_, _| {}), 2);
+    for to in ["fused", "gguf"] {
+        let out = folder.file(to);
+        exported(&source, &out, to, "f32");
+        for entry in fs::read_dir(&out).unwrap() {
+            let path = entry.unwrap().path();
+            let whole = fs::read(&path).unwrap();
+            for at in [0, whole.len() / 3, whole.len() / 2, whole.len() - 2] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 1;
+                fs::write(&path, &bytes).unwrap();
+                let caught =
+                    verify(&out, Some(&source), &device(), &mut |_| {}).map_or(true, |v| !v.failures.is_empty());
+                assert!(caught, "{}: byte {at}", path.display());
+            }
+            fs::write(&path, &whole).unwrap();
+        }
+        assert!(verdict(&out, Some(&source)).failures.is_empty());
+        fs::write(out.join("model-00002.safetensors"), "x").unwrap();
+        assert!(verdict(&out, Some(&source)).failures[0].contains("no part of the export"));
+    }
+}
+
+/// Hashes can be written anew by whoever changes a file; the figures cannot.
+#[test]
+fn a_weight_that_is_wrong_shows_in_the_figures() {
+    let folder = Folder::new();
+    let source = source(&folder, &config_with(|_, _| {}), 2);
+    for (to, file) in [("absorbed", ABSORBED), ("fused", FUSED), ("hf", "model.safetensors"), ("gguf", GGUF)] {
+        let out = folder.file(to);
+        let mut certificate = exported(&source, &out, to, "f32");
+        let path = out.join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        // The sign and a bit of the exponent of a number: data begin at a multiple of 4 in both formats.
+        let at = bytes.len() / 16 * 12 + 3;
+        bytes[at] ^= 0x81;
+        fs::write(&path, &bytes).unwrap();
+        for output in &mut certificate.outputs {
+            *output = files::hash(&out.join(&output.name)).unwrap();
+        }
+        certificate.write(&out).unwrap();
+        let failures = verdict(&out, Some(&source)).failures.join("\n");
+        assert!(failures.contains("relative error"), "{to}: {failures}");
+    }
+}
+
+#[test]
+fn what_breaks_a_bound_is_not_left_behind() {
+    let folder = Folder::new();
+    let source = source(&folder, &config_with(|_, _| {}), 2);
+    let mut options = options(&source, folder.file("out"), "hf", "bf16");
+    options.bounds.set("kl=0").unwrap();
+    let message = export(&source, &options, &device(), &mut |_| {}).unwrap_err().to_string();
+    assert!(message.contains("mean KL divergence"), "{message}");
+    let left: Vec<_> = fs::read_dir(options.out.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["model"]);
+    assert!(
+        options.bounds.set("kl").is_err() && options.bounds.set("kl=-1").is_err() && options.bounds.set("x=1").is_err()
+    );
+}
+
+#[test]
+fn only_exports_are_replaced() {
+    let folder = Folder::new();
+    let source = source(&folder, &config_with(|_, _| {}), 2);
+    let out = folder.file("out");
+    exported(&source, &out, "hf", "f32");
+    let mut options = options(&source, out.clone(), "absorbed", "f32");
+    let refused = |options: &Options| export(&source, options, &device(), &mut |_| {}).unwrap_err().to_string();
+    assert!(refused(&options).contains("--overwrite"));
+    options.overwrite = true;
+    export(&source, &options, &device(), &mut |_| {}).unwrap();
+    assert!(out.join(ABSORBED).is_file());
+    options.out = source.dir.clone();
+    assert!(refused(&options).contains("no certificate.json"));
+    options.text.sequences[0][0] = 29;
+    assert!(refused(&options).contains("tokens below 29"));
+}
+
+#[test]
+fn a_missing_or_foreign_side_tensor_is_named() {
+    let folder = Folder::new();
+    let source = source(&folder, &config_with(|_, _| {}), 2);
+    let out = folder.file("out");
+    exported(&source, &out, "fused", "f32");
+    let message = |model: &CausalLm| load_fused(&out, model, &device()).unwrap_err().to_string();
+    let fewer = random_model(&config_with(|c, _| c.num_hidden_layers = 1), 1);
+    assert!(message(&fewer).contains("model.layers.1.self_attn.o_fused.weight"));
+    let wider = random_model(&config_with(|_, m| m.kv_lora_rank = 10), 1);
+    assert!(message(&wider).contains("has shape [45, 12]"), "{}", message(&wider));
+    fs::write(out.join(FUSED), "nothing").unwrap();
+    assert!(message(&source.model).contains("not a readable safetensors file"));
+}
+
+fn grouped(qk_norm: bool, rotary_dim: usize) -> ModelConfig {
+    let mut config = config_with(|_, _| {});
+    config.attention = AttentionConfig::Grouped(GroupedConfig {
+        num_key_value_heads: 3,
+        head_dim: 4,
+        rotary_dim,
+        qkv_bias: false,
+        o_bias: false,
+        qk_norm,
+    });
+    config.rope = RopeConfig::default();
+    config.family = config.natural_family();
+    config
+}
+
+#[test]
+fn what_forbids_a_form_is_named() {
+    let settings = PlanSettings { context: 100, bytes_per_number: 4 };
+    for (config, reason) in
+        [(grouped(true, 4), "norm on each query"), (grouped(false, 4), "rotated"), (grouped(false, 0), "no latent")]
+    {
+        let message = plan(&config, settings, None).unwrap_err().to_string();
+        assert!(message.contains(reason), "{message}");
+    }
+    let folder = Folder::new();
+    let source = source(&folder, &grouped(true, 4), 2);
+    for to in ["absorbed", "fused", "gguf"] {
+        let options = options(&source, folder.file(to), to, "f32");
+        assert!(matches!(export(&source, &options, &device(), &mut |_| {}), Err(Error::Unsupported { .. })), "{to}");
+    }
+    // A plain Hugging Face directory takes any attention that transformers knows.
+    exported(&source, &folder.file("hf"), "hf", "f32");
+    let partial = random_model(&grouped(false, 2), 1);
+    assert!(canonical(&partial).unwrap_err().to_string().contains("partial_rotary_factor"));
+    let none = random_model(&config_with(|_, m| m.qk_rope_head_dim = 0), 1);
+    assert!(canonical(&none).unwrap_err().to_string().contains("qk_rope_head_dim"));
+}
+
+/// L < N·d/(d−N) on the side of the query and L < V·d/(d−V) on the side of the output, when N = V.
+#[test]
+fn the_plan_fuses_below_the_width_of_a_head() {
+    let settings = PlanSettings { context: 1000, bytes_per_number: 2 };
+    let at = |rank: usize| {
+        let config = config_with(|c, m| {
+            (c.hidden_size, c.num_attention_heads) = (64, 4);
+            (m.qk_nope_head_dim, m.v_head_dim, m.kv_lora_rank) = (16, 16, rank);
+        });
+        plan(&config, settings, None).unwrap()
+    };
+    // 16·64/(64−16) = 21.3
+    assert!(at(21).iter().all(|layer| layer.form == LayerForm::Fused && !layer.forced));
+    assert!(at(22).iter().all(|layer| layer.form == LayerForm::Absorbed));
+    let [expanded, absorbed, fused] = at(21)[0].costs;
+    // d(L+R) + d·H(N+R) + L·H(N+V) + H·V·d, and with the products d(L+R) + d·H(L+R) + H·L·d.
+    assert_eq!(absorbed.weights, 64 * 27 + 64 * 4 * 22 + 21 * 4 * 32 + 4 * 16 * 64);
+    assert_eq!(fused.weights, 64 * 27 + 64 * 4 * 27 + 4 * 21 * 64);
+    assert_eq!(absorbed.bytes_per_token, 2 * (absorbed.weights + 1000 * 27));
+    assert_eq!(expanded.bytes_per_token, 2 * (absorbed.weights + 1000 * (27 + 4 * 38)));
+    assert_eq!(absorbed.flops_per_token, 2 * (absorbed.weights + 1000 * 4 * 48));
+    let forced = plan(&config_with(|_, _| {}), settings, Some(LayerForm::Expanded)).unwrap();
+    assert!(forced.iter().all(|layer| layer.forced && layer.form == LayerForm::Expanded));
+}
+
+#[test]
+fn a_name_of_a_target_is_checked() {
+    for (to, dtype) in [("onnx", "f32"), ("hf", "q8_0"), ("hf", "f64"), ("gguf", "q4_k")] {
+        assert!(matches!(Target::parse(to, dtype), Err(Error::Setting { .. })), "{to} {dtype}");
+    }
+    for form in [LayerForm::Expanded, LayerForm::Absorbed, LayerForm::Fused] {
+        assert_eq!(form.to_string().parse::<LayerForm>().unwrap(), form);
+    }
+    assert!("latent".parse::<LayerForm>().is_err());
+}
+
+#[test]
+fn damage_is_no_perfection() {
+    let error = TensorError::of([1.0, f64::NAN].into_iter(), [1.0, 2.0].into_iter());
+    assert_eq!(error.max, f64::INFINITY);
+    assert!(error.rms.is_nan());
+    let zero = TensorError::of([0.0].into_iter(), [0.0].into_iter());
+    assert_eq!((zero.max, zero.rms), (0.0, 0.0));
+    let lost = TensorError::of([1e-9].into_iter(), [0.0].into_iter());
+    assert_eq!(lost.max, f64::INFINITY);
+    let model = random_model(&config_with(|_, _| {}), 1);
+    assert_eq!(model.forward(ids_tensor(&[1, 2], 1, 2, &device())).dims(), [1, 2, 29]);
+}
