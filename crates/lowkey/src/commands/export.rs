@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::Device;
-use lowkey_data::{DatasetConfig, IGNORE, Packing, Tokenizer, prepare, validation_batches};
+use lowkey_data::{IGNORE, Packing, Prepared, prepare, validation_batches};
 use lowkey_export::{
     Bounds, Certificate, Evidence, FUSED, LayerForm, LayerPlan, Options, Progress, Source, Target, Text,
 };
@@ -119,63 +119,61 @@ fn default_out(model: &Path, to: &str) -> PathBuf {
     Path::new("exports").join(format!("{name}-{to}"))
 }
 
-/// Held-out text of `--data`, else of the run that the model belongs to, else random tokens.
+/// Held-out text of `--data`, else of the run that the model belongs to, else random tokens, which is said.
 fn text(data: Option<&Path>, source: &Source) -> anyhow::Result<Text> {
     let config = &source.model.config;
     match (&source.tokenizer, data) {
         (Some(tokenizer), Some(path)) => {
             let dataset = super::data::dataset(path)?;
             let dir = tempfile::tempdir()?;
-            held_out(&dataset, dir.path(), Some(tokenizer.clone()), config)
+            let own = Some(tokenizer.clone());
+            let prepared = prepare(&dataset, dir.path(), own, &mut |progress| show_preparation(&progress))?;
+            Ok(held_out(&prepared, config))
         }
         (None, Some(_)) => {
             Err(WrongUse(format!("--data: {} has no tokenizer.json to read it with", source.dir.display())).into())
         }
-        (_, None) => match of_run(source) {
-            Some(text) => text,
-            None => {
-                complain("note: no --data, and the model belongs to no run: the certificate uses random tokens");
-                Ok(random(config))
-            }
-        },
+        (_, None) => Ok(of_run(source).unwrap_or_else(|why| {
+            complain(&format!("note: {why}; the certificate uses random tokens unless --data gives a text"));
+            random(config)
+        })),
     }
 }
 
-/// The held-out text that the run itself was evaluated on; none where the model belongs to no run.
-fn of_run(source: &Source) -> Option<anyhow::Result<Text>> {
-    let run = run_dir(&source.dir)?;
-    let file = run.join("run.toml");
-    let tokenizer = source.tokenizer.as_ref().filter(|_| file.is_file())?;
-    let read = || {
+/// The held-out text that the run itself was evaluated on, or why there is none.
+fn of_run(source: &Source) -> Result<Text, String> {
+    let run = run_dir(&source.dir).filter(|run| run.join("run.toml").is_file());
+    let (Some(run), Some(tokenizer)) = (run, &source.tokenizer) else {
+        return Err("the model belongs to no run".into());
+    };
+    let read = || -> anyhow::Result<Text> {
+        let file = run.join("run.toml");
         let config = RunConfig::load(&file, &[])?;
+        // The tokens of a plain text file lie in the run's own folder; the file may be gone.
+        if config.data.dataset.is_none() {
+            return Ok(held_out(&lowkey_data::open(&run.join("data"))?, &source.model.config));
+        }
         let dataset = run_data::dataset(&config.data, &file)?;
         let own = config.init.is_some().then(|| tokenizer.clone());
         let dir = run_data::prepared_dir(&dataset, &config.data, &run, own.as_ref());
-        held_out(&dataset, &dir, own, &source.model.config)
+        let prepared = prepare(&dataset, &dir, own, &mut |progress| show_preparation(&progress))?;
+        Ok(held_out(&prepared, &source.model.config))
     };
-    let hint = |e: anyhow::Error| e.context("the run's own text cannot be read; give --data FILE");
-    Some(read().map_err(hint))
+    let text = read().map_err(|e| format!("the text of its run cannot be read ({e:#})"))?;
+    if text.sequences.is_empty() { Err("its run has no held-out text".into()) } else { Ok(text) }
 }
 
-fn held_out(
-    dataset: &DatasetConfig,
-    dir: &Path,
-    tokenizer: Option<Tokenizer>,
-    config: &ModelConfig,
-) -> anyhow::Result<Text> {
-    let prepared = prepare(dataset, dir, tokenizer, &mut |progress| show_preparation(&progress))?;
+fn held_out(prepared: &Prepared, config: &ModelConfig) -> Text {
     let seq_len = config.max_position_embeddings.min(LONGEST);
     let batch = validation_batches(&prepared.validation, seq_len, SEQUENCES, Some(1), Packing::Stream, false).next();
     let rows = batch.iter().flat_map(|b| b.input_ids.chunks(seq_len).zip(b.targets.chunks(seq_len)));
     // A row that the text does not fill is padded.
-    let sequences = rows
-        .map(|(ids, targets)| {
-            let filled = targets.iter().take_while(|target| **target != IGNORE).count();
-            ids[..filled].to_vec()
-        })
-        .filter(|ids: &Vec<u32>| !ids.is_empty())
-        .collect();
-    Ok(Text { description: format!("held-out split of {}", dataset.name), sequences })
+    let filled = |(ids, targets): (&[u32], &[i64])| {
+        let len = targets.iter().take_while(|target| **target != IGNORE).count();
+        ids[..len].to_vec()
+    };
+    let sequences = rows.map(filled).filter(|ids| !ids.is_empty()).collect();
+    Text { description: format!("held-out split of {}", prepared.manifest.dataset.name), sequences }
 }
 
 /// Tokens of a fixed linear congruential sequence (Knuth's MMIX constants): the same ones for everybody.

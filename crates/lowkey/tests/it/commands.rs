@@ -8,7 +8,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 /// Runs the program; returns exit code, standard output and standard error.
-fn lowkey(arguments: &[&str]) -> (i32, String, String) {
+pub(crate) fn lowkey(arguments: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_lowkey")).args(arguments).output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
@@ -24,7 +24,7 @@ pub(crate) fn json(arguments: &[&str]) -> Value {
     serde_json::from_str(&succeed(arguments)).unwrap()
 }
 
-fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
@@ -99,7 +99,7 @@ fn train(dir: &Path, out: &str, set: &[&str]) -> (PathBuf, String) {
     (out, printed)
 }
 
-fn best() -> PathBuf {
+pub(crate) fn best() -> PathBuf {
     fixture().join("run/checkpoints/best")
 }
 

@@ -7,6 +7,7 @@
 mod bad_input;
 mod bench;
 mod commands;
+mod export;
 mod reference;
 mod resume;
 mod tidy;

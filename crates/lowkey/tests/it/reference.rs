@@ -18,8 +18,19 @@ use serde_json::Value;
 /// Dense MLA checkpoints, and Llama, Qwen2 and Qwen3 ones.
 const DENSE_CASES: usize = 14;
 
-fn cases_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/reference/cases")
+/// The folder of the cases; none where it is absent, which is said.
+pub(crate) fn cases_dir() -> Option<PathBuf> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/reference/cases");
+    if dir.is_dir() {
+        return Some(dir);
+    }
+    println!("no reference cases at {}: nothing compared", dir.display());
+    None
+}
+
+/// A tensor of ids of a case, and its shape.
+pub(crate) fn integers(case: &Path, name: &str) -> (Vec<i64>, Vec<usize>) {
+    Case::open(case.to_path_buf()).integers(name)
 }
 
 struct Case {
@@ -114,11 +125,7 @@ impl Batch {
 
 #[test]
 fn every_dense_case_agrees_with_transformers() {
-    let dir = cases_dir();
-    if !dir.is_dir() {
-        println!("no reference cases at {}: nothing compared", dir.display());
-        return;
-    }
+    let Some(dir) = cases_dir() else { return };
     let mut cases: Vec<PathBuf> =
         std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
     cases.sort();
