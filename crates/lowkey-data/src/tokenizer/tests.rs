@@ -101,7 +101,7 @@ fn the_saved_file_gives_other_tools_the_same_ids() {
     }
     let (bytes, hf) = (Tokenizer::bytes(), loaded(&Tokenizer::bytes()));
     for byte in 0..=255u8 {
-        assert_eq!(hf.id_to_token(u32::from(byte)), Some(build::byte_character(byte).to_string()));
+        assert_eq!(hf.id_to_token(u32::from(byte)), Some(byte_character(byte).to_string()));
         assert_eq!(bytes.token_bytes(u32::from(byte)), [byte]);
     }
 }
