@@ -60,7 +60,7 @@ pub(super) fn embed(
         "chars" => (Pre::Gpt2, characters(tokenizer)),
         "bytes" | "bpe" => {
             check_model(&json)?;
-            (pre_tokenizer(&json, notes)?, byte_level(&json, rows)?)
+            (pre_tokenizer(&json, notes)?, byte_level(tokenizer, &json, rows)?)
         }
         other => {
             return Err(unsupported(format!(
@@ -141,13 +141,16 @@ fn check_model(json: &Value) -> Result<()> {
 }
 
 /// Vocabulary, added tokens and merges of a byte-level `tokenizer.json`.
-fn byte_level(json: &Value, rows: usize) -> Result<Vocabulary> {
+fn byte_level(tokenizer: &Tokenizer, json: &Value, rows: usize) -> Result<Vocabulary> {
     let malformed = |what: &str| unsupported(format!("its tokenizer.json has no usable {what}"));
     let mut vocabulary = Vocabulary::default();
     let mut place = |id: Option<u64>, text: &str, kind: i32| -> Result<()> {
         let id = id.and_then(|id| usize::try_from(id).ok()).filter(|id| *id < rows).ok_or_else(|| malformed("ids"))?;
         if vocabulary.tokens.len() <= id {
             vocabulary.tokens.resize(id + 1, None);
+        }
+        if let Some((other, _)) = vocabulary.tokens[id].as_ref().filter(|(other, _)| other != text) {
+            return Err(unsupported(format!("in its tokenizer.json {other:?} and {text:?} have the same id {id}")));
         }
         vocabulary.tokens[id] = Some((text.to_owned(), kind));
         Ok(())
@@ -159,8 +162,8 @@ fn byte_level(json: &Value, rows: usize) -> Result<Vocabulary> {
     for token in json.get("added_tokens").and_then(Value::as_array).into_iter().flatten() {
         let text = token.get("content").and_then(Value::as_str).ok_or_else(|| malformed("added_tokens"))?;
         let special = token.get("special").and_then(Value::as_bool).unwrap_or(false);
-        // A token of the vocabulary keeps its id there, whatever the list says.
-        let id = vocab.get(text).or(token.get("id")).and_then(Value::as_u64);
+        // Not the id of the list: the tokenizers library counts on from the vocabulary, whatever stands there.
+        let id = tokenizer.token_to_id(text).map(u64::from);
         place(id, text, if special { CONTROL } else { USER_DEFINED })?;
     }
     for merge in json.pointer("/model/merges").and_then(Value::as_array).into_iter().flatten() {
