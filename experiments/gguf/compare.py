@@ -2,9 +2,9 @@
 """Does llama.cpp continue prompts as lowkey does?
 
     python experiments/gguf/compare.py MODEL=FILE.gguf [MODEL=FILE.gguf ...]
-    python experiments/gguf/compare.py runs/a/checkpoints/best=a.gguf --prompts prompts.txt --new 64
+    python experiments/gguf/compare.py runs/a/checkpoints/best=exports/a/model.gguf --prompts prompts.txt --new 64
 
-Each MODEL is a model directory, each FILE what `lowkey export MODEL --to gguf --out FILE --dtype f32` made of it. For every prompt
+Each MODEL is a model directory, each FILE the model.gguf that `lowkey export MODEL --to gguf` made of it. For every prompt
 the tokens of the prompt, the most probable continuation (ids) and its text have to be the same; llama.cpp runs on the CPU with an
 F32 cache and without flash attention. Where the two continue differently although llama.cpp's logits for the two tokens are within
 --tie, the prompt counts as a tie and is shown as one. Exit status 1 when anything else differs.
@@ -174,7 +174,7 @@ def main():
         differ = len(outcomes) - equal - ties
         margins = [margin for _, _, margin in outcomes if margin is not None]
         closest = f"{min(margins):.1e}" if margins else "-"
-        name = path.rsplit("/", 1)[-1]
+        name = "/".join(path.rsplit("/", 2)[-2:])
         print(f"{name:<32} {len(outcomes):>7} {equal:>6} {ties:>5} {differ:>6} {closest:>15}", flush=True)
         for prompt, outcome, _ in outcomes:
             if outcome != "equal":
