@@ -23,6 +23,9 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const CONFIG: &str = "config.json";
 
+/// Largest index that is read: seven times that of a model of ninety thousand tensors.
+const LARGEST_INDEX: u64 = 64 << 20;
+
 /// The number format of saved weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightDtype {
@@ -101,6 +104,7 @@ impl Weights {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
+        file_len(&path)?;
         let file = File::open(&path).map_err(|source| Error::io(&path, source))?;
         // SAFETY: the mapping is read-only; a file that another process truncates meanwhile is outside what a reader of
         // checkpoints can guard against, and checkpoints are replaced by rename, never rewritten in place.
@@ -128,6 +132,48 @@ impl Weights {
         Ok(())
     }
 
+    /// Compares names and shapes with those that `config` asks for, before a value is read: what a wrong `config.json` claims
+    /// costs nothing but the names of tensors, and no more of those than the files hold tensors, give or take a layer.
+    fn check(&self, dir: &Path, config: &ModelConfig, device: &Device) -> Result<()> {
+        let (mut missing, mut mismatched, mut used) = (Vec::new(), Vec::new(), BTreeSet::new());
+        // Of more layers than the files name, one of the first is missing: to look at those is enough to refuse.
+        let layers: BTreeSet<&str> = self.tensors.keys().filter_map(|name| layer_of(name)).collect();
+        let looked_at = config.num_hidden_layers.min(layers.len() + 1);
+        if looked_at < config.num_hidden_layers {
+            missing.push(format!("layers {looked_at} to {} (num_hidden_layers)", config.num_hidden_layers - 1));
+        }
+        let first_layers = ModelConfig { num_hidden_layers: looked_at, ..config.clone() };
+        CausalLm::build(&first_layers, device, &mut |name, shape| {
+            used.insert(name.to_string());
+            match self.tensors.get(name) {
+                None => missing.push(name.to_string()),
+                Some(entry) if entry.shape != shape => {
+                    mismatched.push(format!("{name}: expected {shape:?}, found {:?}", entry.shape));
+                }
+                Some(_) => {}
+            }
+            Vec::new()
+        });
+        let mut unexpected = Vec::new();
+        for (name, entry) in &self.tensors {
+            let past_the_first = looked_at < config.num_hidden_layers && layer_of(name).is_some();
+            if used.contains(name) || is_derived(name) || past_the_first {
+                continue;
+            }
+            if name == "lm_head.weight" && config.tie_word_embeddings {
+                if missing.is_empty() && mismatched.is_empty() {
+                    check_tied(self, entry)?;
+                }
+                continue;
+            }
+            unexpected.push(name.clone());
+        }
+        if missing.is_empty() && unexpected.is_empty() && mismatched.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Tensors { path: dir.to_path_buf(), missing, unexpected, mismatched })
+    }
+
     fn values(&self, name: &str, entry: &Entry) -> Result<Vec<f32>> {
         let (path, map) = &self.files[entry.file];
         let bytes = &map[entry.range.clone()];
@@ -143,6 +189,21 @@ impl Weights {
     }
 }
 
+/// The length of a file. Refuses a folder, which has no bytes, and a pipe or a device, which may have no end.
+fn file_len(path: &Path) -> Result<u64> {
+    let found = std::fs::metadata(path).map_err(|source| Error::io(path, source))?;
+    if found.is_file() { Ok(found.len()) } else { Err(Error::file(path, "is not a regular file")) }
+}
+
+/// The text of a file of at most `largest` bytes.
+pub(crate) fn read_text(path: &Path, largest: u64) -> Result<String> {
+    let len = file_len(path)?;
+    if len > largest {
+        return Err(Error::file(path, format!("has {len} bytes; such a file has at most {largest}")));
+    }
+    std::fs::read_to_string(path).map_err(|source| Error::io(path, source))
+}
+
 /// The safetensors files of a model directory: the single one, or those that the index names.
 ///
 /// # Errors
@@ -156,7 +217,7 @@ pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
         let why = format!("no {SINGLE} and no {INDEX} here; a model directory needs one of them");
         return Err(Error::file(dir, why));
     }
-    let text = std::fs::read_to_string(&index).map_err(|source| Error::io(&index, source))?;
+    let text = read_text(&index, LARGEST_INDEX)?;
     let value: Value = serde_json::from_str(&text).map_err(|e| Error::file(&index, format!("not valid JSON: {e}")))?;
     let map = value
         .get("weight_map")
@@ -191,41 +252,19 @@ impl CausalLm {
     /// As [`CausalLm::load`].
     pub fn load_with(dir: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
         let weights = Weights::open(dir)?;
-        let (mut missing, mut mismatched) = (Vec::new(), Vec::new());
+        weights.check(dir, config, device)?;
         let mut failure = None;
-        let mut used = BTreeSet::new();
-        let model = Self::build(config, device, &mut |name, shape| {
-            used.insert(name.to_string());
-            match weights.tensors.get(name) {
-                None => missing.push(name.to_string()),
-                Some(entry) if entry.shape != shape => {
-                    mismatched.push(format!("{name}: expected {shape:?}, found {:?}", entry.shape));
-                }
-                Some(entry) => match weights.values(name, entry) {
-                    Ok(values) => return values,
-                    Err(e) => failure = failure.take().or(Some(e)),
-                },
-            }
-            Vec::new()
+        let model = Self::build(config, device, &mut |name, _| {
+            let Some(entry) = weights.tensors.get(name) else { return Vec::new() };
+            weights.values(name, entry).unwrap_or_else(|e| {
+                failure = failure.take().or(Some(e));
+                Vec::new()
+            })
         });
-        if let Some(failure) = failure {
-            return Err(failure);
+        match failure {
+            Some(failure) => Err(failure),
+            None => Ok(model),
         }
-        let mut unexpected = Vec::new();
-        for (name, entry) in &weights.tensors {
-            if used.contains(name) || is_derived(name) {
-                continue;
-            }
-            if name == "lm_head.weight" && config.tie_word_embeddings {
-                check_tied(&weights, entry)?;
-                continue;
-            }
-            unexpected.push(name.clone());
-        }
-        if missing.is_empty() && unexpected.is_empty() && mismatched.is_empty() {
-            return Ok(model);
-        }
-        Err(Error::Tensors { path: dir.to_path_buf(), missing, unexpected, mismatched })
     }
 
     /// Writes `config.json` and the weights into `dir`. Weights larger than `max_shard_bytes` are split into shards with an
@@ -376,6 +415,11 @@ fn is_shard(name: &str) -> bool {
         .and_then(|rest| rest.strip_suffix(".safetensors"))
         .and_then(|rest| rest.split_once("-of-"))
         .is_some_and(|(i, count)| digits(i) && digits(count))
+}
+
+/// The number of the layer that a tensor belongs to, as its name spells it.
+fn layer_of(name: &str) -> Option<&str> {
+    name.strip_prefix("model.layers.")?.split_once('.').map(|(layer, _)| layer)
 }
 
 /// Tables that old checkpoints carry and that follow from the configuration.

@@ -68,9 +68,19 @@ fn report(missing: &[String], unexpected: &[String], mismatched: &[String]) -> S
     lines.join("\n")
 }
 
+/// A value as a message shows it: a file may hold a list of a million numbers where a number belongs.
+fn shortened(mut text: String) -> String {
+    const SHOWN: usize = 200;
+    if let Some((end, _)) = text.char_indices().nth(SHOWN) {
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
 impl Error {
     pub(crate) fn config(key: &'static str, value: &(impl ToString + ?Sized), why: impl Into<String>) -> Self {
-        Self::Config { key, value: value.to_string(), why: why.into() }
+        Self::Config { key, value: shortened(value.to_string()), why: why.into() }
     }
 
     pub(crate) fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {

@@ -5,11 +5,17 @@
 
 use std::path::Path;
 
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::checkpoint::read_text;
 use crate::config::{AttentionConfig, Family, GroupedConfig, MlaConfig, ModelConfig, default_eps};
 use crate::error::{Error, Result};
 use crate::rope::{RopeConfig, RopeType};
+
+/// Largest `config.json` that is read. Those of published models have a few kilobytes; a tree of JSON takes a hundred times
+/// the room of its text.
+const LARGEST: u64 = 4 << 20;
 
 impl ModelConfig {
     /// Reads `config.json`.
@@ -18,7 +24,7 @@ impl ModelConfig {
     /// [`Error::File`] naming the file, the key and the reason: a `model_type` that is not implemented, mixture-of-experts
     /// layers, a missing key, a value of the wrong type, or sizes that no model can have.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
+        let text = read_text(path, LARGEST)?;
         let value: Value =
             serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not valid JSON: {e}")))?;
         let Value::Object(map) = value else {
@@ -306,8 +312,8 @@ fn rope(keys: &Keys) -> Result<RopeConfig> {
     }
     // DeepSeek and Qwen files carry keys of other rope types; those that no type here uses are dropped.
     map.retain(|key, value| !value.is_null() && KNOWN_ROPE_KEYS.contains(&key.as_str()));
-    serde_json::from_value(Value::Object(map.clone()))
-        .map_err(|e| Error::config("rope_parameters", &Value::Object(map), e.to_string()))
+    let map = Value::Object(map);
+    RopeConfig::deserialize(&map).map_err(|e| Error::config("rope_parameters", &map, e.to_string()))
 }
 
 const KNOWN_ROPE_KEYS: [&str; 12] = [

@@ -155,6 +155,13 @@ impl RopeConfig {
         if frequencies.iter().any(|f| !f.is_finite()) {
             return Err(Error::config("rope_theta", &self.rope_theta, "gives frequencies that are not finite"));
         }
+        // As f32, which is what the tables and the logits are.
+        for factor in [self.table_factor(), self.logit_factor()] {
+            if !(factor as f32).is_finite() {
+                let why = "with factor, mscale_all_dim and attention_factor gives a scale that is not finite";
+                return Err(Error::config("rope_parameters.mscale", &self.mscale.unwrap_or_default(), why));
+            }
+        }
         Ok(())
     }
 
