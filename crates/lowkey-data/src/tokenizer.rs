@@ -6,6 +6,7 @@
 
 mod build;
 mod stream;
+mod vet;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -13,8 +14,10 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use tokenizers::PostProcessorWrapper;
 use tokenizers::tokenizer::Tokenizer as HfTokenizer;
 
 use crate::error::{Error, Result};
@@ -112,7 +115,7 @@ impl Tokenizer {
     /// Reads any `tokenizer.json`. The end-of-document token is the first of `<|endoftext|>`, `</s>`,
     /// `<|end_of_text|>` and `<eos>` that the file declares as special; [`Tokenizer::from_model_dir`] knows better.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let json = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let json = read_text(path)?;
         Self::from_json(json, &path.display().to_string())
     }
 
@@ -125,7 +128,7 @@ impl Tokenizer {
         for name in COMPANIONS {
             let path = dir.join(name);
             if path.is_file() {
-                let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+                let text = read_text(&path)?;
                 companions.push((name.to_owned(), text));
             }
         }
@@ -135,7 +138,7 @@ impl Tokenizer {
             if !path.is_file() {
                 continue;
             }
-            let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+            let text = read_text(&path)?;
             let config: Value = serde_json::from_str(&text)
                 .map_err(|e| Error::tokenizer(path.display().to_string(), format!("not valid JSON: {e}")))?;
             if let Some(id) = tokenizer.declared_eos(&config) {
@@ -173,11 +176,16 @@ impl Tokenizer {
             Some(build::Known::Chars(alphabet)) => return Ok(Self::from_chars(&alphabet, json)),
             None => {}
         }
-        let mut hf = HfTokenizer::from_bytes(json.as_bytes())
-            .map_err(|e| Error::tokenizer(origin, format!("not a tokenizer.json that this build can read: {e}")))?;
+        vet::vet(&value).map_err(|e| Error::tokenizer(origin, e))?;
+        // From the value and not from the text, which may give a key twice: what was looked at is what is parsed.
+        let mut hf = guarded(origin, || {
+            HfTokenizer::deserialize(&value).map_err(|e| format!("not a tokenizer.json that this build can read: {e}"))
+        })?;
         // Some files carry the truncation and padding of the run that saved them. A corpus must not be cut by them.
         hf.with_padding(None);
         hf.with_truncation(None).map_err(|e| Error::tokenizer(origin, e))?;
+        // It would place special tokens, which is not asked of it here, and it can repeat a text as often as it likes.
+        hf.with_post_processor(None::<PostProcessorWrapper>);
         let (tokens, bytewise) = build::entries(&hf).map_err(|e| Error::tokenizer(origin, e))?;
         let added = hf.get_added_tokens_decoder();
         let eos = KNOWN_ENDS.iter().find_map(|name| {
@@ -241,8 +249,7 @@ impl Tokenizer {
         let mut ids = vec![Vec::new(); texts.len()];
         for group in all.chunk_by(together) {
             let inputs: Vec<&str> = group.iter().map(|(_, part)| *part).collect();
-            let encodings = pair.ordinary().encode_batch_fast(inputs, false);
-            let encodings = encodings.map_err(|e| Error::tokenizer(self.name(), e))?;
+            let encodings = guarded(self.name(), || pair.ordinary().encode_batch_fast(inputs, false))?;
             for ((i, _), encoding) in group.iter().zip(encodings) {
                 ids[*i].extend_from_slice(encoding.get_ids());
             }
@@ -251,7 +258,7 @@ impl Tokenizer {
     }
 
     fn run(&self, hf: &HfTokenizer, text: &str) -> Result<Vec<u32>> {
-        let encoding = hf.encode_fast(text, false).map_err(|e| Error::tokenizer(self.name(), e))?;
+        let encoding = guarded(self.name(), || hf.encode_fast(text, false))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -280,7 +287,7 @@ impl Tokenizer {
             let mut text = String::new();
             for chunk in ids.chunk_by(|a, b| known(a) && known(b)) {
                 if chunk.first().is_some_and(known) {
-                    let part = pair.special.decode(chunk, true).map_err(|e| Error::tokenizer(self.name(), e))?;
+                    let part = guarded(self.name(), || pair.special.decode(chunk, true))?;
                     text.push_str(&part);
                 } else {
                     text.push(char::REPLACEMENT_CHARACTER);
@@ -424,6 +431,24 @@ impl Vocabulary {
             Entry::Unused => bytes.extend_from_slice("\u{FFFD}".as_bytes()),
         }
     }
+}
+
+/// Runs the tokenizers crate, which panics on some files where it should return an error: when it parses them, or only when
+/// a text meets a step that cannot be (a fixed length of 0, a table whose entries point past its end).
+fn guarded<T, E: fmt::Display>(origin: &str, run: impl FnOnce() -> std::result::Result<T, E>) -> Result<T> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(|e| Error::tokenizer(origin, e)),
+        Err(_) => Err(Error::tokenizer(origin, "its parts contradict each other; save or fetch tokenizer.json again")),
+    }
+}
+
+/// The text of a file: neither a folder's nor that of a pipe or a device, which may have no end.
+fn read_text(path: &Path) -> Result<String> {
+    let kind = std::fs::metadata(path).map_err(Error::io("read", path))?;
+    if !kind.is_file() {
+        return Err(Error::tokenizer(path.display().to_string(), "is not a regular file"));
+    }
+    std::fs::read_to_string(path).map_err(Error::io("read", path))
 }
 
 /// A text in parts of about `size` bytes. A part ends after a line end that stands alone between two lines of text,
