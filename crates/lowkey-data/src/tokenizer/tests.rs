@@ -286,3 +286,113 @@ fn unusable_files_are_named() {
         assert!(Tokenizer::from_file(&path).unwrap_err().to_string().contains("tokenizer.json"), "{text}");
     }
 }
+
+/// A BPE `tokenizer.json` with some of its parts replaced.
+fn hostile(changes: Value) -> Result<Tokenizer> {
+    let mut json = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [{ "id": 0, "content": "abc", "single_word": false, "lstrip": false, "rstrip": false,
+                           "normalized": true, "special": false }],
+        "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": { "type": "BPE", "vocab": { "a": 0, "é": 1, "aé": 2 }, "merges": [["a", "é"]] },
+    });
+    for (key, value) in changes.as_object().unwrap() {
+        json[key] = value.clone();
+    }
+    Tokenizer::from_json(json.to_string(), "DIR/tokenizer.json")
+}
+
+fn refusal(changes: Value) -> String {
+    let message = hostile(changes).unwrap_err().to_string();
+    assert!(message.contains("DIR/tokenizer.json"), "{message}");
+    message
+}
+
+#[test]
+fn a_table_that_claims_gigabytes_is_refused_before_they_are_reserved() {
+    assert!(hostile(serde_json::json!({})).is_ok());
+    // Length 0xfffffffc of a table of no bytes at all.
+    let table = serde_json::json!({ "type": "Precompiled", "precompiled_charsmap": "/P///wAAAAA=" });
+    let message = refusal(serde_json::json!({ "normalizer": { "type": "Sequence", "normalizers": [table] } }));
+    assert!(message.contains("precompiled_charsmap") && message.contains("4294967292"), "{message}");
+}
+
+#[test]
+fn patterns_that_compile_to_gigabytes_are_refused() {
+    let split = |pattern: &str| {
+        let split = serde_json::json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
+        serde_json::json!({ "type": "Sequence", "pretokenizers": vec![split; 40] })
+    };
+    for pattern in [r"\p{L}{60000}", r"(?:\p{L}{100}){100}", r"\p{L}{2,900}", &r"\p{L}".repeat(1000)] {
+        let message = refusal(serde_json::json!({ "pre_tokenizer": split(pattern) }));
+        assert!(message.contains("regular expressions are too large"), "{pattern}: {message}");
+    }
+    assert!(hostile(serde_json::json!({ "pre_tokenizer": split(r"\p{N}{1,3}| ?[^\s\p{L}]+|\s+(?!\S)") })).is_ok());
+}
+
+#[test]
+fn steps_that_grow_a_text_without_bound_are_refused() {
+    let steps = |step: Value, n: usize| vec![step; n];
+    let double = serde_json::json!({ "type": "Replace", "pattern": { "String": "a" }, "content": "aa" });
+    let bytes = serde_json::json!({ "type": "ByteLevel" });
+    let anywhere = serde_json::json!({ "type": "Replace", "pattern": { "Regex": "" }, "content": "b" });
+    for step in [&double, &bytes, &anywhere] {
+        let many = serde_json::json!({ "type": "Sequence", "normalizers": steps(step.clone(), 40) });
+        assert!(refusal(serde_json::json!({ "normalizer": many })).contains("times longer"));
+    }
+    let decoders = serde_json::json!({ "type": "Sequence", "decoders": steps(double, 40) });
+    assert!(refusal(serde_json::json!({ "decoder": decoders })).contains("decoder can make a text"));
+    // One character for one, however often.
+    let space = serde_json::json!({ "type": "Replace", "pattern": { "String": " " }, "content": "\u{2581}" });
+    let many = serde_json::json!({ "type": "Sequence", "normalizers": steps(space, 100) });
+    assert!(hostile(serde_json::json!({ "normalizer": many })).is_ok());
+}
+
+#[test]
+fn merges_without_the_prefix_that_they_are_to_lose_are_refused() {
+    let model = |prefix: &str, merges: Value| {
+        let vocab = serde_json::json!({ "a": 0, "é": 1, "aé": 2, "##é": 3 });
+        serde_json::json!({ "model": { "type": "BPE", "continuing_subword_prefix": prefix, "vocab": vocab,
+                                       "merges": merges } })
+    };
+    // Longer than the token, and into the middle of its character.
+    for prefix in ["######", "x"] {
+        for merges in [serde_json::json!([["a", "é"]]), serde_json::json!(["a é"])] {
+            assert!(refusal(model(prefix, merges)).contains("continuing_subword_prefix"));
+        }
+    }
+    assert!(hostile(model("##", serde_json::json!([["a", "##é"]]))).is_ok());
+}
+
+#[test]
+fn a_panic_of_the_parser_or_of_a_step_is_an_error() {
+    // A table of one unit, asked for the unit of a byte: already when the added token is normalised.
+    let table = serde_json::json!({ "type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAAA" });
+    assert!(refusal(serde_json::json!({ "normalizer": table })).contains("contradict each other"));
+    let fixed = hostile(serde_json::json!({ "pre_tokenizer": { "type": "FixedLength", "length": 0 } })).unwrap();
+    for ids in [fixed.encode("aé"), fixed.encode_ordinary("aé")] {
+        assert!(ids.unwrap_err().to_string().contains("contradict each other"));
+    }
+    assert!(fixed.encode_documents(&["aé".to_owned()]).is_err());
+    let strip = serde_json::json!({ "type": "Strip", "content": "a", "start": 0, "stop": 9 });
+    assert!(hostile(serde_json::json!({ "decoder": strip })).unwrap().decode(&[0, 0]).is_err());
+}
+
+#[test]
+fn a_key_given_twice_hides_nothing() {
+    let bomb = r#"{ "type": "Precompiled", "precompiled_charsmap": "/P///wAAAAA=" }"#;
+    let json = format!(
+        r#"{{ "version": "1.0", "added_tokens": [], "normalizer": {bomb}, "normalizer": null,
+              "model": {{ "type": "WordLevel", "vocab": {{ "a": 0 }}, "unk_token": "a" }} }}"#
+    );
+    assert_eq!(Tokenizer::from_json(json, "x").unwrap().encode("a").unwrap(), [0]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_tokenizer_file_without_an_end_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/dev/zero", dir.path().join("tokenizer.json")).unwrap();
+    let message = Tokenizer::from_model_dir(dir.path()).unwrap_err().to_string();
+    assert!(message.contains("tokenizer.json: is not a regular file"), "{message}");
+}

@@ -358,3 +358,50 @@ fn weights_load_into_a_configuration_given_outright() {
     let ids = || ids_tensor(&[1, 2, 3, 28], 1, 4, &Device::flex());
     assert_eq!(values(loaded.forward(ids())), values(model.forward(ids())));
 }
+
+#[test]
+fn a_configuration_of_far_more_layers_costs_no_more_than_the_files_hold() {
+    let dir = saved(&model(21), ALL_IN_ONE);
+    let path = dir.path().join(CONFIG);
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["num_hidden_layers"] = json!(4096);
+    config["first_k_dense_replace"] = json!(4096);
+    std::fs::write(&path, config.to_string()).unwrap();
+    let Error::Tensors { missing, unexpected, mismatched, .. } = load_error(dir.path()) else { panic!("no list") };
+    // The two layers that are there, the first that is not, and the rest in a word.
+    assert_eq!(missing[0], "layers 3 to 4095 (num_hidden_layers)");
+    assert_eq!(missing[1], "model.layers.2.input_layernorm.weight");
+    assert!(
+        missing.len() < 20 && missing.iter().skip(1).all(|name| name.starts_with("model.layers.2.")),
+        "{missing:?}"
+    );
+    assert!(unexpected.is_empty() && mismatched.is_empty(), "{unexpected:?} {mismatched:?}");
+}
+
+#[test]
+fn layers_out_of_their_order_are_found_all_the_same() {
+    let dir = saved(&model(22), ALL_IN_ONE);
+    let path = dir.path().join(SINGLE);
+    let mut tensors = read_tensors(&path);
+    for tensor in &mut tensors {
+        tensor.0 = tensor.0.replace("model.layers.1.", "model.layers.5.");
+    }
+    write_tensors(&path, &tensors);
+    let Error::Tensors { missing, unexpected, .. } = load_error(dir.path()) else { panic!("no list") };
+    assert!(missing.iter().all(|name| name.starts_with("model.layers.1.")), "{missing:?}");
+    assert!(unexpected.iter().all(|name| name.starts_with("model.layers.5.")), "{unexpected:?}");
+    assert_eq!(missing.len(), unexpected.len());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_shard_that_is_no_file_is_named() {
+    let dir = saved(&model(23), 1500);
+    let shard = weight_files(dir.path()).unwrap().remove(1);
+    for target in ["/dev/zero", "."] {
+        std::fs::remove_file(&shard).unwrap();
+        std::os::unix::fs::symlink(target, &shard).unwrap();
+        let error = load_error(dir.path());
+        assert!(matches!(&error, Error::File { path, why } if *path == shard && why.contains("regular")), "{error}");
+    }
+}

@@ -276,3 +276,33 @@ fn both_spellings_of_every_reference_case_are_one_configuration() {
         assert_eq!(ModelConfig::from_json(&written(&new)).unwrap(), new, "{}", case.display());
     }
 }
+
+#[test]
+fn a_message_shows_no_more_of_a_value_than_helps() {
+    let map = with(written(&fixtures::mla_with(|_| ())), "hidden_size", json!(vec![7; 100_000]));
+    let message = ModelConfig::from_json(&map).unwrap_err().to_string();
+    assert!(message.contains("hidden_size = [7,7,7,") && message.len() < 500, "{} bytes", message.len());
+}
+
+#[test]
+fn what_is_no_file_of_a_configuration_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    let message = || ModelConfig::read(&path).unwrap_err().to_string();
+    std::fs::create_dir(&path).unwrap();
+    assert!(message().contains("config.json: is not a regular file"), "{}", message());
+    std::fs::remove_dir(&path).unwrap();
+    // Nothing but white space, and more of it than any configuration has.
+    std::fs::File::create(&path).unwrap().set_len(5 << 20).unwrap();
+    assert!(message().contains("config.json: has 5242880 bytes"), "{}", message());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_file_without_an_end_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+    let message = ModelConfig::read(&path).unwrap_err().to_string();
+    assert!(message.contains("config.json: is not a regular file"), "{message}");
+}

@@ -245,6 +245,9 @@ fn every_rule_names_its_key() {
         ("rope_parameters.mscale", RopeConfig { mscale: Some(-0.5), ..scaled(RopeType::Yarn) }),
         ("rope_parameters.mscale_all_dim", RopeConfig { mscale_all_dim: Some(f64::NAN), ..scaled(RopeType::Yarn) }),
         ("rope_parameters.attention_factor", RopeConfig { attention_factor: Some(-1.0), ..scaled(RopeType::Yarn) }),
+        // Each finite, and too much together or for an f32.
+        ("rope_parameters.mscale", RopeConfig { mscale_all_dim: Some(1e300), ..scaled(RopeType::Yarn) }),
+        ("rope_parameters.mscale", RopeConfig { attention_factor: Some(1e39), ..scaled(RopeType::Yarn) }),
         ("rope_parameters.low_freq_factor", RopeConfig { low_freq_factor: None, ..llama3.clone() }),
         ("rope_parameters.high_freq_factor", RopeConfig { high_freq_factor: Some(0.0), ..llama3.clone() }),
         ("rope_parameters.high_freq_factor", RopeConfig { high_freq_factor: Some(1.0), ..llama3 }),

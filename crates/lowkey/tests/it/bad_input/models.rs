@@ -129,6 +129,26 @@ pub(super) fn cases() -> Vec<Case> {
                 "model.embed_tokens.weight: expected [257, 1000000], found [257, 16]",
             ],
         ),
+        model(
+            "config.json of a far deeper model",
+            |dir| {
+                edit_json(&dir.join("config.json"), |config| {
+                    config["num_hidden_layers"] = 4096.into();
+                    config["first_k_dense_replace"] = 4096.into();
+                });
+            },
+            &["model: the weights do not fit config.json", "missing", "layers 2 to 4095 (num_hidden_layers)"],
+        ),
+        config("num_hidden_layers", json!(1_000_000_000), &["1000000000"]),
+        model(
+            "tokenizer.json that claims gigabytes",
+            |dir| {
+                edit_json(&dir.join("tokenizer.json"), |json| {
+                    json["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "/P///wAAAAA="});
+                });
+            },
+            &["model/tokenizer.json", "precompiled_charsmap", "cut short"],
+        ),
         weights(
             "missing tensor",
             |t| t.retain(|t| t.0 != "model.norm.weight"),
