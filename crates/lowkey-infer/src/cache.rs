@@ -2,7 +2,7 @@
 
 use std::mem;
 
-use burn::tensor::{Device, Int, Slice, Tensor};
+use burn::tensor::{Device, Distribution, Int, Slice, Tensor};
 use lowkey_model::{AttentionConfig, CausalLm};
 
 use crate::error::{Error, Result};
@@ -94,6 +94,29 @@ impl Cache {
     pub fn bytes(&self) -> usize {
         let buffers = self.layers.iter().flat_map(|layer| &layer.buffers);
         buffers.map(|buffer| buffer.shape().num_elements() * buffer.dtype().size()).sum()
+    }
+
+    /// Fills `tokens` slots of every row with standard normal numbers, in place of a prompt: for measurements, where what lies in
+    /// the cache does not matter and a long prompt would take longer than all that follows.
+    ///
+    /// # Errors
+    /// [`Error::Capacity`] where they do not fit.
+    pub fn fill_at_random(&mut self, tokens: usize) -> Result<()> {
+        if tokens > self.capacity {
+            return Err(Error::Capacity { row: 0, needed: tokens, capacity: self.capacity });
+        }
+        let counts = vec![tokens; self.batch()];
+        let span = Span { offsets: vec![0; self.batch()], counts };
+        for layer in &mut self.layers {
+            for part in 0..layer.buffers.len() {
+                let [batch, heads, _, width] = layer.buffers[part].dims();
+                let options = (&layer.buffers[part].device(), layer.buffers[part].dtype());
+                let noise = Tensor::random([batch, heads, tokens, width], Distribution::Normal(0.0, 1.0), options);
+                layer.append(part, noise, &span);
+            }
+        }
+        self.lengths = vec![tokens; self.batch()];
+        Ok(())
     }
 
     /// Number of rows.

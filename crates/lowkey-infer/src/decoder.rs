@@ -72,6 +72,14 @@ impl Decoder {
         &self.cache
     }
 
+    /// [`Cache::fill_at_random`].
+    ///
+    /// # Errors
+    /// [`Error::Capacity`] where the tokens do not fit.
+    pub fn fill_at_random(&mut self, tokens: usize) -> Result<()> {
+        self.cache.fill_at_random(tokens)
+    }
+
     /// How MLA attention is computed.
     pub fn form(&self) -> Form {
         self.form

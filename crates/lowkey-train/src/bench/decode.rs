@@ -21,6 +21,10 @@ const SEED: u64 = 1;
 /// Bytes of a number in weights and cache.
 const F32: usize = 4;
 
+/// Longest prompt that goes through the model. What is measured behind it does not depend on what lies in the cache, and the
+/// work of a prompt grows with its square.
+const LONGEST_PROMPT: usize = 4096;
+
 /// What to measure.
 #[derive(Clone, Debug)]
 pub struct DecodeOptions {
@@ -63,7 +67,8 @@ pub struct DecodeFigures {
     pub threads: usize,
     /// Parameters.
     pub params: usize,
-    /// Prompt tokens per second while the cache was filled, by whichever form takes fewer operations.
+    /// Tokens per second of a prompt of `context` tokens, at most 4096, by whichever form takes fewer operations. A longer cache is
+    /// filled with random numbers.
     pub prefill_tokens_per_s: f64,
     /// Median time of a step: of one token for each sequence.
     pub step_ms: f64,
@@ -93,7 +98,7 @@ pub struct DecodeFigures {
     pub peak_rss_mb: Option<f64>,
 }
 
-/// Fills a cache with random tokens and times greedy steps from there.
+/// Fills a cache and times greedy steps from there.
 ///
 /// # Errors
 /// [`Error::Config`] for options out of range, [`Error::Memory`] for a cache that this machine cannot hold.
@@ -128,7 +133,8 @@ fn measure(
     let device = super::device();
     let model = CausalLm::init(config, SEED, &device);
     let mut random = ChaCha8Rng::seed_from_u64(SEED);
-    let mut prompt = || (0..context).map(|_| random.random_range(0..config.vocab_size as u32)).collect();
+    let prompt_tokens = context.min(LONGEST_PROMPT);
+    let mut prompt = || (0..prompt_tokens).map(|_| random.random_range(0..config.vocab_size as u32)).collect();
     let prompts: Vec<Vec<u32>> = (0..batch).map(|_| prompt()).collect();
     let mut decoder = Decoder::new(&model, batch, context + new, Form::Auto, &device)?;
 
@@ -136,9 +142,9 @@ fn measure(
     let chunk = GenerateConfig::default().prefill_chunk;
     let started = Instant::now();
     let mut logits = None;
-    for from in (0..context).step_by(chunk) {
-        observe(Progress { doing: "prefill", done: from, of: context });
-        let parts: Vec<&[u32]> = prompts.iter().map(|ids| &ids[from..(from + chunk).min(context)]).collect();
+    for from in (0..prompt_tokens).step_by(chunk) {
+        observe(Progress { doing: "prefill", done: from, of: prompt_tokens });
+        let parts: Vec<&[u32]> = prompts.iter().map(|ids| &ids[from..(from + chunk).min(prompt_tokens)]).collect();
         logits = Some(decoder.prefill(&parts, chunk)?);
     }
     let logits = logits.ok_or_else(|| Error::config("context", context, "must be at least 1"))?;
@@ -154,6 +160,9 @@ fn measure(
     let mut tokens = greedy(logits)?;
     let prefill = started.elapsed();
 
+    if prompt_tokens < context {
+        decoder.fill_at_random(context)?;
+    }
     decoder.set_form(way);
     let mut times = Vec::with_capacity(new);
     for done in 0..new {
@@ -182,7 +191,7 @@ fn measure(
         new,
         threads,
         params,
-        prefill_tokens_per_s: thousandths((batch * context) as f64 / prefill.as_secs_f64()),
+        prefill_tokens_per_s: thousandths((batch * prompt_tokens) as f64 / prefill.as_secs_f64()),
         step_ms: thousandths(median),
         step_ms_min: thousandths(min),
         step_ms_max: thousandths(max),
