@@ -86,6 +86,9 @@ impl ModelConfig {
     /// The object to write as `config.json`; `dtype` is that of the weights beside it, such as `float32`.
     ///
     /// Writes both spellings of the rotary parameters and of the dtype, so that old and new transformers read the same model.
+    /// What old ones cannot be told (seen in 4.51 and 4.55): they take `max_position_embeddings` over
+    /// `original_max_position_embeddings` for YaRN's factor, whatever `factor` says; their DeepSeek-V2 leaves `mscale_all_dim`
+    /// out of the softmax's scale; and 4.51 knows neither DeepSeek-V2 nor a DeepSeek-V3 without `q_lora_rank`.
     pub fn to_json(&self, dtype: &str) -> Value {
         let architecture = match self.family {
             Family::DeepseekV2 => "DeepseekV2ForCausalLM",
@@ -144,6 +147,20 @@ impl ModelConfig {
             }),
         };
         extend(&mut out, extra);
+        // No layer has experts, so that no model depends on these. Some readers look at them before they know that: they find
+        // the gating of the family, groups that divide anything, and numbers with a point where the type is strict. The
+        // number of experts stays out: transformers refuses null there, and llama.cpp takes any number for a mixture.
+        let experts = |scoring: &str, method: &str, normalise: bool| {
+            json!({
+                "moe_layer_freq": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+                "scoring_func": scoring, "topk_method": method, "norm_topk_prob": normalise,
+            })
+        };
+        match self.family {
+            Family::DeepseekV2 => extend(&mut out, experts("softmax", "greedy", false)),
+            Family::DeepseekV3 => extend(&mut out, experts("sigmoid", "noaux_tc", true)),
+            _ => {}
+        }
         // Left out where it is not fixed: transformers refuses null here.
         if let Some(range) = self.initializer_range {
             extend(&mut out, json!({ "initializer_range": range }));

@@ -73,6 +73,10 @@ fn every_key_is_written_that_transformers_would_default_wrongly() {
     assert!(mla.contains_key("rope_interleave") && !mla.contains_key("n_routed_experts"));
     // transformers' strict types: a float must have a point, and null is no float.
     assert!(mla["rms_norm_eps"].is_f64() && mla["rope_theta"].is_f64() && !mla.contains_key("initializer_range"));
+    assert_eq!((&mla["scoring_func"], &mla["topk_method"]), (&json!("sigmoid"), &json!("noaux_tc")));
+    assert!(mla["routed_scaling_factor"].is_f64() && mla["n_group"] == 1 && mla["topk_group"] == 1);
+    let v2 = written(&ModelConfig { family: Family::DeepseekV2, ..fixtures::mla_with(|_| ()) });
+    assert_eq!((&v2["scoring_func"], &v2["topk_method"]), (&json!("softmax"), &json!("greedy")));
     let yarn = written(&ModelConfig { rope: fixtures::yarn(), ..fixtures::mla_with(|_| ()) });
     assert_eq!(yarn["rope_scaling"]["type"], "yarn");
     assert_eq!(yarn["rope_parameters"]["rope_type"], "yarn");
