@@ -206,7 +206,7 @@ pub(super) fn cases() -> Vec<Case> {
             &["model/tokenizer_config.json", "not valid JSON"],
         ),
         // What is asked of a good model.
-        generate(&["--decode", "sideways"], &["--decode sideways", "auto, expanded or absorbed"]),
+        generate(&["--decode", "sideways"], &["--decode sideways", "auto, expanded, absorbed or fused"]),
         generate(&["--temperature", "-1"], &["temperature = -1: must be a finite number ≥ 0"]),
         generate(&["--temperature", "nan"], &["temperature = NaN: must be a finite number ≥ 0"]),
         generate(&["--top-p", "0"], &["top_p = 0: must be greater than 0 and at most 1"]),
