@@ -84,8 +84,8 @@ pub struct DecodeFigures {
     pub cache_numbers_per_token: usize,
     /// Bytes of the whole cache as allocated.
     pub cache_bytes: usize,
-    /// Bytes of weights and cache that a step cannot do without, divided by the sequences: each weight but the rows of the
-    /// embedding that are not looked up, and the cache at half of the steps.
+    /// Bytes that a step reads, divided by the sequences: each weight but the rows of the embedding that are not looked up, the cache
+    /// at half of the steps, and in the expanded form the keys and values that it rebuilds from the latents.
     pub bytes_per_token: f64,
     /// Those bytes per second of the median step.
     pub bytes_per_s: f64,
@@ -180,7 +180,12 @@ fn measure(
     let params = config.parameter_count().total;
     let weights = params - (config.vocab_size - batch.min(config.vocab_size)) * config.hidden_size;
     let cached = batch * (context + new / 2) * cache_numbers(config);
-    let step_bytes = ((weights + cached) * F32) as f64;
+    // Keys and values of all heads, which the expanded form makes of the latents anew and then reads.
+    let rebuilt = match way {
+        Form::Expanded => batch * (context + new / 2) * config.cache_width().expanded * config.num_hidden_layers,
+        _ => 0,
+    };
+    let step_bytes = ((weights + cached + rebuilt) * F32) as f64;
     let bytes_per_s = step_bytes / median * 1e3;
     Ok(DecodeFigures {
         what: "decode",
