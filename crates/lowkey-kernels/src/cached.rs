@@ -9,6 +9,7 @@ use crate::reference;
 
 /// Cached vectors in the format that they are stored in.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one per buffer; a box would stand between every use and the tensors")]
 pub enum Stored<const D: usize> {
     /// As floating-point numbers of any width, `[.., keys, width]`.
     Float(Tensor<D>),

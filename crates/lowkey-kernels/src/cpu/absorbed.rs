@@ -70,9 +70,9 @@ pub(crate) fn forward(shape: Shape, q: &[f32], slots: Slots, kv_b: Option<&[f32]
             call.finish(group, &[part], false);
         };
         if threads == 1 {
-            groups.iter().for_each(whole)
+            groups.iter().for_each(whole);
         } else {
-            groups.par_iter().for_each(whole)
+            groups.par_iter().for_each(whole);
         }
         return;
     }

@@ -368,9 +368,9 @@ mod tests {
                 let mut out = vec![f32::NAN; rows * lanes];
                 let call = Paired { sizes: [rows, lanes, pairs], a: (&a, stride), b: &b, out: &mut out };
                 if scalar {
-                    call.with_simd(pulp::Scalar::new())
+                    call.with_simd(pulp::Scalar::new());
                 } else {
-                    Arch::new().dispatch(call)
+                    Arch::new().dispatch(call);
                 }
                 for row in 0..rows {
                     for c in 0..columns {
