@@ -2,9 +2,11 @@
 
 use std::mem;
 
-use burn::tensor::{Device, Distribution, Int, Slice, Tensor};
-use lowkey_model::{AttentionConfig, CausalLm};
+use burn::tensor::kind::Basic;
+use burn::tensor::{DType, Device, Distribution, FloatDType, Int, Slice, Tensor};
+use lowkey_model::{AttentionConfig, CausalLm, Stored};
 
+use crate::cache_dtype::CacheDtype;
 use crate::error::{Error, Result};
 
 /// What earlier tokens leave behind for later ones, for all layers and rows.
@@ -16,6 +18,9 @@ pub struct Cache {
     layers: Vec<LayerCache>,
     lengths: Vec<usize>,
     capacity: usize,
+    dtype: CacheDtype,
+    /// The format of the weights, which numbers come and go in.
+    of_weights: DType,
 }
 
 /// The buffers of one layer.
@@ -23,7 +28,7 @@ pub struct Cache {
 pub(crate) struct LayerCache {
     /// `[batch, heads, capacity, width]` each. MLA: one buffer, latent and rotated key side by side (width L + R), shared by all
     /// heads (`heads` = 1). Otherwise: keys and values (`heads` = G, width D).
-    buffers: Vec<Tensor<4>>,
+    buffers: Vec<Stored<4>>,
 }
 
 /// Where a chunk goes: row `b` appends its first `counts[b]` tokens at slot `offsets[b]`.
@@ -56,12 +61,12 @@ fn all_equal(values: &[usize]) -> Option<usize> {
 }
 
 impl Cache {
-    /// An empty cache of `batch` rows with `capacity` slots each, in the number format of the weights.
+    /// An empty cache of `batch` rows with `capacity` slots each.
     ///
     /// # Errors
     /// [`Error::Setting`] where `batch` or `capacity` is 0, [`Error::Positions`] where `capacity` exceeds the model's
     /// `max_position_embeddings`.
-    pub fn new(model: &CausalLm, batch: usize, capacity: usize, device: &Device) -> Result<Self> {
+    pub fn new(model: &CausalLm, batch: usize, capacity: usize, dtype: CacheDtype, device: &Device) -> Result<Self> {
         for (field, size) in [("batch", batch), ("capacity", capacity)] {
             if size == 0 {
                 return Err(Error::setting(field, &size, "at least 1"));
@@ -71,52 +76,49 @@ impl Cache {
         if capacity > limit {
             return Err(Error::Positions { needed: capacity, limit });
         }
+        // Heads, and per buffer the width with the part of it that has the first scale.
         let (heads, widths) = match &model.config.attention {
-            AttentionConfig::Mla(mla) => (1, vec![mla.kv_lora_rank + mla.qk_rope_head_dim]),
-            AttentionConfig::Grouped(grouped) => (grouped.num_key_value_heads, vec![grouped.head_dim; 2]),
+            AttentionConfig::Mla(mla) => (1, vec![(mla.kv_lora_rank + mla.qk_rope_head_dim, mla.kv_lora_rank)]),
+            AttentionConfig::Grouped(g) => (g.num_key_value_heads, vec![(g.head_dim, g.head_dim); 2]),
         };
-        let options = (&device.clone().inner(), model.model.embed_tokens.weight.val().dtype());
-        let layer = || LayerCache {
-            buffers: widths
-                .iter()
-                // Zeros, not uninitialised memory: a shorter row's empty slots are read with weight 0, and 0·NaN is NaN.
-                .map(|width| Tensor::zeros([batch, heads, capacity, *width], options))
-                .collect(),
+        let (device, of_weights) = (device.clone().inner(), model.model.embed_tokens.weight.val().dtype());
+        // Zeros, not uninitialised memory: a shorter row's empty slots are read with weight 0, and 0·NaN is NaN.
+        let floats = |width, dtype| Tensor::zeros([batch, heads, capacity, width], (&device, dtype));
+        let buffer = |(width, split): (usize, usize)| match dtype {
+            CacheDtype::F32 => Stored::Float(floats(width, of_weights)),
+            CacheDtype::Bf16 => Stored::Float(floats(width, DType::BF16)),
+            CacheDtype::F16 => Stored::Float(floats(width, DType::F16)),
+            CacheDtype::Int8 => {
+                let codes = Tensor::zeros([batch, heads, capacity, width], (&device, DType::I8));
+                Stored::Int8 { codes, scales: floats(if split < width { 2 } else { 1 }, DType::F32), split }
+            }
         };
+        let layer = || LayerCache { buffers: widths.iter().copied().map(buffer).collect() };
         Ok(Self {
             layers: (0..model.config.num_hidden_layers).map(|_| layer()).collect(),
             lengths: vec![0; batch],
             capacity,
+            dtype,
+            of_weights,
         })
     }
 
-    /// Bytes of the allocated tensors.
+    /// Bytes of the allocated tensors, scales included.
     pub fn bytes(&self) -> usize {
+        fn bytes<K: Basic>(tensor: &Tensor<4, K>) -> usize {
+            tensor.shape().num_elements() * tensor.dtype().size()
+        }
         let buffers = self.layers.iter().flat_map(|layer| &layer.buffers);
-        buffers.map(|buffer| buffer.shape().num_elements() * buffer.dtype().size()).sum()
+        let each = buffers.map(|buffer| match buffer {
+            Stored::Float(numbers) => bytes(numbers),
+            Stored::Int8 { codes, scales, .. } => bytes(codes) + bytes(scales),
+        });
+        each.sum()
     }
 
-    /// Fills `tokens` slots of every row with standard normal numbers, in place of a prompt: for measurements, where what lies in
-    /// the cache does not matter and a long prompt would take longer than all that follows.
-    ///
-    /// # Errors
-    /// [`Error::Capacity`] where they do not fit.
-    pub fn fill_at_random(&mut self, tokens: usize) -> Result<()> {
-        if tokens > self.capacity {
-            return Err(Error::Capacity { row: 0, needed: tokens, capacity: self.capacity });
-        }
-        let counts = vec![tokens; self.batch()];
-        let span = Span { offsets: vec![0; self.batch()], counts };
-        for layer in &mut self.layers {
-            for part in 0..layer.buffers.len() {
-                let [batch, heads, _, width] = layer.buffers[part].dims();
-                let options = (&layer.buffers[part].device(), layer.buffers[part].dtype());
-                let noise = Tensor::random([batch, heads, tokens, width], Distribution::Normal(0.0, 1.0), options);
-                layer.append(part, noise, &span);
-            }
-        }
-        self.lengths = vec![tokens; self.batch()];
-        Ok(())
+    /// How numbers are stored.
+    pub fn dtype(&self) -> CacheDtype {
+        self.dtype
     }
 
     /// Number of rows.
@@ -163,48 +165,114 @@ impl Cache {
     /// Keeps the rows at the given indices, in that order, and drops the others.
     pub(crate) fn keep(&mut self, rows: &[usize]) {
         let indices: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
-        for buffer in self.layers.iter_mut().flat_map(|layer| &mut layer.buffers) {
-            let indices = Tensor::<1, Int>::from_data(indices.as_slice(), &buffer.device());
+        fn keep<K: Basic>(buffer: &mut Tensor<4, K>, indices: &[i32]) {
+            let indices = Tensor::<1, Int>::from_data(indices, &buffer.device());
             *buffer = buffer.clone().select(0, indices);
         }
+        for buffer in self.layers.iter_mut().flat_map(|layer| &mut layer.buffers) {
+            match buffer {
+                Stored::Float(numbers) => keep(numbers, &indices),
+                Stored::Int8 { codes, scales, .. } => {
+                    keep(codes, &indices);
+                    keep(scales, &indices);
+                }
+            }
+        }
         self.lengths = rows.iter().map(|row| self.lengths[*row]).collect();
+    }
+
+    /// Fills every row up to `length` tokens with numbers from a standard normal distribution, whatever lay there: for measurements
+    /// of a long past that nobody waits for. They come from the device's own generator ([`Device::seed`]).
+    ///
+    /// # Errors
+    /// [`Error::Capacity`] where a row would not fit.
+    pub fn fill_at_random(&mut self, length: usize) -> Result<()> {
+        /// Tokens at a time, so that a large cache is not made a second time beside itself.
+        const PART: usize = 4096;
+        if length > self.capacity {
+            return Err(Error::Capacity { row: 0, needed: length, capacity: self.capacity });
+        }
+        let batch = self.batch();
+        for layer in &mut self.layers {
+            for part in 0..layer.buffers.len() {
+                let ([_, heads, _, width], device) = match &layer.buffers[part] {
+                    Stored::Float(numbers) => (numbers.dims(), numbers.device()),
+                    Stored::Int8 { codes, .. } => (codes.dims(), codes.device()),
+                };
+                for from in (0..length).step_by(PART) {
+                    let len = PART.min(length - from);
+                    let span = Span { offsets: vec![from; batch], counts: vec![len; batch] };
+                    let options = (&device, self.of_weights);
+                    let new = Tensor::random([batch, heads, len, width], Distribution::Normal(0.0, 1.0), options);
+                    drop(layer.append(part, new, &span));
+                }
+            }
+        }
+        self.lengths.fill(length);
+        Ok(())
     }
 
     /// Whether every buffer belongs to this cache alone, so that the next append writes into it instead of copying it.
     #[cfg(test)]
     pub(crate) fn owns_its_buffers(&self) -> bool {
-        self.layers.iter().flat_map(|layer| &layer.buffers).all(Tensor::can_mut)
+        self.layers.iter().flat_map(|layer| &layer.buffers).all(|buffer| match buffer {
+            Stored::Float(numbers) => numbers.can_mut(),
+            Stored::Int8 { codes, scales, .. } => codes.can_mut() && scales.can_mut(),
+        })
     }
 }
 
 impl LayerCache {
-    /// Writes a chunk into buffer `part` and returns the buffer's filled slots.
+    /// Writes a chunk into buffer `part`, in the buffer's format, and returns the buffer's filled slots.
     ///
     /// # Shapes
     /// `new [batch, heads, seq, width]` → `[batch, heads, span.filled(), width]`.
-    pub(crate) fn append(&mut self, part: usize, new: Tensor<4>, span: &Span) -> Tensor<4> {
-        let buffer = &mut self.buffers[part];
-        let [batch, heads, seq, width] = new.dims();
-        let range = |from: usize, len: usize| Slice::from(from..from + len);
-        let region = |row, rows, offset, len| [range(row, rows), range(0, heads), range(offset, len), range(0, width)];
-        // The buffer is moved out and back, never cloned: with one owner, slice_assign writes into it.
-        let mut whole = mem::replace(buffer, new.clone());
-        #[cfg(test)]
-        assert!(whole.can_mut(), "an append would copy the cache");
-        // Rows in step with each other are one region of the buffer.
-        if let Some(offset) = span.common_offset()
-            && all_equal(&span.counts).is_some()
-        {
-            whole = whole.slice_assign(region(0, batch, offset, seq), new);
-        } else {
-            for (row, (offset, count)) in span.offsets.iter().zip(&span.counts).enumerate() {
-                if *count > 0 {
-                    let part = new.clone().slice(region(row, 1, 0, *count));
-                    whole = whole.slice_assign(region(row, 1, *offset, *count), part);
+    pub(crate) fn append(&mut self, part: usize, new: Tensor<4>, span: &Span) -> Stored<4> {
+        let filled = span.filled();
+        match &mut self.buffers[part] {
+            Stored::Float(numbers) => {
+                let new = match numbers.dtype() {
+                    DType::BF16 => new.cast(FloatDType::BF16),
+                    DType::F16 => new.cast(FloatDType::F16),
+                    _ => new,
+                };
+                write(numbers, new, span);
+                Stored::Float(numbers.clone().narrow(2, 0, filled))
+            }
+            Stored::Int8 { codes, scales, split } => {
+                // Only the new tokens are quantised.
+                if let Stored::Int8 { codes: new_codes, scales: new_scales, .. } = Stored::quantise(new, *split) {
+                    write(codes, new_codes, span);
+                    write(scales, new_scales, span);
                 }
+                let (codes, scales) = (codes.clone().narrow(2, 0, filled), scales.clone().narrow(2, 0, filled));
+                Stored::Int8 { codes, scales, split: *split }
             }
         }
-        *buffer = whole;
-        buffer.clone().narrow(2, 0, span.filled())
     }
+}
+
+/// Writes a chunk into the slots that a span names.
+fn write<K: Basic>(buffer: &mut Tensor<4, K>, new: Tensor<4, K>, span: &Span) {
+    let [batch, heads, seq, width] = new.dims();
+    let range = |from: usize, len: usize| Slice::from(from..from + len);
+    let region = |row, rows, offset, len| [range(row, rows), range(0, heads), range(offset, len), range(0, width)];
+    // The buffer is moved out and back, never cloned: with one owner, slice_assign writes into it.
+    let mut whole = mem::replace(buffer, new.clone());
+    #[cfg(test)]
+    assert!(whole.can_mut(), "an append would copy the cache");
+    // Rows in step with each other are one region of the buffer.
+    if let Some(offset) = span.common_offset()
+        && all_equal(&span.counts).is_some()
+    {
+        whole = whole.slice_assign(region(0, batch, offset, seq), new);
+    } else {
+        for (row, (offset, count)) in span.offsets.iter().zip(&span.counts).enumerate() {
+            if *count > 0 {
+                let part = new.clone().slice(region(row, 1, 0, *count));
+                whole = whole.slice_assign(region(row, 1, *offset, *count), part);
+            }
+        }
+    }
+    *buffer = whole;
 }

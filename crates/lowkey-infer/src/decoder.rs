@@ -4,9 +4,10 @@ use std::cell::OnceCell;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use lowkey_model::{Attention, Block, CausalLm, FusedMla, KeyValue, Latent, Mask, RopeTable, ids_tensor};
+use lowkey_model::{Attention, Block, CausalLm, FusedMla, KeyValue, Latent, Mask, RopeTable, Stored, ids_tensor};
 
 use crate::cache::{Cache, LayerCache, Span};
+use crate::cache_dtype::CacheDtype;
 use crate::error::{Error, Result};
 use crate::form::Form;
 
@@ -22,16 +23,30 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// A decoder for `batch` sequences of up to `capacity` tokens, all empty.
+    /// A decoder for `batch` sequences of up to `capacity` tokens, all empty, with a cache in the format of the weights.
     ///
     /// The model's tensors are shared, not copied; of a model that records gradients the plain one is used.
     ///
     /// # Errors
     /// As [`Cache::new`].
     pub fn new(model: &CausalLm, batch: usize, capacity: usize, form: Form, device: &Device) -> Result<Self> {
+        Self::with_cache(model, [batch, capacity], CacheDtype::F32, form, device)
+    }
+
+    /// The same with `[batch, capacity]` and a cache that stores its numbers in another format.
+    ///
+    /// # Errors
+    /// As [`Cache::new`].
+    pub fn with_cache(
+        model: &CausalLm,
+        [batch, capacity]: [usize; 2],
+        dtype: CacheDtype,
+        form: Form,
+        device: &Device,
+    ) -> Result<Self> {
         let model = if model.model.embed_tokens.weight.val().is_autodiff() { model.valid() } else { model.clone() };
         let device = device.clone().inner();
-        let cache = Cache::new(&model, batch, capacity, &device)?;
+        let cache = Cache::new(&model, batch, capacity, dtype, &device)?;
         Ok(Self { model, cache, form, fused: Vec::new(), device })
     }
 
@@ -256,24 +271,37 @@ fn forward(block: &Block, fused: Option<&FusedMla>, layer: &mut LayerCache, x: T
     let heads = match &block.self_attn {
         Attention::Mla(mla) => {
             let Latent { both, rank } = mla.latent(normed.clone(), rope);
+            let dtype = both.dtype();
             // One latent serves all heads: it lies in the cache as a single head.
-            let both = layer.append(0, both.unsqueeze_dim(1), span).squeeze_dim::<3>(1);
-            let latent = Latent { both, rank };
+            let latents = without_heads(layer.append(0, both.unsqueeze_dim(1), span));
             if !form.absorbs(&mla.dims, span.width(), span.filled()) {
+                let latent = Latent { both: latents.widen(dtype), rank };
                 mla.attend_expanded(mla.queries(normed, rope), latent, chunk.mask())
             } else if let Some(fused) = fused.filter(|_| *form != Form::Absorbed) {
                 let queries = mla.fused_queries(fused, normed, rope);
-                return block.finish_fused(x, mla.attend_fused(queries, latent, &span.offsets), fused);
+                return block.finish_fused(x, mla.attend_fused(queries, latents, &span.offsets), fused);
             } else {
-                mla.attend_absorbed(mla.queries(normed, rope), latent, &span.offsets)
+                mla.attend_absorbed(mla.queries(normed, rope), latents, &span.offsets)
             }
         }
         Attention::Grouped(grouped) => {
             let new = grouped.key_value(normed.clone(), rope);
             let queries = grouped.queries(normed, rope);
-            let kv = KeyValue { k: layer.append(0, new.k, span), v: layer.append(1, new.v, span) };
+            let dtype = new.k.dtype();
+            let k = layer.append(0, new.k, span).widen(dtype);
+            let kv = KeyValue { k, v: layer.append(1, new.v, span).widen(dtype) };
             grouped.attend(queries, kv, chunk.mask())
         }
     };
     block.finish(x, heads)
+}
+
+/// `[batch, 1, keys, width]` → `[batch, keys, width]`.
+fn without_heads(stored: Stored<4>) -> Stored<3> {
+    match stored {
+        Stored::Float(numbers) => Stored::Float(numbers.squeeze_dim(1)),
+        Stored::Int8 { codes, scales, split } => {
+            Stored::Int8 { codes: codes.squeeze_dim(1), scales: scales.squeeze_dim(1), split }
+        }
+    }
 }

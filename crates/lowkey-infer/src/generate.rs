@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::{Device, Tensor};
 use lowkey_model::{CausalLm, FusedMla};
 
+use crate::cache_dtype::CacheDtype;
 use crate::decoder::{Decoder, check_form, check_tokens};
 use crate::error::{Error, Result};
 use crate::form::Form;
@@ -20,6 +21,8 @@ pub struct GenerateConfig {
     pub sampling: SamplingConfig,
     /// How MLA attention is computed.
     pub form: Form,
+    /// How the cache stores its numbers.
+    pub cache_dtype: CacheDtype,
     /// Tokens that end a sequence.
     pub eos: Vec<u32>,
     /// Most prompt tokens per row that go through the model at once.
@@ -33,6 +36,7 @@ impl Default for GenerateConfig {
             max_new_tokens: 128,
             sampling: SamplingConfig::default(),
             form: Form::Auto,
+            cache_dtype: CacheDtype::F32,
             eos: Vec::new(),
             prefill_chunk: 512,
         }
@@ -134,7 +138,7 @@ pub fn generate_batch<'a>(
     }
 
     let start = Instant::now();
-    let mut decoder = Decoder::new(model, prompts.len(), capacity, config.form, device)?;
+    let mut decoder = Decoder::with_cache(model, [prompts.len(), capacity], config.cache_dtype, config.form, device)?;
     if !fused.is_empty() {
         decoder = decoder.with_fused(fused.to_vec())?;
     }

@@ -7,7 +7,7 @@
 //!
 //! **Main types.** [`generate`] and [`generate_batch`] with [`GenerateConfig`] and [`Generation`]: the whole loop.
 //! [`Decoder`]: its two moves, [`prefill`](Decoder::prefill) and [`step`](Decoder::step), for callers with a loop of their own.
-//! [`Cache`]: what they fill. [`Form`]: how MLA attention is computed from it. [`Sampler`] with [`SamplingConfig`]: from logits
+//! [`Cache`]: what they fill, in one of the formats of [`CacheDtype`]. [`Form`]: how MLA attention is computed from it. [`Sampler`] with [`SamplingConfig`]: from logits
 //! to a token.
 //!
 //! **Flow.** A prompt's ids go through the model in chunks; each chunk appends to the cache and attends to all that lies there.
@@ -25,6 +25,7 @@
 //! generation through the callback), files, training. It never prints.
 
 mod cache;
+mod cache_dtype;
 mod decoder;
 mod error;
 mod form;
@@ -32,6 +33,7 @@ mod generate;
 mod sampler;
 
 pub use cache::Cache;
+pub use cache_dtype::CacheDtype;
 pub use decoder::Decoder;
 pub use error::{Error, Result};
 pub use form::Form;

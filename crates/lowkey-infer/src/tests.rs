@@ -1,6 +1,7 @@
 //! Cached decoding against the forward pass without a cache, over models of every kind with random parameters.
 
 mod agreement;
+mod formats;
 mod generation;
 mod reference;
 

@@ -1,7 +1,7 @@
 //! The entry points to the parts of a decoder block.
 
 use burn::backend::Dispatch;
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 
 use crate::block_ops::BlockOps;
 use crate::fused::starts_tensor;
@@ -149,46 +149,6 @@ pub fn latent_attention(
         starts.into_dispatch(),
         dims,
     ))
-}
-
-/// Attention of new queries over cached latents, in latent space ("absorbed", arXiv 2405.04434 §2.1.2): `q̃ = W_UKᵀ q_nope`
-/// attends over the latents themselves, and W_UV maps the result. No key and no value of a head ever exists, and each cached
-/// token is read once for all heads. Without `kv_b`, queries come already mapped and the result leaves as it is, for weights that
-/// have the maps multiplied in ("fused").
-///
-/// Query `t` of row `b` sees the cached tokens `0..=offsets[b] + t`, as far as there are any. No gradient flows through it.
-///
-/// # Shapes
-/// `cache [batch, keys, L+R]` (latent after its norm, then rotated shared key), `offsets` of length `batch`. With
-/// `kv_b [H(N+V), L]`: `q [batch, seq, H, N+R]` (rotated) → `[batch, seq, H·V]`. Without:
-/// `q [batch, seq, H, L+R]` → `[batch, seq, H·L]`.
-pub fn absorbed_attention(
-    q: Tensor<4>,
-    cache: Tensor<3>,
-    kv_b: Option<Tensor<2>>,
-    offsets: &[usize],
-    dims: MlaDims,
-) -> Tensor<3> {
-    let [batch, _, _, of_query] = q.dims();
-    let [_, keys, width] = cache.dims();
-    let expected = if kv_b.is_some() { dims.nope + dims.rope } else { width };
-    assert!(
-        of_query == expected
-            && offsets.len() == batch
-            && offsets.iter().all(|offset| *offset < keys)
-            && width == dims.rank + dims.rope,
-        "absorbed_attention: q {:?}, cache {:?}, offsets {offsets:?} do not fit {dims:?}",
-        q.dims(),
-        cache.dims()
-    );
-    if q.dtype() != DType::F32 {
-        return reference::absorbed_attention(q, cache, kv_b, offsets, dims);
-    }
-    let at: Vec<i32> = offsets.iter().map(|offset| *offset as i32).collect();
-    let at = Tensor::<1, Int>::from_data(TensorData::new(at, [batch]), &q.device());
-    let kv_b = kv_b.unwrap_or_else(|| Tensor::empty([0, dims.rank], &q.device()));
-    let (q, cache, kv_b) = (q.into_dispatch(), cache.into_dispatch(), kv_b.into_dispatch());
-    Tensor::from_dispatch(Dispatch::absorbed_attention(q, cache, kv_b, at.into_dispatch(), dims))
 }
 
 #[cfg(test)]

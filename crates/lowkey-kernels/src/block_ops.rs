@@ -5,7 +5,7 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, AutodiffBackend, Backend, backend_extension};
+use burn::backend::{Autodiff, Backend, backend_extension};
 
 use crate::block::MlaDims;
 use crate::ops::register;
@@ -40,16 +40,6 @@ pub(crate) trait BlockOps: Backend {
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
         starts: IntTensor<Self>,
-        dims: MlaDims,
-    ) -> FloatTensor<Self>;
-
-    /// Attention against a cache in latent space, without a gradient; see [`crate::absorbed_attention`]. A `kv_b` without rows
-    /// stands for none: the dispatch takes no optional tensors.
-    fn absorbed_attention(
-        q: FloatTensor<Self>,
-        cache: FloatTensor<Self>,
-        kv_b: FloatTensor<Self>,
-        offsets: IntTensor<Self>,
         dims: MlaDims,
     ) -> FloatTensor<Self>;
 }
@@ -277,16 +267,5 @@ impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
             }
             OpsKind::UnTracked(prep) => prep.finish(B::latent_attention(q, kv_a, norm, kv_b, cos, sin, starts, dims)),
         }
-    }
-
-    fn absorbed_attention(
-        q: FloatTensor<Self>,
-        cache: FloatTensor<Self>,
-        kv_b: FloatTensor<Self>,
-        offsets: IntTensor<Self>,
-        dims: MlaDims,
-    ) -> FloatTensor<Self> {
-        let [q, cache, kv_b] = [q, cache, kv_b].map(|tensor| tensor.into_primitive());
-        Self::from_inner(B::absorbed_attention(q, cache, kv_b, offsets, dims))
     }
 }

@@ -1,6 +1,7 @@
 //! The CPU backend's side of the operations: contiguous f32 slices in and out of its tensors.
 
 mod block;
+mod cache;
 
 use burn::backend::Flex;
 use burn::tensor::{DType, Shape};

@@ -6,7 +6,7 @@
 //!
 //! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
 //! [`gated_mlp`] and [`cross_entropy_sum`] for training; [`absorbed_attention`], and [`attention`] with a [`Mask`], for queries
-//! against a cache; [`optim`] for updates.
+//! against a cache, which may be [`Stored`] in fewer bits; [`optim`] for updates.
 //!
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
@@ -19,6 +19,8 @@
 mod attention;
 mod block;
 mod block_ops;
+mod cache_ops;
+mod cached;
 mod cpu;
 #[cfg(test)]
 mod differences;
@@ -31,7 +33,6 @@ pub mod optim;
 pub mod reference;
 
 pub use attention::{Mask, attention, scores};
-pub use block::{
-    LatentWeights, MlaDims, MlpWeights, absorbed_attention, add_linear, gated_mlp, latent_attention, linear,
-};
+pub use block::{LatentWeights, MlaDims, MlpWeights, add_linear, gated_mlp, latent_attention, linear};
+pub use cached::{Stored, absorbed_attention};
 pub use fused::{IGNORE, Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, rms_norm, rotate};

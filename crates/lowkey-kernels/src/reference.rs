@@ -78,6 +78,34 @@ pub fn absorbed_attention(
     out.swap_dims(1, 2).reshape([batch, seq, heads * width])
 }
 
+/// Codes, as whole floating-point numbers become integers, and scales of [`crate::Stored::Int8`].
+pub fn quantise<const D: usize>(x: Tensor<D>, split: usize) -> (Tensor<D, Int>, Tensor<D>) {
+    let width = x.dims()[D - 1];
+    let parts = [(0, split.min(width)), (split.min(width), width - split.min(width))];
+    let parts = parts.into_iter().filter(|(_, len)| *len > 0).map(|(from, len)| {
+        let part = x.clone().narrow(D - 1, from, len);
+        // A number that is none makes the sum none, as it makes 0 times the sum.
+        let scale = part.clone().abs().max_dim(D - 1) / 127.0 + part.clone().sum_dim(D - 1) * 0.0;
+        let step = scale.clone().mask_fill(scale.clone().equal_elem(0.0), 1.0);
+        let codes = (part / step).round().clamp(-127.0, 127.0);
+        (codes.clone().mask_fill(codes.is_nan(), 0.0).int(), scale)
+    });
+    let (codes, scales) = parts.unzip();
+    (Tensor::cat(codes, D - 1), Tensor::cat(scales, D - 1))
+}
+
+/// The numbers of [`crate::Stored::Int8`].
+pub fn widen<const D: usize>(codes: Tensor<D, Int>, scales: Tensor<D>, split: usize) -> Tensor<D> {
+    let width = codes.dims()[D - 1];
+    let codes = codes.float();
+    let first = codes.clone().narrow(D - 1, 0, split.min(width)) * scales.clone().narrow(D - 1, 0, 1);
+    if split >= width {
+        return first;
+    }
+    let second = codes.narrow(D - 1, split, width - split) * scales.narrow(D - 1, 1, 1);
+    Tensor::cat(vec![first, second], D - 1)
+}
+
 /// See [`crate::rms_norm`].
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     let inv = (x.clone().square().mean_dim(D - 1) + eps).sqrt().recip();

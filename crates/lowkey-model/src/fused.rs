@@ -5,9 +5,9 @@
 //! are not read at all. The products have L rows or columns per head where the factors have N or V.
 
 use burn::tensor::Tensor;
-use lowkey_kernels::{MlaDims, absorbed_attention, add_linear, linear, rotate};
+use lowkey_kernels::{MlaDims, Stored, absorbed_attention, add_linear, linear, rotate};
 
-use crate::mla::{Latent, Mla};
+use crate::mla::Mla;
 use crate::model::Block;
 use crate::rope::RopeTable;
 
@@ -45,9 +45,9 @@ impl Mla {
     /// Query `t` of row `b` sees the tokens `0..=offsets[b] + t`. [`Block::finish_fused`] has yet to follow.
     ///
     /// # Shapes
-    /// Queries of [`Mla::fused_queries`], latent `keys ≥ seq` → `[batch, seq, H·L]`.
-    pub fn attend_fused(&self, queries: Tensor<4>, latent: Latent, offsets: &[usize]) -> Tensor<3> {
-        absorbed_attention(queries, latent.both, None, offsets, self.dims)
+    /// Queries of [`Mla::fused_queries`], latents `[batch, keys ≥ seq, L+R]` → `[batch, seq, H·L]`.
+    pub fn attend_fused(&self, queries: Tensor<4>, latents: impl Into<Stored<3>>, offsets: &[usize]) -> Tensor<3> {
+        absorbed_attention(queries, latents, None, offsets, self.dims)
     }
 }
 

@@ -61,7 +61,7 @@ pub use fused::FusedMla;
 pub use gradients::{Objective, Recompute};
 pub use grouped::{Grouped, GroupedDims, KeyValue};
 pub use layers::{Embedding, Linear, RmsNorm};
-pub use lowkey_kernels::{IGNORE, LossSum, Mask, MlaDims};
+pub use lowkey_kernels::{IGNORE, LossSum, Mask, MlaDims, Stored};
 pub use mla::{LATENT_NORM_EPS, Latent, Mla};
 pub use model::{Attention, Block, CausalLm, Context, Decoder, Mlp, TokenBatch, Trace, ids_tensor};
 pub use params::Parameter;

@@ -6,7 +6,9 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use lowkey_kernels::{LatentWeights, Mask, MlaDims, absorbed_attention, attention, latent_attention, rotate, scores};
+use lowkey_kernels::{
+    LatentWeights, Mask, MlaDims, Stored, absorbed_attention, attention, latent_attention, rotate, scores,
+};
 
 use crate::config::{MlaConfig, ModelConfig};
 use crate::layers::{Builder, Linear, RmsNorm};
@@ -46,6 +48,12 @@ pub struct Latent {
     pub both: Tensor<3>,
     /// L
     pub rank: usize,
+}
+
+impl From<Latent> for Stored<3> {
+    fn from(latent: Latent) -> Self {
+        Self::Float(latent.both)
+    }
 }
 
 impl Latent {
@@ -183,12 +191,12 @@ impl Mla {
 
     /// The same attention in latent space: q̃ = W_UKᵀ q_nope attends over c_kv itself, and W_UV maps the result: 2L+R products
     /// per pair and head, and only L+R numbers read per cached token (arXiv 2405.04434 §2.1.2, "absorbed"). Query `t` of row `b`
-    /// sees the tokens `0..=offsets[b] + t`.
+    /// sees the tokens `0..=offsets[b] + t`. Latents are read in the format that they are stored in.
     ///
     /// # Shapes
-    /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, H·V]`.
-    pub fn attend_absorbed(&self, queries: Tensor<4>, latent: Latent, offsets: &[usize]) -> Tensor<3> {
-        absorbed_attention(queries, latent.both, Some(self.kv_b_proj.weight.val()), offsets, self.dims)
+    /// Queries `seq`, latents `[batch, keys ≥ seq, L+R]` → `[batch, seq, H·V]`.
+    pub fn attend_absorbed(&self, queries: Tensor<4>, latents: impl Into<Stored<3>>, offsets: &[usize]) -> Tensor<3> {
+        absorbed_attention(queries, latents, Some(self.kv_b_proj.weight.val()), offsets, self.dims)
     }
 
     /// The largest attention logit, `[1]`: a growing one is the earliest sign of divergence (QK-Clip, arXiv 2507.20534).

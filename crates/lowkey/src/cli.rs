@@ -158,6 +158,9 @@ pub(crate) struct GenerateArguments {
     /// How attention is computed over the latent cache: auto, expanded, absorbed or fused
     #[arg(long, default_value = "auto", value_name = "FORM")]
     pub(crate) decode: String,
+    /// How the cache stores its numbers: f32, bf16, f16 or int8
+    #[arg(long, default_value = "f32", value_name = "FORMAT")]
+    pub(crate) cache_dtype: String,
     /// Print JSON instead of streaming text
     #[arg(long)]
     pub(crate) json: bool,

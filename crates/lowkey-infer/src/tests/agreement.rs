@@ -1,7 +1,7 @@
 //! Logits at every position, rows of unequal length, the cache itself.
 
 use super::*;
-use crate::{Cache, Decoder, Error};
+use crate::{Cache, CacheDtype, Decoder, Error};
 
 fn decoder(model: &CausalLm, batch: usize, capacity: usize, form: Form) -> Decoder {
     let plain = Decoder::new(model, batch, capacity, form, &Device::flex()).unwrap();
@@ -198,31 +198,34 @@ fn the_cache_is_as_large_as_the_formula_says() {
             AttentionConfig::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
             AttentionConfig::Grouped(grouped) => 2 * grouped.num_key_value_heads * grouped.head_dim,
         };
-        let cache = Cache::new(&model, batch, capacity, &device).unwrap();
+        let cache = Cache::new(&model, batch, capacity, CacheDtype::F32, &device).unwrap();
         assert_eq!(cache.bytes(), batch * capacity * layers * per_token * 4, "{name}");
         assert_eq!(per_token, config.cache_width().latent, "{name}");
     }
-    let cache = Cache::new(&random_model(&mla(3, |_| {}), 0), 1, 10, &device).unwrap();
+    let cache = Cache::new(&random_model(&mla(3, |_| {}), 0), 1, 10, CacheDtype::F32, &device).unwrap();
     assert_eq!(cache.bytes(), 10 * 3 * (19 + 10) * 4);
 }
 
 /// A second owner of a buffer would turn every append into a copy of the whole cache; under test, appends assert it too.
 #[test]
 fn a_step_leaves_the_cache_the_only_owner_of_its_buffers() {
+    let device = Device::flex();
     for config in [mla(3, |_| {}), config(4, AttentionConfig::Grouped(grouped(2)))] {
+        let model = random_model(&config, 1);
         for form in FORMS {
-            let mut decoder = decoder(&random_model(&config, 1), 2, 40, form);
-            let mut logits = decoder.prefill(&[&[1, 2, 3], &[4]], 2).unwrap();
-            assert!(decoder.cache().owns_its_buffers());
-            for _ in 0..3 {
-                logits = decoder.step(&[5, 6]).unwrap();
+            for dtype in CacheDtype::ALL {
+                let decoder = Decoder::with_cache(&model, [2, 40], dtype, form, &device).unwrap();
+                let mut decoder = decoder.with_fused(fused_layers(&model)).unwrap();
+                let bytes = decoder.cache().bytes();
+                let mut logits = decoder.prefill(&[&[1, 2, 3], &[4]], 2).unwrap();
                 assert!(decoder.cache().owns_its_buffers());
+                for _ in 0..3 {
+                    logits = decoder.step(&[5, 6]).unwrap();
+                    assert!(decoder.cache().owns_its_buffers());
+                }
+                assert_eq!(logits.dims(), [2, 53]);
+                assert_eq!((decoder.cache().bytes(), decoder.cache().dtype()), (bytes, dtype));
             }
-            assert_eq!(logits.dims(), [2, 53]);
-            assert_eq!(
-                decoder.cache().bytes(),
-                Cache::new(&random_model(&config, 1), 2, 40, &Device::flex()).unwrap().bytes()
-            );
         }
     }
 }
@@ -231,12 +234,12 @@ fn a_step_leaves_the_cache_the_only_owner_of_its_buffers() {
 fn what_does_not_fit_is_refused_with_both_numbers_and_leaves_no_trace() {
     let model = random_model(&mla(3, |_| {}), 2);
     let device = Device::flex();
-    match Cache::new(&model, 1, 193, &device) {
+    match Cache::new(&model, 1, 193, CacheDtype::F32, &device) {
         Err(Error::Positions { needed: 193, limit: 192 }) => {}
         other => panic!("{other:?}"),
     }
     for (batch, capacity) in [(0, 4), (4, 0)] {
-        assert!(matches!(Cache::new(&model, batch, capacity, &device), Err(Error::Setting { .. })));
+        assert!(matches!(Cache::new(&model, batch, capacity, CacheDtype::F32, &device), Err(Error::Setting { .. })));
     }
     let mut decoder = decoder(&model, 2, 8, Form::Absorbed);
     decoder.prefill(&[&[1, 2, 3, 4, 5, 6], &[7, 8]], 4).unwrap();

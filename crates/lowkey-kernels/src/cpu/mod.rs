@@ -5,6 +5,7 @@
 
 pub(crate) mod absorbed;
 pub(crate) mod attention;
+pub(crate) mod cached;
 pub(crate) mod cross_entropy;
 mod gemm;
 pub(crate) mod latent;

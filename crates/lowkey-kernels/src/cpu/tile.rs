@@ -70,13 +70,48 @@ pub(super) fn multiply<S: Simd>(
     extent: impl Fn(usize) -> Extent,
 ) {
     let most = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
-    for row in (0..rows).step_by(ROWS) {
+    multiply_by::<S, ROWS>(simd, rows, a, b, out, accumulate, extent, most);
+}
+
+/// [`multiply`] in tiles of 8 or [`ROWS`] rows, whichever wastes fewer: buffers must have room for both, and an extent must hold
+/// for 8 rows.
+#[inline(always)]
+pub(super) fn multiply_either<S: Simd>(
+    simd: S,
+    rows: usize,
+    a: Left,
+    b: (&[f32], usize),
+    out: (&mut [f32], usize),
+    accumulate: bool,
+    extent: impl Fn(usize) -> Extent,
+) {
+    if S::REGISTER_COUNT >= 32 && rows.next_multiple_of(8) <= rows.next_multiple_of(ROWS) {
+        multiply_by::<S, 8>(simd, rows, a, b, out, accumulate, extent, 2);
+    } else {
+        multiply(simd, rows, a, b, out, accumulate, extent);
+    }
+}
+
+/// The product in tiles of `M` rows and at most `most` vectors.
+#[allow(clippy::too_many_arguments, reason = "one more than the function it is the body of")]
+#[inline(always)]
+fn multiply_by<S: Simd, const M: usize>(
+    simd: S,
+    rows: usize,
+    a: Left,
+    b: (&[f32], usize),
+    out: (&mut [f32], usize),
+    accumulate: bool,
+    extent: impl Fn(usize) -> Extent,
+    most: usize,
+) {
+    for row in (0..rows).step_by(M) {
         let Extent { inner: (from, to), columns } = extent(row);
         if from >= to && accumulate || columns == 0 {
             continue;
         }
         let width = columns.next_multiple_of(LANES);
-        let last_row = row + ROWS - 1;
+        let last_row = row + M - 1;
         assert!(
             from <= to
                 && (from == to
@@ -88,7 +123,7 @@ pub(super) fn multiply<S: Simd>(
         let mut at = 0;
         while at < vectors {
             let count = (vectors - at).min(most);
-            // SAFETY: the assertion above covers rows `row..row+ROWS`, the inner range and all columns of the tile.
+            // SAFETY: the assertion above covers rows `row..row+M`, the inner range and all columns of the tile.
             unsafe {
                 let a_at = a.data.as_ptr().add(row * a.rows + from * a.inner);
                 let column = at * S::F32_LANES;
@@ -103,10 +138,10 @@ pub(super) fn multiply<S: Simd>(
                     inner: to - from,
                 };
                 match count {
-                    1 => tile::<S, 1>(simd, place, accumulate),
-                    2 => tile::<S, 2>(simd, place, accumulate),
-                    3 => tile::<S, 3>(simd, place, accumulate),
-                    _ => tile::<S, 4>(simd, place, accumulate),
+                    1 => tile::<S, M, 1>(simd, place, accumulate),
+                    2 => tile::<S, M, 2>(simd, place, accumulate),
+                    3 => tile::<S, M, 3>(simd, place, accumulate),
+                    _ => tile::<S, M, 4>(simd, place, accumulate),
                 }
             }
             at += count;
@@ -127,14 +162,14 @@ struct Place {
     inner: usize,
 }
 
-/// One tile of [`ROWS`] rows and `N` vectors.
+/// One tile of `M` rows and `N` vectors.
 ///
 /// # Safety
-/// For all rows below [`ROWS`] and inner indices below `p.inner`, the numbers of `a`, the `N` vectors of each row of `b` and
+/// For all rows below `M` and inner indices below `p.inner`, the numbers of `a`, the `N` vectors of each row of `b` and
 /// of `out` must lie within their buffers.
 #[inline(always)]
-unsafe fn tile<S: Simd, const N: usize>(simd: S, p: Place, accumulate: bool) {
-    let mut sums = [[simd.splat_f32s(0.0); N]; ROWS];
+unsafe fn tile<S: Simd, const M: usize, const N: usize>(simd: S, p: Place, accumulate: bool) {
+    let mut sums = [[simd.splat_f32s(0.0); N]; M];
     for k in 0..p.inner {
         // SAFETY: by the caller's promise; vectors are read as plain numbers without alignment.
         unsafe {
@@ -161,6 +196,102 @@ unsafe fn tile<S: Simd, const N: usize>(simd: S, p: Place, accumulate: bool) {
             }
         }
     }
+}
+
+/// Products of rows with a few columns, in two lanes per column: `out[row][2c] + out[row][2c + 1]` is the scalar product of row
+/// `row` of `a` and column `c`.
+///
+/// Rows come in `a.1` apart, `[rows, lanes, pairs]` sizes, and columns paired: `b[k · lanes + 2c + i]` is number `2k + i` of column
+/// `c`. Two numbers of a row are one broadcast, so that 8 columns fill vectors of 16 lanes and no sum runs across lanes.
+#[inline(always)]
+pub(super) fn paired_products<S: Simd>(
+    simd: S,
+    [rows, lanes, pairs]: [usize; 3],
+    a: (&[f32], usize),
+    b: &[f32],
+    out: &mut [f32],
+) {
+    assert!(
+        lanes.is_multiple_of(LANES)
+            && pairs * lanes <= b.len()
+            && rows * lanes <= out.len()
+            && (rows == 0 || (rows - 1) * a.1 + 2 * pairs <= a.0.len()),
+        "paired product exceeds its buffers"
+    );
+    if size_of::<S::f32s>() != size_of::<S::f64s>() {
+        // Without vectors there are no pairs.
+        for (row, out) in out.chunks_exact_mut(lanes).take(rows).enumerate() {
+            let a = &a.0[row * a.1..][..2 * pairs];
+            for (lane, out) in out.iter_mut().enumerate() {
+                *out = (0..pairs).map(|k| a[2 * k + lane % 2] * b[k * lanes + lane]).sum();
+            }
+        }
+        return;
+    }
+    let (vectors, tall) = (lanes / S::F32_LANES, S::REGISTER_COUNT >= 32);
+    let mut at = 0;
+    while at < vectors {
+        let wide = vectors - at >= 2;
+        let mut row = 0;
+        while row < rows {
+            let left = rows - row;
+            // SAFETY: the assertion above covers all rows, pairs and lanes.
+            row += unsafe {
+                let place = Place {
+                    a: a.0.as_ptr().add(row * a.1),
+                    a_row: a.1,
+                    a_inner: 2,
+                    b: b.as_ptr().add(at * S::F32_LANES),
+                    b_row: lanes,
+                    out: out.as_mut_ptr().add(row * lanes + at * S::F32_LANES),
+                    out_row: lanes,
+                    inner: pairs,
+                };
+                match (wide, tall) {
+                    (true, true) if left >= 8 => paired_tile::<S, 8, 2>(simd, place),
+                    (true, _) if left >= 4 => paired_tile::<S, 4, 2>(simd, place),
+                    (true, _) => paired_tile::<S, 1, 2>(simd, place),
+                    (false, true) if left >= 16 => paired_tile::<S, 16, 1>(simd, place),
+                    (false, _) if left >= 8 => paired_tile::<S, 8, 1>(simd, place),
+                    (false, _) => paired_tile::<S, 1, 1>(simd, place),
+                }
+            };
+        }
+        at += if wide { 2 } else { 1 };
+    }
+}
+
+/// One tile of `M` rows and `N` vectors of paired lanes; returns `M`.
+///
+/// # Safety
+/// For all rows below `M` and pairs below `p.inner`, the two numbers of `a`, the `N` vectors of each row of `b` and of `out` must
+/// lie within their buffers, and the vectors of f32 and f64 be of one size.
+#[inline(always)]
+unsafe fn paired_tile<S: Simd, const M: usize, const N: usize>(simd: S, p: Place) -> usize {
+    let mut sums = [[simd.splat_f32s(0.0); N]; M];
+    for k in 0..p.inner {
+        // SAFETY: by the caller's promise; numbers are read without alignment.
+        unsafe {
+            let b_row = p.b.add(k * p.b_row);
+            let b: [S::f32s; N] =
+                std::array::from_fn(|n| b_row.add(n * S::F32_LANES).cast::<S::f32s>().read_unaligned());
+            for (m, sums) in sums.iter_mut().enumerate() {
+                // The bits of two numbers, moved as those of one.
+                let pair = p.a.add(m * p.a_row + k * p.a_inner).cast::<f64>().read_unaligned();
+                let a: S::f32s = pulp::bytemuck::cast(simd.splat_f64s(pair));
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = simd.mul_add_e_f32s(a, b, *sum);
+                }
+            }
+        }
+    }
+    for (m, sums) in sums.into_iter().enumerate() {
+        for (n, sum) in sums.into_iter().enumerate() {
+            // SAFETY: by the caller's promise.
+            unsafe { p.out.add(m * p.out_row + n * S::F32_LANES).cast::<S::f32s>().write_unaligned(sum) };
+        }
+    }
+    M
 }
 
 #[cfg(test)]
@@ -205,6 +336,48 @@ mod tests {
                         let a = |k: usize| if transposed { a[k * padded + i] } else { a[i * inner + k] };
                         let expected: f32 = 1.0 + (0..inner).map(|k| a(k) * b[k * width + j]).sum::<f32>();
                         assert_eq!(out[i * width + j], expected, "{rows} {inner} {columns} at {i}, {j}");
+                    }
+                }
+            }
+        }
+    }
+
+    struct Paired<'a> {
+        sizes: [usize; 3],
+        a: (&'a [f32], usize),
+        b: &'a [f32],
+        out: &'a mut [f32],
+    }
+
+    impl WithSimd for Paired<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            paired_products(simd, self.sizes, self.a, self.b, self.out);
+        }
+    }
+
+    #[test]
+    fn paired_products_are_the_products_with_vectors_and_without() {
+        for (rows, columns, pairs) in [(1, 8, 1), (33, 8, 5), (21, 16, 40), (13, 24, 3)] {
+            let (stride, lanes) = (2 * pairs + 3, 2 * columns);
+            let a: Vec<f32> = (0..rows * stride).map(|i| ((i * 37 % 19) as f32) - 9.0).collect();
+            let b: Vec<f32> = (0..pairs * lanes).map(|i| ((i * 53 % 23) as f32) - 11.0).collect();
+            for scalar in [false, true] {
+                let mut out = vec![f32::NAN; rows * lanes];
+                let call = Paired { sizes: [rows, lanes, pairs], a: (&a, stride), b: &b, out: &mut out };
+                if scalar {
+                    call.with_simd(pulp::Scalar::new());
+                } else {
+                    Arch::new().dispatch(call);
+                }
+                for row in 0..rows {
+                    for c in 0..columns {
+                        let found = out[row * lanes + 2 * c] + out[row * lanes + 2 * c + 1];
+                        let number = |k: usize| a[row * stride + k] * b[k / 2 * lanes + 2 * c + k % 2];
+                        let expected: f32 = (0..2 * pairs).map(number).sum();
+                        assert_eq!(found, expected, "{rows} {columns} {pairs} at {row}, {c}");
                     }
                 }
             }

@@ -6,7 +6,6 @@ use burn_flex::FlexTensor;
 use super::{dims, integers, like, new};
 use crate::block::MlaDims;
 use crate::block_ops::{BlockGradients, BlockOps, LatentInputs, LatentState, MlpState, MlpWeights};
-use crate::cpu::absorbed;
 use crate::cpu::attention::{Dims, Saved};
 use crate::cpu::latent::{self, Shape};
 use crate::cpu::linear::{Tokens, input_gradient, project, weight_gradient};
@@ -137,33 +136,6 @@ impl BlockOps for Flex {
         dims: MlaDims,
     ) -> FlexTensor {
         Self::latent_attention_saving(LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims }).0
-    }
-
-    fn absorbed_attention(
-        q: FlexTensor,
-        cache: FlexTensor,
-        kv_b: FlexTensor,
-        offsets: FlexTensor,
-        mla: MlaDims,
-    ) -> FlexTensor {
-        let (q, kv_b, offsets) = (q.to_contiguous(), kv_b.to_contiguous(), integers(&offsets));
-        let maps = (dims::<2>(&kv_b)[0] > 0).then(|| kv_b.storage());
-        let [batch, seq, ..] = dims::<4>(&q);
-        let [_, keys, width] = dims::<3>(&cache);
-        // A cache is a long buffer of which the filled part is a view: it is read where it lies.
-        let strides = cache.layout().strides();
-        let dense = strides[2] == 1 && strides[1] == width as isize && strides[0] >= 0;
-        let cache = if dense { cache } else { cache.to_contiguous() };
-        let slots = absorbed::Slots {
-            data: &cache.storage::<f32>()[cache.layout().start_offset()..],
-            keys,
-            row: usize::try_from(cache.layout().strides()[0]).unwrap_or(keys * width),
-        };
-        let MlaDims { heads, nope, rope, value, rank, scale, .. } = mla;
-        let shape = absorbed::Shape { seq, heads, nope, rope, value, rank, scale: scale as f32 };
-        let mut out = new([batch, seq, heads * if maps.is_some() { value } else { rank }]);
-        absorbed::forward(shape, q.storage(), slots, maps, &offsets, out.storage_mut());
-        out
     }
 }
 

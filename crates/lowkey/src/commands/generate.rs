@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use anyhow::Context;
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
-use lowkey_infer::{Finish, Form, GenerateConfig, SamplingConfig, Weights};
+use lowkey_infer::{CacheDtype, Finish, Form, GenerateConfig, SamplingConfig, Weights};
 use lowkey_model::CausalLm;
 use serde_json::json;
 
@@ -15,6 +15,8 @@ use crate::output::{bytes, complain, say, say_json, stream};
 
 pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let form: Form = arguments.decode.parse().map_err(|e| WrongUse(format!("--decode {}: {e}", arguments.decode)))?;
+    let wrong = |e| WrongUse(format!("--cache-dtype {}: {e}", arguments.cache_dtype));
+    let cache_dtype: CacheDtype = arguments.cache_dtype.parse().map_err(wrong)?;
     let prompt = match (&arguments.prompt, &arguments.prompt_file) {
         (Some(prompt), _) => prompt.clone(),
         (None, Some(path)) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
@@ -44,6 +46,7 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
             ..SamplingConfig::default()
         },
         form,
+        cache_dtype,
         eos,
         ..GenerateConfig::default()
     };
