@@ -35,7 +35,9 @@ def run(command):
         raise SystemExit(f"failed: {' '.join(map(str, command))}\n{result.stderr[-2000:]}")
     text = result.stdout
     # A whole pretty object, or the last line of more.
-    return json.loads(text if text.startswith("{") else text.strip().splitlines()[-1])
+    figures = json.loads(text if text.startswith("{") else text.strip().splitlines()[-1])
+    # One context and one way were asked for.
+    return {**figures, **figures["rows"][0]} if "rows" in figures else figures
 
 
 def sides(case, arguments):

@@ -243,6 +243,25 @@ fn absorb(dir: &Path, source: &CausalLm, model: &mut CausalLm, device: &Device) 
     Ok(evidence)
 }
 
+/// Multiplies out the attention of every layer that has a latent: products in f64, rounded once to the model's format. `None` for
+/// other layers.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a layer without a query projection, [`Error::Device`] where a product cannot be read back.
+pub fn fused_layers(model: &CausalLm, device: &Device) -> Result<Vec<Option<FusedMla>>> {
+    let blocks = model.model.layers.iter().enumerate();
+    let each = blocks.map(|(i, block)| {
+        let Attention::Mla(mla) = &block.self_attn else { return Ok(None) };
+        let (dtype, shapes) = (mla.o_proj.weight.val().dtype(), mla.fused_shapes());
+        let [query, output] = products::fuse(i, mla)?;
+        let tensor = |exact: Exact, shape: [usize; 2]| {
+            Tensor::<2>::from_data(TensorData::new(exact.values, shape), (device, dtype))
+        };
+        Ok(Some(FusedMla { query: tensor(query, shapes[0]), output: tensor(output, shapes[1]) }))
+    });
+    each.collect()
+}
+
 /// Reads the fused weights that lie beside a model, one entry per layer.
 ///
 /// # Errors

@@ -54,7 +54,7 @@ mod target;
 pub use certificate::{Bounds, Certificate, Evidence, ProductEvidence, SourceFiles, TensorError, WeightEvidence};
 pub use error::{Error, Result};
 pub use evidence::{Greedy, LogitEvidence, Text};
-pub use export::{ABSORBED, FUSED, GGUF, Options, Verdict, export, load_fused, verify};
+pub use export::{ABSORBED, FUSED, GGUF, Options, Verdict, export, fused_layers, load_fused, verify};
 pub use files::FileHash;
 pub use plan::{FormCost, LayerForm, LayerPlan, PlanSettings, plan};
 pub use source::{Source, canonical};

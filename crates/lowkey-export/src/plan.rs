@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use lowkey_model::{AttentionConfig, MlaConfig, ModelConfig};
+use lowkey_model::{AttentionConfig, DecodeCosts, MlaConfig, ModelConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -86,9 +86,19 @@ pub struct PlanSettings {
 /// # Errors
 /// [`Error::Unsupported`] where the attention has no latent.
 pub fn plan(config: &ModelConfig, settings: PlanSettings, forced: Option<LayerForm>) -> Result<Vec<LayerPlan>> {
-    let mla = latent_attention(config)?;
-    let forms = [LayerForm::Expanded, LayerForm::Absorbed, LayerForm::Fused];
-    let costs = forms.map(|form| cost(config, mla, settings, form));
+    latent_attention(config)?;
+    let DecodeCosts { expanded, absorbed, fused } = config.decode_costs(settings.context);
+    let costs = [
+        (LayerForm::Expanded, expanded),
+        (LayerForm::Absorbed, absorbed.unwrap_or(expanded)),
+        (LayerForm::Fused, fused.unwrap_or(expanded)),
+    ]
+    .map(|(form, cost)| FormCost {
+        form,
+        weights: cost.weights as u64,
+        bytes_per_token: ((cost.weights + cost.cached + cost.rebuilt) * settings.bytes_per_number) as u64,
+        flops_per_token: 2 * cost.products as u64,
+    });
     // Ties go to the form that a reader of the checkpoint has to do least for: absorbed needs no file of its own.
     let order = [costs[1], costs[2], costs[0]];
     let cheapest =
@@ -117,37 +127,5 @@ pub(crate) fn latent_attention(config: &ModelConfig) -> Result<&MlaConfig> {
                 format!("{} attention: {why}", config.attention_name()),
             ))
         }
-    }
-}
-
-fn cost(config: &ModelConfig, mla: &MlaConfig, settings: PlanSettings, form: LayerForm) -> FormCost {
-    let (d, heads) = (config.hidden_size, config.num_attention_heads);
-    let (nope, rope, value, rank) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim, mla.kv_lora_rank);
-    let PlanSettings { context, bytes_per_number } = settings;
-    // What every form does: the latent, the shared key and the query latent.
-    let shared = d * (rank + rope) + mla.q_lora_rank.map_or(0, |q| d * q);
-    let width = mla.q_lora_rank.unwrap_or(d);
-    let up = rank * heads * (nope + value);
-    let split = width * heads * (nope + rope) + up + heads * value * d;
-    let fused = width * heads * (rank + rope) + heads * rank * d;
-    let keys_and_values = heads * (nope + rope + value);
-    let (weights, read, products) = match form {
-        LayerForm::Expanded => {
-            let rebuilt = context * (up + keys_and_values);
-            // W_UK and W_UV meet every cached token, which is in `rebuilt`, and the new one among them.
-            (shared + split, context * (rank + rope + keys_and_values), shared + split - up + rebuilt)
-        }
-        LayerForm::Absorbed => {
-            (shared + split, context * (rank + rope), shared + split + context * heads * (2 * rank + rope))
-        }
-        LayerForm::Fused => {
-            (shared + fused, context * (rank + rope), shared + fused + context * heads * (2 * rank + rope))
-        }
-    };
-    FormCost {
-        form,
-        weights: weights as u64,
-        bytes_per_token: ((weights + read) * bytes_per_number) as u64,
-        flops_per_token: 2 * products as u64,
     }
 }

@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, Tensor};
 use lowkey_infer::{Decoder, Form};
 use lowkey_model::{
-    Attention, AttentionConfig, CausalLm, FusedMla, GroupedConfig, ModelConfig, RopeConfig, WeightDtype, ids_tensor,
+    Attention, AttentionConfig, CausalLm, GroupedConfig, ModelConfig, RopeConfig, WeightDtype, ids_tensor,
 };
 
 use crate::gguf::tests::{Folder, bits, config_with, distance, logits, random_model, yarn};
@@ -114,24 +114,9 @@ fn narrow_formats_are_rounded_once_and_hold_their_bounds() {
 fn the_products_are_the_model_in_f64() {
     for (seed, (name, config)) in zoo().into_iter().enumerate() {
         let narrow = random_model(&config, seed as u64 + 40);
-        let fused: Vec<Option<FusedMla>> = narrow
-            .model
-            .layers
-            .iter()
-            .enumerate()
-            .map(|(i, block)| {
-                let Attention::Mla(mla) = &block.self_attn else { unreachable!() };
-                let [query, output] = products::fuse(i, mla).unwrap();
-                let tensor = |exact: side::Exact| {
-                    let shape = [exact.shape[0], exact.shape[1]];
-                    let like = Tensor::<2>::zeros([1, 1], &device()).cast(FloatDType::F64);
-                    Tensor::<2>::from_data(TensorData::new(exact.values, shape), (&device(), like.dtype()))
-                };
-                Some(FusedMla { query: tensor(query), output: tensor(output) })
-            })
-            .collect();
         let values = narrow.parameters().into_iter().map(|p| p.value.cast(FloatDType::F64)).collect();
         let wide = narrow.with_values(values);
+        let fused = fused_layers(&wide, &device()).unwrap();
         let ids: Vec<u32> = (0..100).map(|i| (i * i + 3) % 29).collect();
         let run = |form: Form| {
             let mut decoder = Decoder::new(&wide, 1, ids.len(), form, &device()).unwrap();

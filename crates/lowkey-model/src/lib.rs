@@ -39,6 +39,7 @@
 mod checkpoint;
 mod config;
 mod cost;
+mod decode_cost;
 mod error;
 #[cfg(test)]
 mod fixtures;
@@ -56,6 +57,7 @@ mod rope;
 pub use checkpoint::{WeightDtype, weight_files};
 pub use config::{AttentionConfig, AttentionKind, Family, GroupedConfig, MlaConfig, ModelConfig, ModelSection};
 pub use cost::{CacheWidth, ParameterCount};
+pub use decode_cost::{AttentionCost, DecodeCosts};
 pub use error::{Error, Result};
 pub use fused::FusedMla;
 pub use gradients::{Objective, Recompute};

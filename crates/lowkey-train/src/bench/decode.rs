@@ -1,14 +1,15 @@
 //! Single tokens over a filled cache.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use lowkey_infer::{Decoder, Form, GenerateConfig, Sampler};
-use lowkey_model::{CausalLm, ModelConfig};
+use burn::tensor::{Device, Tensor};
+use lowkey_infer::{CacheDtype, Decoder, Form, GenerateConfig, Sampler};
+use lowkey_model::{CausalLm, FusedMla, ModelConfig};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::machine::{Spread, peak_rss_mb, read_bandwidth, thousandths};
+use super::machine::{Spread, below_ceiling, peak_rss_mb, read_bandwidth, thousandths};
 use super::shapes::Shape;
 use super::{MOST_ROUNDS, Observer, Progress};
 use crate::error::{Error, Result};
@@ -18,34 +19,58 @@ use crate::setup::check_bytes;
 /// Seed of weights and tokens.
 const SEED: u64 = 1;
 
-/// Bytes of a number in weights and cache.
+/// Bytes of a number in weights, and in keys and values that are made anew.
 const F32: usize = 4;
 
-/// Longest prompt that goes through the model. What is measured behind it does not depend on what lies in the cache, and the
-/// work of a prompt grows with its square.
+/// Longest prompt that goes through the model. Its work grows with its square, and the steps take as long whatever numbers lie in
+/// the cache.
 const LONGEST_PROMPT: usize = 4096;
 
-/// What to measure.
-#[derive(Clone, Debug)]
-pub struct DecodeOptions {
-    /// Name of a [`Shape`].
-    pub shape: String,
-    /// Sequences at a time.
-    pub batch: usize,
-    /// Tokens per sequence that the cache holds before the first step.
-    pub context: usize,
-    /// Steps, of one token per sequence each.
-    pub new: usize,
-    /// Name of a [`Form`].
-    pub way: String,
-    /// Threads; absent: one per core.
-    pub threads: Option<usize>,
+/// Time after which no further step of one way is begun, and the steps that are taken all the same.
+const PATIENCE: Duration = Duration::from_secs(20);
+const FEWEST_STEPS: usize = 3;
+
+/// What is measured: a model, and its layers with their up-projections multiplied out, where the fused form is among the ways.
+#[derive(Debug)]
+pub struct Subject {
+    /// What to call it.
+    pub name: String,
+    /// The model.
+    pub model: CausalLm,
+    /// One entry per layer, or none at all.
+    pub fused: Vec<Option<FusedMla>>,
 }
 
-impl Default for DecodeOptions {
-    fn default() -> Self {
-        Self { shape: "d256".into(), batch: 1, context: 4096, new: 64, way: "absorbed".into(), threads: None }
+impl Subject {
+    /// A model of a [`Shape`], drawn at random, for sequences of up to `positions` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an unknown shape, [`Error::Model`] where `positions` is out of range, [`Error::Memory`] for a model that
+    /// this machine cannot hold.
+    pub fn shape(name: &str, positions: usize) -> Result<Self> {
+        let shape = Shape::named(name)?;
+        let config = shape.config(positions)?;
+        check_bytes("the model", config.parameter_count().total * F32, "the shape", &config)?;
+        let model = CausalLm::init(&config, SEED, &super::device());
+        Ok(Self { name: name.into(), model, fused: Vec::new() })
     }
+}
+
+/// How to measure.
+#[derive(Clone, Debug)]
+pub struct DecodeOptions {
+    /// Sequences at a time.
+    pub batch: usize,
+    /// Tokens per sequence that the cache holds before the first step; each is measured.
+    pub contexts: Vec<usize>,
+    /// Steps, of one token per sequence each. A way that takes longer than 20 seconds ends with fewer.
+    pub new: usize,
+    /// How attention is computed; each is measured.
+    pub ways: Vec<Form>,
+    /// How the cache stores its numbers.
+    pub cache_dtype: CacheDtype,
+    /// Threads; absent: one per core.
+    pub threads: Option<usize>,
 }
 
 /// What was measured.
@@ -53,22 +78,42 @@ impl Default for DecodeOptions {
 pub struct DecodeFigures {
     /// `decode`
     pub what: &'static str,
-    /// Name of the shape.
-    pub shape: &'static str,
-    /// How attention was computed in the steps.
-    pub way: String,
-    /// Sequences at a time.
-    pub batch: usize,
-    /// Tokens per sequence before the first step.
-    pub context: usize,
-    /// Steps.
-    pub new: usize,
-    /// Threads.
-    pub threads: usize,
+    /// Name of the model.
+    pub model: String,
     /// Parameters.
     pub params: usize,
-    /// Tokens per second of a prompt of `context` tokens, at most 4096, by whichever form takes fewer operations. A longer cache is
-    /// filled with random numbers.
+    /// Sequences at a time.
+    pub batch: usize,
+    /// Threads.
+    pub threads: usize,
+    /// How the cache stored its numbers.
+    pub cache_dtype: String,
+    /// Numbers that the cache stores per token, all layers together.
+    pub cache_numbers_per_token: usize,
+    /// The model's longest position, where it was raised for this measurement.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_position_embeddings: Option<usize>,
+    /// Rate at which as many threads read memory that no cache of the processor holds.
+    pub memory_bytes_per_s: f64,
+    /// Rate of plain matrix products on as many threads.
+    pub matmul_flops_per_s: f64,
+    /// Largest resident memory of the process, MiB; absent where the system does not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_rss_mb: Option<f64>,
+    /// One per context and way.
+    pub rows: Vec<DecodeRow>,
+}
+
+/// Steps over one context in one way.
+#[derive(Clone, Debug, Serialize)]
+pub struct DecodeRow {
+    /// Tokens per sequence before the first step.
+    pub context: usize,
+    /// How attention was computed.
+    pub way: String,
+    /// Steps taken.
+    pub steps: usize,
+    /// Tokens per second of a prompt of `context` tokens, at most 4096, by whichever form takes fewer operations.
     pub prefill_tokens_per_s: f64,
     /// Median time of a step: of one token for each sequence.
     pub step_ms: f64,
@@ -76,138 +121,205 @@ pub struct DecodeFigures {
     pub step_ms_min: f64,
     /// The longest.
     pub step_ms_max: f64,
-    /// Median time of a step divided by the sequences.
-    pub ms_per_token: f64,
-    /// Its inverse.
+    /// Tokens per second of all sequences, by the median.
     pub tokens_per_s: f64,
-    /// Numbers that the cache stores per token, all layers together.
-    pub cache_numbers_per_token: usize,
     /// Bytes of the whole cache as allocated.
     pub cache_bytes: usize,
     /// Bytes that a step reads, divided by the sequences: each weight but the rows of the embedding that are not looked up, the cache
-    /// at half of the steps, and in the expanded form the keys and values that it rebuilds from the latents.
+    /// as allocated at half of the steps, and in the expanded form the keys and values that it rebuilds from the latents.
     pub bytes_per_token: f64,
-    /// Those bytes per second of the median step.
+    /// Operations of a token at half of the steps, two per multiply-add.
+    pub flops_per_token: f64,
+    /// Bytes per second of the median step.
     pub bytes_per_s: f64,
-    /// Rate at which as many threads read memory that no cache of the processor holds.
-    pub memory_bytes_per_s: f64,
-    /// `bytes_per_s / memory_bytes_per_s`; above 1 where weights stay in the processor's caches.
-    pub bandwidth_fraction: f64,
-    /// Largest resident memory of the process, MiB; absent where the system does not say.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub peak_rss_mb: Option<f64>,
+    /// Operations per second of the median step.
+    pub flops_per_s: f64,
+    /// What takes longer at its best: reading those bytes (`memory`) or computing those operations (`arithmetic`).
+    pub bound: &'static str,
+    /// That time over the median step; above 1 where weights stay in the processor's caches.
+    pub bound_fraction: f64,
 }
 
-/// Fills a cache and times greedy steps from there.
+/// Fills a cache and times greedy steps from there, for each context in each way.
 ///
 /// # Errors
-/// [`Error::Config`] for options out of range, [`Error::Memory`] for a cache that this machine cannot hold.
-pub fn decode(options: &DecodeOptions, observe: Observer) -> Result<DecodeFigures> {
-    let shape = Shape::named(&options.shape)?;
-    let DecodeOptions { batch, context, new, .. } = *options;
-    super::check_tokens(batch, "context", context)?;
+/// [`Error::Config`] for options out of range, [`Error::Memory`] for a cache that this machine cannot hold, errors of the decoder.
+pub fn decode(subject: Subject, options: &DecodeOptions, observe: Observer) -> Result<DecodeFigures> {
+    let DecodeOptions { batch, ref contexts, new, ref ways, .. } = *options;
+    for context in contexts {
+        super::check_tokens(batch, "context", *context)?;
+    }
     at_least_one("new", new, MOST_ROUNDS)?;
-    let unknown = |_| Error::config("way", format!("{:?}", options.way), "must be absorbed, expanded or auto");
-    let way: Form = options.way.parse().map_err(unknown)?;
-    let config = shape.config(context + new)?;
-    let cache = batch * (context + new) * cache_numbers(&config) * F32;
+    if ways.contains(&Form::Auto) {
+        return Err(Error::config("way", "\"auto\"", "must be expanded, absorbed or fused"));
+    }
+    let Some(longest) = contexts.iter().max().filter(|_| !ways.is_empty()) else {
+        return Err(Error::config("context", "[]", "at least one context and one way to measure"));
+    };
+    let Subject { name, mut model, fused } = subject;
+    let positions = longest + new;
+    let raised = (positions > model.config.max_position_embeddings).then_some(positions);
+    // Where a model was trained for less, its texts beyond that are worth nothing, but their speed is the same.
+    model.config.max_position_embeddings = positions.max(model.config.max_position_embeddings);
+    let config = model.config.clone();
+    let cache = batch * positions * cache_numbers(&config) * F32;
     let needed = (config.parameter_count().total * F32).saturating_add(cache);
     check_bytes("decoding", needed, "the shape, the batch or the context", &config)?;
     let threads = super::threads(options.threads)?;
-    super::on_threads(threads, || measure(shape, &config, options, way, threads, observe))
+    let (rows, matmul_flops_per_s, memory_bytes_per_s) = super::on_threads(threads, || {
+        let device = super::device();
+        let memory = read_bandwidth(threads)?;
+        let (mut rows, ceiling) = below_ceiling(threads, &device, || {
+            let bench = Bench { model: &model, fused: &fused, options, device: &device };
+            let measured: Result<Vec<Vec<DecodeRow>>> =
+                contexts.iter().map(|context| bench.context(*context, observe)).collect();
+            Ok(measured?.concat())
+        })?;
+        let memory = memory.max(read_bandwidth(threads)?);
+        rows.iter_mut().for_each(|row| row.set_bound(memory, ceiling, batch));
+        Ok((rows, ceiling, memory))
+    })?;
+    Ok(DecodeFigures {
+        what: "decode",
+        model: name,
+        params: config.parameter_count().total,
+        batch,
+        threads,
+        cache_dtype: options.cache_dtype.to_string(),
+        cache_numbers_per_token: cache_numbers(&config),
+        max_position_embeddings: raised,
+        memory_bytes_per_s,
+        matmul_flops_per_s,
+        peak_rss_mb: peak_rss_mb(),
+        rows,
+    })
 }
 
 fn cache_numbers(config: &ModelConfig) -> usize {
     config.cache_width().latent * config.num_hidden_layers
 }
 
-fn measure(
-    shape: Shape,
-    config: &ModelConfig,
-    options: &DecodeOptions,
-    way: Form,
-    threads: usize,
-    observe: Observer,
-) -> Result<DecodeFigures> {
-    let DecodeOptions { batch, context, new, .. } = *options;
-    let device = super::device();
-    let model = CausalLm::init(config, SEED, &device);
-    let mut random = ChaCha8Rng::seed_from_u64(SEED);
-    let prompt_tokens = context.min(LONGEST_PROMPT);
-    let mut prompt = || (0..prompt_tokens).map(|_| random.random_range(0..config.vocab_size as u32)).collect();
-    let prompts: Vec<Vec<u32>> = (0..batch).map(|_| prompt()).collect();
-    let mut decoder = Decoder::new(&model, batch, context + new, Form::Auto, &device)?;
-
-    // In parts, so that there is something to watch. What lies in the cache is the same in every form.
-    let chunk = GenerateConfig::default().prefill_chunk;
-    let started = Instant::now();
-    let mut logits = None;
-    for from in (0..prompt_tokens).step_by(chunk) {
-        observe(Progress { doing: "prefill", done: from, of: prompt_tokens });
-        let parts: Vec<&[u32]> = prompts.iter().map(|ids| &ids[from..(from + chunk).min(prompt_tokens)]).collect();
-        logits = Some(decoder.prefill(&parts, chunk)?);
+impl DecodeRow {
+    fn set_bound(&mut self, memory_bytes_per_s: f64, matmul_flops_per_s: f64, batch: usize) {
+        let seconds = batch as f64 / self.tokens_per_s;
+        let reading = self.bytes_per_token * batch as f64 / memory_bytes_per_s;
+        let computing = self.flops_per_token * batch as f64 / matmul_flops_per_s;
+        let (bound, floor) = if reading > computing { ("memory", reading) } else { ("arithmetic", computing) };
+        self.bound = bound;
+        self.bound_fraction = floor / seconds;
     }
-    let logits = logits.ok_or_else(|| Error::config("context", context, "must be at least 1"))?;
-    let mut samplers = (0..batch)
-        .map(|row| Sampler::new(&GenerateConfig::default().sampling, row as u64))
-        .collect::<std::result::Result<Vec<_>, _>>()?;
-    let mut greedy = |logits: burn::tensor::Tensor<2>| -> Result<Vec<u32>> {
-        let failed = |e| Error::Device { what: "the logits", why: format!("{e:?}") };
-        let logits = logits.try_into_vec_as::<f32>().map_err(failed)?;
-        let rows = samplers.iter_mut().zip(logits.chunks(config.vocab_size));
-        Ok(rows.map(|(sampler, logits)| sampler.sample(logits, &[])).collect::<std::result::Result<_, _>>()?)
-    };
-    let mut tokens = greedy(logits)?;
-    let prefill = started.elapsed();
+}
 
-    if prompt_tokens < context {
-        decoder.fill_at_random(context)?;
+/// What all measurements share.
+struct Bench<'a> {
+    model: &'a CausalLm,
+    fused: &'a [Option<FusedMla>],
+    options: &'a DecodeOptions,
+    device: &'a Device,
+}
+
+impl Bench<'_> {
+    /// A prompt, then each way from the same number of cached tokens on.
+    fn context(&self, context: usize, observe: Observer) -> Result<Vec<DecodeRow>> {
+        let Self { model, fused, options, device } = *self;
+        let DecodeOptions { batch, new, ref ways, cache_dtype, .. } = *options;
+        let rows = [batch, context + new];
+        let mut decoder = Decoder::with_cache(model, rows, cache_dtype, Form::Auto, device)?;
+        if !fused.is_empty() {
+            decoder = decoder.with_fused(fused.to_vec())?;
+        }
+        let (mut tokens, prefill_tokens_per_s) = self.prefill(&mut decoder, context, observe)?;
+        let cache_bytes = decoder.cache().bytes();
+        let mut greedy = self.greedy()?;
+        let mut rows = Vec::with_capacity(ways.len());
+        for way in ways {
+            decoder.fill_at_random(context)?;
+            decoder.set_form(*way);
+            let (begun, mut times) = (Instant::now(), Vec::with_capacity(new));
+            while times.len() < new.min(FEWEST_STEPS) || (times.len() < new && begun.elapsed() < PATIENCE) {
+                observe(Progress { doing: "tokens", done: times.len(), of: new });
+                let started = Instant::now();
+                tokens = greedy(decoder.step(&tokens)?)?;
+                times.push(started.elapsed());
+            }
+            let steps = times.len();
+            let Spread { median, min, max } = Spread::milliseconds(&times);
+            let held = context + steps / 2;
+            let cached_bytes = cache_bytes as f64 * held as f64 / (context + new) as f64;
+            let (step_bytes, step_flops) = step_cost(&model.config, batch, held, cached_bytes, *way);
+            rows.push(DecodeRow {
+                context,
+                way: way.to_string(),
+                steps,
+                prefill_tokens_per_s: thousandths(prefill_tokens_per_s),
+                step_ms: thousandths(median),
+                step_ms_min: thousandths(min),
+                step_ms_max: thousandths(max),
+                tokens_per_s: thousandths(batch as f64 / median * 1e3),
+                cache_bytes,
+                bytes_per_token: step_bytes / batch as f64,
+                flops_per_token: step_flops / batch as f64,
+                bytes_per_s: step_bytes / median * 1e3,
+                flops_per_s: step_flops / median * 1e3,
+                bound: "",
+                bound_fraction: 0.0,
+            });
+        }
+        Ok(rows)
     }
-    decoder.set_form(way);
-    let mut times = Vec::with_capacity(new);
-    for done in 0..new {
-        observe(Progress { doing: "tokens", done, of: new });
+
+    /// Runs prompts of random tokens; the first tokens that follow them, and the prompts' tokens per second.
+    fn prefill(&self, decoder: &mut Decoder, context: usize, observe: Observer) -> Result<(Vec<u32>, f64)> {
+        let (batch, vocab) = (self.options.batch, self.model.config.vocab_size as u32);
+        let len = context.min(LONGEST_PROMPT);
+        let mut random = ChaCha8Rng::seed_from_u64(SEED);
+        let mut prompt = || (0..len).map(|_| random.random_range(0..vocab)).collect();
+        let prompts: Vec<Vec<u32>> = (0..batch).map(|_| prompt()).collect();
+        // In parts, so that there is something to watch.
+        let chunk = GenerateConfig::default().prefill_chunk;
         let started = Instant::now();
-        tokens = greedy(decoder.step(&tokens)?)?;
-        times.push(started.elapsed());
+        let mut logits = None;
+        for from in (0..len).step_by(chunk) {
+            observe(Progress { doing: "prefill", done: from, of: len });
+            let parts: Vec<&[u32]> = prompts.iter().map(|ids| &ids[from..(from + chunk).min(len)]).collect();
+            logits = Some(decoder.prefill(&parts, chunk)?);
+        }
+        let logits = logits.ok_or_else(|| Error::config("context", context, "must be at least 1"))?;
+        let tokens = self.greedy()?(logits)?;
+        Ok((tokens, (batch * len) as f64 / started.elapsed().as_secs_f64()))
     }
-    let peak_rss_mb = peak_rss_mb();
-    let cache_bytes = decoder.cache().bytes();
-    drop(decoder);
 
-    let memory_bytes_per_s = read_bandwidth(threads)?;
-    let Spread { median, min, max } = Spread::milliseconds(&times);
-    let params = config.parameter_count().total;
-    let weights = params - (config.vocab_size - batch.min(config.vocab_size)) * config.hidden_size;
-    let cached = batch * (context + new / 2) * cache_numbers(config);
-    // Keys and values of all heads, which the expanded form makes of the latents anew and then reads.
-    let rebuilt = match way {
-        Form::Expanded => batch * (context + new / 2) * config.cache_width().expanded * config.num_hidden_layers,
-        _ => 0,
-    };
-    let step_bytes = ((weights + cached + rebuilt) * F32) as f64;
-    let bytes_per_s = step_bytes / median * 1e3;
-    Ok(DecodeFigures {
-        what: "decode",
-        shape: shape.name,
-        way: way.to_string(),
-        batch,
-        context,
-        new,
-        threads,
-        params,
-        prefill_tokens_per_s: thousandths((batch * prompt_tokens) as f64 / prefill.as_secs_f64()),
-        step_ms: thousandths(median),
-        step_ms_min: thousandths(min),
-        step_ms_max: thousandths(max),
-        ms_per_token: thousandths(median / batch as f64),
-        tokens_per_s: thousandths(batch as f64 / median * 1e3),
-        cache_numbers_per_token: cache_numbers(config),
-        cache_bytes,
-        bytes_per_token: step_bytes / batch as f64,
-        bytes_per_s,
-        memory_bytes_per_s,
-        bandwidth_fraction: bytes_per_s / memory_bytes_per_s,
-        peak_rss_mb,
-    })
+    /// What picks the likeliest tokens of `[batch, vocab]` logits, as generation does it.
+    fn greedy(&self) -> Result<impl FnMut(Tensor<2>) -> Result<Vec<u32>>> {
+        let vocab = self.model.config.vocab_size;
+        let mut samplers = (0..self.options.batch)
+            .map(|row| Sampler::new(&GenerateConfig::default().sampling, row as u64))
+            .collect::<std::result::Result<Vec<_>, _>>()?;
+        Ok(move |logits: Tensor<2>| {
+            let failed = |e| Error::Device { what: "the logits", why: format!("{e:?}") };
+            let logits = logits.try_into_vec_as::<f32>().map_err(failed)?;
+            let rows = samplers.iter_mut().zip(logits.chunks(vocab));
+            Ok(rows.map(|(sampler, logits)| sampler.sample(logits, &[])).collect::<std::result::Result<_, _>>()?)
+        })
+    }
+}
+
+/// Bytes that a step reads and operations that it takes, for all sequences, with `context` tokens in each one's cache.
+fn step_cost(config: &ModelConfig, batch: usize, context: usize, cached_bytes: f64, way: Form) -> (f64, f64) {
+    let costs = config.decode_costs(context);
+    let plain = costs.expanded;
+    let cost = match way {
+        Form::Expanded => Some(plain),
+        Form::Auto | Form::Absorbed => costs.absorbed,
+        Form::Fused => costs.fused,
+    }
+    .unwrap_or(plain);
+    let layers = config.num_hidden_layers;
+    // A head that is the embedding is read whole.
+    let looked_up = config.vocab_size.saturating_sub(batch) * config.hidden_size;
+    let unread = if config.tie_word_embeddings { 0 } else { looked_up };
+    let weights = config.parameter_count().total - unread - layers * plain.weights + layers * cost.weights;
+    let products = config.matrix_weights() - layers * plain.weights + layers * cost.products;
+    let bytes = ((weights + batch * layers * cost.rebuilt) * F32) as f64 + cached_bytes;
+    (bytes, (2 * batch * products) as f64)
 }

@@ -1,6 +1,7 @@
-//! Measurements of speed and memory on fixed shapes and random tokens.
+//! Measurements of speed and memory on random tokens.
 //!
-//! [`train`] times whole optimiser steps, [`ops`] takes one apart, [`decode`] times single tokens over a filled cache. Each runs
+//! [`train`] times whole optimiser steps on fixed shapes, [`ops`] takes one apart, [`decode`] times single tokens of a shape or of any
+//! model over a filled cache. Each runs
 //! the code that `lowkey train` and `lowkey generate` run, and reports its figure beside what the machine can do at most,
 //! measured in the same process.
 
@@ -12,7 +13,7 @@ mod train;
 
 use burn::tensor::Device;
 
-pub use decode::{DecodeFigures, DecodeOptions, decode};
+pub use decode::{DecodeFigures, DecodeOptions, DecodeRow, Subject, decode};
 pub use machine::Spread;
 pub use ops::{OpFigures, OpsFigures, OpsOptions, ops};
 pub use shapes::Shape;

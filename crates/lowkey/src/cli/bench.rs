@@ -1,5 +1,7 @@
 //! The command line of the measurements.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 
 #[derive(Debug, Subcommand)]
@@ -15,10 +17,14 @@ pub(crate) enum BenchCommand {
     Train(BenchTrainArguments),
     /// Time single tokens over a cache that already holds a context
     #[command(after_help = "\
-        Bytes per token are the weights and the part of the cache that a step cannot but read.\n\n\
+        Reads are what a step cannot but read: weights, the cache, and in the expanded form the keys and\n\
+        values that it makes of the latents. The bound is reading them at the rate of memory, or computing\n\
+        at the rate of matrix products, whichever takes longer.\n\
+        A context beyond what a model was made for is measured all the same: it changes texts, not speed.\n\n\
         Examples:\n  \
-        lowkey bench decode --shape d256 --context 4096\n  \
-        lowkey bench decode --shape d512 --context 512 --way expanded --batch 4 --json")]
+        lowkey bench decode runs/quickstart/checkpoints/best --context 512,4096\n  \
+        lowkey bench decode --shape d256 --context 512,4096,32768 --json\n  \
+        lowkey bench decode --shape d512 --way absorbed --batch 4 --cache-dtype int8")]
     Decode(BenchDecodeArguments),
     /// Take a training step apart: time, rate and share of each operation
     #[command(after_help = "\
@@ -70,21 +76,27 @@ pub(crate) struct BenchTrainArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchDecodeArguments {
+    /// A model directory [default: a shape with random weights]
+    #[arg(value_name = "MODEL", conflicts_with = "shape")]
+    pub(crate) model: Option<PathBuf>,
     /// The model: d256, d512, d768 or d1536
     #[arg(long, default_value = "d256", value_name = "NAME")]
     pub(crate) shape: String,
     /// Tokens in the cache before the first step
-    #[arg(long, default_value_t = 4096, value_name = "N")]
-    pub(crate) context: usize,
-    /// Steps to time, of one token per sequence
+    #[arg(long, default_values_t = [512, 4096], value_delimiter = ',', value_name = "N,…")]
+    pub(crate) context: Vec<usize>,
+    /// Steps to time, of one token per sequence; a way that takes longer than 20 s ends with fewer
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub(crate) new: usize,
     /// Sequences at a time
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) batch: usize,
-    /// How attention is computed in the steps: absorbed, expanded or auto
-    #[arg(long, default_value = "absorbed", value_name = "FORM")]
-    pub(crate) way: String,
+    /// How attention is computed in the steps: expanded, absorbed, fused [default: all that the model has]
+    #[arg(long, value_delimiter = ',', value_name = "FORM,…")]
+    pub(crate) way: Vec<String>,
+    /// How the cache stores its numbers: f32, bf16, f16 or int8
+    #[arg(long, default_value = "f32", value_name = "DTYPE")]
+    pub(crate) cache_dtype: String,
     /// Threads [default: one per core]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,

@@ -1,10 +1,14 @@
 //! `lowkey bench`.
 
-use lowkey_model::Recompute;
+use burn::tensor::Device;
+use lowkey_infer::{CacheDtype, Form};
+use lowkey_model::{AttentionConfig, Recompute};
 use lowkey_train::bench::{
-    self, DecodeFigures, DecodeOptions, OpFigures, OpsFigures, OpsOptions, TrainFigures, TrainOptions,
+    self, DecodeFigures, DecodeOptions, DecodeRow, OpFigures, OpsFigures, OpsOptions, Subject, TrainFigures,
+    TrainOptions,
 };
 
+use super::WrongUse;
 use crate::cli::{BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchStepArguments, BenchTrainArguments};
 use crate::output::{bytes, count, pairs, say, say_json, table};
 use crate::progress::{Measuring, spaced};
@@ -17,9 +21,10 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
             let figures = bench::train(&options(step, steps, warmup), observe);
             report(bar, figures, json, train_text)
         }
-        BenchCommand::Decode(BenchDecodeArguments { shape, context, new, batch, way, threads, json }) => {
-            let figures = bench::decode(&DecodeOptions { shape, batch, context, new, way, threads }, observe);
-            report(bar, figures, json, decode_text)
+        BenchCommand::Decode(arguments) => {
+            let (subject, options) = decode_subject(&arguments)?;
+            let figures = bench::decode(subject, &options, observe);
+            report(bar, figures, arguments.json, decode_text)
         }
         BenchCommand::Ops(BenchOpsArguments { step, steps, warmup, json }) => {
             let figures = bench::ops(&OpsOptions { step: options(step, steps, warmup) }, observe);
@@ -88,27 +93,85 @@ fn train_text(f: &TrainFigures) -> String {
     format!("{head}\n{}", pairs(&rows))
 }
 
+/// The model to decode with, and how.
+fn decode_subject(arguments: &BenchDecodeArguments) -> anyhow::Result<(Subject, DecodeOptions)> {
+    let BenchDecodeArguments { model, shape, context, new, batch, way, cache_dtype, threads, json: _ } = arguments;
+    let wrong = |flag: &str, value: &str, e: &dyn std::fmt::Display| WrongUse(format!("{flag} {value}: {e}"));
+    let cache_dtype: CacheDtype = cache_dtype.parse().map_err(|e| wrong("--cache-dtype", cache_dtype, &e))?;
+    let ways: Vec<Form> =
+        way.iter().map(|way| way.parse().map_err(|e| wrong("--way", way, &e))).collect::<Result<_, _>>()?;
+    let device = Device::flex();
+    let mut subject = match model {
+        Some(path) => {
+            let model = super::load_model(path, &device)?;
+            Subject { name: path.display().to_string(), model, fused: Vec::new() }
+        }
+        None => {
+            let positions = context.iter().max().map_or(1, |longest| longest.saturating_add(*new));
+            Subject::shape(shape, positions)?
+        }
+    };
+    let forms = match subject.model.config.attention {
+        AttentionConfig::Mla(_) => vec![Form::Expanded, Form::Absorbed, Form::Fused],
+        AttentionConfig::Grouped(_) => vec![Form::Expanded],
+    };
+    if let Some(way) = ways.iter().find(|way| !forms.contains(way)) {
+        let known: Vec<String> = forms.iter().map(Form::to_string).collect();
+        let name = subject.model.config.attention_name();
+        return Err(WrongUse(format!("--way {way}: {name} attention decodes in: {}", known.join(", "))).into());
+    }
+    let ways = if ways.is_empty() { forms } else { ways };
+    if ways.contains(&Form::Fused) {
+        subject.fused = lowkey_export::fused_layers(&subject.model, &device)?;
+    }
+    let (contexts, new, batch, threads) = (context.clone(), *new, *batch, *threads);
+    Ok((subject, DecodeOptions { batch, contexts, new, ways, cache_dtype, threads }))
+}
+
 fn decode_text(f: &DecodeFigures) -> String {
-    let rate = |per_s: f64| format!("{:.2} GB/s", per_s / 1e9);
-    let mut rows = vec![
-        ("per token", format!("{:.3} ms, {:.1} tokens/s", f.ms_per_token, f.tokens_per_s)),
-        ("step", format!("{:.3} ms ({:.3}..{:.3}), median of {}", f.step_ms, f.step_ms_min, f.step_ms_max, f.new)),
-        ("prefill", format!("{:.0} tokens/s", f.prefill_tokens_per_s)),
-        ("cache", format!("{} numbers per token, {} in all", f.cache_numbers_per_token, bytes(f.cache_bytes))),
-        ("reads", format!("{} per token, {}", bytes(f.bytes_per_token as usize), rate(f.bytes_per_s))),
-        ("memory", format!("{}, of which {:.0} % are used", rate(f.memory_bytes_per_s), f.bandwidth_fraction * 100.0)),
+    let rate = |per_s: f64, unit: &str| format!("{:.1} {unit}", per_s / 1e9);
+    let row = |r: &DecodeRow| {
+        vec![
+            r.context.to_string(),
+            format!("{:<8}", r.way),
+            format!("{:.1}", r.tokens_per_s),
+            format!("{:.2}", r.step_ms),
+            bytes(r.bytes_per_token as usize),
+            count(r.flops_per_token),
+            rate(r.bytes_per_s, ""),
+            rate(r.flops_per_s, ""),
+            format!("{:<10}", r.bound),
+            format!("{:.0} %", r.bound_fraction * 100.0),
+        ]
+    };
+    let header =
+        ["context", "way     ", "tokens/s", "ms/step", "reads", "FLOPs", "GB/s", "GFLOP/s", "bound     ", "of it"];
+    let rows: Vec<Vec<String>> = f.rows.iter().map(row).collect();
+    let mut caches: Vec<String> = Vec::new();
+    for r in &f.rows {
+        let text = format!("{} at {}", bytes(r.cache_bytes), r.context);
+        if !caches.contains(&text) {
+            caches.push(text);
+        }
+    }
+    let mut facts = vec![
+        (
+            "machine",
+            format!(
+                "{} read from memory, {} of matrix products, {} threads",
+                rate(f.memory_bytes_per_s, "GB/s"),
+                rate(f.matmul_flops_per_s, "GFLOP/s"),
+                f.threads
+            ),
+        ),
+        ("cache", format!("{}, {} numbers per token; {}", f.cache_dtype, f.cache_numbers_per_token, caches.join(", "))),
     ];
-    rows.extend(peak(f.peak_rss_mb));
-    let head = format!(
-        "{}: {} parameters, {}, {} × {} tokens in the cache, {} threads",
-        f.shape,
-        count(f.params as f64),
-        f.way,
-        f.batch,
-        f.context,
-        f.threads
-    );
-    format!("{head}\n{}", pairs(&rows))
+    if let Some(positions) = f.max_position_embeddings {
+        facts.push(("note", format!("max_position_embeddings raised to {positions} for this measurement")));
+    }
+    facts.extend(peak(f.peak_rss_mb));
+    let head = format!("{}: {} parameters, {} sequences at a time", f.model, count(f.params as f64), f.batch);
+    format!("{head}\n{}\n{}", pairs(&facts), table(&header, &rows))
 }
 
 fn ops_text(f: &OpsFigures) -> String {

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::commands::{json, succeed};
+use crate::commands::{best, best_of, json, lowkey, succeed, text};
 
 /// The smallest step that the smallest shape allows.
 const TINY: [&str; 10] = ["--batch", "2", "--seq", "32", "--steps", "2", "--warmup", "1", "--threads", "2"];
@@ -52,25 +52,56 @@ fn the_figures_of_training_fit_together() {
 
 #[test]
 fn the_figures_of_decoding_fit_together() {
-    for (way, batch) in [("absorbed", 1.0), ("expanded", 2.0)] {
-        let batch_text = batch.to_string();
-        let arguments = ["--context", "40", "--new", "4", "--way", way, "--batch", &batch_text, "--threads", "2"];
-        let f = json(&[&["bench", "decode", "--json"][..], &arguments].concat());
-        assert_eq!((&f["what"], &f["way"], &f["context"]), (&"decode".into(), &way.into(), &40.into()));
+    for (batch, dtype, bytes_per_cached_token) in
+        [(1.0, "f32", 480.0 * 4.0), (2.0, "bf16", 480.0 * 2.0), (2.0, "int8", 480.0 + 6.0 * 2.0 * 4.0)]
+    {
+        let (batch_text, at) = (batch.to_string(), ["--context", "40,9", "--new", "4", "--cache-dtype", dtype]);
+        let f = json(&[&["bench", "decode", "--json", "--threads", "2", "--batch", &batch_text][..], &at].concat());
+        assert_eq!((&f["what"], &f["model"], &f["cache_dtype"]), (&"decode".into(), &"d256".into(), &dtype.into()));
         // Six layers of L + R.
         assert_eq!(f["cache_numbers_per_token"], 6 * (64 + 16));
-        assert_eq!(positive(&f, "cache_bytes"), batch * 44.0 * 480.0 * 4.0);
-        // All weights but the embedding, of which a row for each sequence; the cache half-way; rebuilt keys and values.
-        let rebuilt = if way == "expanded" { 6.0 * 8.0 * (32.0 + 16.0 + 32.0) } else { 0.0 };
-        let numbers = (6_647_424.0 - (4096.0 - batch) * 256.0) / batch + 42.0 * (480.0 + rebuilt);
-        assert_eq!(positive(&f, "bytes_per_token"), 4.0 * numbers);
-        ascending(&f, ["step_ms_min", "step_ms", "step_ms_max"]);
-        close(positive(&f, "ms_per_token") * batch, number(&f, "step_ms"));
-        close(positive(&f, "tokens_per_s") * number(&f, "ms_per_token"), 1e3);
-        close(positive(&f, "bytes_per_s"), number(&f, "bytes_per_token") * number(&f, "tokens_per_s"));
-        close(positive(&f, "bandwidth_fraction"), number(&f, "bytes_per_s") / positive(&f, "memory_bytes_per_s"));
-        positive(&f, "prefill_tokens_per_s");
+        let rows = f["rows"].as_array().unwrap();
+        let cases: Vec<(u64, &str)> =
+            rows.iter().map(|r| (r["context"].as_u64().unwrap(), r["way"].as_str().unwrap())).collect();
+        let ways = ["expanded", "absorbed", "fused"];
+        assert_eq!(cases, [40, 9].map(|context| ways.map(|way| (context, way))).concat());
+        for (row, (context, way)) in rows.iter().zip(cases) {
+            let (tokens, held) = (context as f64 + 4.0, context as f64 + 2.0);
+            assert_eq!(positive(row, "cache_bytes"), batch * tokens * bytes_per_cached_token);
+            // All weights but the embedding, of which a row for each sequence; the cache half-way; rebuilt keys and values.
+            let rebuilt = if way == "expanded" { 6.0 * 8.0 * (32.0 + 16.0 + 32.0) } else { 0.0 };
+            // W_UKᵀ·W_UQ and W_O·W_UV in place of W_UQ, W_UK, W_UV and W_O.
+            let more = 256.0 * 8.0 * 64.0 * 2.0 - (256.0 * 8.0 * 32.0 + 64.0 * 8.0 * 64.0 + 8.0 * 32.0 * 256.0);
+            let weights = 6_647_424.0 - (4096.0 - batch) * 256.0 + if way == "fused" { 6.0 * more } else { 0.0 };
+            let expected = 4.0 * (weights / batch + held * rebuilt) + held * bytes_per_cached_token;
+            close(positive(row, "bytes_per_token"), expected);
+            ascending(row, ["step_ms_min", "step_ms", "step_ms_max"]);
+            close(positive(row, "tokens_per_s") * number(row, "step_ms"), 1e3 * batch);
+            close(positive(row, "bytes_per_s"), number(row, "bytes_per_token") * number(row, "tokens_per_s"));
+            close(positive(row, "flops_per_s"), positive(row, "flops_per_token") * number(row, "tokens_per_s"));
+            let reading = number(row, "bytes_per_s") / positive(&f, "memory_bytes_per_s");
+            let computing = number(row, "flops_per_s") / positive(&f, "matmul_flops_per_s");
+            close(positive(row, "bound_fraction"), reading.max(computing));
+            assert_eq!(row["bound"], if reading > computing { "memory" } else { "arithmetic" });
+            positive(row, "prefill_tokens_per_s");
+        }
     }
+}
+
+#[test]
+fn any_model_decodes_beyond_what_it_was_made_for() {
+    let latent = best();
+    let path = text(&latent);
+    let f = json(&["bench", "decode", path, "--context", "300", "--new", "2", "--way", "absorbed", "--json"]);
+    assert_eq!((&f["model"], f["rows"].as_array().unwrap().len()), (&path.into(), 1));
+    assert_eq!(f["max_position_embeddings"], 302);
+    let grouped = best_of("grouped", &["model.attention=gqa"]);
+    let path = text(&grouped);
+    let f = json(&["bench", "decode", path, "--context", "20", "--new", "2", "--json"]);
+    assert_eq!(f["rows"][0]["way"], "expanded");
+    assert!(f["max_position_embeddings"].is_null());
+    let (code, _, message) = lowkey(&["bench", "decode", path, "--way", "fused"]);
+    assert!(code == 2 && message.contains("--way fused") && message.contains("expanded"), "{message}");
 }
 
 #[test]
@@ -97,7 +128,7 @@ fn the_operations_of_a_step_make_the_whole_of_it() {
 
 #[test]
 fn the_tables_fit_a_hundred_columns() {
-    let decode = ["--context", "40", "--new", "2", "--threads", "2"];
+    let decode = ["--context", "40,32768", "--new", "2", "--threads", "2"];
     for (command, arguments) in [("train", &TINY[..]), ("decode", &decode), ("ops", &TINY)] {
         let text = succeed(&[&["bench", command][..], arguments].concat());
         assert!(text.starts_with("d256: ") && text.lines().count() > 5, "{text}");

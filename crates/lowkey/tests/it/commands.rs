@@ -103,6 +103,12 @@ pub(crate) fn best() -> PathBuf {
     fixture().join("run/checkpoints/best")
 }
 
+/// The model of a run of three steps with other settings.
+pub(crate) fn best_of(folder: &str, set: &[&str]) -> PathBuf {
+    let (out, _) = train(fixture(), folder, &[&["training.steps=3"], set].concat());
+    out.join("checkpoints/best")
+}
+
 #[test]
 fn a_run_leaves_what_the_readme_promises() {
     let run = fixture().join("run");
