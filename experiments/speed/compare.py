@@ -23,7 +23,7 @@ from pathlib import Path
 
 # Sequences and tokens of each as `lowkey bench` has them by default, and one long sequence.
 BATCHES = {"d256": [(8, 256), (1, 2048)], "d512": [(4, 512), (1, 2048)], "d768": [(16, 1024)], "d1536": [(8, 2048)]}
-CONTEXTS = [512, 4096]
+CONTEXTS = (512, 4096, 32768)
 COLUMNS = ["what", "shape", "batch", "length", "side", "round", "threads", "tokens_per_s", "step_ms", "ms_per_token", "peak_rss_mb"]
 COLUMNS += ["params", "flops_per_token", "model_flops_per_s", "mfu", "loss_first", "loss_last", "bandwidth_fraction"]
 

@@ -166,18 +166,19 @@ pub fn decode(subject: Subject, options: &DecodeOptions, observe: Observer) -> R
     let needed = (config.parameter_count().total * F32).saturating_add(cache);
     check_bytes("decoding", needed, "the shape, the batch or the context", &config)?;
     let threads = super::threads(options.threads)?;
-    let (rows, matmul_flops_per_s, memory_bytes_per_s) = super::on_threads(threads, || {
+    let (rows, matmul_flops_per_s, memory_bytes_per_s, peak_rss_mb) = super::on_threads(threads, || {
         let device = super::device();
-        let memory = read_bandwidth(threads)?;
         let (mut rows, ceiling) = below_ceiling(threads, &device, || {
             let bench = Bench { model: &model, fused: &fused, options, device: &device };
             let measured: Result<Vec<Vec<DecodeRow>>> =
                 contexts.iter().map(|context| bench.context(*context, observe)).collect();
             Ok(measured?.concat())
         })?;
-        let memory = memory.max(read_bandwidth(threads)?);
+        // Taken before the arrays that memory is measured with.
+        let peak = peak_rss_mb();
+        let memory = read_bandwidth(threads)?;
         rows.iter_mut().for_each(|row| row.set_bound(memory, ceiling, batch));
-        Ok((rows, ceiling, memory))
+        Ok((rows, ceiling, memory, peak))
     })?;
     Ok(DecodeFigures {
         what: "decode",
@@ -190,7 +191,7 @@ pub fn decode(subject: Subject, options: &DecodeOptions, observe: Observer) -> R
         max_position_embeddings: raised,
         memory_bytes_per_s,
         matmul_flops_per_s,
-        peak_rss_mb: peak_rss_mb(),
+        peak_rss_mb,
         rows,
     })
 }
