@@ -1,0 +1,174 @@
+//! What a text makes of a model's latents and queries: second moments, layer by layer.
+
+use burn::tensor::{Device, Tensor};
+use faer::Mat;
+use lowkey_model::{Attention, CausalLm, Mla, MlaDims, RopeTable, Trace, ids_tensor};
+
+use crate::error::{Error, Result};
+use crate::matrix::{to_mat, trace};
+use crate::{Observer, Progress};
+
+/// Moments of one layer.
+#[derive(Clone, Debug)]
+pub(crate) struct Moments {
+    /// E\[c\] of the normalised latent, `[L]`.
+    pub(crate) mean: Vec<f64>,
+    /// E\[c cᵀ\], `[L, L]`.
+    pub(crate) latent: Mat<f64>,
+    /// Per head E\[q qᵀ\] of the query's part without position, `[N, N]`.
+    pub(crate) queries: Vec<Mat<f64>>,
+    /// Share of the logits' variance over the keys that a query sees, which comes from the rotated part.
+    pub(crate) rope_share: f64,
+}
+
+/// The sums that moments are made of.
+struct Sums {
+    mean: Mat<f64>,
+    latent: Mat<f64>,
+    queries: Vec<Mat<f64>>,
+    rope: f64,
+    nope: f64,
+    tokens: usize,
+}
+
+/// The latent attention of each layer.
+///
+/// # Errors
+/// [`Error::Unsupported`] where a layer has none.
+pub(crate) fn attentions<'a>(model: &'a CausalLm, what: &'static str) -> Result<Vec<&'a Mla>> {
+    let each = model.model.layers.iter().map(|block| match &block.self_attn {
+        Attention::Mla(mla) => Ok(mla),
+        Attention::Grouped(_) => {
+            let why = format!("{} attention has no latent; only MLA models do", model.config.attention_name());
+            Err(Error::Unsupported { what, why })
+        }
+    });
+    each.collect()
+}
+
+/// Checks that there is a text, and that the model knows its tokens and positions.
+///
+/// # Errors
+/// [`Error::Text`].
+pub(crate) fn check_text(model: &CausalLm, text: &[Vec<u32>]) -> Result<()> {
+    let (vocab, longest) = (model.config.vocab_size, model.config.max_position_embeddings);
+    let refuse = |why: String| Err(Error::Text { why });
+    if text.iter().all(|ids| ids.len() < 2) {
+        return refuse("no sequence of at least two tokens".into());
+    }
+    for (i, ids) in text.iter().enumerate() {
+        if ids.len() > longest {
+            return refuse(format!("sequence {i} has {} tokens, the model at most {longest}", ids.len()));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+            return refuse(format!("token {id} of sequence {i} is not in the vocabulary of {vocab}"));
+        }
+    }
+    Ok(())
+}
+
+/// Runs the model over each sequence by itself and sums up what its layers make of it.
+pub(crate) fn measure(model: &CausalLm, text: &[Vec<u32>], device: &Device, observe: Observer) -> Result<Vec<Moments>> {
+    let attentions = attentions(model, "measuring a latent")?;
+    check_text(model, text)?;
+    let mut sums: Vec<Sums> = attentions.iter().map(|mla| Sums::new(mla.dims)).collect();
+    for (done, ids) in text.iter().enumerate() {
+        observe(Progress { doing: "moments", done, of: text.len() });
+        if ids.is_empty() {
+            continue;
+        }
+        let context = model.context(&vec![0; ids.len()], ids.len(), device);
+        let mut trace = Trace::default();
+        model.hidden(ids_tensor(ids, 1, ids.len(), device), &context, Some(&mut trace));
+        for (((mla, block), input), sums) in attentions.iter().zip(&model.model.layers).zip(trace.hidden).zip(&mut sums)
+        {
+            sums.add(mla, block.input_layernorm.forward(input), &context.rope)?;
+        }
+    }
+    Ok(sums.into_iter().map(Sums::moments).collect())
+}
+
+impl Sums {
+    fn new(dims: MlaDims) -> Self {
+        Self {
+            mean: Mat::zeros(1, dims.rank),
+            latent: Mat::zeros(dims.rank, dims.rank),
+            queries: vec![Mat::zeros(dims.nope, dims.nope); dims.heads],
+            rope: 0.0,
+            nope: 0.0,
+            tokens: 0,
+        }
+    }
+
+    /// Adds one sequence; `x [1, seq, d]` is the attention's normed input.
+    fn add(&mut self, mla: &Mla, x: Tensor<3>, rope: &RopeTable) -> Result<()> {
+        let MlaDims { heads, nope, rope: r, scale, .. } = mla.dims;
+        let latent = mla.latent(x.clone(), rope);
+        let c_kv = latent.c_kv().squeeze_dim::<2>(0);
+        let [seq, _] = c_kv.dims();
+        self.mean += to_mat(c_kv.clone().sum_dim(0), "a mean")?;
+        self.latent += to_mat(c_kv.clone().transpose().matmul(c_kv), "moments of a latent")?;
+        let queries = mla.queries(x, rope).squeeze_dim::<3>(0).swap_dims(0, 1);
+        let q_nope = queries.clone().narrow(2, 0, nope);
+        let moments = q_nope.clone().swap_dims(1, 2).matmul(q_nope.clone());
+        for (head, sum) in self.queries.iter_mut().enumerate() {
+            *sum += to_mat(moments.clone().narrow(0, head, 1).squeeze_dim::<2>(0), "moments of queries")?;
+        }
+        let (keys, _) = mla.expand(latent);
+        let keys = keys.squeeze_dim::<3>(0).swap_dims(1, 2);
+        let products = |q: Tensor<3>, from, width| q.matmul(keys.clone().narrow(1, from, width)) * scale;
+        self.nope += variance(products(q_nope, 0, nope), heads, seq)?;
+        if r > 0 {
+            self.rope += variance(products(queries.narrow(2, nope, r), nope, r), heads, seq)?;
+        }
+        self.tokens += seq;
+        Ok(())
+    }
+
+    fn moments(self) -> Moments {
+        let n = self.tokens.max(1) as f64;
+        let all = self.rope + self.nope;
+        Moments {
+            mean: (0..self.mean.ncols()).map(|i| self.mean[(0, i)] / n).collect(),
+            latent: faer::Scale(1.0 / n) * &self.latent,
+            queries: self.queries.iter().map(|sum| faer::Scale(1.0 / n) * sum).collect(),
+            rope_share: if all > 0.0 { self.rope / all } else { 0.0 },
+        }
+    }
+}
+
+/// Σ over heads and queries of the variance of `scores [H, seq, seq]` over the keys that a query sees: a softmax knows nothing of
+/// what is the same for all keys.
+fn variance(scores: Tensor<3>, heads: usize, seq: usize) -> Result<f64> {
+    let options = (&scores.device(), scores.dtype());
+    let seen = Tensor::<2>::ones([seq, seq], options).tril(0).unsqueeze_dim::<3>(0).expand([heads, seq, seq]);
+    let count = seen.clone().sum_dim(2);
+    let scores = scores * seen.clone();
+    let mean = scores.clone().sum_dim(2) / count.clone();
+    let apart = (scores - mean.expand([heads, seq, seq])) * seen;
+    let sum = (apart.clone() * apart).sum_dim(2) / count;
+    let sum = sum.sum().try_into_vec_as::<f32>();
+    let sum = sum.map_err(|e| Error::Device { what: "a variance", why: format!("{e:?}") })?;
+    Ok(sum.first().copied().map_or(0.0, f64::from))
+}
+
+/// Σ_h W_UK,hᵀ E\[q qᵀ\] W_UK,h and Σ_h W_UV,hᵀ W_O,hᵀ W_O,h W_UV,h, each scaled so that it reads 1 of the given latents: what the
+/// logits and the residual stream see of a latent, `[L, L]`. The two have no common unit; each counts as much as the other.
+pub(crate) fn readers(mla: &Mla, moments: &Moments) -> Result<Mat<f64>> {
+    let MlaDims { heads, nope, value, rank, .. } = mla.dims;
+    let kv_b = to_mat(mla.kv_b_proj.weight.val(), "kv_b_proj")?;
+    let w_o = to_mat(mla.o_proj.weight.val(), "o_proj")?;
+    let (mut keys, mut values) = (Mat::zeros(rank, rank), Mat::zeros(rank, rank));
+    for (head, queries) in (0..heads).zip(&moments.queries) {
+        let first = head * (nope + value);
+        let (w_uk, w_uv) = (kv_b.subrows(first, nope), kv_b.subrows(first + nope, value));
+        keys += w_uk.transpose() * queries * w_uk;
+        let out = w_o.subcols(head * value, value) * w_uv;
+        values += out.transpose() * &out;
+    }
+    let scaled = |gram: Mat<f64>| {
+        let read = trace(&(&gram * &moments.latent));
+        faer::Scale(if read > 0.0 { 1.0 / read } else { 0.0 }) * &gram
+    };
+    Ok(scaled(keys) + scaled(values))
+}
