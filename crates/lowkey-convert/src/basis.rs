@@ -3,7 +3,7 @@
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
 use faer::Mat;
-use lowkey_model::{Attention, CausalLm, Linear, MlaDims};
+use lowkey_model::{Attention, AttentionConfig, CausalLm, Linear, MlaDims};
 
 use crate::error::{Error, Result};
 use crate::matrix::{Origin, eigen, to_mat, to_tensor, trace};
@@ -59,6 +59,12 @@ impl Basis {
 /// [`Error::Unsupported`] for a model without latents, or with one that is cut already.
 pub(crate) fn fold(model: &CausalLm) -> Result<CausalLm> {
     attentions(model, "rotating a latent")?;
+    if let AttentionConfig::Mla(mla) = &model.config.attention
+        && mla.kv_cache_ranks.is_some()
+    {
+        let why = "its latents are cut already, and their order is fixed; convert the model that it was made of".into();
+        return Err(Error::Unsupported { what: "rotating a latent", why });
+    }
     let mut model = model.clone();
     for block in &mut model.model.layers {
         let Attention::Mla(mla) = &mut block.self_attn else { continue };

@@ -65,7 +65,7 @@ impl Rotated {
     /// # Errors
     /// [`Error::Setting`] where there are not as many ranks as layers, or one is 0 or above the layer's.
     pub fn cut(&self, ranks: &[usize], device: &Device) -> Result<CausalLm> {
-        self.padded(ranks, device)
+        Ok(self.padded(ranks, device)?.with_kv_ranks(ranks)?)
     }
 
     /// The same function at the full width: columns of zeros for what is cut.

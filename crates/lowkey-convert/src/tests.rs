@@ -26,6 +26,7 @@ fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig 
         v_head_dim: 7,
         attention_bias: false,
         rope_interleave: true,
+        kv_cache_ranks: None,
         latent_scale: false,
     };
     let mut config = ModelConfig {

@@ -87,7 +87,8 @@ pub struct PlanSettings {
 /// [`Error::Unsupported`] where the attention has no latent.
 pub fn plan(config: &ModelConfig, settings: PlanSettings, forced: Option<LayerForm>) -> Result<Vec<LayerPlan>> {
     latent_attention(config)?;
-    let DecodeCosts { expanded, absorbed, fused } = config.decode_costs(settings.context);
+    // What is exported reads whole latents.
+    let DecodeCosts { expanded, absorbed, fused } = config.decode_costs(0, settings.context);
     let costs = [
         (LayerForm::Expanded, expanded),
         (LayerForm::Absorbed, absorbed.unwrap_or(expanded)),

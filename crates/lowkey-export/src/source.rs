@@ -56,12 +56,13 @@ impl Source {
 /// The model under a name that transformers knows.
 ///
 /// A factor on the latent (`latent_scale`) is multiplied into the gain of the latent's norm, which is the same computation
-/// and leaves a plain DeepSeek-V3; each gain is rounded once.
+/// and leaves a plain DeepSeek-V3; each gain is rounded once. A cut latent is read whole again, with weights of zero for what was
+/// cut: the same function from a cache as wide as before, as no class of transformers has a narrower one.
 ///
 /// # Errors
 /// [`Error::Unsupported`] where no class of transformers computes the model.
 pub fn canonical(model: &CausalLm) -> Result<CausalLm> {
-    let mut model = model.clone();
+    let mut model = model.with_whole_latents();
     for block in &mut model.model.layers {
         if let Attention::Mla(mla) = &mut block.self_attn
             && mla.dims.latent_scale != 1.0

@@ -27,7 +27,7 @@ pub struct Cache {
 #[derive(Debug)]
 pub(crate) struct LayerCache {
     /// `[batch, heads, capacity, width]` each. MLA: one buffer, latent and rotated key side by side (width L + R), shared by all
-    /// heads (`heads` = 1). Otherwise: keys and values (`heads` = G, width D).
+    /// heads (`heads` = 1); of a cut latent only what is kept. Otherwise: keys and values (`heads` = G, width D).
     buffers: Vec<Stored<4>>,
 }
 
@@ -76,10 +76,16 @@ impl Cache {
         if capacity > limit {
             return Err(Error::Positions { needed: capacity, limit });
         }
-        // Heads, and per buffer the width with the part of it that has the first scale.
+        // Heads, and per layer and buffer the width with the part of it that has the first scale.
         let (heads, widths) = match &model.config.attention {
-            AttentionConfig::Mla(mla) => (1, vec![(mla.kv_lora_rank + mla.qk_rope_head_dim, mla.kv_lora_rank)]),
-            AttentionConfig::Grouped(g) => (g.num_key_value_heads, vec![(g.head_dim, g.head_dim); 2]),
+            AttentionConfig::Mla(mla) => {
+                let width = |rank| vec![(rank + mla.qk_rope_head_dim, rank)];
+                (1, model.config.kv_ranks().into_iter().map(width).collect())
+            }
+            AttentionConfig::Grouped(g) => {
+                let each = vec![(g.head_dim, g.head_dim); 2];
+                (g.num_key_value_heads, vec![each; model.config.num_hidden_layers])
+            }
         };
         let (device, of_weights) = (device.clone().inner(), model.model.embed_tokens.weight.val().dtype());
         // Zeros, not uninitialised memory: a shorter row's empty slots are read with weight 0, and 0·NaN is NaN.
@@ -93,9 +99,9 @@ impl Cache {
                 Stored::Int8 { codes, scales: floats(if split < width { 2 } else { 1 }, DType::F32), split }
             }
         };
-        let layer = || LayerCache { buffers: widths.iter().copied().map(buffer).collect() };
+        let layer = |widths: Vec<(usize, usize)>| LayerCache { buffers: widths.into_iter().map(buffer).collect() };
         Ok(Self {
-            layers: (0..model.config.num_hidden_layers).map(|_| layer()).collect(),
+            layers: widths.into_iter().map(layer).collect(),
             lengths: vec![0; batch],
             capacity,
             dtype,

@@ -28,6 +28,7 @@ fn odd_mla() -> MlaConfig {
         attention_bias: false,
         latent_scale: false,
         rope_interleave: true,
+        kv_cache_ranks: None,
     }
 }
 
@@ -95,6 +96,11 @@ fn zoo() -> Vec<(&'static str, ModelConfig)> {
         ("mla, latent_scale", mla(3, |m| m.latent_scale = true)),
         ("mla, R = 0", mla(3, |m| m.qk_rope_head_dim = 0)),
         ("mla, L = 1", mla(3, |m| m.kv_lora_rank = 1)),
+        ("mla, cut", mla(3, |m| m.kv_cache_ranks = Some(vec![5, 3, 19]))),
+        (
+            "mla, cut, q_lora_rank, latent_scale",
+            mla(3, |m| (m.kv_cache_ranks, m.q_lora_rank, m.latent_scale) = (Some(vec![1, 8, 18]), Some(11), true)),
+        ),
         ("mla, tied", tied(mla(3, |_| {}))),
         ("mha", gqa(|_| {}, 4)),
         ("gqa, qk_norm", gqa(|g| g.qk_norm = true, 2)),

@@ -158,6 +158,9 @@ pub struct MlaConfig {
     pub latent_scale: bool,
     /// Rotate adjacent pairs instead of halves.
     pub rope_interleave: bool,
+    /// Numbers of the latent that each layer caches and reads, at most L; absent: all. The norm of the latent is taken over all L,
+    /// so that a cut is a projection.
+    pub kv_cache_ranks: Option<Vec<usize>>,
 }
 
 /// Sizes of multi-head, grouped-query and multi-query attention.
@@ -262,6 +265,7 @@ impl ModelSection {
             attention_bias: self.attention_bias,
             latent_scale: self.latent_scale,
             rope_interleave: self.rope_interleave,
+            kv_cache_ranks: None,
         };
         let unused = [
             ("num_key_value_heads", self.num_key_value_heads.is_some()),
@@ -321,7 +325,11 @@ impl ModelConfig {
     pub fn natural_family(&self) -> Family {
         match &self.attention {
             // transformers reads a rotated width of 0 as "not given" and turns something else instead.
-            AttentionConfig::Mla(mla) if mla.latent_scale || mla.qk_rope_head_dim == 0 => Family::Lowkey,
+            AttentionConfig::Mla(mla)
+                if mla.latent_scale || mla.qk_rope_head_dim == 0 || mla.kv_cache_ranks.is_some() =>
+            {
+                Family::Lowkey
+            }
             AttentionConfig::Mla(_) => Family::DeepseekV3,
             AttentionConfig::Grouped(g) if g.rotary_dim != g.head_dim => Family::Lowkey,
             AttentionConfig::Grouped(g) => match (g.qk_norm, g.qkv_bias, g.o_bias) {
@@ -341,6 +349,34 @@ impl ModelConfig {
                 mla.rope_interleave && self.natural_family() == Family::DeepseekV3
             }
             (family, _) => family == self.natural_family(),
+        }
+    }
+
+    /// Numbers of the latent that each layer caches: L, or less where it was cut; nothing without latent attention.
+    pub fn kv_ranks(&self) -> Vec<usize> {
+        match &self.attention {
+            AttentionConfig::Mla(mla) => match &mla.kv_cache_ranks {
+                Some(ranks) => ranks.clone(),
+                None => vec![mla.kv_lora_rank; self.num_hidden_layers],
+            },
+            AttentionConfig::Grouped(_) => Vec::new(),
+        }
+    }
+
+    /// One rank for each layer, each within its latent.
+    pub(crate) fn check_kv_ranks(&self, ranks: &[usize]) -> Result<()> {
+        let layers = self.num_hidden_layers;
+        let refuse = |why| Err(Error::config("kv_cache_ranks", &format!("{ranks:?}"), why));
+        let AttentionConfig::Mla(mla) = &self.attention else {
+            return refuse(format!("{} attention has no latent to cut", self.attention_name()));
+        };
+        if ranks.len() != layers {
+            return refuse(format!("{} ranks for {layers} layers", ranks.len()));
+        }
+        let most = mla.kv_lora_rank;
+        match ranks.iter().position(|rank| !(1..=most).contains(rank)) {
+            Some(layer) => refuse(format!("layer {layer} must keep 1 to kv_lora_rank = {most}")),
+            None => Ok(()),
         }
     }
 
@@ -385,6 +421,9 @@ impl ModelConfig {
                     check_size(key, size, WIDEST)?;
                 }
                 even("qk_rope_head_dim", mla.qk_rope_head_dim)?;
+                if let Some(ranks) = &mla.kv_cache_ranks {
+                    self.check_kv_ranks(ranks)?;
+                }
                 let widest = (mla.qk_nope_head_dim + mla.qk_rope_head_dim).max(mla.v_head_dim);
                 check_heads(heads, widest, WIDEST)?;
                 mla.qk_rope_head_dim

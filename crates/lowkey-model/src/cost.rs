@@ -19,7 +19,7 @@ pub struct ParameterCount {
 pub struct CacheWidth {
     /// Numbers per token and layer with full keys and values: H(N+R+V), or 2·G·D.
     pub expanded: usize,
-    /// Numbers per token and layer of the latent cache: L+R. Without MLA the same as `expanded`.
+    /// Numbers per token and layer of the latent cache: L+R, where nothing was cut. Without MLA the same as `expanded`.
     pub latent: usize,
 }
 
@@ -49,9 +49,17 @@ impl ModelConfig {
                 d * q + 2 * d * kv + q * d + bias + if g.qk_norm { 2 * g.head_dim } else { 0 }
             }
         };
-        let block = attention + 3 * d * self.intermediate_size + 2 * d;
+        let attention = layers * attention - self.cut_weights();
+        let blocks = attention + layers * (3 * d * self.intermediate_size + 2 * d) + d;
         let tables = self.vocab_size * d * if self.tie_word_embeddings { 1 } else { 2 };
-        ParameterCount { total: layers * block + d + tables, blocks: layers * block + d, attention: layers * attention }
+        ParameterCount { total: blocks + tables, blocks, attention }
+    }
+
+    /// Columns of `kv_b_proj` that are not there because their latents were cut, in all layers.
+    fn cut_weights(&self) -> usize {
+        let AttentionConfig::Mla(m) = &self.attention else { return 0 };
+        let cut: usize = self.kv_ranks().iter().map(|rank| m.kv_lora_rank - rank).sum();
+        cut * self.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
     }
 
     /// Floating-point operations to train on one token at sequence length `seq`: forward and backward (3×) of every matrix
@@ -117,6 +125,14 @@ impl ModelConfig {
                 let width = 2 * g.num_key_value_heads * g.head_dim;
                 CacheWidth { expanded: width, latent: width }
             }
+        }
+    }
+
+    /// Numbers per token that a cache stores for all layers together: Σ(r + R) over layers, of whose latents r ≤ L are kept.
+    pub fn cache_numbers(&self) -> usize {
+        match &self.attention {
+            AttentionConfig::Mla(m) => self.kv_ranks().iter().map(|rank| rank + m.qk_rope_head_dim).sum(),
+            AttentionConfig::Grouped(_) => self.cache_width().latent * self.num_hidden_layers,
         }
     }
 

@@ -28,10 +28,10 @@ pub struct DecodeCosts {
 }
 
 impl ModelConfig {
-    /// What a token costs in one layer's attention with `context` tokens in the cache, at batch 1.
-    pub fn decode_costs(&self, context: usize) -> DecodeCosts {
+    /// What a token costs in the attention of layer `layer` with `context` tokens in the cache, at batch 1.
+    pub fn decode_costs(&self, layer: usize, context: usize) -> DecodeCosts {
         match &self.attention {
-            AttentionConfig::Mla(mla) => mla.decode_costs(self, context),
+            AttentionConfig::Mla(mla) => mla.decode_costs(self, layer, context),
             AttentionConfig::Grouped(g) => {
                 let (d, heads) = (self.hidden_size, self.num_attention_heads);
                 let weights = 2 * d * g.head_dim * (heads + g.num_key_value_heads);
@@ -45,12 +45,13 @@ impl ModelConfig {
 }
 
 impl MlaConfig {
-    fn decode_costs(&self, config: &ModelConfig, context: usize) -> DecodeCosts {
+    fn decode_costs(&self, config: &ModelConfig, layer: usize, context: usize) -> DecodeCosts {
         let (d, heads) = (config.hidden_size, config.num_attention_heads);
-        let (nope, rope, value, rank) =
+        let (nope, rope, value, whole) =
             (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank);
+        let rank = self.kv_cache_ranks.as_ref().and_then(|ranks| ranks.get(layer)).copied().unwrap_or(whole);
         // What every form does: the latent, the shared key and the query latent.
-        let shared = d * (rank + rope) + self.q_lora_rank.map_or(0, |q| d * q);
+        let shared = d * (whole + rope) + self.q_lora_rank.map_or(0, |q| d * q);
         let width = self.q_lora_rank.unwrap_or(d);
         let up = rank * heads * (nope + value);
         let split = shared + width * heads * (nope + rope) + up + heads * value * d;

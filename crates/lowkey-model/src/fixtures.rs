@@ -21,6 +21,7 @@ pub(crate) fn mla() -> MlaConfig {
         attention_bias: false,
         latent_scale: false,
         rope_interleave: true,
+        kv_cache_ranks: None,
     }
 }
 
@@ -98,6 +99,11 @@ pub(crate) fn every_kind() -> Vec<(&'static str, ModelConfig)> {
         ("MLA in halves", mla_with(|m| m.rope_interleave = false)),
         ("MLA with latent scale", mla_with(|m| m.latent_scale = true)),
         ("MLA without rotation", mla_with(|m| m.qk_rope_head_dim = 0)),
+        ("MLA, cut", mla_with(|m| m.kv_cache_ranks = Some(vec![4, 9]))),
+        (
+            "MLA with query latent and latent scale, cut",
+            mla_with(|m| (m.q_lora_rank, m.latent_scale, m.kv_cache_ranks) = (Some(8), true, Some(vec![7, 1]))),
+        ),
         ("MLA, tied", tied),
         ("MLA, YaRN", with_yarn),
         ("MHA", grouped_with(|_| ())),

@@ -177,7 +177,9 @@ impl ModelConfig {
             extend(
                 &mut out,
                 match &self.attention {
-                    AttentionConfig::Mla(mla) => json!({ "latent_scale": mla.latent_scale }),
+                    AttentionConfig::Mla(mla) => {
+                        json!({ "latent_scale": mla.latent_scale, "kv_cache_ranks": mla.kv_cache_ranks })
+                    }
                     AttentionConfig::Grouped(g) => json!({
                         "partial_rotary_factor": g.rotary_dim as f64 / g.head_dim as f64,
                         "qkv_bias": g.qkv_bias,
@@ -268,6 +270,7 @@ fn mla(keys: &Keys, family: Family, heads: usize) -> Result<AttentionConfig> {
         latent_scale: family == Family::Lowkey && keys.flag("latent_scale")?.unwrap_or(false),
         // DeepSeek-V2 knows no other convention.
         rope_interleave: family == Family::DeepseekV2 || keys.flag("rope_interleave")?.unwrap_or(true),
+        kv_cache_ranks: if family == Family::Lowkey { keys.sizes("kv_cache_ranks")? } else { None },
     }))
 }
 
@@ -372,6 +375,12 @@ impl Keys<'_> {
 
     fn size(&self, key: &'static str) -> Result<Option<usize>> {
         self.get(key, "a whole number ≥ 0", |v| v.as_u64().and_then(|n| usize::try_from(n).ok()))
+    }
+
+    fn sizes(&self, key: &'static str) -> Result<Option<Vec<usize>>> {
+        self.get(key, "a list of whole numbers", |v| {
+            v.as_array()?.iter().map(|n| usize::try_from(n.as_u64()?).ok()).collect()
+        })
     }
 
     fn need(&self, key: &'static str) -> Result<usize> {

@@ -4,7 +4,7 @@
 //! is not, and [`Mla::attend_causal`], [`Mla::attend_expanded`] and [`Mla::attend_absorbed`] are three ways to compute the same
 //! attention from them.
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use lowkey_kernels::{
     LatentWeights, Mask, MlaDims, Stored, absorbed_attention, attention, latent_attention, rotate, scores,
@@ -32,11 +32,12 @@ pub struct Mla {
     pub kv_a_proj_with_mqa: Linear,
     /// Norm of the latent (not of the shared key).
     pub kv_a_layernorm: RmsNorm,
-    /// W_UK and W_UV `[H(N+V), L]`; rows per head: N of the key, V of the value.
+    /// W_UK and W_UV `[H(N+V), L]`; rows per head: N of the key, V of the value. Of a cut latent `[H(N+V), r]`.
     pub kv_b_proj: Linear,
     /// W_O `[d, HV]`.
     pub o_proj: Linear,
-    /// Sizes and scale.
+    /// Sizes and scale. Its rank is what is cached and read: L, or r < L of a latent that was cut
+    /// ([`MlaConfig::kv_cache_ranks`]); the norm is over L all the same.
     #[module(skip)]
     pub dims: MlaDims,
 }
@@ -70,9 +71,10 @@ impl Latent {
 }
 
 impl Mla {
-    pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, mla: &MlaConfig) -> Self {
+    pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, mla: &MlaConfig, layer: usize) -> Self {
         let (d, heads) = (config.hidden_size, config.num_attention_heads);
         let (nope, rope, value, rank) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim, mla.kv_lora_rank);
+        let read = mla.kv_cache_ranks.as_ref().and_then(|ranks| ranks.get(layer)).copied().unwrap_or(rank);
         let q_width = heads * (nope + rope);
         let part = |part: &str| format!("{name}.{part}");
         let compressed = mla.q_lora_rank;
@@ -83,14 +85,14 @@ impl Mla {
             q_b_proj: compressed.map(|q| Linear::build(b, &part("q_b_proj"), q, q_width, false)),
             kv_a_proj_with_mqa: Linear::build(b, &part("kv_a_proj_with_mqa"), d, rank + rope, mla.attention_bias),
             kv_a_layernorm: RmsNorm::build(b, &part("kv_a_layernorm"), rank, LATENT_NORM_EPS),
-            kv_b_proj: Linear::build(b, &part("kv_b_proj"), rank, heads * (nope + value), false),
+            kv_b_proj: Linear::build(b, &part("kv_b_proj"), read, heads * (nope + value), false),
             o_proj: Linear::build(b, &part("o_proj"), heads * value, d, mla.attention_bias),
             dims: MlaDims {
                 heads,
                 nope,
                 rope,
                 value,
-                rank,
+                rank: read,
                 scale: config.softmax_scale(),
                 latent_scale: if mla.latent_scale { (d as f64 / rank as f64).sqrt() } else { 1.0 },
                 latent_eps: LATENT_NORM_EPS,
@@ -99,17 +101,25 @@ impl Mla {
         }
     }
 
+    /// L: the width that the latent is normalised over, of which a cut latent keeps the first numbers.
+    pub fn latent_width(&self) -> usize {
+        let [whole] = self.kv_a_layernorm.weight.dims();
+        whole
+    }
+
     /// c_kv = RMSNorm(W_DKV h) and k_pe = RoPE(W_KR h), eqs. 41 and 43.
     ///
     /// # Shapes
     /// `x [batch, seq, d]`.
     pub fn latent(&self, x: Tensor<3>, rope: &RopeTable) -> Latent {
         let MlaDims { rank, rope: r, interleave, latent_scale, .. } = self.dims;
+        let whole = self.latent_width();
         let kv = self.kv_a_proj_with_mqa.forward(x);
-        let c_kv = self.kv_a_layernorm.forward(kv.clone().narrow(2, 0, rank));
+        let c_kv = self.kv_a_layernorm.forward(kv.clone().narrow(2, 0, whole));
+        let c_kv = if rank < whole { c_kv.narrow(2, 0, rank) } else { c_kv };
         let c_kv = if latent_scale == 1.0 { c_kv } else { c_kv * latent_scale };
         let both = if r > 0 {
-            let k_pe = kv.narrow(2, rank, r).unsqueeze_dim::<4>(2);
+            let k_pe = kv.narrow(2, whole, r).unsqueeze_dim::<4>(2);
             let k_pe = rotate(k_pe, rope.cos.clone(), rope.sin.clone(), 0, interleave).squeeze_dim::<3>(2);
             Tensor::cat(vec![c_kv, k_pe], 2)
         } else {
@@ -153,11 +163,37 @@ impl Mla {
         let kv_a = self.kv_a_proj_with_mqa.forward(x);
         let weights = LatentWeights {
             norm: self.kv_a_layernorm.weight.val(),
-            kv_b: self.kv_b_proj.weight.val(),
+            kv_b: self.whole_kv_b(),
             cos: rope.cos.clone(),
             sin: rope.sin.clone(),
         };
-        latent_attention(queries, kv_a, weights, document_starts, self.dims)
+        let dims = MlaDims { rank: self.latent_width(), ..self.dims };
+        latent_attention(queries, kv_a, weights, document_starts, dims)
+    }
+
+    /// `kv_b_proj` over the whole latent, `[H(N+V), L]`: columns of zeros for what was cut. Normalising and reading are one operation
+    /// where a model trains, and a zero column reads nothing.
+    fn whole_kv_b(&self) -> Tensor<2> {
+        let weight = self.kv_b_proj.weight.val();
+        let ([rows, read], whole) = (weight.dims(), self.latent_width());
+        if read == whole {
+            return weight;
+        }
+        let nothing = Tensor::zeros([rows, whole - read], (&weight.device(), weight.dtype()));
+        Tensor::cat(vec![weight, nothing], 1)
+    }
+
+    /// Reads only the first `rank` numbers of the latent from now on; `rank` is at most what is read now.
+    pub(crate) fn cut(&mut self, rank: usize) {
+        let weight = self.kv_b_proj.weight.val();
+        self.kv_b_proj.weight = Param::from_tensor(weight.narrow(1, 0, rank));
+        self.dims.rank = rank;
+    }
+
+    /// Reads the whole latent again, with zeros for what was cut: the same function from a wider cache.
+    pub(crate) fn widen(&mut self) {
+        self.kv_b_proj.weight = Param::from_tensor(self.whole_kv_b());
+        self.dims.rank = self.latent_width();
     }
 
     /// Keys `[batch, H, keys, N+R]` and values `[batch, H, keys, V]` rebuilt from the latent, eqs. 42, 44 and 45.

@@ -4,7 +4,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowkey_kernels::{Labels, LossSum, Mask, MlpWeights, cross_entropy_each, cross_entropy_sum, gated_mlp};
 
-use crate::config::{AttentionConfig, ModelConfig};
+use crate::config::{AttentionConfig, Family, ModelConfig};
+use crate::error::{Error, Result};
 use crate::grouped::Grouped;
 use crate::layers::{Builder, Embedding, Linear, RmsNorm};
 use crate::mla::Mla;
@@ -194,7 +195,7 @@ impl CausalLm {
                 Block {
                     input_layernorm: RmsNorm::build(b, &part("input_layernorm"), d, eps),
                     self_attn: match &config.attention {
-                        AttentionConfig::Mla(mla) => Attention::Mla(Mla::build(b, &part("self_attn"), config, mla)),
+                        AttentionConfig::Mla(mla) => Attention::Mla(Mla::build(b, &part("self_attn"), config, mla, i)),
                         AttentionConfig::Grouped(grouped) => {
                             Attention::Grouped(Grouped::build(b, &part("self_attn"), config, grouped))
                         }
@@ -211,6 +212,57 @@ impl CausalLm {
         let norm = RmsNorm::build(b, "model.norm", d, eps);
         let lm_head = (!config.tie_word_embeddings).then(|| Linear::build(b, "lm_head", d, config.vocab_size, false));
         Self { model: Decoder { embed_tokens, layers, norm }, lm_head, config: config.clone() }
+    }
+
+    /// The model with layer ℓ caching and reading only the first `ranks[ℓ]` numbers of its latent. The latent is normalised over its
+    /// whole width as before, so that a cut is a projection, and what is left out is only what those numbers said.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the model has no latents, where there is not one rank for each layer, or where one is 0 or above
+    /// what the layer reads now.
+    pub fn with_kv_ranks(&self, ranks: &[usize]) -> Result<Self> {
+        self.config.check_kv_ranks(ranks)?;
+        if let Some((layer, (rank, now))) =
+            ranks.iter().zip(self.config.kv_ranks()).enumerate().find(|(_, (rank, now))| *rank > now)
+        {
+            let why = format!("layer {layer} was cut to {now} before; {rank} are not there");
+            return Err(Error::config("kv_cache_ranks", &format!("{ranks:?}"), why));
+        }
+        let mut model = self.clone();
+        for (block, rank) in model.model.layers.iter_mut().zip(ranks) {
+            if let Attention::Mla(mla) = &mut block.self_attn {
+                mla.cut(*rank);
+            }
+        }
+        model.set_kv_ranks(ranks);
+        Ok(model)
+    }
+
+    /// The same function with whole latents: cut ones are read with weights of zero. What other programs can run, from a cache as wide
+    /// as before the cut.
+    pub fn with_whole_latents(&self) -> Self {
+        let mut model = self.clone();
+        for block in &mut model.model.layers {
+            if let Attention::Mla(mla) = &mut block.self_attn {
+                mla.widen();
+            }
+        }
+        if let AttentionConfig::Mla(mla) = &self.config.attention {
+            model.set_kv_ranks(&vec![mla.kv_lora_rank; self.config.num_hidden_layers]);
+        }
+        model
+    }
+
+    fn set_kv_ranks(&mut self, ranks: &[usize]) {
+        if let AttentionConfig::Mla(mla) = &mut self.config.attention {
+            let cut = ranks.iter().any(|rank| *rank < mla.kv_lora_rank);
+            mla.kv_cache_ranks = cut.then(|| ranks.to_vec());
+        }
+        let (family, natural) = (self.config.family, self.config.natural_family());
+        // Back under the name that it had, where it is a plain model again.
+        if natural == Family::Lowkey || family == Family::Lowkey {
+            self.config.family = natural;
+        }
     }
 
     /// Cosines and sines for the given positions, one row per sequence or one row for all.

@@ -1,6 +1,6 @@
 //! What a run will cost, said before it starts.
 
-use lowkey_model::{CacheWidth, ModelConfig, ParameterCount};
+use lowkey_model::{ModelConfig, ParameterCount};
 use serde::Serialize;
 
 use crate::run_config::RunConfig;
@@ -46,7 +46,7 @@ impl Plan {
     /// The plan of a run with the given model.
     pub fn new(config: &RunConfig, model: &ModelConfig, matmul_flops_per_s: f64) -> Self {
         let ParameterCount { total, blocks, attention } = model.parameter_count();
-        let CacheWidth { expanded, latent } = model.cache_width();
+        let expanded = model.cache_width().expanded;
         let seq = config.data.seq_len;
         let tokens_per_step = config.training.batch_size * seq;
         let tokens = config.training.steps.saturating_mul(tokens_per_step as u64);
@@ -59,7 +59,7 @@ impl Plan {
             attention_parameters: attention,
             train_flops_per_token,
             cache_bytes_expanded: expanded * model.num_hidden_layers * CACHE_BYTES,
-            cache_bytes_latent: latent * model.num_hidden_layers * CACHE_BYTES,
+            cache_bytes_latent: model.cache_numbers() * CACHE_BYTES,
             tokens_per_step,
             tokens,
             train_bytes: model.train_bytes(config.micro_batch_size(), seq, config.threads(), config.training.recompute),

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod bench;
+mod convert;
 mod export;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use clap::{Args, Parser, Subcommand};
 pub(crate) use bench::{
     BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchStepArguments, BenchTrainArguments,
 };
+pub(crate) use convert::ConvertArguments;
 pub(crate) use export::{ExportArguments, VerifyArguments};
 
 /// Trains, samples, evaluates, exports and inspects Multi-head Latent Attention (MLA) language models.
@@ -62,13 +64,26 @@ pub(crate) enum Command {
         lowkey verify exports/quickstart-absorbed\n  \
         lowkey verify exports/quickstart-gguf --source runs/quickstart/checkpoints/best")]
     Verify(VerifyArguments),
+    /// Make the latent of a trained model narrower without training
+    #[command(after_help = "\
+        The latents are rotated so that their directions come in the order in which queries and outputs\n\
+        read them, which changes nothing; then each layer keeps its first ones, as many as lower the loss\n\
+        most on a calibration text (of the model's run, or --data), and its readers are fitted to them.\n\
+        A budget of 100% only rotates.\n\n\
+        Examples:\n  \
+        lowkey convert runs/quickstart/checkpoints/best --kv-rank-budget 50%\n  \
+        lowkey convert MODEL --kv-rank-budget 96 --data my.txt --out models/narrow --json")]
+    Convert(ConvertArguments),
     /// Turn a corpus into token shards, or look at one
     Data {
         #[command(subcommand)]
         command: DataCommand,
     },
     /// Describe a model directory or a run
-    #[command(after_help = "Example:\n  lowkey info runs/quickstart/checkpoints/best")]
+    #[command(after_help = "Examples:\n  \
+        lowkey info runs/quickstart/checkpoints/best\n  \
+        lowkey info runs/quickstart/checkpoints/best --spectrum\n  \
+        lowkey info MODEL --spectrum --data my.txt --energy 0.999 --json")]
     Info(InfoArguments),
     /// Compute logits for given token ids, to compare with other programs
     #[command(after_help = "IN holds `input_ids` (I64 [B, T]); OUT receives `logits` (F32 [B, T, V]).\n\n\
@@ -228,6 +243,15 @@ pub(crate) struct DataInfoArguments {
 pub(crate) struct InfoArguments {
     /// A model directory or a run's folder
     pub(crate) path: PathBuf,
+    /// How much of its latent each layer uses: singular values, ranks, the share of position, a recommended rank
+    #[arg(long)]
+    pub(crate) spectrum: bool,
+    /// With --spectrum: a dataset file (.toml) or a text file to look at the model with [default: its run's]
+    #[arg(long, value_name = "FILE", requires = "spectrum")]
+    pub(crate) data: Option<PathBuf>,
+    /// With --spectrum: the share of what is read of a latent that a recommended rank has to carry
+    #[arg(long, default_value_t = 0.99, value_name = "SHARE", requires = "spectrum")]
+    pub(crate) energy: f64,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -215,6 +215,7 @@ pub(super) fn config(metadata: &Metadata, tied: bool) -> std::result::Result<Mod
             attention_bias: false,
             latent_scale: false,
             rope_interleave: true,
+            kv_cache_ranks: None,
         }),
         rope: rope(metadata)?,
         rms_norm_eps: EPS,

@@ -24,6 +24,7 @@ pub(crate) fn odd_mla() -> MlaConfig {
         attention_bias: false,
         latent_scale: false,
         rope_interleave: true,
+        kv_cache_ranks: None,
     }
 }
 

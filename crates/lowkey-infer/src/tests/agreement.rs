@@ -195,12 +195,15 @@ fn the_cache_is_as_large_as_the_formula_says() {
     for (name, config) in zoo() {
         let model = CausalLm::init(&config, 0, &device);
         let per_token = match &config.attention {
-            AttentionConfig::Mla(mla) => mla.kv_lora_rank + mla.qk_rope_head_dim,
-            AttentionConfig::Grouped(grouped) => 2 * grouped.num_key_value_heads * grouped.head_dim,
+            AttentionConfig::Mla(mla) => match &mla.kv_cache_ranks {
+                Some(ranks) => ranks.iter().sum::<usize>() + layers * mla.qk_rope_head_dim,
+                None => layers * (mla.kv_lora_rank + mla.qk_rope_head_dim),
+            },
+            AttentionConfig::Grouped(grouped) => layers * 2 * grouped.num_key_value_heads * grouped.head_dim,
         };
         let cache = Cache::new(&model, batch, capacity, CacheDtype::F32, &device).unwrap();
-        assert_eq!(cache.bytes(), batch * capacity * layers * per_token * 4, "{name}");
-        assert_eq!(per_token, config.cache_width().latent, "{name}");
+        assert_eq!(cache.bytes(), batch * capacity * per_token * 4, "{name}");
+        assert_eq!(per_token, config.cache_numbers(), "{name}");
     }
     let cache = Cache::new(&random_model(&mla(3, |_| {}), 0), 1, 10, CacheDtype::F32, &device).unwrap();
     assert_eq!(cache.bytes(), 10 * 3 * (19 + 10) * 4);

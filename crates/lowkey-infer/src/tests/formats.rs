@@ -35,9 +35,12 @@ fn a_cache_takes_the_bytes_of_its_format() {
         let model = CausalLm::init(&config, 0, &device);
         let (numbers, scales) = match &config.attention {
             AttentionConfig::Mla(mla) => {
-                (mla.kv_lora_rank + mla.qk_rope_head_dim, if mla.qk_rope_head_dim > 0 { 2 } else { 1 })
+                let ranks: usize = config.kv_ranks().iter().sum();
+                (ranks + layers * mla.qk_rope_head_dim, layers * if mla.qk_rope_head_dim > 0 { 2 } else { 1 })
             }
-            AttentionConfig::Grouped(g) => (2 * g.num_key_value_heads * g.head_dim, 2 * g.num_key_value_heads),
+            AttentionConfig::Grouped(g) => {
+                (layers * 2 * g.num_key_value_heads * g.head_dim, layers * 2 * g.num_key_value_heads)
+            }
         };
         for (dtype, bytes) in [
             (CacheDtype::F32, 4 * numbers),
@@ -46,7 +49,7 @@ fn a_cache_takes_the_bytes_of_its_format() {
             (CacheDtype::Int8, numbers + 4 * scales),
         ] {
             let cache = Cache::new(&model, batch, capacity, dtype, &device).unwrap();
-            assert_eq!(cache.bytes(), batch * capacity * layers * bytes, "{name}, {dtype}");
+            assert_eq!(cache.bytes(), batch * capacity * bytes, "{name}, {dtype}");
         }
     }
 }

@@ -377,6 +377,10 @@ impl<'a> Naive<'a> {
                     let scale = (self.config.hidden_size as f64 / m.kv_lora_rank as f64).sqrt();
                     c_kv.iter_mut().for_each(|c| *c *= scale);
                 }
+                if let Some(ranks) = &m.kv_cache_ranks {
+                    let layer: usize = at.split('.').nth(2).unwrap().parse().unwrap();
+                    c_kv.truncate(ranks[layer]);
+                }
                 let up = self.linear(&name("kv_b_proj"), &c_kv);
                 let mut out = [Vec::new(), Vec::new(), Vec::new()];
                 for h in 0..heads {
@@ -515,7 +519,7 @@ fn the_reference_cases_come_out_as_transformers_computes_them() {
         let hidden = model.hidden(ids_tensor(&tokens, rows, seq, &device), &context, Some(&mut trace));
         let compare = |what: &str, got: Tensor<3>| {
             let want = expected(&bytes, what).unwrap_or_else(|| panic!("{name} has no {what}"));
-            let want = if what == "k_rope.0" && model.config.family == crate::Family::DeepseekV2 {
+            let want = if what == "k_rope.0" && model.config.family == Family::DeepseekV2 {
                 halves(&want, model.config.rotary_dim())
             } else {
                 want

@@ -42,15 +42,15 @@ pub struct Subject {
 }
 
 impl Subject {
-    /// A model of a [`Shape`], drawn at random, for sequences of up to `positions` tokens.
+    /// A model of a [`Shape`], drawn at random, for `batch` sequences of up to `positions` tokens.
     ///
     /// # Errors
-    /// [`Error::Config`] for an unknown shape, [`Error::Model`] where `positions` is out of range, [`Error::Memory`] for a model that
-    /// this machine cannot hold.
-    pub fn shape(name: &str, positions: usize) -> Result<Self> {
+    /// [`Error::Config`] for an unknown shape, [`Error::Model`] where `positions` is out of range, [`Error::Memory`] for a model
+    /// and a cache that this machine cannot hold.
+    pub fn shape(name: &str, batch: usize, positions: usize) -> Result<Self> {
         let shape = Shape::named(name)?;
         let config = shape.config(positions)?;
-        check_bytes("the model", config.parameter_count().total * F32, "the shape", &config)?;
+        check_memory(&config, batch, positions)?;
         let model = CausalLm::init(&config, SEED, &super::device());
         Ok(Self { name: name.into(), model, fused: Vec::new() })
     }
@@ -162,9 +162,7 @@ pub fn decode(subject: Subject, options: &DecodeOptions, observe: Observer) -> R
     // Where a model was trained for less, its texts beyond that are worth nothing, but their speed is the same.
     model.config.max_position_embeddings = positions.max(model.config.max_position_embeddings);
     let config = model.config.clone();
-    let cache = batch * positions * cache_numbers(&config) * F32;
-    let needed = (config.parameter_count().total * F32).saturating_add(cache);
-    check_bytes("decoding", needed, "the shape, the batch or the context", &config)?;
+    check_memory(&config, batch, positions)?;
     let threads = super::threads(options.threads)?;
     let (rows, matmul_flops_per_s, memory_bytes_per_s, peak_rss_mb) = super::on_threads(threads, || {
         let device = super::device();
@@ -187,7 +185,7 @@ pub fn decode(subject: Subject, options: &DecodeOptions, observe: Observer) -> R
         batch,
         threads,
         cache_dtype: options.cache_dtype.to_string(),
-        cache_numbers_per_token: cache_numbers(&config),
+        cache_numbers_per_token: config.cache_numbers(),
         max_position_embeddings: raised,
         memory_bytes_per_s,
         matmul_flops_per_s,
@@ -196,8 +194,10 @@ pub fn decode(subject: Subject, options: &DecodeOptions, observe: Observer) -> R
     })
 }
 
-fn cache_numbers(config: &ModelConfig) -> usize {
-    config.cache_width().latent * config.num_hidden_layers
+fn check_memory(config: &ModelConfig, batch: usize, positions: usize) -> Result<()> {
+    let cache = batch.saturating_mul(positions).saturating_mul(config.cache_numbers());
+    let needed = cache.saturating_add(config.parameter_count().total).saturating_mul(F32);
+    check_bytes("decoding", needed, "the shape, the batch or the context", config)
 }
 
 impl DecodeRow {
@@ -307,20 +307,26 @@ impl Bench<'_> {
 
 /// Bytes that a step reads and operations that it takes, for all sequences, with `context` tokens in each one's cache.
 fn step_cost(config: &ModelConfig, batch: usize, context: usize, cached_bytes: f64, way: Form) -> (f64, f64) {
-    let costs = config.decode_costs(context);
-    let plain = costs.expanded;
-    let cost = match way {
-        Form::Expanded => Some(plain),
-        Form::Auto | Form::Absorbed => costs.absorbed,
-        Form::Fused => costs.fused,
+    // Over all layers: weights in place of those of the expanded form, products likewise, and what is rebuilt.
+    let (mut plain, mut own, mut products, mut rebuilt) = (0, 0, 0, 0);
+    for layer in 0..config.num_hidden_layers {
+        let costs = config.decode_costs(layer, context);
+        let cost = match way {
+            Form::Expanded => None,
+            Form::Auto | Form::Absorbed => costs.absorbed,
+            Form::Fused => costs.fused,
+        }
+        .unwrap_or(costs.expanded);
+        plain += costs.expanded.weights;
+        own += cost.weights;
+        products += cost.products;
+        rebuilt += cost.rebuilt;
     }
-    .unwrap_or(plain);
-    let layers = config.num_hidden_layers;
     // A head that is the embedding is read whole.
     let looked_up = config.vocab_size.saturating_sub(batch) * config.hidden_size;
     let unread = if config.tie_word_embeddings { 0 } else { looked_up };
-    let weights = config.parameter_count().total - unread - layers * plain.weights + layers * cost.weights;
-    let products = config.matrix_weights() - layers * plain.weights + layers * cost.products;
-    let bytes = ((weights + batch * layers * cost.rebuilt) * F32) as f64 + cached_bytes;
+    let weights = config.parameter_count().total - unread - plain + own;
+    let products = config.matrix_weights() - plain + products;
+    let bytes = ((weights + batch * rebuilt) * F32) as f64 + cached_bytes;
     (bytes, (2 * batch * products) as f64)
 }

@@ -108,7 +108,7 @@ fn decode_subject(arguments: &BenchDecodeArguments) -> anyhow::Result<(Subject, 
         }
         None => {
             let positions = context.iter().max().map_or(1, |longest| longest.saturating_add(*new));
-            Subject::shape(shape, positions)?
+            Subject::shape(shape, *batch, positions)?
         }
     };
     let forms = match subject.model.config.attention {

@@ -4,22 +4,21 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::Device;
-use lowkey_data::{IGNORE, Packing, Prepared, prepare, validation_batches};
+use lowkey_data::Prepared;
 use lowkey_export::{
     Bounds, Certificate, Evidence, FUSED, LayerForm, LayerPlan, Options, Progress, Source, Target, Text,
 };
 use lowkey_model::{CausalLm, FusedMla, ModelConfig};
-use lowkey_train::{RunConfig, checkpoint, run_data};
+use lowkey_train::checkpoint;
 use serde_json::json;
 
-use super::WrongUse;
+use super::{WrongUse, text};
 use crate::cli::{ExportArguments, VerifyArguments};
 use crate::output::{bytes, complain, count, pairs, say, say_json, table};
-use crate::progress::{Measuring, show_preparation};
+use crate::progress::Measuring;
 
-/// Held-out sequences, and the most tokens of one.
+/// Held-out sequences.
 const SEQUENCES: usize = 4;
-const LONGEST: usize = 512;
 
 pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
     let target = Target::parse(&arguments.to, &arguments.dtype).map_err(wrong_use)?;
@@ -37,7 +36,7 @@ pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
         overwrite: arguments.overwrite,
         form,
         context: arguments.context,
-        text: text(arguments.data.as_deref(), &source)?,
+        text: certificate_text(arguments.data.as_deref(), &source)?,
         bounds,
         max_shard_bytes: arguments.shard_size.saturating_mul(1_000_000),
         target,
@@ -104,81 +103,31 @@ fn open(dir: &Path) -> anyhow::Result<Source> {
     Ok(Source::open(dir, &Device::flex())?)
 }
 
-/// The run that a checkpoint belongs to.
-fn run_dir(model: &Path) -> Option<PathBuf> {
-    let full = model.canonicalize().ok()?;
-    let checkpoints = full.parent()?;
-    (checkpoints.ends_with("checkpoints")).then(|| checkpoints.parent().map(Path::to_path_buf)).flatten()
-}
-
 /// `exports/RUN-LAYOUT` for a run's checkpoint, `exports/FOLDER-LAYOUT` otherwise.
 fn default_out(model: &Path, to: &str) -> PathBuf {
-    let full = model.canonicalize().unwrap_or_else(|_| model.to_path_buf());
-    let folder = run_dir(model).unwrap_or(full);
-    let name = folder.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
-    Path::new("exports").join(format!("{name}-{to}"))
+    Path::new("exports").join(format!("{}-{to}", text::name(model)))
 }
 
 /// Held-out text of `--data`, else of the run that the model belongs to, else random tokens, which is said.
-fn text(data: Option<&Path>, source: &Source) -> anyhow::Result<Text> {
+fn certificate_text(data: Option<&Path>, source: &Source) -> anyhow::Result<Text> {
     let config = &source.model.config;
-    match (&source.tokenizer, data) {
-        (Some(tokenizer), Some(path)) => {
-            let dataset = super::data::dataset(path)?;
-            let dir = tempfile::tempdir()?;
-            let own = Some(tokenizer.clone());
-            let prepared = prepare(&dataset, dir.path(), own, &mut |progress| show_preparation(&progress))?;
-            Ok(held_out(&prepared, config))
-        }
-        (None, Some(_)) => {
-            Err(WrongUse(format!("--data: {} has no tokenizer.json to read it with", source.dir.display())).into())
-        }
-        (_, None) => Ok(of_run(source).unwrap_or_else(|why| {
+    Ok(match text::find(data, &source.dir, source.tokenizer.as_ref())? {
+        Ok(prepared) => held_out(&prepared, config),
+        Err(why) => {
             complain(&format!("note: {why}; the certificate uses random tokens unless --data gives a text"));
             random(config)
-        })),
-    }
-}
-
-/// The held-out text that the run itself was evaluated on, or why there is none.
-fn of_run(source: &Source) -> Result<Text, String> {
-    let run = run_dir(&source.dir).filter(|run| run.join("run.toml").is_file());
-    let (Some(run), Some(tokenizer)) = (run, &source.tokenizer) else {
-        return Err("the model belongs to no run".into());
-    };
-    let read = || -> anyhow::Result<Text> {
-        let file = run.join("run.toml");
-        let config = RunConfig::load(&file, &[])?;
-        // The tokens of a plain text file lie in the run's own folder; the file may be gone.
-        if config.data.dataset.is_none() {
-            return Ok(held_out(&lowkey_data::open(&run.join("data"))?, &source.model.config));
         }
-        let dataset = run_data::dataset(&config.data, &file)?;
-        let own = config.init.is_some().then(|| tokenizer.clone());
-        let dir = run_data::prepared_dir(&dataset, &config.data, &run, own.as_ref());
-        let prepared = prepare(&dataset, &dir, own, &mut |progress| show_preparation(&progress))?;
-        Ok(held_out(&prepared, &source.model.config))
-    };
-    let text = read().map_err(|e| format!("the text of its run cannot be read ({e:#})"))?;
-    if text.sequences.is_empty() { Err("its run has no held-out text".into()) } else { Ok(text) }
+    })
 }
 
 fn held_out(prepared: &Prepared, config: &ModelConfig) -> Text {
-    let seq_len = config.max_position_embeddings.min(LONGEST);
-    let batch = validation_batches(&prepared.validation, seq_len, SEQUENCES, Some(1), Packing::Stream, false).next();
-    let rows = batch.iter().flat_map(|b| b.input_ids.chunks(seq_len).zip(b.targets.chunks(seq_len)));
-    // A row that the text does not fill is padded.
-    let filled = |(ids, targets): (&[u32], &[i64])| {
-        let len = targets.iter().take_while(|target| **target != IGNORE).count();
-        ids[..len].to_vec()
-    };
-    let sequences = rows.map(filled).filter(|ids| !ids.is_empty()).collect();
+    let sequences = text::windows(&prepared.validation, config.max_position_embeddings.min(text::LONGEST), SEQUENCES);
     Text { description: format!("held-out split of {}", prepared.manifest.dataset.name), sequences }
 }
 
 /// Tokens of a fixed linear congruential sequence (Knuth's MMIX constants): the same ones for everybody.
 fn random(config: &ModelConfig) -> Text {
-    let len = config.max_position_embeddings.min(LONGEST);
+    let len = config.max_position_embeddings.min(text::LONGEST);
     let mut state = 1u64;
     let mut token = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

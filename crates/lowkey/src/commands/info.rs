@@ -3,13 +3,17 @@
 use std::path::Path;
 
 use anyhow::bail;
+use burn::tensor::Device;
+use lowkey_convert::Spectrum;
 use lowkey_data::Tokenizer;
-use lowkey_model::{AttentionConfig, ModelConfig, weight_files};
+use lowkey_model::{AttentionConfig, MlaConfig, ModelConfig, weight_files};
 use lowkey_train::{Metrics, checkpoint};
 use serde_json::json;
 
+use super::text;
 use crate::cli::InfoArguments;
-use crate::output::{bytes, count, duration, pairs, say, say_json};
+use crate::output::{bytes, count, duration, pairs, say, say_json, table};
+use crate::progress::Measuring;
 
 /// Bytes of a number in a bf16 cache.
 const CACHE_BYTES: usize = 2;
@@ -22,7 +26,74 @@ pub(crate) fn info(arguments: &InfoArguments) -> anyhow::Result<()> {
     if !path.join("config.json").is_file() {
         bail!("{}: neither a model directory (config.json) nor a run (metrics.jsonl)", path.display());
     }
+    if arguments.spectrum {
+        return spectrum(arguments);
+    }
     model_info(path, arguments.json)
+}
+
+/// Tokens that a latent is looked at with.
+const TOKENS: usize = 16384;
+
+fn spectrum(arguments: &InfoArguments) -> anyhow::Result<()> {
+    let device = Device::flex();
+    let model = super::load_model(&arguments.path, &device)?;
+    let calibration = text::Calibration::find(arguments.data.as_deref(), &arguments.path, &model, TOKENS)?;
+    let bar = Measuring::new();
+    let layers = lowkey_convert::health(&model, &calibration.train, arguments.energy, &device, &mut |p| {
+        bar.show(p.doing, p.done, p.of);
+    });
+    drop(bar);
+    let layers = layers?;
+    if arguments.json {
+        return say_json(&json!({
+            "model": arguments.path,
+            "text": calibration.name,
+            "tokens": calibration.tokens(),
+            "energy": arguments.energy,
+            "layers": layers,
+        }));
+    }
+    let ranks = |spectrum: &Spectrum| format!("{:.1}", spectrum.effective_rank);
+    let rows: Vec<Vec<String>> = layers
+        .iter()
+        .map(|l| {
+            let half = carried(&l.readout, l.kv_lora_rank / 2);
+            vec![
+                l.layer.to_string(),
+                l.kv_lora_rank.to_string(),
+                ranks(&l.w_dkv),
+                ranks(&l.w_uk),
+                ranks(&l.w_uv),
+                format!("{:.1}", l.effective_rank),
+                format!("{:.1}", l.participation_ratio),
+                format!("{:.1} %", l.rope_share * 100.0),
+                format!("{:.2} %", half * 100.0),
+                l.recommended_rank.to_string(),
+            ]
+        })
+        .collect();
+    let header =
+        ["layer", "L", "W_DKV", "W_UK", "W_UV", "latent", "particip.", "position", "half reads", "recommended"];
+    let total: usize = layers.iter().map(|l| l.recommended_rank).sum();
+    let of: usize = layers.iter().map(|l| l.kv_lora_rank).sum();
+    say(&format!(
+        "{}: effective ranks of the up- and down-projections and of the latents, on {} tokens of {}\n{}\n\n\
+         Effective rank: exp of the entropy of the energies. Position: share of the logits' variance that the\n\
+         rotated part makes. Half reads: what the best L/2 directions carry of all that is read. Recommended:\n\
+         the fewest that carry {} %, {total} of {of} in all: lowkey convert {} --kv-rank-budget {total}",
+        arguments.path.display(),
+        calibration.tokens(),
+        calibration.name,
+        table(&header, &rows),
+        arguments.energy * 100.0,
+        arguments.path.display(),
+    ));
+    Ok(())
+}
+
+fn carried(readout: &[f64], rank: usize) -> f64 {
+    readout.iter().take(rank).sum()
 }
 
 fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
@@ -40,7 +111,7 @@ fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
         Ok(tokenizer) => format!("{}, {} tokens", tokenizer.name(), tokenizer.vocab_size()),
         Err(e) => format!("none ({e})"),
     };
-    let latent = cache.latent * config.num_hidden_layers * CACHE_BYTES;
+    let latent = config.cache_numbers() * CACHE_BYTES;
     let expanded = cache.expanded * config.num_hidden_layers * CACHE_BYTES;
     if as_json {
         return say_json(&json!({
@@ -56,15 +127,17 @@ fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
         }));
     }
     let sizes = match &config.attention {
-        AttentionConfig::Mla(m) => format!(
-            "MLA: {} heads, kv_lora_rank {}, q_lora_rank {}, nope {} + rope {}, v {}",
-            config.num_attention_heads,
-            m.kv_lora_rank,
-            m.q_lora_rank.map_or("none".into(), |q| q.to_string()),
-            m.qk_nope_head_dim,
-            m.qk_rope_head_dim,
-            m.v_head_dim
-        ),
+        AttentionConfig::Mla(m) => {
+            format!(
+                "MLA: {} heads, kv_lora_rank {}, q_lora_rank {}, nope {} + rope {}, v {}",
+                config.num_attention_heads,
+                m.kv_lora_rank,
+                m.q_lora_rank.map_or("none".into(), |q| q.to_string()),
+                m.qk_nope_head_dim,
+                m.qk_rope_head_dim,
+                m.v_head_dim
+            ) + &cut(m)
+        }
         AttentionConfig::Grouped(g) => format!(
             "{}: {} heads over {} key heads of {}, {} rotated",
             config.attention_name(),
@@ -95,6 +168,13 @@ fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
         ("tokenizer", tokenizer),
     ]));
     Ok(())
+}
+
+/// What is cached of latents that were cut.
+fn cut(mla: &MlaConfig) -> String {
+    let Some(ranks) = &mla.kv_cache_ranks else { return String::new() };
+    let (least, most) = (ranks.iter().min().copied().unwrap_or(0), ranks.iter().max().copied().unwrap_or(0));
+    format!("; latents cut to {least}..{most}, {} in all", ranks.iter().sum::<usize>())
 }
 
 fn run_info(path: &Path, as_json: bool) -> anyhow::Result<()> {

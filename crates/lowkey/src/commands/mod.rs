@@ -1,12 +1,14 @@
 //! One file per command.
 
 mod bench;
+mod convert;
 mod data;
 mod eval;
 mod export;
 mod generate;
 mod info;
 mod logits;
+mod text;
 mod train;
 
 use std::path::Path;
@@ -47,6 +49,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Eval(arguments) => eval::eval(&arguments).map(done),
         Command::Export(arguments) => export::export(&arguments).map(done),
         Command::Verify(arguments) => export::verify(&arguments),
+        Command::Convert(arguments) => convert::convert(&arguments).map(done),
         Command::Data { command: DataCommand::Prepare(arguments) } => data::prepare(&arguments).map(done),
         Command::Data { command: DataCommand::Info(arguments) } => data::info(&arguments).map(done),
         Command::Info(arguments) => info::info(&arguments).map(done),

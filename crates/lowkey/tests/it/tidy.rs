@@ -12,9 +12,10 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("lowkey-data", &[]),
     ("lowkey-model", &["lowkey-kernels"]),
     ("lowkey-infer", &["lowkey-model", "lowkey-kernels"]),
+    ("lowkey-convert", &["lowkey-model"]),
     ("lowkey-export", &["lowkey-data", "lowkey-infer", "lowkey-model"]),
     ("lowkey-train", &["lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-kernels"]),
-    ("lowkey", &["lowkey-data", "lowkey-export", "lowkey-infer", "lowkey-model", "lowkey-train"]),
+    ("lowkey", &["lowkey-convert", "lowkey-data", "lowkey-export", "lowkey-infer", "lowkey-model", "lowkey-train"]),
 ];
 
 /// Lines of a source file before its tests.

@@ -19,7 +19,9 @@ pub(super) fn cases() -> Vec<Case> {
         wrong(&["decode", "--context", "0"], &["context = 0: must lie between 1 and"]),
         wrong(&["decode", "--context", "-1"], &["'-1'"]),
         wrong(&["decode", "--new", "0"], &["new = 0: must lie between 1 and"]),
-        wrong(&["decode", "--way", "latent"], &["way = \"latent\"", "absorbed, expanded or auto"]),
+        wrong(&["decode", "--way", "latent"], &["--way latent", "expanded, absorbed or fused"]),
+        wrong(&["decode", "--way", "auto"], &["--way auto", "MLA attention decodes in: expanded, absorbed, fused"]),
+        wrong(&["decode", "--cache-dtype", "fp8"], &["--cache-dtype fp8", "f32, bf16, f16 or int8"]),
         wrong(&["ops", "--shape", "D256"], &["shape = \"D256\"", "known are d256"]),
         wrong(&["ops", "--threads", "100000"], &["threads = 100000: must lie between 1 and 1024"]),
         too_large(

@@ -1,0 +1,158 @@
+//! `lowkey convert`.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use burn::tensor::Device;
+use lowkey_convert::{Reduction, Rotated};
+use lowkey_model::{CausalLm, WeightDtype};
+use serde_json::{Value, json};
+
+use super::{WrongUse, text};
+use crate::cli::ConvertArguments;
+use crate::output::{bytes, pairs, say, say_json, table};
+use crate::progress::Measuring;
+
+/// Files of a model directory that a narrower latent does not change.
+const KEPT: [&str; 6] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "added_tokens.json",
+];
+
+/// What was done, beside the model.
+const REPORT: &str = "convert.json";
+
+pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
+    let device = Device::flex();
+    if arguments.tokens < 2 {
+        return Err(WrongUse("--tokens must be at least 2".into()).into());
+    }
+    let model = super::load_model(&arguments.model, &device)?;
+    let budget = budget(&arguments.kv_rank_budget, &model)?;
+    let out = arguments
+        .out
+        .clone()
+        .unwrap_or_else(|| Path::new("models").join(format!("{}-kv{budget}", text::name(&arguments.model))));
+    if out.exists() && !(arguments.overwrite && out.join(REPORT).is_file()) {
+        bail!(
+            "{}: already there; --overwrite replaces a converted model, or choose another folder with --out",
+            out.display()
+        );
+    }
+    let calibration = text::Calibration::find(arguments.data.as_deref(), &arguments.model, &model, arguments.tokens)?;
+    let bar = Measuring::new();
+    let observe = &mut |p: lowkey_convert::Progress| bar.show(p.doing, p.done, p.of);
+    let rotated = Rotated::new(&model, &calibration.train, &device, observe)?;
+    let reduction = rotated.cut_to(budget, &calibration.train, &device, observe)?;
+    drop(bar);
+    let held_out = if calibration.held_out.is_empty() {
+        None
+    } else {
+        let loss = |model| lowkey_convert::loss(model, &calibration.held_out, &device);
+        Some([loss(&model)?, loss(&reduction.model)?])
+    };
+    let report = report(&model, &reduction, held_out, &calibration);
+    write(&arguments.model, &out, &reduction.model, &report)?;
+    if arguments.json {
+        return say_json(&json!({ "out": out, "report": report }));
+    }
+    say(&describe(&out, &model, &reduction, held_out, &calibration.name));
+    Ok(())
+}
+
+/// Directions in all layers together, of a number or a share of those that there are.
+fn budget(asked: &str, model: &CausalLm) -> anyhow::Result<usize> {
+    let wrong = || WrongUse(format!("--kv-rank-budget {asked}: a number of directions, or a share such as 50%"));
+    let all: usize = model.config.kv_ranks().iter().sum();
+    match asked.strip_suffix('%') {
+        Some(share) => {
+            let share: f64 = share.trim().parse().map_err(|_| wrong())?;
+            if !(share > 0.0 && share <= 100.0) {
+                return Err(wrong().into());
+            }
+            Ok((all as f64 * share / 100.0).round() as usize)
+        }
+        None => Ok(asked.parse().map_err(|_| wrong())?),
+    }
+}
+
+fn report(model: &CausalLm, reduction: &Reduction, held_out: Option<[f64; 2]>, text: &text::Calibration) -> Value {
+    json!({
+        "kv_lora_ranks": model.config.kv_ranks(),
+        "kept": reduction.ranks,
+        "calibration": {
+            "text": text.name,
+            "tokens": text.tokens(),
+            "loss_before": reduction.loss_before,
+            "loss_after": reduction.loss_after,
+        },
+        "held_out": held_out.map(|[before, after]| json!({ "loss_before": before, "loss_after": after })),
+        "curves": reduction.curves,
+    })
+}
+
+fn describe(out: &Path, model: &CausalLm, reduction: &Reduction, held_out: Option<[f64; 2]>, name: &str) -> String {
+    let full = model.config.kv_ranks();
+    let rows: Vec<Vec<String>> = reduction
+        .curves
+        .iter()
+        .zip(&reduction.ranks)
+        .zip(&full)
+        .map(|((curve, kept), full)| {
+            // What the layer alone costs at about half of its width.
+            let half = curve.points.iter().min_by_key(|(rank, _)| rank.abs_diff(full / 2));
+            let cost = half.map_or_else(String::new, |(rank, cost)| format!("{cost:+.4} at {rank}"));
+            vec![curve.layer.to_string(), full.to_string(), kept.to_string(), cost]
+        })
+        .collect();
+    let change = |[before, after]: [f64; 2]| format!("{before:.4} → {after:.4} nats ({:+.4})", after - before);
+    // In bf16.
+    let cache = |model: &CausalLm| bytes(2 * model.config.cache_numbers());
+    let mut facts = vec![
+        ("cache", format!("{} → {} per token in bf16", cache(model), cache(&reduction.model))),
+        ("calibration", format!("{name}: {}", change([reduction.loss_before, reduction.loss_after]))),
+    ];
+    facts.extend(held_out.map(|losses| ("held out", change(losses))));
+    let header = ["layer", "directions", "kept", "cut alone, nats"];
+    format!(
+        "{}: {} of {} latent directions\n{}\n{}",
+        out.display(),
+        reduction.ranks.iter().sum::<usize>(),
+        full.iter().sum::<usize>(),
+        table(&header, &rows),
+        pairs(&facts)
+    )
+}
+
+/// Writes the model beside its final place, and moves it there whole.
+fn write(source: &Path, out: &Path, model: &CausalLm, report: &Value) -> anyhow::Result<()> {
+    let parent = match out.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    };
+    fs::create_dir_all(&parent).with_context(|| parent.display().to_string())?;
+    let staged = tempfile::Builder::new().prefix(".convert-").tempdir_in(&parent)?;
+    model.save(staged.path(), WeightDtype::F32, usize::MAX)?;
+    for name in KEPT {
+        let from = source.join(name);
+        if from.is_file() {
+            let to = staged.path().join(name);
+            fs::copy(&from, &to).with_context(|| from.display().to_string())?;
+            File::open(&to)?.sync_all()?;
+        }
+    }
+    let path = staged.path().join(REPORT);
+    fs::write(&path, serde_json::to_string_pretty(report)? + "\n").with_context(|| path.display().to_string())?;
+    File::open(&path)?.sync_all()?;
+    if out.exists() {
+        fs::remove_dir_all(out).with_context(|| out.display().to_string())?;
+    }
+    let staged = staged.keep();
+    fs::rename(&staged, out).with_context(|| out.display().to_string())?;
+    Ok(())
+}

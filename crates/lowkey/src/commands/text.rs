@@ -1,0 +1,131 @@
+//! The text that a model is looked at with: the user's, or that of the run which it came from.
+
+use std::path::{Path, PathBuf};
+
+use lowkey_data::{IGNORE, Packing, Prepared, Shard, Tokenizer, prepare, validation_batches};
+use lowkey_model::CausalLm;
+use lowkey_train::{RunConfig, run_data};
+
+use super::WrongUse;
+use crate::progress::show_preparation;
+
+/// Most tokens of one sequence.
+pub(crate) const LONGEST: usize = 512;
+
+/// The run that a checkpoint belongs to.
+fn run_dir(model: &Path) -> Option<PathBuf> {
+    let full = model.canonicalize().ok()?;
+    let checkpoints = full.parent()?;
+    (checkpoints.ends_with("checkpoints")).then(|| checkpoints.parent().map(Path::to_path_buf)).flatten()
+}
+
+/// What to call a model: by its run, else by its folder.
+pub(crate) fn name(model: &Path) -> String {
+    let full = model.canonicalize().unwrap_or_else(|_| model.to_path_buf());
+    let folder = run_dir(model).unwrap_or(full);
+    folder.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The text of `--data`, else that of the run that the model belongs to; or why there is none.
+pub(crate) fn find(
+    data: Option<&Path>,
+    model: &Path,
+    tokenizer: Option<&Tokenizer>,
+) -> anyhow::Result<Result<Prepared, String>> {
+    match (tokenizer, data) {
+        (Some(tokenizer), Some(path)) => {
+            let dataset = super::data::dataset(path)?;
+            let dir = tempfile::tempdir()?;
+            let own = Some(tokenizer.clone());
+            Ok(Ok(prepare(&dataset, dir.path(), own, &mut |progress| show_preparation(&progress))?))
+        }
+        (None, Some(_)) => {
+            Err(WrongUse(format!("--data: {} has no tokenizer.json to read it with", model.display())).into())
+        }
+        (_, None) => Ok(of_run(model, tokenizer)),
+    }
+}
+
+/// The text that the model's run itself used.
+fn of_run(model: &Path, tokenizer: Option<&Tokenizer>) -> Result<Prepared, String> {
+    let run = run_dir(model).filter(|run| run.join("run.toml").is_file());
+    let (Some(run), Some(tokenizer)) = (run, tokenizer) else {
+        return Err("the model belongs to no run".into());
+    };
+    let read = || -> anyhow::Result<Prepared> {
+        let file = run.join("run.toml");
+        let config = RunConfig::load(&file, &[])?;
+        // The tokens of a plain text file lie in the run's own folder; the file may be gone.
+        if config.data.dataset.is_none() {
+            return Ok(lowkey_data::open(&run.join("data"))?);
+        }
+        let dataset = run_data::dataset(&config.data, &file)?;
+        let own = config.init.is_some().then(|| tokenizer.clone());
+        let dir = run_data::prepared_dir(&dataset, &config.data, &run, own.as_ref());
+        Ok(prepare(&dataset, &dir, own, &mut |progress| show_preparation(&progress))?)
+    };
+    let prepared = read().map_err(|e| format!("the text of its run cannot be read ({e:#})"))?;
+    if prepared.validation.len() < 2 { Err("its run has no held-out text".into()) } else { Ok(prepared) }
+}
+
+/// What a latent is measured with, and what the result is judged by.
+pub(crate) struct Calibration {
+    /// Name of the corpus.
+    pub(crate) name: String,
+    /// Training text, each sequence by itself.
+    pub(crate) train: Vec<Vec<u32>>,
+    /// Held-out text.
+    pub(crate) held_out: Vec<Vec<u32>>,
+}
+
+impl Calibration {
+    /// About `tokens` tokens of either split of the text of `--data`, else of the model's run.
+    pub(crate) fn find(data: Option<&Path>, dir: &Path, model: &CausalLm, tokens: usize) -> anyhow::Result<Self> {
+        let tokenizer = Tokenizer::from_model_dir(dir)?;
+        let prepared = find(data, dir, Some(&tokenizer))?;
+        let prepared = prepared.map_err(|why| WrongUse(format!("{why}; give a text with --data")))?;
+        let longest = model.config.max_position_embeddings.min(LONGEST);
+        Ok(Self {
+            train: documents(&prepared.train, longest, tokens),
+            held_out: documents(&prepared.validation, longest, tokens),
+            name: prepared.manifest.dataset.name,
+        })
+    }
+
+    pub(crate) fn tokens(&self) -> usize {
+        self.train.iter().map(Vec::len).sum()
+    }
+}
+
+/// The first `count` windows of a shard, of at most `len` tokens each.
+pub(crate) fn windows(shard: &Shard, len: usize, count: usize) -> Vec<Vec<u32>> {
+    let batch = validation_batches(shard, len, count, Some(1), Packing::Stream, false).next();
+    let rows = batch.iter().flat_map(|b| b.input_ids.chunks(len).zip(b.targets.chunks(len)));
+    // A row that the text does not fill is padded.
+    let filled = |(ids, targets): (&[u32], &[i64])| {
+        let len = targets.iter().take_while(|target| **target != IGNORE).count();
+        ids[..len].to_vec()
+    };
+    rows.map(filled).filter(|ids| !ids.is_empty()).collect()
+}
+
+/// About `tokens` tokens of a shard, each document by itself and cut to `len` tokens; windows where it is all one document.
+fn documents(shard: &Shard, len: usize, tokens: usize) -> Vec<Vec<u32>> {
+    if shard.documents() < 2 {
+        return windows(shard, len, tokens.div_ceil(len.max(1)));
+    }
+    let mut left = tokens;
+    let mut found = Vec::new();
+    for mut ids in (0..shard.documents()).map_while(|i| shard.document(i)) {
+        if left == 0 {
+            break;
+        }
+        ids.truncate(len);
+        // A single token predicts nothing.
+        if ids.len() > 1 {
+            left = left.saturating_sub(ids.len());
+            found.push(ids);
+        }
+    }
+    found
+}
