@@ -15,7 +15,8 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("lowkey-convert", &["lowkey-model"]),
     ("lowkey-export", &["lowkey-data", "lowkey-infer", "lowkey-model"]),
     ("lowkey-train", &["lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-kernels"]),
-    ("lowkey", &["lowkey-convert", "lowkey-data", "lowkey-export", "lowkey-infer", "lowkey-model", "lowkey-train"]),
+    ("lowkey-lab", &["lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-train"]),
+    ("lowkey", &["lowkey-convert", "lowkey-data", "lowkey-export", "lowkey-infer", "lowkey-lab", "lowkey-model", "lowkey-train"]),
 ];
 
 /// Lines of a source file before its tests.

@@ -1,0 +1,45 @@
+//! What can go wrong.
+
+use std::path::{Path, PathBuf};
+
+/// Errors of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An experiment file that is not what it must be.
+    #[error("{}: {why}", path.display())]
+    Experiment {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with its place, and the mend.
+        why: String,
+    },
+    /// A file or folder that cannot be read or written, or does not hold what it should.
+    #[error("{}: {why}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A picture that cannot be drawn.
+    #[error("drawing {what}: {why}")]
+    Drawing {
+        /// The picture.
+        what: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+    /// From the training loop.
+    #[error(transparent)]
+    Train(#[from] lowkey_train::Error),
+}
+
+impl Error {
+    pub(crate) fn file(path: impl AsRef<Path>, why: impl Into<String>) -> Self {
+        Self::File { path: path.as_ref().to_path_buf(), why: why.into() }
+    }
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,112 @@
+//! What a report is made of: the arms of an experiment, and what their runs measured.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// An experiment with its results so far.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Study {
+    /// Name of the experiment.
+    pub name: String,
+    /// What it asks, in a sentence.
+    pub question: String,
+    /// What decides it, written before the first run.
+    pub rule: Rule,
+    /// Index in `arms` of the arm that the others are compared with.
+    pub baseline: usize,
+    /// Name of what is compared, a key of [`RunResult::metrics`].
+    pub metric: String,
+    /// Whether a smaller figure is better.
+    pub lower_is_better: bool,
+    /// Lines that a theory draws over the arms' `x`.
+    pub theory: Vec<Theory>,
+    /// The arms, in the order of the file.
+    pub arms: Vec<Arm>,
+    /// The runs that are finished, by arm and seed.
+    pub runs: Vec<RunResult>,
+    /// Seeds of each arm, finished or not.
+    pub seeds: Vec<u64>,
+}
+
+/// One set of settings.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Arm {
+    /// Its name, also its folder's.
+    pub name: String,
+    /// What it sets, as in a run file.
+    pub settings: BTreeMap<String, String>,
+    /// Where it stands on the axis of the plots (`x` of the experiment), such as its rank.
+    pub x: Option<f64>,
+    /// Parameters.
+    pub parameters: usize,
+    /// Operations of training on one token.
+    pub train_flops_per_token: f64,
+    /// Bytes of cache per token in f32, all layers.
+    pub cache_bytes_per_token: usize,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// How far it is from the baseline in what was to be matched, relative; absent where nothing was.
+    pub mismatch: Option<f64>,
+}
+
+/// What one run measured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RunResult {
+    /// Index of its arm.
+    pub arm: usize,
+    /// Its seed.
+    pub seed: u64,
+    /// Figures of the finished model on the whole held-out split: `val_loss`, and where there are any `gap`, `accuracy`, `mse`,
+    /// `bits_per_byte`, `class.NAME.gap`, `class.NAME.loss`, `class.NAME.accuracy`, and `int8.val_loss`, `int4.val_loss` with a
+    /// quantised latent cache.
+    pub metrics: BTreeMap<String, f64>,
+    /// Steps and held-out losses along the way.
+    pub curve: Vec<(u64, f64)>,
+}
+
+/// A line over the arms' `x`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Theory {
+    /// What to call it.
+    pub name: String,
+    /// Its corners, by rising `x`.
+    pub points: Vec<(f64, f64)>,
+}
+
+/// What decides an experiment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Rule {
+    /// Each arm against the baseline: better, worse or equal within a margin, by the interval of the paired difference.
+    Margin {
+        /// Differences below this do not matter, in the metric's unit.
+        margin: f64,
+        /// Of the interval, such as 0.95.
+        #[serde(default = "usual_confidence")]
+        confidence: f64,
+    },
+    /// The smallest `x` whose mean is within `percent` of the best arm's, or within one standard deviation.
+    Knee {
+        /// Relative distance to the best mean, in percent.
+        percent: f64,
+        /// Of the intervals, such as 0.95.
+        #[serde(default = "usual_confidence")]
+        confidence: f64,
+    },
+    /// Every arm within `percent` of the theory of that name at its `x`.
+    Theory {
+        /// Name of the line.
+        name: String,
+        /// Relative distance, in percent.
+        percent: f64,
+        /// Of the intervals, such as 0.95.
+        #[serde(default = "usual_confidence")]
+        confidence: f64,
+    },
+}
+
+fn usual_confidence() -> f64 {
+    0.95
+}
