@@ -36,6 +36,10 @@ pub enum Error {
 }
 
 impl Error {
+    pub(crate) fn experiment(path: impl AsRef<Path>, why: impl Into<String>) -> Self {
+        Self::Experiment { path: path.as_ref().to_path_buf(), why: why.into() }
+    }
+
     pub(crate) fn file(path: impl AsRef<Path>, why: impl Into<String>) -> Self {
         Self::File { path: path.as_ref().to_path_buf(), why: why.into() }
     }

@@ -1,7 +1,63 @@
 //! Experiments: many runs of one question, and an answer with error bars.
+//!
+//! **Purpose.** An ablation that a reviewer accepts has several seeds, arms that are equal in what is not asked about, and a rule that
+//! was written before the runs. Here that is one TOML file.
+//!
+//! **Main types.** [`Experiment`] (the file), [`Expanded`] (its arms, matched to the baseline, and their runs), [`sweep`] (running
+//! what is not finished), [`Study`] (what was measured).
+//!
+//! **Flow.** [`Experiment::load`] → [`Expanded::new`] solves for the widths (or steps, or groups) that match the arms → [`sweep`] runs
+//! them through the one training loop of `lowkey-train`, several at a time in this process, so that a killed sweep leaves no run
+//! behind → [`Expanded::collect`] reads the finished runs.
+//!
+//! **An experiment file.**
+//!
+//! ```toml
+//! name = "rank"
+//! question = "How few latent dimensions are as good as full attention?"
+//! base = "run.toml"                       # a run file, relative to this one
+//! seeds = [1, 2, 3, 4, 5]                 # of weights and data order, the same for all arms: compared in pairs
+//! metric = "gap"                          # or val_loss, accuracy, mse, class.NAME.gap, …
+//! better = "lower"
+//! baseline = "mha"
+//! x = "model.kv_lora_rank"                # the plots' axis
+//! threads = 1                             # of each run
+//! quantised = true                        # also evaluate with int8 caches
+//!
+//! [match]                                 # arms are made equal to the baseline …
+//! by = "parameters"                       # parameters | training_flops | cache_bytes
+//! with = "model.intermediate_size"        # … by changing this
+//! multiple_of = 4
+//!
+//! [budget]
+//! runs = 60
+//! hours = 3.0
+//!
+//! [rule]                                  # margin | knee | theory
+//! kind = "margin"
+//! margin = 0.01
+//! confidence = 0.95
+//!
+//! [[arms]]
+//! name = "mha"
+//! set = { "model.attention" = "mha" }
+//!
+//! [[axes]]                                # all combinations of all axes are arms, too
+//! key = "model.kv_lora_rank"
+//! values = [8, 16, 32]
+//! ```
+//!
+//! **What this crate does not know.** The command line and the terminal; how a run is trained.
 
+mod collect;
 mod error;
+mod expand;
+mod experiment;
+mod run;
 mod study;
 
 pub use error::{Error, Result};
+pub use expand::{Expanded, Run};
+pub use experiment::{ArmSection, Axis, Better, Budget, Experiment, Matched, Matching};
+pub use run::{Event, Outcome, SweepOptions, sweep};
 pub use study::{Arm, Rule, RunResult, Study, Theory};

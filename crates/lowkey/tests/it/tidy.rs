@@ -16,7 +16,18 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("lowkey-export", &["lowkey-data", "lowkey-infer", "lowkey-model"]),
     ("lowkey-train", &["lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-kernels"]),
     ("lowkey-lab", &["lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-train"]),
-    ("lowkey", &["lowkey-convert", "lowkey-data", "lowkey-export", "lowkey-infer", "lowkey-lab", "lowkey-model", "lowkey-train"]),
+    (
+        "lowkey",
+        &[
+            "lowkey-convert",
+            "lowkey-data",
+            "lowkey-export",
+            "lowkey-infer",
+            "lowkey-lab",
+            "lowkey-model",
+            "lowkey-train",
+        ],
+    ),
 ];
 
 /// Lines of a source file before its tests.

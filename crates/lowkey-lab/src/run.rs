@@ -1,0 +1,218 @@
+//! Running what is not finished, several runs at a time.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
+
+use lowkey_train::{Event as TrainEvent, RunConfig, RunOptions, train};
+
+use crate::collect::{finished, quantise};
+use crate::error::{Error, Result};
+use crate::expand::{Expanded, Run};
+
+/// How to run a sweep.
+#[derive(Clone, Debug)]
+pub struct SweepOptions {
+    /// Runs at a time.
+    pub jobs: usize,
+    /// Facts for each run's `environment.json`.
+    pub environment: serde_json::Map<String, serde_json::Value>,
+}
+
+/// What a sweep tells whoever watches it. `run` counts within the list of runs.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A corpus is being read, before the first run.
+    Preparing,
+    /// A run was finished earlier.
+    Skipped {
+        /// Which.
+        run: usize,
+    },
+    /// A run begins, or goes on from a checkpoint.
+    Started {
+        /// Which.
+        run: usize,
+        /// Steps that were taken earlier.
+        step: u64,
+        /// Steps that it takes in all.
+        steps: u64,
+    },
+    /// A step was taken.
+    Step {
+        /// Which.
+        run: usize,
+        /// Steps taken.
+        step: u64,
+        /// Training loss.
+        loss: f64,
+    },
+    /// All steps of a run are taken.
+    Finished {
+        /// Which.
+        run: usize,
+        /// Held-out loss.
+        loss: f64,
+    },
+    /// A run failed; the others go on.
+    Failed {
+        /// Which.
+        run: usize,
+        /// Why.
+        why: String,
+    },
+}
+
+/// How a sweep ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Runs that are finished, now or earlier.
+    pub finished: usize,
+    /// Runs that failed, with the reason.
+    pub failed: Vec<(usize, String)>,
+    /// Runs that an interrupt left unfinished.
+    pub left: usize,
+}
+
+/// Runs all of `runs` that are not finished. Each is a run folder like any other and may be looked at, resumed or removed as one; a
+/// process that is killed loses at most the steps since each run's last checkpoint, and the next sweep goes on from there with the
+/// same bits.
+///
+/// # Errors
+/// [`Error::File`] where a folder holds a run with other settings; [`Error::Train`] for a corpus that cannot be prepared. A run that
+/// fails is no error of the sweep: it is in the outcome.
+pub fn sweep(
+    expanded: &Expanded,
+    runs: &[Run],
+    options: &SweepOptions,
+    interrupt: &AtomicBool,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Outcome> {
+    let configs = runs.iter().map(|run| expanded.config(run)).collect::<Result<Vec<_>>>()?;
+    let mut open = Vec::new();
+    for (i, (run, config)) in runs.iter().zip(&configs).enumerate() {
+        check_folder(&run.out, config)?;
+        if finished(&run.out) && (!expanded.experiment.quantised || quantise(&run.out, config, expanded)?) {
+            observe(Event::Skipped { run: i });
+        } else {
+            open.push(i);
+        }
+    }
+    let mut outcome = Outcome { finished: runs.len() - open.len(), ..Outcome::default() };
+    prepare(expanded, &open, runs, &configs, observe)?;
+    let next = AtomicUsize::new(0);
+    let (sender, receiver) = mpsc::channel();
+    std::thread::scope(|scope| {
+        for _ in 0..options.jobs.clamp(1, open.len().max(1)) {
+            let (sender, next, open, configs) = (sender.clone(), &next, &open, &configs);
+            scope.spawn(move || {
+                while !interrupt.load(Ordering::Relaxed)
+                    && let Some(&i) = open.get(next.fetch_add(1, Ordering::Relaxed))
+                {
+                    let job = Job { expanded, run: &runs[i], config: &configs[i], index: i, options };
+                    // A panic of one run is its failure, not that of the others.
+                    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job.run(interrupt, &sender)));
+                    let why = match ended {
+                        Ok(Ok(())) => continue,
+                        Ok(Err(e)) => e.to_string(),
+                        Err(_) => "internal error; please report this".into(),
+                    };
+                    // Nobody listens only when the sweep is over.
+                    let _ = sender.send(Event::Failed { run: i, why });
+                }
+            });
+        }
+        drop(sender);
+        for event in receiver {
+            match &event {
+                Event::Finished { .. } => outcome.finished += 1,
+                Event::Failed { run, why } => outcome.failed.push((*run, why.clone())),
+                _ => {}
+            }
+            observe(event);
+        }
+    });
+    outcome.left = runs.len() - outcome.finished - outcome.failed.len();
+    Ok(outcome)
+}
+
+/// Reads each corpus once, before several runs would do so at a time.
+fn prepare(
+    expanded: &Expanded,
+    open: &[usize],
+    runs: &[Run],
+    configs: &[RunConfig],
+    observe: &mut dyn FnMut(Event),
+) -> Result<()> {
+    let mut seen: Vec<[Option<toml::Value>; 2]> = Vec::new();
+    for i in open {
+        let config = &configs[*i];
+        let path = &runs[*i].out;
+        let table: toml::Table = toml::from_str(&config.to_toml()?).map_err(|e| Error::file(path, e.to_string()))?;
+        let corpus = ["data", "init"].map(|section| table.get(section).cloned());
+        if seen.contains(&corpus) {
+            continue;
+        }
+        observe(Event::Preparing);
+        let options = run_options(expanded, &runs[*i].out, serde_json::Map::new());
+        lowkey_train::setup(config, &options, &mut |_| {})?;
+        seen.push(corpus);
+    }
+    Ok(())
+}
+
+fn run_options(expanded: &Expanded, out: &Path, environment: serde_json::Map<String, serde_json::Value>) -> RunOptions {
+    let run_file = expanded.experiment.base_path();
+    RunOptions { run_file, out: out.to_path_buf(), resume: true, overwrite: false, environment }
+}
+
+/// A folder that holds a run of other settings is not touched.
+fn check_folder(out: &Path, config: &RunConfig) -> Result<()> {
+    let path = out.join("run.toml");
+    if !path.is_file() {
+        return Ok(());
+    }
+    let read = |text: String| toml::from_str::<toml::Table>(&text).map_err(|e| Error::file(&path, e.to_string()));
+    let earlier = read(std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e.to_string()))?)?;
+    let now = read(config.to_toml()?)?;
+    match now.keys().chain(earlier.keys()).find(|key| now.get(*key) != earlier.get(*key)) {
+        Some(section) => {
+            let why = format!(
+                "[{section}] is not what the experiment now says; remove the folder to run it anew, or sweep into another \
+                 folder with --out DIR"
+            );
+            Err(Error::file(path, why))
+        }
+        None => Ok(()),
+    }
+}
+
+/// One run on one thread of the sweep.
+struct Job<'a> {
+    expanded: &'a Expanded,
+    run: &'a Run,
+    config: &'a RunConfig,
+    index: usize,
+    options: &'a SweepOptions,
+}
+
+impl Job<'_> {
+    fn run(&self, interrupt: &AtomicBool, sender: &mpsc::Sender<Event>) -> Result<()> {
+        let (run, steps) = (self.index, self.config.training.steps);
+        let tell = |event| {
+            let _ = sender.send(event);
+        };
+        let options = run_options(self.expanded, &self.run.out, self.options.environment.clone());
+        let outcome = train(self.config, &options, interrupt, &mut |event| match event {
+            TrainEvent::Ready { step, .. } => tell(Event::Started { run, step, steps }),
+            TrainEvent::Step(metrics) => tell(Event::Step { run, step: metrics.step, loss: metrics.train_loss }),
+            _ => {}
+        })?;
+        let Some(evaluation) = outcome.evaluation else { return Ok(()) };
+        if self.expanded.experiment.quantised {
+            quantise(&self.run.out, self.config, self.expanded)?;
+        }
+        tell(Event::Finished { run, loss: evaluation.loss });
+        Ok(())
+    }
+}
