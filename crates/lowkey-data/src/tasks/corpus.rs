@@ -169,7 +169,9 @@ impl TaskCorpus {
     pub fn summary(&self) -> TaskSummary {
         let mut draw = Draw::new(self.seed, Side::Validation, 0);
         let (answers, classes, output_width) = match self.task.kind() {
-            Kind::Tokens(task) => (task.example(&mut draw).targets.iter().filter(|t| **t >= 0).count(), task.classes(), None),
+            Kind::Tokens(task) => {
+                (task.example(&mut draw).targets.iter().filter(|t| **t >= 0).count(), task.classes(), None)
+            }
             Kind::Vectors(task) => {
                 let asked = task.example(&mut draw).asked;
                 (asked.into_iter().filter(|asked| *asked).count(), &[][..], Some(task.output_width()))
@@ -323,4 +325,3 @@ impl TaskCorpus {
 fn copy<T: Copy>(to: &mut [T], at: usize, from: &[T]) {
     to.iter_mut().skip(at).zip(from).for_each(|(to, from)| *to = *from);
 }
-

@@ -162,8 +162,5 @@ fn a_cache_filled_at_random_is_full_and_takes_no_more_than_it_holds() {
     decoder.fill_at_random(19).unwrap();
     assert_eq!(decoder.cache().lengths(), [19, 19]);
     assert!(rows(decoder.step(&[1, 2]).unwrap()).iter().flatten().all(|x| x.is_finite()));
-    assert!(matches!(
-        decoder.fill_at_random(21),
-        Err(crate::Error::Capacity { needed: 21, capacity: 20, .. })
-    ));
+    assert!(matches!(decoder.fill_at_random(21), Err(crate::Error::Capacity { needed: 21, capacity: 20, .. })));
 }
