@@ -33,6 +33,8 @@ pub mod run_data;
 mod schedule;
 mod setup;
 mod step;
+#[cfg(test)]
+mod task_runs;
 mod tensorboard;
 mod train;
 mod workers;
