@@ -123,9 +123,9 @@ fn every_answer_is_the_one_that_a_reader_of_the_words_finds() {
             let mut expected = solve(corpus.task(), &words);
             if let Task::Dyck(_) = corpus.task() {
                 // Asked where the next bracket closes, and at the last position, whose next one is only an answer.
-                for i in 0..words.len() {
+                for (i, answer) in expected.iter_mut().enumerate() {
                     let closes = words.get(i + 1).is_none_or(|next| next.starts_with(')'));
-                    expected[i] = expected[i].take().filter(|_| closes);
+                    *answer = answer.take().filter(|_| closes);
                 }
             }
             assert_eq!(told, expected, "{name}: {words:?}");
