@@ -78,11 +78,18 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
         let why = "the dataset is a task of vectors, whose loss has no log-partition; leave the key out";
         return Err(Error::config("training.z_loss", config.training.z_loss, why));
     }
-    if let (Some(init), Some(own)) = (&config.init, corpus.tokenizer()) {
-        let theirs = Tokenizer::from_model_dir(&init.from)?;
-        if theirs.fingerprint() != own.fingerprint() {
-            let why = "its words are not those of the task; start from a model that was trained on the same task";
-            return Err(Error::file(init.from.join("tokenizer.json"), why));
+    if let Some(init) = &config.init {
+        let path = init.from.join("tokenizer.json");
+        let why = match corpus.tokenizer() {
+            Some(own) if Tokenizer::from_model_dir(&init.from)?.fingerprint() != own.fingerprint() => {
+                Some("its words are not those of the task")
+            }
+            None if path.exists() => Some("the model reads words, and the task has vectors"),
+            Some(_) | None => None,
+        };
+        if let Some(why) = why {
+            let why = format!("{why}; start from a model that was trained on the same task");
+            return Err(Error::file(path, why));
         }
     }
     let (model, notes) = resolve_model(config, corpus.width())?;

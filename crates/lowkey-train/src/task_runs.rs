@@ -233,11 +233,20 @@ fn a_checkpoint_has_a_tokenizer_where_there_are_words() {
         let next = TaskRun::new(task, 4);
         without_model(&next, &from);
         next.learnt(&["training.steps=2", NO_WARMUP]);
-        let other = TaskRun::new("kind = \"copy\"\nsymbols = 9\nlength = 2", 4);
-        without_model(&other, &from);
-        let message = other.train(&[]).unwrap_err().to_string();
-        let expected = if words { "its words are not those of the task" } else { "tokenizer.json" };
-        assert!(message.contains(expected), "{message}");
+        for (task, expected) in [
+            ("kind = \"copy\"\nsymbols = 9\nlength = 2", "its words are not those of the task"),
+            ("kind = \"linear-recall\"\nwidth = 2\nitems = 2", "the model reads words"),
+        ] {
+            let other = TaskRun::new(task, 4);
+            without_model(&other, &from);
+            let result = other.train(&["training.steps=1", NO_WARMUP]);
+            match (words, task.contains("copy")) {
+                (true, _) => assert!(result.unwrap_err().to_string().contains(expected), "{task}"),
+                (false, true) => assert!(result.unwrap_err().to_string().contains("tokenizer.json"), "{task}"),
+                // Fewer numbers fit: the others are zeros.
+                (false, false) => assert_eq!(result.unwrap().step, 1),
+            }
+        }
     }
 }
 

@@ -88,7 +88,8 @@ fn on_task(
     let dir = arguments.model.display();
     let fits = match corpus.tokenizer() {
         Some(own) => Tokenizer::from_model_dir(&arguments.model)?.fingerprint() == own.fingerprint(),
-        None => corpus.width() <= model.config.vocab_size,
+        // Widths alone may agree by chance; a model of words has a tokenizer.
+        None => corpus.width() <= model.config.vocab_size && !arguments.model.join("tokenizer.json").exists(),
     };
     if !fits {
         bail!(
