@@ -27,7 +27,7 @@
 //! | kind | asks for | what r does | what R does | chance | theory |
 //! |---|---|---|---|---|---|
 //! | [`linear-recall`](LinearRecall) (S1) | a Gaussian vector, by place | all: error falls by 1/m per dimension | > 0 to find the place | 1 | [`theory::linear_floor`], [`theory::normalised_floor`] |
-//! | [`records`](Records) (S2) | one of A symbols of a record, by place | knee near A · log₂ V bits; soft, as the latent may pack | > 0 to find the place | 1/V | none: a capacity, not a bound |
+//! | [`records`](Records) (S2) | one of A symbols of a record, by place | r = 1 is a sign, one bit; from 2 on a sphere has room, and what gives way is packing: soft | > 0 to find the place | 1/V | none |
 //! | [`mqar`](Mqar) (S3) | the value of a key | key and value must both fit | may replace content in the first block | 1/pairs | separation of random codes, r ≳ log pairs |
 //! | [`multi-key-match`](MultiKeyMatch) (S4) | a vector, by any of H keys | knee at Hκ + m | nothing | 1 | [`theory::multi_key_width`] |
 //! | [`copy`](Copying) (S5) | symbols once more | little: a symbol | > 0 finds a fixed distance; with noise it does not | 1/V | none |
@@ -47,6 +47,13 @@
 //! matrix E [vocab, d] maps an input vector x of `vocab` numbers to x·E, of which a token is the case of a single 1; the answer is
 //! the first m of the logits; and the loss is the mean squared error per number. `vocab_size` is the width of the input.
 //! A checkpoint is a model directory without `tokenizer.json`.
+//!
+//! # Settings
+//!
+//! Two keys of `[model]` decide more than the sizes. The default embedding, N(0, 0.02²), is small beside what a block writes to the
+//! residual stream, and a second block then finds hardly a trace of the token: `mqar` and `induction` stay at a guess among what
+//! they have read for thousands of steps, and leave it within some hundreds at `initializer_range = 0.1`. And rows are short, so
+//! that most frequencies of the usual rotation do not turn: `rope_parameters.rope_theta = 100` puts them to use.
 
 mod controls;
 mod copying;

@@ -11,9 +11,9 @@
 //! from the normalised hidden state.)
 //!
 //! *MLA's latent* passes an RMSNorm on its way into the cache: c = (A v + a)/rms(A v + a), a being what the constant channel
-//! contributes. Let r ≤ m, A of rank r, and s the part of v in the row space of A. Norm and gain leave the direction of A v + a,
-//! hence that of s + s₀ with A s₀ = a. For a = 0: s = ρ u with u = s/|s| uniform on the sphere and ρ = |s| ~ χ_r independent of
-//! it, so the conditional mean is E[ρ] u and what is lost beyond the m − r directions is
+//! contributes. (The norm before it scales v and the constant alike, which this one cancels.) Let r ≤ m, A of rank r, and s the
+//! part of v in the row space of A. Norm and gain leave the direction of A v + a, hence that of s + s₀ with A s₀ = a. For a = 0: s = ρ u with u = s/|s| uniform on the sphere and ρ = |s| ~ χ_r independent of
+//! it, so the conditional mean is `E[ρ] u` and what is lost beyond the m − r directions is
 //!
 //! ```text
 //! E|s − E[ρ] u|² = E[ρ²] − E[ρ]² = Var χ_r = r − 2 (Γ((r+1)/2) / Γ(r/2))²     (→ 1/2 for large r)
@@ -21,7 +21,8 @@
 //!
 //! so that [`normalised_floor`] = (m − r + Var χ_r)/m, and the decoder that reaches it is linear. A constant does not help: with
 //! a ≠ 0 the posterior of ρ has density ∝ ρ^(r−1) exp(−(ρ − s₀·u)²/2), and its mean variance rises from Var χ_r at a = 0 to 1 for
-//! |a| → ∞, where the sphere becomes a plane and one whole direction is lost (the module's tests integrate it). For r > m the
+//! |a| → ∞, where the sphere becomes a plane and one whole direction is lost (the module's tests integrate it); an A of smaller
+//! rank loses at least that. For r > m the
 //! constant has a direction to itself, the norm can be undone, and the floor is 0.
 //!
 //! Three ways around the second line exist in the architecture. All latents may be so small that the norm's ε (1e-6) is what they
