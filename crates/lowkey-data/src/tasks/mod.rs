@@ -28,7 +28,7 @@
 //! |---|---|---|---|---|---|
 //! | [`linear-recall`](LinearRecall) (S1) | a Gaussian vector, by place | all: error falls by 1/m per dimension | > 0 to find the place | 1 | [`theory::linear_floor`], [`theory::normalised_floor`] |
 //! | [`records`](Records) (S2) | one of A symbols of a record, by place | r = 1 is a sign, one bit; from 2 on a sphere has room, and what gives way is packing: soft | > 0 to find the place | 1/V | none |
-//! | [`mqar`](Mqar) (S3) | the value of a key | key and value must both fit | may replace content in the first block | 1/pairs | separation of random codes, r ≳ log pairs |
+//! | [`mqar`](Mqar) (S3) | the value of a key | key and value must both fit | ties a value to its key in the first block | 1/pairs | separation of random codes, r ≳ log pairs |
 //! | [`multi-key-match`](MultiKeyMatch) (S4) | a vector, by any of H keys | knee at Hκ + m | nothing | 1 | [`theory::multi_key_width`] |
 //! | [`copy`](Copying) (S5) | symbols once more | little: a symbol | > 0 finds a fixed distance; with noise it does not | 1/V | none |
 //! | [`induction`](Induction) (S5) | what followed last time | little: two symbols | marks the predecessor | 1/(n−1) | none |

@@ -12,8 +12,9 @@
 //!
 //! *MLA's latent* passes an RMSNorm on its way into the cache: c = (A v + a)/rms(A v + a), a being what the constant channel
 //! contributes. (The norm before it scales v and the constant alike, which this one cancels.) Let r ≤ m, A of rank r, and s the
-//! part of v in the row space of A. Norm and gain leave the direction of A v + a, hence that of s + s₀ with A s₀ = a. For a = 0: s = ρ u with u = s/|s| uniform on the sphere and ρ = |s| ~ χ_r independent of
-//! it, so the conditional mean is `E[ρ] u` and what is lost beyond the m − r directions is
+//! part of v in the row space of A. Norm and gain leave the direction of A v + a, hence that of s + s₀ with A s₀ = a. For a = 0:
+//! s = ρ u with u = s/|s| uniform on the sphere and ρ = |s| ~ χ_r independent of it, so the conditional mean is `E[ρ] u` and what
+//! is lost beyond the m − r directions is
 //!
 //! ```text
 //! E|s − E[ρ] u|² = E[ρ²] − E[ρ]² = Var χ_r = r − 2 (Γ((r+1)/2) / Γ(r/2))²     (→ 1/2 for large r)
@@ -22,14 +23,15 @@
 //! so that [`normalised_floor`] = (m − r + Var χ_r)/m, and the decoder that reaches it is linear. A constant does not help: with
 //! a ≠ 0 the posterior of ρ has density ∝ ρ^(r−1) exp(−(ρ − s₀·u)²/2), and its mean variance rises from Var χ_r at a = 0 to 1 for
 //! |a| → ∞, where the sphere becomes a plane and one whole direction is lost (the module's tests integrate it); an A of smaller
-//! rank loses at least that. For r > m the
-//! constant has a direction to itself, the norm can be undone, and the floor is 0.
+//! rank loses at least that. For r > m the constant has a direction to itself, the norm can be undone, and the floor is 0.
 //!
-//! Three ways around the second line exist in the architecture. All latents may be so small that the norm's ε (1e-6) is what they
-//! are divided by; then the norm is linear and (m − r)/m is the floor. The rotated key k_pe comes from the hidden state and not
-//! from the latent: attention weights that depend on content can carry a number per head beside it, the length ρ for one. And
-//! for the same reason weights of several heads could carry up to R numbers more. None is a smaller latent; a run that
-//! falls below the second line has found one.
+//! Two ways around these lines exist in the architecture, and neither is a wider latent. All latents may be so small that the
+//! norm's ε (1e-6) is what they are divided by; then the norm is linear and the first line holds. And the rotated key k_pe comes
+//! from the hidden state, not from the latent: attention *weights* that depend on content carry about a number per head past the
+//! latent, and the two together are R numbers more. Training does find that: with 4 heads and R = 32 the error at r = 16, m = 32
+//! falls to about (m − r − 4 + Var χ_r)/m, below (m − r)/m, and even one head with R = 8 takes some of its dimension now and then.
+//! One head and R = 4, with `rope_theta = 10` so that both frequencies find the place, leave no room for it: such a run ends on
+//! [`normalised_floor`].
 //!
 //! # Position (S6)
 //!
