@@ -30,8 +30,8 @@
 //! | [`records`](Records) (S2) | one of A symbols of a record, by place | r = 1 is a sign, one bit; from 2 on a sphere has room, and what gives way is packing: soft | > 0 to find the place | 1/V | none |
 //! | [`mqar`](Mqar) (S3) | the value of a key | key and value must both fit | ties a value to its key in the first block | 1/pairs | separation of random codes, r ≳ log pairs |
 //! | [`multi-key-match`](MultiKeyMatch) (S4) | a vector, by any of H keys | knee at Hκ + m | nothing | 1 | [`theory::multi_key_width`] |
-//! | [`copy`](Copying) (S5) | symbols once more | little: a symbol | > 0 finds a fixed distance; with noise it does not | 1/V | none |
-//! | [`induction`](Induction) (S5) | what followed last time | little: two symbols | marks the predecessor | 1/(n−1) | none |
+//! | [`copy`](Copying) (S5) | symbols once more | little: a symbol | > 0 finds a fixed distance; with noise a wide latent can count instead | 1/V | none |
+//! | [`induction`](Induction) (S5) | what followed last time | a symbol and its predecessor: some; the narrower, the longer it takes to be found | marks the predecessor | 1/(n−1) | none |
 //! | [`position`](Position) (S6) | the symbol k places back | nothing | everything: at R = 0 one block guesses | mean of 1/t | [`theory::position_chance`], exact for one block |
 //! | [`dyck`](Dyck) (S7) | the bracket to close | nothing (control) | little | 1/kinds | none |
 //! | [`modular-addition`](ModularAddition) (S7) | a sum mod p | nothing (control) | little | 1/p | none |
