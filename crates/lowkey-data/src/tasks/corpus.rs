@@ -79,7 +79,7 @@ pub enum HeldExamples {
 /// How examples fill the rows of a batch: each row holds as many whole ones as fit, and is padded to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RowLayout {
-    /// Positions per row.
+    /// Positions per row: at least [`TaskCorpus::positions`], which is for the caller to check.
     pub seq_len: usize,
     /// Whether attention stops at the bounds of an example.
     pub mask_documents: bool,
@@ -228,7 +228,7 @@ impl TaskCorpus {
         Ok(Some(words.join(" ")))
     }
 
-    /// Examples per row; at least one, so that a row may turn out too short.
+    /// Examples per row.
     fn per_row(&self, seq_len: usize) -> u64 {
         (seq_len / self.positions().max(1)).max(1) as u64
     }
