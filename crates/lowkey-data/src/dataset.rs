@@ -7,6 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::documents::Format;
 use crate::error::{Error, Result};
+use crate::tasks::Task;
+
+/// Held-out examples of a task lie in memory together.
+const MOST_HELD_EXAMPLES: u64 = 1 << 20;
 
 /// One `datasets/*.toml`. Paths in it are relative to the file's folder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -25,7 +29,7 @@ pub struct DatasetConfig {
     /// How it becomes tokens.
     #[serde(default)]
     pub tokenizer: TokenizerConfig,
-    /// What is held out for validation. A storybook has validation stories of its own and takes no split.
+    /// What is held out for validation. A storybook and a task have validation examples of their own and take no split.
     #[serde(default)]
     pub split: Split,
     /// Expected SHA-256 in hex by file name (the last part, or the path as the source lists it), checked before use.
@@ -51,6 +55,15 @@ pub enum Source {
         documents: u64,
         /// Number of validation stories, from a seed of their own.
         validation_documents: u64,
+    },
+    /// A diagnostic task of [`crate::tasks`]: its examples are made while a run goes.
+    Task {
+        /// Seed of the examples, training and held-out.
+        seed: u64,
+        /// Number of held-out examples, from a stream of their own.
+        validation_examples: u64,
+        /// Which task, and its sizes.
+        task: Task,
     },
     /// Plain text files: each is one document unless a separator cuts it.
     Text {
@@ -254,11 +267,11 @@ impl DatasetConfig {
         Error::Config { path, message: message.into() }
     }
 
-    /// How documents lie in the source's files; none for a storybook, which has no files.
+    /// How documents lie in the source's files; none for a storybook and a task, which have no files.
     pub(crate) fn format(&self) -> Option<Format> {
         let text = |separator: &Option<String>| Format::Text { separator: separator.clone() };
         Some(match &self.source {
-            Source::Storybook { .. } => return None,
+            Source::Storybook { .. } | Source::Task { .. } => return None,
             Source::Text { separator, .. } => text(separator),
             Source::Jsonl { field, .. } => Format::Jsonl { field: field.clone() },
             Source::Parquet { column, .. } => Format::Parquet { column: column.clone() },
@@ -303,6 +316,20 @@ impl DatasetConfig {
                     );
                 }
             }
+            Source::Task { validation_examples, task, .. } => {
+                task.check().or_else(|why| refuse(format!("source.task.{why}")))?;
+                if !(1..=MOST_HELD_EXAMPLES).contains(validation_examples) {
+                    let range = format!("must lie between 1 and {MOST_HELD_EXAMPLES}");
+                    return refuse(format!("source.validation_examples = {validation_examples} {range}"));
+                }
+                let own = self.tokenizer != TokenizerConfig::default();
+                if own || self.split != Split::default() || !self.sha256.is_empty() {
+                    return refuse(
+                        "a task brings its own vocabulary and held-out examples: remove [tokenizer], [split] and [sha256]"
+                            .to_owned(),
+                    );
+                }
+            }
             Source::Text { paths, .. } | Source::Jsonl { paths, .. } | Source::Parquet { paths, .. } => {
                 if paths.is_empty() {
                     return refuse("source.paths is empty: name at least one file or pattern".to_owned());
@@ -335,12 +362,12 @@ impl DatasetConfig {
         Ok(())
     }
 
-    /// The local files of the source in a fixed order: by pattern, then by name. Empty for a storybook and a hub source.
+    /// The local files of the source in a fixed order: by pattern, then by name. Empty for a source that has none.
     pub(crate) fn local_files(&self) -> Result<Vec<PathBuf>> {
         let (paths, url) = match &self.source {
             Source::Text { paths, url, .. } => (paths, url.as_deref()),
             Source::Jsonl { paths, .. } | Source::Parquet { paths, .. } => (paths, None),
-            Source::Storybook { .. } | Source::Hub { .. } => return Ok(Vec::new()),
+            Source::Storybook { .. } | Source::Task { .. } | Source::Hub { .. } => return Ok(Vec::new()),
         };
         let mut files: Vec<PathBuf> = Vec::new();
         for pattern in paths {

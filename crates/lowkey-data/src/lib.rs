@@ -19,6 +19,8 @@
 //!   [`validation_batches`] walks a held-out shard once, in order, with every target exactly once.
 //! * [`Tokenizer`] covers a built-in byte vocabulary, character vocabularies, byte-level BPE trained here, and any
 //!   Hugging Face `tokenizer.json`; [`TextStream`] turns ids back into text one at a time.
+//! * [`tasks`] are procedural examples that each ask for one ability, of tokens or of real vectors; they are made while a
+//!   run goes and have no shard.
 //! * [`storybook`] is a procedural corpus of known entropy, and [`oracle_documents`] gives its true log-probability
 //!   per token, which is what a model's loss is compared with.
 //!
@@ -38,6 +40,7 @@ mod prepare;
 mod sampler;
 mod shard;
 pub mod storybook;
+pub mod tasks;
 mod tokenizer;
 
 pub use dataset::{DatasetConfig, HubFormat, Source, Split, SplitBy, TokenizerConfig};

@@ -134,6 +134,11 @@ pub(crate) fn prepare_from(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Prepared> {
     config.check()?;
+    if let Source::Task { .. } = config.source {
+        let why = "this is a task, whose examples are made while a run goes: there is nothing to prepare. \
+                   `lowkey data info FILE` describes it, and data.dataset of a run file can name it";
+        return Err(config.error(why));
+    }
     let files = source_files(config, hub, progress)?;
     let given = match (&config.tokenizer, tokenizer) {
         (_, Some(tokenizer)) => Some(tokenizer),

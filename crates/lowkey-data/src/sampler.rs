@@ -51,7 +51,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    fn new(seq_len: usize, rows: usize) -> Self {
+    pub(crate) fn new(seq_len: usize, rows: usize) -> Self {
         let size = rows * seq_len;
         let (input_ids, targets) = (Vec::with_capacity(size), Vec::with_capacity(size));
         Self { rows: 0, seq_len, input_ids, targets, document_starts: Vec::with_capacity(size) }
@@ -63,7 +63,7 @@ impl Batch {
     }
 
     /// Position within the row being filled.
-    fn column(&self) -> usize {
+    pub(crate) fn column(&self) -> usize {
         self.input_ids.len() - self.rows * self.seq_len
     }
 
@@ -93,7 +93,7 @@ impl Batch {
     }
 
     /// Pads the row to its end and starts the next one.
-    fn end_row(&mut self, mask: bool) {
+    pub(crate) fn end_row(&mut self, mask: bool) {
         let start = if mask { self.column() as u32 } else { 0 };
         self.rows += 1;
         let size = self.rows * self.seq_len;

@@ -106,6 +106,11 @@ impl Tokenizer {
         Self::assemble(Model::Chars(Arc::new(ids)), json, tokens, true, Some(eos))
     }
 
+    /// A vocabulary of whole words, which a text separates by white space; without an end of document.
+    pub(crate) fn words(words: &[String]) -> Result<Self> {
+        Self::from_json(build::pretty(&build::words_json(words)), "words")
+    }
+
     /// Trains a byte-level BPE vocabulary of at most `vocab_size` entries, [`END_OF_TEXT`] included; a small corpus
     /// may yield fewer.
     pub fn train_bpe(texts: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<Self> {

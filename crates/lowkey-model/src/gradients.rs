@@ -2,10 +2,11 @@
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor};
-use lowkey_kernels::{Labels, LossSum, cross_entropy_sum};
+use lowkey_kernels::LossSum;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{CausalLm, TokenBatch, ids_tensor};
+use crate::model::CausalLm;
+use crate::pass::PassBatch;
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,18 +62,19 @@ fn pull_back(y: Tensor<3>, pull: Tensor<3>) -> Gradients {
 }
 
 impl CausalLm {
-    /// Summed next-token loss of a batch, and the gradients of `objective.scale` times it, flattened, in the order of
+    /// Summed loss of a batch ([`CausalLm::loss`]), and the gradients of `objective.scale` times it, flattened, in the order of
     /// [`CausalLm::parameters`].
     ///
     /// The model must record gradients. Both ways of [`Recompute`] give the same numbers, to the order of the sums where several
     /// gradients meet.
-    pub fn loss_and_gradients(
+    pub fn loss_and_gradients<'a>(
         &self,
-        batch: TokenBatch,
+        batch: impl Into<PassBatch<'a>>,
         objective: Objective,
         recompute: Recompute,
         device: &Device,
     ) -> (LossSum, Vec<Tensor<1>>) {
+        let batch = batch.into();
         match recompute {
             Recompute::None => {
                 let loss = self.loss(batch, objective.z_loss, device);
@@ -89,12 +91,11 @@ impl CausalLm {
     }
 
     /// Forward without a graph, keeping each block's input; then back from the head, one block's graph at a time.
-    fn block_by_block(&self, batch: TokenBatch, objective: Objective, device: &Device) -> (LossSum, Vec<Tensor<1>>) {
-        let TokenBatch { rows, seq_len, .. } = batch;
+    fn block_by_block(&self, batch: PassBatch, objective: Objective, device: &Device) -> (LossSum, Vec<Tensor<1>>) {
+        let [rows, seq_len] = batch.dims();
         let (model, inner) = (self.valid(), device.clone().inner());
-        let context = model.context(batch.document_starts, seq_len, &inner);
-        let ids = ids_tensor(batch.input_ids, rows, seq_len, &inner);
-        let mut x = model.model.embed_tokens.forward(ids);
+        let context = model.context(batch.document_starts(), seq_len, &inner);
+        let mut x = model.embed(batch, &inner);
         let mut inputs = Vec::with_capacity(model.model.layers.len());
         for block in &model.model.layers {
             inputs.push(x.clone());
@@ -107,15 +108,14 @@ impl CausalLm {
         };
         let x = leaf(x);
         let hidden = self.model.norm.forward(x.clone()).reshape([rows * seq_len, self.config.hidden_size]);
-        let labels = Labels { targets: batch.targets, weights: None, z_loss: objective.z_loss };
-        let loss = cross_entropy_sum(hidden, self.head_weight(), labels);
+        let loss = self.loss_of(hidden, batch, objective.z_loss);
         let mut gradients = (loss.nats.clone() * objective.scale).backward();
         let loss = plain(loss);
         let mut pull = pulled(x, &mut gradients);
         let (norm, head) = (take(&self.model.norm, &mut gradients), take(&self.lm_head, &mut gradients));
         // Without a head of its own, the embedding is it.
         let as_head = self.lm_head.is_none().then(|| take(&self.model.embed_tokens, &mut gradients));
-        let context = self.context(batch.document_starts, seq_len, device);
+        let context = self.context(batch.document_starts(), seq_len, device);
         let mut blocks = Vec::new();
         for (block, x) in self.model.layers.iter().zip(inputs).rev() {
             let x = leaf(x);
@@ -123,7 +123,7 @@ impl CausalLm {
             pull = pulled(x, &mut gradients);
             blocks.push(take(block, &mut gradients));
         }
-        let embedded = self.model.embed_tokens.forward(ids_tensor(batch.input_ids, rows, seq_len, device));
+        let embedded = self.embed(batch, device);
         let looked_up = take(&self.model.embed_tokens, &mut pull_back(embedded, pull));
         let table = match as_head {
             Some(as_head) => as_head.into_iter().zip(looked_up).map(|(head, looked_up)| head + looked_up).collect(),
@@ -138,6 +138,7 @@ impl CausalLm {
 mod tests {
     use super::*;
     use crate::IGNORE;
+    use crate::TokenBatch;
     use crate::fixtures::{self, distance, scrambled, values};
 
     #[test]

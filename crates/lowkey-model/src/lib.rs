@@ -52,6 +52,7 @@ mod layers;
 mod mla;
 mod model;
 mod params;
+mod pass;
 mod rope;
 
 pub use checkpoint::{WeightDtype, weight_files};
@@ -67,4 +68,5 @@ pub use lowkey_kernels::{IGNORE, LossSum, Mask, MlaDims, Stored};
 pub use mla::{LATENT_NORM_EPS, Latent, Mla};
 pub use model::{Attention, Block, CausalLm, Context, Decoder, Mlp, TokenBatch, Trace, ids_tensor};
 pub use params::Parameter;
+pub use pass::{PassBatch, VectorRows};
 pub use rope::{RopeConfig, RopeTable, RopeType};

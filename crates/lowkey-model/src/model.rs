@@ -2,13 +2,14 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use lowkey_kernels::{Labels, LossSum, Mask, MlpWeights, cross_entropy_each, cross_entropy_sum, gated_mlp};
+use lowkey_kernels::{LossSum, Mask, MlpWeights, gated_mlp};
 
 use crate::config::{AttentionConfig, Family, ModelConfig};
 use crate::error::{Error, Result};
 use crate::grouped::Grouped;
 use crate::layers::{Builder, Embedding, Linear, RmsNorm};
 use crate::mla::Mla;
+use crate::pass::PassBatch;
 use crate::rope::RopeTable;
 
 /// A causal language model. Field names spell the checkpoint's tensor names.
@@ -277,8 +278,12 @@ impl CausalLm {
     }
 
     /// Hidden states after the final norm, `[batch, seq]` → `[batch, seq, d]`.
-    pub fn hidden(&self, ids: Tensor<2, Int>, context: &Context, mut trace: Option<&mut Trace>) -> Tensor<3> {
-        let mut x = self.model.embed_tokens.forward(ids);
+    pub fn hidden(&self, ids: Tensor<2, Int>, context: &Context, trace: Option<&mut Trace>) -> Tensor<3> {
+        self.through_blocks(self.model.embed_tokens.forward(ids), context, trace)
+    }
+
+    /// The blocks and the final norm, `[batch, seq, d]` → `[batch, seq, d]`.
+    fn through_blocks(&self, mut x: Tensor<3>, context: &Context, mut trace: Option<&mut Trace>) -> Tensor<3> {
         for block in &self.model.layers {
             if let Some(trace) = trace.as_deref_mut() {
                 trace.hidden.push(x.clone());
@@ -305,23 +310,24 @@ impl CausalLm {
         self.logits(self.hidden(ids, &context, None))
     }
 
-    /// Summed next-token loss of a batch, with `z_loss` times the square of each log-partition ([`LossSum`]). The logits never exist
-    /// whole, in either direction.
-    pub fn loss(&self, batch: TokenBatch, z_loss: f64, device: &Device) -> LossSum {
-        let labels = Labels { targets: batch.targets, weights: None, z_loss };
-        cross_entropy_sum(self.last_hidden(batch, device, None), self.head_weight(), labels)
+    /// Summed loss of a batch: of tokens, with `z_loss` times the square of each log-partition ([`LossSum`]), and the logits never
+    /// exist whole, in either direction; of vectors, the squared error per number.
+    pub fn loss<'a>(&self, batch: impl Into<PassBatch<'a>>, z_loss: f64, device: &Device) -> LossSum {
+        let batch = batch.into();
+        self.loss_of(self.last_hidden(batch, device, None), batch, z_loss)
     }
 
     /// Loss of each position, `[rows · seq_len]`, 0 where there is no target; no gradient flows through it.
-    pub fn losses(&self, batch: TokenBatch, device: &Device, trace: Option<&mut Trace>) -> Tensor<1> {
-        cross_entropy_each(self.last_hidden(batch, device, trace), self.head_weight(), batch.targets)
+    pub fn losses<'a>(&self, batch: impl Into<PassBatch<'a>>, device: &Device, trace: Option<&mut Trace>) -> Tensor<1> {
+        let batch = batch.into();
+        self.losses_of(self.last_hidden(batch, device, trace), batch)
     }
 
     /// Hidden states after the final norm, `[rows · seq_len, d]`.
-    fn last_hidden(&self, batch: TokenBatch, device: &Device, trace: Option<&mut Trace>) -> Tensor<2> {
-        let TokenBatch { rows, seq_len, .. } = batch;
-        let context = self.context(batch.document_starts, seq_len, device);
-        let hidden = self.hidden(ids_tensor(batch.input_ids, rows, seq_len, device), &context, trace);
+    pub(crate) fn last_hidden(&self, batch: PassBatch, device: &Device, trace: Option<&mut Trace>) -> Tensor<2> {
+        let [rows, seq_len] = batch.dims();
+        let context = self.context(batch.document_starts(), seq_len, device);
+        let hidden = self.through_blocks(self.embed(batch, device), &context, trace);
         hidden.reshape([rows * seq_len, self.config.hidden_size])
     }
 

@@ -78,14 +78,14 @@ impl Checkpoints {
         Ok(Self { dir: dir.to_path_buf(), keep })
     }
 
-    /// Saves a checkpoint, points `best` at the best one, and removes all but the last `keep` and the best.
+    /// Saves a checkpoint, with the tokenizer where ids mean something, points `best` at the best one, and removes all but the last `keep` and the best.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Model`] where a file cannot be written; earlier checkpoints stay as they are.
     pub fn save(
         &self,
         model: &CausalLm,
-        tokenizer: &Tokenizer,
+        tokenizer: Option<&Tokenizer>,
         optimizer: &Optimizer,
         state: &TrainerState,
     ) -> Result<PathBuf> {
@@ -294,7 +294,7 @@ fn step_name(step: u64) -> String {
 fn write(
     dir: &Path,
     model: &CausalLm,
-    tokenizer: &Tokenizer,
+    tokenizer: Option<&Tokenizer>,
     optimizer: &Optimizer,
     state: &TrainerState,
 ) -> Result<()> {
@@ -302,7 +302,9 @@ fn write(
         remove(dir)?;
     }
     model.save(dir, WeightDtype::F32, MAX_SHARD_BYTES)?;
-    tokenizer.save(dir)?;
+    if let Some(tokenizer) = tokenizer {
+        tokenizer.save(dir)?;
+    }
     let generation = json!({
         "bos_token_id": model.config.bos_token_id,
         // null where there is none: an empty list would stop transformers' own generation.

@@ -1,14 +1,18 @@
-//! Loss on held-out text, and the distance to the true entropy where the corpus has one.
+//! Loss on held-out text, and the distance to the true entropy where the corpus has one; accuracy and error on tasks.
+
+mod examples;
 
 use burn::module::Module;
 use burn::tensor::Device;
 use lowkey_data::storybook::Class;
+use lowkey_data::tasks::HeldExamples;
 use lowkey_data::{Batch, IGNORE, OracleDocument};
 use lowkey_model::{CausalLm, Trace};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::workers::{Workers, rows};
+use crate::rows::{BatchRef, rows};
+use crate::workers::Workers;
 
 /// What to measure a model on.
 #[derive(Clone, Debug)]
@@ -17,18 +21,28 @@ pub enum Held {
     Batches(Vec<Batch>),
     /// Documents with the true log-probability of each token.
     Documents(Vec<OracleDocument>),
+    /// Examples of a task, whose answers follow from what was read.
+    Examples(HeldExamples),
 }
 
-/// A model's loss on held-out text.
+/// A model's loss on held-out text, or on the held-out examples of a task.
 #[derive(Clone, Debug, Serialize)]
 pub struct Evaluation {
-    /// Mean negative log-likelihood per token, nats.
+    /// Mean negative log-likelihood per token, nats; for vectors the mean squared error per number.
     pub loss: f64,
-    /// e^loss.
-    pub perplexity: f64,
-    /// Nats over the text's bytes, in bits.
-    pub bits_per_byte: f64,
-    /// Tokens predicted.
+    /// e^loss; none for vectors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<f64>,
+    /// Nats over the text's bytes, in bits; none for a task.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bits_per_byte: Option<f64>,
+    /// Task of tokens: fraction of answers that are the model's most likely token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
+    /// Task of vectors: mean squared error per number; an answer of 0 has 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mse: Option<f64>,
+    /// Tokens predicted, or answers given.
     pub tokens: usize,
     /// Bytes of text that they stand for.
     pub bytes: u64,
@@ -55,6 +69,9 @@ pub struct ClassEvaluation {
     pub entropy: f64,
     /// Difference of the two.
     pub gap: f64,
+    /// Task: fraction of answers that are the model's most likely token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
 }
 
 /// Documents per pass of the oracle evaluation.
@@ -63,19 +80,29 @@ const DOCUMENTS_PER_PASS: usize = 16;
 impl Held {
     /// The first `count · batch_size` rows or documents of it, for evaluations during a run; a batch is never cut.
     pub fn first(&self, count: usize, batch_size: usize) -> Self {
-        let mut left = count.saturating_mul(batch_size);
+        let most = count.saturating_mul(batch_size);
         match self {
-            Self::Batches(batches) => {
-                let wanted = batches.iter().take_while(|batch| {
-                    let wanted = left > 0;
-                    left = left.saturating_sub(batch.rows);
-                    wanted
-                });
-                Self::Batches(wanted.cloned().collect())
+            Self::Batches(batches) => Self::Batches(first_rows(batches, most, |batch| batch.rows)),
+            Self::Documents(documents) => Self::Documents(documents.iter().take(most).cloned().collect()),
+            Self::Examples(HeldExamples::Tokens(batches, names)) => {
+                Self::Examples(HeldExamples::Tokens(first_rows(batches, most, |answers| answers.batch.rows), names))
             }
-            Self::Documents(documents) => Self::Documents(documents.iter().take(left).cloned().collect()),
+            Self::Examples(HeldExamples::Vectors(batches)) => {
+                Self::Examples(HeldExamples::Vectors(first_rows(batches, most, |batch| batch.rows)))
+            }
         }
     }
+}
+
+/// The first batches that together have at least `most` rows.
+fn first_rows<T: Clone>(batches: &[T], most: usize, rows: impl Fn(&T) -> usize) -> Vec<T> {
+    let mut left = most;
+    let wanted = batches.iter().take_while(|batch| {
+        let wanted = left > 0;
+        left = left.saturating_sub(rows(batch));
+        wanted
+    });
+    wanted.cloned().collect()
 }
 
 /// Evaluates `model`; `byte_lengths[id]` is the number of text bytes that a token stands for.
@@ -95,6 +122,7 @@ pub fn evaluate(
     let device = device.clone().without_autodiff();
     let packed;
     let batches = match held {
+        Held::Examples(held) => return examples::evaluate(&model, held, workers, &device),
         Held::Batches(batches) => batches,
         Held::Documents(documents) => {
             packed = documents.chunks(DOCUMENTS_PER_PASS).map(one_per_row).collect();
@@ -116,8 +144,8 @@ pub fn evaluate(
     }
     let loss = nats / tokens.max(1) as f64;
     let classes = match held {
-        Held::Batches(_) => Vec::new(),
         Held::Documents(documents) => by_class(documents, batches, &losses),
+        Held::Batches(_) | Held::Examples(_) => Vec::new(),
     };
     let gap = (!classes.is_empty()).then(|| {
         let entropy: f64 = classes.iter().map(|c| c.entropy * c.tokens as f64).sum();
@@ -125,11 +153,13 @@ pub fn evaluate(
     });
     Ok(Evaluation {
         loss,
-        perplexity: loss.exp(),
-        bits_per_byte: nats / std::f64::consts::LN_2 / bytes.max(1) as f64,
+        perplexity: Some(loss.exp()),
+        bits_per_byte: Some(nats / std::f64::consts::LN_2 / bytes.max(1) as f64),
+        accuracy: None,
+        mse: None,
         tokens,
         bytes,
-        max_logit: max_logit(&model, batches.first(), &device)?,
+        max_logit: max_logit(&model, batches.first().map(BatchRef::from), &device)?,
         gap,
         classes,
     })
@@ -173,16 +203,17 @@ fn by_class(documents: &[OracleDocument], batches: &[Batch], losses: &[Vec<f32>]
         .filter(|(_, (tokens, ..))| *tokens > 0)
         .map(|(class, (tokens, model, truth))| {
             let (loss, entropy) = (model / tokens as f64, truth / tokens as f64);
-            ClassEvaluation { class: class.label().to_string(), tokens, loss, entropy, gap: loss - entropy }
+            let class = class.label().to_string();
+            ClassEvaluation { class, tokens, loss, entropy, gap: loss - entropy, accuracy: None }
         })
         .collect()
 }
 
 /// The largest attention logit on the first rows of a batch.
-fn max_logit(model: &CausalLm, batch: Option<&Batch>, device: &Device) -> Result<f64> {
+fn max_logit(model: &CausalLm, batch: Option<BatchRef>, device: &Device) -> Result<f64> {
     let Some(batch) = batch else { return Ok(0.0) };
     let mut trace = Trace::default();
-    model.losses(rows(batch, 0, batch.rows.min(2)), device, Some(&mut trace));
+    model.losses(batch.rows(0, batch.count().min(2)), device, Some(&mut trace));
     let mut largest = f64::NEG_INFINITY;
     for logit in trace.max_logit {
         let logit = logit

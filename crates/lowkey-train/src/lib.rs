@@ -27,11 +27,14 @@ mod metrics;
 mod optimizer;
 mod plan;
 mod resume;
+mod rows;
 mod run_config;
 pub mod run_data;
 mod schedule;
 mod setup;
 mod step;
+#[cfg(test)]
+mod task_runs;
 mod tensorboard;
 mod train;
 mod workers;
@@ -42,6 +45,7 @@ pub use evaluate::{ClassEvaluation, Evaluation, Held, evaluate};
 pub use metrics::{Metrics, MetricsFile};
 pub use optimizer::{Optimizer, ParameterState, clip_factor, global_norm};
 pub use plan::{EXPECTED_MFU, Plan};
+pub use rows::BatchRef;
 pub use run_config::{
     CheckpointSection, ComputeDtype, DataSection, EvalSection, InitSection, MetricsSection, OptimizerKind,
     OptimizerSection, RunConfig, RunSection, SchedulerKind, SchedulerSection, TrainingSection,

@@ -19,7 +19,7 @@ pub struct Metrics {
     pub tokens: u64,
     /// Seconds of the run so far, evaluations and checkpoints included, earlier sessions too.
     pub time_s: f64,
-    /// Mean loss of the step's batch before the step, nats per token.
+    /// Mean loss of the step's batch before the step: nats per token, or the squared error per number.
     pub train_loss: f64,
     /// Learning rate of the step.
     pub lr: f64,
@@ -31,7 +31,7 @@ pub struct Metrics {
     pub mfu: f64,
     /// Epochs of the data seen.
     pub epoch: f64,
-    /// Held-out loss, nats per token.
+    /// Held-out loss, as `train_loss`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub val_loss: Option<f64>,
     /// Held-out bits per byte.
@@ -43,6 +43,12 @@ pub struct Metrics {
     /// The same by class of token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class_gap: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Task: fraction of held-out answers that are the model's most likely token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
+    /// Task of vectors: held-out mean squared error per number; an answer of 0 has 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mse: Option<f64>,
     /// Largest attention logit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_attention_logit: Option<f64>,
@@ -52,7 +58,9 @@ impl Metrics {
     /// Adds an evaluation's figures.
     pub fn with_evaluation(mut self, evaluation: &Evaluation) -> Self {
         self.val_loss = Some(evaluation.loss);
-        self.bits_per_byte = Some(evaluation.bits_per_byte);
+        self.bits_per_byte = evaluation.bits_per_byte;
+        self.accuracy = evaluation.accuracy;
+        self.mse = evaluation.mse;
         self.gap = evaluation.gap;
         self.max_attention_logit = Some(evaluation.max_logit);
         if !evaluation.classes.is_empty() {
@@ -75,6 +83,8 @@ impl Metrics {
             ("val/loss", self.val_loss),
             ("val/bits_per_byte", self.bits_per_byte),
             ("val/gap", self.gap),
+            ("val/accuracy", self.accuracy),
+            ("val/mse", self.mse),
             ("health/max_attention_logit", self.max_attention_logit),
         ];
         out.extend(evaluated.into_iter().filter_map(|(tag, value)| value.map(|value| (tag, value))));

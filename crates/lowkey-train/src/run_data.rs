@@ -1,8 +1,9 @@
-//! The corpus of a run, opened: training sampler and held-out set.
+//! The corpus of a run, opened: training batches and held-out set.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use lowkey_data::tasks::{RowLayout, StepBatch, TaskCorpus};
 use lowkey_data::{
     DatasetConfig, OracleDocument, Packing, Prepared, Progress, Sampler, Shard, Tokenizer, oracle_documents, prepare,
     validation_batches,
@@ -15,16 +16,42 @@ use crate::run_config::DataSection;
 /// The data of a run.
 #[derive(Debug)]
 pub struct RunData {
-    /// What the ids mean.
-    pub tokenizer: Tokenizer,
-    /// Training tokens.
-    pub train: Arc<Shard>,
+    /// What the ids mean; none where there are no tokens.
+    pub tokenizer: Option<Tokenizer>,
+    /// Rows of an embedding that fits: tokens of the vocabulary, or numbers of an input vector.
+    pub vocab_size: usize,
+    /// Where training batches come from.
+    pub train: TrainSource,
     /// All of the held-out split.
     pub held: Held,
-    /// How documents fill a sequence.
-    pub packing: Packing,
     /// Name of the dataset.
     pub name: String,
+}
+
+/// Where training batches come from.
+#[derive(Debug)]
+pub enum TrainSource {
+    /// Tokens of a text, and how its documents fill a sequence.
+    Shard(Arc<Shard>, Packing),
+    /// A task, whose examples are made as they are needed.
+    Task(Arc<TaskCorpus>),
+}
+
+/// Training batches as a pure function of the step.
+pub enum TrainBatches {
+    /// Cut from a text.
+    Shard(Sampler),
+    /// Examples of a task.
+    Task {
+        /// The task.
+        corpus: Arc<TaskCorpus>,
+        /// How examples fill the rows.
+        layout: RowLayout,
+        /// Rows per step.
+        batch_size: usize,
+        /// Seed of the run.
+        seed: u64,
+    },
 }
 
 /// Finds the dataset of a run file: relative to the current folder, else to the run file's.
@@ -90,12 +117,48 @@ pub fn open(
     let empty = match &held {
         Held::Batches(batches) => batches.is_empty(),
         Held::Documents(documents) => documents.is_empty(),
+        Held::Examples(_) => false,
     };
     if empty {
         let why = "holds too little text for a held-out split; raise split.validation_fraction or add text";
         return Err(Error::file(&dataset.origin, why));
     }
-    Ok(RunData { tokenizer, train: Arc::new(train), held, packing, name: dataset.name.clone() })
+    Ok(RunData {
+        vocab_size: tokenizer.vocab_size(),
+        tokenizer: Some(tokenizer),
+        train: TrainSource::Shard(Arc::new(train), packing),
+        held,
+        name: dataset.name.clone(),
+    })
+}
+
+/// Opens a task: nothing is read or written. Held-out examples come in batches of `rows` rows.
+///
+/// # Errors
+/// [`Error::Config`] for a row that is too short for an example, and for keys that have no meaning for a task.
+pub fn open_task(corpus: TaskCorpus, name: &str, section: &DataSection, rows: usize) -> Result<RunData> {
+    let layout = layout(&corpus, section)?;
+    Ok(RunData {
+        tokenizer: corpus.tokenizer().cloned(),
+        vocab_size: corpus.width(),
+        held: Held::Examples(corpus.held(layout, rows)),
+        train: TrainSource::Task(Arc::new(corpus)),
+        name: name.to_owned(),
+    })
+}
+
+/// How a task's examples fill the rows of a run.
+fn layout(corpus: &TaskCorpus, section: &DataSection) -> Result<RowLayout> {
+    let positions = corpus.positions();
+    if section.seq_len < positions {
+        let why = format!("an example of this task has {positions} positions; make it at least that");
+        return Err(Error::config("data.seq_len", section.seq_len, why));
+    }
+    if section.packing == Some(Packing::Stream) {
+        let why = "the examples of a task are never cut; leave the key out";
+        return Err(Error::config("data.packing", "stream", why));
+    }
+    Ok(RowLayout { seq_len: section.seq_len, mask_documents: section.mask_documents })
 }
 
 /// The first `len` tokens of a document.
@@ -107,13 +170,48 @@ fn cropped(mut document: OracleDocument, len: usize) -> OracleDocument {
 }
 
 impl RunData {
-    /// The training sampler.
+    /// The training batches.
     ///
     /// # Errors
     /// [`Error::Data`] where the split is shorter than one sequence.
-    pub fn sampler(&self, section: &DataSection, batch_size: usize, seed: u64) -> Result<Sampler> {
-        let train = Arc::clone(&self.train);
-        Ok(Sampler::new(train, section.seq_len, batch_size, seed, self.packing, section.mask_documents)?)
+    pub fn batches(&self, section: &DataSection, batch_size: usize, seed: u64) -> Result<TrainBatches> {
+        match &self.train {
+            TrainSource::Shard(shard, packing) => {
+                let shard = Arc::clone(shard);
+                let sampler = Sampler::new(shard, section.seq_len, batch_size, seed, *packing, section.mask_documents)?;
+                Ok(TrainBatches::Shard(sampler))
+            }
+            TrainSource::Task(corpus) => {
+                let layout = layout(corpus, section)?;
+                Ok(TrainBatches::Task { corpus: Arc::clone(corpus), layout, batch_size, seed })
+            }
+        }
+    }
+
+    /// What must be the same when a run goes on: the checksum of the training tokens, or of the task.
+    pub fn checksum(&self) -> String {
+        match &self.train {
+            TrainSource::Shard(shard, _) => shard.checksum(),
+            TrainSource::Task(corpus) => corpus.fingerprint(),
+        }
+    }
+}
+
+impl TrainBatches {
+    /// The batch of a step.
+    pub fn batch(&self, step: u64) -> StepBatch {
+        match self {
+            Self::Shard(sampler) => sampler.batch(step).into(),
+            Self::Task { corpus, layout, batch_size, seed } => corpus.batch(*layout, *batch_size, *seed, step),
+        }
+    }
+
+    /// Epochs seen after `step` steps; 0 for a task, whose examples do not repeat.
+    pub fn epoch(&self, step: u64) -> f64 {
+        match self {
+            Self::Shard(sampler) => sampler.epoch(step),
+            Self::Task { .. } => 0.0,
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! From a run file to a model, a corpus and a device that fit together.
 
 use burn::tensor::Device;
-use lowkey_data::{Tokenizer, TokenizerConfig};
+use lowkey_data::tasks::TaskCorpus;
+use lowkey_data::{DatasetConfig, Tokenizer, TokenizerConfig};
 use lowkey_model::ModelConfig;
 
 use crate::error::{Error, Result};
@@ -43,21 +44,56 @@ pub struct Setup {
 /// # Errors
 /// Everything that is wrong with the run file, the corpus or the model directory of `[init]`.
 pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(Event)) -> Result<Setup> {
+    let dataset = run_data::dataset(&config.data, &options.run_file)?;
+    if let Some(corpus) = TaskCorpus::new(&dataset)? {
+        return task_setup(config, &dataset, corpus);
+    }
     let own_tokenizer = match &config.init {
         Some(init) => Some(Tokenizer::from_model_dir(&init.from)?),
         None => None,
     };
-    let dataset = run_data::dataset(&config.data, &options.run_file)?;
     let dir = run_data::prepared_dir(&dataset, &config.data, &options.out, own_tokenizer.as_ref());
     let data =
         run_data::open(&dataset, &config.data, config.micro_batch_size(), &dir, own_tokenizer, &mut |progress| {
             observe(Event::Preparing(progress));
         })?;
-    let (mut model, notes) = resolve_model(config, data.tokenizer.vocab_size())?;
-    if model.eos_token_id.is_empty() {
-        model.eos_token_id = data.tokenizer.eos_id().into_iter().collect();
+    let (mut model, notes) = resolve_model(config, data.vocab_size)?;
+    if let Some(tokenizer) = &data.tokenizer {
+        if model.eos_token_id.is_empty() {
+            model.eos_token_id = tokenizer.eos_id().into_iter().collect();
+        }
+        check_prompts(&config.eval.prompts, tokenizer, &model)?;
     }
-    check_prompts(&config.eval.prompts, &data.tokenizer, &model)?;
+    Ok(Setup { model, data, notes })
+}
+
+/// [`setup`] for a task: nothing is prepared, there is no text to go on with, and a model to start from must have been made for
+/// the same words.
+fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -> Result<Setup> {
+    if let Some(prompt) = config.eval.prompts.first() {
+        let why = "the dataset is a task, which has no text to go on with; leave the key out";
+        return Err(Error::config("eval.prompts", format!("{prompt:?}"), why));
+    }
+    if corpus.task().is_of_vectors() && config.training.z_loss != 0.0 {
+        let why = "the dataset is a task of vectors, whose loss has no log-partition; leave the key out";
+        return Err(Error::config("training.z_loss", config.training.z_loss, why));
+    }
+    if let Some(init) = &config.init {
+        let path = init.from.join("tokenizer.json");
+        let why = match corpus.tokenizer() {
+            Some(own) if Tokenizer::from_model_dir(&init.from)?.fingerprint() != own.fingerprint() => {
+                Some("its words are not those of the task")
+            }
+            None if path.exists() => Some("the model reads words, and the task has vectors"),
+            Some(_) | None => None,
+        };
+        if let Some(why) = why {
+            let why = format!("{why}; start from a model that was trained on the same task");
+            return Err(Error::file(path, why));
+        }
+    }
+    let (model, notes) = resolve_model(config, corpus.width())?;
+    let data = run_data::open_task(corpus, &dataset.name, &config.data, config.micro_batch_size())?;
     Ok(Setup { model, data, notes })
 }
 
@@ -94,6 +130,10 @@ fn resolve_model(config: &RunConfig, vocab: usize) -> Result<(ModelConfig, Vec<S
 /// As [`setup`].
 pub fn planned_model(config: &RunConfig, options: &RunOptions) -> Result<(ModelConfig, Vec<String>)> {
     let dataset = run_data::dataset(&config.data, &options.run_file)?;
+    if let Some(corpus) = TaskCorpus::new(&dataset)? {
+        let setup = task_setup(config, &dataset, corpus)?;
+        return Ok((setup.model, setup.notes));
+    }
     let vocab = match (&config.init, &dataset.tokenizer) {
         (Some(init), _) => Tokenizer::from_model_dir(&init.from)?.vocab_size(),
         (None, TokenizerConfig::Bytes) => Tokenizer::bytes().vocab_size(),

@@ -1,11 +1,11 @@
 //! One optimiser step: gradients, a check that all is finite, clipping, new weights.
 
 use burn::tensor::Device;
-use lowkey_data::Batch;
 use lowkey_model::CausalLm;
 
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, clip_factor, global_norm};
+use crate::rows::BatchRef;
 use crate::workers::{PassSettings, Workers};
 
 /// What stays the same from step to step.
@@ -22,7 +22,7 @@ pub(crate) struct StepSettings<'a> {
 
 /// What a step has measured on its way.
 pub(crate) struct StepTaken {
-    /// Mean loss before the step, nats per target.
+    /// Mean loss per target before the step.
     pub(crate) loss: f64,
     /// Global norm of the gradient before clipping.
     pub(crate) norm: f64,
@@ -35,16 +35,17 @@ impl StepSettings<'_> {
     ///
     /// # Errors
     /// [`Error::NonFinite`], with model and optimiser as they were, where the loss or a gradient is no number.
-    pub(crate) fn step(
+    pub(crate) fn step<'a>(
         &self,
         model: &mut CausalLm,
         optimizer: &mut Optimizer,
-        batch: &Batch,
+        batch: impl Into<BatchRef<'a>>,
         step: u64,
         lr: f64,
     ) -> Result<StepTaken> {
+        let batch: BatchRef = batch.into();
         let result = self.workers.gradients(model, batch, self.passes, self.device)?;
-        let rows = batch.rows as u64;
+        let rows = batch.count() as u64;
         let non_finite = |what: String, value: f64| Error::NonFinite {
             step: step + 1,
             what,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use lowkey_data::Sampler;
+use lowkey_data::Tokenizer;
 use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
 use lowkey_model::{CausalLm, ModelConfig, Parameter};
 use serde_json::json;
@@ -19,7 +19,7 @@ use crate::optimizer::{Optimizer, global_norm};
 use crate::plan::Plan;
 use crate::resume;
 use crate::run_config::RunConfig;
-use crate::run_data::RunData;
+use crate::run_data::{RunData, TrainBatches};
 use crate::setup::{Setup, check_memory, device, setup};
 use crate::step::StepSettings;
 use crate::tensorboard::EventWriter;
@@ -142,7 +142,7 @@ struct Run<'a> {
     options: &'a RunOptions,
     device: Device,
     data: RunData,
-    sampler: Sampler,
+    batches: TrainBatches,
     byte_lengths: Vec<u32>,
     workers: Workers,
     model: CausalLm,
@@ -170,7 +170,7 @@ impl<'a> Run<'a> {
         device: Device,
     ) -> Result<Self> {
         let threads = config.threads();
-        let sampler = data.sampler(&config.data, config.training.batch_size, config.run.seed)?;
+        let batches = data.batches(&config.data, config.training.batch_size, config.run.seed)?;
         check_memory(config, &model_config)?;
         let model = match (resume, &config.init) {
             // The configuration comes from the run file both times: a decimal fraction need not survive config.json to
@@ -186,7 +186,7 @@ impl<'a> Run<'a> {
         };
         let parameters = model.parameters();
         let mut optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
-        let mut state = TrainerState { data: data.train.checksum(), ..TrainerState::default() };
+        let mut state = TrainerState { data: data.checksum(), ..TrainerState::default() };
         if let Some(dir) = resume {
             let (saved, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, &device)?;
             if saved.data != state.data {
@@ -200,8 +200,8 @@ impl<'a> Run<'a> {
         Ok(Self {
             config,
             options,
-            sampler,
-            byte_lengths: data.tokenizer.byte_lengths(),
+            batches,
+            byte_lengths: data.tokenizer.as_ref().map(Tokenizer::byte_lengths).unwrap_or_default(),
             data,
             workers: Workers::new(threads, config.micro_batch_size())?,
             device,
@@ -294,7 +294,7 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let config = self.config;
         let step = self.state.step;
-        let batch = self.sampler.batch(step);
+        let batch = self.batches.batch(step);
         let lr = config.lr_scheduler.rate(step, config.training.steps, config.optimizer.lr);
         let settings = StepSettings {
             workers: &self.workers,
@@ -316,7 +316,7 @@ impl<'a> Run<'a> {
             grad_norm: taken.norm,
             tokens_per_s,
             mfu: tokens_per_s * self.plan.train_flops_per_token / self.plan.matmul_flops_per_s,
-            epoch: self.sampler.epoch(self.state.step),
+            epoch: self.batches.epoch(self.state.step),
             ..Metrics::default()
         })
     }
@@ -335,8 +335,9 @@ impl<'a> Run<'a> {
 
     fn sample(&self, observe: &mut dyn FnMut(Event)) -> Result<()> {
         let section = &self.config.eval;
+        let Some(tokenizer) = &self.data.tokenizer else { return Ok(()) };
         for prompt in &section.prompts {
-            let ids = self.data.tokenizer.encode(prompt)?;
+            let ids = tokenizer.encode(prompt)?;
             let room = self.model.config.max_position_embeddings.saturating_sub(ids.len());
             let generate_config = GenerateConfig {
                 max_new_tokens: section.sample_tokens.min(room),
@@ -351,7 +352,7 @@ impl<'a> Run<'a> {
             };
             let device = self.device.clone().without_autodiff();
             let out = generate(&self.model, &ids, &generate_config, &device, &mut |_| ControlFlow::Continue(()))?;
-            let text = self.data.tokenizer.decode(&out.ids)?;
+            let text = tokenizer.decode(&out.ids)?;
             observe(Event::Sample { prompt, text: &text });
         }
         Ok(())
@@ -374,7 +375,7 @@ impl<'a> Run<'a> {
             return Err(Error::Diverged { step: self.state.step, what, value });
         }
         drop(values);
-        let path = self.checkpoints.save(&self.model, &self.data.tokenizer, &self.optimizer, &self.state)?;
+        let path = self.checkpoints.save(&self.model, self.data.tokenizer.as_ref(), &self.optimizer, &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });
         Ok(())

@@ -7,12 +7,12 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use lowkey_data::Batch;
 use lowkey_kernels::optim;
-use lowkey_model::{CausalLm, Objective, Recompute, TokenBatch};
+use lowkey_model::{CausalLm, Objective, Recompute};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::rows::BatchRef;
 
 /// Thread pools among which rows are shared.
 #[derive(Debug)]
@@ -36,24 +36,12 @@ pub struct PassSettings {
 /// Loss and gradients of one optimiser step.
 #[derive(Debug)]
 pub struct StepGradients {
-    /// Mean negative log-likelihood per target, nats.
+    /// Mean loss per target: nats, or the squared error per number.
     pub loss: f64,
     /// Targets of the step.
     pub targets: usize,
     /// Gradients of the mean loss, flattened, in the order of the model's parameters.
     pub gradients: Vec<Tensor<1>>,
-}
-
-/// Rows `from..to` of a batch.
-pub(crate) fn rows(batch: &Batch, from: usize, to: usize) -> TokenBatch<'_> {
-    let range = from * batch.seq_len..to * batch.seq_len;
-    TokenBatch {
-        rows: to - from,
-        seq_len: batch.seq_len,
-        input_ids: &batch.input_ids[range.clone()],
-        targets: &batch.targets[range.clone()],
-        document_starts: &batch.document_starts[range],
-    }
 }
 
 impl Workers {
@@ -129,25 +117,26 @@ impl Workers {
     ///
     /// # Errors
     /// [`Error::Device`] where a loss cannot be read back.
-    pub fn gradients(
+    pub fn gradients<'a>(
         &self,
         model: &CausalLm,
-        batch: &Batch,
+        batch: impl Into<BatchRef<'a>>,
         settings: PassSettings,
         device: &Device,
     ) -> Result<StepGradients> {
+        let batch: BatchRef = batch.into();
         let PassSettings { micro_batch, recompute, z_loss } = settings;
         let targets = batch.target_tokens();
         let objective = Objective { scale: 1.0 / targets.max(1) as f64, z_loss };
         let mut nats = 0.0;
         let mut total: Vec<Tensor<1>> = Vec::new();
-        for from in (0..batch.rows).step_by(micro_batch) {
-            let pass = (batch.rows - from).min(micro_batch);
+        for from in (0..batch.count()).step_by(micro_batch) {
+            let pass = (batch.count() - from).min(micro_batch);
             let shares = self.shares(pass).into_iter().map(|(first, end)| (from + first, from + end));
             // Forked here, not in the threads: the fork reads the parameters' shared nodes.
             let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
             let results = self.map(&forks, |((from, to), fork)| {
-                let (loss, gradients) = fork.loss_and_gradients(rows(batch, *from, *to), objective, recompute, device);
+                let (loss, gradients) = fork.loss_and_gradients(batch.rows(*from, *to), objective, recompute, device);
                 // What is reported is the loss without what only steers the training.
                 (loss.nats - loss.z_loss, gradients)
             });

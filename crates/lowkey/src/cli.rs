@@ -211,7 +211,9 @@ pub(crate) enum DataCommand {
     #[command(after_help = "Example:\n  lowkey data prepare datasets/storybook.toml")]
     Prepare(DataPrepareArguments),
     /// Describe prepared shards and show a document
-    #[command(after_help = "Example:\n  lowkey data info datasets/prepared/storybook --show 3")]
+    #[command(
+        after_help = "Example:\n  lowkey data info datasets/prepared/storybook --show 3\n  lowkey data info datasets/tasks/mqar.toml --show 3"
+    )]
     Info(DataInfoArguments),
 }
 
@@ -229,7 +231,7 @@ pub(crate) struct DataPrepareArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct DataInfoArguments {
-    /// A prepared folder
+    /// A prepared folder, or the dataset file (.toml) of a task
     pub(crate) dir: PathBuf,
     /// Print the first N training documents
     #[arg(long, default_value_t = 0, value_name = "N")]

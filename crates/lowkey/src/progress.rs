@@ -199,27 +199,38 @@ pub(crate) fn spaced(number: String) -> String {
 }
 
 fn evaluation_line(step: u64, e: &Evaluation) -> String {
-    let gap = e.gap.map(|gap| format!("  gap {gap:.4} nats/token")).unwrap_or_default();
-    format!(
-        "eval after step {step}: val loss {:.4}  {:.4} bits/byte{gap}  max logit {:.1}",
-        e.loss, e.bits_per_byte, e.max_logit
-    )
+    // An answer has no entropy: the gap of a task is its loss.
+    let gap = e.gap.filter(|_| e.accuracy.is_none());
+    let gap = gap.map(|gap| format!("  gap {gap:.4} nats/token")).unwrap_or_default();
+    let bits = e.bits_per_byte.map(|bits| format!("  {bits:.4} bits/byte")).unwrap_or_default();
+    let accuracy = e.accuracy.map(|accuracy| format!("  accuracy {:.2} %", 100.0 * accuracy)).unwrap_or_default();
+    format!("eval after step {step}: val loss {:.4}{bits}{accuracy}{gap}  max logit {:.1}", e.loss, e.max_logit)
 }
 
 /// The figures of an evaluation, as a block of text.
 pub(crate) fn evaluation_table(e: &Evaluation) -> String {
-    let mut rows = vec![
-        ("held-out loss", format!("{:.4} nats per token over {} tokens", e.loss, count(e.tokens as f64))),
-        ("perplexity", format!("{:.4}", e.perplexity)),
-        ("bits per byte", format!("{:.4}", e.bits_per_byte)),
-    ];
-    if let Some(gap) = e.gap {
-        rows.push(("gap to the true entropy", format!("{gap:.4} nats per token")));
+    let tokens = count(e.tokens as f64);
+    let mut rows = Vec::new();
+    if let Some(mse) = e.mse {
+        rows.push((
+            "held-out error",
+            format!("{mse:.4} mean square per number over {tokens} vectors (an answer of 0: 1)"),
+        ));
+    } else {
+        rows.push(("held-out loss", format!("{:.4} nats per token over {tokens} tokens", e.loss)));
+    }
+    rows.extend(e.perplexity.map(|perplexity| ("perplexity", format!("{perplexity:.4}"))));
+    rows.extend(e.bits_per_byte.map(|bits| ("bits per byte", format!("{bits:.4}"))));
+    match (e.accuracy, e.gap) {
+        (Some(accuracy), _) => rows.push(("accuracy", format!("{:.2} %", 100.0 * accuracy))),
+        (None, Some(gap)) => rows.push(("gap to the true entropy", format!("{gap:.4} nats per token"))),
+        (None, None) => {}
     }
     let mut text = pairs(&rows);
     if !e.classes.is_empty() {
         let classes: Vec<Vec<String>> = e.classes.iter().map(class_row).collect();
-        let header = ["class", "tokens", "loss", "entropy", "gap (nats/token)"];
+        let last = if e.accuracy.is_some() { "accuracy" } else { "gap (nats/token)" };
+        let header = ["class", "tokens", "loss", "entropy", last];
         text = format!("{text}\n\n{}", table(&header, &classes));
     }
     text
@@ -227,7 +238,8 @@ pub(crate) fn evaluation_table(e: &Evaluation) -> String {
 
 fn class_row(class: &ClassEvaluation) -> Vec<String> {
     let four = |x: f64| format!("{x:.4}");
-    vec![class.class.clone(), class.tokens.to_string(), four(class.loss), four(class.entropy), four(class.gap)]
+    let last = class.accuracy.map_or_else(|| four(class.gap), |accuracy| format!("{:.2} %", 100.0 * accuracy));
+    vec![class.class.clone(), class.tokens.to_string(), four(class.loss), four(class.entropy), last]
 }
 
 fn indented(prompt: &str, text: &str) -> String {

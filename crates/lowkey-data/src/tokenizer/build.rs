@@ -65,6 +65,17 @@ pub(super) fn chars_json(alphabet: &[char]) -> Value {
     })
 }
 
+/// A vocabulary of words between white space. An unknown word is refused, as in [`chars_json`].
+pub(super) fn words_json(words: &[String]) -> Value {
+    let vocab: Map<String, Value> =
+        words.iter().enumerate().map(|(id, word)| (word.clone(), Value::from(id))).collect();
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": { "type": "WhitespaceSplit" }, "post_processor": null, "decoder": null,
+        "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "<|unknown|>" }
+    })
+}
+
 /// A file that this crate could have written and that therefore has a fast path.
 pub(super) enum Known {
     Bytes,

@@ -3,7 +3,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::*;
 use crate::fixtures::{self, distance, normal, scrambled, values};
-use crate::{IGNORE, Latent};
+use crate::{IGNORE, Latent, VectorRows};
 
 fn ids(len: usize, vocab: usize, seed: u64) -> Vec<u32> {
     normal(seed, len).iter().map(|x| (x.abs() * 1e4) as u32 % vocab as u32).collect()
@@ -273,15 +273,35 @@ fn the_largest_logit_is_found_among_pairs_that_may_see_each_other() {
 /// The derivative of the loss along a direction, for each parameter, against a fourth-order central difference.
 #[test]
 fn every_gradient_agrees_with_finite_differences() {
-    const STEP: f32 = 8e-3;
-    let (plain, training) = (Device::flex(), Device::flex().autodiff());
     let starts: Vec<u32> = [vec![0; 7], vec![0; 3], vec![3; 4]].concat();
     for (kind, config) in fixtures::every_kind() {
-        let model = scrambled(&config, 23, &training);
         let tokens = ids(14, 29, 24);
         let targets: Vec<i64> =
             ids(14, 29, 25).iter().enumerate().map(|(t, id)| if t == 4 { IGNORE } else { i64::from(*id) }).collect();
         let batch = TokenBatch { rows: 2, seq_len: 7, input_ids: &tokens, targets: &targets, document_starts: &starts };
+        derivatives_agree(&format!("{kind}, tokens"), &config, batch);
+        let (inputs, answers) = (normal(26, 14 * 5), normal(27, 14 * 3));
+        let asked: Vec<bool> = (0..14).map(|t| t != 4 && t != 11).collect();
+        let rows = VectorRows {
+            rows: 2,
+            seq_len: 7,
+            input_width: 5,
+            output_width: 3,
+            inputs: &inputs,
+            values: &answers,
+            asked: &asked,
+            document_starts: &starts,
+        };
+        derivatives_agree(&format!("{kind}, vectors"), &config, rows);
+    }
+}
+
+fn derivatives_agree<'a>(kind: &str, config: &ModelConfig, batch: impl Into<PassBatch<'a>>) {
+    const STEP: f32 = 8e-3;
+    let (plain, training) = (Device::flex(), Device::flex().autodiff());
+    let batch = batch.into();
+    {
+        let model = scrambled(config, 23, &training);
         let loss = model.loss(batch, 0.0, &training);
         let gradients = model.take_gradients(&mut loss.nats.backward());
         let model = model.valid();

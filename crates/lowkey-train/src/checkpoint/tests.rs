@@ -38,7 +38,7 @@ impl Bench {
     }
 
     fn save(&self, checkpoints: &Checkpoints, step: u64, best: Option<u64>) -> PathBuf {
-        checkpoints.save(&self.model, &self.tokenizer, &self.optimizer, &state(step, best)).unwrap()
+        checkpoints.save(&self.model, Some(&self.tokenizer), &self.optimizer, &state(step, best)).unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -1,5 +1,7 @@
 use std::collections::BTreeMap;
 
+use lowkey_data::tasks::StepBatch;
+
 use super::*;
 use crate::fixtures::{STEPS, TinyRun, names, text, weight_bits};
 use crate::workers::available_threads;
@@ -336,10 +338,10 @@ fn a_run_can_start_from_a_checkpoint() {
     let config = run.config(&still);
     let Setup { model, data, .. } = setup(&config, &run.options(), &mut |_| {}).unwrap();
     assert_eq!(model, ModelConfig::read(&from.join("config.json")).unwrap());
-    let batch = data.sampler(&config.data, 8, 3).unwrap().batch(0);
+    let StepBatch::Tokens(batch) = data.batches(&config.data, 8, 3).unwrap().batch(0) else { panic!("a text") };
     let model = CausalLm::load(&from, &Device::flex()).unwrap();
     let workers = Workers::new(2, 8).unwrap();
-    let lengths = data.tokenizer.byte_lengths();
+    let lengths = data.tokenizer.unwrap().byte_lengths();
     let measured = evaluate(&model, &Held::Batches(vec![batch]), &lengths, &workers, &Device::flex()).unwrap();
     let first = run.metrics()[0].train_loss;
     assert!((first / measured.loss - 1.0).abs() < 1e-6, "{first} for {}", measured.loss);

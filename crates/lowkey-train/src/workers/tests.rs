@@ -1,7 +1,9 @@
+use lowkey_data::Batch;
 use lowkey_model::ModelConfig;
 
 use super::*;
 use crate::fixtures::{bits, model, model_config, passes, uneven_batch, values};
+use crate::rows::rows;
 
 const VOCAB: usize = 29;
 

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::bail;
+use lowkey_data::tasks::TaskCorpus;
 use lowkey_data::{DatasetConfig, Prepared, Tokenizer};
 
 use crate::cli::{DataInfoArguments, DataPrepareArguments};
@@ -31,6 +33,9 @@ pub(crate) fn prepare(arguments: &DataPrepareArguments) -> anyhow::Result<()> {
 }
 
 pub(crate) fn info(arguments: &DataInfoArguments) -> anyhow::Result<()> {
+    if arguments.dir.extension().is_some_and(|extension| extension == "toml") {
+        return task_info(arguments);
+    }
     let prepared = lowkey_data::open(&arguments.dir)?;
     if arguments.json {
         return say_json(&prepared.manifest);
@@ -39,6 +44,41 @@ pub(crate) fn info(arguments: &DataInfoArguments) -> anyhow::Result<()> {
     for i in 0..arguments.show {
         let Some(ids) = prepared.train.document(i) else { break };
         say(&format!("\n[{i}] {}", prepared.tokenizer.decode(&ids)?));
+    }
+    Ok(())
+}
+
+/// A task, which is described by its dataset file: nothing of it is prepared.
+fn task_info(arguments: &DataInfoArguments) -> anyhow::Result<()> {
+    let config = DatasetConfig::load(&arguments.dir)?;
+    let Some(corpus) = TaskCorpus::new(&config)? else {
+        bail!("{}: not a task; name the folder that `lowkey data prepare` made of it", arguments.dir.display());
+    };
+    let summary = corpus.summary();
+    if arguments.json {
+        return say_json(&summary);
+    }
+    let (reads, chance) = match summary.output_width {
+        Some(width) => (
+            format!("{} numbers a position, answers of {width}", summary.width),
+            format!("{} (mean squared error of an answer of 0)", summary.chance),
+        ),
+        None => (format!("one of {} words a position", summary.width), format!("{:.2} %", 100.0 * summary.chance)),
+    };
+    say(&pairs(&[
+        ("task", config.name.clone()),
+        ("description", config.description.clone()),
+        ("example", format!("{} positions, {} answers", summary.positions, summary.answers)),
+        ("reads", reads),
+        ("chance", chance),
+        ("held out", format!("{} examples", summary.validation_examples)),
+        ("fingerprint", summary.fingerprint.chars().take(16).collect()),
+    ]));
+    for index in 0..arguments.show as u64 {
+        let Some(words) = corpus.show(index)? else {
+            bail!("--show: the examples of this task are vectors, not words")
+        };
+        say(&format!("\n[{index}] {words}"));
     }
     Ok(())
 }

@@ -2,8 +2,10 @@
 
 use anyhow::bail;
 use burn::tensor::Device;
+use lowkey_data::tasks::{RowLayout, TaskCorpus};
 use lowkey_data::{DatasetConfig, Packing, Source, SplitBy, Tokenizer, oracle_documents, prepare, validation_batches};
-use lowkey_train::{Held, Workers, evaluate};
+use lowkey_model::CausalLm;
+use lowkey_train::{Evaluation, Held, Workers, evaluate};
 
 use super::WrongUse;
 use crate::cli::EvalArguments;
@@ -15,6 +17,11 @@ const MOST_TOKENS: usize = 1 << 26;
 
 pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
     let device = Device::flex();
+    let dataset = super::data::dataset(&arguments.data)?;
+    if let Some(corpus) = TaskCorpus::new(&dataset)? {
+        let model = super::load_model(&arguments.model, &device)?;
+        return report(arguments, &on_task(arguments, &model, &corpus, &device)?);
+    }
     let tokenizer = Tokenizer::from_model_dir(&arguments.model)?;
     let model = super::load_model(&arguments.model, &device)?;
     let longest = model.config.max_position_embeddings;
@@ -35,7 +42,7 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
             model.config.vocab_size
         );
     }
-    let mut dataset = super::data::dataset(&arguments.data)?;
+    let mut dataset = dataset;
     let all = arguments.split == "all";
     if all && matches!(dataset.source, Source::Storybook { .. }) {
         let why = "--split all: a storybook has no end; its held-out stories are --split validation";
@@ -52,7 +59,53 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
     let held = arguments.batches.map_or_else(|| held.clone(), |count| held.first(count, arguments.batch_size));
     let threads = lowkey_train::available_threads();
     let workers = Workers::new(threads, threads)?;
-    let evaluation = evaluate(&model, &held, &tokenizer.byte_lengths(), &workers, &device)?;
+    report(arguments, &evaluate(&model, &held, &tokenizer.byte_lengths(), &workers, &device)?)
+}
+
+/// Measures a model on the held-out examples of a task.
+fn on_task(
+    arguments: &EvalArguments,
+    model: &CausalLm,
+    corpus: &TaskCorpus,
+    device: &Device,
+) -> anyhow::Result<Evaluation> {
+    let (positions, longest) = (corpus.positions(), model.config.max_position_embeddings);
+    let seq_len = arguments.seq_len.unwrap_or(positions);
+    if seq_len < positions || seq_len > longest {
+        let why = "an example of this task has that many positions, and the model takes no more";
+        return Err(WrongUse(format!("--seq-len {seq_len}: must lie between {positions} and {longest}; {why}")).into());
+    }
+    if arguments.batch_size == 0 || arguments.batch_size > (MOST_TOKENS / seq_len).max(1) {
+        let why =
+            format!("--batch-size {}: must lie between 1 and {}", arguments.batch_size, (MOST_TOKENS / seq_len).max(1));
+        return Err(WrongUse(why).into());
+    }
+    if arguments.split == "all" {
+        return Err(
+            WrongUse("--split all: a task has no end; its held-out examples are --split validation".into()).into()
+        );
+    }
+    let dir = arguments.model.display();
+    let fits = match corpus.tokenizer() {
+        Some(own) => Tokenizer::from_model_dir(&arguments.model)?.fingerprint() == own.fingerprint(),
+        // Widths alone may agree by chance; a model of words has a tokenizer.
+        None => corpus.width() <= model.config.vocab_size && !arguments.model.join("tokenizer.json").exists(),
+    };
+    if !fits {
+        bail!(
+            "{dir}: was not trained on this task: it reads other words, or fewer numbers, than {}",
+            arguments.data.display()
+        );
+    }
+    let layout = RowLayout { seq_len, mask_documents: true };
+    let held = Held::Examples(corpus.held(layout, arguments.batch_size));
+    let held = arguments.batches.map_or_else(|| held.clone(), |count| held.first(count, arguments.batch_size));
+    let threads = lowkey_train::available_threads();
+    Ok(evaluate(model, &held, &[], &Workers::new(threads, threads)?, device)?)
+}
+
+/// Shows the figures, if they are numbers.
+fn report(arguments: &EvalArguments, evaluation: &Evaluation) -> anyhow::Result<()> {
     if evaluation.tokens == 0 {
         return Err(WrongUse(format!("{}: no token to predict in this split", arguments.data.display())).into());
     }
@@ -64,9 +117,9 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
         );
     }
     if arguments.json {
-        return say_json(&evaluation);
+        return say_json(evaluation);
     }
-    say(&evaluation_table(&evaluation));
+    say(&evaluation_table(evaluation));
     Ok(())
 }
 

@@ -37,8 +37,14 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     view.clear();
     let outcome = result.map_err(|e| in_run_file(e, &file.run))?;
     let best = options.out.join("checkpoints").join("best");
-    if outcome.evaluation.is_some() {
-        say(&format!("\ndone. Try it: lowkey generate {} --prompt \"...\"", best.display()));
+    if let Some(evaluation) = outcome.evaluation {
+        say(&match (&config.data.dataset, evaluation.accuracy.or(evaluation.mse)) {
+            // A task has no text to go on with.
+            (Some(dataset), Some(_)) => {
+                format!("\ndone. Measure it again: lowkey eval {} --data {}", best.display(), dataset.display())
+            }
+            _ => format!("\ndone. Try it: lowkey generate {} --prompt \"...\"", best.display()),
+        });
         return Ok(ExitCode::SUCCESS);
     }
     let out = file.out.map(|dir| format!(" --out {}", dir.display())).unwrap_or_default();

@@ -10,4 +10,5 @@ mod commands;
 mod export;
 mod reference;
 mod resume;
+mod tasks;
 mod tidy;

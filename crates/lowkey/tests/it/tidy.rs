@@ -130,4 +130,16 @@ fn every_run_file_and_dataset_that_ships_is_valid() {
         runs += 1;
     }
     assert!(runs >= 4, "{runs} run files");
+    let mut datasets = 0;
+    for folder in ["datasets", "datasets/tasks"] {
+        for entry in std::fs::read_dir(root().join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "toml") {
+                let config = lowkey_data::DatasetConfig::load(&path).unwrap_or_else(|e| panic!("{e}"));
+                assert_eq!(config.name, path.file_stem().unwrap().to_string_lossy());
+                datasets += 1;
+            }
+        }
+    }
+    assert!(datasets >= 14, "{datasets} dataset files");
 }

@@ -1,0 +1,117 @@
+//! Loss and accuracy on the held-out examples of a task.
+
+use burn::tensor::Device;
+use lowkey_data::IGNORE;
+use lowkey_data::tasks::{AnswerBatch, HeldExamples, VectorBatch};
+use lowkey_model::CausalLm;
+
+use super::{ClassEvaluation, Evaluation, max_logit};
+use crate::error::{Error, Result};
+use crate::rows::{BatchRef, rows};
+use crate::workers::Workers;
+
+/// Evaluates a model on the examples of a task; both without a graph.
+pub(super) fn evaluate(
+    model: &CausalLm,
+    held: &HeldExamples,
+    workers: &Workers,
+    device: &Device,
+) -> Result<Evaluation> {
+    match held {
+        HeldExamples::Tokens(batches, names) => tokens(model, batches, names, workers, device),
+        HeldExamples::Vectors(batches) => vectors(model, batches, workers, device),
+    }
+}
+
+/// Answers of one class, added up.
+#[derive(Clone, Copy, Default)]
+struct Sum {
+    answers: usize,
+    right: usize,
+    nats: f64,
+}
+
+fn tokens(
+    model: &CausalLm,
+    batches: &[AnswerBatch],
+    names: &[&str],
+    workers: &Workers,
+    device: &Device,
+) -> Result<Evaluation> {
+    let unreadable = |why: String| Error::Device { what: "the answers", why };
+    let answers = workers.map(batches, |AnswerBatch { batch, .. }| -> Result<(Vec<f32>, Vec<i64>)> {
+        let (losses, best) = model.answers(rows(batch, 0, batch.rows), device);
+        let losses = losses.try_into_vec_as::<f32>().map_err(|e| unreadable(format!("{e:?}")))?;
+        Ok((losses, best.try_into_vec_as::<i64>().map_err(|e| unreadable(format!("{e:?}")))?))
+    });
+    let mut sums = vec![Sum::default(); names.len()];
+    for (AnswerBatch { batch, classes }, answers) in batches.iter().zip(answers) {
+        let (losses, best) = answers?;
+        let answers = batch.targets.iter().zip(&best).zip(losses.iter().zip(classes));
+        for ((target, best), (loss, class)) in answers.filter(|((target, _), _)| **target != IGNORE) {
+            if let Some(sum) = sums.get_mut(usize::from(*class)) {
+                sum.answers += 1;
+                sum.right += usize::from(best == target);
+                sum.nats += f64::from(*loss);
+            }
+        }
+    }
+    let all = sums.iter().fold(Sum::default(), |all, sum| Sum {
+        answers: all.answers + sum.answers,
+        right: all.right + sum.right,
+        nats: all.nats + sum.nats,
+    });
+    let mean = |total: f64, sum: &Sum| total / sum.answers.max(1) as f64;
+    let loss = mean(all.nats, &all);
+    let class = |(name, sum): (&&str, &Sum)| ClassEvaluation {
+        class: (*name).to_owned(),
+        tokens: sum.answers,
+        loss: mean(sum.nats, sum),
+        // An answer follows from what was read.
+        entropy: 0.0,
+        gap: mean(sum.nats, sum),
+        accuracy: Some(mean(sum.right as f64, sum)),
+    };
+    Ok(Evaluation {
+        loss,
+        perplexity: Some(loss.exp()),
+        bits_per_byte: None,
+        accuracy: Some(mean(all.right as f64, &all)),
+        mse: None,
+        tokens: all.answers,
+        bytes: 0,
+        max_logit: max_logit(model, batches.first().map(|answers| BatchRef::from(&answers.batch)), device)?,
+        gap: Some(loss),
+        classes: names.iter().zip(&sums).filter(|(_, sum)| sum.answers > 0).map(class).collect(),
+    })
+}
+
+fn vectors(model: &CausalLm, batches: &[VectorBatch], workers: &Workers, device: &Device) -> Result<Evaluation> {
+    let errors = workers.map(batches, |batch| {
+        let rows = BatchRef::from(batch).rows(0, batch.rows);
+        model.losses(rows, device, None).try_into_vec_as::<f32>()
+    });
+    let (mut total, mut tokens) = (0.0, 0);
+    for (batch, errors) in batches.iter().zip(errors) {
+        let errors = errors.map_err(|e| Error::Device { what: "the errors", why: format!("{e:?}") })?;
+        // 0 where nothing is asked.
+        total += errors.into_iter().map(f64::from).sum::<f64>();
+        tokens += batch.target_tokens();
+    }
+    let mse = total / tokens.max(1) as f64;
+    Ok(Evaluation {
+        loss: mse,
+        perplexity: None,
+        bits_per_byte: None,
+        accuracy: None,
+        mse: Some(mse),
+        tokens,
+        bytes: 0,
+        max_logit: max_logit(model, batches.first().map(BatchRef::from), device)?,
+        gap: None,
+        classes: Vec::new(),
+    })
+}
+
+#[cfg(test)]
+mod tests;
