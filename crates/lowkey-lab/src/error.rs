@@ -22,14 +22,6 @@ pub enum Error {
         /// What is wrong.
         why: String,
     },
-    /// A picture that cannot be drawn.
-    #[error("drawing {what}: {why}")]
-    Drawing {
-        /// The picture.
-        what: &'static str,
-        /// What is wrong.
-        why: String,
-    },
     /// From the training loop.
     #[error(transparent)]
     Train(#[from] lowkey_train::Error),

@@ -8,7 +8,7 @@
 //!
 //! **Flow.** [`Experiment::load`] → [`Expanded::new`] solves for the widths (or steps, or groups) that match the arms → [`sweep`] runs
 //! them through the one training loop of `lowkey-train`, several at a time in this process, so that a killed sweep leaves no run
-//! behind → [`Expanded::collect`] reads the finished runs.
+//! behind → [`Expanded::collect`] reads the finished runs → [`report`] writes `results.csv` and `table.md`.
 //!
 //! **An experiment file.**
 //!
@@ -54,10 +54,14 @@ mod error;
 mod expand;
 mod experiment;
 mod run;
+mod stats;
 mod study;
+mod summary;
 
 pub use error::{Error, Result};
 pub use expand::{Expanded, Run};
 pub use experiment::{ArmSection, Axis, Better, Budget, Experiment, Matched, Matching};
 pub use run::{Event, Outcome, SweepOptions, sweep};
+pub use stats::Mean;
 pub use study::{Arm, Rule, RunResult, Study, Theory};
+pub use summary::{ArmSummary, Summary, report};

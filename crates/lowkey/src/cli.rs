@@ -3,6 +3,7 @@
 mod bench;
 mod convert;
 mod export;
+mod lab;
 
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ pub(crate) use bench::{
 };
 pub(crate) use convert::ConvertArguments;
 pub(crate) use export::{ExportArguments, VerifyArguments};
+pub(crate) use lab::{LabCommand, LabReportArguments, LabRunArguments};
 
 /// Trains, samples, evaluates, exports and inspects Multi-head Latent Attention (MLA) language models.
 #[derive(Debug, Parser)]
@@ -74,6 +76,14 @@ pub(crate) enum Command {
         lowkey convert runs/quickstart/checkpoints/best --kv-rank-budget 50%\n  \
         lowkey convert MODEL --kv-rank-budget 96 --data my.txt --out models/narrow --json")]
     Convert(ConvertArguments),
+    /// Run experiments: many runs of one question, and an answer with error bars
+    #[command(after_help = "Examples:\n  \
+        lowkey lab run experiments/rank-sweep/experiment.toml --jobs 2\n  \
+        lowkey lab report experiments/rank-sweep/experiment.toml")]
+    Lab {
+        #[command(subcommand)]
+        command: LabCommand,
+    },
     /// Turn a corpus into token shards, or look at one
     Data {
         #[command(subcommand)]

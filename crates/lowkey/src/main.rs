@@ -88,6 +88,9 @@ fn is_wrong_use(error: &anyhow::Error) -> bool {
             || cause
                 .downcast_ref::<lowkey_convert::Error>()
                 .is_some_and(|e| matches!(e, lowkey_convert::Error::Setting { .. }))
+            || cause
+                .downcast_ref::<lowkey_lab::Error>()
+                .is_some_and(|e| matches!(e, lowkey_lab::Error::Experiment { .. }))
             || cause.downcast_ref::<commands::WrongUse>().is_some()
     })
 }

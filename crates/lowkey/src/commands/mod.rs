@@ -7,6 +7,7 @@ mod eval;
 mod export;
 mod generate;
 mod info;
+mod lab;
 mod logits;
 mod text;
 mod train;
@@ -50,6 +51,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Export(arguments) => export::export(&arguments).map(done),
         Command::Verify(arguments) => export::verify(&arguments),
         Command::Convert(arguments) => convert::convert(&arguments).map(done),
+        Command::Lab { command } => lab::lab(command),
         Command::Data { command: DataCommand::Prepare(arguments) } => data::prepare(&arguments).map(done),
         Command::Data { command: DataCommand::Info(arguments) } => data::info(&arguments).map(done),
         Command::Info(arguments) => info::info(&arguments).map(done),

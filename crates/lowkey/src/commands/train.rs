@@ -85,6 +85,17 @@ fn in_run_file(error: lowkey_train::Error, run_file: &Path) -> anyhow::Error {
 }
 
 fn options(file: &RunFileArguments, config: &RunConfig) -> RunOptions {
+    RunOptions {
+        run_file: file.run.clone(),
+        out: file.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&config.run.name)),
+        resume: false,
+        overwrite: false,
+        environment: environment(),
+    }
+}
+
+/// Facts for `environment.json` that a library cannot know.
+pub(crate) fn environment() -> serde_json::Map<String, serde_json::Value> {
     let environment = [
         ("lowkey", json!(env!("CARGO_PKG_VERSION"))),
         ("commit", json!(env!("LOWKEY_COMMIT"))),
@@ -93,11 +104,5 @@ fn options(file: &RunFileArguments, config: &RunConfig) -> RunOptions {
         ("arch", json!(std::env::consts::ARCH)),
         ("cores", json!(lowkey_train::available_threads())),
     ];
-    RunOptions {
-        run_file: file.run.clone(),
-        out: file.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&config.run.name)),
-        resume: false,
-        overwrite: false,
-        environment: environment.into_iter().map(|(key, value)| (key.to_string(), value)).collect(),
-    }
+    environment.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
 }

@@ -15,7 +15,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("lowkey-convert", &["lowkey-model"]),
     ("lowkey-export", &["lowkey-data", "lowkey-infer", "lowkey-model"]),
     ("lowkey-train", &["lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-kernels"]),
-    ("lowkey-lab", &["lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-train"]),
+    ("lowkey-lab", &["lowkey-infer", "lowkey-model", "lowkey-train"]),
     (
         "lowkey",
         &[

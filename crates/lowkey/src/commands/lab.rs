@@ -1,0 +1,217 @@
+//! `lowkey lab`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lowkey_lab::{Event, Expanded, Experiment, Run, SweepOptions, sweep};
+use lowkey_train::{EXPECTED_MFU, available_threads, matmul_ceiling};
+use serde_json::json;
+
+use super::WrongUse;
+use crate::cli::{LabCommand, LabReportArguments, LabRunArguments};
+use crate::output::{complain, count, duration, pairs, say, say_json, table};
+
+pub(crate) fn lab(command: LabCommand) -> anyhow::Result<ExitCode> {
+    match command {
+        LabCommand::Run(arguments) => run(&arguments),
+        LabCommand::Report(arguments) => report(&arguments).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn out(experiment: &Experiment, asked: Option<&PathBuf>) -> PathBuf {
+    asked.cloned().unwrap_or_else(|| Path::new("runs").join(&experiment.name))
+}
+
+fn shard(text: &str) -> anyhow::Result<(usize, usize)> {
+    let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    parts.ok_or_else(|| WrongUse(format!("--shard {text}: two numbers, such as 0/8")).into())
+}
+
+fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
+    let experiment = Experiment::load(&arguments.experiment)?;
+    let out = out(&experiment, arguments.out.as_ref());
+    let expanded = Expanded::new(experiment)?;
+    let experiment = &expanded.experiment;
+    let shard = arguments.shard.as_deref().map(shard).transpose()?;
+    let runs = expanded.runs(&out, shard)?;
+    let seconds = seconds(&expanded, &runs)?;
+    if !arguments.json {
+        say(&describe(&expanded, &runs, seconds));
+    }
+    let budget = &experiment.budget;
+    if let Some(most) = budget.runs.filter(|most| runs.len() > *most) {
+        return Err(WrongUse(format!("{} runs are more than budget.runs = {most}", runs.len())).into());
+    }
+    if let Some(most) = budget.hours.filter(|most| seconds > most * 3600.0) {
+        let why = format!("about {} is more than budget.hours = {most}; take fewer seeds or arms", duration(seconds));
+        return Err(WrongUse(why).into());
+    }
+    if arguments.dry_run {
+        if arguments.json {
+            say_json(&json!({ "arms": expanded.arms, "runs": runs.len(), "seconds": seconds }))?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let interrupt = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&interrupt);
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(1);
+        }
+        complain("stopping after this step; once more stops at once");
+    })
+    .context("cannot watch for Ctrl-C")?;
+    let jobs = arguments.jobs.unwrap_or_else(|| (available_threads() / experiment.threads).max(1));
+    let options = SweepOptions { jobs, environment: super::train::environment() };
+    let mut view = View::new(&expanded, &runs, !arguments.json);
+    let outcome = sweep(&expanded, &runs, &options, &interrupt, &mut |event| view.show(&event));
+    view.bar.finish_and_clear();
+    let outcome = outcome?;
+    let failed: Vec<_> = outcome.failed.iter().map(|(i, why)| json!({ "run": runs[*i].out, "why": why })).collect();
+    if arguments.json {
+        say_json(&json!({ "finished": outcome.finished, "failed": failed, "left": outcome.left }))?;
+    } else {
+        for (i, why) in &outcome.failed {
+            complain(&format!("failed: {}: {why}", runs[*i].out.display()));
+        }
+        let (done, all) = (outcome.finished, runs.len());
+        let file = arguments.experiment.display();
+        match (outcome.left, outcome.failed.len()) {
+            (0, 0) => say(&format!("{done} of {all} runs are finished. Next: lowkey lab report {file}")),
+            (left, failed) => say(&format!("{done} of {all} runs are finished, {failed} failed, {left} are left")),
+        }
+    }
+    Ok(if outcome.finished == runs.len() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Estimated seconds of the runs, one after the other.
+fn seconds(expanded: &Expanded, runs: &[Run]) -> anyhow::Result<f64> {
+    let ceiling = matmul_ceiling(expanded.experiment.threads, &burn::tensor::Device::flex())?;
+    let mut flops = 0.0;
+    for run in runs {
+        let config = expanded.config(run)?;
+        let tokens = config.training.steps as f64 * (config.training.batch_size * config.data.seq_len) as f64;
+        flops += tokens * expanded.arms[run.arm].train_flops_per_token;
+    }
+    Ok(flops / (ceiling * EXPECTED_MFU))
+}
+
+fn describe(expanded: &Expanded, runs: &[Run], seconds: f64) -> String {
+    let rows: Vec<Vec<String>> = expanded
+        .arms
+        .iter()
+        .enumerate()
+        .map(|(i, arm)| {
+            vec![
+                format!("{}{}", arm.name, if i == expanded.baseline { " (baseline)" } else { "" }),
+                count(arm.parameters as f64),
+                count(arm.train_flops_per_token),
+                arm.cache_bytes_per_token.to_string(),
+                arm.steps.to_string(),
+                arm.mismatch.map_or_else(|| "—".into(), |m| format!("{:+.2} %", m * 100.0)),
+            ]
+        })
+        .collect();
+    let header = ["arm", "parameters", "FLOPs/token", "cache B/token", "steps", "mismatch"];
+    let facts = [
+        ("question", expanded.experiment.question.clone()),
+        ("rule", serde_json::to_string(&expanded.experiment.rule).unwrap_or_default()),
+        ("runs", format!("{}, about {} one after the other", runs.len(), duration(seconds))),
+    ];
+    format!("{}\n{}\n{}", expanded.experiment.name, pairs(&facts), table(&header, &rows))
+}
+
+/// One bar over the steps of all runs, and a line for each run that ends.
+struct View<'a> {
+    bar: ProgressBar,
+    lines: bool,
+    names: Vec<String>,
+    /// Steps of each run, taken and in all.
+    steps: Vec<(u64, u64)>,
+    expanded: &'a Expanded,
+}
+
+impl<'a> View<'a> {
+    fn new(expanded: &'a Expanded, runs: &[Run], lines: bool) -> Self {
+        let steps: Vec<(u64, u64)> = runs.iter().map(|run| (0, expanded.arms[run.arm].steps)).collect();
+        let all = steps.iter().map(|(_, all)| all).sum();
+        let bar = ProgressBar::with_draw_target(Some(all), ProgressDrawTarget::stderr());
+        // The template is a literal; a mistake in it would leave the default style.
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {percent} %, {eta} left  {msg}") {
+            bar.set_style(style);
+        }
+        let names = runs.iter().map(|run| format!("{} seed {}", expanded.arms[run.arm].name, run.seed)).collect();
+        Self { bar, lines, names, steps, expanded }
+    }
+
+    fn line(&self, text: &str) {
+        if self.lines {
+            self.bar.suspend(|| say(text));
+        }
+    }
+
+    fn at(&mut self, run: usize, step: u64) {
+        self.steps[run].0 = step;
+        self.bar.set_position(self.steps.iter().map(|(taken, _)| taken).sum());
+    }
+
+    fn show(&mut self, event: &Event) {
+        match event {
+            Event::Preparing => self.bar.set_message("reading the corpus"),
+            Event::Skipped { run } => self.at(*run, self.steps[*run].1),
+            Event::Started { run, step, .. } => {
+                self.at(*run, *step);
+                self.bar.reset_eta();
+            }
+            Event::Step { run, step, loss } => {
+                self.at(*run, *step);
+                self.bar.set_message(format!("{} step {step} loss {loss:.4}", self.names[*run]));
+            }
+            Event::Finished { run, loss } => {
+                self.at(*run, self.steps[*run].1);
+                self.line(&format!("finished {}: held-out loss {loss:.4}", self.names[*run]));
+            }
+            Event::Failed { run, why } => {
+                self.line(&format!("failed {} of {}: {why}", self.names[*run], self.expanded.experiment.name));
+            }
+        }
+    }
+}
+
+fn report(arguments: &LabReportArguments) -> anyhow::Result<()> {
+    let experiment = Experiment::load(&arguments.experiment)?;
+    let runs = out(&experiment, arguments.runs.as_ref());
+    let beside = || match arguments.experiment.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir.to_path_buf(),
+        _ => PathBuf::from("."),
+    };
+    let dir = arguments.out.clone().unwrap_or_else(beside);
+    let expanded = Expanded::new(experiment)?;
+    let study = expanded.collect(&runs)?;
+    std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    let summary = lowkey_lab::report(&study, &dir)?;
+    if arguments.json {
+        return say_json(&summary);
+    }
+    let rows: Vec<Vec<String>> = summary
+        .arms
+        .iter()
+        .map(|row| {
+            let mean = |mean: Option<lowkey_lab::Mean>| {
+                mean.map_or_else(String::new, |m| {
+                    format!("{:.4}{}", m.mean, m.half.map_or_else(String::new, |half| format!(" ± {half:.4}")))
+                })
+            };
+            let n = row.metric.map_or(0, |m| m.n);
+            vec![row.arm.name.clone(), n.to_string(), mean(row.metric), mean(row.difference)]
+        })
+        .collect();
+    say(&format!("{}\n{}", study.question, summary.verdict.join("\n")));
+    say(&table(&["arm", "n", &study.metric, "difference"], &rows));
+    say(&format!("written: {}", dir.join("table.md").display()));
+    Ok(())
+}
