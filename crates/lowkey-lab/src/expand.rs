@@ -174,9 +174,9 @@ fn drafts(experiment: &Experiment) -> Result<Vec<Draft>> {
     for settings in grid {
         let part = |(key, value): &(String, toml::Value)| {
             let short = key.rsplit('.').next().unwrap_or(key);
-            format!("{short}={}", plain(value))
+            format!("{short}-{}", plain(value))
         };
-        let name = settings.iter().map(part).collect::<Vec<_>>().join(",");
+        let name = settings.iter().map(part).collect::<Vec<_>>().join(".");
         if !is_name(&name) {
             let why =
                 format!("the arm {name:?} cannot be a folder's name; write it as [[arms]] with a name of its own");

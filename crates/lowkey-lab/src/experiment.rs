@@ -175,7 +175,7 @@ impl Experiment {
     fn check(&self) -> Result<()> {
         let refuse = |why: String| Err(Error::experiment(&self.origin, why));
         if !is_name(&self.name) {
-            return refuse(format!("name = {:?}: letters, digits, '-', '_', '.', '=' and ',' only", self.name));
+            return refuse(format!("name = {:?}: letters, digits, '-', '_' and '.' only", self.name));
         }
         if self.seeds.is_empty() {
             return refuse("seeds = []: at least one seed".into());
@@ -199,7 +199,7 @@ impl Experiment {
             return refuse(format!("{key} belongs to the experiment (seeds, name, threads), not to an arm"));
         }
         if let Some(arm) = self.arms.iter().find(|arm| !is_name(&arm.name)) {
-            return refuse(format!("arm {:?}: letters, digits, '-', '_', '.', '=' and ',' only", arm.name));
+            return refuse(format!("arm {:?}: letters, digits, '-', '_' and '.' only", arm.name));
         }
         let confidence = match &self.rule {
             Rule::Margin { confidence, .. } | Rule::Knee { confidence, .. } | Rule::Theory { confidence, .. } => {
@@ -231,5 +231,5 @@ pub(crate) fn is_name(text: &str) -> bool {
     !text.is_empty()
         && !text.starts_with('.')
         && text.len() <= 120
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.=,".contains(c))
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
 }

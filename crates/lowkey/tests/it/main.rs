@@ -8,6 +8,7 @@ mod bad_input;
 mod bench;
 mod commands;
 mod export;
+mod lab;
 mod reference;
 mod resume;
 mod tasks;
