@@ -1,0 +1,107 @@
+//! Latents looked at, turned and cut, on a model of a second and on the reference checkpoints.
+
+use std::path::PathBuf;
+
+use burn::tensor::Device;
+use lowkey_convert::Rotated;
+use lowkey_model::{AttentionConfig, CausalLm, ids_tensor};
+
+use crate::commands::{best, best_of, json, lowkey, succeed, text};
+
+/// The widest distance of two models' logits over the largest logit.
+fn apart(a: &CausalLm, b: &CausalLm, ids: &[u32]) -> f32 {
+    let device = Device::flex();
+    let logits =
+        |model: &CausalLm| model.forward(ids_tensor(ids, 1, ids.len(), &device)).try_into_vec_as::<f32>().unwrap();
+    let (a, b) = (logits(a), logits(b));
+    let most = a.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    a.iter().zip(&b).fold(0.0f32, |worst, (a, b)| worst.max((a - b).abs())) / most
+}
+
+#[test]
+fn a_model_is_narrowed_and_runs_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut losses = Vec::new();
+    // Two layers with 10 directions each.
+    for (budget, kept) in [("4", 4), ("10", 10), ("80%", 16), ("100%", 20)] {
+        let out = dir.path().join(format!("kv{kept}"));
+        let report = json(&["convert", text(&best()), "--kv-rank-budget", budget, "--out", text(&out), "--json"]);
+        let ranks: Vec<u64> =
+            report["report"]["kept"].as_array().unwrap().iter().map(|rank| rank.as_u64().unwrap()).collect();
+        assert_eq!(ranks.iter().sum::<u64>(), kept, "{report}");
+        losses.push(report["report"]["calibration"]["loss_after"].as_f64().unwrap());
+        let info = json(&["info", text(&out), "--json"]);
+        // In bf16, with the two rotated keys of 4.
+        assert_eq!(info["cache_bytes_per_token_bf16"], 2 * (kept + 8), "{info}");
+        let greedy = ["generate", text(&out), "--prompt", "The cat", "--temperature", "0", "--max-new-tokens", "20"];
+        let expanded = succeed(&[&greedy[..], &["--decode", "expanded"]].concat());
+        assert_eq!(succeed(&[&greedy[..], &["--decode", "absorbed"]].concat()), expanded);
+    }
+    // A model of twelve steps hardly uses its latents, and losing what is only noise may even help it a little.
+    assert!(losses.windows(2).all(|pair| pair[0] > pair[1] - 2e-4) && losses[0] > losses[3] + 1e-3, "{losses:?}");
+    // All directions: only rotated.
+    let (before, after) = (
+        CausalLm::load(&best(), &Device::flex()).unwrap(),
+        CausalLm::load(&dir.path().join("kv20"), &Device::flex()).unwrap(),
+    );
+    let ids: Vec<u32> = (0..32).map(|i| (i * 5) % 60).collect();
+    assert!(apart(&before, &after, &ids) < 1e-5);
+    // A cut model leaves as a plain one that computes the same.
+    let (cut, export) = (dir.path().join("kv10"), dir.path().join("export"));
+    succeed(&["export", text(&cut), "--to", "hf", "--out", text(&export)]);
+    let load = |dir: &PathBuf| CausalLm::load(dir, &Device::flex()).unwrap();
+    assert!(apart(&load(&cut), &load(&export), &ids) < 1e-5);
+    assert_eq!(load(&export).config.cache_numbers(), 28);
+    let (code, _, message) = lowkey(&["convert", text(&best()), "--kv-rank-budget", "10", "--out", text(&cut)]);
+    assert!(code == 1 && message.contains("--overwrite"), "{message}");
+    let (code, _, message) = lowkey(&["convert", text(&cut), "--kv-rank-budget", "4", "--data", "none.txt"]);
+    assert!(code == 1 && message.contains("none.txt"), "{message}");
+    for budget in ["0", "21", "1", "110%", "half", "0%"] {
+        let (code, _, message) = lowkey(&["convert", text(&best()), "--kv-rank-budget", budget]);
+        assert!(code == 2 && message.contains("budget"), "{budget}: {message}");
+    }
+}
+
+#[test]
+fn spectra_are_told_and_need_a_latent() {
+    let table = succeed(&["info", text(&best()), "--spectrum"]);
+    assert!(table.contains("recommended") && table.contains("of 20 in all"), "{table}");
+    assert!(table.lines().all(|line| line.chars().count() <= 100 || line.contains('/')), "{table}");
+    let found = json(&["info", text(&best()), "--spectrum", "--energy", "0.9", "--json"]);
+    let layers = found["layers"].as_array().unwrap();
+    assert_eq!(layers.len(), 2);
+    for layer in layers {
+        assert_eq!((layer["kv_lora_rank"].as_u64(), layer["covariance"].as_array().unwrap().len()), (Some(10), 10));
+        let share: f64 = layer["readout"].as_array().unwrap().iter().map(|share| share.as_f64().unwrap()).sum();
+        assert!((share - 1.0).abs() < 1e-9);
+        assert!((1..=10).contains(&layer["recommended_rank"].as_u64().unwrap()));
+    }
+    let grouped = best_of("grouped-spectrum", &["model.attention=gqa"]);
+    let (code, _, message) = lowkey(&["info", text(&grouped), "--spectrum"]);
+    assert!(code == 1 && message.contains("no latent"), "{message}");
+}
+
+/// Rotation at full rank on every dense reference checkpoint with MLA.
+#[test]
+fn reference_checkpoints_are_rotated_without_a_change() {
+    let Some(dir) = crate::reference::cases_dir() else { return };
+    let device = Device::flex();
+    let mut cases: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    cases.sort();
+    let mut turned = 0;
+    for case in cases.into_iter().filter(|path| path.is_dir()) {
+        let Ok(model) = CausalLm::load(&case, &device) else { continue };
+        if !matches!(model.config.attention, AttentionConfig::Mla(_)) {
+            continue;
+        }
+        let vocab = model.config.vocab_size as u32;
+        let text: Vec<Vec<u32>> =
+            (1..5).map(|row| (0..24).map(|i| (i * i * row + 7 * i + row) % vocab).collect()).collect();
+        let rotated = Rotated::new(&model, &text, &device, &mut |_| {}).unwrap();
+        let worst = text.iter().map(|ids| apart(&model, &rotated.model, ids)).fold(0.0f32, f32::max);
+        println!("{}: {worst:.1e}", case.display());
+        assert!(worst <= 1e-5, "{}: {worst}", case.display());
+        turned += 1;
+    }
+    assert!(turned >= 11, "only {turned} checkpoints with MLA");
+}
