@@ -5,9 +5,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, FloatDType, Tensor};
 use lowkey_infer::{Decoder, Form};
-use lowkey_model::{
-    AttentionConfig, CausalLm, GroupedConfig, ModelConfig, RopeConfig, WeightDtype, ids_tensor,
-};
+use lowkey_model::{AttentionConfig, CausalLm, GroupedConfig, ModelConfig, RopeConfig, WeightDtype, ids_tensor};
 
 use crate::gguf::tests::{Folder, bits, config_with, distance, logits, random_model, yarn};
 use crate::*;

@@ -122,7 +122,7 @@ fn absorbed_attention_is_expanded_attention() {
         for latent_scale in [false, true] {
             let sizes = crate::MlaConfig { latent_scale, ..sizes.clone() };
             let config =
-                ModelConfig { attention: AttentionConfig::Mla(sizes), family: crate::Family::Lowkey, ..config.clone() };
+                ModelConfig { attention: AttentionConfig::Mla(sizes), family: Family::Lowkey, ..config.clone() };
             let model = scrambled(&config, 9, &device);
             let Attention::Mla(mla) = &model.model.layers[0].self_attn else { panic!("{kind}") };
             let x = random(10, [2, 11, 12], &device);
