@@ -102,6 +102,10 @@ pub(crate) fn rotate(model: &CausalLm, bases: &[Basis], device: &Device) -> Resu
         mla.kv_a_proj_with_mqa.bias = bias.map(Param::from_tensor);
         mla.kv_b_proj.weight = Param::from_tensor(up);
     }
+    if let AttentionConfig::Mla(mla) = &mut model.config.attention {
+        // The prefixes that it was trained at are no longer its first numbers.
+        mla.kv_elastic_ranks = None;
+    }
     Ok(model)
 }
 

@@ -1,6 +1,6 @@
 //! How much of its latent a model uses.
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use faer::Mat;
 use lowkey_model::{CausalLm, MlaDims};
 use serde::Serialize;
@@ -121,6 +121,26 @@ pub fn health(
         })
     });
     each.collect()
+}
+
+/// Eigenvalues of the covariance of each layer's latents over the positions of one pass, largest first: what
+/// [`LayerHealth::covariance`] is, from a trace that a training run has at hand anyway.
+///
+/// # Shapes
+/// Each `[batch, seq, L]`.
+///
+/// # Errors
+/// [`Error::Decomposition`] for latents that are not finite.
+pub fn latent_spectra(latents: Vec<Tensor<3>>) -> Result<Vec<Vec<f64>>> {
+    let spectra = latents.into_iter().enumerate().map(|(layer, latent)| {
+        let [batch, seq, width] = latent.dims();
+        let latent = latent.reshape([batch * seq, width]);
+        let centred = latent.clone() - latent.mean_dim(0);
+        let covariance = centred.clone().transpose().matmul(centred) / (batch * seq) as f64;
+        let what = "the latent's covariance";
+        Ok(eigen(&to_mat(covariance, what)?, Origin { layer, what })?.0)
+    });
+    spectra.collect()
 }
 
 fn covariance(moments: &Moments) -> Mat<f64> {

@@ -29,7 +29,7 @@ mod moments;
 pub use allocation::Curve;
 pub use cut::{Reduction, Rotated, loss};
 pub use error::{Error, Result};
-pub use health::{LayerHealth, Spectrum, effective_rank, health};
+pub use health::{LayerHealth, Spectrum, effective_rank, health, latent_spectra};
 
 /// How far a long computation has come.
 #[derive(Clone, Copy, Debug)]

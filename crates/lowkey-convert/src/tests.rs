@@ -27,6 +27,7 @@ fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig 
         attention_bias: false,
         rope_interleave: true,
         kv_cache_ranks: None,
+        kv_elastic_ranks: None,
         latent_scale: false,
     };
     let mut config = ModelConfig {

@@ -4,7 +4,7 @@ use std::mem;
 
 use burn::tensor::kind::Basic;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Int, Slice, Tensor};
-use lowkey_model::{AttentionConfig, CausalLm, Stored};
+use lowkey_model::{AttentionConfig, CausalLm, ModelConfig, Stored};
 
 use crate::cache_dtype::CacheDtype;
 use crate::error::{Error, Result};
@@ -60,6 +60,38 @@ fn all_equal(values: &[usize]) -> Option<usize> {
     values.iter().all(|value| *value == first).then_some(first)
 }
 
+/// Heads, and per layer and buffer the width with the part of it that has the first scale.
+fn buffers(config: &ModelConfig) -> (usize, Vec<Vec<(usize, usize)>>) {
+    match &config.attention {
+        AttentionConfig::Mla(mla) => {
+            let width = |rank| vec![(rank + mla.qk_rope_head_dim, rank)];
+            (1, config.kv_ranks().into_iter().map(width).collect())
+        }
+        AttentionConfig::Grouped(g) => {
+            let each = vec![(g.head_dim, g.head_dim); 2];
+            (g.num_key_value_heads, vec![each; config.num_hidden_layers])
+        }
+    }
+}
+
+/// Scales of a token in a buffer of int8.
+fn scales_of(width: usize, split: usize) -> usize {
+    if split < width { 2 } else { 1 }
+}
+
+impl CacheDtype {
+    /// Bytes that a token takes in the caches of all layers, scales included, of a model in f32.
+    pub fn bytes_per_token(self, config: &ModelConfig) -> usize {
+        let (heads, widths) = buffers(config);
+        let of_buffer = |(width, split): (usize, usize)| match self {
+            Self::F32 => 4 * width,
+            Self::Bf16 | Self::F16 => 2 * width,
+            Self::Int8 => width + 4 * scales_of(width, split),
+        };
+        heads * widths.into_iter().flatten().map(of_buffer).sum::<usize>()
+    }
+}
+
 impl Cache {
     /// An empty cache of `batch` rows with `capacity` slots each.
     ///
@@ -76,17 +108,7 @@ impl Cache {
         if capacity > limit {
             return Err(Error::Positions { needed: capacity, limit });
         }
-        // Heads, and per layer and buffer the width with the part of it that has the first scale.
-        let (heads, widths) = match &model.config.attention {
-            AttentionConfig::Mla(mla) => {
-                let width = |rank| vec![(rank + mla.qk_rope_head_dim, rank)];
-                (1, model.config.kv_ranks().into_iter().map(width).collect())
-            }
-            AttentionConfig::Grouped(g) => {
-                let each = vec![(g.head_dim, g.head_dim); 2];
-                (g.num_key_value_heads, vec![each; model.config.num_hidden_layers])
-            }
-        };
+        let (heads, widths) = buffers(&model.config);
         let (device, of_weights) = (device.clone().inner(), model.model.embed_tokens.weight.val().dtype());
         // Zeros, not uninitialised memory: a shorter row's empty slots are read with weight 0, and 0·NaN is NaN.
         let floats = |width, dtype| Tensor::zeros([batch, heads, capacity, width], (&device, dtype));
@@ -96,7 +118,7 @@ impl Cache {
             CacheDtype::F16 => Stored::Float(floats(width, DType::F16)),
             CacheDtype::Int8 => {
                 let codes = Tensor::zeros([batch, heads, capacity, width], (&device, DType::I8));
-                Stored::Int8 { codes, scales: floats(if split < width { 2 } else { 1 }, DType::F32), split }
+                Stored::Int8 { codes, scales: floats(scales_of(width, split), DType::F32), split }
             }
         };
         let layer = |widths: Vec<(usize, usize)>| LayerCache { buffers: widths.into_iter().map(buffer).collect() };

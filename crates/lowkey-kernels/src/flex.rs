@@ -99,6 +99,17 @@ impl FusedOps for Flex {
         out.storage_mut::<f32>().iter_mut().zip(losses).for_each(|(out, loss)| *out = loss.nats);
         out
     }
+
+    fn distill_sum(
+        h: FlexTensor,
+        weight: FlexTensor,
+        teacher: FlexTensor,
+        targets: FlexTensor,
+        share: f64,
+    ) -> FlexTensor {
+        // Only where nothing is trained, which is no case to be fast in.
+        Self::distill_sum_saving(h, weight, teacher, targets, share).0
+    }
 }
 
 fn head_inputs<'a>(
@@ -192,5 +203,22 @@ impl FusedGradients for Flex {
         let (mut d_h, mut d_weight) = (like(&h), like(&weight));
         let sums = cross_entropy::sums_with_gradients(inputs, d_h.storage_mut(), d_weight.storage_mut());
         (sums_tensor(sums), d_h, d_weight)
+    }
+
+    fn distill_sum_saving(
+        h: FlexTensor,
+        weight: FlexTensor,
+        teacher: FlexTensor,
+        targets: FlexTensor,
+        share: f64,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        let (h, weight, teacher) = (h.to_contiguous(), weight.to_contiguous(), teacher.to_contiguous());
+        let targets = &integers(&targets);
+        let inputs = head_inputs(&h, &weight, targets, &[], 0.0);
+        let lesson = cross_entropy::Lesson { teacher: teacher.storage(), share: share as f32 };
+        let (mut d_h, mut d_weight, mut out) = (like(&h), like(&weight), new([1]));
+        let sum = cross_entropy::lessons_with_gradients(inputs, lesson, d_h.storage_mut(), d_weight.storage_mut());
+        out.storage_mut::<f32>()[0] = sum as f32;
+        (out, d_h, d_weight)
     }
 }

@@ -133,6 +133,31 @@ pub fn cross_entropy_sum(h: Tensor<2>, weight: Tensor<2>, labels: Labels) -> Los
     LossSum { nats: part(0), z_loss: part(1).detach(), targets: count }
 }
 
+/// What a pass is to learn from another under the same output head (in-place distillation, Yu & Huang, arXiv 1903.05134):
+/// `Σ share · KL(softmax(W teacher) ‖ softmax(W h)) + (1 − share) · (−log softmax(W h)[target])` over the tokens that have a
+/// target, `[1]`. No gradient flows into `teacher`, nor into W from it.
+///
+/// Forward and backward run together over blocks of tokens, as in [`cross_entropy_sum`].
+///
+/// # Shapes
+/// `h` and `teacher [n, d]`, `weight [vocab, d]`, `targets` of length `n`; `share` from 0 to 1.
+pub fn distill_sum(h: Tensor<2>, weight: Tensor<2>, teacher: Tensor<2>, targets: &[i64], share: f64) -> Tensor<1> {
+    assert!(
+        h.dims() == teacher.dims() && targets.len() == h.dims()[0],
+        "distill_sum: {:?} is to learn from {:?} on {} targets",
+        h.dims(),
+        teacher.dims(),
+        targets.len()
+    );
+    let index = target_tensor(targets, &h.device());
+    let teacher = teacher.detach();
+    if h.dtype() != DType::F32 {
+        return reference::distill_sum(h, weight, teacher, index, share);
+    }
+    let (h, weight, teacher) = (h.into_dispatch(), weight.into_dispatch(), teacher.into_dispatch());
+    Tensor::from_dispatch(Dispatch::distill_sum(h, weight, teacher, index.into_dispatch(), share))
+}
+
 /// `−log softmax(W h)[target]` of each token, 0 where the target is [`IGNORE`]; no gradient flows through it.
 ///
 /// # Shapes

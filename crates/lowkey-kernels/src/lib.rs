@@ -5,7 +5,7 @@
 //! functions and never touches a backend primitive.
 //!
 //! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
-//! [`gated_mlp`] and [`cross_entropy_sum`] for training; [`absorbed_attention`], and [`attention`] with a [`Mask`], for queries
+//! [`gated_mlp`], [`cross_entropy_sum`] and [`distill_sum`] for training; [`absorbed_attention`], and [`attention`] with a [`Mask`], for queries
 //! against a cache, which may be [`Stored`] in fewer bits; [`optim`] for updates.
 //!
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
@@ -35,4 +35,6 @@ pub mod reference;
 pub use attention::{Mask, attention, scores};
 pub use block::{LatentWeights, MlaDims, MlpWeights, add_linear, gated_mlp, latent_attention, linear};
 pub use cached::{Stored, absorbed_attention};
-pub use fused::{IGNORE, Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, rms_norm, rotate};
+pub use fused::{
+    IGNORE, Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, distill_sum, rms_norm, rotate,
+};

@@ -64,6 +64,15 @@ pub(crate) trait FusedOps: Backend {
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
     ) -> FloatTensor<Self>;
+
+    /// `Σ share · KL(softmax(W t) ‖ softmax(W h)) + (1 − share) · nats`, `[1]`; `t` and its W are not differentiated.
+    fn distill_sum(
+        h: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        teacher: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        share: f64,
+    ) -> FloatTensor<Self>;
 }
 
 /// What the backward passes need from a backend.
@@ -107,6 +116,15 @@ pub(crate) trait FusedGradients: FusedOps {
         targets: IntTensor<Self>,
         label_weights: FloatTensor<Self>,
         z_loss: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// [`FusedOps::distill_sum`], and the gradients of the sum: `(sum, d h, d weight)`.
+    fn distill_sum_saving(
+        h: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        teacher: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        share: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 }
 
@@ -296,5 +314,23 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         targets: IntTensor<Self>,
     ) -> FloatTensor<Self> {
         Self::from_inner(B::cross_entropy_each(h.into_primitive(), weight.into_primitive(), targets))
+    }
+
+    fn distill_sum(
+        h: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        teacher: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        share: f64,
+    ) -> FloatTensor<Self> {
+        let prep = CrossEntropy.prepare::<C>([h.node(), weight.node()]).compute_bound().stateful();
+        let [h, weight, teacher] = [h, weight, teacher].map(|tensor| tensor.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => {
+                let (sum, d_h, d_weight) = B::distill_sum_saving(h, weight, teacher, targets, share);
+                prep.finish((d_h, d_weight), sum)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::distill_sum(h, weight, teacher, targets, share)),
+        }
     }
 }

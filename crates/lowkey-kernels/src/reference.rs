@@ -190,3 +190,19 @@ pub fn cross_entropy_sum(
     let nats = cross_entropy_each(h, weight, targets) * weights;
     Tensor::cat(vec![(nats + z.clone()).sum(), z.sum()], 0)
 }
+
+/// `Σ share · KL(softmax(W teacher) ‖ softmax(W h)) + (1 − share) · nats`, `[1]`. See [`crate::distill_sum`].
+pub fn distill_sum(
+    h: Tensor<2>,
+    weight: Tensor<2>,
+    teacher: Tensor<2>,
+    targets: Tensor<1, Int>,
+    share: f64,
+) -> Tensor<1> {
+    let ignored = targets.clone().lower_elem(0);
+    let log_p = log_softmax(teacher.detach().matmul(weight.clone().detach().transpose()), 1);
+    let log_q = log_softmax(h.clone().matmul(weight.clone().transpose()), 1);
+    let [n] = targets.dims();
+    let apart = (log_p.clone().exp() * (log_p - log_q)).sum_dim(1).reshape([n]).mask_fill(ignored, 0.0f32);
+    (apart * share + cross_entropy_each(h, weight, targets) * (1.0 - share)).sum()
+}

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use lowkey_infer::CacheDtype;
 use lowkey_model::ModelConfig;
 use lowkey_train::{RunConfig, RunOptions, planned_model};
 
@@ -64,6 +65,9 @@ impl Costs {
         }
     }
 }
+
+/// Tokens in the cache that the costs of decoding are told at.
+const CONTEXTS: [usize; 6] = [128, 512, 2048, 8192, 32_768, 131_072];
 
 impl Expanded {
     /// Works out arms, checks that each is a run, and matches them to the baseline.
@@ -224,9 +228,23 @@ fn arm(experiment: &Experiment, draft: &Draft, overrides: &[String], costs: &Cos
         parameters: costs.model.parameter_count().total,
         train_flops_per_token: costs.model.train_flops_per_token(costs.config.data.seq_len),
         cache_bytes_per_token: costs.model.cache_numbers() * F32,
+        int8_bytes_per_token: CacheDtype::Int8.bytes_per_token(&costs.model),
+        decode_bytes: CONTEXTS.iter().map(|context| (*context, decode_bytes(&costs.model, *context))).collect(),
         steps: costs.config.training.steps,
         mismatch,
     }
+}
+
+/// Bytes of weights and cache in f32 that a decoded token reads at batch 1.
+fn decode_bytes(model: &ModelConfig, context: usize) -> f64 {
+    let attention = (0..model.num_hidden_layers).map(|layer| {
+        let costs = model.decode_costs(layer, context);
+        let cost = costs.absorbed.unwrap_or(costs.expanded);
+        cost.weights + cost.cached + cost.rebuilt
+    });
+    let rest = 3 * model.hidden_size * model.intermediate_size * model.num_hidden_layers;
+    let head = model.vocab_size * model.hidden_size;
+    ((attention.sum::<usize>() + rest + head) * F32) as f64
 }
 
 /// The admissible value that brings an arm nearest to the target. What is matched has to rise with the value.

@@ -201,11 +201,7 @@ impl Experiment {
         if let Some(arm) = self.arms.iter().find(|arm| !is_name(&arm.name)) {
             return refuse(format!("arm {:?}: letters, digits, '-', '_' and '.' only", arm.name));
         }
-        let confidence = match &self.rule {
-            Rule::Margin { confidence, .. } | Rule::Knee { confidence, .. } | Rule::Theory { confidence, .. } => {
-                *confidence
-            }
-        };
+        let confidence = self.rule.confidence();
         if !(0.5..1.0).contains(&confidence) {
             return refuse(format!("rule.confidence = {confidence}: a share from 0.5 to below 1"));
         }
@@ -213,6 +209,11 @@ impl Experiment {
             && !self.theory.iter().any(|theory| theory.name == *name)
         {
             return refuse(format!("rule: there is no [[theory]] with the name {name:?}"));
+        }
+        if let Rule::Elastic { arm, .. } = &self.rule
+            && !self.arms.iter().any(|section| section.name == *arm)
+        {
+            return refuse(format!("rule: there is no [[arms]] with the name {arm:?}"));
         }
         for theory in &self.theory {
             if theory.points.len() < 2 || !theory.points.windows(2).all(|pair| pair[0].0 < pair[1].0) {

@@ -33,7 +33,7 @@
 //! runs = 60
 //! hours = 3.0
 //!
-//! [rule]                                  # margin | knee | theory
+//! [rule]                                  # margin | knee | theory | elastic
 //! kind = "margin"
 //! margin = 0.01
 //! confidence = 0.95
@@ -53,6 +53,9 @@ mod collect;
 mod error;
 mod expand;
 mod experiment;
+mod fit;
+mod page;
+mod plot;
 mod run;
 mod stats;
 mod study;
@@ -61,6 +64,7 @@ mod summary;
 pub use error::{Error, Result};
 pub use expand::{Expanded, Run};
 pub use experiment::{ArmSection, Axis, Better, Budget, Experiment, Matched, Matching};
+pub use fit::PowerLaw;
 pub use run::{Event, Outcome, SweepOptions, sweep};
 pub use stats::Mean;
 pub use study::{Arm, Rule, RunResult, Study, Theory};

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 
 use lowkey_train::{Event as TrainEvent, RunConfig, RunOptions, train};
 
-use crate::collect::{finished, quantise};
+use crate::collect::{finished, keep_rule, quantise};
 use crate::error::{Error, Result};
 use crate::expand::{Expanded, Run};
 
@@ -97,6 +97,10 @@ pub fn sweep(
         } else {
             open.push(i);
         }
+    }
+    // `out/arm/seed-n`, for each run.
+    if let Some(out) = runs.first().and_then(|run| run.out.parent()?.parent()) {
+        keep_rule(out, &expanded.experiment)?;
     }
     let mut outcome = Outcome { finished: runs.len() - open.len(), ..Outcome::default() };
     prepare(expanded, &open, runs, &configs, observe)?;

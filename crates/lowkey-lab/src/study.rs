@@ -19,6 +19,8 @@ pub struct Study {
     pub metric: String,
     /// Whether a smaller figure is better.
     pub lower_is_better: bool,
+    /// The key of the run file that the arms' `x` comes from.
+    pub x: Option<String>,
     /// Lines that a theory draws over the arms' `x`.
     pub theory: Vec<Theory>,
     /// The arms, in the order of the file.
@@ -27,6 +29,8 @@ pub struct Study {
     pub runs: Vec<RunResult>,
     /// Seeds of each arm, finished or not.
     pub seeds: Vec<u64>,
+    /// Whether the rule is another one than when the first run began.
+    pub rule_changed: bool,
 }
 
 /// One set of settings.
@@ -44,6 +48,10 @@ pub struct Arm {
     pub train_flops_per_token: f64,
     /// Bytes of cache per token in f32, all layers.
     pub cache_bytes_per_token: usize,
+    /// The same with the cache in int8.
+    pub int8_bytes_per_token: usize,
+    /// Bytes that a decoded token reads, weights and cache in f32, by tokens in the cache; MLA in its absorbed form.
+    pub decode_bytes: Vec<(usize, f64)>,
     /// Optimiser steps.
     pub steps: u64,
     /// How far it is from the baseline in what was to be matched, relative; absent where nothing was.
@@ -63,6 +71,8 @@ pub struct RunResult {
     pub metrics: BTreeMap<String, f64>,
     /// Steps and held-out losses along the way.
     pub curve: Vec<(u64, f64)>,
+    /// MLA: eigenvalues of the covariance of each layer's latent, largest first.
+    pub spectra: Vec<Vec<f64>>,
 }
 
 /// A line over the arms' `x`.
@@ -105,6 +115,29 @@ pub enum Rule {
         #[serde(default = "usual_confidence")]
         confidence: f64,
     },
+    /// Every prefix of an elastic arm's latent against the arm that was trained with a latent of that width: within `percent` of its
+    /// mean, or within one standard deviation of its seeds.
+    Elastic {
+        /// Name of the arm with `[model.elastic]`.
+        arm: String,
+        /// Relative distance, in percent.
+        percent: f64,
+        /// Of the intervals, such as 0.95.
+        #[serde(default = "usual_confidence")]
+        confidence: f64,
+    },
+}
+
+impl Rule {
+    /// The share of intervals that hold the truth.
+    pub fn confidence(&self) -> f64 {
+        match self {
+            Self::Margin { confidence, .. }
+            | Self::Knee { confidence, .. }
+            | Self::Theory { confidence, .. }
+            | Self::Elastic { confidence, .. } => *confidence,
+        }
+    }
 }
 
 fn usual_confidence() -> f64 {

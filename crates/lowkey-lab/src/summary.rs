@@ -8,6 +8,7 @@ use lowkey_train::checkpoint::write_file;
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::page::page;
 use crate::stats::Mean;
 use crate::study::{Arm, Rule, Study};
 
@@ -37,18 +38,19 @@ pub struct Summary {
 
 impl Study {
     /// The share that intervals hold the truth in.
-    fn confidence(&self) -> f64 {
-        match self.rule {
-            Rule::Margin { confidence, .. } | Rule::Knee { confidence, .. } | Rule::Theory { confidence, .. } => {
-                confidence
-            }
-        }
+    pub(crate) fn confidence(&self) -> f64 {
+        self.rule.confidence()
     }
 
     /// The metric of an arm by seed.
-    fn values(&self, arm: usize) -> BTreeMap<u64, f64> {
+    pub(crate) fn values(&self, arm: usize) -> BTreeMap<u64, f64> {
+        self.values_of(arm, &self.metric)
+    }
+
+    /// A figure of an arm by seed.
+    pub(crate) fn values_of(&self, arm: usize, figure: &str) -> BTreeMap<u64, f64> {
         let runs = self.runs.iter().filter(|run| run.arm == arm);
-        runs.filter_map(|run| Some((run.seed, *run.metrics.get(&self.metric)?))).collect()
+        runs.filter_map(|run| Some((run.seed, *run.metrics.get(figure)?))).collect()
     }
 
     /// Means, paired differences, and what the rule makes of them.
@@ -71,6 +73,10 @@ impl Study {
             .collect();
         let (finished, planned) = (self.runs.len(), self.arms.len() * self.seeds.len());
         let mut verdict = self.verdict(&arms);
+        if self.rule_changed {
+            let changed = "The rule, the metric or the baseline is not what it was when the first run began.";
+            verdict.insert(0, changed.into());
+        }
         if finished < planned {
             verdict.insert(0, format!("Preliminary: {finished} of {planned} runs are finished."));
         }
@@ -82,6 +88,7 @@ impl Study {
             Rule::Margin { margin, .. } => arms.iter().filter_map(|arm| self.against_margin(arm, *margin)).collect(),
             Rule::Knee { percent, .. } => vec![self.knee(arms, *percent)],
             Rule::Theory { name, percent, .. } => self.against_theory(arms, name, *percent),
+            Rule::Elastic { arm, percent, .. } => self.elastic(arm, *percent),
         }
     }
 
@@ -127,6 +134,56 @@ impl Study {
         )
     }
 
+    /// An elastic arm's figures at its prefixes: rank, seed and value.
+    pub(crate) fn prefixes(&self, arm: usize) -> BTreeMap<usize, BTreeMap<u64, f64>> {
+        let mut found: BTreeMap<usize, BTreeMap<u64, f64>> = BTreeMap::new();
+        for run in self.runs.iter().filter(|run| run.arm == arm) {
+            for (name, value) in &run.metrics {
+                let rank = name.strip_prefix("rank.").and_then(|rest| rest.strip_suffix(&format!(".{}", self.metric)));
+                if let Some(rank) = rank.and_then(|rank| rank.parse().ok()) {
+                    found.entry(rank).or_default().insert(run.seed, *value);
+                }
+            }
+        }
+        found
+    }
+
+    fn elastic(&self, name: &str, percent: f64) -> Vec<String> {
+        let Some(elastic) = self.arms.iter().position(|arm| arm.name == name) else { return Vec::new() };
+        let mut at_ranks = self.prefixes(elastic);
+        if let Some(whole) = self.arms[elastic].x {
+            at_ranks.insert(whole as usize, self.values(elastic));
+        }
+        let mut holds = true;
+        let mut said = Vec::new();
+        for (rank, values) in at_ranks {
+            let at_rank = |arm: &Arm| arm.x.is_some_and(|x| x as usize == rank) && arm.name != name;
+            let Some(arm) = self.arms.iter().position(at_rank) else { continue };
+            let dedicated = self.values(arm);
+            let pairs: Vec<f64> = values.iter().filter_map(|(seed, v)| Some(v - dedicated.get(seed)?)).collect();
+            let of_dedicated = Mean::of(&dedicated.values().copied().collect::<Vec<_>>(), self.confidence());
+            let (Some(difference), Some(mean)) = (Mean::of(&pairs, self.confidence()), of_dedicated) else { continue };
+            let sd = mean.sd.unwrap_or(0.0);
+            let within = self.worse_by(difference.mean) <= (mean.mean.abs() * percent / 100.0).max(sd);
+            holds &= within;
+            said.push(format!(
+                "rank {rank}: {:+.4}{} against {} ({:.4}, sd {sd:.4}), {:+.2} %: {}.",
+                difference.mean,
+                difference.half.map_or_else(String::new, |half| format!(" ± {half:.4}")),
+                self.arms[arm].name,
+                mean.mean,
+                difference.mean / mean.mean * 100.0,
+                if within { "holds" } else { "misses" },
+            ));
+        }
+        let all = if holds { "is" } else { "is not" };
+        said.insert(
+            0,
+            format!("{name} {all} within {percent} % or one standard deviation of the dedicated arms at every rank."),
+        );
+        said
+    }
+
     fn against_theory(&self, arms: &[ArmSummary], name: &str, percent: f64) -> Vec<String> {
         let Some(theory) = self.theory.iter().find(|theory| theory.name == name) else { return Vec::new() };
         let mut holds = true;
@@ -158,7 +215,7 @@ fn line(points: &[(f64, f64)], x: f64) -> Option<f64> {
     Some(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
 }
 
-/// Writes `results.csv` and `table.md`, which depend on the study alone: not on how long it took, where, or how often it was resumed.
+/// Writes `results.csv`, `table.md` and `report.html`, which depend on the study alone: not on how long it took, where, or how often it was resumed.
 ///
 /// # Errors
 /// [`crate::Error::Train`] where a file cannot be written.
@@ -166,6 +223,7 @@ pub fn report(study: &Study, dir: &Path) -> Result<Summary> {
     let summary = study.summary();
     write_file(&dir.join("results.csv"), csv(study).as_bytes())?;
     write_file(&dir.join("table.md"), markdown(study, &summary).as_bytes())?;
+    write_file(&dir.join("report.html"), page(study, &summary).as_bytes())?;
     Ok(summary)
 }
 

@@ -72,6 +72,9 @@ pub struct ModelSection {
     /// MLA: multiply the normalised latent by √(d / kv_lora_rank), so that its read-out does not shrink with the rank.
     #[serde(default)]
     pub latent_scale: bool,
+    /// MLA: train narrower readings of the latent together with the whole one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub elastic: Option<ElasticSection>,
     /// MLA: rotate adjacent pairs (DeepSeek's convention) instead of the two halves.
     #[serde(default = "yes")]
     pub rope_interleave: bool,
@@ -87,6 +90,14 @@ pub struct ModelSection {
     /// One standard deviation for all matrices; absent: by fan-in (see [`crate::init`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initializer_range: Option<f64>,
+}
+
+/// `[model.elastic]`: one checkpoint of which every prefix of the latent is a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ElasticSection {
+    /// Numbers of the latent that are to suffice, ascending and below `kv_lora_rank`, which always does.
+    pub ranks: Vec<usize>,
 }
 
 fn yes() -> bool {
@@ -161,6 +172,8 @@ pub struct MlaConfig {
     /// Numbers of the latent that each layer caches and reads, at most L; absent: all. The norm of the latent is taken over all L,
     /// so that a cut is a projection.
     pub kv_cache_ranks: Option<Vec<usize>>,
+    /// Ranks below L at which the model was trained to be read as well, ascending; absent: none.
+    pub kv_elastic_ranks: Option<Vec<usize>>,
 }
 
 /// Sizes of multi-head, grouped-query and multi-query attention.
@@ -266,6 +279,7 @@ impl ModelSection {
             latent_scale: self.latent_scale,
             rope_interleave: self.rope_interleave,
             kv_cache_ranks: None,
+            kv_elastic_ranks: self.elastic.as_ref().map(|elastic| elastic.ranks.clone()),
         };
         let unused = [
             ("num_key_value_heads", self.num_key_value_heads.is_some()),
@@ -311,6 +325,7 @@ impl ModelSection {
             ("qk_rope_head_dim", self.qk_rope_head_dim.is_some()),
             ("v_head_dim", self.v_head_dim.is_some()),
             ("latent_scale", self.latent_scale),
+            ("elastic", self.elastic.is_some()),
         ];
         Ok((AttentionConfig::Grouped(grouped), set_keys(&unused)))
     }
@@ -361,6 +376,23 @@ impl ModelConfig {
             },
             AttentionConfig::Grouped(_) => Vec::new(),
         }
+    }
+
+    /// The ranks, ascending, at which the model was trained to be read besides the one that it is read at.
+    pub fn elastic_ranks(&self) -> Vec<usize> {
+        let least = self.kv_ranks().into_iter().min().unwrap_or(0);
+        let AttentionConfig::Mla(mla) = &self.attention else { return Vec::new() };
+        mla.kv_elastic_ranks.iter().flatten().copied().filter(|rank| *rank < least).collect()
+    }
+
+    /// Ascending ranks below the whole.
+    fn check_elastic_ranks(ranks: &[usize], whole: usize) -> Result<()> {
+        let rising = ranks.is_sorted_by(|a, b| a < b);
+        if ranks.is_empty() || !rising || ranks.iter().any(|rank| !(1..whole).contains(rank)) {
+            let why = format!("must rise, from 1 on and below kv_lora_rank = {whole}, which needs no mention");
+            return Err(Error::config("elastic.ranks", &format!("{ranks:?}"), why));
+        }
+        Ok(())
     }
 
     /// One rank for each layer, each within its latent.
@@ -423,6 +455,9 @@ impl ModelConfig {
                 even("qk_rope_head_dim", mla.qk_rope_head_dim)?;
                 if let Some(ranks) = &mla.kv_cache_ranks {
                     self.check_kv_ranks(ranks)?;
+                }
+                if let Some(ranks) = &mla.kv_elastic_ranks {
+                    Self::check_elastic_ranks(ranks, mla.kv_lora_rank)?;
                 }
                 let widest = (mla.qk_nope_head_dim + mla.qk_rope_head_dim).max(mla.v_head_dim);
                 check_heads(heads, widest, WIDEST)?;

@@ -22,6 +22,7 @@ pub(crate) fn mla() -> MlaConfig {
         latent_scale: false,
         rope_interleave: true,
         kv_cache_ranks: None,
+        kv_elastic_ranks: None,
     }
 }
 
@@ -104,6 +105,7 @@ pub(crate) fn every_kind() -> Vec<(&'static str, ModelConfig)> {
             "MLA with query latent and latent scale, cut",
             mla_with(|m| (m.q_lora_rank, m.latent_scale, m.kv_cache_ranks) = (Some(8), true, Some(vec![7, 1]))),
         ),
+        ("MLA, elastic", mla_with(|m| m.kv_elastic_ranks = Some(vec![3, 5]))),
         ("MLA, tied", tied),
         ("MLA, YaRN", with_yarn),
         ("MHA", grouped_with(|_| ())),

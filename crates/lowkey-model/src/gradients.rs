@@ -2,10 +2,10 @@
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor};
-use lowkey_kernels::LossSum;
+use lowkey_kernels::{LossSum, distill_sum, optim};
 use serde::{Deserialize, Serialize};
 
-use crate::model::CausalLm;
+use crate::model::{CausalLm, Context};
 use crate::pass::PassBatch;
 
 /// What the backward pass computes again instead of keeping.
@@ -22,12 +22,29 @@ pub enum Recompute {
 
 /// What the gradients are those of.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Objective {
+pub struct Objective<'a> {
     /// Factor on the summed loss: one over the targets of the whole step for its mean.
     pub scale: f64,
     /// Factor on each squared log-partition, see [`lowkey_kernels::Labels::z_loss`].
     pub z_loss: f64,
+    /// MLA: ranks at which the latent is read in further passes over the batch. The objective is the mean over all passes.
+    pub narrow: &'a [usize],
+    /// Tokens: how much of a further pass's loss is its distance to the first pass ([`distill_sum`]); the rest, and for vectors
+    /// all, is its own.
+    pub distillation: f64,
 }
+
+/// One of the passes of an objective.
+#[derive(Clone)]
+struct Pass<'a> {
+    objective: Objective<'a>,
+    kv_rank: Option<usize>,
+    /// Hidden states of the first pass, `[rows · seq, d]`, to learn from.
+    teacher: Option<Tensor<2>>,
+}
+
+/// What a pass gives: its loss outside its graph, the hidden states that it came from, and the gradients.
+type Passed = (LossSum, Tensor<2>, Vec<Tensor<1>>);
 
 /// The loss outside its graph.
 fn plain(loss: LossSum) -> LossSum {
@@ -75,14 +92,41 @@ impl CausalLm {
         device: &Device,
     ) -> (LossSum, Vec<Tensor<1>>) {
         let batch = batch.into();
-        match recompute {
-            Recompute::None => {
-                let loss = self.loss(batch, objective.z_loss, device);
-                let mut gradients = (loss.nats.clone() * objective.scale).backward();
-                (plain(loss), take(self, &mut gradients))
-            }
-            Recompute::Block => self.block_by_block(batch, objective, device),
+        let passes = 1 + objective.narrow.len();
+        let objective = Objective { scale: objective.scale / passes as f64, ..objective };
+        let run = |pass: Pass| match recompute {
+            Recompute::None => self.at_once(batch, &pass, device),
+            Recompute::Block => self.block_by_block(batch, &pass, device),
+        };
+        let (loss, teacher, mut gradients) = run(Pass { objective, kv_rank: None, teacher: None });
+        for rank in objective.narrow {
+            let pass = Pass { objective, kv_rank: Some(*rank), teacher: Some(teacher.clone()) };
+            let (_, _, more) = run(pass);
+            gradients = gradients.into_iter().zip(more).map(|(sum, more)| optim::accumulate(sum, vec![more])).collect();
         }
+        (loss, gradients)
+    }
+
+    /// The loss of a pass from its hidden states `[rows · seq, d]` after the final norm.
+    fn pass_loss(&self, hidden: Tensor<2>, batch: PassBatch, pass: &Pass) -> LossSum {
+        match (&pass.teacher, batch) {
+            (Some(teacher), PassBatch::Tokens(tokens)) if pass.objective.distillation > 0.0 => {
+                let (head, share) = (self.head_weight(), pass.objective.distillation);
+                let nats = distill_sum(hidden, head, teacher.clone(), tokens.targets, share);
+                let targets = tokens.targets.iter().filter(|target| **target >= 0).count();
+                LossSum { z_loss: nats.clone().detach().zeros_like(), nats, targets }
+            }
+            _ => self.loss_of(hidden, batch, pass.objective.z_loss),
+        }
+    }
+
+    /// One graph of everything.
+    fn at_once(&self, batch: PassBatch, pass: &Pass, device: &Device) -> Passed {
+        let hidden = self.last_hidden(batch, pass.kv_rank, device, None);
+        let seen = hidden.clone().detach();
+        let loss = self.pass_loss(hidden, batch, pass);
+        let mut gradients = (loss.nats.clone() * pass.objective.scale).backward();
+        (plain(loss), seen, take(self, &mut gradients))
     }
 
     /// Takes each parameter's gradient (zeros where there is none), flattened, in the order of [`CausalLm::parameters`].
@@ -91,10 +135,11 @@ impl CausalLm {
     }
 
     /// Forward without a graph, keeping each block's input; then back from the head, one block's graph at a time.
-    fn block_by_block(&self, batch: PassBatch, objective: Objective, device: &Device) -> (LossSum, Vec<Tensor<1>>) {
+    fn block_by_block(&self, batch: PassBatch, pass: &Pass, device: &Device) -> Passed {
         let [rows, seq_len] = batch.dims();
         let (model, inner) = (self.valid(), device.clone().inner());
-        let context = model.context(batch.document_starts(), seq_len, &inner);
+        let kv_rank = pass.kv_rank;
+        let context = Context { kv_rank, ..model.context(batch.document_starts(), seq_len, &inner) };
         let mut x = model.embed(batch, &inner);
         let mut inputs = Vec::with_capacity(model.model.layers.len());
         for block in &model.model.layers {
@@ -108,14 +153,15 @@ impl CausalLm {
         };
         let x = leaf(x);
         let hidden = self.model.norm.forward(x.clone()).reshape([rows * seq_len, self.config.hidden_size]);
-        let loss = self.loss_of(hidden, batch, objective.z_loss);
-        let mut gradients = (loss.nats.clone() * objective.scale).backward();
+        let seen = hidden.clone().detach();
+        let loss = self.pass_loss(hidden, batch, pass);
+        let mut gradients = (loss.nats.clone() * pass.objective.scale).backward();
         let loss = plain(loss);
         let mut pull = pulled(x, &mut gradients);
         let (norm, head) = (take(&self.model.norm, &mut gradients), take(&self.lm_head, &mut gradients));
         // Without a head of its own, the embedding is it.
         let as_head = self.lm_head.is_none().then(|| take(&self.model.embed_tokens, &mut gradients));
-        let context = self.context(batch.document_starts(), seq_len, device);
+        let context = Context { kv_rank, ..self.context(batch.document_starts(), seq_len, device) };
         let mut blocks = Vec::new();
         for (block, x) in self.model.layers.iter().zip(inputs).rev() {
             let x = leaf(x);
@@ -130,7 +176,7 @@ impl CausalLm {
             None => looked_up,
         };
         let parts = [table].into_iter().chain(blocks.into_iter().rev()).chain([norm, head]);
-        (loss, parts.flatten().collect())
+        (loss, seen, parts.flatten().collect())
     }
 }
 
@@ -140,6 +186,52 @@ mod tests {
     use crate::IGNORE;
     use crate::TokenBatch;
     use crate::fixtures::{self, distance, scrambled, values};
+
+    /// Two passes of two models are what one objective says of one model.
+    #[test]
+    fn a_narrower_pass_is_the_cut_model_and_its_gradients_join_those_of_the_whole() {
+        let device = Device::flex().autodiff();
+        for (kind, config) in fixtures::every_kind() {
+            let Some(least) = config.kv_ranks().into_iter().min().filter(|least| *least > 1) else { continue };
+            let model = scrambled(&config, 6, &device);
+            let input_ids: Vec<u32> = (0..14).map(|i| i * 5 % config.vocab_size as u32).collect();
+            let targets: Vec<i64> = (0..14).map(|i| i * 3 % 7).collect();
+            let starts = [0; 14];
+            let batch =
+                TokenBatch { rows: 2, seq_len: 7, input_ids: &input_ids, targets: &targets, document_starts: &starts };
+            let rank = least / 2;
+            let hidden = model.last_hidden(batch.into(), Some(rank), &device, None);
+            let cut = model.valid().with_kv_ranks(&vec![rank; config.num_hidden_layers]).unwrap();
+            let of_cut = cut.last_hidden(batch.into(), None, &Device::flex(), None);
+            assert!(distance(&values(hidden.clone()), &values(of_cut)) < 1e-5, "{kind}");
+
+            let narrow = [rank];
+            let objective = Objective { scale: 1.0, z_loss: 0.0, narrow: &narrow, distillation: 0.0 };
+            let (loss, found) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
+            let whole = model.loss(batch, 0.0, &device);
+            assert_eq!(values(loss.nats), values(whole.nats.clone()), "{kind}: the loss told is that of the whole");
+            let both = (whole.nats + model.loss_of(hidden, batch.into(), 0.0).nats) * 0.5;
+            let expected = model.take_gradients(&mut both.backward());
+            for ((found, expected), parameter) in found.into_iter().zip(expected).zip(model.parameters()) {
+                let (found, expected) = (values(found), values(expected));
+                let size = expected.iter().fold(1e-3f32, |m, x| m.max(x.abs()));
+                assert!(distance(&found, &expected) <= 3e-6 * size, "{kind}: {}", parameter.name);
+            }
+            // All of it learnt from the first pass, which learns nothing from the second.
+            let lesson = Objective { distillation: 1.0, ..objective };
+            let (_, taught) = model.loss_and_gradients(batch, lesson, Recompute::None, &device);
+            let hidden = model.last_hidden(batch.into(), Some(rank), &device, None);
+            let teacher = model.last_hidden(batch.into(), None, &device, None);
+            let head = model.head_weight();
+            let apart = distill_sum(hidden, head, teacher, &targets, 1.0);
+            let expected = model.take_gradients(&mut ((apart + model.loss(batch, 0.0, &device).nats) * 0.5).backward());
+            for ((found, expected), parameter) in taught.into_iter().zip(expected).zip(model.parameters()) {
+                let (found, expected) = (values(found), values(expected));
+                let size = expected.iter().fold(1e-3f32, |m, x| m.max(x.abs()));
+                assert!(distance(&found, &expected) <= 3e-6 * size, "{kind}: {}", parameter.name);
+            }
+        }
+    }
 
     #[test]
     fn gradients_block_by_block_are_the_gradients() {
@@ -157,7 +249,8 @@ mod tests {
                 targets: &targets,
                 document_starts: &document_starts,
             };
-            let objective = Objective { scale: 0.1, z_loss: 0.01 };
+            let narrow: &[usize] = if config.kv_ranks().is_empty() { &[] } else { &[1, 4] };
+            let objective = Objective { scale: 0.1, z_loss: 0.01, narrow, distillation: 0.7 };
             let (loss, gradients) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
             let (again, anew) = model.loss_and_gradients(batch, objective, Recompute::Block, &device);
             assert_eq!((values(loss.nats), loss.targets), (values(again.nats), again.targets), "{kind}");

@@ -173,6 +173,10 @@ impl ModelConfig {
             }
             extend(&mut out, json!({ "rope_scaling": scaling }));
         }
+        if let AttentionConfig::Mla(MlaConfig { kv_elastic_ranks: Some(ranks), .. }) = &self.attention {
+            // Whole, it is a plain model of its family: programs that do not know the key compute the same.
+            extend(&mut out, json!({ "kv_elastic_ranks": ranks }));
+        }
         if self.family == Family::Lowkey {
             extend(
                 &mut out,
@@ -271,6 +275,7 @@ fn mla(keys: &Keys, family: Family, heads: usize) -> Result<AttentionConfig> {
         // DeepSeek-V2 knows no other convention.
         rope_interleave: family == Family::DeepseekV2 || keys.flag("rope_interleave")?.unwrap_or(true),
         kv_cache_ranks: if family == Family::Lowkey { keys.sizes("kv_cache_ranks")? } else { None },
+        kv_elastic_ranks: keys.sizes("kv_elastic_ranks")?,
     }))
 }
 

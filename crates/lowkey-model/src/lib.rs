@@ -56,7 +56,9 @@ mod pass;
 mod rope;
 
 pub use checkpoint::{WeightDtype, weight_files};
-pub use config::{AttentionConfig, AttentionKind, Family, GroupedConfig, MlaConfig, ModelConfig, ModelSection};
+pub use config::{
+    AttentionConfig, AttentionKind, ElasticSection, Family, GroupedConfig, MlaConfig, ModelConfig, ModelSection,
+};
 pub use cost::{CacheWidth, ParameterCount};
 pub use decode_cost::{AttentionCost, DecodeCosts};
 pub use error::{Error, Result};

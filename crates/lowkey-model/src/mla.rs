@@ -12,6 +12,7 @@ use lowkey_kernels::{
 
 use crate::config::{MlaConfig, ModelConfig};
 use crate::layers::{Builder, Linear, RmsNorm};
+use crate::model::Context;
 use crate::rope::RopeTable;
 
 /// ε of the latent norms: transformers builds them without `rms_norm_eps`, whatever the configuration says.
@@ -157,13 +158,14 @@ impl Mla {
     /// of keys, values and scores nothing outlives the operation. W_O has yet to follow.
     ///
     /// # Shapes
-    /// `x [batch, seq, d]`, `document_starts` of length `batch · seq` → `[batch, seq, H·V]`.
-    pub fn attend_causal(&self, x: Tensor<3>, rope: &RopeTable, document_starts: &[u32]) -> Tensor<3> {
+    /// `x [batch, seq, d]`, document starts of length `batch · seq` → `[batch, seq, H·V]`.
+    pub fn attend_causal(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+        let Context { rope, document_starts, kv_rank } = context;
         let queries = self.queries(x.clone(), rope);
         let kv_a = self.kv_a_proj_with_mqa.forward(x);
         let weights = LatentWeights {
             norm: self.kv_a_layernorm.weight.val(),
-            kv_b: self.whole_kv_b(),
+            kv_b: self.whole_kv_b(*kv_rank),
             cos: rope.cos.clone(),
             sin: rope.sin.clone(),
         };
@@ -171,14 +173,16 @@ impl Mla {
         latent_attention(queries, kv_a, weights, document_starts, dims)
     }
 
-    /// `kv_b_proj` over the whole latent, `[H(N+V), L]`: columns of zeros for what was cut. Normalising and reading are one operation
-    /// where a model trains, and a zero column reads nothing.
-    fn whole_kv_b(&self) -> Tensor<2> {
+    /// `kv_b_proj` over the whole latent, `[H(N+V), L]`: columns of zeros for what was cut, or is not to be read past `rank`.
+    /// Normalising and reading are one operation where a model trains, and a zero column reads nothing.
+    fn whole_kv_b(&self, rank: Option<usize>) -> Tensor<2> {
         let weight = self.kv_b_proj.weight.val();
-        let ([rows, read], whole) = (weight.dims(), self.latent_width());
+        let ([rows, kept], whole) = (weight.dims(), self.latent_width());
+        let read = rank.map_or(kept, |rank| rank.min(kept));
         if read == whole {
             return weight;
         }
+        let weight = if read < kept { weight.narrow(1, 0, read) } else { weight };
         let nothing = Tensor::zeros([rows, whole - read], (&weight.device(), weight.dtype()));
         Tensor::cat(vec![weight, nothing], 1)
     }
@@ -192,7 +196,7 @@ impl Mla {
 
     /// Reads the whole latent again, with zeros for what was cut: the same function from a wider cache.
     pub(crate) fn widen(&mut self) {
-        self.kv_b_proj.weight = Param::from_tensor(self.whole_kv_b());
+        self.kv_b_proj.weight = Param::from_tensor(self.whole_kv_b(None));
         self.dims.rank = self.latent_width();
     }
 

@@ -76,6 +76,9 @@ pub struct Context {
     pub rope: RopeTable,
     /// `[batch · seq]`: where in its row the document of a token starts.
     pub document_starts: Vec<u32>,
+    /// MLA: read no more than the first so many numbers of each latent; absent: all that are there. Differs from a cut model
+    /// ([`CausalLm::with_kv_ranks`]) only in that gradients arrive in the whole one's parameters.
+    pub kv_rank: Option<usize>,
 }
 
 /// Intermediate results of a forward pass, for verification and for a look at a model's health.
@@ -126,12 +129,11 @@ impl Block {
     pub fn forward(&self, x: Tensor<3>, context: &Context, trace: Option<&mut Trace>) -> Tensor<3> {
         let normed = self.input_layernorm.forward(x.clone());
         let looked_at = trace.map(|trace| (trace, normed.clone()));
-        let starts = &context.document_starts;
         let heads = match &self.self_attn {
-            Attention::Mla(mla) => mla.attend_causal(normed, &context.rope, starts),
+            Attention::Mla(mla) => mla.attend_causal(normed, context),
             Attention::Grouped(grouped) => {
                 let kv = grouped.key_value(normed.clone(), &context.rope);
-                grouped.attend_causal(grouped.queries(normed, &context.rope), kv, starts)
+                grouped.attend_causal(grouped.queries(normed, &context.rope), kv, &context.document_starts)
             }
         };
         if let Some((trace, normed)) = looked_at {
@@ -274,7 +276,8 @@ impl CausalLm {
 
     /// Positions and documents of whole sequences of `seq` tokens with the given document starts (`[rows · seq]`).
     pub fn context(&self, document_starts: &[u32], seq: usize, device: &Device) -> Context {
-        Context { rope: self.rope_table(&[(0..seq).collect()], device), document_starts: document_starts.to_vec() }
+        let rope = self.rope_table(&[(0..seq).collect()], device);
+        Context { rope, document_starts: document_starts.to_vec(), kv_rank: None }
     }
 
     /// Hidden states after the final norm, `[batch, seq]` → `[batch, seq, d]`.
@@ -314,19 +317,25 @@ impl CausalLm {
     /// exist whole, in either direction; of vectors, the squared error per number.
     pub fn loss<'a>(&self, batch: impl Into<PassBatch<'a>>, z_loss: f64, device: &Device) -> LossSum {
         let batch = batch.into();
-        self.loss_of(self.last_hidden(batch, device, None), batch, z_loss)
+        self.loss_of(self.last_hidden(batch, None, device, None), batch, z_loss)
     }
 
     /// Loss of each position, `[rows · seq_len]`, 0 where there is no target; no gradient flows through it.
     pub fn losses<'a>(&self, batch: impl Into<PassBatch<'a>>, device: &Device, trace: Option<&mut Trace>) -> Tensor<1> {
         let batch = batch.into();
-        self.losses_of(self.last_hidden(batch, device, trace), batch)
+        self.losses_of(self.last_hidden(batch, None, device, trace), batch)
     }
 
-    /// Hidden states after the final norm, `[rows · seq_len, d]`.
-    pub(crate) fn last_hidden(&self, batch: PassBatch, device: &Device, trace: Option<&mut Trace>) -> Tensor<2> {
+    /// Hidden states after the final norm, `[rows · seq_len, d]`, of latents read up to `kv_rank` ([`Context::kv_rank`]).
+    pub(crate) fn last_hidden(
+        &self,
+        batch: PassBatch,
+        kv_rank: Option<usize>,
+        device: &Device,
+        trace: Option<&mut Trace>,
+    ) -> Tensor<2> {
         let [rows, seq_len] = batch.dims();
-        let context = self.context(batch.document_starts(), seq_len, device);
+        let context = Context { kv_rank, ..self.context(batch.document_starts(), seq_len, device) };
         let hidden = self.through_blocks(self.embed(batch, device), &context, trace);
         hidden.reshape([rows * seq_len, self.config.hidden_size])
     }

@@ -122,7 +122,7 @@ impl CausalLm {
     /// Loss of each position, 0 where there is no target, and the token that the model holds most likely there, each
     /// `[rows · seq_len]`. All logits exist at once; no gradient flows.
     pub fn answers(&self, batch: TokenBatch, device: &Device) -> (Tensor<1>, Tensor<1, Int>) {
-        let hidden = self.last_hidden(batch.into(), device, None);
+        let hidden = self.last_hidden(batch.into(), None, device, None);
         let [n, _] = hidden.dims();
         let best = hidden.clone().matmul(self.head_weight().transpose()).argmax(1).reshape([n]);
         (self.losses_of(hidden, batch.into()), best)

@@ -93,6 +93,9 @@ pub enum Error {
     /// The data could not be read or prepared.
     #[error(transparent)]
     Data(#[from] lowkey_data::Error),
+    /// The latents could not be looked into.
+    #[error(transparent)]
+    Convert(#[from] lowkey_convert::Error),
     /// A sample could not be drawn.
     #[error(transparent)]
     Infer(#[from] lowkey_infer::Error),

@@ -4,6 +4,7 @@ mod examples;
 
 use burn::module::Module;
 use burn::tensor::Device;
+use lowkey_convert::{effective_rank, latent_spectra};
 use lowkey_data::storybook::Class;
 use lowkey_data::tasks::HeldExamples;
 use lowkey_data::{Batch, IGNORE, OracleDocument};
@@ -54,6 +55,36 @@ pub struct Evaluation {
     /// The same by class of token.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<ClassEvaluation>,
+    /// MLA: how the latents of each layer spread, on the first rows.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub latents: Vec<LatentHealth>,
+    /// The same text at each narrower rank that the model was trained at.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ranks: Vec<RankEvaluation>,
+}
+
+/// How much of its latent a layer uses.
+#[derive(Clone, Debug, Serialize)]
+pub struct LatentHealth {
+    /// exp of the entropy of the covariance's eigenvalues: so many equally strong directions are as uncertain.
+    pub effective_rank: f64,
+    /// Eigenvalues of the covariance of the normalised latent, largest first.
+    pub covariance: Vec<f64>,
+}
+
+/// A model read at a narrower rank.
+#[derive(Clone, Debug, Serialize)]
+pub struct RankEvaluation {
+    /// Numbers of each latent that are read.
+    pub rank: usize,
+    /// As [`Evaluation::loss`].
+    pub loss: f64,
+    /// As [`Evaluation::gap`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gap: Option<f64>,
+    /// As [`Evaluation::accuracy`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
 }
 
 /// Loss on the tokens of one class.
@@ -73,6 +104,9 @@ pub struct ClassEvaluation {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
 }
+
+/// Rows of the first batch that a look inside is taken at.
+const LOOKED_AT: usize = 4;
 
 /// Documents per pass of the oracle evaluation.
 const DOCUMENTS_PER_PASS: usize = 16;
@@ -109,6 +143,8 @@ fn first_rows<T: Clone>(batches: &[T], most: usize, rows: impl Fn(&T) -> usize) 
 ///
 /// The first token of a document has no context and is not predicted, by the model or by the generator.
 ///
+/// A model that was trained to be read at narrower ranks ([`lowkey_model::ElasticSection`]) is evaluated at each of them as well.
+///
 /// # Errors
 /// [`Error::Device`] where a loss cannot be read back.
 pub fn evaluate(
@@ -120,9 +156,26 @@ pub fn evaluate(
 ) -> Result<Evaluation> {
     let model = model.valid();
     let device = device.clone().without_autodiff();
+    let mut evaluation = evaluate_whole(&model, held, byte_lengths, workers, &device)?;
+    for rank in model.config.elastic_ranks() {
+        let narrow = model.with_kv_ranks(&vec![rank; model.config.num_hidden_layers])?;
+        let Evaluation { loss, gap, accuracy, .. } = evaluate_whole(&narrow, held, byte_lengths, workers, &device)?;
+        evaluation.ranks.push(RankEvaluation { rank, loss, gap, accuracy });
+    }
+    Ok(evaluation)
+}
+
+/// [`evaluate`] at the width that the model is read at; without a graph.
+fn evaluate_whole(
+    model: &CausalLm,
+    held: &Held,
+    byte_lengths: &[u32],
+    workers: &Workers,
+    device: &Device,
+) -> Result<Evaluation> {
     let packed;
     let batches = match held {
-        Held::Examples(held) => return examples::evaluate(&model, held, workers, &device),
+        Held::Examples(held) => return examples::evaluate(model, held, workers, device),
         Held::Batches(batches) => batches,
         Held::Documents(documents) => {
             packed = documents.chunks(DOCUMENTS_PER_PASS).map(one_per_row).collect();
@@ -130,7 +183,7 @@ pub fn evaluate(
         }
     };
     let losses = workers
-        .map(batches, |batch| model.losses(rows(batch, 0, batch.rows), &device, None).try_into_vec_as::<f32>())
+        .map(batches, |batch| model.losses(rows(batch, 0, batch.rows), device, None).try_into_vec_as::<f32>())
         .into_iter()
         .collect::<std::result::Result<Vec<_>, _>>()
         .map_err(|e| Error::Device { what: "the losses", why: format!("{e:?}") })?;
@@ -147,6 +200,7 @@ pub fn evaluate(
         Held::Documents(documents) => by_class(documents, batches, &losses),
         Held::Batches(_) | Held::Examples(_) => Vec::new(),
     };
+    let Looks { max_logit, latents } = look(model, batches.first().map(BatchRef::from), device)?;
     let gap = (!classes.is_empty()).then(|| {
         let entropy: f64 = classes.iter().map(|c| c.entropy * c.tokens as f64).sum();
         loss - entropy / tokens.max(1) as f64
@@ -159,9 +213,11 @@ pub fn evaluate(
         mse: None,
         tokens,
         bytes,
-        max_logit: max_logit(&model, batches.first().map(BatchRef::from), &device)?,
+        max_logit,
         gap,
         classes,
+        latents,
+        ranks: Vec::new(),
     })
 }
 
@@ -209,19 +265,28 @@ fn by_class(documents: &[OracleDocument], batches: &[Batch], losses: &[Vec<f32>]
         .collect()
 }
 
-/// The largest attention logit on the first rows of a batch.
-fn max_logit(model: &CausalLm, batch: Option<BatchRef>, device: &Device) -> Result<f64> {
-    let Some(batch) = batch else { return Ok(0.0) };
+/// What only a look inside tells.
+struct Looks {
+    max_logit: f64,
+    latents: Vec<LatentHealth>,
+}
+
+/// Looks at the first rows of a batch: the largest attention logit, and how the latents spread.
+fn look(model: &CausalLm, batch: Option<BatchRef>, device: &Device) -> Result<Looks> {
+    let Some(batch) = batch else { return Ok(Looks { max_logit: 0.0, latents: Vec::new() }) };
     let mut trace = Trace::default();
-    model.losses(batch.rows(0, batch.count().min(2)), device, Some(&mut trace));
-    let mut largest = f64::NEG_INFINITY;
+    model.losses(batch.rows(0, batch.count().min(LOOKED_AT)), device, Some(&mut trace));
+    let mut max_logit = f64::NEG_INFINITY;
     for logit in trace.max_logit {
         let logit = logit
             .try_into_scalar::<f32>()
             .map_err(|e| Error::Device { what: "an attention logit", why: format!("{e:?}") })?;
-        largest = largest.max(f64::from(logit));
+        max_logit = max_logit.max(f64::from(logit));
     }
-    Ok(largest)
+    // A model that computes no numbers is refused for its loss.
+    let spectra = if max_logit.is_finite() { latent_spectra(trace.latent)? } else { Vec::new() };
+    let health = |covariance: Vec<f64>| LatentHealth { effective_rank: effective_rank(&covariance), covariance };
+    Ok(Looks { max_logit, latents: spectra.into_iter().map(health).collect() })
 }
 
 #[cfg(test)]

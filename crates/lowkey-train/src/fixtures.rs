@@ -37,8 +37,8 @@ pub(crate) fn model(vocab: usize, positions: usize, seed: u64, device: &Device) 
 }
 
 /// Passes of `micro_batch` rows, nothing computed twice.
-pub(crate) fn passes(micro_batch: usize) -> PassSettings {
-    PassSettings { micro_batch, recompute: Recompute::None, z_loss: 0.0 }
+pub(crate) fn passes(micro_batch: usize) -> PassSettings<'static> {
+    PassSettings { micro_batch, recompute: Recompute::None, z_loss: 0.0, narrow: &[], distillation: 0.0 }
 }
 
 pub(crate) fn values(tensor: &Tensor<1>) -> Vec<f32> {

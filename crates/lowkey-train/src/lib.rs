@@ -19,6 +19,7 @@
 
 pub mod bench;
 pub mod checkpoint;
+mod elastic;
 mod error;
 mod evaluate;
 #[cfg(test)]
@@ -41,7 +42,7 @@ mod workers;
 
 pub use checkpoint::{Checkpoints, TrainerState};
 pub use error::{Error, Result};
-pub use evaluate::{ClassEvaluation, Evaluation, Held, evaluate};
+pub use evaluate::{ClassEvaluation, Evaluation, Held, LatentHealth, RankEvaluation, evaluate};
 pub use metrics::{Metrics, MetricsFile};
 pub use optimizer::{Optimizer, ParameterState, clip_factor, global_norm};
 pub use plan::{EXPECTED_MFU, Plan};

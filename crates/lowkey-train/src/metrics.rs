@@ -43,12 +43,18 @@ pub struct Metrics {
     /// The same by class of token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class_gap: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Held-out loss at each narrower rank that the model is trained at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rank_loss: Option<serde_json::Map<String, serde_json::Value>>,
     /// Task: fraction of held-out answers that are the model's most likely token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
     /// Task of vectors: held-out mean squared error per number; an answer of 0 has 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mse: Option<f64>,
+    /// MLA: effective rank of each layer's latents.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent_effective_rank: Option<Vec<f64>>,
     /// Largest attention logit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_attention_logit: Option<f64>,
@@ -63,6 +69,13 @@ impl Metrics {
         self.mse = evaluation.mse;
         self.gap = evaluation.gap;
         self.max_attention_logit = Some(evaluation.max_logit);
+        if !evaluation.latents.is_empty() {
+            self.latent_effective_rank = Some(evaluation.latents.iter().map(|latent| latent.effective_rank).collect());
+        }
+        if !evaluation.ranks.is_empty() {
+            let losses = evaluation.ranks.iter().map(|at| (at.rank.to_string(), serde_json::json!(at.loss)));
+            self.rank_loss = Some(losses.collect());
+        }
         if !evaluation.classes.is_empty() {
             let gaps = evaluation.classes.iter().map(|c| (c.class.clone(), serde_json::json!(c.gap)));
             self.class_gap = Some(gaps.collect());
@@ -79,6 +92,7 @@ impl Metrics {
             ("train/tokens_per_s", self.tokens_per_s),
             ("train/mfu", self.mfu),
         ];
+        let mean = |ranks: &Vec<f64>| ranks.iter().sum::<f64>() / ranks.len().max(1) as f64;
         let evaluated = [
             ("val/loss", self.val_loss),
             ("val/bits_per_byte", self.bits_per_byte),
@@ -86,6 +100,7 @@ impl Metrics {
             ("val/accuracy", self.accuracy),
             ("val/mse", self.mse),
             ("health/max_attention_logit", self.max_attention_logit),
+            ("health/latent_effective_rank", self.latent_effective_rank.as_ref().map(mean)),
         ];
         out.extend(evaluated.into_iter().filter_map(|(tag, value)| value.map(|value| (tag, value))));
         out

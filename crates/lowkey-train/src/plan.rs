@@ -16,7 +16,7 @@ pub struct Plan {
     pub block_parameters: usize,
     /// Of the attentions alone.
     pub attention_parameters: usize,
-    /// Floating-point operations to train on one token.
+    /// Floating-point operations to train on one token, at all widths that a step trains.
     pub train_flops_per_token: f64,
     /// Bytes per cached token in bf16 with full keys and values.
     pub cache_bytes_expanded: usize,

@@ -208,6 +208,14 @@ pub struct TrainingSection {
     /// reported (PaLM, arXiv 2204.02311, section 5: 1e-4); 0: none.
     #[serde(default)]
     pub z_loss: f64,
+    /// A model with `[model.elastic]` ranks: how much of the loss at a narrower rank is its distance to the whole width's
+    /// predictions; the rest is its own. Tasks of vectors learn from their answers alone.
+    #[serde(default = "default_distillation")]
+    pub distillation: f64,
+    /// A model with `[model.elastic]` ranks: the fraction of the steps that train the whole width alone, before the narrower ranks
+    /// join: what is to be told to them has to be known first.
+    #[serde(default = "default_elastic_start")]
+    pub elastic_start: f64,
     /// Number format of the computation.
     #[serde(default)]
     pub dtype: ComputeDtype,
@@ -215,6 +223,14 @@ pub struct TrainingSection {
     /// order for a given number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+}
+
+fn default_distillation() -> f64 {
+    0.5
+}
+
+fn default_elastic_start() -> f64 {
+    0.3
 }
 
 /// Number formats of the computation; master weights stay f32.
@@ -360,10 +376,10 @@ impl RunConfig {
         self.training.threads.unwrap_or_else(crate::workers::available_threads)
     }
 
-    /// How a step's gradients are computed.
-    pub(crate) fn passes(&self) -> PassSettings {
-        let TrainingSection { recompute, z_loss, .. } = self.training;
-        PassSettings { micro_batch: self.micro_batch_size(), recompute, z_loss }
+    /// How a step's gradients are computed, with further passes at the ranks `narrow`.
+    pub(crate) fn passes<'a>(&self, narrow: &'a [usize]) -> PassSettings<'a> {
+        let TrainingSection { recompute, z_loss, distillation, .. } = self.training;
+        PassSettings { micro_batch: self.micro_batch_size(), recompute, z_loss, narrow, distillation }
     }
 
     /// Sequences per forward and backward pass.

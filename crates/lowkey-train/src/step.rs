@@ -15,7 +15,7 @@ pub(crate) struct StepSettings<'a> {
     /// Where the model lies; records gradients.
     pub(crate) device: &'a Device,
     /// How its gradients are computed.
-    pub(crate) passes: PassSettings,
+    pub(crate) passes: PassSettings<'a>,
     /// Largest global norm of the gradient.
     pub(crate) grad_clip: Option<f64>,
 }

@@ -12,6 +12,7 @@ use lowkey_model::{CausalLm, ModelConfig, Parameter};
 use serde_json::json;
 
 use crate::checkpoint::{self, Checkpoints, TrainerState, write_file, write_json};
+use crate::elastic::narrow_ranks;
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::metrics::{Metrics, MetricsFile};
@@ -296,10 +297,15 @@ impl<'a> Run<'a> {
         let step = self.state.step;
         let batch = self.batches.batch(step);
         let lr = config.lr_scheduler.rate(step, config.training.steps, config.optimizer.lr);
+        let narrow = if step as f64 >= config.training.elastic_start * config.training.steps as f64 {
+            narrow_ranks(&self.model.config.elastic_ranks(), config.run.seed, step)
+        } else {
+            Vec::new()
+        };
         let settings = StepSettings {
             workers: &self.workers,
             device: &self.device,
-            passes: config.passes(),
+            passes: config.passes(&narrow),
             grad_clip: config.optimizer.grad_clip,
         };
         let taken = settings.step(&mut self.model, &mut self.optimizer, &batch, step, lr)?;

@@ -24,13 +24,17 @@ pub struct Workers {
 
 /// How a step's gradients are computed.
 #[derive(Clone, Copy, Debug)]
-pub struct PassSettings {
+pub struct PassSettings<'a> {
     /// Rows per forward and backward pass.
     pub micro_batch: usize,
     /// What the backward pass computes again.
     pub recompute: Recompute,
     /// Factor on each squared log-partition.
     pub z_loss: f64,
+    /// Ranks at which the latent is read in further passes.
+    pub narrow: &'a [usize],
+    /// How much of a further pass's loss is its distance to the first pass.
+    pub distillation: f64,
 }
 
 /// Loss and gradients of one optimiser step.
@@ -121,13 +125,13 @@ impl Workers {
         &self,
         model: &CausalLm,
         batch: impl Into<BatchRef<'a>>,
-        settings: PassSettings,
+        settings: PassSettings<'_>,
         device: &Device,
     ) -> Result<StepGradients> {
         let batch: BatchRef = batch.into();
-        let PassSettings { micro_batch, recompute, z_loss } = settings;
+        let PassSettings { micro_batch, recompute, z_loss, narrow, distillation } = settings;
         let targets = batch.target_tokens();
-        let objective = Objective { scale: 1.0 / targets.max(1) as f64, z_loss };
+        let objective = Objective { scale: 1.0 / targets.max(1) as f64, z_loss, narrow, distillation };
         let mut nats = 0.0;
         let mut total: Vec<Tensor<1>> = Vec::new();
         for from in (0..batch.count()).step_by(micro_batch) {

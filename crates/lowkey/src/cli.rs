@@ -52,7 +52,8 @@ pub(crate) enum Command {
     /// Measure a model's loss, bits per byte and, where it is known, the gap to the true entropy
     #[command(after_help = "Examples:\n  \
         lowkey eval runs/quickstart/checkpoints/best --data datasets/storybook.toml\n  \
-        lowkey eval MODEL --data my.txt --split all --json")]
+        lowkey eval MODEL --data my.txt --split all --json\n  \
+        lowkey eval runs/elastic/checkpoints/best --data datasets/storybook.toml --kv-rank 16")]
     Eval(EvalArguments),
     /// Write an inference-ready checkpoint with a certificate that it is the same model
     #[command(after_help = "Examples:\n  \
@@ -71,9 +72,11 @@ pub(crate) enum Command {
         The latents are rotated so that their directions come in the order in which queries and outputs\n\
         read them, which changes nothing; then each layer keeps its first ones, as many as lower the loss\n\
         most on a calibration text (of the model's run, or --data), and its readers are fitted to them.\n\
-        A budget of 100% only rotates.\n\n\
+        A budget of 100% only rotates. --kv-rank keeps the first directions of every layer as they are,\n\
+        for a model that was trained to be read so ([model.elastic]).\n\n\
         Examples:\n  \
         lowkey convert runs/quickstart/checkpoints/best --kv-rank-budget 50%\n  \
+        lowkey convert runs/elastic/checkpoints/best --kv-rank 16\n  \
         lowkey convert MODEL --kv-rank-budget 96 --data my.txt --out models/narrow --json")]
     Convert(ConvertArguments),
     /// Run experiments: many runs of one question, and an answer with error bars
@@ -183,6 +186,9 @@ pub(crate) struct GenerateArguments {
     /// How attention is computed over the latent cache: auto, expanded, absorbed or fused
     #[arg(long, default_value = "auto", value_name = "FORM")]
     pub(crate) decode: String,
+    /// Cache and read only the first R numbers of each latent: meant for models trained with [model.elastic]
+    #[arg(long, value_name = "R")]
+    pub(crate) kv_rank: Option<usize>,
     /// How the cache stores its numbers: f32, bf16, f16 or int8
     #[arg(long, default_value = "f32", value_name = "FORMAT")]
     pub(crate) cache_dtype: String,
@@ -207,6 +213,9 @@ pub(crate) struct EvalArguments {
     /// Sequences per batch
     #[arg(long, default_value_t = 8)]
     pub(crate) batch_size: usize,
+    /// Read only the first R numbers of each latent: meant for models trained with [model.elastic]
+    #[arg(long, value_name = "R")]
+    pub(crate) kv_rank: Option<usize>,
     /// Measure the first N batches only
     #[arg(long, value_name = "N")]
     pub(crate) batches: Option<usize>,

@@ -227,6 +227,19 @@ pub(crate) fn evaluation_table(e: &Evaluation) -> String {
         (None, None) => {}
     }
     let mut text = pairs(&rows);
+    if !e.ranks.is_empty() {
+        let four = |x: f64| format!("{x:.4}");
+        let ranks: Vec<Vec<String>> = e
+            .ranks
+            .iter()
+            .map(|at| {
+                let last = at.accuracy.map(|accuracy| format!("{:.2} %", 100.0 * accuracy)).or(at.gap.map(four));
+                vec![at.rank.to_string(), four(at.loss), last.unwrap_or_default()]
+            })
+            .collect();
+        let last = if e.accuracy.is_some() { "accuracy" } else { "gap (nats/token)" };
+        text = format!("{text}\n\n{}", table(&["read at rank", "loss", last], &ranks));
+    }
     if !e.classes.is_empty() {
         let classes: Vec<Vec<String>> = e.classes.iter().map(class_row).collect();
         let last = if e.accuracy.is_some() { "accuracy" } else { "gap (nats/token)" };

@@ -216,6 +216,7 @@ pub(super) fn config(metadata: &Metadata, tied: bool) -> std::result::Result<Mod
             latent_scale: false,
             rope_interleave: true,
             kv_cache_ranks: None,
+            kv_elastic_ranks: None,
         }),
         rope: rope(metadata)?,
         rms_norm_eps: EPS,

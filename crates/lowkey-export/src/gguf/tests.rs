@@ -25,6 +25,7 @@ pub(crate) fn odd_mla() -> MlaConfig {
         latent_scale: false,
         rope_interleave: true,
         kv_cache_ranks: None,
+        kv_elastic_ranks: None,
     }
 }
 

@@ -50,6 +50,7 @@ fn a_cache_takes_the_bytes_of_its_format() {
         ] {
             let cache = Cache::new(&model, batch, capacity, dtype, &device).unwrap();
             assert_eq!(cache.bytes(), batch * capacity * bytes, "{name}, {dtype}");
+            assert_eq!(dtype.bytes_per_token(&model.config), bytes, "{name}, {dtype}");
         }
     }
 }

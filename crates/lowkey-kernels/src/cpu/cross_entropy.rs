@@ -4,7 +4,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::gemm::{View, product};
-use super::vector::{exp_shifted, max, scale};
+use super::vector::{exp_shifted, exp_shifted_with_gain, max, scale};
 
 /// Logits that exist at a time, about: enough tokens per block that the product does not spend its time on laying out W.
 const LOGITS: usize = 1 << 21;
@@ -135,4 +135,56 @@ pub(crate) fn sums_with_gradients(inputs: Inputs, d_h: &mut [f32], d_weight: &mu
         product([vocab, d, count], d_weight, d, true, p.t(), View::new(&inputs.h[from * d..], d), 1.0);
     }
     inputs.sums(losses.into_iter().enumerate())
+}
+
+/// What a narrower pass is to learn from a wider one: hidden states of the wider, `[n, d]`, under the same head.
+#[derive(Clone, Copy)]
+pub(crate) struct Lesson<'a> {
+    pub(crate) teacher: &'a [f32],
+    /// How much of the loss is the distance to the teacher; the rest is the loss on the target.
+    pub(crate) share: f32,
+}
+
+/// Turns a row of logits and the teacher's row into `share · KL(teacher ‖ student) + (1 − share) · nats` and its gradient, which
+/// replaces the student's row.
+#[inline(always)]
+fn row_lesson(student: &mut [f32], teacher: &mut [f32], target: usize, share: f32) -> f32 {
+    // Far from 0, log-partitions alone have few digits left behind the point: everything is taken from the maxima.
+    let (highest, of_teacher) = (max(student), max(teacher));
+    let at_target = student[target] - highest;
+    let [sum_teacher, gain] = exp_shifted_with_gain(teacher, of_teacher, student, highest);
+    let sum = exp_shifted(student, highest);
+    let log_z = sum.ln();
+    let apart = gain / sum_teacher - sum_teacher.ln() + log_z;
+    let (mine, its) = (1.0 / sum, share / sum_teacher);
+    for (s, t) in student.iter_mut().zip(teacher.iter()) {
+        *s = *s * mine - t * its;
+    }
+    student[target] -= 1.0 - share;
+    share * apart + (1.0 - share) * (log_z - at_target)
+}
+
+/// `Σ share · KL(teacher ‖ student) + (1 − share) · nats` over the tokens with a target, and its gradients as the student's:
+/// `d_h [n, d]` and `d_weight [vocab, d]`.
+pub(crate) fn lessons_with_gradients(inputs: Inputs, lesson: Lesson, d_h: &mut [f32], d_weight: &mut [f32]) -> f64 {
+    let (d, vocab, tokens) = (inputs.width, inputs.vocab(), inputs.block());
+    let mut losses = vec![0.0f32; inputs.targets.len()];
+    let (mut student, mut teacher) = (vec![0.0; tokens * vocab], vec![0.0; tokens * vocab]);
+    d_weight.fill(0.0);
+    for (block, losses) in losses.chunks_mut(tokens).enumerate() {
+        let (from, count) = (block * tokens, losses.len());
+        inputs.logits(from, count, &mut student);
+        Inputs { h: lesson.teacher, ..inputs }.logits(from, count, &mut teacher);
+        let rows = student.par_chunks_exact_mut(vocab).zip(teacher.par_chunks_exact_mut(vocab));
+        rows.zip(losses.par_iter_mut()).enumerate().for_each(|(i, ((student, teacher), loss))| {
+            match usize::try_from(inputs.targets[from + i]) {
+                Ok(target) => *loss = Arch::new().dispatch(|| row_lesson(student, teacher, target, lesson.share)),
+                Err(_) => student.fill(0.0),
+            }
+        });
+        let p = View::new(&student, vocab);
+        product([count, d, vocab], &mut d_h[from * d..], d, false, p, View::new(inputs.weight, d), 1.0);
+        product([vocab, d, count], d_weight, d, true, p.t(), View::new(&inputs.h[from * d..], d), 1.0);
+    }
+    losses.into_iter().map(f64::from).sum()
 }

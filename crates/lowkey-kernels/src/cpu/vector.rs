@@ -58,6 +58,30 @@ pub(crate) fn exp_shifted(row: &mut [f32], shift: f32) -> f32 {
     sum
 }
 
+/// Replaces x by e^(x − shift); returns the sum of these, and of each times (x − shift) − (y − other shift).
+#[inline(always)]
+pub(crate) fn exp_shifted_with_gain(row: &mut [f32], shift: f32, other: &[f32], other_shift: f32) -> [f32; 2] {
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    let (others, other_rest) = other.as_chunks::<LANES>();
+    let (mut sums, mut gains) = ([0.0; LANES], [0.0; LANES]);
+    for (chunk, others) in chunks.iter_mut().zip(others) {
+        for (((x, y), sum), gain) in chunk.iter_mut().zip(others).zip(&mut sums).zip(&mut gains) {
+            let above = *x - shift;
+            *x = exp(above);
+            *sum += *x;
+            *gain += *x * (above - (y - other_shift));
+        }
+    }
+    let (mut sum, mut gain) = (sums.iter().sum(), gains.iter().sum());
+    for (x, y) in rest.iter_mut().zip(other_rest) {
+        let above = *x - shift;
+        *x = exp(above);
+        sum += *x;
+        gain += *x * (above - (y - other_shift));
+    }
+    [sum, gain]
+}
+
 /// Multiplies all elements.
 #[inline(always)]
 pub(crate) fn scale(row: &mut [f32], factor: f32) {

@@ -187,6 +187,30 @@ fn cross_entropy_agrees() {
 }
 
 #[test]
+fn distillation_agrees() {
+    device().seed(11);
+    for (n, d, vocab) in [(1, 3, 2), (7, 24, 67), (255, 40, 257), (257, 12, 67), (300, 8, 9000)] {
+        let (h, w, teacher) = (random([n, d], 1.0), random([vocab, d], 1.0), random([n, d], 1.0));
+        let targets: Vec<i64> = (0..n).map(|i| if i % 5 == 3 { IGNORE } else { (i * 31 % vocab) as i64 }).collect();
+        let index = target_tensor(&targets, &device());
+        for share in [1.0, 0.3, 0.0] {
+            compare(
+                &format!("distillation {n} {d} {vocab}, share {share}"),
+                &[("h", Leaf::Two(h.clone())), ("weight", Leaf::Two(w.clone()))],
+                || distill_sum(h.clone(), w.clone(), teacher.clone(), &targets, share),
+                || reference::distill_sum(h.clone(), w.clone(), teacher.clone(), index.clone(), share),
+            );
+        }
+        let loss = distill_sum(h.clone(), w.clone(), teacher.clone(), &targets, 0.5);
+        assert!(teacher.grad(&loss.backward()).is_none(), "the teacher learns");
+        let own = host(distill_sum(h.clone(), w.clone(), h.clone(), &targets, 1.0));
+        assert!(own[0].abs() < 1e-4, "a pass differs from itself by {}", own[0]);
+        let labelled = host(distill_sum(h.clone(), w.clone(), teacher, &targets, 0.0));
+        assert_close("share 0", labelled, host(cross_entropy_sum(h, w, labels(&targets)).nats));
+    }
+}
+
+#[test]
 fn cross_entropy_survives_extreme_logits_and_no_targets() {
     let h = Tensor::<2>::from_floats([[1e4, 0.0], [-1e4, 0.0]], &device()).require_grad();
     let w = Tensor::<2>::from_floats([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], &device()).require_grad();

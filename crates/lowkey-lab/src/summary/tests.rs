@@ -9,6 +9,8 @@ fn study(rule: Rule, figures: &[(&str, Option<f64>, &[f64])]) -> Study {
         parameters: 10,
         train_flops_per_token: 1.5,
         cache_bytes_per_token: 8,
+        int8_bytes_per_token: 4,
+        decode_bytes: Vec::new(),
         steps: 3,
         mismatch: Some(0.01),
     };
@@ -18,6 +20,7 @@ fn study(rule: Rule, figures: &[(&str, Option<f64>, &[f64])]) -> Study {
             seed: seed as u64,
             metrics: BTreeMap::from([("gap".to_string(), *value)]),
             curve: Vec::new(),
+            spectra: Vec::new(),
         })
     });
     Study {
@@ -27,10 +30,12 @@ fn study(rule: Rule, figures: &[(&str, Option<f64>, &[f64])]) -> Study {
         baseline: 0,
         metric: "gap".into(),
         lower_is_better: true,
+        x: None,
         theory: vec![Theory { name: "line".into(), points: vec![(0.0, 1.0), (10.0, 0.0)] }],
         arms: figures.iter().map(arm).collect(),
         runs: runs.collect(),
         seeds: vec![0, 1, 2, 3],
+        rule_changed: false,
     }
 }
 

@@ -21,7 +21,7 @@ fn attend(block: &Block, x: Tensor<3>, context: &Context) -> Tensor<3> {
     let [causal, masked] = match &block.self_attn {
         Attention::Mla(mla) => {
             let (latent, queries) = (mla.latent(x.clone(), &context.rope), mla.queries(x.clone(), &context.rope));
-            [mla.attend_causal(x, &context.rope, &context.document_starts), mla.attend_expanded(queries, latent, &mask)]
+            [mla.attend_causal(x, context), mla.attend_expanded(queries, latent, &mask)]
         }
         Attention::Grouped(grouped) => {
             let (kv, q) = (grouped.key_value(x.clone(), &context.rope), grouped.queries(x, &context.rope));
@@ -176,7 +176,8 @@ fn attention_depends_on_distances_only() {
         let block = &model.model.layers[0];
         let x = random(14, [1, 10, 12], &device);
         let at = |positions: Vec<usize>| {
-            let context = Context { rope: model.rope_table(&[positions], &device), document_starts: vec![0; 10] };
+            let context =
+                Context { rope: model.rope_table(&[positions], &device), document_starts: vec![0; 10], kv_rank: None };
             values(attend(block, x.clone(), &context))
         };
         let here = at((0..10).collect());

@@ -64,6 +64,7 @@ impl Shape {
     /// [`Error::Model`] where `positions` is out of range.
     pub fn config(&self, positions: usize) -> Result<ModelConfig> {
         let section = ModelSection {
+            elastic: None,
             attention: AttentionKind::Mla,
             vocab_size: Some(self.vocab),
             hidden_size: self.hidden,

@@ -183,7 +183,13 @@ impl Session {
         let settings = StepSettings {
             workers: &self.workers,
             device: &self.device,
-            passes: PassSettings { micro_batch: self.batch, recompute: self.recompute, z_loss: 0.0 },
+            passes: PassSettings {
+                micro_batch: self.batch,
+                recompute: self.recompute,
+                z_loss: 0.0,
+                narrow: &[],
+                distillation: 0.0,
+            },
             grad_clip: self.optimizer_section.grad_clip,
         };
         let started = Instant::now();

@@ -5,7 +5,7 @@ use lowkey_data::IGNORE;
 use lowkey_data::tasks::{AnswerBatch, HeldExamples, VectorBatch};
 use lowkey_model::CausalLm;
 
-use super::{ClassEvaluation, Evaluation, max_logit};
+use super::{ClassEvaluation, Evaluation, Looks, look};
 use crate::error::{Error, Result};
 use crate::rows::{BatchRef, rows};
 use crate::workers::Workers;
@@ -72,6 +72,7 @@ fn tokens(
         gap: mean(sum.nats, sum),
         accuracy: Some(mean(sum.right as f64, sum)),
     };
+    let Looks { max_logit, latents } = look(model, batches.first().map(|held| BatchRef::from(&held.batch)), device)?;
     Ok(Evaluation {
         loss,
         perplexity: Some(loss.exp()),
@@ -80,9 +81,11 @@ fn tokens(
         mse: None,
         tokens: all.answers,
         bytes: 0,
-        max_logit: max_logit(model, batches.first().map(|answers| BatchRef::from(&answers.batch)), device)?,
+        max_logit,
         gap: Some(loss),
         classes: names.iter().zip(&sums).filter(|(_, sum)| sum.answers > 0).map(class).collect(),
+        latents,
+        ranks: Vec::new(),
     })
 }
 
@@ -99,6 +102,7 @@ fn vectors(model: &CausalLm, batches: &[VectorBatch], workers: &Workers, device:
         tokens += batch.target_tokens();
     }
     let mse = total / tokens.max(1) as f64;
+    let Looks { max_logit, latents } = look(model, batches.first().map(BatchRef::from), device)?;
     Ok(Evaluation {
         loss: mse,
         perplexity: None,
@@ -107,9 +111,11 @@ fn vectors(model: &CausalLm, batches: &[VectorBatch], workers: &Workers, device:
         mse: Some(mse),
         tokens,
         bytes: 0,
-        max_logit: max_logit(model, batches.first().map(BatchRef::from), device)?,
+        max_logit,
         gap: None,
         classes: Vec::new(),
+        latents,
+        ranks: Vec::new(),
     })
 }
 

@@ -59,6 +59,8 @@ impl RunConfig {
                 "must lie between 0 and 1 (usual: 1e-4)",
             ));
         }
+        fraction("training.distillation", self.training.distillation)?;
+        fraction("training.elastic_start", self.training.elastic_start)?;
         if self.training.dtype != ComputeDtype::F32 {
             let value = format!("{:?}", self.training.dtype).to_lowercase();
             return Err(Error::config("training.dtype", value, "the CPU trains in f32; write \"f32\""));

@@ -73,7 +73,7 @@ fn defaults_are_these() {
         data = { path = \"text.txt\", seq_len = 24, mask_documents = true }
         optimizer = { kind = \"adamw\", lr = 1e-2, betas = [0.9, 0.95], eps = 1e-8, weight_decay = 0.0 }
         lr_scheduler = { kind = \"constant\", warmup_steps = 0, decay_fraction = 0.2, min_lr_ratio = 0.0 }
-        training = { steps = 100, batch_size = 8, recompute = \"none\", z_loss = 0.0, dtype = \"f32\" }
+        training = { steps = 100, batch_size = 8, recompute = \"none\", z_loss = 0.0, distillation = 0.5, elastic_start = 0.3, dtype = \"f32\" }
         eval = { every = 0, batches = 16, prompts = [], sample_tokens = 200, temperature = 0.8 }
         checkpoint = { every = 0, keep = 2 }
         metrics = { tensorboard = false, every = 1 }

@@ -167,6 +167,60 @@ fn an_interrupted_run_goes_on_to_the_same_bits() {
     assert!(time.windows(2).all(|pair| pair[0].time_s <= pair[1].time_s), "time goes on over sessions");
 }
 
+/// A run that was stopped after these steps and gone on with to its end.
+fn interrupted(overrides: &[&str], stops: [u64; 2]) -> TinyRun {
+    let mut run = TinyRun::new();
+    for stop in stops {
+        let interrupt = AtomicBool::new(false);
+        run.watch(overrides, &interrupt, &mut |event| {
+            if matches!(event, Event::Step(metrics) if metrics.step == stop) {
+                interrupt.store(true, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+        run = run.resumed();
+    }
+    run.train(overrides).unwrap();
+    run
+}
+
+fn same_end(run: &TinyRun, unbroken: &TinyRun) {
+    for file in ["model.safetensors", "trainer.safetensors"] {
+        let read = |run: &TinyRun| std::fs::read(run.checkpoint(STEPS).join(file)).unwrap();
+        assert!(read(run) == read(unbroken), "{file} differs");
+    }
+}
+
+#[test]
+fn every_prefix_of_an_elastic_latent_learns_and_an_interrupted_run_of_it_goes_on_to_the_same_bits() {
+    let elastic = ["model.elastic.ranks=[1, 2, 4]", "training.micro_batch_size=4"];
+    let unbroken = TinyRun::new();
+    let evaluation = unbroken.train(&elastic).unwrap().evaluation.unwrap();
+    let unigram = unigram_entropy();
+    assert_eq!(evaluation.ranks.iter().map(|at| at.rank).collect::<Vec<_>>(), [1, 2, 4]);
+    assert!(evaluation.ranks.iter().all(|at| at.loss < unigram), "{evaluation:?} {unigram}");
+    // The figure at a rank is that of the model which is cut there.
+    let model = CausalLm::load(&unbroken.checkpoint(STEPS), &Device::flex()).unwrap();
+    assert_eq!(model.config.elastic_ranks(), [1, 2, 4]);
+    let cut = model.with_kv_ranks(&vec![2; model.config.num_hidden_layers]).unwrap();
+    assert_eq!(cut.config.elastic_ranks(), [1]);
+    let told = unbroken.metrics().pop().unwrap().rank_loss.unwrap();
+    assert_eq!(told.keys().collect::<Vec<_>>(), ["1", "2", "4"]);
+    same_end(&interrupted(&elastic, [5, 16]), &unbroken);
+
+    // Without narrower passes it would be another model, and before they begin it is the same.
+    let whole = TinyRun::new();
+    whole.train(&["model.elastic.ranks=[1, 2, 4]", "training.micro_batch_size=4", "training.elastic_start=1"]).unwrap();
+    let losses = |run: &TinyRun| run.metrics().iter().map(|m| m.train_loss).collect::<Vec<f64>>();
+    // 0.3 of 40 steps, and the first step that differs shows in the loss of the next.
+    assert_eq!(losses(&whole)[..13], losses(&unbroken)[..13]);
+    assert!(losses(&whole)[13..] != losses(&unbroken)[13..]);
+    for ranks in ["[]", "[0]", "[4, 2]", "[2, 2]", "[99]"] {
+        let refused = message(TinyRun::new().train(&[&format!("model.elastic.ranks={ranks}")]));
+        assert!(refused.contains("elastic.ranks"), "{refused}");
+    }
+}
+
 #[test]
 fn muon_learns_and_an_interrupted_run_of_it_goes_on_to_the_same_bits() {
     let muon = ["optimizer.kind=muon", "optimizer.momentum=0.9"];
@@ -176,22 +230,8 @@ fn muon_learns_and_an_interrupted_run_of_it_goes_on_to_the_same_bits() {
     let unigram = unigram_entropy();
     assert!(first > 5.0 && last < unigram && evaluation.loss < unigram, "{first} {last} {} {unigram}", evaluation.loss);
 
-    let mut run = TinyRun::new();
-    for stop in [5, 16] {
-        let interrupt = AtomicBool::new(false);
-        run.watch(&muon, &interrupt, &mut |event| {
-            if matches!(event, Event::Step(metrics) if metrics.step == stop) {
-                interrupt.store(true, Ordering::Relaxed);
-            }
-        })
-        .unwrap();
-        run = run.resumed();
-    }
-    run.train(&muon).unwrap();
-    for file in ["model.safetensors", "trainer.safetensors"] {
-        let read = |run: &TinyRun| std::fs::read(run.checkpoint(STEPS).join(file)).unwrap();
-        assert!(read(&run) == read(&unbroken), "{file} differs");
-    }
+    let run = interrupted(&muon, [5, 16]);
+    same_end(&run, &unbroken);
     let refused = message(run.train(&["optimizer.kind=muon"]));
     assert!(refused.contains("[optimizer] is not what the run began with"), "{refused}");
 }

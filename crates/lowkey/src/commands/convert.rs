@@ -33,7 +33,13 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
         return Err(WrongUse("--tokens must be at least 2".into()).into());
     }
     let model = super::load_model(&arguments.model, &device)?;
-    let budget = budget(&arguments.kv_rank_budget, &model)?;
+    let (budget, prefix) = match (&arguments.kv_rank_budget, arguments.kv_rank) {
+        (Some(asked), _) => (budget(asked, &model)?, None),
+        (None, rank) => {
+            let narrow = super::read_at(model.clone(), rank)?;
+            (narrow.config.kv_ranks().iter().sum(), Some(narrow))
+        }
+    };
     let out = arguments
         .out
         .clone()
@@ -43,6 +49,21 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
             "{}: already there; --overwrite replaces a converted model, or choose another folder with --out",
             out.display()
         );
+    }
+    if let Some(narrow) = prefix {
+        let report = json!({ "kv_lora_ranks": model.config.kv_ranks(), "kept": narrow.config.kv_ranks() });
+        write(&arguments.model, &out, &narrow, &report)?;
+        if arguments.json {
+            return say_json(&json!({ "out": out, "report": report }));
+        }
+        let all: usize = model.config.kv_ranks().iter().sum();
+        let cache = [&model, &narrow].map(|model| bytes(2 * model.config.cache_numbers()));
+        let [before, after] = cache;
+        say(&format!(
+            "{}: the first {budget} of {all} latent directions\ncache  {before} → {after} per token in bf16",
+            out.display()
+        ));
+        return Ok(());
     }
     let calibration = text::Calibration::find(arguments.data.as_deref(), &arguments.model, &model, arguments.tokens)?;
     let bar = Measuring::new();

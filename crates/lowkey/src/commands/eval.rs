@@ -19,11 +19,11 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
     let device = Device::flex();
     let dataset = super::data::dataset(&arguments.data)?;
     if let Some(corpus) = TaskCorpus::new(&dataset)? {
-        let model = super::load_model(&arguments.model, &device)?;
+        let model = super::read_at(super::load_model(&arguments.model, &device)?, arguments.kv_rank)?;
         return report(arguments, &on_task(arguments, &model, &corpus, &device)?);
     }
     let tokenizer = Tokenizer::from_model_dir(&arguments.model)?;
-    let model = super::load_model(&arguments.model, &device)?;
+    let model = super::read_at(super::load_model(&arguments.model, &device)?, arguments.kv_rank)?;
     let longest = model.config.max_position_embeddings;
     let seq_len = arguments.seq_len.unwrap_or(longest.min(2048));
     if seq_len == 0 || seq_len > longest {

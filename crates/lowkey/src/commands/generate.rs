@@ -27,7 +27,13 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     }
     let device = Device::flex();
     let tokenizer = Tokenizer::from_model_dir(&arguments.model)?;
-    let model = super::load_model(&arguments.model, &device)?;
+    let whole = super::load_model(&arguments.model, &device)?;
+    // Weights that were fused are of the whole latent.
+    let fused = match arguments.kv_rank {
+        None => super::export::fused_weights(&arguments.model, &whole, &device)?,
+        Some(_) => Vec::new(),
+    };
+    let model = super::read_at(whole, arguments.kv_rank)?;
     let mut ids = tokenizer.encode(&prompt).map_err(|e| WrongUse(format!("the prompt cannot be encoded: {e}")))?;
     if ids.is_empty() {
         // With nothing to continue, a text begins where the last one ended.
@@ -54,7 +60,6 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     // Not before the first token: a message about a refused request stands alone.
     let mut unprinted = (!arguments.json).then_some(prompt.as_str());
     let mut failure = None;
-    let fused = super::export::fused_weights(&arguments.model, &model, &device)?;
     let out = lowkey_infer::generate(Weights { model: &model, fused: &fused }, &ids, &config, &device, &mut |id| {
         unprinted.take().into_iter().for_each(stream);
         writer.push(id).unwrap_or_else(|e| {

@@ -16,10 +16,11 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use burn::tensor::Device;
-use lowkey_model::CausalLm;
+use lowkey_model::{AttentionConfig, CausalLm};
 use lowkey_train::checkpoint;
 
 use crate::cli::{Arguments, Command, DataCommand};
+use crate::output::complain;
 
 /// The command line asked for something that makes no sense.
 #[derive(Debug)]
@@ -39,6 +40,26 @@ fn load_model(dir: &Path, device: &Device) -> anyhow::Result<CausalLm> {
         checkpoint::verify(dir)?;
     }
     Ok(CausalLm::load(dir, device)?)
+}
+
+/// The model with only the first `rank` numbers of each latent read.
+fn read_at(model: CausalLm, rank: Option<usize>) -> anyhow::Result<CausalLm> {
+    let Some(rank) = rank else { return Ok(model) };
+    let config = &model.config;
+    let narrow = model
+        .with_kv_ranks(&vec![rank; config.num_hidden_layers])
+        .map_err(|e| WrongUse(format!("--kv-rank {rank}: {e}")))?;
+    if let AttentionConfig::Mla(mla) = &config.attention
+        && rank < config.kv_ranks().into_iter().min().unwrap_or(0)
+        && !mla.kv_elastic_ranks.as_ref().is_some_and(|ranks| ranks.contains(&rank))
+    {
+        let trained = mla.kv_elastic_ranks.as_ref().map_or_else(
+            || "train it with [model.elastic], or narrow it with lowkey convert --kv-rank-budget".into(),
+            |ranks| format!("its ranks are {ranks:?} and the whole {}", mla.kv_lora_rank),
+        );
+        complain(&format!("note: this model was not trained to be read at rank {rank}; {trained}"));
+    }
+    Ok(narrow)
 }
 
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {

@@ -8,6 +8,7 @@ mod bad_input;
 mod bench;
 mod commands;
 mod convert;
+mod elastic;
 mod export;
 mod lab;
 mod reference;

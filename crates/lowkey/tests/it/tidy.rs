@@ -14,7 +14,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("lowkey-infer", &["lowkey-model", "lowkey-kernels"]),
     ("lowkey-convert", &["lowkey-model"]),
     ("lowkey-export", &["lowkey-data", "lowkey-infer", "lowkey-model"]),
-    ("lowkey-train", &["lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-kernels"]),
+    ("lowkey-train", &["lowkey-convert", "lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-kernels"]),
     ("lowkey-lab", &["lowkey-infer", "lowkey-model", "lowkey-train"]),
     (
         "lowkey",
