@@ -229,6 +229,7 @@ fn arm(experiment: &Experiment, draft: &Draft, overrides: &[String], costs: &Cos
         train_flops_per_token: costs.model.train_flops_per_token(costs.config.data.seq_len),
         cache_bytes_per_token: costs.model.cache_numbers() * F32,
         int8_bytes_per_token: CacheDtype::Int8.bytes_per_token(&costs.model),
+        decode_tokens_per_s: Vec::new(),
         decode_bytes: CONTEXTS.iter().map(|context| (*context, decode_bytes(&costs.model, *context))).collect(),
         steps: costs.config.training.steps,
         mismatch,

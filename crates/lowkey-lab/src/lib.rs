@@ -50,6 +50,7 @@
 //! **What this crate does not know.** The command line and the terminal; how a run is trained.
 
 mod collect;
+mod decode;
 mod error;
 mod expand;
 mod experiment;

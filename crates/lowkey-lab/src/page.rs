@@ -52,6 +52,7 @@ pub(crate) fn page(study: &Study, summary: &Summary) -> String {
         drawing.learning_curves(),
         drawing.spectra(),
         drawing.decoding(),
+        drawing.decoding_speed(),
     ];
     out += &sections.into_iter().flatten().collect::<String>();
     out + "</body>\n</html>\n"
@@ -180,7 +181,7 @@ impl Drawing<'_> {
             let points = inside.map(|(x, y)| Point::new(*x, *y)).collect();
             series.push(Series { name: theory.name.clone(), look: 0, style: Style::Dashed, points });
         }
-        let mut caption = format!("{} over {}.", study.metric, self.axis());
+        let mut caption = format!("{} over {}. {}", study.metric, self.axis(), study.knee(&self.summary.arms, 1.0));
         if study.theory.is_empty()
             && study.lower_is_better
             && let Some(law) = self.law(&with_x)
@@ -403,7 +404,31 @@ impl Drawing<'_> {
         });
         Some(format!(
             "<h2>Bytes that a decoded token reads</h2>\n{}<p>Weights and cache in f32 at batch 1, by tokens in the cache; MLA in its \
-             absorbed form. <code>lowkey bench decode MODEL</code> measures the tokens per second that come of it.</p>\n",
+             absorbed form. <code>lowkey lab report --decode 512,4096</code> measures the tokens per second that come of it.</p>\n",
+            table(&header, rows)
+        ))
+    }
+
+    /// What of it was measured where the report was made.
+    fn decoding_speed(&self) -> Option<String> {
+        let arms = || self.study.arms.iter();
+        let contexts: BTreeSet<usize> =
+            arms().flat_map(|arm| &arm.decode_tokens_per_s).map(|(context, _)| *context).collect();
+        if contexts.is_empty() {
+            return None;
+        }
+        let header: Vec<String> =
+            std::iter::once("arm".into()).chain(contexts.iter().map(|context| format!("at {context}"))).collect();
+        let header: Vec<&str> = header.iter().map(String::as_str).collect();
+        let rows = arms().map(|arm| {
+            let speeds: BTreeMap<usize, f64> = arm.decode_tokens_per_s.iter().copied().collect();
+            let cells =
+                contexts.iter().map(|at| speeds.get(at).map_or_else(|| "—".into(), |speed| format!("{speed:.0}")));
+            std::iter::once(arm.name.clone()).chain(cells).collect()
+        });
+        Some(format!(
+            "<h2>Decoded tokens per second</h2>\n{}<p>On the machine that made this page, caches in f32 at batch 1, by tokens in the \
+             cache; MLA in its absorbed form.</p>\n",
             table(&header, rows)
         ))
     }

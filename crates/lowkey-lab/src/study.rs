@@ -52,6 +52,8 @@ pub struct Arm {
     pub int8_bytes_per_token: usize,
     /// Bytes that a decoded token reads, weights and cache in f32, by tokens in the cache; MLA in its absorbed form.
     pub decode_bytes: Vec<(usize, f64)>,
+    /// Tokens per second by tokens in the cache, at batch 1, where they were measured.
+    pub decode_tokens_per_s: Vec<(usize, f64)>,
     /// Optimiser steps.
     pub steps: u64,
     /// How far it is from the baseline in what was to be matched, relative; absent where nothing was.

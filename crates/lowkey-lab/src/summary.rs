@@ -120,7 +120,8 @@ impl Study {
         ))
     }
 
-    fn knee(&self, arms: &[ArmSummary], percent: f64) -> String {
+    /// The smallest x that is nearly as good as the best.
+    pub(crate) fn knee(&self, arms: &[ArmSummary], percent: f64) -> String {
         let with_x = || arms.iter().filter_map(|arm| Some((arm.arm.x?, &arm.arm.name, arm.metric?)));
         let best = with_x().min_by(|a, b| self.worse_by(a.2.mean).total_cmp(&self.worse_by(b.2.mean)));
         let Some((best_x, best_name, best)) = best else { return "No arm with an x is finished.".into() };

@@ -134,9 +134,9 @@ impl Measuring {
         Self { bar }
     }
 
-    pub(crate) fn show(&self, doing: &'static str, done: usize, of: usize) {
+    pub(crate) fn show(&self, doing: &str, done: usize, of: usize) {
         self.bar.set_length(of as u64);
-        self.bar.set_message(doing);
+        self.bar.set_message(doing.to_string());
         self.bar.set_position(done as u64);
     }
 }

@@ -10,6 +10,7 @@ fn study() -> Study {
         train_flops_per_token: 6000.0,
         cache_bytes_per_token: bytes,
         int8_bytes_per_token: bytes / 4 + 8,
+        decode_tokens_per_s: vec![(512, 1234.5)],
         decode_bytes: vec![(128, 2e6), (512, 3e6)],
         steps: 10,
         mismatch: Some(0.001),
@@ -69,13 +70,15 @@ fn a_page_answers_first_and_stands_alone() {
         "kv_lora_rank-8 against mha &lt;b&gt;: better",
         "Fit: L∞",
         "int8",
+        "1234",
+        "smallest x within",
     ] {
         assert!(page.contains(text), "{text}");
     }
     assert!(!page.contains("Is <this>") && !page.contains("<script") && !page.contains("href=\"http"));
     // The curve, the front, learning curves and spectra.
     assert_eq!(page.matches("<svg").count(), 4);
-    assert_eq!(page.matches("<h2>").count(), 6);
+    assert_eq!(page.matches("<h2>").count(), 7);
     for tag in ["table", "figure", "h2", "ul", "li", "div"] {
         let opened = page.matches(&format!("<{tag}>")).count() + page.matches(&format!("<{tag} ")).count();
         assert_eq!(opened, page.matches(&format!("</{tag}>")).count(), "{tag}");

@@ -11,6 +11,7 @@ fn study(rule: Rule, figures: &[(&str, Option<f64>, &[f64])]) -> Study {
         cache_bytes_per_token: 8,
         int8_bytes_per_token: 4,
         decode_bytes: Vec::new(),
+        decode_tokens_per_s: Vec::new(),
         steps: 3,
         mismatch: Some(0.01),
     };

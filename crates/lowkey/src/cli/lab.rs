@@ -16,8 +16,10 @@ pub(crate) enum LabCommand {
         lowkey lab run experiments/rank-sweep/experiment.toml --dry-run\n  \
         lowkey lab run experiments/rank-sweep/experiment.toml --jobs 2")]
     Run(LabRunArguments),
-    /// Gather the finished runs into results.csv and table.md
-    #[command(after_help = "Example:\n  lowkey lab report experiments/rank-sweep/experiment.toml")]
+    /// Gather the finished runs into report.html, table.md and results.csv
+    #[command(after_help = "Examples:\n  \
+        lowkey lab report experiments/rank-sweep/experiment.toml\n  \
+        lowkey lab report experiments/rank-sweep/experiment.toml --decode 512,4096")]
     Report(LabReportArguments),
 }
 
@@ -49,6 +51,9 @@ pub(crate) struct LabReportArguments {
     /// Folder of the runs [default: runs/NAME]
     #[arg(long, value_name = "DIR")]
     pub(crate) runs: Option<PathBuf>,
+    /// Measure how fast each arm decodes with so many tokens in the cache, for report.html
+    #[arg(long, value_name = "N,N…", value_delimiter = ',')]
+    pub(crate) decode: Vec<usize>,
     /// Folder to write to [default: that of the experiment file]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,

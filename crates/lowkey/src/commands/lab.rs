@@ -14,6 +14,7 @@ use serde_json::json;
 use super::WrongUse;
 use crate::cli::{LabCommand, LabReportArguments, LabRunArguments};
 use crate::output::{complain, count, duration, pairs, say, say_json, table};
+use crate::progress::Measuring;
 
 pub(crate) fn lab(command: LabCommand) -> anyhow::Result<ExitCode> {
     match command {
@@ -191,7 +192,16 @@ fn report(arguments: &LabReportArguments) -> anyhow::Result<()> {
     };
     let dir = arguments.out.clone().unwrap_or_else(beside);
     let expanded = Expanded::new(experiment)?;
-    let study = expanded.collect(&runs)?;
+    let mut study = expanded.collect(&runs)?;
+    if !arguments.decode.is_empty() {
+        let bar = Measuring::new();
+        let (mut done, of) = (0, study.arms.len());
+        let mut observe = |arm: &str| {
+            bar.show(arm, done, of);
+            done += 1;
+        };
+        expanded.measure_decoding(&mut study, &runs, &arguments.decode, &mut observe)?;
+    }
     std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
     let summary = lowkey_lab::report(&study, &dir)?;
     if arguments.json {
@@ -212,6 +222,6 @@ fn report(arguments: &LabReportArguments) -> anyhow::Result<()> {
         .collect();
     say(&format!("{}\n{}", study.question, summary.verdict.join("\n")));
     say(&table(&["arm", "n", &study.metric, "difference"], &rows));
-    say(&format!("written: {}", dir.join("table.md").display()));
+    say(&format!("written: {}", dir.join("report.html").display()));
     Ok(())
 }
