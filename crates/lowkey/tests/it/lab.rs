@@ -89,17 +89,17 @@ fn folder() -> tempfile::TempDir {
     dir
 }
 
-/// Runs the sweep and reports it; the bytes of both tables.
-fn whole(dir: &Path, runs: &str) -> [Vec<u8>; 2] {
+/// Runs the sweep and reports it; the bytes of all that is written.
+fn whole(dir: &Path, runs: &str) -> [Vec<u8>; 3] {
     let (experiment, runs) = (dir.join("experiment.toml"), dir.join(runs));
     succeed(&["lab", "run", text(&experiment), "--out", text(&runs), "--jobs", "2"]);
     report(dir, &runs)
 }
 
-fn report(dir: &Path, runs: &Path) -> [Vec<u8>; 2] {
+fn report(dir: &Path, runs: &Path) -> [Vec<u8>; 3] {
     let (experiment, out) = (dir.join("experiment.toml"), runs.join("report"));
     succeed(&["lab", "report", text(&experiment), "--runs", text(runs), "--out", text(&out)]);
-    ["results.csv", "table.md"].map(|file| fs::read(out.join(file)).unwrap())
+    ["results.csv", "table.md", "report.html"].map(|file| fs::read(out.join(file)).unwrap())
 }
 
 /// Whether anything below a folder has been written: something to interrupt.
@@ -167,6 +167,19 @@ fn shards_are_the_whole_and_share_nothing() {
     assert!(csv.lines().next().unwrap().contains("int8.val_loss"), "{csv}");
     let table = String::from_utf8(report[1].clone()).unwrap();
     assert!(table.contains("Does it run?") && table.contains("kv_lora_rank-8 against mha"), "{table}");
+    let page = String::from_utf8(report[2].clone()).unwrap();
+    assert!(page.contains("<svg") && page.contains("cache in int8") && !page.contains("Decoded tokens per second"));
+
+    // Speed belongs to the machine: only where it is asked for.
+    let arguments = ["lab", "report", text(&experiment), "--runs", text(&runs), "--out", text(&runs)];
+    succeed(&[&arguments[..], &["--decode", "16,24"]].concat());
+    let page = fs::read_to_string(runs.join("report.html")).unwrap();
+    assert!(page.contains("Decoded tokens per second") && page.contains("<th>at 24</th>"), "{page}");
+    assert!(!page.contains("is not what it was when"), "{page}");
+
+    // A rule that was made up afterwards is called that.
+    fs::write(&experiment, EXPERIMENT.replace("margin = 0.01", "margin = 9.0")).unwrap();
+    assert!(succeed(&arguments).contains("The rule, the metric or the baseline is not what it was"));
 }
 
 #[test]
