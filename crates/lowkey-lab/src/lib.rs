@@ -8,7 +8,7 @@
 //!
 //! **Flow.** [`Experiment::load`] → [`Expanded::new`] solves for the widths (or steps, or groups) that match the arms → [`sweep`] runs
 //! them through the one training loop of `lowkey-train`, several at a time in this process, so that a killed sweep leaves no run
-//! behind → [`Expanded::collect`] reads the finished runs → [`report`] writes `results.csv` and `table.md`.
+//! behind → [`Expanded::collect`] reads the finished runs → [`report`] writes `results.csv`, `table.md` and `report.html`, a page of its own with plots.
 //!
 //! **An experiment file.**
 //!

@@ -12,8 +12,8 @@ use crate::summary::{ArmSummary, Summary};
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111}\
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}.question{font-size:1.1rem;color:#333}\
 .verdict{border-left:4px solid #0072b2;background:#f3f7fa;padding:.6rem 1rem;margin:1rem 0}.verdict ul{margin:0;padding-left:1.1rem}\
-table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}\
-th,td{white-space:nowrap;padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}\
+table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums}\
+th,td{white-space:nowrap;padding:.2rem .45rem;text-align:right;border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}\
 figure{margin:1rem 0}figure svg{max-width:100%;height:auto}figcaption{font-size:.85rem;color:#444}code{font-size:.85rem}\
 .scroll{overflow-x:auto}@media print{body{margin:0;max-width:none}figure,tr{break-inside:avoid}}";
 
@@ -262,7 +262,12 @@ impl Drawing<'_> {
         let mut caption = String::from("f32 caches.");
         let quantised = self.quantised();
         if !quantised.is_empty() {
-            series.push(Series { name: "cache in int8".into(), look: 4, style: Style::Hollow, points: quantised });
+            series.push(Series {
+                name: "cache in int8".into(),
+                look: series.len() + 1,
+                style: Style::Hollow,
+                points: quantised,
+            });
             caption =
                 "Filled: f32 caches. Hollow: the same models with caches in int8, with a scale for every token.".into();
         }
