@@ -7,9 +7,9 @@ use crate::fit::PowerLaw;
 use crate::plot::{Plot, Point, Series, Style, short};
 use crate::stats::Mean;
 use crate::study::Study;
-use crate::summary::{ArmSummary, Summary};
+use crate::summary::{ArmSummary, Summary, line};
 
-const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111}\
+const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#111}\
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}.question{font-size:1.1rem;color:#333}\
 .verdict{border-left:4px solid #0072b2;background:#f3f7fa;padding:.6rem 1rem;margin:1rem 0}.verdict ul{margin:0;padding-left:1.1rem}\
 table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums}\
@@ -176,10 +176,12 @@ impl Drawing<'_> {
             series.push(Series { name, look: i + 1, style: Style::Both, points });
         }
         series.extend(self.elastic(series.len() + 1, |_, rank| Some(rank as f64)));
-        for theory in &study.theory {
-            let inside = theory.points.iter().filter(|(x, _)| (least..=most).contains(x));
-            let points = inside.map(|(x, y)| Point::new(*x, *y)).collect();
-            series.push(Series { name: theory.name.clone(), look: 0, style: Style::Dashed, points });
+        for (i, theory) in study.theory.iter().enumerate() {
+            let inside = theory.points.iter().map(|(x, _)| *x).filter(|x| least < *x && *x < most);
+            let corners = std::iter::once(least).chain(inside).chain([most]);
+            let points = corners.filter_map(|x| Some(Point::new(x, line(&theory.points, x)?))).collect();
+            let look = if i == 0 { 0 } else { series.len() + 1 };
+            series.push(Series { name: theory.name.clone(), look, style: Style::Dashed, points });
         }
         let mut caption = format!("{} over {}. {}", study.metric, self.axis(), study.knee(&self.summary.arms, 1.0));
         if study.theory.is_empty()

@@ -94,7 +94,7 @@ impl Study {
 
     /// Positive where worse.
     fn worse_by(&self, difference: f64) -> f64 {
-        if self.lower_is_better { difference } else { -difference }
+        if self.lower_is_better { difference } else { 0.0 - difference }
     }
 
     fn against_margin(&self, arm: &ArmSummary, margin: f64) -> Option<String> {
@@ -210,7 +210,7 @@ impl Study {
 }
 
 /// The height of a broken line at `x`; `None` outside of it.
-fn line(points: &[(f64, f64)], x: f64) -> Option<f64> {
+pub(crate) fn line(points: &[(f64, f64)], x: f64) -> Option<f64> {
     let pair = points.windows(2).find(|pair| pair[0].0 <= x && x <= pair[1].0)?;
     let [(x0, y0), (x1, y1)] = pair else { return None };
     Some(y0 + (y1 - y0) * (x - x0) / (x1 - x0))

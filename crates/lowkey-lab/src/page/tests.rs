@@ -92,4 +92,6 @@ fn a_page_of_nothing_yet_says_so() {
     study.theory = vec![Theory { name: "line".into(), points: vec![(0.0, 1.0), (40.0, 0.0)] }];
     let page = page(&study, &study.summary());
     assert!(page.contains("Preliminary: 0 of 15") && page.contains("</html>"), "{page}");
+    // Drawn from the first rank to the last, although its corners lie outside.
+    assert!(page.contains(">line</text>") || page.contains(">\nline\n</text>"), "{page}");
 }
