@@ -3,26 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::activation::log_softmax;
-use burn::tensor::{Device, Int, Tensor, TensorData};
-use lowkey_infer::{CacheDtype, Decoder, Form};
-use lowkey_model::{AttentionConfig, CausalLm};
-use lowkey_train::{Held, Metrics, RunConfig, RunOptions, checkpoint};
+use lowkey_train::{Metrics, checkpoint};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::expand::Expanded;
 use crate::experiment::{Better, Experiment};
+use crate::quantised::QUANTISED;
 use crate::study::{RunResult, Study};
 
 /// Figures of a finished run, by the training loop.
 const EVALUATION: &str = "evaluation.json";
-
-/// Held-out loss with a quantised cache, by the lab.
-const QUANTISED: &str = "quantised.json";
-
-/// Documents at a time in an evaluation over caches.
-const DOCUMENTS: usize = 16;
 
 /// Whether all steps of the run in a folder are taken.
 pub(crate) fn finished(out: &Path) -> bool {
@@ -90,7 +81,7 @@ fn rule_changed(out: &Path, experiment: &Experiment) -> Result<bool> {
     Ok(kept != rule_text(experiment))
 }
 
-fn read_json(path: &Path) -> Result<Value> {
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e.to_string()))?;
     serde_json::from_str(&text).map_err(|e| Error::file(path, format!("{e}; remove it to run this again")))
 }
@@ -129,7 +120,9 @@ fn metrics(out: &Path, evaluation: &Value) -> Result<BTreeMap<String, f64>> {
     }
     let quantised = out.join(QUANTISED);
     if quantised.is_file() {
-        put("int8.val_loss".into(), read_json(&quantised)?.get("int8"));
+        let quantised = read_json(&quantised)?;
+        put("int8.val_loss".into(), quantised.get("int8"));
+        put("int4.val_loss".into(), quantised.get("int4"));
     }
     let latents = evaluation.get("latents").and_then(Value::as_array).into_iter().flatten();
     let effective: Vec<f64> = latents.filter_map(|latent| latent.get("effective_rank")?.as_f64()).collect();
@@ -144,58 +137,4 @@ fn curve(path: &Path) -> Result<Vec<(u64, f64)>> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e.to_string()))?;
     let lines = text.lines().filter_map(|line| serde_json::from_str::<Metrics>(line).ok());
     Ok(lines.filter_map(|line| Some((line.step, line.val_loss?))).collect())
-}
-
-/// Evaluates a finished run's model with its cache in int8 and writes the figure down, where that has not been done; whether there
-/// is such a figure now, or can be none.
-pub(crate) fn quantise(out: &Path, config: &RunConfig, expanded: &Expanded) -> Result<bool> {
-    let path = out.join(QUANTISED);
-    if path.is_file() {
-        return Ok(true);
-    }
-    let Some(dir) = checkpoint::newest(&out.join("checkpoints"))? else { return Ok(false) };
-    let options = RunOptions {
-        run_file: expanded.experiment.base_path(),
-        out: out.to_path_buf(),
-        resume: true,
-        overwrite: false,
-        environment: serde_json::Map::new(),
-    };
-    let data = lowkey_train::setup(config, &options, &mut |_| {})?.data;
-    let Held::Documents(documents) = &data.held else { return Ok(true) };
-    let device = Device::flex();
-    let model = CausalLm::load(&dir, &device).map_err(lowkey_train::Error::from)?;
-    let form = match model.config.attention {
-        AttentionConfig::Mla(_) => Form::Absorbed,
-        AttentionConfig::Grouped(_) => Form::Expanded,
-    };
-    let (mut nats, mut tokens) = (0.0, 0);
-    for documents in documents.chunks(DOCUMENTS) {
-        let rows: Vec<&[u32]> = documents
-            .iter()
-            .map(|document| &document.ids[..document.ids.len().saturating_sub(1)])
-            .filter(|ids| !ids.is_empty())
-            .collect();
-        let next: Vec<&[u32]> =
-            documents.iter().filter(|document| document.ids.len() > 1).map(|document| &document.ids[1..]).collect();
-        let Some(longest) = rows.iter().map(|row| row.len()).max() else { continue };
-        let decoder = Decoder::with_cache(&model, [rows.len(), longest], CacheDtype::Int8, form, &device);
-        let logits = decoder.and_then(|mut decoder| decoder.forward(&rows)).map_err(lowkey_train::Error::from)?;
-        // Padding is given token 0 to predict, and not counted.
-        let padded = |ids: &&[u32]| {
-            let ids = ids.iter().map(|id| *id as i32).chain(std::iter::repeat(0)).take(longest);
-            ids.collect::<Vec<i32>>()
-        };
-        let targets: Vec<i32> = next.iter().flat_map(padded).collect();
-        let targets = Tensor::<3, Int>::from_data(TensorData::new(targets, [rows.len(), longest, 1]), &device);
-        let losses = log_softmax(logits, 2).gather(2, targets).try_into_vec_as::<f32>();
-        let losses = losses.map_err(|e| Error::file(&dir, format!("the losses cannot be read back: {e:?}")))?;
-        for (row, losses) in next.iter().zip(losses.chunks(longest)) {
-            nats -= losses.iter().take(row.len()).map(|loss| f64::from(*loss)).sum::<f64>();
-            tokens += row.len();
-        }
-    }
-    let figure = serde_json::json!({ "int8": nats / f64::from(u32::try_from(tokens.max(1)).unwrap_or(u32::MAX)) });
-    checkpoint::write_file(&path, figure.to_string().as_bytes())?;
-    Ok(true)
 }

@@ -36,7 +36,7 @@ pub struct Experiment {
     /// Threads of each run. Sums are taken in an order that depends on it, so it belongs to the experiment, not to the machine.
     #[serde(default = "one")]
     pub threads: usize,
-    /// Evaluate finished models with their caches in int8, too. For corpora whose entropy is known, as their documents stand alone.
+    /// Evaluate finished models with their caches in int8 and int4, too. For corpora whose entropy is known, as their documents stand alone.
     #[serde(default)]
     pub quantised: bool,
     /// What is made equal between the arms.

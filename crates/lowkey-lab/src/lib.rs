@@ -22,7 +22,7 @@
 //! baseline = "mha"
 //! x = "model.kv_lora_rank"                # the plots' axis
 //! threads = 1                             # of each run
-//! quantised = true                        # also evaluate with int8 caches
+//! quantised = true                        # also evaluate with int8 and int4 caches
 //!
 //! [match]                                 # arms are made equal to the baseline …
 //! by = "parameters"                       # parameters | training_flops | cache_bytes
@@ -57,6 +57,7 @@ mod experiment;
 mod fit;
 mod page;
 mod plot;
+mod quantised;
 mod run;
 mod stats;
 mod study;

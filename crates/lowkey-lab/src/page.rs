@@ -6,7 +6,7 @@ use std::fmt::Write;
 use crate::fit::PowerLaw;
 use crate::plot::{Plot, Point, Series, Style, short};
 use crate::stats::Mean;
-use crate::study::Study;
+use crate::study::{Arm, Study};
 use crate::summary::{ArmSummary, Summary, line};
 
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#111}\
@@ -258,20 +258,23 @@ impl Drawing<'_> {
         // One number of a latent in each layer, from the arms' own figures.
         series.extend(self.elastic(series.len() + 1, |arm, rank| {
             let arm = &study.arms[arm];
-            let of_rank = |other: &&crate::study::Arm| other.x == Some(rank as f64) && other.name != arm.name;
+            let of_rank = |other: &&Arm| other.x == Some(rank as f64) && other.name != arm.name;
             study.arms.iter().find(of_rank).map(|other| other.cache_bytes_per_token as f64)
         }));
         let mut caption = String::from("f32 caches.");
-        let quantised = self.quantised();
-        if !quantised.is_empty() {
-            series.push(Series {
-                name: "cache in int8".into(),
-                look: series.len() + 1,
-                style: Style::Hollow,
-                points: quantised,
-            });
-            caption =
-                "Filled: f32 caches. Hollow: the same models with caches in int8, with a scale for every token.".into();
+        for (format, bytes) in [
+            ("int8", (|arm| arm.int8_bytes_per_token) as fn(&Arm) -> usize),
+            ("int4", |arm| arm.int4_bytes_per_token()),
+        ] {
+            let points = self.quantised(format, bytes);
+            if !points.is_empty() {
+                let look = series.len() + 1;
+                series.push(Series { name: format!("cache in {format}"), look, style: Style::Hollow, points });
+                caption =
+                    "Filled: f32 caches. Hollow: the same models with caches in fewer bits, with a scale for every \
+                           token; int4 is simulated."
+                        .into();
+            }
         }
         let mut all: Vec<Point> = series.iter().flat_map(|series| series.points.iter().copied()).collect();
         all.sort_by(|a, b| a.x.total_cmp(&b.x).then(a.y.total_cmp(&b.y)));
@@ -287,20 +290,20 @@ impl Drawing<'_> {
         Some(figure(&format!("{} against cache bytes", study.metric), &plot, &caption))
     }
 
-    /// The metric with int8 caches: the change of the loss on top of the metric, at the bytes of that format.
-    fn quantised(&self) -> Vec<Point> {
+    /// The metric with quantised caches: the change of the loss on top of the metric, at the bytes of that format.
+    fn quantised(&self, format: &str, bytes: fn(&Arm) -> usize) -> Vec<Point> {
         let study = self.study;
         if !matches!(study.metric.as_str(), "gap" | "val_loss") {
             return Vec::new();
         }
         let arms = study.arms.iter().enumerate().filter_map(|(i, arm)| {
-            let (int8, float) = (study.values_of(i, "int8.val_loss"), study.values_of(i, "val_loss"));
-            let metric = study.values(i);
-            let moved: BTreeMap<u64, f64> = int8
+            let quantised = study.values_of(i, &format!("{format}.val_loss"));
+            let (float, metric) = (study.values_of(i, "val_loss"), study.values(i));
+            let moved: BTreeMap<u64, f64> = quantised
                 .iter()
                 .filter_map(|(seed, loss)| Some((*seed, metric.get(seed)? + loss - float.get(seed)?)))
                 .collect();
-            point(arm.int8_bytes_per_token as f64, self.mean(&moved)?)
+            point(bytes(arm) as f64, self.mean(&moved)?)
         });
         arms.collect()
     }

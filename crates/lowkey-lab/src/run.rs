@@ -6,9 +6,10 @@ use std::sync::mpsc;
 
 use lowkey_train::{Event as TrainEvent, RunConfig, RunOptions, train};
 
-use crate::collect::{finished, keep_rule, quantise};
+use crate::collect::{finished, keep_rule};
 use crate::error::{Error, Result};
 use crate::expand::{Expanded, Run};
+use crate::quantised::quantise;
 
 /// How to run a sweep.
 #[derive(Clone, Debug)]

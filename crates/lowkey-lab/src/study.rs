@@ -60,6 +60,14 @@ pub struct Arm {
     pub mismatch: Option<f64>,
 }
 
+impl Arm {
+    /// Bytes of cache per token in codes of four bits, two to a byte, with the scales of int8.
+    pub fn int4_bytes_per_token(&self) -> usize {
+        let numbers = self.cache_bytes_per_token / 4;
+        self.int8_bytes_per_token - numbers / 2
+    }
+}
+
 /// What one run measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RunResult {

@@ -29,6 +29,7 @@ fn study() -> Study {
                 ("gap", loss),
                 ("val_loss", loss + 1.0),
                 ("int8.val_loss", loss + 1.01),
+                ("int4.val_loss", loss + 1.05),
                 ("class.syntax.gap", 0.01),
                 ("class.answer.gap", 0.3 - 0.02 * arm as f64),
                 ("latent_effective_rank", 3.0),
@@ -69,7 +70,8 @@ fn a_page_answers_first_and_stands_alone() {
         "mha &lt;b&gt;",
         "kv_lora_rank-8 against mha &lt;b&gt;: better",
         "Fit: L∞",
-        "int8",
+        "cache in int8",
+        "cache in int4",
         "1234",
         "smallest x within",
     ] {
