@@ -85,15 +85,16 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: &Mask, scale: f
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixtures::plain_device;
     use burn::tensor::{Distribution, Tolerance};
 
     fn random(shape: [usize; 4]) -> Tensor<4> {
-        Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex())
+        Tensor::random(shape, Distribution::Normal(0.0, 1.0), &plain_device())
     }
 
     #[test]
     fn a_packed_row_equals_its_documents_alone() {
-        let device = Device::flex();
+        let device = plain_device();
         device.seed(3);
         let (q, k, v) = (random([1, 2, 7, 6]), random([1, 2, 7, 6]), random([1, 2, 7, 5]));
         let packed =
@@ -107,7 +108,7 @@ mod tests {
 
     #[test]
     fn the_first_query_returns_the_first_value() {
-        let device = Device::flex();
+        let device = plain_device();
         let v = random([1, 1, 3, 4]);
         let out =
             attention(random([1, 1, 3, 2]), random([1, 1, 3, 2]), v.clone(), &Mask::causal(3, 3, 0, &device), 1.0);
@@ -117,7 +118,7 @@ mod tests {
 
     #[test]
     fn a_cached_mask_lets_a_query_see_its_row_up_to_its_own_position() {
-        let mask = Mask::cached(&[0, 2], 2, 4, &Device::flex());
+        let mask = Mask::cached(&[0, 2], 2, 4, &plain_device());
         let seen: Vec<bool> = mask.forbidden.into_data().iter::<bool>().map(|f| !f).collect();
         let rows = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]];
         let expected: Vec<bool> = rows.iter().flatten().map(|x| *x == 1).collect();
@@ -126,7 +127,7 @@ mod tests {
 
     #[test]
     fn grouped_heads_equal_repeated_keys() {
-        let device = Device::flex();
+        let device = plain_device();
         device.seed(5);
         let (q, k, v) = (random([2, 6, 3, 4]), random([2, 2, 5, 4]), random([2, 2, 5, 3]));
         let mask = Mask::cached(&[2, 1], 3, 5, &device);

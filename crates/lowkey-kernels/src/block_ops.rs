@@ -11,7 +11,7 @@ use crate::block::MlaDims;
 use crate::ops::register;
 
 /// Forward operations, dispatched to the backend of their arguments.
-#[backend_extension(Autodiff, Flex)]
+#[backend_extension(Autodiff, Flex, Cube: cfg(feature = "gpu"))]
 pub(crate) trait BlockOps: Backend {
     /// `x Wᵀ` for `x [batch, seq, d_in]`, `weight [d_out, d_in]`.
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;

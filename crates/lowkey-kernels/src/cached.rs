@@ -5,6 +5,7 @@ use burn::tensor::{DType, FloatDType, Int, IntDType, Tensor, TensorData};
 
 use crate::block::MlaDims;
 use crate::cache_ops::CacheOps;
+use crate::device::is_cpu;
 use crate::reference;
 
 /// Cached vectors in the format that they are stored in.
@@ -35,7 +36,7 @@ impl<const D: usize> From<Tensor<D>> for Stored<D> {
 impl<const D: usize> Stored<D> {
     /// Vectors `[.., keys, width]` as [`Stored::Int8`].
     pub fn quantise(x: Tensor<D>, split: usize) -> Self {
-        if x.dtype() == DType::F32 {
+        if is_cpu(&x.device()) && x.dtype() == DType::F32 {
             let (codes, scales) = Dispatch::quantise(x.into_dispatch(), split);
             return Self::Int8 { codes: Tensor::from_dispatch(codes), scales: Tensor::from_dispatch(scales), split };
         }
@@ -49,11 +50,11 @@ impl<const D: usize> Stored<D> {
         let half = |dtype| matches!(dtype, DType::BF16 | DType::F16);
         match self {
             Self::Float(x) if x.dtype() == dtype => x,
-            Self::Float(x) if dtype == DType::F32 && half(x.dtype()) => {
+            Self::Float(x) if is_cpu(&x.device()) && dtype == DType::F32 && half(x.dtype()) => {
                 Tensor::from_dispatch(Dispatch::widen(x.into_dispatch()))
             }
             Self::Float(x) => cast(x, dtype),
-            Self::Int8 { codes, scales, split } if dtype == DType::F32 => {
+            Self::Int8 { codes, scales, split } if is_cpu(&scales.device()) && dtype == DType::F32 => {
                 Tensor::from_dispatch(Dispatch::widen_int8(codes.into_dispatch(), scales.into_dispatch(), split))
             }
             Self::Int8 { codes, scales, split } => cast(reference::widen(codes, scales, split), dtype),
@@ -104,7 +105,7 @@ pub fn absorbed_attention(
         "absorbed_attention: q {:?}, cache {cache:?}, offsets {offsets:?} do not fit {dims:?}",
         q.dims(),
     );
-    if q.dtype() != DType::F32 {
+    if !is_cpu(&q.device()) || q.dtype() != DType::F32 {
         let cache = cache.widen(q.dtype());
         return reference::absorbed_attention(q, cache, kv_b, offsets, dims);
     }

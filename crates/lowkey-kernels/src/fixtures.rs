@@ -1,9 +1,24 @@
 //! What the tests of operations share: random leaves, and the comparison of values and gradients.
 
+use std::sync::OnceLock;
+
 use burn::tensor::{Device, Distribution, Tensor};
 
+/// The device of all tests, with autodiff: the CPU, or what the environment variable `LOWKEY_TEST_DEVICE` names.
 pub(crate) fn device() -> Device {
-    Device::flex().autodiff()
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let open = || crate::device::open(&std::env::var("LOWKEY_TEST_DEVICE").unwrap_or("cpu".to_owned())).unwrap();
+    DEVICE.get_or_init(open).clone().autodiff()
+}
+
+/// The same without.
+pub(crate) fn plain_device() -> Device {
+    device().inner()
+}
+
+/// Whether tests of threads, of f64 or of memory have something to look at.
+pub(crate) fn is_cpu() -> bool {
+    crate::device::is_cpu(&device())
 }
 
 pub(crate) fn random<const D: usize>(shape: [usize; D], spread: f64) -> Tensor<D> {

@@ -22,12 +22,15 @@ mod block_ops;
 mod cache_ops;
 mod cached;
 mod cpu;
+pub mod device;
 #[cfg(test)]
 mod differences;
 #[cfg(test)]
 mod fixtures;
 mod flex;
 mod fused;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod ops;
 pub mod optim;
 pub mod reference;

@@ -21,7 +21,7 @@ pub(crate) struct AttentionShape {
 }
 
 /// Forward operations, dispatched to the backend of their arguments.
-#[backend_extension(Autodiff, Flex)]
+#[backend_extension(Autodiff, Flex, Cube: cfg(feature = "gpu"))]
 pub(crate) trait FusedOps: Backend {
     /// `x / sqrt(mean(x²) + eps) · weight` over the last axis.
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;

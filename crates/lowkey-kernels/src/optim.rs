@@ -28,7 +28,7 @@ pub struct AdamWStep {
 
 impl AdamWStep {
     /// `(1 − β₁ᵗ, √(1 − β₂ᵗ))`
-    fn corrections(&self) -> (f64, f64) {
+    pub(crate) fn corrections(&self) -> (f64, f64) {
         let [beta1, beta2] = self.betas.map(|beta| 1.0 - beta.powf(self.step as f64));
         (beta1, beta2.sqrt())
     }
@@ -53,8 +53,21 @@ pub fn adamw(
             let [value, m, v] = flex::adamw(storage, step).map(flex::tensor);
             (value, m, v)
         }
+        Err(tensors) => adamw_elsewhere(tensors, step),
+    }
+}
+
+#[cfg(feature = "gpu")]
+fn adamw_elsewhere(tensors: [Tensor<1>; 4], step: AdamWStep) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
+    match crate::gpu::optim::adamw(tensors, step) {
+        Ok([value, m, v]) => (value, m, v),
         Err([value, gradient, m, v]) => reference::adamw(value, gradient, m, v, step),
     }
+}
+
+#[cfg(not(feature = "gpu"))]
+fn adamw_elsewhere([value, gradient, m, v]: [Tensor<1>; 4], step: AdamWStep) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
+    reference::adamw(value, gradient, m, v, step)
 }
 
 /// Root mean square of a Muon update at learning rate 1: about that of AdamW's (Moonlight, arXiv 2502.16982, section 2.2), so
@@ -113,12 +126,22 @@ pub fn accumulate(first: Tensor<1>, others: Vec<Tensor<1>>) -> Tensor<1> {
     }
 }
 
-/// `Σ x²` over `x [numel]`, added up in f64.
+/// `Σ x²` over `x [numel]`, added up in f64; on a GPU parts of it in f32.
 pub fn sum_of_squares(x: Tensor<1>) -> f64 {
     match flex::on_cpu([x]) {
         Ok([x]) => flex::sum_of_squares(&x),
-        Err([x]) => reference::sum_of_squares(x),
+        Err([x]) => sum_of_squares_elsewhere(x),
     }
+}
+
+#[cfg(feature = "gpu")]
+fn sum_of_squares_elsewhere(x: Tensor<1>) -> f64 {
+    crate::gpu::optim::sum_of_squares(&x).unwrap_or_else(|| reference::sum_of_squares(x))
+}
+
+#[cfg(not(feature = "gpu"))]
+fn sum_of_squares_elsewhere(x: Tensor<1>) -> f64 {
+    reference::sum_of_squares(x)
 }
 
 /// Where the numbers of an f32 tensor lie in memory, for checks that nothing is copied; `None` on other devices.

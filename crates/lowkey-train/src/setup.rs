@@ -14,18 +14,9 @@ use crate::workers::memory;
 /// The device that a run file names.
 ///
 /// # Errors
-/// [`Error::Config`] for a name that is unknown or not built in.
+/// [`Error::Config`] for a name that is unknown, not built in, or not here.
 pub fn device(name: &str) -> Result<Device> {
-    match name {
-        "auto" | "cpu" => Ok(Device::flex()),
-        "wgpu" | "vulkan" | "metal" | "cuda" => {
-            Err(Error::config("run.device", name, "this build runs on the CPU only; write \"auto\" or \"cpu\""))
-        }
-        _ if name.starts_with("cuda:") => {
-            Err(Error::config("run.device", name, "this build runs on the CPU only; write \"auto\" or \"cpu\""))
-        }
-        _ => Err(Error::config("run.device", name, "known are auto, cpu, wgpu, vulkan, metal and cuda[:i]")),
-    }
+    lowkey_kernels::device::open(name).map_err(|e| Error::config("run.device", name, e.to_string()))
 }
 
 /// Model configuration, corpus and tokenizer of a run file, with notes for the user.

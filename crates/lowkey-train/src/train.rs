@@ -204,7 +204,7 @@ impl<'a> Run<'a> {
             batches,
             byte_lengths: data.tokenizer.as_ref().map(Tokenizer::byte_lengths).unwrap_or_default(),
             data,
-            workers: Workers::new(threads, config.micro_batch_size())?,
+            workers: Workers::for_device(threads, config.micro_batch_size(), &device)?,
             device,
             model,
             optimizer,

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use lowkey_kernels::device::is_cpu;
 use lowkey_kernels::optim;
 use lowkey_model::{CausalLm, Objective, Recompute};
 use rayon::prelude::*;
@@ -61,6 +62,14 @@ impl Workers {
         };
         let pools = (0..count).map(|i| pool(threads / count + usize::from(i < threads % count)));
         Ok(Self { pools: pools.collect::<Result<_>>()?, all: if count > 1 { Some(pool(threads)?) } else { None } })
+    }
+
+    /// The same on the CPU; one thread for a GPU, which has units of its own and takes a pass whole.
+    ///
+    /// # Errors
+    /// As [`Workers::new`].
+    pub fn for_device(threads: usize, rows: usize, device: &Device) -> Result<Self> {
+        if is_cpu(device) { Self::new(threads, rows) } else { Self::new(1, 1) }
     }
 
     /// Runs a job in one pool of all threads: for work on the whole model, between passes.
@@ -186,12 +195,18 @@ pub fn memory() -> Option<u64> {
     Some(limit.map_or(total, |limit: u64| limit.min(total)))
 }
 
-/// The rate, in floating-point operations per second, at which `threads` threads multiply f32 matrices of 512 × 512: what a
-/// model's own products hardly exceed.
+/// The rate, in floating-point operations per second, at which `threads` threads multiply f32 matrices of 512 × 512, or a GPU
+/// larger ones: what a model's own products hardly exceed.
 ///
 /// Measured in about a third of a second, best of several rounds.
+///
+/// # Errors
+/// [`Error::Io`] where the operating system gives no thread, [`Error::Device`] where a GPU fails.
 pub fn matmul_ceiling(threads: usize, device: &Device) -> Result<f64> {
     const SIZE: usize = 512;
+    if !is_cpu(device) {
+        return gpu_ceiling(&device.clone().without_autodiff());
+    }
     let workers = Workers::new(threads, threads)?;
     let lanes: Vec<usize> = (0..threads).collect();
     let device = device.clone().without_autodiff();
@@ -206,6 +221,30 @@ pub fn matmul_ceiling(threads: usize, device: &Device) -> Result<f64> {
         });
         let flops = (threads * 8) as f64 * 2.0 * (SIZE as f64).powi(3);
         best = best.max(flops / started.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+/// The rate of the largest product that takes no more than a few milliseconds, after one to compile it.
+fn gpu_ceiling(device: &Device) -> Result<f64> {
+    const LARGEST: usize = 8192;
+    const LONG_ENOUGH_S: f64 = 5e-3;
+    let failed = |e| Error::Device { what: "a matrix product", why: format!("{e:?}") };
+    let mut best: f64 = 0.0;
+    let mut size = 256;
+    while size <= LARGEST {
+        let a = Tensor::<2>::ones([size, size], device);
+        drop(a.clone().matmul(a.clone()));
+        device.sync().map_err(failed)?;
+        let started = std::time::Instant::now();
+        drop(a.clone().matmul(a));
+        device.sync().map_err(failed)?;
+        let took = started.elapsed().as_secs_f64();
+        best = best.max(2.0 * (size as f64).powi(3) / took);
+        if took > LONG_ENOUGH_S {
+            break;
+        }
+        size *= 2;
     }
     Ok(best)
 }

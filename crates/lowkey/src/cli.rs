@@ -98,6 +98,9 @@ pub(crate) enum Command {
         lowkey info runs/quickstart/checkpoints/best --spectrum\n  \
         lowkey info MODEL --spectrum --data my.txt --energy 0.999 --json")]
     Info(InfoArguments),
+    /// List the devices of this machine: what each can do, and why others cannot be used
+    #[command(after_help = "Examples:\n  lowkey devices\n  lowkey devices --json")]
+    Devices(DevicesArguments),
     /// Compute logits for given token ids, to compare with other programs
     #[command(after_help = "IN holds `input_ids` (I64 [B, T]); OUT receives `logits` (F32 [B, T, V]).\n\n\
         Example:\n  lowkey logits MODEL --ids in.safetensors --out out.safetensors")]
@@ -123,6 +126,20 @@ pub(crate) struct RunFileArguments {
     /// Folder of the run [default: runs/NAME]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DeviceArgument {
+    /// What to compute on: auto, cpu, wgpu[:i], vulkan[:i], metal[:i] or cuda[:i]; see lowkey devices
+    #[arg(long = "device", value_name = "NAME", default_value = "auto")]
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DevicesArguments {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -192,6 +209,8 @@ pub(crate) struct GenerateArguments {
     /// How the cache stores its numbers: f32, bf16, f16 or int8
     #[arg(long, default_value = "f32", value_name = "FORMAT")]
     pub(crate) cache_dtype: String,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgument,
     /// Print JSON instead of streaming text
     #[arg(long)]
     pub(crate) json: bool,
@@ -219,6 +238,8 @@ pub(crate) struct EvalArguments {
     /// Measure the first N batches only
     #[arg(long, value_name = "N")]
     pub(crate) batches: Option<usize>,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgument,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -288,4 +309,6 @@ pub(crate) struct LogitsArguments {
     /// Safetensors file to write
     #[arg(long, value_name = "OUT")]
     pub(crate) out: PathBuf,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgument,
 }

@@ -1,11 +1,11 @@
 //! Attention from a cache in every format against its reference, on odd shapes.
 
 use super::*;
-use crate::fixtures::{assert_close, host};
-use burn::tensor::{Device, Distribution};
+use crate::fixtures::{assert_close, host, plain_device};
+use burn::tensor::Distribution;
 
 fn random(n: usize) -> Tensor<1> {
-    Tensor::random([n], Distribution::Normal(0.0, 1.0), &Device::flex())
+    Tensor::random([n], Distribution::Normal(0.0, 1.0), &plain_device())
 }
 
 /// The numbers in every format that a cache has.
@@ -38,7 +38,7 @@ fn plain<const D: usize>(stored: Stored<D>) -> Tensor<D> {
 
 #[test]
 fn absorbed_attention_agrees_for_one_query_and_for_many_in_every_format() {
-    Device::flex().seed(25);
+    plain_device().seed(25);
     for (seq, heads, [nope, rope, value, rank]) in [
         (1, 1, [1, 0, 1, 1]),
         (1, 16, [32, 16, 32, 128]),
@@ -76,7 +76,7 @@ fn absorbed_attention_agrees_for_one_query_and_for_many_in_every_format() {
 
 #[test]
 fn numbers_of_every_format_widen_as_plain_operations_widen_them() {
-    Device::flex().seed(26);
+    plain_device().seed(26);
     for split in [1, 5, 7] {
         let x = random(2 * 3 * 600 * 7).reshape([2, 3, 600, 7]);
         for (format, stored) in formats(&x, split) {
@@ -95,7 +95,7 @@ fn numbers_of_every_format_widen_as_plain_operations_widen_them() {
 
 #[test]
 fn codes_and_scales_are_those_of_plain_operations() {
-    let device = Device::flex();
+    let device = plain_device();
     device.seed(27);
     let x = random(11 * 9).reshape([11, 9]);
     let odd = Tensor::<2>::from_floats([[0.0, 0.0, 1.0, f32::NAN, 2.0, 0.0, 0.0, f32::INFINITY, 1.0]], &device);

@@ -2,16 +2,17 @@
 
 use std::slice::from_ref;
 
-use burn::tensor::{DType, Device, FloatDType, TensorData};
+use burn::tensor::{DType, FloatDType, TensorData};
 
 use super::*;
+use crate::fixtures::plain_device;
 
 /// Around one piece, several pieces with a rest, and none.
 const LENGTHS: [usize; 6] = [0, 1, 37, 1 << 14, (1 << 14) + 1, 100_003];
 
 fn tensor(values: Vec<f32>) -> Tensor<1> {
     let len = values.len();
-    Tensor::from_data(TensorData::new(values, [len]), &Device::flex())
+    Tensor::from_data(TensorData::new(values, [len]), &plain_device())
 }
 
 fn host(tensor: &Tensor<1>) -> Vec<f32> {
@@ -67,7 +68,7 @@ const STACKS: [(usize, &[usize]); 7] =
     [(1, &[1]), (7, &[3]), (5, &[12, 5]), (33, &[16, 48, 16, 48]), (64, &[64]), (200, &[31]), (96, &[300])];
 
 fn gaussian(len: usize, seed: u64) -> Vec<f32> {
-    let device = Device::flex();
+    let device = plain_device();
     device.seed(seed);
     host(&Tensor::random([len], burn::tensor::Distribution::Normal(0.0, 1.0), &device))
 }

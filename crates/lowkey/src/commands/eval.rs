@@ -16,7 +16,7 @@ use crate::progress::{evaluation_table, show_preparation};
 const MOST_TOKENS: usize = 1 << 26;
 
 pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
-    let device = Device::flex();
+    let device = super::open_device(&arguments.device)?;
     let dataset = super::data::dataset(&arguments.data)?;
     if let Some(corpus) = TaskCorpus::new(&dataset)? {
         let model = super::read_at(super::load_model(&arguments.model, &device)?, arguments.kv_rank)?;
@@ -57,9 +57,14 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
         _ => Held::Batches(batches(arguments, &dataset, &tokenizer, seq_len, all)?),
     };
     let held = arguments.batches.map_or_else(|| held.clone(), |count| held.first(count, arguments.batch_size));
-    let threads = lowkey_train::available_threads();
-    let workers = Workers::new(threads, threads)?;
+    let workers = workers(&device)?;
     report(arguments, &evaluate(&model, &held, &tokenizer.byte_lengths(), &workers, &device)?)
+}
+
+/// Threads for passes over single rows.
+fn workers(device: &Device) -> anyhow::Result<Workers> {
+    let threads = lowkey_train::available_threads();
+    Ok(Workers::for_device(threads, threads, device)?)
 }
 
 /// Measures a model on the held-out examples of a task.
@@ -101,7 +106,7 @@ fn on_task(
     let held = Held::Examples(corpus.held(layout, arguments.batch_size));
     let held = arguments.batches.map_or_else(|| held.clone(), |count| held.first(count, arguments.batch_size));
     let threads = lowkey_train::available_threads();
-    Ok(evaluate(model, &held, &[], &Workers::new(threads, threads)?, device)?)
+    Ok(evaluate(model, &held, &[], &workers(device)?, device)?)
 }
 
 /// Shows the figures, if they are numbers.

@@ -3,7 +3,6 @@
 use std::ops::ControlFlow;
 
 use anyhow::Context;
-use burn::tensor::Device;
 use lowkey_data::Tokenizer;
 use lowkey_infer::{CacheDtype, Finish, Form, GenerateConfig, SamplingConfig, Weights};
 use lowkey_model::CausalLm;
@@ -25,7 +24,7 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     if arguments.stop.iter().any(String::is_empty) {
         return Err(WrongUse("--stop \"\": an empty text would stop before the first token".into()).into());
     }
-    let device = Device::flex();
+    let device = super::open_device(&arguments.device)?;
     let tokenizer = Tokenizer::from_model_dir(&arguments.model)?;
     let whole = super::load_model(&arguments.model, &device)?;
     // Weights that were fused are of the whole latent.

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use burn::tensor::Device;
 use lowkey_model::ids_tensor;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -13,7 +12,7 @@ use crate::cli::LogitsArguments;
 use crate::output::say;
 
 pub(crate) fn logits(arguments: &LogitsArguments) -> anyhow::Result<()> {
-    let device = Device::flex();
+    let device = super::open_device(&arguments.device)?;
     let model = super::load_model(&arguments.model, &device)?;
     let (ids, [rows, seq]) = read_ids(&arguments.ids)?;
     let (vocab, longest) = (model.config.vocab_size, model.config.max_position_embeddings);

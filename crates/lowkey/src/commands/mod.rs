@@ -3,6 +3,7 @@
 mod bench;
 mod convert;
 mod data;
+mod devices;
 mod eval;
 mod export;
 mod generate;
@@ -19,7 +20,7 @@ use burn::tensor::Device;
 use lowkey_model::{AttentionConfig, CausalLm};
 use lowkey_train::checkpoint;
 
-use crate::cli::{Arguments, Command, DataCommand};
+use crate::cli::{Arguments, Command, DataCommand, DeviceArgument};
 use crate::output::complain;
 
 /// The command line asked for something that makes no sense.
@@ -33,6 +34,12 @@ impl std::fmt::Display for WrongUse {
 }
 
 impl std::error::Error for WrongUse {}
+
+/// The device that the command line asks for.
+fn open_device(argument: &DeviceArgument) -> anyhow::Result<Device> {
+    Ok(lowkey_kernels::device::open(&argument.name)
+        .map_err(|e| WrongUse(format!("--device {}: {e}", argument.name)))?)
+}
 
 /// Loads a model directory; one that carries checksums only if they match.
 fn load_model(dir: &Path, device: &Device) -> anyhow::Result<CausalLm> {
@@ -75,6 +82,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Lab { command } => lab::lab(command),
         Command::Data { command: DataCommand::Prepare(arguments) } => data::prepare(&arguments).map(done),
         Command::Data { command: DataCommand::Info(arguments) } => data::info(&arguments).map(done),
+        Command::Devices(arguments) => devices::devices(&arguments).map(done),
         Command::Info(arguments) => info::info(&arguments).map(done),
         Command::Logits(arguments) => logits::logits(&arguments).map(done),
         Command::Bench { command } => bench::bench(command).map(done),

@@ -23,6 +23,7 @@ const FLOORS: &[(&str, &[&str])] = &[
             "lowkey-data",
             "lowkey-export",
             "lowkey-infer",
+            "lowkey-kernels",
             "lowkey-lab",
             "lowkey-model",
             "lowkey-train",

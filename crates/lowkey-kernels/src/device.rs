@@ -1,0 +1,175 @@
+//! Devices by name, and what is known of them.
+
+use burn::tensor::Device;
+
+/// Names under which this build could open a device, with the Cargo feature that each needs.
+const KINDS: [(&str, &str, bool); 4] = [
+    ("wgpu", "wgpu", cfg!(feature = "wgpu")),
+    ("vulkan", "vulkan", cfg!(feature = "vulkan")),
+    ("metal", "metal", cfg!(feature = "metal")),
+    ("cuda", "cuda", cfg!(feature = "cuda")),
+];
+
+/// Why a device cannot be opened.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// No device has this name.
+    #[error("there is no device `{name}`; known are auto, cpu, wgpu[:i], vulkan[:i], metal[:i] and cuda[:i]")]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// This build has no such devices.
+    #[error(
+        "this build has no `{kind}` devices; build with `cargo build --release --features {feature}`, or take `cpu`"
+    )]
+    NotBuilt {
+        /// The kind of device.
+        kind: String,
+        /// The Cargo feature that has them.
+        feature: String,
+    },
+    /// This machine has no such device.
+    #[error("there is no device `{name}` here: {why}; `lowkey devices` lists what there is")]
+    Missing {
+        /// The name.
+        name: String,
+        /// What was found instead.
+        why: String,
+    },
+}
+
+/// A device of this machine.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The name that opens it, `cuda:0`.
+    pub name: String,
+    /// The device.
+    pub device: Device,
+    /// What is known of it; absent for the CPU.
+    pub properties: Option<Properties>,
+}
+
+/// What a GPU, or what stands in for one, is and can do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Properties {
+    /// The part as it names itself.
+    pub part: String,
+    /// What kernels are compiled for.
+    pub target: String,
+    /// A rasteriser that runs on the CPU.
+    pub software: bool,
+    /// Largest number of bytes in one tensor.
+    pub max_tensor: u64,
+    /// Bytes of shared memory of a cube (block, work group).
+    pub shared_memory: usize,
+    /// Units (threads) of a cube.
+    pub units: u32,
+    /// Units that run in step, at least and at most.
+    pub plane: (u32, u32),
+    /// Tensors of a kernel.
+    pub bindings: u32,
+    /// Formats that can be calculated with.
+    pub dtypes: Vec<&'static str>,
+    /// Formats and sizes of products on matrix units, `bf16 16×16×16`; empty: there are none.
+    pub matrix_units: Vec<String>,
+}
+
+/// Opens a device: `auto`, `cpu`, or a kind of GPU with or without a number, `cuda`, `wgpu:1`.
+///
+/// `auto` is the first GPU that is none in software: of CUDA before others; else the CPU.
+///
+/// # Errors
+/// [`DeviceError`].
+pub fn open(name: &str) -> Result<Device, DeviceError> {
+    match name {
+        "cpu" => return Ok(Device::flex()),
+        "auto" => return Ok(automatic()),
+        _ => {}
+    }
+    let (kind, index) = match name.split_once(':') {
+        Some((kind, index)) => (kind, index.parse::<usize>().map(Some).ok()),
+        None => (name, Some(None)),
+    };
+    let known = KINDS.iter().find(|(known, ..)| *known == kind);
+    let (Some((_, feature, built)), Some(index)) = (known, index) else {
+        return Err(DeviceError::Unknown { name: name.to_owned() });
+    };
+    if !built {
+        return Err(DeviceError::NotBuilt { kind: kind.to_owned(), feature: (*feature).to_owned() });
+    }
+    let found = of_kind(kind);
+    let count = found.len();
+    let chosen = match index {
+        Some(index) => found.into_iter().nth(index),
+        // A GPU before what only acts as one.
+        None => first_real(&found).or(found.first()).cloned(),
+    };
+    chosen.map(|found| found.device).ok_or_else(|| DeviceError::Missing {
+        name: name.to_owned(),
+        why: match count {
+            0 if kind == "cuda" => "no NVIDIA driver answers (libcuda was not found, or finds no GPU)".to_owned(),
+            0 => "no driver answers (on Linux, Vulkan needs libvulkan1 and the GPU's driver)".to_owned(),
+            1 => "there is one of its kind".to_owned(),
+            _ => format!("there are {count} of its kind"),
+        },
+    })
+}
+
+/// All devices that this build can reach, the CPU last.
+pub fn list() -> Vec<Found> {
+    let gpus = ["cuda", "metal", "vulkan", "wgpu"].into_iter().flat_map(of_kind);
+    let cpu = Found { name: "cpu".to_owned(), device: Device::flex(), properties: None };
+    gpus.chain([cpu]).collect()
+}
+
+/// Kinds of device that this build leaves out, with the Cargo feature that has each.
+pub fn left_out() -> Vec<(&'static str, &'static str)> {
+    KINDS.iter().filter(|(.., built)| !built).map(|(kind, feature, _)| (*kind, *feature)).collect()
+}
+
+/// Kinds of device that this build could use, where no driver answers.
+pub fn silent() -> Vec<&'static str> {
+    KINDS.iter().filter(|(kind, _, built)| *built && of_kind(kind).is_empty()).map(|(kind, ..)| *kind).collect()
+}
+
+/// Whether tensors of this device lie in the main memory and are worked on by the CPU's kernels.
+pub fn is_cpu(device: &Device) -> bool {
+    *device == Device::flex()
+}
+
+fn automatic() -> Device {
+    let found = list();
+    first_real(&found).map_or_else(Device::flex, |found| found.device.clone())
+}
+
+fn first_real(found: &[Found]) -> Option<&Found> {
+    found.iter().find(|found| found.properties.as_ref().is_some_and(|properties| !properties.software))
+}
+
+#[cfg(not(feature = "gpu"))]
+fn of_kind(_: &str) -> Vec<Found> {
+    Vec::new()
+}
+
+#[cfg(feature = "gpu")]
+fn of_kind(kind: &str) -> Vec<Found> {
+    use burn::tensor::DeviceType;
+    let devices = match kind {
+        #[cfg(feature = "wgpu")]
+        "wgpu" => Device::enumerate(DeviceType::Wgpu),
+        #[cfg(feature = "vulkan")]
+        "vulkan" => Device::enumerate(DeviceType::Vulkan),
+        #[cfg(feature = "metal")]
+        "metal" => Device::enumerate(DeviceType::Metal),
+        #[cfg(feature = "cuda")]
+        "cuda" => Device::enumerate(DeviceType::Cuda),
+        _ => return Vec::new(),
+    };
+    let named = devices.into_vec().into_iter().enumerate().map(|(i, device)| Found {
+        name: format!("{kind}:{i}"),
+        properties: crate::gpu::properties(&device),
+        device,
+    });
+    named.collect()
+}

@@ -1,0 +1,389 @@
+//! GPUs' side of the operations: CubeCL kernels, and products of Burn's own.
+//!
+//! Everything here is asynchronous: a call returns as soon as its kernels are queued, and nothing reads back.
+
+mod attention;
+mod block;
+mod loss;
+pub(crate) mod optim;
+mod pointwise;
+mod properties;
+mod rows;
+
+pub(crate) use properties::properties;
+
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
+use cubecl::prelude::{CubeCount, CubeDim};
+
+use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps};
+
+fn new(like: &CubeTensor, shape: impl Into<Vec<usize>>) -> CubeTensor {
+    let (client, device) = (like.client.clone(), like.device.clone());
+    empty_device_contiguous_dtype(client, device, Shape::from(shape.into()), DType::F32)
+}
+
+fn dims<const D: usize>(tensor: &CubeTensor) -> [usize; D] {
+    let shape = tensor.meta.shape();
+    std::array::from_fn(|i| shape[i])
+}
+
+fn count(tensor: &CubeTensor) -> usize {
+    tensor.meta.num_elements()
+}
+
+/// Another view of a tensor's numbers.
+fn reshaped(tensor: CubeTensor, shape: impl Into<Vec<usize>>) -> CubeTensor {
+    CubeBackend::float_reshape(tensor, Shape::from(shape.into()))
+}
+
+/// `a · b` of matrices.
+fn product(a: CubeTensor, b: CubeTensor) -> CubeTensor {
+    CubeBackend::float_matmul(a, b)
+}
+
+fn transposed(a: CubeTensor) -> CubeTensor {
+    CubeBackend::float_swap_dims(a, 0, 1)
+}
+
+/// Cubes of pointwise kernels for so many numbers, spread over two directions where one is too short.
+fn pointwise_cubes(count: usize) -> CubeCount {
+    let cubes = count.div_ceil(pointwise::UNITS as usize);
+    let rows = cubes.div_ceil(rows::CUBES);
+    CubeCount::Static(cubes.div_ceil(rows.max(1)) as u32, rows as u32, 1)
+}
+
+/// Column sums of `[count, width]`.
+fn column_sums(parts: CubeTensor) -> CubeTensor {
+    let [count, width] = dims::<2>(&parts);
+    let out = new(&parts, [width]);
+    rows::column_sums::launch(
+        &out.client,
+        pointwise_cubes(width),
+        CubeDim::new_1d(pointwise::UNITS),
+        parts.into_buffer_arg(),
+        out.clone().into_buffer_arg(),
+        count,
+        width,
+    );
+    out
+}
+
+/// Rows of a norm: `count` rows of `width` numbers, `stride` apart.
+#[derive(Clone, Copy)]
+struct Rows {
+    count: usize,
+    stride: usize,
+    width: usize,
+    eps: f64,
+    factor: f64,
+}
+
+fn rms_norm(x: &CubeTensor, weight: &CubeTensor, of: Rows) -> CubeTensor {
+    let out = new(x, [of.count, of.width]);
+    rows::rms_norm::launch(
+        &out.client,
+        CubeCount::Static(of.count.min(rows::CUBES) as u32, 1, 1),
+        CubeDim::new_1d(rows::UNITS),
+        x.clone().into_buffer_arg(),
+        weight.clone().into_buffer_arg(),
+        out.clone().into_buffer_arg(),
+        of.count,
+        of.stride,
+        of.width,
+        of.eps as f32,
+        of.factor as f32,
+    );
+    out
+}
+
+/// Cubes of [`rms_norm_grad`]: enough to fill a device, few enough that summing their parts costs little.
+const NORM_CUBES: usize = 512;
+
+/// `(d x [count, width], d weight [width])`
+fn rms_norm_grad(x: &CubeTensor, weight: &CubeTensor, grad: &CubeTensor, of: Rows) -> (CubeTensor, CubeTensor) {
+    let cubes = of.count.min(NORM_CUBES);
+    let (d_x, parts) = (new(x, [of.count, of.width]), new(x, [cubes, of.width]));
+    rows::rms_norm_grad::launch(
+        &d_x.client,
+        CubeCount::Static(cubes as u32, 1, 1),
+        CubeDim::new_1d(rows::UNITS),
+        x.clone().into_buffer_arg(),
+        weight.clone().into_buffer_arg(),
+        grad.clone().into_buffer_arg(),
+        d_x.clone().into_buffer_arg(),
+        parts.clone().into_buffer_arg(),
+        of.count,
+        of.stride,
+        of.width,
+        of.eps as f32,
+        of.factor as f32,
+    );
+    (d_x, column_sums(parts))
+}
+
+/// All rows of a dense tensor.
+fn dense(x: &CubeTensor, width: usize, eps: f64) -> Rows {
+    Rows { count: count(x) / width.max(1), stride: width, width, eps, factor: 1.0 }
+}
+
+/// Which pairs are turned, and which way.
+#[derive(Clone, Copy)]
+struct Turn {
+    from: usize,
+    interleaved: bool,
+    back: bool,
+}
+
+fn rotated(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, turn: Turn) -> CubeTensor {
+    let (x, cos, sin) = (into_contiguous(x), into_contiguous(cos), into_contiguous(sin));
+    let [batch, seq, heads, width] = dims::<4>(&x);
+    let [table_batch, table_seq, _, half] = dims::<4>(&cos);
+    let out = new(&x, [batch, seq, heads, width]);
+    let numbers = count(&x);
+    pointwise::rotate::launch(
+        &out.client,
+        pointwise_cubes(numbers),
+        CubeDim::new_1d(pointwise::UNITS),
+        x.into_buffer_arg(),
+        cos.into_buffer_arg(),
+        sin.into_buffer_arg(),
+        out.clone().into_buffer_arg(),
+        numbers,
+        heads,
+        width,
+        table_batch * table_seq,
+        turn.from,
+        half,
+        turn.interleaved,
+        turn.back,
+    );
+    out
+}
+
+/// Sizes of an attention.
+#[derive(Clone, Copy)]
+struct Attention {
+    batch: usize,
+    seq: usize,
+    heads: usize,
+    groups: usize,
+    nope: usize,
+    rope: usize,
+    value: usize,
+    scale: f32,
+}
+
+impl Attention {
+    fn new(q: &CubeTensor, kv: &CubeTensor, shape: AttentionShape) -> Self {
+        let [batch, seq, heads, _] = dims::<4>(q);
+        let [_, _, groups, width] = dims::<4>(kv);
+        let AttentionShape { nope, rope, scale } = shape;
+        Self { batch, seq, heads, groups, nope, rope, value: width - nope, scale: scale as f32 }
+    }
+
+    fn cubes(self, heads: usize) -> CubeCount {
+        CubeCount::Static(self.seq.div_ceil(attention::TILE) as u32, heads as u32, self.batch as u32)
+    }
+
+    /// `(out [B, T, H·V], lse [B, H, T])`; all inputs dense.
+    fn forward(self, q: CubeTensor, kv: CubeTensor, k_pe: CubeTensor, starts: CubeTensor) -> (CubeTensor, CubeTensor) {
+        let out = new(&q, [self.batch, self.seq, self.heads * self.value]);
+        let lse = new(&q, [self.batch, self.heads, self.seq]);
+        attention::forward::launch(
+            &out.client,
+            self.cubes(self.heads),
+            CubeDim::new_2d(attention::SIDE as u32, attention::SIDE as u32),
+            q.into_buffer_arg(),
+            kv.into_buffer_arg(),
+            k_pe.into_buffer_arg(),
+            starts.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            lse.clone().into_buffer_arg(),
+            self.seq,
+            self.scale,
+            self.heads,
+            self.groups,
+            self.nope,
+            self.rope,
+            self.value,
+        );
+        (out, lse)
+    }
+
+    /// `(d q, d kv, d k_pe)` of dense inputs.
+    fn backward(self, saved: AttentionState<CubeBackend>, grad: CubeTensor) -> [CubeTensor; 3] {
+        let Self { batch, seq, heads, groups, nope, rope, value, scale } = self;
+        let AttentionState { q, kv, k_pe, starts, out, lse, .. } = saved;
+        let rows = new(&q, [batch, heads, seq, 3]);
+        let queries = batch * heads * seq;
+        attention::prepare::launch(
+            &q.client,
+            pointwise_cubes(queries),
+            CubeDim::new_1d(pointwise::UNITS),
+            out.into_buffer_arg(),
+            grad.clone().into_buffer_arg(),
+            lse.into_buffer_arg(),
+            starts.into_buffer_arg(),
+            rows.clone().into_buffer_arg(),
+            queries,
+            seq,
+            heads,
+            value,
+        );
+        let d_q = new(&q, [batch, seq, heads, nope + rope]);
+        let side = CubeDim::new_2d(attention::SIDE as u32, attention::SIDE as u32);
+        attention::query_gradient::launch(
+            &q.client,
+            self.cubes(heads),
+            side,
+            q.clone().into_buffer_arg(),
+            kv.clone().into_buffer_arg(),
+            k_pe.clone().into_buffer_arg(),
+            grad.clone().into_buffer_arg(),
+            rows.clone().into_buffer_arg(),
+            d_q.clone().into_buffer_arg(),
+            seq,
+            scale,
+            heads,
+            groups,
+            nope,
+            rope,
+            value,
+        );
+        let d_kv = new(&q, [batch, seq, groups, nope + value]);
+        // Without a shared part a single number stands for it, as in the forward pass.
+        let d_pe = if rope > 0 { new(&q, [batch * seq, groups, rope]) } else { new(&q, [1, 1, 1]) };
+        attention::key_gradient::launch(
+            &q.client.clone(),
+            self.cubes(groups),
+            side,
+            q.into_buffer_arg(),
+            kv.into_buffer_arg(),
+            k_pe.clone().into_buffer_arg(),
+            grad.into_buffer_arg(),
+            rows.into_buffer_arg(),
+            d_kv.clone().into_buffer_arg(),
+            d_pe.clone().into_buffer_arg(),
+            seq,
+            scale,
+            heads,
+            groups,
+            nope,
+            rope,
+            value,
+        );
+        let d_pe = match rope {
+            0 => CubeBackend::float_mul_scalar(k_pe, 0.0f32.into()),
+            _ => reshaped(CubeBackend::float_sum_dim(d_pe, 1), [batch, seq, rope]),
+        };
+        [d_q, d_kv, d_pe]
+    }
+}
+
+impl FusedOps for CubeBackend {
+    fn rms_norm(x: CubeTensor, weight: CubeTensor, eps: f64) -> CubeTensor {
+        let (x, weight) = (into_contiguous(x), into_contiguous(weight));
+        let shape = x.meta.shape().to_vec();
+        let [width] = dims::<1>(&weight);
+        reshaped(rms_norm(&x, &weight, dense(&x, width, eps)), shape)
+    }
+
+    fn rotate(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, from: usize, interleaved: bool) -> CubeTensor {
+        rotated(x, cos, sin, Turn { from, interleaved, back: false })
+    }
+
+    fn causal_attention(
+        q: CubeTensor,
+        kv: CubeTensor,
+        k_pe: CubeTensor,
+        starts: CubeTensor,
+        nope: usize,
+        rope: usize,
+        scale: f64,
+    ) -> CubeTensor {
+        Self::causal_attention_saving(q, kv, k_pe, starts, AttentionShape { nope, rope, scale }).0
+    }
+
+    fn cross_entropy_sum(
+        h: CubeTensor,
+        weight: CubeTensor,
+        targets: CubeTensor,
+        label_weights: CubeTensor,
+        z_loss: f64,
+    ) -> CubeTensor {
+        loss::Head::new(h, weight, targets).losses(label_weights, z_loss).sum()
+    }
+
+    fn cross_entropy_each(h: CubeTensor, weight: CubeTensor, targets: CubeTensor) -> CubeTensor {
+        let one = CubeBackend::float_ones(Shape::from(vec![1]), &h.device, burn::tensor::FloatDType::F32);
+        loss::Head::new(h, weight, targets).losses(one, 0.0).each()
+    }
+
+    fn distill_sum(
+        h: CubeTensor,
+        weight: CubeTensor,
+        teacher: CubeTensor,
+        targets: CubeTensor,
+        share: f64,
+    ) -> CubeTensor {
+        Self::distill_sum_saving(h, weight, teacher, targets, share).0
+    }
+}
+
+impl FusedGradients for CubeBackend {
+    fn rms_norm_grad(x: CubeTensor, weight: CubeTensor, grad: CubeTensor, eps: f64) -> (CubeTensor, CubeTensor) {
+        let (x, weight, grad) = (into_contiguous(x), into_contiguous(weight), into_contiguous(grad));
+        let shape = x.meta.shape().to_vec();
+        let [width] = dims::<1>(&weight);
+        let (d_x, d_weight) = rms_norm_grad(&x, &weight, &grad, dense(&x, width, eps));
+        (reshaped(d_x, shape), d_weight)
+    }
+
+    fn rotate_back(grad: CubeTensor, cos: CubeTensor, sin: CubeTensor, from: usize, interleaved: bool) -> CubeTensor {
+        rotated(grad, cos, sin, Turn { from, interleaved, back: true })
+    }
+
+    fn causal_attention_saving(
+        q: CubeTensor,
+        kv: CubeTensor,
+        k_pe: CubeTensor,
+        starts: CubeTensor,
+        shape: AttentionShape,
+    ) -> (CubeTensor, CubeTensor) {
+        let [q, kv, k_pe, starts] = [q, kv, k_pe, starts].map(into_contiguous);
+        Attention::new(&q, &kv, shape).forward(q, kv, k_pe, starts)
+    }
+
+    fn causal_attention_grad(saved: AttentionState<Self>, grad: CubeTensor) -> (CubeTensor, CubeTensor, CubeTensor) {
+        let AttentionState { q, kv, k_pe, starts, out, lse, shape } = saved;
+        let [q, kv, k_pe, starts] = [q, kv, k_pe, starts].map(into_contiguous);
+        let sizes = Attention::new(&q, &kv, shape);
+        let saved = AttentionState { q, kv, k_pe, starts, out, lse, shape };
+        let [d_q, d_kv, d_k_pe] = sizes.backward(saved, into_contiguous(grad));
+        (d_q, d_kv, d_k_pe)
+    }
+
+    fn cross_entropy_sum_saving(
+        h: CubeTensor,
+        weight: CubeTensor,
+        targets: CubeTensor,
+        label_weights: CubeTensor,
+        z_loss: f64,
+    ) -> (CubeTensor, CubeTensor, CubeTensor) {
+        loss::Head::new(h, weight, targets).losses_with_gradients(label_weights, z_loss)
+    }
+
+    fn distill_sum_saving(
+        h: CubeTensor,
+        weight: CubeTensor,
+        teacher: CubeTensor,
+        targets: CubeTensor,
+        share: f64,
+    ) -> (CubeTensor, CubeTensor, CubeTensor) {
+        loss::Head::new(h, weight, targets).lessons_with_gradients(teacher, share)
+    }
+}

@@ -1,0 +1,202 @@
+//! The parts of a decoder block on GPUs.
+
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::Slice;
+use burn_cubecl::CubeBackend;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::CubeDim;
+
+use super::{
+    Attention, Rows, Turn, count, dense, dims, new, pointwise, pointwise_cubes, product, reshaped, rms_norm,
+    rms_norm_grad, rotated, transposed,
+};
+use crate::block::MlaDims;
+use crate::block_ops::{BlockGradients, BlockOps, LatentInputs, LatentState, MlpState, MlpWeights};
+use crate::ops::{AttentionShape, AttentionState};
+
+/// All tokens as one tall matrix.
+fn tall(x: CubeTensor) -> CubeTensor {
+    let shape = x.meta.shape().to_vec();
+    let width = shape[shape.len() - 1];
+    let rows = shape.iter().product::<usize>() / width.max(1);
+    reshaped(into_contiguous(x), [rows, width])
+}
+
+/// `x Wᵀ` of a tall matrix.
+fn projected(x: CubeTensor, weight: CubeTensor) -> CubeTensor {
+    product(x, transposed(weight))
+}
+
+/// `silu(gate) · up`
+fn swiglu(gate: &CubeTensor, up: &CubeTensor) -> CubeTensor {
+    let out = new(gate, gate.meta.shape().to_vec());
+    pointwise::swiglu::launch(
+        &out.client,
+        pointwise_cubes(count(gate)),
+        CubeDim::new_1d(pointwise::UNITS),
+        gate.clone().into_buffer_arg(),
+        up.clone().into_buffer_arg(),
+        out.clone().into_buffer_arg(),
+        count(gate),
+    );
+    out
+}
+
+/// What a latent's keys and values are made of, formed anew in each direction.
+struct Latent {
+    /// Normalised latents, `[B·T, L]`.
+    c_kv: CubeTensor,
+    /// All heads' keys and values, `[B, T, H, N+V]`.
+    kv: CubeTensor,
+    /// Rotated shared keys, `[B, T, R]`; a single number where there are none.
+    k_pe: CubeTensor,
+    /// Rows of the norm.
+    rows: Rows,
+    /// Sizes of the attention.
+    shape: AttentionShape,
+}
+
+impl Latent {
+    /// All inputs dense.
+    fn new(inputs: &LatentInputs<CubeBackend>) -> Self {
+        let MlaDims { heads, nope, rope, value, rank, scale, latent_scale, latent_eps, interleave } = inputs.dims;
+        let [batch, seq, width] = dims::<3>(&inputs.kv_a);
+        let rows = Rows { count: batch * seq, stride: width, width: rank, eps: latent_eps, factor: latent_scale };
+        let c_kv = rms_norm(&inputs.kv_a, &inputs.norm, rows);
+        let kv = into_contiguous(projected(c_kv.clone(), inputs.kv_b.clone()));
+        let kv = reshaped(kv, [batch, seq, heads, nope + value]);
+        let k_pe = if rope > 0 {
+            let slices = [0..batch, 0..seq, rank..width].map(Slice::from);
+            let k_pe = into_contiguous(CubeBackend::float_slice(inputs.kv_a.clone(), &slices));
+            let turn = Turn { from: 0, interleaved: interleave, back: false };
+            let k_pe = rotated(reshaped(k_pe, [batch, seq, 1, rope]), inputs.cos.clone(), inputs.sin.clone(), turn);
+            reshaped(k_pe, [batch, seq, rope])
+        } else {
+            CubeBackend::float_zeros([1, 1, 1].into(), &kv.device, burn::tensor::FloatDType::F32)
+        };
+        Self { c_kv, kv, k_pe, rows, shape: AttentionShape { nope, rope, scale } }
+    }
+}
+
+fn contiguous(inputs: LatentInputs<CubeBackend>) -> LatentInputs<CubeBackend> {
+    let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims } = inputs;
+    let [q, kv_a, norm, kv_b, cos, sin, starts] = [q, kv_a, norm, kv_b, cos, sin, starts].map(into_contiguous);
+    LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims }
+}
+
+impl BlockOps for CubeBackend {
+    fn project(x: CubeTensor, weight: CubeTensor) -> CubeTensor {
+        let [batch, seq, _] = dims::<3>(&x);
+        let [d_out, _] = dims::<2>(&weight);
+        reshaped(projected(tall(x), weight), [batch, seq, d_out])
+    }
+
+    fn add_project(residual: CubeTensor, x: CubeTensor, weight: CubeTensor) -> CubeTensor {
+        Self::float_add(Self::project(x, weight), residual)
+    }
+
+    fn gated_mlp(
+        x: CubeTensor,
+        norm: CubeTensor,
+        gate: CubeTensor,
+        up: CubeTensor,
+        down: CubeTensor,
+        eps: f64,
+    ) -> CubeTensor {
+        let [out, ..] = Self::gated_mlp_saving(x, [norm, gate, up, down], eps);
+        out
+    }
+
+    fn latent_attention(
+        q: CubeTensor,
+        kv_a: CubeTensor,
+        norm: CubeTensor,
+        kv_b: CubeTensor,
+        cos: CubeTensor,
+        sin: CubeTensor,
+        starts: CubeTensor,
+        dims: MlaDims,
+    ) -> CubeTensor {
+        Self::latent_attention_saving(LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims }).0
+    }
+}
+
+impl BlockGradients for CubeBackend {
+    fn project_grad(x: CubeTensor, weight: CubeTensor, grad: CubeTensor) -> (CubeTensor, CubeTensor) {
+        let shape = x.meta.shape().to_vec();
+        let (x, grad) = (tall(x), tall(grad));
+        (reshaped(product(grad.clone(), weight), shape), product(transposed(grad), x))
+    }
+
+    fn gated_mlp_saving(x: CubeTensor, weights: MlpWeights<Self>, eps: f64) -> [CubeTensor; 3] {
+        let [norm, gate, up, down] = weights;
+        let [batch, seq, width] = dims::<3>(&x);
+        let (flat, norm) = (tall(x.clone()), into_contiguous(norm));
+        let normed = rms_norm(&flat, &norm, dense(&flat, width, eps));
+        let gate = into_contiguous(projected(normed.clone(), gate));
+        let up = into_contiguous(projected(normed, up));
+        let out = reshaped(projected(swiglu(&gate, &up), down), [batch, seq, width]);
+        [Self::float_add(out, x), gate, up]
+    }
+
+    fn gated_mlp_grad(saved: MlpState<Self>, grad: CubeTensor, eps: f64) -> [CubeTensor; 5] {
+        let MlpState { x, weights: [norm, gate_weight, up_weight, down], inner: [gate, up] } = saved;
+        let shape = x.meta.shape().to_vec();
+        let width = shape[shape.len() - 1];
+        let (flat, norm, d_out) = (tall(x), into_contiguous(norm), tall(grad));
+        let d_act = into_contiguous(product(d_out.clone(), down));
+        // The inner activations are consumed: their gradients take their places.
+        let act = new(&gate, gate.meta.shape().to_vec());
+        pointwise::swiglu_grad::launch(
+            &act.client,
+            pointwise_cubes(count(&act)),
+            CubeDim::new_1d(pointwise::UNITS),
+            gate.clone().into_buffer_arg(),
+            up.clone().into_buffer_arg(),
+            d_act.into_buffer_arg(),
+            act.clone().into_buffer_arg(),
+            count(&act),
+        );
+        let d_down = product(transposed(d_out.clone()), act);
+        let rows = dense(&flat, width, eps);
+        let normed = rms_norm(&flat, &norm, rows);
+        let d_gate = product(transposed(gate.clone()), normed.clone());
+        let d_up = product(transposed(up.clone()), normed);
+        let d_normed = Self::float_add(product(gate, gate_weight), product(up, up_weight));
+        let (d_x, d_norm) = rms_norm_grad(&flat, &norm, &into_contiguous(d_normed), rows);
+        let d_x = reshaped(Self::float_add(d_x, d_out), shape);
+        [d_x, d_norm, d_gate, d_up, d_down]
+    }
+
+    fn latent_attention_saving(inputs: LatentInputs<Self>) -> (CubeTensor, CubeTensor) {
+        let inputs = contiguous(inputs);
+        let Latent { kv, k_pe, shape, .. } = Latent::new(&inputs);
+        Attention::new(&inputs.q, &kv, shape).forward(inputs.q, kv, k_pe, inputs.starts)
+    }
+
+    fn latent_attention_grad(saved: LatentState<Self>, grad: CubeTensor) -> [CubeTensor; 4] {
+        let LatentState { inputs, out, lse } = saved;
+        let inputs = contiguous(inputs);
+        let [batch, seq, width] = dims::<3>(&inputs.kv_a);
+        let Latent { c_kv, kv, k_pe, rows, shape } = Latent::new(&inputs);
+        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims } = inputs;
+        let sizes = Attention::new(&q, &kv, shape);
+        let state = AttentionState { q, kv, k_pe, starts, out, lse, shape };
+        let [d_q, d_kv, d_pe] = sizes.backward(state, into_contiguous(grad));
+        let d_kv = reshaped(d_kv, [batch * seq, dims.heads * (dims.nope + dims.value)]);
+        let d_kv_b = product(transposed(d_kv.clone()), c_kv);
+        let d_c_kv = into_contiguous(product(d_kv, kv_b));
+        let (d_latent, d_norm) = rms_norm_grad(&kv_a, &norm, &d_c_kv, rows);
+        let d_latent = reshaped(d_latent, [batch, seq, dims.rank]);
+        let d_kv_a = if dims.rope > 0 {
+            let turn = Turn { from: 0, interleaved: dims.interleave, back: true };
+            let d_pe = rotated(reshaped(d_pe, [batch, seq, 1, dims.rope]), cos, sin, turn);
+            Self::float_cat(vec![d_latent, reshaped(d_pe, [batch, seq, dims.rope])], 2)
+        } else {
+            d_latent
+        };
+        debug_assert_eq!(d_kv_a.meta.shape()[2], width);
+        [d_q, d_kv_a, d_norm, d_kv_b]
+    }
+}

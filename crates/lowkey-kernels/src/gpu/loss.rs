@@ -1,0 +1,183 @@
+//! Output head and loss over chunks of tokens: the logits of one chunk exist at a time, and their gradient takes their place.
+
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::Slice;
+use burn_cubecl::CubeBackend;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::{CubeCount, CubeDim};
+
+use super::{dims, new, product, reshaped, rows, transposed};
+
+/// Logits that exist at a time: 64 Mi numbers, 256 MiB.
+const LOGITS: usize = 1 << 26;
+
+/// Hidden vectors `[n, d]`, the head `[vocab, d]` and the targets `[n]`.
+pub(super) struct Head {
+    h: CubeTensor,
+    weight: CubeTensor,
+    targets: CubeTensor,
+    chunk: usize,
+}
+
+/// `[n, 2]`: each token's loss, and the part that is z-loss.
+pub(super) struct Losses(CubeTensor);
+
+impl Losses {
+    /// Both, summed, `[2]`.
+    pub(super) fn sum(self) -> CubeTensor {
+        reshaped(CubeBackend::float_sum_dim(self.0, 0), [2])
+    }
+
+    /// Each token's loss, `[n]`.
+    pub(super) fn each(self) -> CubeTensor {
+        let [n, _] = dims::<2>(&self.0);
+        let first = CubeBackend::float_slice(self.0, &[Slice::from(0..n), Slice::from(0..1)]);
+        reshaped(into_contiguous(first), [n])
+    }
+}
+
+fn part(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor {
+    into_contiguous(CubeBackend::float_slice(tensor.clone(), &[Slice::from(from..to)]))
+}
+
+impl Head {
+    pub(super) fn new(h: CubeTensor, weight: CubeTensor, targets: CubeTensor) -> Self {
+        let [h, weight, targets] = [h, weight, targets].map(into_contiguous);
+        let [vocab, _] = dims::<2>(&weight);
+        let chunk = (LOGITS / vocab.max(1)).max(1);
+        Self { h, weight, targets, chunk }
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = (usize, usize)> {
+        let ([n, _], chunk) = (dims::<2>(&self.h), self.chunk);
+        (0..n).step_by(chunk).map(move |from| (from, (from + chunk).min(n)))
+    }
+
+    fn logits(&self, h: CubeTensor) -> CubeTensor {
+        into_contiguous(product(h, transposed(self.weight.clone())))
+    }
+
+    fn cubes(rows: usize) -> (CubeCount, CubeDim) {
+        (CubeCount::Static(rows.min(rows::CUBES) as u32, 1, 1), CubeDim::new_1d(rows::UNITS))
+    }
+
+    /// Losses of a chunk's logits, which become their gradient if asked to.
+    fn chunk(
+        &self,
+        logits: &CubeTensor,
+        range: (usize, usize),
+        weights: &CubeTensor,
+        z: f64,
+        grad: bool,
+    ) -> CubeTensor {
+        let [n, vocab] = dims::<2>(logits);
+        let losses = new(logits, [n, 2]);
+        let weights = if dims::<1>(weights) == [1] { weights.clone() } else { part(weights, range.0, range.1) };
+        let targets = part(&self.targets, range.0, range.1);
+        let (count, units) = Self::cubes(n);
+        rows::cross_entropy::launch(
+            &logits.client,
+            count,
+            units,
+            logits.clone().into_buffer_arg(),
+            targets.into_buffer_arg(),
+            weights.into_buffer_arg(),
+            losses.clone().into_buffer_arg(),
+            n,
+            vocab,
+            z as f32,
+            grad,
+        );
+        losses
+    }
+
+    /// The losses alone.
+    pub(super) fn losses(self, weights: CubeTensor, z_loss: f64) -> Losses {
+        let weights = into_contiguous(weights);
+        let parts = self.chunks().map(|range| {
+            let logits = self.logits(part(&self.h, range.0, range.1));
+            self.chunk(&logits, range, &weights, z_loss, false)
+        });
+        Losses(joined(parts.collect()))
+    }
+
+    /// `(sums [2], d h, d weight)`
+    pub(super) fn losses_with_gradients(
+        self,
+        weights: CubeTensor,
+        z_loss: f64,
+    ) -> (CubeTensor, CubeTensor, CubeTensor) {
+        let weights = into_contiguous(weights);
+        let (losses, d_h, d_weight) = self.backward(|head, range, logits| {
+            let losses = head.chunk(logits, range, &weights, z_loss, true);
+            (losses, logits.clone())
+        });
+        (Losses(losses).sum(), d_h, d_weight)
+    }
+
+    /// `(sum [1], d h, d weight)` of [`crate::distill_sum`].
+    pub(super) fn lessons_with_gradients(
+        self,
+        teacher: CubeTensor,
+        share: f64,
+    ) -> (CubeTensor, CubeTensor, CubeTensor) {
+        let teacher = into_contiguous(teacher);
+        let (losses, d_h, d_weight) = self.backward(|head, range, logits| {
+            let [n, vocab] = dims::<2>(logits);
+            let losses = new(logits, [n]);
+            let of_teacher = head.logits(part(&teacher, range.0, range.1));
+            let targets = part(&head.targets, range.0, range.1);
+            let (count, units) = Self::cubes(n);
+            rows::distill::launch(
+                &logits.client,
+                count,
+                units,
+                logits.clone().into_buffer_arg(),
+                of_teacher.into_buffer_arg(),
+                targets.into_buffer_arg(),
+                losses.clone().into_buffer_arg(),
+                n,
+                vocab,
+                share as f32,
+            );
+            (losses, logits.clone())
+        });
+        (CubeBackend::float_sum(losses), d_h, d_weight)
+    }
+
+    /// Losses of all chunks, and the gradients that follow from those of the logits.
+    fn backward(
+        &self,
+        step: impl Fn(&Self, (usize, usize), &CubeTensor) -> (CubeTensor, CubeTensor),
+    ) -> (CubeTensor, CubeTensor, CubeTensor) {
+        let (mut losses, mut d_h, mut d_weight) = (Vec::new(), Vec::new(), None::<CubeTensor>);
+        for range in self.chunks() {
+            let h = part(&self.h, range.0, range.1);
+            let logits = self.logits(h.clone());
+            let (loss, d_logits) = step(self, range, &logits);
+            drop(logits);
+            losses.push(loss);
+            d_h.push(product(d_logits.clone(), self.weight.clone()));
+            let of_weight = product(transposed(d_logits), h);
+            d_weight = Some(match d_weight {
+                Some(sum) => CubeBackend::float_add(sum, of_weight),
+                None => of_weight,
+            });
+        }
+        let d_weight = d_weight.unwrap_or_else(|| CubeBackend::float_mul_scalar(self.weight.clone(), 0.0f32.into()));
+        (joined(losses), joined(d_h), d_weight)
+    }
+}
+
+/// Chunks one below the other.
+fn joined(mut parts: Vec<CubeTensor>) -> CubeTensor {
+    match (parts.pop(), parts.is_empty()) {
+        (Some(only), true) => only,
+        (Some(last), false) => {
+            parts.push(last);
+            CubeBackend::float_cat(parts, 0)
+        }
+        (None, _) => unreachable!("a loss over no tokens is not asked for"),
+    }
+}

@@ -1,0 +1,297 @@
+//! Kernels that give each row of a matrix to one cube: norms, losses, sums.
+
+use cubecl::prelude::*;
+
+/// Units of a cube that works on a row.
+pub(super) const UNITS: u32 = 128;
+
+/// Most cubes in one direction that every graphics API takes.
+pub(super) const CUBES: usize = 65_535;
+
+/// The sum of one number from each unit, for all of them.
+#[cube]
+fn add_up(value: f32, scratch: &mut Shared<[f32]>) -> f32 {
+    let unit = UNIT_POS as usize;
+    scratch[unit] = value;
+    sync_cube();
+    let mut step = CUBE_DIM / 2;
+    while step > 0 {
+        if UNIT_POS < step {
+            let other = scratch[unit + step as usize];
+            scratch[unit] += other;
+        }
+        sync_cube();
+        step /= 2;
+    }
+    let total = scratch[0];
+    sync_cube();
+    total
+}
+
+/// The largest of one number from each unit, for all of them; a number that is none does not count.
+#[cube]
+fn largest(value: f32, scratch: &mut Shared<[f32]>) -> f32 {
+    let unit = UNIT_POS as usize;
+    scratch[unit] = value;
+    sync_cube();
+    let mut step = CUBE_DIM / 2;
+    while step > 0 {
+        if UNIT_POS < step {
+            let other = scratch[unit + step as usize];
+            if other > scratch[unit] {
+                scratch[unit] = other;
+            }
+        }
+        sync_cube();
+        step /= 2;
+    }
+    let highest = scratch[0];
+    sync_cube();
+    highest
+}
+
+/// `factor / sqrt(mean(x²) + eps)` of the row that begins at `from`.
+#[cube]
+fn inverse_rms(x: &[f32], from: usize, width: usize, eps: f32, factor: f32, scratch: &mut Shared<[f32]>) -> f32 {
+    let mut sum = 0.0f32;
+    let mut i = UNIT_POS as usize;
+    while i < width {
+        let value = x[from + i];
+        sum += value * value;
+        i += CUBE_DIM as usize;
+    }
+    let mean = add_up(sum, scratch) / f32::cast_from(width);
+    factor / (mean + eps).sqrt()
+}
+
+/// `factor · RMSNorm(x) · weight` of rows that are `stride` numbers apart; the result is dense.
+#[cube(launch)]
+pub(super) fn rms_norm(
+    x: &[f32],
+    weight: &[f32],
+    out: &mut [f32],
+    rows: usize,
+    stride: usize,
+    width: usize,
+    eps: f32,
+    factor: f32,
+) {
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(UNITS as usize));
+    let mut row = CUBE_POS_X as usize;
+    while row < rows {
+        let from = row * stride;
+        let inverse = inverse_rms(x, from, width, eps, factor, &mut scratch);
+        let mut i = UNIT_POS as usize;
+        while i < width {
+            out[row * width + i] = x[from + i] * inverse * weight[i];
+            i += CUBE_DIM as usize;
+        }
+        row += CUBE_COUNT_X as usize;
+    }
+}
+
+/// The gradient of [`rms_norm`]: of x, dense, and of the weight by cube, `[cubes, width]`, to be summed.
+#[cube(launch)]
+pub(super) fn rms_norm_grad(
+    x: &[f32],
+    weight: &[f32],
+    grad: &[f32],
+    d_x: &mut [f32],
+    d_weight: &mut [f32],
+    rows: usize,
+    stride: usize,
+    width: usize,
+    eps: f32,
+    factor: f32,
+) {
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(UNITS as usize));
+    let part = CUBE_POS_X as usize * width;
+    let mut i = UNIT_POS as usize;
+    while i < width {
+        d_weight[part + i] = 0.0;
+        i += CUBE_DIM as usize;
+    }
+    let mut row = CUBE_POS_X as usize;
+    while row < rows {
+        let from = row * stride;
+        let inverse = inverse_rms(x, from, width, eps, 1.0f32, &mut scratch);
+        let mut sum = 0.0f32;
+        let mut i = UNIT_POS as usize;
+        while i < width {
+            sum += grad[row * width + i] * weight[i] * x[from + i];
+            i += CUBE_DIM as usize;
+        }
+        // d x = f/rms · (w g − x · mean(w g x)/rms²)
+        let slope = add_up(sum, &mut scratch) / f32::cast_from(width) * inverse * inverse;
+        let mut i = UNIT_POS as usize;
+        while i < width {
+            let (value, upstream) = (x[from + i], grad[row * width + i] * factor);
+            d_x[row * width + i] = inverse * (upstream * weight[i] - value * slope * factor);
+            d_weight[part + i] += upstream * value * inverse;
+            i += CUBE_DIM as usize;
+        }
+        row += CUBE_COUNT_X as usize;
+    }
+}
+
+/// Column sums of `parts [count, width]`.
+#[cube(launch)]
+pub(super) fn column_sums(parts: &[f32], out: &mut [f32], count: usize, width: usize) {
+    let column = ABSOLUTE_POS;
+    if column < width {
+        let mut sum = 0.0f32;
+        for part in 0..count {
+            sum += parts[part * width + column];
+        }
+        out[column] = sum;
+    }
+}
+
+/// `Σ x²`, a part by each cube.
+#[cube(launch)]
+pub(super) fn sums_of_squares(x: &[f32], out: &mut [f32], count: usize) {
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(UNITS as usize));
+    let mut sum = 0.0f32;
+    let mut i = ABSOLUTE_POS;
+    while i < count {
+        sum += x[i] * x[i];
+        i += (CUBE_DIM * CUBE_COUNT_X) as usize;
+    }
+    let total = add_up(sum, &mut scratch);
+    if UNIT_POS == 0 {
+        out[CUBE_POS_X as usize] = total;
+    }
+}
+
+/// The log-sum-exp of a row of logits.
+#[cube]
+fn log_partition(logits: &[f32], from: usize, vocab: usize, scratch: &mut Shared<[f32]>) -> f32 {
+    let mut highest = logits[from];
+    let mut i = UNIT_POS as usize;
+    while i < vocab {
+        if logits[from + i] > highest {
+            highest = logits[from + i];
+        }
+        i += CUBE_DIM as usize;
+    }
+    let highest = largest(highest, scratch);
+    let mut sum = 0.0f32;
+    let mut i = UNIT_POS as usize;
+    while i < vocab {
+        sum += (logits[from + i] - highest).exp();
+        i += CUBE_DIM as usize;
+    }
+    highest + add_up(sum, scratch).ln()
+}
+
+/// Cross entropy of rows of logits `[rows, vocab]`, which it replaces by its gradient if asked to: `losses [rows, 2]` are the
+/// whole and the part that is z-loss. Weights are one for each row, or one for all.
+#[cube(launch)]
+pub(super) fn cross_entropy(
+    logits: &mut [f32],
+    targets: &[i32],
+    weights: &[f32],
+    losses: &mut [f32],
+    rows: usize,
+    vocab: usize,
+    z_loss: f32,
+    #[comptime] gradients: bool,
+) {
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(UNITS as usize));
+    let mut row = CUBE_POS_X as usize;
+    while row < rows {
+        let from = row * vocab;
+        let log_z = log_partition(&*logits, from, vocab, &mut scratch);
+        let target = targets[row];
+        let mut weight = weights[0];
+        if weights.len() > 1 {
+            weight = weights[row];
+        }
+        // The target's logit is read before the gradient takes its place.
+        let mut at = 0usize;
+        if target >= 0 {
+            at = target as usize;
+        }
+        let picked = logits[from + at];
+        sync_cube();
+        if UNIT_POS == 0 {
+            let mut loss = 0.0f32;
+            let mut of_z = 0.0f32;
+            if target >= 0 {
+                of_z = weight * z_loss * log_z * log_z;
+                loss = weight * (log_z - picked) + of_z;
+            }
+            losses[row * 2] = loss;
+            losses[row * 2 + 1] = of_z;
+        }
+        if comptime!(gradients) {
+            let on_p = weight * (1.0f32 + 2.0f32 * z_loss * log_z);
+            let mut i = UNIT_POS as usize;
+            while i < vocab {
+                let mut slope = 0.0f32;
+                if target >= 0 {
+                    slope = on_p * (logits[from + i] - log_z).exp();
+                    if i == at {
+                        slope -= weight;
+                    }
+                }
+                logits[from + i] = slope;
+                i += CUBE_DIM as usize;
+            }
+        }
+        row += CUBE_COUNT_X as usize;
+    }
+}
+
+/// `share · KL(p ‖ q) + (1 − share) · nats` of rows of logits, with p of the teacher; the pupil's logits become the gradient.
+#[cube(launch)]
+pub(super) fn distill(
+    logits: &mut [f32],
+    teacher: &[f32],
+    targets: &[i32],
+    losses: &mut [f32],
+    rows: usize,
+    vocab: usize,
+    share: f32,
+) {
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(UNITS as usize));
+    let mut row = CUBE_POS_X as usize;
+    while row < rows {
+        let from = row * vocab;
+        let log_q = log_partition(&*logits, from, vocab, &mut scratch);
+        let log_p = log_partition(teacher, from, vocab, &mut scratch);
+        let target = targets[row];
+        let mut at = 0usize;
+        if target >= 0 {
+            at = target as usize;
+        }
+        let picked = logits[from + at] - log_q;
+        sync_cube();
+        let mut apart = 0.0f32;
+        let mut i = UNIT_POS as usize;
+        while i < vocab {
+            let of_q = logits[from + i] - log_q;
+            let of_p = teacher[from + i] - log_p;
+            let p = of_p.exp();
+            apart += p * (of_p - of_q);
+            let mut slope = 0.0f32;
+            if target >= 0 {
+                slope = of_q.exp() - share * p;
+                if i == at {
+                    slope -= 1.0f32 - share;
+                }
+            }
+            logits[from + i] = slope;
+            i += CUBE_DIM as usize;
+        }
+        let apart = add_up(apart, &mut scratch);
+        if UNIT_POS == 0 {
+            let mut loss = 0.0f32;
+            if target >= 0 {
+                loss = share * apart - (1.0f32 - share) * picked;
+            }
+            losses[row] = loss;
+        }
+        row += CUBE_COUNT_X as usize;
+    }
+}

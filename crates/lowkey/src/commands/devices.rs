@@ -1,0 +1,71 @@
+//! `lowkey devices`.
+
+use lowkey_kernels::device::{self, Found, Properties};
+use serde_json::json;
+
+use crate::cli::DevicesArguments;
+use crate::output::{say, say_json};
+
+pub(crate) fn devices(arguments: &DevicesArguments) -> anyhow::Result<()> {
+    let (found, left_out) = (device::list(), device::left_out());
+    let chosen = device::open("auto")?;
+    if arguments.json {
+        let left_out = left_out.iter().map(|(kind, feature)| json!({ "kind": kind, "feature": feature }));
+        return say_json(&json!({
+            "devices": found.iter().map(|found| as_json(found, found.device == chosen)).collect::<Vec<_>>(),
+            "not_built": left_out.collect::<Vec<_>>(),
+        }));
+    }
+    for one in &found {
+        let mark = if one.device == chosen { "  (what `auto` takes)" } else { "" };
+        match &one.properties {
+            None => say(&format!(
+                "{}{mark}\n  {} threads; training, every command, f32 (f64 in tests)",
+                one.name,
+                lowkey_train::available_threads()
+            )),
+            Some(properties) => say(&format!("{}{mark}\n{}", one.name, described(properties))),
+        }
+    }
+    for (kind, feature) in left_out {
+        say(&format!("{kind}: not in this build; cargo build --release --features {feature}"));
+    }
+    for kind in device::silent() {
+        say(&format!("{kind}: no driver answers"));
+    }
+    Ok(())
+}
+
+fn described(properties: &Properties) -> String {
+    let Properties { part, target, software, max_tensor, shared_memory, units, plane, bindings, dtypes, matrix_units } =
+        properties;
+    let kind = if *software { "in software, on the CPU: for tests" } else { "GPU" };
+    let matrix_units = if matrix_units.is_empty() { "none".to_owned() } else { matrix_units.join(", ") };
+    format!(
+        "  {part} ({kind}; {target})\n  largest tensor {:.2} GiB, shared memory {} KiB, {units} units a cube, planes of {}, {bindings} \
+         tensors a kernel\n  calculates in {}; matrix units: {matrix_units}",
+        *max_tensor as f64 / f64::from(1 << 30),
+        shared_memory / 1024,
+        if plane.0 == plane.1 { plane.0.to_string() } else { format!("{} to {}", plane.0, plane.1) },
+        dtypes.join(", "),
+    )
+}
+
+fn as_json(found: &Found, chosen: bool) -> serde_json::Value {
+    let properties = found.properties.as_ref().map(|properties| {
+        json!({
+            "part": properties.part,
+            "target": properties.target,
+            "software": properties.software,
+            "max_tensor_bytes": properties.max_tensor,
+            "shared_memory_bytes": properties.shared_memory,
+            "units_per_cube": properties.units,
+            "plane_min": properties.plane.0,
+            "plane_max": properties.plane.1,
+            "bindings": properties.bindings,
+            "dtypes": properties.dtypes,
+            "matrix_units": properties.matrix_units,
+        })
+    });
+    json!({ "name": found.name, "auto": chosen, "properties": properties })
+}
