@@ -155,6 +155,9 @@ fn of_kind(_: &str) -> Vec<Found> {
 #[cfg(feature = "gpu")]
 fn of_kind(kind: &str) -> Vec<Found> {
     use burn::tensor::DeviceType;
+    // What one thread queues must come before what another queues after it: parameters are written in place, and a stream for each
+    // thread would read them before they are.
+    cubecl_environment::stream::set_policy(cubecl_environment::stream::StreamPolicy::Single);
     let devices = match kind {
         #[cfg(feature = "wgpu")]
         "wgpu" => Device::enumerate(DeviceType::Wgpu),

@@ -105,7 +105,6 @@ fn on_task(
     let layout = RowLayout { seq_len, mask_documents: true };
     let held = Held::Examples(corpus.held(layout, arguments.batch_size));
     let held = arguments.batches.map_or_else(|| held.clone(), |count| held.first(count, arguments.batch_size));
-    let threads = lowkey_train::available_threads();
     Ok(evaluate(model, &held, &[], &workers(device)?, device)?)
 }
 

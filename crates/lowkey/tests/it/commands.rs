@@ -28,7 +28,7 @@ pub(crate) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-const RUN: &str = r#"
+pub(crate) const RUN: &str = r#"
 [run]
 name = "tiny"
 seed = 3

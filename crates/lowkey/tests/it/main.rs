@@ -10,6 +10,7 @@ mod commands;
 mod convert;
 mod elastic;
 mod export;
+mod gpu;
 mod lab;
 mod reference;
 mod resume;

@@ -129,7 +129,7 @@ fn every_dense_case_agrees_with_transformers() {
     let mut cases: Vec<PathBuf> =
         std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
     cases.sort();
-    let device = Device::flex().autodiff();
+    let device = lowkey_kernels::device::open(&crate::gpu::name().unwrap_or("cpu".into())).unwrap().autodiff();
     let mut ran = Vec::new();
     for path in cases {
         let case = Case::open(path);

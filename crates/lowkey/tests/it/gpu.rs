@@ -1,0 +1,107 @@
+//! A GPU against the CPU: the environment variable `LOWKEY_TEST_DEVICE` names it; without one nothing is compared, which is said.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::commands::{RUN, json, lowkey, succeed, text};
+
+/// The device that tests run on where it is not the CPU.
+pub(crate) fn name() -> Option<String> {
+    let name = std::env::var("LOWKEY_TEST_DEVICE").ok().filter(|name| name != "cpu");
+    if name.is_none() {
+        println!("LOWKEY_TEST_DEVICE names no GPU: nothing compared");
+    }
+    name
+}
+
+/// A run file with its text, in a folder of its own.
+fn run_file(dir: &Path) -> PathBuf {
+    let story = "The cat sat on the mat. The dog saw the cat. A bird sang to them both, and the sun went down. ";
+    std::fs::write(dir.join("story.txt"), story.repeat(40)).unwrap();
+    let path = dir.join("run.toml");
+    std::fs::write(&path, RUN).unwrap();
+    path
+}
+
+fn train(file: &Path, out: &Path, device: &str, more: &[&str]) {
+    let mut arguments = vec!["train", text(file), "--out", text(out), "--device", device];
+    arguments.extend(more);
+    succeed(&arguments);
+}
+
+/// A figure of every step.
+fn figures(run: &Path, key: &str) -> Vec<f64> {
+    let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()[key].as_f64().unwrap()).collect()
+}
+
+#[test]
+fn a_run_on_a_gpu_follows_one_on_the_cpu_and_its_model_says_the_same() {
+    let Some(gpu) = name() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let file = run_file(dir.path());
+    for (kind, more) in [
+        ("mla", &["--set", "metrics.every=1"][..]),
+        ("gqa", &["--set", "metrics.every=1", "--set", "model.attention=gqa", "--set", "model.head_dim=6"]),
+        ("muon", &["--set", "metrics.every=1", "--set", "optimizer.kind=muon"]),
+        (
+            "recompute",
+            &["--set", "metrics.every=1", "--set", "training.recompute=block", "--set", "training.z_loss=0.001"],
+        ),
+    ] {
+        let [on_cpu, on_gpu] = ["cpu", "gpu"].map(|name| dir.path().join(format!("{kind}-{name}")));
+        train(&file, &on_cpu, "cpu", more);
+        train(&file, &on_gpu, &gpu, more);
+        for key in ["train_loss", "grad_norm"] {
+            let pairs = figures(&on_cpu, key).into_iter().zip(figures(&on_gpu, key));
+            for (step, (expected, found)) in pairs.enumerate() {
+                let off = (found - expected).abs() / expected;
+                assert!(off < 1e-3, "{kind}: {key} of step {step}: {found} for {expected}");
+            }
+        }
+        let best = on_cpu.join("checkpoints/best");
+        let arguments =
+            ["generate", text(&best), "--prompt", "The", "--temperature", "0", "--max-new-tokens", "24", "--json"];
+        let said = |device: &str, form: &str| {
+            let all: Vec<&str> = arguments.iter().copied().chain(["--device", device, "--decode", form]).collect();
+            json(&all)["text"].clone()
+        };
+        for form in ["expanded", "auto"] {
+            assert_eq!(said(&gpu, form), said("cpu", form), "{kind}, {form}");
+        }
+    }
+}
+
+#[test]
+fn a_run_that_stops_on_a_gpu_goes_on_as_if_it_had_not() {
+    let Some(gpu) = name() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let file = run_file(dir.path());
+    let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
+    train(&file, &whole, &gpu, &[]);
+    train(&file, &parts, &gpu, &[]);
+    // Back to the middle: the newest checkpoint is gone, as if the run had been killed before it.
+    std::fs::remove_dir_all(parts.join("checkpoints/step-000012")).unwrap();
+    train(&file, &parts, &gpu, &["--resume"]);
+    let weights = |run: &Path| std::fs::read(run.join("checkpoints/step-000012/model.safetensors")).unwrap();
+    assert!(weights(&whole) == weights(&parts), "the weights differ");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_refused_by_name() {
+    let model = "nowhere";
+    for (device, expected) in [
+        ("tpu", "there is no device `tpu`"),
+        ("cuda:x", "there is no device `cuda:x`"),
+        ("cuda:99", "cuda"),
+        ("wgpu:99", "wgpu"),
+    ] {
+        let (code, _, err) = lowkey(&["generate", model, "--device", device]);
+        assert_eq!(code, 2, "{err}");
+        assert!(err.contains(expected) && err.contains("--device"), "{err}");
+    }
+    let listed = json(&["devices", "--json"]);
+    let names: Vec<&str> = listed["devices"].as_array().unwrap().iter().filter_map(|d| d["name"].as_str()).collect();
+    assert!(names.contains(&"cpu"), "{names:?}");
+}
