@@ -4,6 +4,7 @@ use std::mem;
 
 use burn::tensor::kind::Basic;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Int, Slice, Tensor};
+use lowkey_kernels::device::is_cpu;
 use lowkey_model::{AttentionConfig, CausalLm, ModelConfig, Stored};
 
 use crate::cache_dtype::CacheDtype;
@@ -96,13 +97,22 @@ impl Cache {
     /// An empty cache of `batch` rows with `capacity` slots each.
     ///
     /// # Errors
-    /// [`Error::Setting`] where `batch` or `capacity` is 0, [`Error::Positions`] where `capacity` exceeds the model's
+    /// [`Error::Setting`] where `batch` or `capacity` is 0, or where the device has no numbers of this format, [`Error::Positions`] where `capacity` exceeds the model's
     /// `max_position_embeddings`.
     pub fn new(model: &CausalLm, batch: usize, capacity: usize, dtype: CacheDtype, device: &Device) -> Result<Self> {
         for (field, size) in [("batch", batch), ("capacity", capacity)] {
             if size == 0 {
                 return Err(Error::setting(field, &size, "at least 1"));
             }
+        }
+        let stored = match dtype {
+            CacheDtype::F32 => DType::F32,
+            CacheDtype::Bf16 => DType::BF16,
+            CacheDtype::F16 => DType::F16,
+            CacheDtype::Int8 => DType::I8,
+        };
+        if !is_cpu(device) && !device.supports_dtype(stored) {
+            return Err(Error::setting("cache_dtype", &dtype, "a format that this device has, such as f32"));
         }
         let limit = model.config.max_position_embeddings;
         if capacity > limit {
@@ -114,10 +124,9 @@ impl Cache {
         let floats = |width, dtype| Tensor::zeros([batch, heads, capacity, width], (&device, dtype));
         let buffer = |(width, split): (usize, usize)| match dtype {
             CacheDtype::F32 => Stored::Float(floats(width, of_weights)),
-            CacheDtype::Bf16 => Stored::Float(floats(width, DType::BF16)),
-            CacheDtype::F16 => Stored::Float(floats(width, DType::F16)),
+            CacheDtype::Bf16 | CacheDtype::F16 => Stored::Float(floats(width, stored)),
             CacheDtype::Int8 => {
-                let codes = Tensor::zeros([batch, heads, capacity, width], (&device, DType::I8));
+                let codes = Tensor::zeros([batch, heads, capacity, width], (&device, stored));
                 Stored::Int8 { codes, scales: floats(scales_of(width, split), DType::F32), split }
             }
         };

@@ -4,6 +4,7 @@ mod block;
 mod cache;
 
 use burn::backend::Flex;
+use burn::backend::ops::ModuleOps;
 use burn::tensor::{DType, Shape};
 use burn_flex::FlexTensor;
 
@@ -53,6 +54,10 @@ fn attention_dims(q: &FlexTensor, kv: &FlexTensor, shape: AttentionShape) -> Dim
 }
 
 impl FusedOps for Flex {
+    fn embed(weight: FlexTensor, ids: FlexTensor) -> FlexTensor {
+        Self::embedding(weight, ids)
+    }
+
     fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> FlexTensor {
         let (x, weight) = (x.to_contiguous(), weight.to_contiguous());
         let mut out = like(&x);
@@ -131,6 +136,10 @@ fn sums_tensor(sums: cross_entropy::Sums) -> FlexTensor {
 }
 
 impl FusedGradients for Flex {
+    fn embed_grad(weight: FlexTensor, ids: FlexTensor, grad: FlexTensor) -> FlexTensor {
+        Self::embedding_backward(weight, grad, ids)
+    }
+
     fn rms_norm_grad(x: FlexTensor, weight: FlexTensor, grad: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
         let (x, weight, grad) = (x.to_contiguous(), weight.to_contiguous(), grad.to_contiguous());
         let (mut d_x, mut d_weight) = (like(&x), like(&weight));

@@ -34,6 +34,17 @@ pub struct Labels<'a> {
     pub z_loss: f64,
 }
 
+/// Token embedding: the rows of `weight` that the ids name.
+///
+/// # Shapes
+/// `weight [vocab, d]`, `ids [batch, seq]` → `[batch, seq, d]`.
+pub fn embed(weight: Tensor<2>, ids: Tensor<2, Int>) -> Tensor<3> {
+    if weight.dtype() != DType::F32 {
+        return reference::embed(weight, ids);
+    }
+    Tensor::from_dispatch(Dispatch::embed(weight.into_dispatch(), ids.into_dispatch()))
+}
+
 /// Root-mean-square normalisation over the last axis: `x / sqrt(mean(x²) + eps) · weight` (Zhang & Sennrich,
 /// arXiv 1910.07467, eq. 4).
 ///

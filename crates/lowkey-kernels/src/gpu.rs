@@ -12,8 +12,8 @@ mod rows;
 
 pub(crate) use properties::properties;
 
-use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, Shape};
+use burn::backend::ops::{FloatTensorOps, ModuleOps};
+use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
@@ -285,6 +285,10 @@ impl Attention {
 }
 
 impl FusedOps for CubeBackend {
+    fn embed(weight: CubeTensor, ids: CubeTensor) -> CubeTensor {
+        Self::embedding(weight, ids)
+    }
+
     fn rms_norm(x: CubeTensor, weight: CubeTensor, eps: f64) -> CubeTensor {
         let (x, weight) = (into_contiguous(x), into_contiguous(weight));
         let shape = x.meta.shape().to_vec();
@@ -319,7 +323,7 @@ impl FusedOps for CubeBackend {
     }
 
     fn cross_entropy_each(h: CubeTensor, weight: CubeTensor, targets: CubeTensor) -> CubeTensor {
-        let one = CubeBackend::float_ones(Shape::from(vec![1]), &h.device, burn::tensor::FloatDType::F32);
+        let one = CubeBackend::float_ones(Shape::from(vec![1]), &h.device, FloatDType::F32);
         loss::Head::new(h, weight, targets).losses(one, 0.0).each()
     }
 
@@ -335,6 +339,24 @@ impl FusedOps for CubeBackend {
 }
 
 impl FusedGradients for CubeBackend {
+    fn embed_grad(weight: CubeTensor, ids: CubeTensor, grad: CubeTensor) -> CubeTensor {
+        let [vocab, width] = dims::<2>(&weight);
+        let (ids, grad) = (into_contiguous(ids), into_contiguous(grad));
+        let tokens = count(&ids);
+        let out = Self::float_zeros(Shape::from(vec![vocab, width]), &weight.device, FloatDType::F32);
+        rows::embed_grad::launch(
+            &out.client,
+            CubeCount::Static(tokens.min(rows::CUBES) as u32, 1, 1),
+            CubeDim::new_1d(rows::UNITS),
+            ids.into_buffer_arg(),
+            grad.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            tokens,
+            width,
+        );
+        out
+    }
+
     fn rms_norm_grad(x: CubeTensor, weight: CubeTensor, grad: CubeTensor, eps: f64) -> (CubeTensor, CubeTensor) {
         let (x, weight, grad) = (into_contiguous(x), into_contiguous(weight), into_contiguous(grad));
         let shape = x.meta.shape().to_vec();

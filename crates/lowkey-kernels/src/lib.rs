@@ -39,5 +39,6 @@ pub use attention::{Mask, attention, scores};
 pub use block::{LatentWeights, MlaDims, MlpWeights, add_linear, gated_mlp, latent_attention, linear};
 pub use cached::{Stored, absorbed_attention};
 pub use fused::{
-    IGNORE, Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, distill_sum, rms_norm, rotate,
+    IGNORE, Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, distill_sum, embed, rms_norm,
+    rotate,
 };

@@ -23,6 +23,9 @@ pub(crate) struct AttentionShape {
 /// Forward operations, dispatched to the backend of their arguments.
 #[backend_extension(Autodiff, Flex, Cube: cfg(feature = "gpu"))]
 pub(crate) trait FusedOps: Backend {
+    /// Rows of `weight [vocab, d]` at `ids [batch, seq]` → `[batch, seq, d]`.
+    fn embed(weight: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self>;
+
     /// `x / sqrt(mean(x²) + eps) · weight` over the last axis.
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
 
@@ -77,6 +80,9 @@ pub(crate) trait FusedOps: Backend {
 
 /// What the backward passes need from a backend.
 pub(crate) trait FusedGradients: FusedOps {
+    /// `d weight [vocab, d]` of [`FusedOps::embed`]: the sum over each token's places.
+    fn embed_grad(weight: FloatTensor<Self>, ids: IntTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self>;
+
     /// `(d x, d weight)`.
     fn rms_norm_grad(
         x: FloatTensor<Self>,
@@ -175,6 +181,19 @@ pub(crate) fn register<B: Backend, const N: usize>(
 }
 
 #[derive(Debug)]
+struct Embed;
+
+impl<B: FusedGradients> Backward<B, 1> for Embed {
+    type State = (FloatTensor<B>, IntTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let (weight, ids) = ops.state;
+        register::<B, 1>(grads, ops.parents.map(|node| node.map(|node| node.id)), [B::embed_grad(weight, ids, grad)]);
+    }
+}
+
+#[derive(Debug)]
 struct Norm {
     eps: f64,
 }
@@ -242,6 +261,15 @@ impl<B: FusedGradients> Backward<B, 2> for CrossEntropy {
 }
 
 impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
+    fn embed(weight: FloatTensor<Self>, ids: IntTensor<Self>) -> FloatTensor<Self> {
+        let prep = Embed.prepare::<C>([weight.node()]).compute_bound().stateful();
+        let weight = weight.into_primitive();
+        match prep {
+            OpsKind::Tracked(prep) => prep.finish((weight.clone(), ids.clone()), B::embed(weight, ids)),
+            OpsKind::UnTracked(prep) => prep.finish(B::embed(weight, ids)),
+        }
+    }
+
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
         let prep = Norm { eps }.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
         let (x, weight) = (x.into_primitive(), weight.into_primitive());

@@ -61,7 +61,10 @@ pub fn adamw(
 fn adamw_elsewhere(tensors: [Tensor<1>; 4], step: AdamWStep) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
     match crate::gpu::optim::adamw(tensors, step) {
         Ok([value, m, v]) => (value, m, v),
-        Err([value, gradient, m, v]) => reference::adamw(value, gradient, m, v, step),
+        Err(tensors) => {
+            let [value, gradient, m, v] = *tensors;
+            reference::adamw(value, gradient, m, v, step)
+        }
     }
 }
 

@@ -3,10 +3,16 @@
 //! It runs on every backend and in every floating-point dtype, and it is what the fused implementations are held to. Slow
 //! and hungry: whole score and logit matrices exist.
 
+use burn::tensor::module::embedding;
 use burn::tensor::{Int, Tensor, activation::log_softmax, activation::sigmoid};
 
 use crate::attention::{Mask, attention};
 use crate::block::{LatentWeights, MlaDims, MlpWeights};
+
+/// See [`crate::embed`].
+pub fn embed(weight: Tensor<2>, ids: Tensor<2, Int>) -> Tensor<3> {
+    embedding(weight, ids)
+}
 
 /// See [`crate::linear`]; without a bias.
 pub fn linear(x: Tensor<3>, weight: Tensor<2>) -> Tensor<3> {

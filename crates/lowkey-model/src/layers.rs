@@ -1,9 +1,9 @@
 //! The small layers: linear map, norm, embedding. Weights lie as Hugging Face stores them, `[d_out, d_in]`.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor, TensorData, module::embedding};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use lowkey_kernels::{add_linear, linear, rms_norm};
+use lowkey_kernels::{add_linear, embed, linear, rms_norm};
 
 /// Supplies the values of each parameter by checkpoint name: random ones, or those of a file. No values at all make an empty
 /// tensor, for a model that is about to be refused: nothing as large as a wrong configuration claims is allocated.
@@ -88,6 +88,6 @@ impl Embedding {
 
     /// `[batch, seq]` → `[batch, seq, d]`.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-        embedding(self.weight.val(), ids)
+        embed(self.weight.val(), ids)
     }
 }

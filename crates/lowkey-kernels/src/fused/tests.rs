@@ -5,6 +5,22 @@ use crate::fixtures::{Leaf, assert_close, compare, device, host, plain_device, r
 use burn::tensor::{Distribution, Tolerance};
 
 #[test]
+fn embed_agrees_where_tokens_repeat_and_where_they_are_absent() {
+    device().seed(1);
+    for (batch, seq, vocab, width) in [(1, 1, 1, 1), (2, 7, 5, 37), (3, 130, 4, 200), (2, 300, 1000, 12)] {
+        let weight = random([vocab, width], 1.0);
+        let ids: Vec<i32> = (0..batch * seq).map(|i| ((i * i + 3 * i) % vocab) as i32).collect();
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [batch, seq]), &device());
+        compare(
+            &format!("embed {batch} {seq} {vocab} {width}"),
+            &[("weight", Leaf::Two(weight.clone()))],
+            || embed(weight.clone(), ids.clone()),
+            || reference::embed(weight.clone(), ids.clone()),
+        );
+    }
+}
+
+#[test]
 fn rms_norm_agrees() {
     device().seed(2);
     for (shape, eps) in [([1, 1, 1], 1e-6), ([2, 3, 37], 1e-2), ([3, 257, 67], 1e-6), ([1, 1, 5000], 1e-5)] {

@@ -208,10 +208,10 @@ pub(super) fn forward(
             let mut sum_of_row = 0.0f32;
             for k in 0..TILE {
                 let s = p[at * PITCH + k];
-                // Not the other way round: a score that is no number must not vanish.
-                let mut e = 0.0f32;
-                if !(s <= HIDDEN) {
-                    e = (s - now).exp();
+                // Hidden ones are set to 0, rather than seen ones to theirs: a score that is no number must not vanish.
+                let mut e = (s - now).exp();
+                if s <= HIDDEN {
+                    e = 0.0;
                 }
                 p[at * PITCH + k] = e;
                 sum_of_row += e;

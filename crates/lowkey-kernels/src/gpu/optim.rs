@@ -25,8 +25,8 @@ fn own(tensor: CubeTensor) -> CubeTensor {
 }
 
 /// One step of AdamW in place; the tensors back where they are not on a GPU.
-pub(crate) fn adamw(tensors: [Tensor<1>; 4], step: AdamWStep) -> Result<[Tensor<1>; 3], [Tensor<1>; 4]> {
-    let Some(handles) = on_gpu(tensors.each_ref()) else { return Err(tensors) };
+pub(crate) fn adamw(tensors: [Tensor<1>; 4], step: AdamWStep) -> Result<[Tensor<1>; 3], Box<[Tensor<1>; 4]>> {
+    let Some(handles) = on_gpu(tensors.each_ref()) else { return Err(Box::new(tensors)) };
     drop(tensors);
     let [value, gradient, m, v] = handles;
     let [value, m, v] = [value, m, v].map(own);
