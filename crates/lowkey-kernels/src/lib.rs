@@ -12,7 +12,11 @@
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
 //! exists in training, and of a latent attention's keys and values nothing is kept. On the CPU they run on plain slices,
 //! vectorised for whatever the processor has, in parallel on the current rayon pool; products of weights are those of the
-//! `gemm` crate, those inside an attention are tiles of registers. Tensors that are not f32 take the [`mod@reference`].
+//! `gemm` crate, those inside an attention are tiles of registers. On GPUs (feature `wgpu`, `vulkan`, `metal` or `cuda`) they are
+//! CubeCL kernels, products of weights those of Burn, and what reads a cache is a composition. Tensors that are not f32 take the
+//! [`mod@reference`].
+//!
+//! **Devices.** [`device::open`] gives a device for a name, [`device::list`] all of them. A GPU has one queue for all threads.
 //!
 //! **What this crate does not know.** Models, parameters, names, files, text. It is the only crate that knows a backend.
 
