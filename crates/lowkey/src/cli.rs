@@ -130,7 +130,7 @@ pub(crate) struct RunFileArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct DeviceArgument {
-    /// What to compute on: auto, cpu, wgpu[:i], vulkan[:i], metal[:i] or cuda[:i]; see lowkey devices
+    /// What to compute on: auto, cpu, wgpu, vulkan, metal or cuda, the latter four with :1 for the second of their kind
     #[arg(long = "device", value_name = "NAME", default_value = "auto")]
     pub(crate) name: String,
 }
