@@ -5,7 +5,7 @@ use burn::tensor::{DType, Tensor};
 
 use crate::block_ops::BlockOps;
 use crate::fused::starts_tensor;
-use crate::reference;
+use crate::{precision, reference};
 
 /// Sizes and factors of a Multi-head Latent Attention, in the symbols of DeepSeek-V2 (arXiv 2405.04434).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -36,7 +36,7 @@ pub struct MlaDims {
 /// `x [batch, seq, d_in]`, `weight [d_out, d_in]`, `bias [d_out]` → `[batch, seq, d_out]`.
 pub fn linear(x: Tensor<3>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<3> {
     let y = if x.dtype() == DType::F32 {
-        Tensor::from_dispatch(Dispatch::project(x.into_dispatch(), weight.into_dispatch()))
+        Tensor::from_dispatch(Dispatch::project(x.into_dispatch(), weight.into_dispatch(), precision::current()))
     } else {
         reference::linear(x, weight)
     };
@@ -53,7 +53,7 @@ pub fn linear(x: Tensor<3>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tenso
 pub fn add_linear(residual: Tensor<3>, x: Tensor<3>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<3> {
     let y = if x.dtype() == DType::F32 {
         let (residual, x) = (residual.into_dispatch(), x.into_dispatch());
-        Tensor::from_dispatch(Dispatch::add_project(residual, x, weight.into_dispatch()))
+        Tensor::from_dispatch(Dispatch::add_project(residual, x, weight.into_dispatch(), precision::current()))
     } else {
         residual + reference::linear(x, weight)
     };
@@ -90,7 +90,7 @@ pub fn gated_mlp(x: Tensor<3>, weights: MlpWeights, eps: f64) -> Tensor<3> {
     let MlpWeights { norm, gate, up, down } = weights;
     let (norm, gate) = (norm.into_dispatch(), gate.into_dispatch());
     let (up, down) = (up.into_dispatch(), down.into_dispatch());
-    Tensor::from_dispatch(Dispatch::gated_mlp(x.into_dispatch(), norm, gate, up, down, eps))
+    Tensor::from_dispatch(Dispatch::gated_mlp(x.into_dispatch(), norm, gate, up, down, eps, precision::current()))
 }
 
 /// The weights and tables that make keys and values of a latent.
@@ -148,6 +148,7 @@ pub fn latent_attention(
         sin.into_dispatch(),
         starts.into_dispatch(),
         dims,
+        precision::current(),
     ))
 }
 

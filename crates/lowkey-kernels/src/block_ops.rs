@@ -9,15 +9,21 @@ use burn::backend::{Autodiff, Backend, backend_extension};
 
 use crate::block::MlaDims;
 use crate::ops::register;
+use crate::precision::Precision;
 
 /// Forward operations, dispatched to the backend of their arguments.
 #[backend_extension(Autodiff, Flex, Cube: cfg(feature = "gpu"))]
 pub(crate) trait BlockOps: Backend {
     /// `x Wᵀ` for `x [batch, seq, d_in]`, `weight [d_out, d_in]`.
-    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self>;
 
     /// `residual + x Wᵀ`, `residual [batch, seq, d_out]`.
-    fn add_project(residual: FloatTensor<Self>, x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn add_project(
+        residual: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
 
     /// `x + down(silu(gate n) · up n)`, `n = RMSNorm(x)`, for `x [batch, seq, d]`, `norm [d]`, `gate`, `up [f, d]`,
     /// `down [d, f]`.
@@ -28,6 +34,7 @@ pub(crate) trait BlockOps: Backend {
         up: FloatTensor<Self>,
         down: FloatTensor<Self>,
         eps: f64,
+        precision: Precision,
     ) -> FloatTensor<Self>;
 
     /// Multi-head Latent Attention over whole sequences, `[batch, seq, H·V]`; see [`crate::latent_attention`].
@@ -41,6 +48,7 @@ pub(crate) trait BlockOps: Backend {
         sin: FloatTensor<Self>,
         starts: IntTensor<Self>,
         dims: MlaDims,
+        precision: Precision,
     ) -> FloatTensor<Self>;
 }
 
@@ -51,13 +59,24 @@ pub(crate) trait BlockGradients: BlockOps {
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        precision: Precision,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// [`BlockOps::gated_mlp`] with the two inner activations, `[batch, seq, f]`.
-    fn gated_mlp_saving(x: FloatTensor<Self>, weights: MlpWeights<Self>, eps: f64) -> [FloatTensor<Self>; 3];
+    fn gated_mlp_saving(
+        x: FloatTensor<Self>,
+        weights: MlpWeights<Self>,
+        eps: f64,
+        precision: Precision,
+    ) -> [FloatTensor<Self>; 3];
 
     /// Gradients of `x, norm, gate, up, down`; consumes the inner activations.
-    fn gated_mlp_grad(saved: MlpState<Self>, grad: FloatTensor<Self>, eps: f64) -> [FloatTensor<Self>; 5];
+    fn gated_mlp_grad(
+        saved: MlpState<Self>,
+        grad: FloatTensor<Self>,
+        eps: f64,
+        precision: Precision,
+    ) -> [FloatTensor<Self>; 5];
 
     /// [`BlockOps::latent_attention`] with the log-sum-exp of each query's scores, `[batch, H, seq]`.
     fn latent_attention_saving(inputs: LatentInputs<Self>) -> (FloatTensor<Self>, FloatTensor<Self>);
@@ -97,6 +116,8 @@ pub(crate) struct LatentInputs<B: Backend> {
     pub(crate) starts: IntTensor<B>,
     /// Sizes and factors.
     pub(crate) dims: MlaDims,
+    /// Format of the operands of products.
+    pub(crate) precision: Precision,
 }
 
 /// What the forward pass of a latent attention keeps: no keys, no values.
@@ -126,6 +147,7 @@ impl<B: Backend> Clone for LatentInputs<B> {
             sin: self.sin.clone(),
             starts: self.starts.clone(),
             dims: self.dims,
+            precision: self.precision,
         }
     }
 }
@@ -149,27 +171,31 @@ impl<B: Backend> std::fmt::Debug for LatentState<B> {
 }
 
 #[derive(Debug)]
-struct Project;
+struct Project {
+    precision: Precision,
+}
 
 impl<B: BlockGradients> Backward<B, 2> for Project {
     type State = (FloatTensor<B>, FloatTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let (d_x, d_weight) = B::project_grad(ops.state.0, ops.state.1, grad);
+        let (d_x, d_weight) = B::project_grad(ops.state.0, ops.state.1, grad, self.precision);
         register::<B, 2>(grads, ops.parents.map(|node| node.map(|node| node.id)), [d_x, d_weight]);
     }
 }
 
 #[derive(Debug)]
-struct AddProject;
+struct AddProject {
+    precision: Precision,
+}
 
 impl<B: BlockGradients> Backward<B, 3> for AddProject {
     type State = (FloatTensor<B>, FloatTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let (d_x, d_weight) = B::project_grad(ops.state.0, ops.state.1, grad.clone());
+        let (d_x, d_weight) = B::project_grad(ops.state.0, ops.state.1, grad.clone(), self.precision);
         register::<B, 3>(grads, ops.parents.map(|node| node.map(|node| node.id)), [grad, d_x, d_weight]);
     }
 }
@@ -177,6 +203,7 @@ impl<B: BlockGradients> Backward<B, 3> for AddProject {
 #[derive(Debug)]
 struct GatedMlp {
     eps: f64,
+    precision: Precision,
 }
 
 impl<B: BlockGradients> Backward<B, 5> for GatedMlp {
@@ -184,7 +211,7 @@ impl<B: BlockGradients> Backward<B, 5> for GatedMlp {
 
     fn backward(self, ops: Ops<Self::State, 5>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let gradients = B::gated_mlp_grad(ops.state, grad, self.eps);
+        let gradients = B::gated_mlp_grad(ops.state, grad, self.eps, self.precision);
         register::<B, 5>(grads, ops.parents.map(|node| node.map(|node| node.id)), gradients);
     }
 }
@@ -203,22 +230,29 @@ impl<B: BlockGradients> Backward<B, 4> for LatentAttention {
 }
 
 impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
-    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        let prep = Project.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
+        let prep = Project { precision }.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
         let (x, weight) = (x.into_primitive(), weight.into_primitive());
         match prep {
-            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone()), B::project(x, weight)),
-            OpsKind::UnTracked(prep) => prep.finish(B::project(x, weight)),
+            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone()), B::project(x, weight, precision)),
+            OpsKind::UnTracked(prep) => prep.finish(B::project(x, weight, precision)),
         }
     }
 
-    fn add_project(residual: FloatTensor<Self>, x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn add_project(
+        residual: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
         let nodes = [residual.node(), x.node(), weight.node()];
-        let prep = AddProject.prepare::<C>(nodes).compute_bound().stateful();
+        let prep = AddProject { precision }.prepare::<C>(nodes).compute_bound().stateful();
         let (residual, x, weight) = (residual.into_primitive(), x.into_primitive(), weight.into_primitive());
         match prep {
-            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone()), B::add_project(residual, x, weight)),
-            OpsKind::UnTracked(prep) => prep.finish(B::add_project(residual, x, weight)),
+            OpsKind::Tracked(prep) => {
+                prep.finish((x.clone(), weight.clone()), B::add_project(residual, x, weight, precision))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::add_project(residual, x, weight, precision)),
         }
     }
 
@@ -229,19 +263,20 @@ impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
         up: FloatTensor<Self>,
         down: FloatTensor<Self>,
         eps: f64,
+        precision: Precision,
     ) -> FloatTensor<Self> {
         let nodes = [x.node(), norm.node(), gate.node(), up.node(), down.node()];
-        let prep = GatedMlp { eps }.prepare::<C>(nodes).compute_bound().stateful();
+        let prep = GatedMlp { eps, precision }.prepare::<C>(nodes).compute_bound().stateful();
         let x = x.into_primitive();
         let weights = [norm, gate, up, down].map(|weight| weight.into_primitive());
         match prep {
             OpsKind::Tracked(prep) => {
-                let [out, gate, up] = B::gated_mlp_saving(x.clone(), weights.clone(), eps);
+                let [out, gate, up] = B::gated_mlp_saving(x.clone(), weights.clone(), eps, precision);
                 prep.finish(MlpState { x, weights, inner: [gate, up] }, out)
             }
             OpsKind::UnTracked(prep) => {
                 let [norm, gate, up, down] = weights;
-                prep.finish(B::gated_mlp(x, norm, gate, up, down, eps))
+                prep.finish(B::gated_mlp(x, norm, gate, up, down, eps, precision))
             }
         }
     }
@@ -255,17 +290,20 @@ impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
         sin: FloatTensor<Self>,
         starts: IntTensor<Self>,
         dims: MlaDims,
+        precision: Precision,
     ) -> FloatTensor<Self> {
         let nodes = [q.node(), kv_a.node(), norm.node(), kv_b.node()];
         let prep = LatentAttention.prepare::<C>(nodes).compute_bound().stateful();
         let [q, kv_a, norm, kv_b, cos, sin] = [q, kv_a, norm, kv_b, cos, sin].map(|tensor| tensor.into_primitive());
         match prep {
             OpsKind::Tracked(prep) => {
-                let inputs = LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims };
+                let inputs = LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision };
                 let (out, lse) = B::latent_attention_saving(inputs.clone());
                 prep.finish(LatentState { inputs, out: out.clone(), lse }, out)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::latent_attention(q, kv_a, norm, kv_b, cos, sin, starts, dims)),
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::latent_attention(q, kv_a, norm, kv_b, cos, sin, starts, dims, precision))
+            }
         }
     }
 }

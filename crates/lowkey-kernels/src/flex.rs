@@ -13,6 +13,7 @@ use crate::cpu::cross_entropy;
 use crate::cpu::linear::Tokens;
 use crate::cpu::pointwise::{self, Table, Target, Turn};
 use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps};
+use crate::precision::Precision;
 
 fn new(shape: impl Into<Vec<usize>>) -> FlexTensor {
     FlexTensor::empty(Shape::from(shape.into()), DType::F32)
@@ -89,6 +90,7 @@ impl FusedOps for Flex {
         targets: FlexTensor,
         label_weights: FlexTensor,
         z_loss: f64,
+        _: Precision,
     ) -> FlexTensor {
         let (h, weight, label_weights) = (h.to_contiguous(), weight.to_contiguous(), label_weights.to_contiguous());
         let targets = &integers(&targets);
@@ -96,7 +98,7 @@ impl FusedOps for Flex {
         sums_tensor(inputs.sums(cross_entropy::losses(inputs).into_iter().enumerate()))
     }
 
-    fn cross_entropy_each(h: FlexTensor, weight: FlexTensor, targets: FlexTensor) -> FlexTensor {
+    fn cross_entropy_each(h: FlexTensor, weight: FlexTensor, targets: FlexTensor, _: Precision) -> FlexTensor {
         let (h, weight) = (h.to_contiguous(), weight.to_contiguous());
         let targets = &integers(&targets);
         let mut out = new([targets.len()]);
@@ -111,9 +113,10 @@ impl FusedOps for Flex {
         teacher: FlexTensor,
         targets: FlexTensor,
         share: f64,
+        precision: Precision,
     ) -> FlexTensor {
         // Only where nothing is trained, which is no case to be fast in.
-        Self::distill_sum_saving(h, weight, teacher, targets, share).0
+        Self::distill_sum_saving(h, weight, teacher, targets, share, precision).0
     }
 }
 
@@ -205,6 +208,7 @@ impl FusedGradients for Flex {
         targets: FlexTensor,
         label_weights: FlexTensor,
         z_loss: f64,
+        _: Precision,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let (h, weight, label_weights) = (h.to_contiguous(), weight.to_contiguous(), label_weights.to_contiguous());
         let targets = &integers(&targets);
@@ -220,6 +224,7 @@ impl FusedGradients for Flex {
         teacher: FlexTensor,
         targets: FlexTensor,
         share: f64,
+        _: Precision,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
         let (h, weight, teacher) = (h.to_contiguous(), weight.to_contiguous(), teacher.to_contiguous());
         let targets = &integers(&targets);

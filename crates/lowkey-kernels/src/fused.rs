@@ -4,7 +4,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use crate::ops::FusedOps;
-use crate::reference;
+use crate::{precision, reference};
 
 /// The label of a position that has no target, as in PyTorch and Hugging Face.
 pub const IGNORE: i64 = -100;
@@ -136,7 +136,14 @@ pub fn cross_entropy_sum(h: Tensor<2>, weight: Tensor<2>, labels: Labels) -> Los
     let weights = Tensor::<1>::from_floats(weights.unwrap_or(&[1.0]), &device);
     let sums = if h.dtype() == DType::F32 {
         let (h, weight, weights) = (h.into_dispatch(), weight.into_dispatch(), weights.into_dispatch());
-        Tensor::from_dispatch(Dispatch::cross_entropy_sum(h, weight, index.into_dispatch(), weights, z_loss))
+        Tensor::from_dispatch(Dispatch::cross_entropy_sum(
+            h,
+            weight,
+            index.into_dispatch(),
+            weights,
+            z_loss,
+            precision::current(),
+        ))
     } else {
         reference::cross_entropy_sum(h, weight, index, weights, z_loss)
     };
@@ -166,7 +173,7 @@ pub fn distill_sum(h: Tensor<2>, weight: Tensor<2>, teacher: Tensor<2>, targets:
         return reference::distill_sum(h, weight, teacher, index, share);
     }
     let (h, weight, teacher) = (h.into_dispatch(), weight.into_dispatch(), teacher.into_dispatch());
-    Tensor::from_dispatch(Dispatch::distill_sum(h, weight, teacher, index.into_dispatch(), share))
+    Tensor::from_dispatch(Dispatch::distill_sum(h, weight, teacher, index.into_dispatch(), share, precision::current()))
 }
 
 /// `−log softmax(W h)[target]` of each token, 0 where the target is [`IGNORE`]; no gradient flows through it.
@@ -179,7 +186,7 @@ pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: &[i64]) -> T
         return reference::cross_entropy_each(h, weight, index).detach();
     }
     let (h, weight) = (h.into_dispatch(), weight.into_dispatch());
-    Tensor::from_dispatch(Dispatch::cross_entropy_each(h, weight, index.into_dispatch()))
+    Tensor::from_dispatch(Dispatch::cross_entropy_each(h, weight, index.into_dispatch(), precision::current()))
 }
 
 /// Document starts `[batch, seq]` for a kernel, which relies on their order to leave blocks of keys out.

@@ -15,11 +15,13 @@ pub(crate) use properties::properties;
 use burn::backend::ops::{FloatTensorOps, ModuleOps};
 use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::prelude::{CubeCount, CubeDim};
 
 use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps};
+use crate::precision::Precision;
 
 fn new(like: &CubeTensor, shape: impl Into<Vec<usize>>) -> CubeTensor {
     let (client, device) = (like.client.clone(), like.device.clone());
@@ -40,9 +42,26 @@ fn reshaped(tensor: CubeTensor, shape: impl Into<Vec<usize>>) -> CubeTensor {
     CubeBackend::float_reshape(tensor, Shape::from(shape.into()))
 }
 
-/// `a · b` of matrices.
+/// The operand of a product in the format that products are computed in.
+fn operand(x: CubeTensor, precision: Precision) -> CubeTensor {
+    match precision {
+        Precision::F32 => x,
+        Precision::Bf16 => CubeBackend::float_cast(x, FloatDType::BF16),
+        Precision::F16 => CubeBackend::float_cast(x, FloatDType::F16),
+    }
+}
+
+/// `a · b` of matrices of one format, summed and returned in f32.
 fn product(a: CubeTensor, b: CubeTensor) -> CubeTensor {
-    CubeBackend::float_matmul(a, b)
+    if a.dtype == DType::F32 {
+        return CubeBackend::float_matmul(a, b);
+    }
+    let halves = (a.clone(), b.clone());
+    matmul(a, b, None, MatmulStrategy::default(), DType::F32).unwrap_or_else(|_| {
+        // No kernel for these formats and shapes: the operands stay rounded, the products are computed in f32.
+        let [a, b] = [halves.0, halves.1].map(|half| CubeBackend::float_cast(half, FloatDType::F32));
+        CubeBackend::float_matmul(a, b)
+    })
 }
 
 fn transposed(a: CubeTensor) -> CubeTensor {
@@ -318,13 +337,14 @@ impl FusedOps for CubeBackend {
         targets: CubeTensor,
         label_weights: CubeTensor,
         z_loss: f64,
+        precision: Precision,
     ) -> CubeTensor {
-        loss::Head::new(h, weight, targets).losses(label_weights, z_loss).sum()
+        loss::Head::new(h, weight, targets, precision).losses(label_weights, z_loss).sum()
     }
 
-    fn cross_entropy_each(h: CubeTensor, weight: CubeTensor, targets: CubeTensor) -> CubeTensor {
+    fn cross_entropy_each(h: CubeTensor, weight: CubeTensor, targets: CubeTensor, precision: Precision) -> CubeTensor {
         let one = CubeBackend::float_ones(Shape::from(vec![1]), &h.device, FloatDType::F32);
-        loss::Head::new(h, weight, targets).losses(one, 0.0).each()
+        loss::Head::new(h, weight, targets, precision).losses(one, 0.0).each()
     }
 
     fn distill_sum(
@@ -333,8 +353,9 @@ impl FusedOps for CubeBackend {
         teacher: CubeTensor,
         targets: CubeTensor,
         share: f64,
+        precision: Precision,
     ) -> CubeTensor {
-        Self::distill_sum_saving(h, weight, teacher, targets, share).0
+        Self::distill_sum_saving(h, weight, teacher, targets, share, precision).0
     }
 }
 
@@ -395,8 +416,9 @@ impl FusedGradients for CubeBackend {
         targets: CubeTensor,
         label_weights: CubeTensor,
         z_loss: f64,
+        precision: Precision,
     ) -> (CubeTensor, CubeTensor, CubeTensor) {
-        loss::Head::new(h, weight, targets).losses_with_gradients(label_weights, z_loss)
+        loss::Head::new(h, weight, targets, precision).losses_with_gradients(label_weights, z_loss)
     }
 
     fn distill_sum_saving(
@@ -405,7 +427,8 @@ impl FusedGradients for CubeBackend {
         teacher: CubeTensor,
         targets: CubeTensor,
         share: f64,
+        precision: Precision,
     ) -> (CubeTensor, CubeTensor, CubeTensor) {
-        loss::Head::new(h, weight, targets).lessons_with_gradients(teacher, share)
+        loss::Head::new(h, weight, targets, precision).lessons_with_gradients(teacher, share)
     }
 }

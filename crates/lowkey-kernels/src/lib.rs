@@ -37,6 +37,7 @@ mod fused;
 mod gpu;
 mod ops;
 pub mod optim;
+mod precision;
 pub mod reference;
 
 pub use attention::{Mask, attention, scores};
@@ -46,3 +47,4 @@ pub use fused::{
     IGNORE, Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, distill_sum, embed, rms_norm,
     rotate,
 };
+pub use precision::{Precision, Scope, scope};

@@ -9,6 +9,8 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, Backend, backend_extension};
 use burn::tensor::{Shape, Slice};
 
+use crate::precision::Precision;
+
 /// Sizes and scale of an attention; the other sizes follow from its arguments.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct AttentionShape {
@@ -59,6 +61,7 @@ pub(crate) trait FusedOps: Backend {
         targets: IntTensor<Self>,
         label_weights: FloatTensor<Self>,
         z_loss: f64,
+        precision: Precision,
     ) -> FloatTensor<Self>;
 
     /// `nats = −log softmax(W h)[target]` per token, `[n]`, without a gradient.
@@ -66,6 +69,7 @@ pub(crate) trait FusedOps: Backend {
         h: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        precision: Precision,
     ) -> FloatTensor<Self>;
 
     /// `Σ share · KL(softmax(W t) ‖ softmax(W h)) + (1 − share) · nats`, `[1]`; `t` and its W are not differentiated.
@@ -75,6 +79,7 @@ pub(crate) trait FusedOps: Backend {
         teacher: FloatTensor<Self>,
         targets: IntTensor<Self>,
         share: f64,
+        precision: Precision,
     ) -> FloatTensor<Self>;
 }
 
@@ -122,6 +127,7 @@ pub(crate) trait FusedGradients: FusedOps {
         targets: IntTensor<Self>,
         label_weights: FloatTensor<Self>,
         z_loss: f64,
+        precision: Precision,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
     /// [`FusedOps::distill_sum`], and the gradients of the sum: `(sum, d h, d weight)`.
@@ -131,6 +137,7 @@ pub(crate) trait FusedGradients: FusedOps {
         teacher: FloatTensor<Self>,
         targets: IntTensor<Self>,
         share: f64,
+        precision: Precision,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 }
 
@@ -324,15 +331,18 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         targets: IntTensor<Self>,
         label_weights: FloatTensor<Self>,
         z_loss: f64,
+        precision: Precision,
     ) -> FloatTensor<Self> {
         let prep = CrossEntropy.prepare::<C>([h.node(), weight.node()]).compute_bound().stateful();
         let [h, weight, labels] = [h, weight, label_weights].map(|tensor| tensor.into_primitive());
         match prep {
             OpsKind::Tracked(prep) => {
-                let (sums, d_h, d_weight) = B::cross_entropy_sum_saving(h, weight, targets, labels, z_loss);
+                let (sums, d_h, d_weight) = B::cross_entropy_sum_saving(h, weight, targets, labels, z_loss, precision);
                 prep.finish((d_h, d_weight), sums)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy_sum(h, weight, targets, labels, z_loss)),
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::cross_entropy_sum(h, weight, targets, labels, z_loss, precision))
+            }
         }
     }
 
@@ -340,8 +350,9 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         h: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        precision: Precision,
     ) -> FloatTensor<Self> {
-        Self::from_inner(B::cross_entropy_each(h.into_primitive(), weight.into_primitive(), targets))
+        Self::from_inner(B::cross_entropy_each(h.into_primitive(), weight.into_primitive(), targets, precision))
     }
 
     fn distill_sum(
@@ -350,15 +361,16 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         teacher: FloatTensor<Self>,
         targets: IntTensor<Self>,
         share: f64,
+        precision: Precision,
     ) -> FloatTensor<Self> {
         let prep = CrossEntropy.prepare::<C>([h.node(), weight.node()]).compute_bound().stateful();
         let [h, weight, teacher] = [h, weight, teacher].map(|tensor| tensor.into_primitive());
         match prep {
             OpsKind::Tracked(prep) => {
-                let (sum, d_h, d_weight) = B::distill_sum_saving(h, weight, teacher, targets, share);
+                let (sum, d_h, d_weight) = B::distill_sum_saving(h, weight, teacher, targets, share, precision);
                 prep.finish((d_h, d_weight), sum)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::distill_sum(h, weight, teacher, targets, share)),
+            OpsKind::UnTracked(prep) => prep.finish(B::distill_sum(h, weight, teacher, targets, share, precision)),
         }
     }
 }

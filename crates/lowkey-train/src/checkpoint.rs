@@ -20,6 +20,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::loss_scale::LossScale;
 use crate::optimizer::{Optimizer, ParameterState};
 
 const CHECKSUMS: &str = "checksums.json";
@@ -45,6 +46,9 @@ pub struct TrainerState {
     /// The lowest held-out loss so far, and the step it was measured at.
     #[serde(default)]
     pub best: Option<(u64, f64)>,
+    /// The factor on the loss, where products are computed in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
 }
 
 /// The checkpoints of one run.

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use burn::tensor::{Device, Tensor};
 use lowkey_data::{Batch, IGNORE};
+use lowkey_kernels::Precision;
 use lowkey_model::{CausalLm, ModelConfig, ModelSection, Recompute};
 use tempfile::TempDir;
 
@@ -38,7 +39,15 @@ pub(crate) fn model(vocab: usize, positions: usize, seed: u64, device: &Device) 
 
 /// Passes of `micro_batch` rows, nothing computed twice.
 pub(crate) fn passes(micro_batch: usize) -> PassSettings<'static> {
-    PassSettings { micro_batch, recompute: Recompute::None, z_loss: 0.0, narrow: &[], distillation: 0.0 }
+    PassSettings {
+        micro_batch,
+        recompute: Recompute::None,
+        z_loss: 0.0,
+        narrow: &[],
+        distillation: 0.0,
+        precision: Precision::F32,
+        loss_scale: 1.0,
+    }
 }
 
 pub(crate) fn values(tensor: &Tensor<1>) -> Vec<f32> {

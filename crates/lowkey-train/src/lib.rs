@@ -24,6 +24,7 @@ mod error;
 mod evaluate;
 #[cfg(test)]
 mod fixtures;
+mod loss_scale;
 mod metrics;
 mod optimizer;
 mod plan;
@@ -43,6 +44,7 @@ mod workers;
 pub use checkpoint::{Checkpoints, TrainerState};
 pub use error::{Error, Result};
 pub use evaluate::{ClassEvaluation, Evaluation, Held, LatentHealth, RankEvaluation, evaluate};
+pub use loss_scale::LossScale;
 pub use metrics::{Metrics, MetricsFile};
 pub use optimizer::{Optimizer, ParameterState, clip_factor, global_norm};
 pub use plan::{EXPECTED_MFU, Plan};

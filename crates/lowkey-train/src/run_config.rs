@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 pub(crate) use check::at_least_one;
 use lowkey_data::Packing;
+use lowkey_kernels::Precision;
 use lowkey_model::{ModelSection, Recompute};
 use serde::{Deserialize, Serialize};
 
@@ -204,6 +205,10 @@ pub struct TrainingSection {
     /// What the backward pass computes again to save memory: `none`, or `block` for all within a decoder block.
     #[serde(default)]
     pub recompute: Recompute,
+    /// What products with weights are computed in, on a GPU: `f32`, `bf16`, or `f16` with dynamic loss scaling. Parameters, their
+    /// gradients, norms, softmax, loss and evaluation are f32 in any case.
+    #[serde(default)]
+    pub precision: Precision,
     /// Factor on the square of each position's log-partition, added to the loss that is minimised but not to the one that is
     /// reported (PaLM, arXiv 2204.02311, section 5: 1e-4); 0: none.
     #[serde(default)]
@@ -378,8 +383,9 @@ impl RunConfig {
 
     /// How a step's gradients are computed, with further passes at the ranks `narrow`.
     pub(crate) fn passes<'a>(&self, narrow: &'a [usize]) -> PassSettings<'a> {
-        let TrainingSection { recompute, z_loss, distillation, .. } = self.training;
-        PassSettings { micro_batch: self.micro_batch_size(), recompute, z_loss, narrow, distillation }
+        let TrainingSection { recompute, z_loss, distillation, precision, .. } = self.training;
+        let micro_batch = self.micro_batch_size();
+        PassSettings { micro_batch, recompute, z_loss, narrow, distillation, precision, loss_scale: 1.0 }
     }
 
     /// Sequences per forward and backward pass.

@@ -1,8 +1,10 @@
 //! From a run file to a model, a corpus and a device that fit together.
 
-use burn::tensor::Device;
+use burn::tensor::{DType, Device};
 use lowkey_data::tasks::TaskCorpus;
 use lowkey_data::{DatasetConfig, Tokenizer, TokenizerConfig};
+use lowkey_kernels::Precision;
+use lowkey_kernels::device::is_cpu;
 use lowkey_model::ModelConfig;
 
 use crate::error::{Error, Result};
@@ -17,6 +19,32 @@ use crate::workers::memory;
 /// [`Error::Config`] for a name that is unknown, not built in, or not here.
 pub fn device(name: &str) -> Result<Device> {
     lowkey_kernels::device::open(name).map_err(|e| Error::config("run.device", name, e.to_string()))
+}
+
+/// Refuses formats that a device does not calculate in.
+///
+/// # Errors
+/// [`Error::Config`] with what it does.
+pub(crate) fn check_precision(precision: Precision, device: &Device) -> Result<()> {
+    let (name, dtype) = match precision {
+        Precision::F32 => return Ok(()),
+        Precision::Bf16 => ("bf16", DType::BF16),
+        Precision::F16 => ("f16", DType::F16),
+    };
+    if is_cpu(device) {
+        let why = "the CPU computes in f32, where it is fastest; write \"f32\", or take a GPU with --device";
+        return Err(Error::config("training.precision", name, why));
+    }
+    if !device.supports_dtype(dtype) {
+        let others: Vec<&str> = [("\"bf16\"", DType::BF16), ("\"f16\"", DType::F16), ("\"f32\"", DType::F32)]
+            .into_iter()
+            .filter(|(_, dtype)| device.supports_dtype(*dtype))
+            .map(|(name, _)| name)
+            .collect();
+        let why = format!("this device does not calculate in it; write {}", others.join(" or "));
+        return Err(Error::config("training.precision", name, why));
+    }
+    Ok(())
 }
 
 /// Model configuration, corpus and tokenizer of a run file, with notes for the user.

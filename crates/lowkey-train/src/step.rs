@@ -4,6 +4,7 @@ use burn::tensor::Device;
 use lowkey_model::CausalLm;
 
 use crate::error::{Error, Result};
+use crate::loss_scale::LossScale;
 use crate::optimizer::{Optimizer, clip_factor, global_norm};
 use crate::rows::BatchRef;
 use crate::workers::{PassSettings, Workers};
@@ -33,6 +34,8 @@ pub(crate) struct StepTaken {
 impl StepSettings<'_> {
     /// Takes one step on `batch`; `step` counts those before it.
     ///
+    /// With a loss scale, a gradient that overflows makes it smaller, and the step is computed again.
+    ///
     /// # Errors
     /// [`Error::NonFinite`], with model and optimiser as they were, where the loss or a gradient is no number.
     pub(crate) fn step<'a>(
@@ -42,9 +45,9 @@ impl StepSettings<'_> {
         batch: impl Into<BatchRef<'a>>,
         step: u64,
         lr: f64,
+        mut scale: Option<&mut LossScale>,
     ) -> Result<StepTaken> {
         let batch: BatchRef = batch.into();
-        let result = self.workers.gradients(model, batch, self.passes, self.device)?;
         let rows = batch.count() as u64;
         let non_finite = |what: String, value: f64| Error::NonFinite {
             step: step + 1,
@@ -53,17 +56,28 @@ impl StepSettings<'_> {
             first_row: step * rows,
             last_row: (step + 1) * rows - 1,
         };
-        if !result.loss.is_finite() {
-            return Err(non_finite("the loss".into(), result.loss));
-        }
-        let norm = match self.workers.together(|| global_norm(&result.gradients)) {
-            Ok(norm) => norm,
-            Err((i, value)) => {
-                let name = model.parameters().into_iter().nth(i).map_or_else(|| "?".into(), |p| p.name);
-                return Err(non_finite(format!("the gradient of {name}"), value));
+        let (result, factor, norm) = loop {
+            let factor = scale.as_ref().map_or(1.0, |scale| scale.factor);
+            let passes = PassSettings { loss_scale: factor, ..self.passes };
+            let result = self.workers.gradients(model, batch, passes, self.device)?;
+            if !result.loss.is_finite() {
+                return Err(non_finite("the loss".into(), result.loss));
+            }
+            match self.workers.together(|| global_norm(&result.gradients)) {
+                Ok(norm) => break (result, factor, norm / factor),
+                Err((i, value)) => {
+                    if scale.as_deref_mut().is_some_and(LossScale::overflowed) {
+                        continue;
+                    }
+                    let name = model.parameters().into_iter().nth(i).map_or_else(|| "?".into(), |p| p.name);
+                    return Err(non_finite(format!("the gradient of {name}"), value));
+                }
             }
         };
-        let clip = self.grad_clip.map_or(1.0, |limit| clip_factor(norm, limit));
+        if let Some(scale) = scale {
+            scale.passed();
+        }
+        let clip = self.grad_clip.map_or(1.0, |limit| clip_factor(norm, limit)) / factor;
         self.workers.together(|| model.update(|parameters| optimizer.step(parameters, result.gradients, clip, lr)));
         Ok(StepTaken { loss: result.loss, norm, targets: result.targets })
     }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
 use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
+use lowkey_kernels::Precision;
 use lowkey_model::{CausalLm, ModelConfig, Parameter};
 use serde_json::json;
 
@@ -21,7 +22,7 @@ use crate::plan::Plan;
 use crate::resume;
 use crate::run_config::RunConfig;
 use crate::run_data::{RunData, TrainBatches};
-use crate::setup::{Setup, check_memory, device, setup};
+use crate::setup::{Setup, check_memory, check_precision, device, setup};
 use crate::step::StepSettings;
 use crate::tensorboard::EventWriter;
 use crate::workers::{Workers, matmul_ceiling};
@@ -103,6 +104,7 @@ pub fn train(
     observe: &mut dyn FnMut(Event),
 ) -> Result<Outcome> {
     let device = device(&config.run.device)?.autodiff();
+    check_precision(config.training.precision, &device)?;
     let checkpoints_dir = options.out.join("checkpoints");
     resume::refuse_to_lose_a_run(&checkpoints_dir, options)?;
     std::fs::create_dir_all(&options.out).map_err(|e| Error::io(&options.out, e))?;
@@ -196,6 +198,9 @@ impl<'a> Run<'a> {
             }
             optimizer.restore(states, saved.step);
             state = saved;
+        }
+        if config.training.precision == Precision::F16 {
+            state.loss_scale.get_or_insert_default();
         }
         let plan = Plan::new(config, &model.config, matmul_ceiling(threads, &device)?);
         Ok(Self {
@@ -308,7 +313,8 @@ impl<'a> Run<'a> {
             passes: config.passes(&narrow),
             grad_clip: config.optimizer.grad_clip,
         };
-        let taken = settings.step(&mut self.model, &mut self.optimizer, &batch, step, lr)?;
+        let taken =
+            settings.step(&mut self.model, &mut self.optimizer, &batch, step, lr, self.state.loss_scale.as_mut())?;
         self.state.step += 1;
         self.state.tokens += taken.targets as u64;
         self.state.time_s = self.earlier_s + self.started.elapsed().as_secs_f64();

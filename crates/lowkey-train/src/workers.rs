@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use lowkey_kernels::device::is_cpu;
-use lowkey_kernels::optim;
+use lowkey_kernels::{Precision, optim};
 use lowkey_model::{CausalLm, Objective, Recompute};
 use rayon::prelude::*;
 
@@ -36,6 +36,10 @@ pub struct PassSettings<'a> {
     pub narrow: &'a [usize],
     /// How much of a further pass's loss is its distance to the first pass.
     pub distillation: f64,
+    /// What products with weights are computed in, on a GPU.
+    pub precision: Precision,
+    /// Factor on the gradients.
+    pub loss_scale: f64,
 }
 
 /// Loss and gradients of one optimiser step.
@@ -138,9 +142,10 @@ impl Workers {
         device: &Device,
     ) -> Result<StepGradients> {
         let batch: BatchRef = batch.into();
-        let PassSettings { micro_batch, recompute, z_loss, narrow, distillation } = settings;
+        let PassSettings { micro_batch, recompute, z_loss, narrow, distillation, precision, loss_scale } = settings;
         let targets = batch.target_tokens();
-        let objective = Objective { scale: 1.0 / targets.max(1) as f64, z_loss, narrow, distillation };
+        let mean = 1.0 / targets.max(1) as f64;
+        let objective = Objective { scale: mean * loss_scale, z_loss, narrow, distillation };
         let mut nats = 0.0;
         let mut total: Vec<Tensor<1>> = Vec::new();
         for from in (0..batch.count()).step_by(micro_batch) {
@@ -149,6 +154,7 @@ impl Workers {
             // Forked here, not in the threads: the fork reads the parameters' shared nodes.
             let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
             let results = self.map(&forks, |((from, to), fork)| {
+                let _precision = lowkey_kernels::scope(precision);
                 let (loss, gradients) = fork.loss_and_gradients(batch.rows(*from, *to), objective, recompute, device);
                 // What is reported is the loss without what only steers the training.
                 (loss.nats - loss.z_loss, gradients)
@@ -165,7 +171,7 @@ impl Workers {
             }
             total = self.together(|| sum(total, parts));
         }
-        Ok(StepGradients { loss: nats * objective.scale, targets, gradients: total })
+        Ok(StepGradients { loss: nats * mean, targets, gradients: total })
     }
 }
 

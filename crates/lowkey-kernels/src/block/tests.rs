@@ -1,7 +1,8 @@
 //! The parts of a block against their references: values and all gradients, on odd shapes.
 
 use super::*;
-use crate::fixtures::{Leaf, compare, device, host, random};
+use crate::fixtures::{Leaf, compare, device, host, is_cpu, plain_device, random};
+use crate::{Labels, Precision, cross_entropy_sum, scope};
 use burn::tensor::Distribution;
 
 #[test]
@@ -45,6 +46,53 @@ fn a_sum_does_not_write_over_a_residual_that_is_still_needed() {
 
 fn mlp(d: usize, f: usize) -> MlpWeights {
     MlpWeights { norm: random([d], 1.0), gate: random([f, d], 0.5), up: random([f, d], 0.5), down: random([d, f], 0.5) }
+}
+
+/// By how much two results differ, of the size of the second.
+fn distance<const D: usize>(found: Tensor<D>, expected: Tensor<D>) -> f64 {
+    let norm = |x: Vec<f32>| x.into_iter().map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    norm(host(found - expected.clone())) / norm(host(expected))
+}
+
+#[test]
+fn products_of_rounded_operands_are_near_and_their_backward_pass_remembers() {
+    device().seed(28);
+    let case = Case::new([2, 40], 3, [24, 12, 12, 20], false);
+    let (x, weights) = (random([2, 40, 64], 1.0), mlp(64, 96));
+    let (h, head) = (random([80, 64], 1.0), random([300, 64], 0.3));
+    let targets: Vec<i64> = (0..80).collect();
+    let run = |precision| {
+        let scope = scope(precision);
+        let Case { dims, q, kv_a, weights: latent } = &case;
+        let out = latent_attention(q.clone(), kv_a.clone(), latent.clone(), &[0; 80], *dims);
+        let y = gated_mlp(x.clone(), weights.clone(), 1e-6);
+        let z = linear(x.clone(), weights.gate.clone(), None);
+        let labels = Labels { targets: &targets, weights: None, z_loss: 0.0 };
+        let loss = cross_entropy_sum(h.clone(), head.clone(), labels).nats;
+        drop(scope);
+        let sum = out.clone().sum() + y.clone().sum() + z.clone().sum() + loss.clone();
+        let grads = sum.backward();
+        let three = |x: &Tensor<3>| x.grad(&grads).unwrap().reshape([-1]);
+        let two = |x: &Tensor<2>| x.grad(&grads).unwrap().reshape([-1]);
+        let values = [out.reshape([-1]), y.reshape([-1]), z.reshape([-1]), loss].map(Tensor::without_autodiff);
+        let gradients =
+            [three(kv_a), three(&x), two(&latent.kv_b), two(&weights.gate), two(&weights.down), two(&h), two(&head)];
+        values.into_iter().chain(gradients).collect::<Vec<Tensor<1>>>()
+    };
+    let exact = run(Precision::F32);
+    for (precision, dtype, most) in [(Precision::F16, DType::F16, 2e-3), (Precision::Bf16, DType::BF16, 2e-2)] {
+        if !is_cpu() && !plain_device().supports_dtype(dtype) {
+            continue;
+        }
+        for (i, (found, expected)) in run(precision).into_iter().zip(exact.clone()).enumerate() {
+            let off = distance(found, expected);
+            if is_cpu() {
+                assert_eq!(off, 0.0, "{precision:?} {i}: the CPU rounds nothing");
+            } else {
+                assert!(off > 0.0 && off < most, "{precision:?} {i}: {off:.1e}");
+            }
+        }
+    }
 }
 
 #[test]

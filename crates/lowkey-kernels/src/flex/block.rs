@@ -11,6 +11,7 @@ use crate::cpu::latent::{self, Shape};
 use crate::cpu::linear::{Tokens, input_gradient, project, weight_gradient};
 use crate::cpu::mlp;
 use crate::cpu::pointwise::Table;
+use crate::precision::Precision;
 
 /// A tensor's memory and how far its rows of the last axis are apart, where all rows have one distance; else a copy that does.
 fn rows(tensor: &FlexTensor) -> FlexTensor {
@@ -67,7 +68,7 @@ struct LatentArguments {
 
 impl LatentArguments {
     fn new(inputs: LatentInputs<Flex>) -> Self {
-        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims: mla } = inputs;
+        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims: mla, precision } = inputs;
         let [batch, seq, ..] = dims::<4>(&q);
         let MlaDims { heads, nope, rope, value, rank, scale, latent_scale, latent_eps, interleave } = mla;
         let attention = Dims { batch, seq, heads, groups: heads, nope, rope, value, scale: scale as f32 };
@@ -81,6 +82,7 @@ impl LatentArguments {
             sin: sin.to_contiguous(),
             starts: starts.clone(),
             dims: mla,
+            precision,
         };
         let shape = Shape { attention, rank, latent_scale, eps, interleaved: interleave };
         Self { inputs, starts: integers(&starts), shape }
@@ -100,13 +102,13 @@ impl LatentArguments {
 }
 
 impl BlockOps for Flex {
-    fn project(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
+    fn project(x: FlexTensor, weight: FlexTensor, _: Precision) -> FlexTensor {
         let [batch, seq, _] = dims::<3>(&x);
         let [d_out, _] = dims::<2>(&weight);
         projected(&x, &weight, new([batch, seq, d_out]), false)
     }
 
-    fn add_project(residual: FlexTensor, x: FlexTensor, weight: FlexTensor) -> FlexTensor {
+    fn add_project(residual: FlexTensor, x: FlexTensor, weight: FlexTensor, _: Precision) -> FlexTensor {
         // Where nobody else holds the residual, the sum takes its place.
         let out = residual.to_contiguous();
         drop(residual);
@@ -120,8 +122,9 @@ impl BlockOps for Flex {
         up: FlexTensor,
         down: FlexTensor,
         eps: f64,
+        precision: Precision,
     ) -> FlexTensor {
-        let [out, ..] = Self::gated_mlp_saving(x, [norm, gate, up, down], eps);
+        let [out, ..] = Self::gated_mlp_saving(x, [norm, gate, up, down], eps, precision);
         out
     }
 
@@ -134,13 +137,14 @@ impl BlockOps for Flex {
         sin: FlexTensor,
         starts: FlexTensor,
         dims: MlaDims,
+        precision: Precision,
     ) -> FlexTensor {
-        Self::latent_attention_saving(LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims }).0
+        Self::latent_attention_saving(LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision }).0
     }
 }
 
 impl BlockGradients for Flex {
-    fn project_grad(x: FlexTensor, weight: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
+    fn project_grad(x: FlexTensor, weight: FlexTensor, grad: FlexTensor, _: Precision) -> (FlexTensor, FlexTensor) {
         let (rows_of_x, weight, grad) = (rows(&x), weight.to_contiguous(), grad.to_contiguous());
         let [_, d_in] = dims::<2>(&weight);
         let (mut d_x, mut d_weight) = (like(&x), like(&weight));
@@ -149,7 +153,7 @@ impl BlockGradients for Flex {
         (d_x, d_weight)
     }
 
-    fn gated_mlp_saving(x: FlexTensor, weights: MlpWeights<Self>, eps: f64) -> [FlexTensor; 3] {
+    fn gated_mlp_saving(x: FlexTensor, weights: MlpWeights<Self>, eps: f64, _: Precision) -> [FlexTensor; 3] {
         let (x, weights) = (x.to_contiguous(), weights.map(|weight| weight.to_contiguous()));
         let [batch, seq, _] = dims::<3>(&x);
         let [inner, _] = dims::<2>(&weights[1]);
@@ -159,7 +163,7 @@ impl BlockGradients for Flex {
         [out, gate, up]
     }
 
-    fn gated_mlp_grad(saved: MlpState<Self>, grad: FlexTensor, eps: f64) -> [FlexTensor; 5] {
+    fn gated_mlp_grad(saved: MlpState<Self>, grad: FlexTensor, eps: f64, _: Precision) -> [FlexTensor; 5] {
         let MlpState { x, weights, inner: [mut gate, mut up] } = saved;
         let (x, grad) = (x.to_contiguous(), grad.to_contiguous());
         let weights = weights.map(|weight| weight.to_contiguous());

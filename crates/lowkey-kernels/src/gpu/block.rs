@@ -8,12 +8,13 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::CubeDim;
 
 use super::{
-    Attention, Rows, Turn, count, dense, dims, new, pointwise, pointwise_cubes, product, reshaped, rms_norm,
+    Attention, Rows, Turn, count, dense, dims, new, operand, pointwise, pointwise_cubes, product, reshaped, rms_norm,
     rms_norm_grad, rotated, transposed,
 };
 use crate::block::MlaDims;
 use crate::block_ops::{BlockGradients, BlockOps, LatentInputs, LatentState, MlpState, MlpWeights};
 use crate::ops::{AttentionShape, AttentionState};
+use crate::precision::Precision;
 
 /// All tokens as one tall matrix.
 fn tall(x: CubeTensor) -> CubeTensor {
@@ -24,8 +25,8 @@ fn tall(x: CubeTensor) -> CubeTensor {
 }
 
 /// `x Wᵀ` of a tall matrix.
-fn projected(x: CubeTensor, weight: CubeTensor) -> CubeTensor {
-    product(x, transposed(weight))
+fn projected(x: CubeTensor, weight: CubeTensor, precision: Precision) -> CubeTensor {
+    product(operand(x, precision), transposed(operand(weight, precision)))
 }
 
 /// `silu(gate) · up`
@@ -64,7 +65,7 @@ impl Latent {
         let [batch, seq, width] = dims::<3>(&inputs.kv_a);
         let rows = Rows { count: batch * seq, stride: width, width: rank, eps: latent_eps, factor: latent_scale };
         let c_kv = rms_norm(&inputs.kv_a, &inputs.norm, rows);
-        let kv = into_contiguous(projected(c_kv.clone(), inputs.kv_b.clone()));
+        let kv = into_contiguous(projected(c_kv.clone(), inputs.kv_b.clone(), inputs.precision));
         let kv = reshaped(kv, [batch, seq, heads, nope + value]);
         let k_pe = if rope > 0 {
             let slices = [0..batch, 0..seq, rank..width].map(Slice::from);
@@ -80,20 +81,20 @@ impl Latent {
 }
 
 fn contiguous(inputs: LatentInputs<CubeBackend>) -> LatentInputs<CubeBackend> {
-    let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims } = inputs;
+    let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
     let [q, kv_a, norm, kv_b, cos, sin, starts] = [q, kv_a, norm, kv_b, cos, sin, starts].map(into_contiguous);
-    LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims }
+    LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision }
 }
 
 impl BlockOps for CubeBackend {
-    fn project(x: CubeTensor, weight: CubeTensor) -> CubeTensor {
+    fn project(x: CubeTensor, weight: CubeTensor, precision: Precision) -> CubeTensor {
         let [batch, seq, _] = dims::<3>(&x);
         let [d_out, _] = dims::<2>(&weight);
-        reshaped(projected(tall(x), weight), [batch, seq, d_out])
+        reshaped(projected(tall(x), weight, precision), [batch, seq, d_out])
     }
 
-    fn add_project(residual: CubeTensor, x: CubeTensor, weight: CubeTensor) -> CubeTensor {
-        Self::float_add(Self::project(x, weight), residual)
+    fn add_project(residual: CubeTensor, x: CubeTensor, weight: CubeTensor, precision: Precision) -> CubeTensor {
+        Self::float_add(Self::project(x, weight, precision), residual)
     }
 
     fn gated_mlp(
@@ -103,8 +104,9 @@ impl BlockOps for CubeBackend {
         up: CubeTensor,
         down: CubeTensor,
         eps: f64,
+        precision: Precision,
     ) -> CubeTensor {
-        let [out, ..] = Self::gated_mlp_saving(x, [norm, gate, up, down], eps);
+        let [out, ..] = Self::gated_mlp_saving(x, [norm, gate, up, down], eps, precision);
         out
     }
 
@@ -117,35 +119,42 @@ impl BlockOps for CubeBackend {
         sin: CubeTensor,
         starts: CubeTensor,
         dims: MlaDims,
+        precision: Precision,
     ) -> CubeTensor {
-        Self::latent_attention_saving(LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims }).0
+        Self::latent_attention_saving(LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision }).0
     }
 }
 
 impl BlockGradients for CubeBackend {
-    fn project_grad(x: CubeTensor, weight: CubeTensor, grad: CubeTensor) -> (CubeTensor, CubeTensor) {
+    fn project_grad(
+        x: CubeTensor,
+        weight: CubeTensor,
+        grad: CubeTensor,
+        precision: Precision,
+    ) -> (CubeTensor, CubeTensor) {
         let shape = x.meta.shape().to_vec();
-        let (x, grad) = (tall(x), tall(grad));
+        let [x, weight, grad] = [tall(x), weight, tall(grad)].map(|x| operand(x, precision));
         (reshaped(product(grad.clone(), weight), shape), product(transposed(grad), x))
     }
 
-    fn gated_mlp_saving(x: CubeTensor, weights: MlpWeights<Self>, eps: f64) -> [CubeTensor; 3] {
+    fn gated_mlp_saving(x: CubeTensor, weights: MlpWeights<Self>, eps: f64, precision: Precision) -> [CubeTensor; 3] {
         let [norm, gate, up, down] = weights;
         let [batch, seq, width] = dims::<3>(&x);
         let (flat, norm) = (tall(x.clone()), into_contiguous(norm));
-        let normed = rms_norm(&flat, &norm, dense(&flat, width, eps));
-        let gate = into_contiguous(projected(normed.clone(), gate));
-        let up = into_contiguous(projected(normed, up));
-        let out = reshaped(projected(swiglu(&gate, &up), down), [batch, seq, width]);
+        let normed = operand(rms_norm(&flat, &norm, dense(&flat, width, eps)), precision);
+        let gate = into_contiguous(product(normed.clone(), transposed(operand(gate, precision))));
+        let up = into_contiguous(product(normed, transposed(operand(up, precision))));
+        let out = reshaped(projected(swiglu(&gate, &up), down, precision), [batch, seq, width]);
         [Self::float_add(out, x), gate, up]
     }
 
-    fn gated_mlp_grad(saved: MlpState<Self>, grad: CubeTensor, eps: f64) -> [CubeTensor; 5] {
+    fn gated_mlp_grad(saved: MlpState<Self>, grad: CubeTensor, eps: f64, precision: Precision) -> [CubeTensor; 5] {
         let MlpState { x, weights: [norm, gate_weight, up_weight, down], inner: [gate, up] } = saved;
         let shape = x.meta.shape().to_vec();
         let width = shape[shape.len() - 1];
         let (flat, norm, d_out) = (tall(x), into_contiguous(norm), tall(grad));
-        let d_act = into_contiguous(product(d_out.clone(), down));
+        let rounded = operand(d_out.clone(), precision);
+        let d_act = into_contiguous(product(rounded.clone(), operand(down, precision)));
         // The inner activations are consumed: their gradients take their places.
         let act = new(&gate, gate.meta.shape().to_vec());
         pointwise::swiglu_grad::launch(
@@ -158,9 +167,10 @@ impl BlockGradients for CubeBackend {
             act.clone().into_buffer_arg(),
             count(&act),
         );
-        let d_down = product(transposed(d_out.clone()), act);
+        let d_down = product(transposed(rounded), operand(act, precision));
         let rows = dense(&flat, width, eps);
-        let normed = rms_norm(&flat, &norm, rows);
+        let normed = operand(rms_norm(&flat, &norm, rows), precision);
+        let [gate, up, gate_weight, up_weight] = [gate, up, gate_weight, up_weight].map(|x| operand(x, precision));
         let d_gate = product(transposed(gate.clone()), normed.clone());
         let d_up = product(transposed(up.clone()), normed);
         let d_normed = Self::float_add(product(gate, gate_weight), product(up, up_weight));
@@ -180,11 +190,12 @@ impl BlockGradients for CubeBackend {
         let inputs = contiguous(inputs);
         let [batch, seq, width] = dims::<3>(&inputs.kv_a);
         let Latent { c_kv, kv, k_pe, rows, shape } = Latent::new(&inputs);
-        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims } = inputs;
+        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
         let sizes = Attention::new(&q, &kv, shape);
         let state = AttentionState { q, kv, k_pe, starts, out, lse, shape };
         let [d_q, d_kv, d_pe] = sizes.backward(state, into_contiguous(grad));
         let d_kv = reshaped(d_kv, [batch * seq, dims.heads * (dims.nope + dims.value)]);
+        let [d_kv, c_kv, kv_b] = [d_kv, c_kv, kv_b].map(|x| operand(x, precision));
         let d_kv_b = product(transposed(d_kv.clone()), c_kv);
         let d_c_kv = into_contiguous(product(d_kv, kv_b));
         let (d_latent, d_norm) = rms_norm_grad(&kv_a, &norm, &d_c_kv, rows);

@@ -1,13 +1,14 @@
 //! Output head and loss over chunks of tokens: the logits of one chunk exist at a time, and their gradient takes their place.
 
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::Slice;
+use burn::tensor::{FloatDType, Slice};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::{CubeCount, CubeDim};
 
-use super::{dims, new, product, reshaped, rows, transposed};
+use super::{dims, new, operand, product, reshaped, rows, transposed};
+use crate::precision::Precision;
 
 /// Logits that exist at a time: 64 Mi numbers, 256 MiB.
 const LOGITS: usize = 1 << 26;
@@ -18,6 +19,7 @@ pub(super) struct Head {
     weight: CubeTensor,
     targets: CubeTensor,
     chunk: usize,
+    precision: Precision,
 }
 
 /// `[n, 2]`: each token's loss, and the part that is z-loss.
@@ -42,11 +44,12 @@ fn part(tensor: &CubeTensor, from: usize, to: usize) -> CubeTensor {
 }
 
 impl Head {
-    pub(super) fn new(h: CubeTensor, weight: CubeTensor, targets: CubeTensor) -> Self {
+    pub(super) fn new(h: CubeTensor, weight: CubeTensor, targets: CubeTensor, precision: Precision) -> Self {
         let [h, weight, targets] = [h, weight, targets].map(into_contiguous);
+        let weight = operand(weight, precision);
         let [vocab, _] = dims::<2>(&weight);
         let chunk = (LOGITS / vocab.max(1)).max(1);
-        Self { h, weight, targets, chunk }
+        Self { h, weight, targets, chunk, precision }
     }
 
     fn chunks(&self) -> impl Iterator<Item = (usize, usize)> {
@@ -55,7 +58,7 @@ impl Head {
     }
 
     fn logits(&self, h: CubeTensor) -> CubeTensor {
-        into_contiguous(product(h, transposed(self.weight.clone())))
+        into_contiguous(product(operand(h, self.precision), transposed(self.weight.clone())))
     }
 
     fn cubes(rows: usize) -> (CubeCount, CubeDim) {
@@ -158,6 +161,7 @@ impl Head {
             let (loss, d_logits) = step(self, range, &logits);
             drop(logits);
             losses.push(loss);
+            let [d_logits, h] = [d_logits, h].map(|x| operand(x, self.precision));
             d_h.push(product(d_logits.clone(), self.weight.clone()));
             let of_weight = product(transposed(d_logits), h);
             d_weight = Some(match d_weight {
@@ -165,7 +169,9 @@ impl Head {
                 None => of_weight,
             });
         }
-        let d_weight = d_weight.unwrap_or_else(|| CubeBackend::float_mul_scalar(self.weight.clone(), 0.0f32.into()));
+        let d_weight = d_weight.unwrap_or_else(|| {
+            CubeBackend::float_zeros(self.weight.meta.shape().clone(), &self.weight.device, FloatDType::F32)
+        });
         (joined(losses), joined(d_h), d_weight)
     }
 }

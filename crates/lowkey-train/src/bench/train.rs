@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 use lowkey_data::Batch;
+use lowkey_kernels::Precision;
 use lowkey_model::{CausalLm, Parameter, Recompute};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -189,12 +190,14 @@ impl Session {
                 z_loss: 0.0,
                 narrow: &[],
                 distillation: 0.0,
+                precision: Precision::F32,
+                loss_scale: 1.0,
             },
             grad_clip: self.optimizer_section.grad_clip,
         };
         let started = Instant::now();
         let lr = self.optimizer_section.lr;
-        let taken = settings.step(&mut self.model, &mut self.optimizer, &batch, self.steps, lr)?;
+        let taken = settings.step(&mut self.model, &mut self.optimizer, &batch, self.steps, lr, None)?;
         self.steps += 1;
         Ok((taken, started.elapsed()))
     }

@@ -89,6 +89,41 @@ fn a_run_that_stops_on_a_gpu_goes_on_as_if_it_had_not() {
 }
 
 #[test]
+fn half_precision_learns_as_single_does_where_the_device_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = run_file(dir.path());
+    let set = |format: &str| format!("training.precision={format}");
+    let train_in = |format: &str, device: &str| {
+        let out = dir.path().join(format);
+        let set = set(format);
+        let arguments = ["train", text(&file), "--out", text(&out), "--device", device, "--set", &set];
+        (lowkey(&[&arguments[..], &["--set", "metrics.every=1"]].concat()), out)
+    };
+    let ((code, _, err), _) = train_in("f16", "cpu");
+    assert_eq!(code, 2, "{err}");
+    assert!(err.contains("training.precision") && err.contains("--device"), "{err}");
+
+    let Some(gpu) = name() else { return };
+    let ((code, _, err), exact) = train_in("f32", &gpu);
+    assert_eq!(code, 0, "{err}");
+    for format in ["f16", "bf16"] {
+        let ((code, _, err), out) = train_in(format, &gpu);
+        if code != 0 {
+            assert!(code == 2 && err.contains("does not calculate in it"), "{err}");
+            continue;
+        }
+        let pairs = figures(&exact, "train_loss").into_iter().zip(figures(&out, "train_loss"));
+        for (step, (expected, found)) in pairs.enumerate() {
+            assert!((found / expected - 1.0).abs() < 2e-2, "{format}: step {step}: {found} for {expected}");
+        }
+        assert_ne!(figures(&exact, "train_loss"), figures(&out, "train_loss"), "{format}: nothing was rounded");
+        let state = std::fs::read_to_string(out.join("checkpoints/step-000012/trainer.json")).unwrap();
+        let scale = serde_json::from_str::<Value>(&state).unwrap()["loss_scale"]["good"].clone();
+        assert_eq!(scale == 12, format == "f16", "{state}");
+    }
+}
+
+#[test]
 fn a_device_that_is_not_there_is_refused_by_name() {
     let model = "nowhere";
     for (device, expected) in [

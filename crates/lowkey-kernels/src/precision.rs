@@ -1,0 +1,64 @@
+//! What the products of training are computed in.
+
+use std::cell::Cell;
+
+use serde::{Deserialize, Serialize};
+
+/// The format of the operands of products with weights, on a GPU. Sums, norms, softmax, loss, residual stream, parameters and their
+/// gradients are f32 in any case (Micikevicius et al., arXiv 1710.03740).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 24 bits of fraction: nothing is rounded.
+    #[default]
+    F32,
+    /// 8 bits of fraction, and the range of f32.
+    Bf16,
+    /// 11 bits of fraction, numbers from 6e-8 to 65,504: gradients need a scaled loss.
+    F16,
+}
+
+thread_local! {
+    static CURRENT: Cell<Precision> = const { Cell::new(Precision::F32) };
+}
+
+/// Ends a stretch of [`scope`].
+#[derive(Debug)]
+pub struct Scope {
+    before: Precision,
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        CURRENT.set(self.before);
+    }
+}
+
+/// Until the result is dropped, operations that this thread begins compute in `precision`; their backward passes then do, too,
+/// whenever they run. Of no effect on the CPU.
+#[must_use = "the precision holds until this is dropped"]
+pub fn scope(precision: Precision) -> Scope {
+    Scope { before: CURRENT.replace(precision) }
+}
+
+/// The precision of this thread.
+pub(crate) fn current() -> Precision {
+    CURRENT.get()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scope_ends_with_its_guard() {
+        let outer = scope(Precision::F16);
+        {
+            let _inner = scope(Precision::Bf16);
+            assert_eq!(current(), Precision::Bf16);
+        }
+        assert_eq!(current(), Precision::F16);
+        drop(outer);
+        assert_eq!(current(), Precision::F32);
+    }
+}
