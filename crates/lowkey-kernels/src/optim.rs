@@ -8,6 +8,7 @@ mod flex;
 mod reference;
 
 use burn::tensor::Tensor;
+use rayon::prelude::*;
 
 /// The numbers of one AdamW step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -129,22 +130,17 @@ pub fn accumulate(first: Tensor<1>, others: Vec<Tensor<1>>) -> Tensor<1> {
     }
 }
 
-/// `Σ x²` over `x [numel]`, added up in f64; on a GPU parts of it in f32.
-pub fn sum_of_squares(x: Tensor<1>) -> f64 {
-    match flex::on_cpu([x]) {
-        Ok([x]) => flex::sum_of_squares(&x),
-        Err([x]) => sum_of_squares_elsewhere(x),
+/// `Σ x²` of each tensor `[numel]`, added up in f64; on a GPU parts of it in f32, and all are read back at once.
+pub fn sums_of_squares(tensors: &[Tensor<1>]) -> Vec<f64> {
+    #[cfg(feature = "gpu")]
+    if let Some(sums) = crate::gpu::optim::sums_of_squares(tensors) {
+        return sums;
     }
-}
-
-#[cfg(feature = "gpu")]
-fn sum_of_squares_elsewhere(x: Tensor<1>) -> f64 {
-    crate::gpu::optim::sum_of_squares(&x).unwrap_or_else(|| reference::sum_of_squares(x))
-}
-
-#[cfg(not(feature = "gpu"))]
-fn sum_of_squares_elsewhere(x: Tensor<1>) -> f64 {
-    reference::sum_of_squares(x)
+    let one = |x: &Tensor<1>| match flex::on_cpu([x.clone()]) {
+        Ok([x]) => flex::sum_of_squares(&x),
+        Err([x]) => reference::sum_of_squares(x),
+    };
+    tensors.par_iter().map(one).collect()
 }
 
 /// Where the numbers of an f32 tensor lie in memory, for checks that nothing is copied; `None` on other devices.

@@ -144,9 +144,8 @@ impl Optimizer {
 /// The index of the first gradient whose norm is not finite, with that norm. Norms whose square exceeds f32 count as such: the
 /// second moment could not hold them.
 pub fn global_norm(gradients: &[Tensor<1>]) -> Result<f64, (usize, f64)> {
-    let squares: Vec<f64> = gradients.par_iter().map(|gradient| optim::sum_of_squares(gradient.clone())).collect();
     let mut total = 0.0;
-    for (i, squares) in squares.into_iter().enumerate() {
+    for (i, squares) in optim::sums_of_squares(gradients).into_iter().enumerate() {
         let single = squares as f32;
         if !single.is_finite() {
             return Err((i, f64::from(single.sqrt())));

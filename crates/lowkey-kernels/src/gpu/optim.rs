@@ -54,23 +54,30 @@ pub(crate) fn adamw(tensors: [Tensor<1>; 4], step: AdamWStep) -> Result<[Tensor<
     Ok([value, m, v].map(Tensor::from_primitive::<CubeBackend>))
 }
 
-/// Cubes that each add up a part.
+/// Cubes that each add up a part of a tensor.
 const PARTS: usize = 256;
 
-/// `Σ x²`: parts on the device in f32, their sum here in f64; `None` where the tensor is not on a GPU. NaN where the device does not
-/// answer.
-pub(crate) fn sum_of_squares(x: &Tensor<1>) -> Option<f64> {
-    let [x] = on_gpu([x])?;
-    let parts = count(&x).div_ceil(rows::UNITS as usize).clamp(1, PARTS);
-    let out = new(&x, [parts]);
-    rows::sums_of_squares::launch(
-        &out.client,
-        CubeCount::Static(parts as u32, 1, 1),
-        CubeDim::new_1d(rows::UNITS),
-        x.clone().into_buffer_arg(),
-        out.clone().into_buffer_arg(),
-        count(&x),
-    );
-    let parts = Tensor::<1>::from_primitive::<CubeBackend>(out).try_into_vec_as::<f32>();
-    Some(parts.map_or(f64::NAN, |parts| parts.into_iter().map(f64::from).sum()))
+/// `Σ x²` of each tensor: parts on the device in f32, their sums here in f64; `None` where a tensor is not on a GPU. NaN where the
+/// device does not answer.
+pub(crate) fn sums_of_squares(tensors: &[Tensor<1>]) -> Option<Vec<f64>> {
+    let all = tensors.iter().map(|x| on_gpu([x]).map(|[x]| x)).collect::<Option<Vec<_>>>()?;
+    let out = new(all.first()?, [all.len(), PARTS]);
+    for (i, x) in all.into_iter().enumerate() {
+        let numbers = count(&x);
+        rows::sums_of_squares::launch(
+            &out.client,
+            CubeCount::Static(PARTS as u32, 1, 1),
+            CubeDim::new_1d(rows::UNITS),
+            x.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            numbers,
+            i * PARTS,
+        );
+    }
+    // The one time that a step waits for the device.
+    let sums = match Tensor::<2>::from_primitive::<CubeBackend>(out).try_into_vec_as::<f32>() {
+        Ok(parts) => parts.chunks(PARTS).map(|parts| parts.iter().copied().map(f64::from).sum()).collect(),
+        Err(_) => vec![f64::NAN; tensors.len()],
+    };
+    Some(sums)
 }

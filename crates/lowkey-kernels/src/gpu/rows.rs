@@ -201,9 +201,9 @@ pub(super) fn column_sums(parts: &[f32], out: &mut [f32], count: usize, width: u
     }
 }
 
-/// `Σ x²`, a part by each cube.
+/// `Σ x²`, a part by each cube, written from `at` on.
 #[cube(launch)]
-pub(super) fn sums_of_squares(x: &[f32], out: &mut [f32], count: usize) {
+pub(super) fn sums_of_squares(x: &[f32], out: &mut [f32], count: usize, at: usize) {
     let mut scratch = Shared::<[f32]>::new_slice(comptime!(UNITS as usize));
     let mut sum = 0.0f32;
     let mut i = ABSOLUTE_POS;
@@ -213,7 +213,7 @@ pub(super) fn sums_of_squares(x: &[f32], out: &mut [f32], count: usize) {
     }
     let total = add_up(sum, &mut scratch);
     if UNIT_POS == 0 {
-        out[CUBE_POS_X as usize] = total;
+        out[at + CUBE_POS_X as usize] = total;
     }
 }
 

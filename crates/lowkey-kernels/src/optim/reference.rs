@@ -27,7 +27,7 @@ pub(crate) fn accumulate(first: Tensor<1>, others: Vec<Tensor<1>>) -> Tensor<1> 
     others.into_iter().fold(first, |sum, other| sum + other)
 }
 
-/// See [`super::sum_of_squares`]. One number at a time, on the host; NaN where the device does not give them.
+/// See [`super::sums_of_squares`]. One number at a time, on the host; NaN where the device does not give them.
 pub(crate) fn sum_of_squares(x: Tensor<1>) -> f64 {
     x.try_into_vec_as::<f32>().map_or(f64::NAN, |x| x.iter().map(|x| f64::from(*x).powi(2)).sum())
 }

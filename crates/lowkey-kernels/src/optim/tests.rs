@@ -10,6 +10,10 @@ use crate::fixtures::{is_cpu, plain_device};
 /// Around one piece, several pieces with a rest, and none.
 const LENGTHS: [usize; 6] = [0, 1, 37, 1 << 14, (1 << 14) + 1, 100_003];
 
+fn sum_of_squares(x: Tensor<1>) -> f64 {
+    sums_of_squares(&[x])[0]
+}
+
 fn tensor(values: Vec<f32>) -> Tensor<1> {
     let len = values.len();
     Tensor::from_data(TensorData::new(values, [len]), &plain_device())
@@ -254,6 +258,9 @@ fn squares_are_summed_in_double_precision() {
         let (found, expected) = (sum_of_squares(x.clone()), reference::sum_of_squares(x));
         assert!((found - expected).abs() <= tolerance * expected, "{len}: {found} for {expected}");
     }
+    let several = [tensor(vec![3.0, 4.0]), tensor(Vec::new()), tensor(vec![-1.0])];
+    assert_eq!(sums_of_squares(&several), [25.0, 0.0, 1.0]);
+    assert!(sums_of_squares(&[]).is_empty());
     assert!(sum_of_squares(tensor(vec![1.0, f32::NAN])).is_nan());
     assert_eq!(sum_of_squares(tensor(vec![1.0, f32::NEG_INFINITY])), f64::INFINITY);
 }

@@ -83,8 +83,11 @@ pub(super) fn cases() -> Vec<Case> {
         in_file("lr_scheduler.warmup_steps=99", "lr_scheduler.warmup_steps = 99: must not exceed training.steps = 4"),
         in_file("lr_scheduler.decay_fraction=1.5", "lr_scheduler.decay_fraction = 1.5: must lie between 0 and 1"),
         in_file("lr_scheduler.min_lr_ratio=nan", "lr_scheduler.min_lr_ratio = NaN: must lie"),
-        in_file("run.device=cuda", "run.device = cuda: this build runs on the CPU only; write \"auto\" or \"cpu\""),
-        in_file("run.device=toaster", "run.device = toaster: known are auto, cpu"),
+        in_file(
+            "run.device=cuda",
+            "run.device = cuda: this build has no `cuda` devices; build with `cargo build --release --features cuda`, or take `cpu`",
+        ),
+        in_file("run.device=toaster", "run.device = toaster: there is no device `toaster`; known are auto, cpu"),
         in_file("run.name=a/b", "run.name = a/b: must be a folder name"),
         in_file("run.name=..", "run.name = ..: must be a folder name"),
         in_file("data.dataset=chars.toml", "data.path = text.txt: data.dataset is set too; keep one"),
