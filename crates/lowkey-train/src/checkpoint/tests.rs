@@ -47,7 +47,14 @@ impl Bench {
 }
 
 fn state(step: u64, best: Option<u64>) -> TrainerState {
-    TrainerState { step, tokens: 100 * step, time_s: 1.5, data: "abc".into(), best: best.map(|step| (step, 1.25)) }
+    TrainerState {
+        step,
+        tokens: 100 * step,
+        time_s: 1.5,
+        data: "abc".into(),
+        best: best.map(|step| (step, 1.25)),
+        loss_scale: None,
+    }
 }
 
 fn state_bits(states: &[ParameterState]) -> Vec<u32> {
