@@ -50,8 +50,8 @@ pub use optimizer::{Optimizer, ParameterState, clip_factor, global_norm};
 pub use plan::{EXPECTED_MFU, Plan};
 pub use rows::BatchRef;
 pub use run_config::{
-    CheckpointSection, ComputeDtype, DataSection, EvalSection, InitSection, MetricsSection, OptimizerKind,
-    OptimizerSection, RunConfig, RunSection, SchedulerKind, SchedulerSection, TrainingSection,
+    CheckpointSection, DataSection, EvalSection, InitSection, MetricsSection, OptimizerKind, OptimizerSection,
+    RunConfig, RunSection, SchedulerKind, SchedulerSection, TrainingSection,
 };
 pub use run_data::RunData;
 pub use setup::{Setup, device, planned_model, setup};

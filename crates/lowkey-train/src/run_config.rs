@@ -205,10 +205,6 @@ pub struct TrainingSection {
     /// What the backward pass computes again to save memory: `none`, or `block` for all within a decoder block.
     #[serde(default)]
     pub recompute: Recompute,
-    /// What products with weights are computed in, on a GPU: `f32`, `bf16`, or `f16` with dynamic loss scaling. Parameters, their
-    /// gradients, norms, softmax, loss and evaluation are f32 in any case.
-    #[serde(default)]
-    pub precision: Precision,
     /// Factor on the square of each position's log-partition, added to the loss that is minimised but not to the one that is
     /// reported (PaLM, arXiv 2204.02311, section 5: 1e-4); 0: none.
     #[serde(default)]
@@ -221,9 +217,10 @@ pub struct TrainingSection {
     /// join: what is to be told to them has to be known first.
     #[serde(default = "default_elastic_start")]
     pub elastic_start: f64,
-    /// Number format of the computation.
+    /// What products with weights are computed in: `f32`, or on a GPU `bf16`, or `f16` with dynamic loss scaling. Parameters, their
+    /// gradients, norms, softmax, loss and evaluation are f32 in any case.
     #[serde(default)]
-    pub dtype: ComputeDtype,
+    pub dtype: Precision,
     /// Threads that share a micro-batch on the CPU; absent: one per core. Part of the run: gradients are summed in a fixed
     /// order for a given number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -236,19 +233,6 @@ fn default_distillation() -> f64 {
 
 fn default_elastic_start() -> f64 {
     0.3
-}
-
-/// Number formats of the computation; master weights stay f32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ComputeDtype {
-    /// 32-bit floating point.
-    #[default]
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// IEEE half precision.
-    F16,
 }
 
 /// `[eval]`
@@ -383,9 +367,9 @@ impl RunConfig {
 
     /// How a step's gradients are computed, with further passes at the ranks `narrow`.
     pub(crate) fn passes<'a>(&self, narrow: &'a [usize]) -> PassSettings<'a> {
-        let TrainingSection { recompute, z_loss, distillation, precision, .. } = self.training;
+        let TrainingSection { recompute, z_loss, distillation, dtype, .. } = self.training;
         let micro_batch = self.micro_batch_size();
-        PassSettings { micro_batch, recompute, z_loss, narrow, distillation, precision, loss_scale: 1.0 }
+        PassSettings { micro_batch, recompute, z_loss, narrow, distillation, precision: dtype, loss_scale: 1.0 }
     }
 
     /// Sequences per forward and backward pass.

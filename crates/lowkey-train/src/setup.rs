@@ -32,8 +32,8 @@ pub(crate) fn check_precision(precision: Precision, device: &Device) -> Result<(
         Precision::F16 => ("f16", DType::F16),
     };
     if is_cpu(device) {
-        let why = "the CPU computes in f32, where it is fastest; write \"f32\", or take a GPU with --device";
-        return Err(Error::config("training.precision", name, why));
+        let why = "the CPU trains in f32; write \"f32\", or take a GPU with --device";
+        return Err(Error::config("training.dtype", name, why));
     }
     if !device.supports_dtype(dtype) {
         let others: Vec<&str> = [("\"bf16\"", DType::BF16), ("\"f16\"", DType::F16), ("\"f32\"", DType::F32)]
@@ -42,7 +42,7 @@ pub(crate) fn check_precision(precision: Precision, device: &Device) -> Result<(
             .map(|(name, _)| name)
             .collect();
         let why = format!("this device does not calculate in it; write {}", others.join(" or "));
-        return Err(Error::config("training.precision", name, why));
+        return Err(Error::config("training.dtype", name, why));
     }
     Ok(())
 }

@@ -104,7 +104,7 @@ pub fn train(
     observe: &mut dyn FnMut(Event),
 ) -> Result<Outcome> {
     let device = device(&config.run.device)?.autodiff();
-    check_precision(config.training.precision, &device)?;
+    check_precision(config.training.dtype, &device)?;
     let checkpoints_dir = options.out.join("checkpoints");
     resume::refuse_to_lose_a_run(&checkpoints_dir, options)?;
     std::fs::create_dir_all(&options.out).map_err(|e| Error::io(&options.out, e))?;
@@ -199,10 +199,10 @@ impl<'a> Run<'a> {
             optimizer.restore(states, saved.step);
             state = saved;
         }
-        if config.training.precision == Precision::F16 {
+        if config.training.dtype == Precision::F16 {
             state.loss_scale.get_or_insert_default();
         }
-        let plan = Plan::new(config, &model.config, matmul_ceiling(threads, &device)?);
+        let plan = Plan::new(config, &model.config, matmul_ceiling(threads, &device, config.training.dtype)?);
         Ok(Self {
             config,
             options,

@@ -6,7 +6,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, FloatDType, Tensor};
 use lowkey_kernels::device::is_cpu;
 use lowkey_kernels::{Precision, optim};
 use lowkey_model::{CausalLm, Objective, Recompute};
@@ -202,16 +202,16 @@ pub fn memory() -> Option<u64> {
 }
 
 /// The rate, in floating-point operations per second, at which `threads` threads multiply f32 matrices of 512 × 512, or a GPU
-/// larger ones: what a model's own products hardly exceed.
+/// larger ones of `precision`: what a model's own products hardly exceed.
 ///
 /// Measured in about a third of a second, best of several rounds.
 ///
 /// # Errors
 /// [`Error::Io`] where the operating system gives no thread, [`Error::Device`] where a GPU fails.
-pub fn matmul_ceiling(threads: usize, device: &Device) -> Result<f64> {
+pub fn matmul_ceiling(threads: usize, device: &Device, precision: Precision) -> Result<f64> {
     const SIZE: usize = 512;
     if !is_cpu(device) {
-        return gpu_ceiling(&device.clone().without_autodiff());
+        return gpu_ceiling(&device.clone().without_autodiff(), precision);
     }
     let workers = Workers::new(threads, threads)?;
     let lanes: Vec<usize> = (0..threads).collect();
@@ -232,14 +232,18 @@ pub fn matmul_ceiling(threads: usize, device: &Device) -> Result<f64> {
 }
 
 /// The rate of the largest product that takes no more than a few milliseconds, after one to compile it.
-fn gpu_ceiling(device: &Device) -> Result<f64> {
+fn gpu_ceiling(device: &Device, precision: Precision) -> Result<f64> {
     const LARGEST: usize = 8192;
     const LONG_ENOUGH_S: f64 = 5e-3;
     let failed = |e| Error::Device { what: "a matrix product", why: format!("{e:?}") };
     let mut best: f64 = 0.0;
     let mut size = 256;
     while size <= LARGEST {
-        let a = Tensor::<2>::ones([size, size], device);
+        let a = Tensor::<2>::ones([size, size], device).cast(match precision {
+            Precision::F32 => FloatDType::F32,
+            Precision::Bf16 => FloatDType::BF16,
+            Precision::F16 => FloatDType::F16,
+        });
         drop(a.clone().matmul(a.clone()));
         device.sync().map_err(failed)?;
         let started = std::time::Instant::now();

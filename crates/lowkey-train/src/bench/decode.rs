@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
 use lowkey_infer::{CacheDtype, Decoder, Form, GenerateConfig, Sampler};
+use lowkey_kernels::Precision;
 use lowkey_model::{CausalLm, FusedMla, ModelConfig};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -166,7 +167,7 @@ pub fn decode(subject: Subject, options: &DecodeOptions, observe: Observer) -> R
     let threads = super::threads(options.threads)?;
     let (rows, matmul_flops_per_s, memory_bytes_per_s, peak_rss_mb) = super::on_threads(threads, || {
         let device = super::device();
-        let (mut rows, ceiling) = below_ceiling(threads, &device, || {
+        let (mut rows, ceiling) = below_ceiling(threads, &device, Precision::F32, || {
             let bench = Bench { model: &model, fused: &fused, options, device: &device };
             let measured: Result<Vec<Vec<DecodeRow>>> =
                 contexts.iter().map(|context| bench.context(*context, observe)).collect();

@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 
+use lowkey_kernels::Precision;
+
 use crate::error::Result;
 use crate::workers::{Workers, matmul_ceiling};
 
@@ -47,10 +49,15 @@ pub(super) fn peak_rss_mb() -> Option<f64> {
 
 /// Runs `job` between two measurements of the rate of matrix products, and returns the larger with its result. Machines that
 /// others use change their speed, and a model cannot be faster than its products.
-pub(super) fn below_ceiling<R>(threads: usize, device: &Device, job: impl FnOnce() -> Result<R>) -> Result<(R, f64)> {
-    let before = matmul_ceiling(threads, device)?;
+pub(super) fn below_ceiling<R>(
+    threads: usize,
+    device: &Device,
+    precision: Precision,
+    job: impl FnOnce() -> Result<R>,
+) -> Result<(R, f64)> {
+    let before = matmul_ceiling(threads, device, precision)?;
     let result = job()?;
-    Ok((result, before.max(matmul_ceiling(threads, device)?)))
+    Ok((result, before.max(matmul_ceiling(threads, device, precision)?)))
 }
 
 /// Bytes per second that `threads` threads read from memory together: sums over arrays that no cache holds, best of several.

@@ -3,12 +3,14 @@
 mod rows;
 mod timer;
 
+use lowkey_kernels::Precision;
+use lowkey_kernels::device::is_cpu;
 use serde::Serialize;
 
 use super::machine::{Spread, below_ceiling};
 use super::train::{Session, TrainOptions};
 use super::{Observer, Progress};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -83,8 +85,15 @@ pub struct OpFigures {
 pub fn ops(options: &OpsOptions, observe: Observer) -> Result<OpsFigures> {
     let options = &options.step;
     let mut session = Session::new(options)?;
+    if !is_cpu(&session.device) {
+        return Err(Error::config(
+            "device",
+            &options.device,
+            "operations are timed one by one on the CPU alone; write cpu",
+        ));
+    }
     let (threads, device) = (session.threads, session.device.clone());
-    let ((step_ms, mut ops), matmul_flops_per_s) = below_ceiling(threads, &device, || {
+    let ((step_ms, mut ops), matmul_flops_per_s) = below_ceiling(threads, &device, Precision::F32, || {
         for done in 0..options.warmup {
             observe(Progress { doing: "warm-up", done, of: options.warmup });
             session.step()?;

@@ -15,9 +15,10 @@ use super::machine::{Spread, below_ceiling, peak_rss_mb, thousandths};
 use super::shapes::Shape;
 use super::{MOST_ROUNDS, Observer, Progress};
 use crate::error::{Error, Result};
+use crate::loss_scale::LossScale;
 use crate::optimizer::Optimizer;
 use crate::run_config::{OptimizerKind, OptimizerSection, at_least_one};
-use crate::setup::check_bytes;
+use crate::setup::{check_bytes, check_precision};
 use crate::step::{StepSettings, StepTaken};
 use crate::workers::{PassSettings, Workers};
 
@@ -43,6 +44,10 @@ pub struct TrainOptions {
     pub optimizer: String,
     /// What the backward pass computes again.
     pub recompute: Recompute,
+    /// Name of the device, as in a run file.
+    pub device: String,
+    /// What products are computed in, on a GPU.
+    pub dtype: Precision,
 }
 
 impl Default for TrainOptions {
@@ -56,6 +61,8 @@ impl Default for TrainOptions {
             warmup: 5,
             optimizer: "adamw".into(),
             recompute: Recompute::None,
+            device: "cpu".into(),
+            dtype: Precision::F32,
         }
     }
 }
@@ -77,6 +84,10 @@ pub struct TrainFigures {
     pub optimizer: String,
     /// What the backward pass computed again.
     pub recompute: Recompute,
+    /// Name of the device.
+    pub device: String,
+    /// What products were computed in.
+    pub dtype: Precision,
     /// Steps before the timed ones.
     pub warmup: usize,
     /// Timed steps.
@@ -110,6 +121,9 @@ pub struct TrainFigures {
     /// Largest resident memory of the process, MiB; absent where the system does not say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_rss_mb: Option<f64>,
+    /// Memory that was taken from the GPU and is kept for further steps, MiB; absent on the CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_mb: Option<f64>,
 }
 
 /// A model in training on random tokens.
@@ -125,6 +139,8 @@ pub(super) struct Session {
     /// Records gradients.
     pub(super) recompute: Recompute,
     pub(super) device: Device,
+    precision: Precision,
+    loss_scale: Option<LossScale>,
     random: ChaCha8Rng,
     steps: u64,
 }
@@ -143,13 +159,15 @@ impl Session {
         let kind = OptimizerKind::deserialize(options.optimizer.as_str().into_deserializer())
             .map_err(|e: serde::de::value::Error| Error::config("optimizer", &options.optimizer, e.to_string()))?;
         let config = shape.config(seq)?;
+        let device = crate::setup::device(&options.device)?;
+        check_precision(options.dtype, &device)?;
         check_bytes(
             "training",
             config.train_bytes(batch, seq, threads, options.recompute),
             "the shape, the batch or the length",
             &config,
         )?;
-        let device = super::device().autodiff();
+        let device = device.autodiff();
         let model = CausalLm::init(&config, SEED, &device);
         let optimizer_section = OptimizerSection {
             kind,
@@ -161,7 +179,7 @@ impl Session {
             momentum: None,
         };
         let optimizer = Optimizer::new(&optimizer_section, &model.parameters(), Parameter::is_matrix);
-        let (workers, random) = (Workers::new(threads, batch)?, ChaCha8Rng::seed_from_u64(SEED));
+        let (workers, random) = (Workers::for_device(threads, batch, &device)?, ChaCha8Rng::seed_from_u64(SEED));
         Ok(Self {
             shape,
             batch,
@@ -173,6 +191,8 @@ impl Session {
             workers,
             recompute: options.recompute,
             device,
+            precision: options.dtype,
+            loss_scale: (options.dtype == Precision::F16).then(LossScale::default),
             random,
             steps: 0,
         })
@@ -190,14 +210,17 @@ impl Session {
                 z_loss: 0.0,
                 narrow: &[],
                 distillation: 0.0,
-                precision: Precision::F32,
+                precision: self.precision,
                 loss_scale: 1.0,
             },
             grad_clip: self.optimizer_section.grad_clip,
         };
         let started = Instant::now();
         let lr = self.optimizer_section.lr;
-        let taken = settings.step(&mut self.model, &mut self.optimizer, &batch, self.steps, lr, None)?;
+        let taken =
+            settings.step(&mut self.model, &mut self.optimizer, &batch, self.steps, lr, self.loss_scale.as_mut())?;
+        // What is queued belongs to this step.
+        self.device.sync().map_err(|e| Error::Device { what: "a step", why: format!("{e:?}") })?;
         self.steps += 1;
         Ok((taken, started.elapsed()))
     }
@@ -225,7 +248,7 @@ pub(super) fn random_batch(random: &mut ChaCha8Rng, rows: usize, seq_len: usize,
 pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> {
     let mut session = Session::new(options)?;
     let (threads, device) = (session.threads, session.device.clone());
-    let ((times, losses, peak_rss_mb), ceiling) = below_ceiling(threads, &device, || {
+    let ((times, losses, peak_rss_mb), ceiling) = below_ceiling(threads, &device, options.dtype, || {
         let (mut times, mut losses) = (Vec::new(), Vec::new());
         let of = options.warmup + options.steps;
         for done in 0..of {
@@ -251,6 +274,8 @@ pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> 
         threads,
         optimizer: options.optimizer.clone(),
         recompute: options.recompute,
+        device: options.device.clone(),
+        dtype: options.dtype,
         warmup: options.warmup,
         steps: options.steps,
         params: config.parameter_count().total,
@@ -267,5 +292,6 @@ pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> 
         matmul_flops_per_s: ceiling,
         mfu: model_flops_per_s / ceiling,
         peak_rss_mb,
+        gpu_mb: device.memory_pool_usage().map(|usage| (usage.bytes_reserved as f64 / f64::from(1 << 20)).round()),
     })
 }

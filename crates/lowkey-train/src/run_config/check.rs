@@ -1,6 +1,6 @@
 //! The rules that a run file's values must keep.
 
-use super::{ComputeDtype, OptimizerKind, RunConfig};
+use super::{OptimizerKind, RunConfig};
 use crate::error::{Error, Result};
 
 impl RunConfig {
@@ -61,10 +61,6 @@ impl RunConfig {
         }
         fraction("training.distillation", self.training.distillation)?;
         fraction("training.elastic_start", self.training.elastic_start)?;
-        if self.training.dtype != ComputeDtype::F32 {
-            let value = format!("{:?}", self.training.dtype).to_lowercase();
-            return Err(Error::config("training.dtype", value, "the CPU trains in f32; write \"f32\""));
-        }
         self.check_optimizer()?;
         let s = &self.lr_scheduler;
         fraction("lr_scheduler.decay_fraction", s.decay_fraction)?;

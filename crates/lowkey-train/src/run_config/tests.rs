@@ -192,8 +192,6 @@ fn every_rule_refuses_what_breaks_it_and_names_the_key() {
         ("training.threads=0", "training.threads"),
         ("training.threads=1025", "training.threads"),
         ("training.z_loss=2", "training.z_loss"),
-        ("training.dtype=bf16", "training.dtype"),
-        ("training.dtype=f16", "training.dtype"),
         ("optimizer.lr=0.0", "optimizer.lr"),
         ("optimizer.lr=-1.0", "optimizer.lr"),
         ("optimizer.lr=nan", "optimizer.lr"),

@@ -446,13 +446,26 @@ fn what_would_fail_at_the_first_evaluation_fails_at_once() {
 }
 
 #[test]
+fn the_cpu_trains_in_f32() {
+    for dtype in ["bf16", "f16"] {
+        let run = TinyRun::new();
+        let message = message(run.train(&[&format!("training.dtype={dtype}"), "run.device=cpu"]));
+        assert!(message.starts_with(&format!("training.dtype = {dtype}: the CPU trains in f32")), "{message}");
+        assert!(!run.out().exists());
+    }
+}
+
+#[test]
 fn a_device_that_is_not_built_in_is_refused() {
     for name in ["auto", "cpu"] {
         device(name).unwrap();
     }
-    for (name, expected) in
-        [("cuda", "CPU only"), ("cuda:1", "CPU only"), ("wgpu", "CPU only"), ("tpu", "known are auto")]
-    {
+    for (name, expected) in [
+        ("cuda", "build with `cargo build --release --features cuda`"),
+        ("cuda:1", "this build has no `cuda` devices"),
+        ("wgpu", "build with `cargo build --release --features wgpu`"),
+        ("tpu", "known are auto"),
+    ] {
         let message = device(name).unwrap_err().to_string();
         assert!(message.starts_with("run.device = ") && message.contains(expected), "{message}");
     }

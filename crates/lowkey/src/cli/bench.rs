@@ -57,6 +57,12 @@ pub(crate) struct BenchStepArguments {
     /// Keep only the input of each block, and compute the rest again in the backward pass
     #[arg(long)]
     pub(crate) recompute: bool,
+    /// What to compute on, as --device of lowkey train
+    #[arg(long, default_value = "cpu", value_name = "NAME")]
+    pub(crate) device: String,
+    /// What products are computed in, on a GPU
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16"])]
+    pub(crate) dtype: String,
 }
 
 #[derive(Debug, Args)]

@@ -2,6 +2,7 @@
 
 use burn::tensor::Device;
 use lowkey_infer::{CacheDtype, Form};
+use lowkey_kernels::Precision;
 use lowkey_model::{AttentionConfig, Recompute};
 use lowkey_train::bench::{
     self, DecodeFigures, DecodeOptions, DecodeRow, OpFigures, OpsFigures, OpsOptions, Subject, TrainFigures,
@@ -34,9 +35,14 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
 }
 
 fn options(step: BenchStepArguments, steps: usize, warmup: usize) -> TrainOptions {
-    let BenchStepArguments { shape, batch, seq, threads, optimizer, recompute } = step;
+    let BenchStepArguments { shape, batch, seq, threads, optimizer, recompute, device, dtype } = step;
     let recompute = if recompute { Recompute::Block } else { Recompute::None };
-    TrainOptions { shape, batch, seq, threads, steps, warmup, optimizer, recompute }
+    let dtype = match dtype.as_str() {
+        "bf16" => Precision::Bf16,
+        "f16" => Precision::F16,
+        _ => Precision::F32,
+    };
+    TrainOptions { shape, batch, seq, threads, steps, warmup, optimizer, recompute, device, dtype }
 }
 
 /// Prints what was measured, the bar out of the way.
@@ -80,14 +86,15 @@ fn train_text(f: &TrainFigures) -> String {
         ("loss", format!("{:.4}, then {:.4}", f.loss_first, f.loss_last)),
     ];
     rows.extend(peak(f.peak_rss_mb));
+    rows.extend(f.gpu_mb.map(|mb| ("GPU memory", format!("{mb:.0} MiB"))));
+    let where_to = if f.device == "cpu" { format!("{} threads", f.threads) } else { f.device.clone() };
     let head = format!(
-        "{}: {} parameters, {} × {} tokens per step, {}, {} threads{}",
+        "{}: {} parameters, {} × {} tokens per step, {}, {where_to}{}",
         f.shape,
         count(f.params as f64),
         f.batch,
         f.seq,
         f.optimizer,
-        f.threads,
         if f.recompute == Recompute::Block { ", blocks recomputed" } else { "" }
     );
     format!("{head}\n{}", pairs(&rows))

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lowkey_kernels::Precision;
 use lowkey_lab::{Event, Expanded, Experiment, Run, SweepOptions, sweep};
 use lowkey_train::{EXPECTED_MFU, available_threads, matmul_ceiling};
 use serde_json::json;
@@ -91,7 +92,7 @@ fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
 
 /// Estimated seconds of the runs, one after the other.
 fn seconds(expanded: &Expanded, runs: &[Run]) -> anyhow::Result<f64> {
-    let ceiling = matmul_ceiling(expanded.experiment.threads, &burn::tensor::Device::flex())?;
+    let ceiling = matmul_ceiling(expanded.experiment.threads, &burn::tensor::Device::flex(), Precision::F32)?;
     let mut flops = 0.0;
     for run in runs {
         let config = expanded.config(run)?;

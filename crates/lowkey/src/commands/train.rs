@@ -66,7 +66,7 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
     for note in &notes {
         complain(&format!("note: {note}"));
     }
-    let plan = Plan::new(&config, &model, matmul_ceiling(config.threads(), &device)?);
+    let plan = Plan::new(&config, &model, matmul_ceiling(config.threads(), &device, config.training.dtype)?);
     if arguments.json {
         return say_json(&plan);
     }

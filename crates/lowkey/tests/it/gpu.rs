@@ -92,7 +92,7 @@ fn a_run_that_stops_on_a_gpu_goes_on_as_if_it_had_not() {
 fn half_precision_learns_as_single_does_where_the_device_has_it() {
     let dir = tempfile::tempdir().unwrap();
     let file = run_file(dir.path());
-    let set = |format: &str| format!("training.precision={format}");
+    let set = |format: &str| format!("training.dtype={format}");
     let train_in = |format: &str, device: &str| {
         let out = dir.path().join(format);
         let set = set(format);
@@ -101,7 +101,7 @@ fn half_precision_learns_as_single_does_where_the_device_has_it() {
     };
     let ((code, _, err), _) = train_in("f16", "cpu");
     assert_eq!(code, 2, "{err}");
-    assert!(err.contains("training.precision") && err.contains("--device"), "{err}");
+    assert!(err.contains("training.dtype") && err.contains("--device"), "{err}");
 
     let Some(gpu) = name() else { return };
     let ((code, _, err), exact) = train_in("f32", &gpu);
