@@ -12,6 +12,9 @@ training also `params` and `flops_per_token`:
 
     PEER train  --shape d256 --batch 8 --seq 256 --mode eager|compile --threads N --steps K --warmup K
     PEER decode --shape d256 --context 4096 --new K --way absorbed --threads N
+
+With --device, training is measured on a GPU; the peer then gets `--device cuda --dtype f32|bf16` too, and memory is `gpu_mb` of
+lowkey (what it has reserved) against `peak_gpu_mb` of the peer.
 """
 import argparse
 import csv
@@ -25,6 +28,7 @@ from pathlib import Path
 BATCHES = {"d256": [(8, 256), (1, 2048)], "d512": [(4, 512), (1, 2048)], "d768": [(16, 1024)], "d1536": [(8, 2048)]}
 CONTEXTS = (512, 4096, 32768)
 COLUMNS = ["what", "shape", "batch", "length", "side", "round", "threads", "tokens_per_s", "step_ms", "ms_per_token", "peak_rss_mb"]
+COLUMNS += ["device", "dtype", "gpu_mb"]
 COLUMNS += ["params", "flops_per_token", "model_flops_per_s", "mfu", "loss_first", "loss_last", "bandwidth_fraction"]
 
 
@@ -46,12 +50,14 @@ def sides(case, arguments):
     if what == "train":
         common = ["train", "--shape", shape, "--batch", batch, "--seq", length]
         common += ["--threads", arguments.threads, "--steps", arguments.steps, "--warmup", arguments.warmup]
-        modes = {f"torch {mode}": ["--mode", mode] for mode in arguments.modes}
+        of_peer = ["--dtype", arguments.dtype, "--device", "cpu" if arguments.device == "cpu" else "cuda"]
+        of_lowkey = ["--dtype", arguments.dtype, "--device", arguments.device]
+        modes = {f"torch {mode}": ["--mode", mode, *of_peer] for mode in arguments.modes}
     else:
         common = ["decode", "--shape", shape, "--context", length, "--new", arguments.new, "--way", "absorbed"]
         common += ["--threads", arguments.threads]
-        modes = {"torch eager": []}
-    found = {"lowkey": [arguments.lowkey, "bench", *common, "--json"]}
+        modes, of_lowkey = {"torch eager": []}, []
+    found = {"lowkey": [arguments.lowkey, "bench", *common, *of_lowkey, "--json"]}
     if arguments.peer:
         found.update({name: [sys.executable, arguments.peer, *common, *mode] for name, mode in modes.items()})
     return found
@@ -68,7 +74,8 @@ def agree(case, runs):
 def report(case, runs):
     what, shape, batch, length = case
     rate = {name: [figures["tokens_per_s"] for figures in all_figures] for name, all_figures in runs.items()}
-    peak = {name: [figures.get("peak_rss_mb") or float("nan") for figures in f] for name, f in runs.items()}
+    keys = ("gpu_mb", "peak_gpu_mb", "peak_rss_mb")
+    peak = {name: [next((f[k] for k in keys if f.get(k)), float("nan")) for f in all] for name, all in runs.items()}
     own_rate, own_peak = statistics.median(rate["lowkey"]), statistics.median(peak["lowkey"])
     for name, rates in rate.items():
         median, memory = statistics.median(rates), statistics.median(peak[name])
@@ -90,6 +97,8 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12, help="timed steps of a training run")
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="of training, as lowkey names it: cpu, cuda, vulkan")
+    parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"], help="of training")
     parser.add_argument("--new", type=int, default=64, help="timed tokens of a decoding run")
     parser.add_argument("--lowkey", default="target/release/lowkey", help="the binary")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.csv")
