@@ -123,6 +123,16 @@ pub fn list() -> Vec<Found> {
     gpus.chain([cpu]).collect()
 }
 
+/// What is known of a device; absent for the CPU.
+pub fn properties(device: &Device) -> Option<Properties> {
+    #[cfg(feature = "gpu")]
+    if !is_cpu(device) {
+        return crate::gpu::properties(&device.clone().without_autodiff());
+    }
+    let _ = device;
+    None
+}
+
 /// Kinds of device that this build leaves out, with the Cargo feature that has each.
 pub fn left_out() -> Vec<(&'static str, &'static str)> {
     KINDS.iter().filter(|(.., built)| !built).map(|(kind, feature, _)| (*kind, *feature)).collect()

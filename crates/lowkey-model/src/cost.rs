@@ -144,6 +144,20 @@ impl ModelConfig {
         }
     }
 
+    /// Bytes of the largest single f32 tensor of training: a matrix of weights, or the widest activation of one micro-batch.
+    pub fn largest_tensor_bytes(&self, micro_batch: usize, seq: usize) -> usize {
+        let heads = match &self.attention {
+            AttentionConfig::Mla(m) => {
+                self.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim.max(m.v_head_dim))
+            }
+            AttentionConfig::Grouped(g) => self.num_attention_heads * g.head_dim,
+        };
+        let widest = self.hidden_size.max(self.intermediate_size).max(heads);
+        let rows = self.vocab_size.max(self.intermediate_size);
+        let numbers = (rows * self.hidden_size).max(micro_batch.saturating_mul(seq).saturating_mul(widest));
+        numbers.saturating_mul(4)
+    }
+
     /// Estimated peak bytes of f32 training on `threads` threads: weights, two moments, the gradients of each thread, plus what each
     /// layer keeps for the backward pass of one micro-batch. Neither keys, values, scores nor logits are kept.
     pub fn train_bytes(&self, micro_batch: usize, seq: usize, threads: usize, recompute: Recompute) -> usize {

@@ -71,6 +71,19 @@ pub enum Error {
         /// The sizes that it follows from.
         lower: &'static str,
     },
+    /// A GPU, or its driver, does not take tensors as large as the run's.
+    #[error(
+        "this run has a tensor of {needed_mib:.0} MiB, and on {device} one may have {limit_mib:.0} MiB at most; \
+         lower training.micro_batch_size, data.seq_len or the model's sizes"
+    )]
+    Tensor {
+        /// Name of the device.
+        device: String,
+        /// Size of the largest tensor.
+        needed_mib: f64,
+        /// What the device takes.
+        limit_mib: f64,
+    },
     /// A file of a run or checkpoint is not what it should be.
     #[error("{}: {why}", path.display())]
     File {

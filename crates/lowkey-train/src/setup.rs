@@ -190,6 +190,23 @@ pub(crate) fn check_memory(config: &RunConfig, model: &ModelConfig) -> Result<()
     check_bytes("training", needed, lower, model)
 }
 
+/// Refuses tensors that a GPU does not take.
+///
+/// # Errors
+/// [`Error::Tensor`].
+pub(crate) fn check_tensors(config: &RunConfig, model: &ModelConfig, device: &Device) -> Result<()> {
+    const MIB: f64 = (1u64 << 20) as f64;
+    let needed = model.largest_tensor_bytes(config.micro_batch_size(), config.data.seq_len);
+    match lowkey_kernels::device::properties(device) {
+        Some(properties) if needed as u64 > properties.max_tensor => Err(Error::Tensor {
+            device: format!("{} ({})", config.run.device, properties.part),
+            needed_mib: needed as f64 / MIB,
+            limit_mib: properties.max_tensor as f64 / MIB,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// Refuses to need more than the machine has. Estimates are rough, so that only twice the memory is certainly too much.
 pub(crate) fn check_bytes(what: &'static str, needed: usize, lower: &'static str, model: &ModelConfig) -> Result<()> {
     const GIB: f64 = (1u64 << 30) as f64;

@@ -22,7 +22,7 @@ use crate::plan::Plan;
 use crate::resume;
 use crate::run_config::RunConfig;
 use crate::run_data::{RunData, TrainBatches};
-use crate::setup::{Setup, check_memory, check_precision, device, setup};
+use crate::setup::{Setup, check_memory, check_precision, check_tensors, device, setup};
 use crate::step::StepSettings;
 use crate::tensorboard::EventWriter;
 use crate::workers::{Workers, matmul_ceiling};
@@ -175,6 +175,7 @@ impl<'a> Run<'a> {
         let threads = config.threads();
         let batches = data.batches(&config.data, config.training.batch_size, config.run.seed)?;
         check_memory(config, &model_config)?;
+        check_tensors(config, &model_config, &device)?;
         let model = match (resume, &config.init) {
             // The configuration comes from the run file both times: a decimal fraction need not survive config.json to
             // the last bit.

@@ -10,8 +10,9 @@ use cubecl::prelude::{CubeCount, CubeDim};
 use super::{dims, new, operand, product, reshaped, rows, transposed};
 use crate::precision::Precision;
 
-/// Logits that exist at a time: 64 Mi numbers, 256 MiB.
-const LOGITS: usize = 1 << 26;
+/// Logits that exist at a time: 64 Mi numbers, 256 MiB, or a quarter of what a device takes as one tensor. In tests so few that there
+/// are many chunks.
+const LOGITS: usize = if cfg!(test) { 20_000 } else { 1 << 26 };
 
 /// Hidden vectors `[n, d]`, the head `[vocab, d]` and the targets `[n]`.
 pub(super) struct Head {
@@ -48,7 +49,9 @@ impl Head {
         let [h, weight, targets] = [h, weight, targets].map(into_contiguous);
         let weight = operand(weight, precision);
         let [vocab, _] = dims::<2>(&weight);
-        let chunk = (LOGITS / vocab.max(1)).max(1);
+        // Of 4 bytes each.
+        let most = LOGITS.min(h.client.properties().memory.max_page_size as usize / 16);
+        let chunk = (most / vocab.max(1)).max(1);
         Self { h, weight, targets, chunk, precision }
     }
 
@@ -146,7 +149,8 @@ impl Head {
             );
             (losses, logits.clone())
         });
-        (CubeBackend::float_sum(losses), d_h, d_weight)
+        // Along the axis: the sum over all would be one of atomic additions, in an order that changes.
+        (CubeBackend::float_sum_dim(losses, 0), d_h, d_weight)
     }
 
     /// Losses of all chunks, and the gradients that follow from those of the logits.

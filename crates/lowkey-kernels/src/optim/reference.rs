@@ -62,7 +62,8 @@ pub(crate) fn orthogonalise(x: Tensor<2>) -> Tensor<2> {
     if rows > columns {
         return orthogonalise(x.transpose()).transpose();
     }
-    let norm = x.clone().square().sum().sqrt().reshape([1, 1]);
+    // Axis by axis: a sum over all at once is one of atomic additions on GPUs, in an order that changes.
+    let norm = x.clone().square().sum_dim(1).sum_dim(0).sqrt();
     let mut x = x / norm.clamp_min(1e-30);
     for _ in 0..5 {
         let gram = x.clone().matmul(x.clone().transpose());

@@ -124,6 +124,24 @@ fn half_precision_learns_as_single_does_where_the_device_has_it() {
 }
 
 #[test]
+fn a_tensor_that_the_device_does_not_take_is_refused_before_the_first_step() {
+    let Some(gpu) = name() else { return };
+    let limit = json(&["devices", "--json"])["devices"][0]["properties"]["max_tensor_bytes"].as_u64().unwrap();
+    // 32 tokens of 40 numbers a sequence.
+    let batch = limit / (32 * 40 * 4) + 1;
+    if batch > 100_000 {
+        println!("tensors of {limit} bytes are more than the machine's memory should be asked for");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out) = (run_file(dir.path()), dir.path().join("wide"));
+    let set = format!("training.batch_size={batch}");
+    let (code, _, err) = lowkey(&["train", text(&file), "--out", text(&out), "--device", &gpu, "--set", &set]);
+    assert_eq!(code, 1, "{err}");
+    assert!(err.contains("MiB at most") && err.contains("training.micro_batch_size"), "{err}");
+}
+
+#[test]
 fn a_device_that_is_not_there_is_refused_by_name() {
     let model = "nowhere";
     for (device, expected) in [
