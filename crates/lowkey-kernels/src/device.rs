@@ -1,5 +1,7 @@
 //! Devices by name, and what is known of them.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::Device;
 
 /// Names under which this build could open a device, with the Cargo feature that each needs.
@@ -141,6 +143,25 @@ pub fn left_out() -> Vec<(&'static str, &'static str)> {
 /// Kinds of device that this build could use, where no driver answers.
 pub fn silent() -> Vec<&'static str> {
     KINDS.iter().filter(|(kind, _, built)| *built && of_kind(kind).is_empty()).map(|(kind, ..)| *kind).collect()
+}
+
+/// Kernels chosen by measurement so far in this process, by what they compute. Empty without a real GPU.
+///
+/// A GPU's products and 16-bit attentions may be computed by several kernels, which round in different orders; the fastest is found
+/// at the first use of each shape.
+pub fn chosen_kernels() -> BTreeMap<String, String> {
+    #[cfg(feature = "gpu")]
+    return crate::gpu::tune::chosen();
+    #[cfg(not(feature = "gpu"))]
+    BTreeMap::new()
+}
+
+/// Chooses kernels as an earlier process did, so that the same bits are computed. What has been chosen here already stays.
+pub fn choose_kernels(earlier: BTreeMap<String, String>) {
+    #[cfg(feature = "gpu")]
+    crate::gpu::tune::choose(earlier);
+    #[cfg(not(feature = "gpu"))]
+    drop(earlier);
 }
 
 /// Whether tensors of this device lie in the main memory and are worked on by the CPU's kernels.

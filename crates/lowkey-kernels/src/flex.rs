@@ -50,7 +50,7 @@ fn rotated(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, from: usize, turn
 fn attention_dims(q: &FlexTensor, kv: &FlexTensor, shape: AttentionShape) -> Dims {
     let [batch, seq, heads, _] = dims::<4>(q);
     let [_, _, groups, width] = dims::<4>(kv);
-    let AttentionShape { nope, rope, scale } = shape;
+    let AttentionShape { nope, rope, scale, .. } = shape;
     Dims { batch, seq, heads, groups, nope, rope, value: width - nope, scale: scale as f32 }
 }
 
@@ -77,11 +77,9 @@ impl FusedOps for Flex {
         kv: FlexTensor,
         k_pe: FlexTensor,
         starts: FlexTensor,
-        nope: usize,
-        rope: usize,
-        scale: f64,
+        shape: AttentionShape,
     ) -> FlexTensor {
-        Self::causal_attention_saving(q, kv, k_pe, starts, AttentionShape { nope, rope, scale }).0
+        Self::causal_attention_saving(q, kv, k_pe, starts, shape).0
     }
 
     fn cross_entropy_sum(

@@ -3,7 +3,7 @@
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use crate::ops::FusedOps;
+use crate::ops::{AttentionShape, FusedOps};
 use crate::{precision, reference};
 
 /// The label of a position that has no target, as in PyTorch and Hugging Face.
@@ -113,7 +113,8 @@ pub fn causal_attention(
     // Where no part of a key is shared, a single number stands in for it and is not read.
     let k_pe = k_pe.unwrap_or_else(|| Tensor::zeros([1, 1, 1], &device));
     let (q, kv, k_pe) = (q.into_dispatch(), kv.into_dispatch(), k_pe.into_dispatch());
-    Tensor::from_dispatch(Dispatch::causal_attention(q, kv, k_pe, starts.into_dispatch(), nope, shared, scale))
+    let shape = AttentionShape { nope, rope: shared, scale, precision: precision::current() };
+    Tensor::from_dispatch(Dispatch::causal_attention(q, kv, k_pe, starts.into_dispatch(), shape))
 }
 
 /// Output head and loss in one: `Σ weight · (−log softmax(W h)[target] + z_loss · log² Z)` over all tokens that have a target.

@@ -1,4 +1,4 @@
-//! GPUs' side of the operations: CubeCL kernels, and products of Burn's own.
+//! GPUs' side of the operations: CubeCL kernels, and products of CubeK.
 //!
 //! Everything here is asynchronous: a call returns as soon as its kernels are queued, and nothing reads back.
 
@@ -7,19 +7,24 @@ mod block;
 mod loss;
 pub(crate) mod optim;
 mod pointwise;
+mod product;
 mod properties;
 mod rows;
+mod tiles;
+pub(crate) mod tune;
+mod units;
 
 pub(crate) use properties::properties;
 
 use burn::backend::ops::{FloatTensorOps, ModuleOps};
 use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::prelude::{CubeCount, CubeDim};
 
+use self::attention::Attention;
+use self::product::{operand, product, transposed};
 use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps};
 use crate::precision::Precision;
 
@@ -40,32 +45,6 @@ fn count(tensor: &CubeTensor) -> usize {
 /// Another view of a tensor's numbers.
 fn reshaped(tensor: CubeTensor, shape: impl Into<Vec<usize>>) -> CubeTensor {
     CubeBackend::float_reshape(tensor, Shape::from(shape.into()))
-}
-
-/// The operand of a product in the format that products are computed in.
-fn operand(x: CubeTensor, precision: Precision) -> CubeTensor {
-    match precision {
-        Precision::F32 => x,
-        Precision::Bf16 => CubeBackend::float_cast(x, FloatDType::BF16),
-        Precision::F16 => CubeBackend::float_cast(x, FloatDType::F16),
-    }
-}
-
-/// `a · b` of matrices of one format, summed and returned in f32.
-fn product(a: CubeTensor, b: CubeTensor) -> CubeTensor {
-    if a.dtype == DType::F32 {
-        return CubeBackend::float_matmul(a, b);
-    }
-    let halves = (a.clone(), b.clone());
-    matmul(a, b, None, MatmulStrategy::default(), DType::F32).unwrap_or_else(|_| {
-        // No kernel for these formats and shapes: the operands stay rounded, the products are computed in f32.
-        let [a, b] = [halves.0, halves.1].map(|half| CubeBackend::float_cast(half, FloatDType::F32));
-        CubeBackend::float_matmul(a, b)
-    })
-}
-
-fn transposed(a: CubeTensor) -> CubeTensor {
-    CubeBackend::float_swap_dims(a, 0, 1)
 }
 
 /// Cubes of pointwise kernels for so many numbers, spread over two directions where one is too short.
@@ -183,126 +162,6 @@ fn rotated(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, turn: Turn) -> CubeT
     out
 }
 
-/// Sizes of an attention.
-#[derive(Clone, Copy)]
-struct Attention {
-    batch: usize,
-    seq: usize,
-    heads: usize,
-    groups: usize,
-    nope: usize,
-    rope: usize,
-    value: usize,
-    scale: f32,
-}
-
-impl Attention {
-    fn new(q: &CubeTensor, kv: &CubeTensor, shape: AttentionShape) -> Self {
-        let [batch, seq, heads, _] = dims::<4>(q);
-        let [_, _, groups, width] = dims::<4>(kv);
-        let AttentionShape { nope, rope, scale } = shape;
-        Self { batch, seq, heads, groups, nope, rope, value: width - nope, scale: scale as f32 }
-    }
-
-    fn cubes(self, heads: usize) -> CubeCount {
-        CubeCount::Static(self.seq.div_ceil(attention::TILE) as u32, heads as u32, self.batch as u32)
-    }
-
-    /// `(out [B, T, H·V], lse [B, H, T])`; all inputs dense.
-    fn forward(self, q: CubeTensor, kv: CubeTensor, k_pe: CubeTensor, starts: CubeTensor) -> (CubeTensor, CubeTensor) {
-        let out = new(&q, [self.batch, self.seq, self.heads * self.value]);
-        let lse = new(&q, [self.batch, self.heads, self.seq]);
-        attention::forward::launch(
-            &out.client,
-            self.cubes(self.heads),
-            CubeDim::new_2d(attention::SIDE as u32, attention::SIDE as u32),
-            q.into_buffer_arg(),
-            kv.into_buffer_arg(),
-            k_pe.into_buffer_arg(),
-            starts.into_buffer_arg(),
-            out.clone().into_buffer_arg(),
-            lse.clone().into_buffer_arg(),
-            self.seq,
-            self.scale,
-            self.heads,
-            self.groups,
-            self.nope,
-            self.rope,
-            self.value,
-        );
-        (out, lse)
-    }
-
-    /// `(d q, d kv, d k_pe)` of dense inputs.
-    fn backward(self, saved: AttentionState<CubeBackend>, grad: CubeTensor) -> [CubeTensor; 3] {
-        let Self { batch, seq, heads, groups, nope, rope, value, scale } = self;
-        let AttentionState { q, kv, k_pe, starts, out, lse, .. } = saved;
-        let rows = new(&q, [batch, heads, seq, 3]);
-        let queries = batch * heads * seq;
-        attention::prepare::launch(
-            &q.client,
-            pointwise_cubes(queries),
-            CubeDim::new_1d(pointwise::UNITS),
-            out.into_buffer_arg(),
-            grad.clone().into_buffer_arg(),
-            lse.into_buffer_arg(),
-            starts.into_buffer_arg(),
-            rows.clone().into_buffer_arg(),
-            queries,
-            seq,
-            heads,
-            value,
-        );
-        let d_q = new(&q, [batch, seq, heads, nope + rope]);
-        let side = CubeDim::new_2d(attention::SIDE as u32, attention::SIDE as u32);
-        attention::query_gradient::launch(
-            &q.client,
-            self.cubes(heads),
-            side,
-            q.clone().into_buffer_arg(),
-            kv.clone().into_buffer_arg(),
-            k_pe.clone().into_buffer_arg(),
-            grad.clone().into_buffer_arg(),
-            rows.clone().into_buffer_arg(),
-            d_q.clone().into_buffer_arg(),
-            seq,
-            scale,
-            heads,
-            groups,
-            nope,
-            rope,
-            value,
-        );
-        let d_kv = new(&q, [batch, seq, groups, nope + value]);
-        // Without a shared part a single number stands for it, as in the forward pass.
-        let d_pe = if rope > 0 { new(&q, [batch * seq, groups, rope]) } else { new(&q, [1, 1, 1]) };
-        attention::key_gradient::launch(
-            &q.client.clone(),
-            self.cubes(groups),
-            side,
-            q.into_buffer_arg(),
-            kv.into_buffer_arg(),
-            k_pe.clone().into_buffer_arg(),
-            grad.into_buffer_arg(),
-            rows.into_buffer_arg(),
-            d_kv.clone().into_buffer_arg(),
-            d_pe.clone().into_buffer_arg(),
-            seq,
-            scale,
-            heads,
-            groups,
-            nope,
-            rope,
-            value,
-        );
-        let d_pe = match rope {
-            0 => CubeBackend::float_mul_scalar(k_pe, 0.0f32.into()),
-            _ => reshaped(CubeBackend::float_sum_dim(d_pe, 1), [batch, seq, rope]),
-        };
-        [d_q, d_kv, d_pe]
-    }
-}
-
 impl FusedOps for CubeBackend {
     fn embed(weight: CubeTensor, ids: CubeTensor) -> CubeTensor {
         Self::embedding(weight, ids)
@@ -324,11 +183,9 @@ impl FusedOps for CubeBackend {
         kv: CubeTensor,
         k_pe: CubeTensor,
         starts: CubeTensor,
-        nope: usize,
-        rope: usize,
-        scale: f64,
+        shape: AttentionShape,
     ) -> CubeTensor {
-        Self::causal_attention_saving(q, kv, k_pe, starts, AttentionShape { nope, rope, scale }).0
+        Self::causal_attention_saving(q, kv, k_pe, starts, shape).0
     }
 
     fn cross_entropy_sum(

@@ -20,6 +20,8 @@ pub(crate) struct AttentionShape {
     pub(crate) rope: usize,
     /// Factor on q·k.
     pub(crate) scale: f64,
+    /// What it may be computed in.
+    pub(crate) precision: Precision,
 }
 
 /// Forward operations, dispatched to the backend of their arguments.
@@ -48,9 +50,7 @@ pub(crate) trait FusedOps: Backend {
         kv: FloatTensor<Self>,
         k_pe: FloatTensor<Self>,
         starts: IntTensor<Self>,
-        nope: usize,
-        rope: usize,
-        scale: f64,
+        shape: AttentionShape,
     ) -> FloatTensor<Self>;
 
     /// `Σ weight · (nats + z_loss · log² Z)` and its second part, `[2]`; a gradient flows through the first. For `h [n, d]`,
@@ -308,20 +308,17 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         kv: FloatTensor<Self>,
         k_pe: FloatTensor<Self>,
         starts: IntTensor<Self>,
-        nope: usize,
-        rope: usize,
-        scale: f64,
+        shape: AttentionShape,
     ) -> FloatTensor<Self> {
         let prep = CausalAttention.prepare::<C>([q.node(), kv.node(), k_pe.node()]).compute_bound().stateful();
         let (q, kv, k_pe) = (q.into_primitive(), kv.into_primitive(), k_pe.into_primitive());
         match prep {
             OpsKind::Tracked(prep) => {
-                let shape = AttentionShape { nope, rope, scale };
                 let (out, lse) = B::causal_attention_saving(q.clone(), kv.clone(), k_pe.clone(), starts.clone(), shape);
                 let state = AttentionState { q, kv, k_pe, starts, out: out.clone(), lse, shape };
                 prep.finish(state, out)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::causal_attention(q, kv, k_pe, starts, nope, rope, scale)),
+            OpsKind::UnTracked(prep) => prep.finish(B::causal_attention(q, kv, k_pe, starts, shape)),
         }
     }
 

@@ -12,6 +12,8 @@ pub enum Precision {
     /// 24 bits of fraction: nothing is rounded.
     #[default]
     F32,
+    /// Numbers stay f32, and NVIDIA's matrix units read 11 bits of their fraction.
+    Tf32,
     /// 8 bits of fraction, and the range of f32.
     Bf16,
     /// 11 bits of fraction, numbers from 6e-8 to 65,504: gradients need a scaled loss.

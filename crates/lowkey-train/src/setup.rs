@@ -21,6 +21,16 @@ pub fn device(name: &str) -> Result<Device> {
     lowkey_kernels::device::open(name).map_err(|e| Error::config("run.device", name, e.to_string()))
 }
 
+fn check_tf32(device: &Device) -> Result<()> {
+    let units =
+        lowkey_kernels::device::properties(device).map(|properties| properties.matrix_units).unwrap_or_default();
+    if units.iter().any(|unit| unit.starts_with("tf32")) {
+        return Ok(());
+    }
+    let why = "this device has no matrix units for it (NVIDIA's have, from Ampere on, through `cuda`); write \"f32\"";
+    Err(Error::config("training.dtype", "tf32", why))
+}
+
 /// Refuses formats that a device does not calculate in.
 ///
 /// # Errors
@@ -28,6 +38,8 @@ pub fn device(name: &str) -> Result<Device> {
 pub(crate) fn check_precision(precision: Precision, device: &Device) -> Result<()> {
     let (name, dtype) = match precision {
         Precision::F32 => return Ok(()),
+        Precision::Tf32 if !is_cpu(device) => return check_tf32(device),
+        Precision::Tf32 => ("tf32", DType::F32),
         Precision::Bf16 => ("bf16", DType::BF16),
         Precision::F16 => ("f16", DType::F16),
     };

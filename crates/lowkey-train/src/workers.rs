@@ -6,9 +6,9 @@
 use std::sync::{Mutex, PoisonError};
 
 use burn::module::Module;
-use burn::tensor::{Device, FloatDType, Tensor};
+use burn::tensor::{Device, Tensor};
 use lowkey_kernels::device::is_cpu;
-use lowkey_kernels::{Precision, optim};
+use lowkey_kernels::{Precision, linear, optim, scope};
 use lowkey_model::{CausalLm, Objective, Recompute};
 use rayon::prelude::*;
 
@@ -235,19 +235,16 @@ pub fn matmul_ceiling(threads: usize, device: &Device, precision: Precision) -> 
 fn gpu_ceiling(device: &Device, precision: Precision) -> Result<f64> {
     const LARGEST: usize = 8192;
     const LONG_ENOUGH_S: f64 = 5e-3;
+    let _scope = scope(precision);
     let failed = |e| Error::Device { what: "a matrix product", why: format!("{e:?}") };
     let mut best: f64 = 0.0;
     let mut size = 256;
     while size <= LARGEST {
-        let a = Tensor::<2>::ones([size, size], device).cast(match precision {
-            Precision::F32 => FloatDType::F32,
-            Precision::Bf16 => FloatDType::BF16,
-            Precision::F16 => FloatDType::F16,
-        });
-        drop(a.clone().matmul(a.clone()));
+        let (x, w) = (Tensor::<3>::ones([1, size, size], device), Tensor::<2>::ones([size, size], device));
+        drop(linear(x.clone(), w.clone()));
         device.sync().map_err(failed)?;
         let started = std::time::Instant::now();
-        drop(a.clone().matmul(a));
+        drop(linear(x, w));
         device.sync().map_err(failed)?;
         let took = started.elapsed().as_secs_f64();
         best = best.max(2.0 * (size as f64).powi(3) / took);

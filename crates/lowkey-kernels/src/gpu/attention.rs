@@ -1,574 +1,236 @@
-//! Causal attention within documents without a T×T tensor, forward and backward, in f32.
-//!
-//! A cube of 8 × 8 units owns 32 queries (or, for the gradients of keys and values, 32 keys) of one head and goes over the
-//! blocks of 32 on the other side that its rows see (FlashAttention-2, arXiv 2307.08691, with the log-sum-exp saved). Each unit
-//! keeps 4 × 4 numbers of a product in registers; operands pass through shared memory in pieces of 32 × 32, so that widths of
-//! keys and values need not be equal, nor multiples of anything. No atomics: a repetition gives the same bits.
+//! Attention: in f32 on plain units, or on matrix units where the precision allows it and a device has them.
 
-use cubecl::prelude::*;
+#[cfg(test)]
+mod tests;
 
-/// Queries, keys and columns of a piece.
-pub(super) const TILE: usize = 32;
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::DType;
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
+use cubecl::prelude::{CubeCount, CubeDim};
+use half::{bf16, f16};
 
-/// Units along each side of a cube.
-pub(super) const SIDE: usize = 8;
+use super::units::{self, Geometry, Widths};
+use super::{dims, new, pointwise, pointwise_cubes, reshaped, tiles, tune};
+use crate::ops::{AttentionShape, AttentionState};
+use crate::precision::Precision;
 
-/// Rows, and columns, of a product that one unit keeps.
-const EACH: usize = TILE / SIDE;
-
-/// Numbers of a product that one unit keeps.
-const KEPT: usize = EACH * EACH;
-
-/// Distance of a piece's rows in shared memory: one more than a power of two, against bank conflicts.
-const PITCH: usize = TILE + 1;
-
-/// Numbers of a piece in shared memory.
-const PIECE: usize = TILE * PITCH;
-
-/// The score of a pair that does not see each other.
-const HIDDEN: f32 = -1e30;
-
-/// Copies a piece of rows that are `step` numbers apart; what lies beyond the rows or the width is 0.
-#[cube]
-fn load(source: &[f32], tile: &mut Shared<[f32]>, first: usize, step: usize, rows: usize, column: usize, width: usize) {
-    let mut i = UNIT_POS as usize;
-    while i < TILE * TILE {
-        let (row, at) = (i / TILE, i % TILE);
-        let mut value = 0.0f32;
-        if row < rows && column + at < width {
-            value = source[first + row * step + column + at];
-        }
-        tile[row * PITCH + at] = value;
-        i += CUBE_DIM as usize;
-    }
+/// Which kernels compute an attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Way {
+    /// [`super::tiles`].
+    Tiles,
+    /// [`super::units`], with operands of the format.
+    Units(Geometry, DType),
 }
 
-/// The same for keys, whose last `rope` numbers stand in another tensor, once for all heads.
-#[cube]
-fn load_keys(
-    kv: &[f32],
-    k_pe: &[f32],
-    tile: &mut Shared<[f32]>,
-    first: usize,
-    step: usize,
-    first_pe: usize,
-    rows: usize,
-    column: usize,
-    #[comptime] nope: usize,
-    #[comptime] rope: usize,
-) {
-    let mut i = UNIT_POS as usize;
-    while i < TILE * TILE {
-        let (row, at) = (i / TILE, column + i % TILE);
-        let mut value = 0.0f32;
-        if row < rows {
-            if at < nope {
-                value = kv[first + row * step + at];
-            } else if at < nope + rope {
-                value = k_pe[first_pe + row * rope + at - nope];
-            }
-        }
-        tile[row * PITCH + i % TILE] = value;
-        i += CUBE_DIM as usize;
-    }
-}
-
-/// `sum[r, c] += Σ_k a[r, k] · b[c, k]` into the numbers from `at` on; with `across`, `b[k, c]`.
-#[cube]
-fn multiply(
-    a: &Shared<[f32]>,
-    b: &Shared<[f32]>,
-    sum: &mut Array<f32>,
-    #[comptime] at: usize,
-    #[comptime] across: bool,
-) {
-    let (y, x) = (UNIT_POS_Y as usize, UNIT_POS_X as usize);
-    let mut column = Array::<f32>::new(EACH);
-    for k in 0..TILE {
-        #[unroll]
-        for j in 0..EACH {
-            if comptime!(across) {
-                column[j] = b[k * PITCH + x + SIDE * j];
-            } else {
-                column[j] = b[(x + SIDE * j) * PITCH + k];
-            }
-        }
-        #[unroll]
-        for i in 0..EACH {
-            let row = a[(y + SIDE * i) * PITCH + k];
-            #[unroll]
-            for j in 0..EACH {
-                sum[at + i * EACH + j] += row * column[j];
-            }
-        }
-    }
-}
-
-/// Sets all of a unit's numbers to 0.
-#[cube]
-fn clear(sum: &mut Array<f32>, #[comptime] count: usize) {
-    #[unroll]
-    for i in 0..count {
-        sum[i] = 0.0;
-    }
-}
-
-/// Output and log-sum-exp of the queries: `q [B, T, H, N+R]`, `kv [B, T, G, N+V]`, `k_pe [B, T, R]`, `starts [B, T]` →
-/// `out [B, T, H, V]`, `lse [B, H, T]`. Cubes: blocks of queries, H, B.
-#[cube(launch)]
-pub(super) fn forward(
-    q: &[f32],
-    kv: &[f32],
-    k_pe: &[f32],
-    starts: &[i32],
-    out: &mut [f32],
-    lse: &mut [f32],
+/// Sizes of an attention.
+#[derive(Clone, Copy)]
+pub(super) struct Attention {
+    batch: usize,
     seq: usize,
+    widths: Widths,
     scale: f32,
-    #[comptime] heads: usize,
-    #[comptime] groups: usize,
-    #[comptime] nope: usize,
-    #[comptime] rope: usize,
-    #[comptime] value: usize,
-) {
-    // The last blocks see most keys: they begin first.
-    let block = seq.div_ceil(TILE) - 1 - CUBE_POS_X as usize;
-    let (head, row) = (CUBE_POS_Y as usize, CUBE_POS_Z as usize);
-    let group = head / comptime!(heads / groups);
-    let width = comptime!(nope + rope);
-    let kv_width = comptime!(nope + value);
-    let value_pieces = comptime!(value.div_ceil(TILE));
-    let (y, x) = (UNIT_POS_Y as usize, UNIT_POS_X as usize);
-
-    let first = block * TILE;
-    let mut queries = seq - first;
-    if queries > TILE {
-        queries = TILE.runtime();
-    }
-
-    let mut a = Shared::<[f32]>::new_slice(PIECE);
-    let mut b = Shared::<[f32]>::new_slice(PIECE);
-    let mut p = Shared::<[f32]>::new_slice(PIECE);
-    let mut highest = Shared::<[f32]>::new_slice(TILE);
-    let mut total = Shared::<[f32]>::new_slice(TILE);
-    let mut factor = Shared::<[f32]>::new_slice(TILE);
-    if UNIT_POS < TILE as u32 {
-        highest[UNIT_POS as usize] = HIDDEN;
-        total[UNIT_POS as usize] = 0.0;
-    }
-    let mut sum = Array::<f32>::new(comptime!(value_pieces * KEPT));
-    clear(&mut sum, comptime!(value_pieces * KEPT));
-    let mut score = Array::<f32>::new(KEPT);
-
-    let mut key_block = starts[row * seq + first] as usize / TILE;
-    while key_block <= block {
-        let first_key = key_block * TILE;
-        let mut keys = seq - first_key;
-        if keys > TILE {
-            keys = TILE.runtime();
-        }
-        let from = ((row * seq + first_key) * groups + group) * kv_width;
-        clear(&mut score, KEPT);
-        for piece in 0..comptime!(width.div_ceil(TILE)) {
-            let column = piece * TILE;
-            sync_cube();
-            load(q, &mut a, ((row * seq + first) * heads + head) * width, heads * width, queries, column, width);
-            let from_pe = (row * seq + first_key) * rope;
-            load_keys(kv, k_pe, &mut b, from, groups * kv_width, from_pe, keys, column, nope, rope);
-            sync_cube();
-            multiply(&a, &b, &mut score, 0usize, false);
-        }
-        #[unroll]
-        for i in 0..EACH {
-            let at = y + SIDE * i;
-            let mut start = seq;
-            if at < queries {
-                start = starts[row * seq + first + at] as usize;
-            }
-            #[unroll]
-            for j in 0..EACH {
-                let key = first_key + x + SIDE * j;
-                let mut s = HIDDEN.runtime();
-                if key <= first + at && key >= start {
-                    s = score[i * EACH + j] * scale;
-                }
-                p[at * PITCH + x + SIDE * j] = s;
-            }
-        }
-        sync_cube();
-        if UNIT_POS < TILE as u32 {
-            let at = UNIT_POS as usize;
-            let before = highest[at];
-            let mut now = before;
-            for k in 0..TILE {
-                if p[at * PITCH + k] > now {
-                    now = p[at * PITCH + k];
-                }
-            }
-            let mut sum_of_row = 0.0f32;
-            for k in 0..TILE {
-                let s = p[at * PITCH + k];
-                // Hidden ones are set to 0, rather than seen ones to theirs: a score that is no number must not vanish.
-                let mut e = (s - now).exp();
-                if s <= HIDDEN {
-                    e = 0.0;
-                }
-                p[at * PITCH + k] = e;
-                sum_of_row += e;
-            }
-            let shrink = (before - now).exp();
-            highest[at] = now;
-            factor[at] = shrink;
-            total[at] = total[at] * shrink + sum_of_row;
-        }
-        sync_cube();
-        #[unroll]
-        for i in 0..EACH {
-            let shrink = factor[y + SIDE * i];
-            #[unroll]
-            for piece in 0..value_pieces {
-                #[unroll]
-                for j in 0..EACH {
-                    sum[piece * KEPT + i * EACH + j] *= shrink;
-                }
-            }
-        }
-        #[unroll]
-        for piece in 0..value_pieces {
-            sync_cube();
-            load(kv, &mut b, from + nope, groups * kv_width, keys, piece * TILE, value);
-            sync_cube();
-            multiply(&p, &b, &mut sum, piece * KEPT, true);
-        }
-        key_block += 1;
-    }
-    #[unroll]
-    for i in 0..EACH {
-        let at = y + SIDE * i;
-        if at < queries {
-            let share = 1.0f32 / total[at];
-            let to = ((row * seq + first + at) * heads + head) * value;
-            #[unroll]
-            for piece in 0..value_pieces {
-                #[unroll]
-                for j in 0..EACH {
-                    let column = piece * TILE + x + SIDE * j;
-                    if column < value {
-                        out[to + column] = sum[piece * KEPT + i * EACH + j] * share;
-                    }
-                }
-            }
-            if x == 0 {
-                lse[(row * heads + head) * seq + first + at] = highest[at] + total[at].ln();
-            }
-        }
-    }
+    precision: Precision,
 }
 
-/// What the gradients need of each query, `rows [B, H, T, 3]`: the log-sum-exp, `Σ out · d_out`, and its document's start. In one
-/// tensor, because some graphics APIs bind no more than eight.
-#[cube(launch)]
-pub(super) fn prepare(
-    out: &[f32],
-    d_out: &[f32],
-    lse: &[f32],
-    starts: &[i32],
-    rows: &mut [f32],
-    count: usize,
-    seq: usize,
-    heads: usize,
-    value: usize,
-) {
-    let at = ABSOLUTE_POS;
-    if at < count {
-        let query = at % seq;
-        let head = at / seq % heads;
-        let row = at / seq / heads;
-        let from = ((row * seq + query) * heads + head) * value;
-        let mut sum = 0.0f32;
-        for i in 0..value {
-            sum += out[from + i] * d_out[from + i];
-        }
-        rows[at * 3] = lse[at];
-        rows[at * 3 + 1] = sum;
-        // Exact: positions are far below 2²⁴.
-        rows[at * 3 + 2] = f32::cast_from(starts[row * seq + query]);
-    }
+/// What the gradient kernels read.
+struct Saved {
+    q: CubeTensor,
+    kv: CubeTensor,
+    k_pe: CubeTensor,
+    grad: CubeTensor,
+    rows: CubeTensor,
 }
 
-/// The gradient of the queries. Cubes as in [`forward`].
-#[cube(launch)]
-pub(super) fn query_gradient(
-    q: &[f32],
-    kv: &[f32],
-    k_pe: &[f32],
-    d_out: &[f32],
-    rows: &[f32],
-    d_q: &mut [f32],
-    seq: usize,
-    scale: f32,
-    #[comptime] heads: usize,
-    #[comptime] groups: usize,
-    #[comptime] nope: usize,
-    #[comptime] rope: usize,
-    #[comptime] value: usize,
-) {
-    let block = seq.div_ceil(TILE) - 1 - CUBE_POS_X as usize;
-    let (head, row) = (CUBE_POS_Y as usize, CUBE_POS_Z as usize);
-    let group = head / comptime!(heads / groups);
-    let width = comptime!(nope + rope);
-    let kv_width = comptime!(nope + value);
-    let pieces = comptime!(width.div_ceil(TILE));
-    let (y, x) = (UNIT_POS_Y as usize, UNIT_POS_X as usize);
-
-    let first = block * TILE;
-    let mut queries = seq - first;
-    if queries > TILE {
-        queries = TILE.runtime();
+impl Attention {
+    pub(super) fn new(q: &CubeTensor, kv: &CubeTensor, shape: AttentionShape) -> Self {
+        let [batch, seq, heads, _] = dims::<4>(q);
+        let [_, _, groups, width] = dims::<4>(kv);
+        let AttentionShape { nope, rope, scale, precision } = shape;
+        let widths = Widths { heads, groups, nope, rope, value: width - nope };
+        Self { batch, seq, widths, scale: scale as f32, precision }
     }
-    let of_head = (row * heads + head) * seq;
-    let q_from = ((row * seq + first) * heads + head) * width;
-    let out_from = ((row * seq + first) * heads + head) * value;
 
-    let mut a = Shared::<[f32]>::new_slice(PIECE);
-    let mut b = Shared::<[f32]>::new_slice(PIECE);
-    let mut p = Shared::<[f32]>::new_slice(PIECE);
-    let mut sum = Array::<f32>::new(comptime!(pieces * KEPT));
-    clear(&mut sum, comptime!(pieces * KEPT));
-    let mut score = Array::<f32>::new(KEPT);
-    let mut upstream = Array::<f32>::new(KEPT);
-
-    let mut key_block = u32::cast_from(rows[(of_head + first) * 3 + 2]) as usize / TILE;
-    while key_block <= block {
-        let first_key = key_block * TILE;
-        let mut keys = seq - first_key;
-        if keys > TILE {
-            keys = TILE.runtime();
-        }
-        let from = ((row * seq + first_key) * groups + group) * kv_width;
-        let from_pe = (row * seq + first_key) * rope;
-        clear(&mut score, KEPT);
-        clear(&mut upstream, KEPT);
-        for piece in 0..pieces {
-            let column = piece * TILE;
-            sync_cube();
-            load(q, &mut a, q_from, heads * width, queries, column, width);
-            load_keys(kv, k_pe, &mut b, from, groups * kv_width, from_pe, keys, column, nope, rope);
-            sync_cube();
-            multiply(&a, &b, &mut score, 0usize, false);
-        }
-        for piece in 0..comptime!(value.div_ceil(TILE)) {
-            sync_cube();
-            load(d_out, &mut a, out_from, heads * value, queries, piece * TILE, value);
-            load(kv, &mut b, from + nope, groups * kv_width, keys, piece * TILE, value);
-            sync_cube();
-            multiply(&a, &b, &mut upstream, 0usize, false);
-        }
-        #[unroll]
-        for i in 0..EACH {
-            let at = y + SIDE * i;
-            let mut start = seq;
-            let mut lse = 0.0f32;
-            let mut inner = 0.0f32;
-            if at < queries {
-                let of_query = (of_head + first + at) * 3;
-                lse = rows[of_query];
-                inner = rows[of_query + 1];
-                start = u32::cast_from(rows[of_query + 2]) as usize;
-            }
-            #[unroll]
-            for j in 0..EACH {
-                let key = first_key + x + SIDE * j;
-                let mut slope = 0.0f32;
-                if key <= first + at && key >= start {
-                    let share = (score[i * EACH + j] * scale - lse).exp();
-                    slope = share * (upstream[i * EACH + j] - inner) * scale;
-                }
-                p[at * PITCH + x + SIDE * j] = slope;
-            }
-        }
-        #[unroll]
-        for piece in 0..pieces {
-            sync_cube();
-            load_keys(kv, k_pe, &mut b, from, groups * kv_width, from_pe, keys, piece * TILE, nope, rope);
-            sync_cube();
-            multiply(&p, &b, &mut sum, piece * KEPT, true);
-        }
-        key_block += 1;
+    /// How each part may be computed; the plain way first.
+    pub(super) fn ways(self, like: &CubeTensor) -> Vec<(String, Way)> {
+        let dtype = match self.precision {
+            Precision::F32 | Precision::Tf32 => DType::F32,
+            Precision::Bf16 => DType::BF16,
+            Precision::F16 => DType::F16,
+        };
+        let on_units = units::geometries(&like.client, dtype, self.widths).into_iter();
+        let on_units = on_units.map(|geometry| (geometry.to_string(), Way::Units(geometry, dtype)));
+        [("tiles in f32".to_owned(), Way::Tiles)].into_iter().chain(on_units).collect()
     }
-    #[unroll]
-    for i in 0..EACH {
-        let at = y + SIDE * i;
-        if at < queries {
-            #[unroll]
-            for piece in 0..pieces {
-                #[unroll]
-                for j in 0..EACH {
-                    let column = piece * TILE + x + SIDE * j;
-                    if column < width {
-                        d_q[q_from + at * heads * width + column] = sum[piece * KEPT + i * EACH + j];
-                    }
-                }
+
+    fn fastest(self, part: &str, like: &CubeTensor, run: impl Fn(Way) -> CubeTensor) -> Way {
+        if matches!(self.precision, Precision::F32 | Precision::Tf32) {
+            return Way::Tiles;
+        }
+        let Self { batch, seq, widths, precision, .. } = self;
+        let Widths { heads, groups, nope, rope, value } = widths;
+        let what = || {
+            let format = format!("{precision:?}").to_lowercase();
+            format!("{format} attention {part} {batch}×{seq} {heads}/{groups} heads of {nope}+{rope}, {value}")
+        };
+        // Operands are rounded here and not there.
+        let tolerance = if precision == Precision::Bf16 { 3e-2 } else { 1e-2 };
+        tune::fastest(&like.client, what, tolerance, || self.ways(like), |way| Ok(run(*way))).unwrap_or(Way::Tiles)
+    }
+
+    fn cubes(self, rows: usize, heads: usize) -> CubeCount {
+        CubeCount::Static(self.seq.div_ceil(rows) as u32, heads as u32, self.batch as u32)
+    }
+
+    fn units(geometry: Geometry) -> CubeDim {
+        CubeDim::new_2d(geometry.lanes as u32, geometry.planes as u32)
+    }
+
+    /// `(out [B, T, H·V], lse [B, H, T])`; all inputs dense.
+    pub(super) fn forward(
+        self,
+        q: CubeTensor,
+        kv: CubeTensor,
+        k_pe: CubeTensor,
+        starts: CubeTensor,
+    ) -> (CubeTensor, CubeTensor) {
+        let inputs = [q, kv, k_pe, starts];
+        let way = self.fastest("forward", &inputs[0], |way| self.forward_by(way, inputs.clone()).0);
+        self.forward_by(way, inputs)
+    }
+
+    pub(super) fn forward_by(self, way: Way, inputs: [CubeTensor; 4]) -> (CubeTensor, CubeTensor) {
+        let Self { batch, seq, widths, scale, .. } = self;
+        let Widths { heads, groups, nope, rope, value } = widths;
+        let like = inputs[0].clone();
+        let client = like.client.clone();
+        let (out, lse) = (new(&like, [batch, seq, heads * value]), new(&like, [batch, heads, seq]));
+        let [q, kv, k_pe, starts] = inputs.map(CubeTensor::into_buffer_arg);
+        let outs = [&out, &lse].map(|x| x.clone().into_buffer_arg());
+        let [to, to_lse] = outs;
+        match way {
+            Way::Tiles => {
+                let side = CubeDim::new_2d(tiles::SIDE as u32, tiles::SIDE as u32);
+                let cubes = self.cubes(tiles::TILE, heads);
+                tiles::forward::launch(
+                    &client, cubes, side, q, kv, k_pe, starts, to, to_lse, seq, scale, heads, groups, nope, rope, value,
+                );
             }
+            Way::Units(geometry, dtype) => {
+                let (cubes, dim) = (self.cubes(geometry.rows(), heads), Self::units(geometry));
+                let launch = match dtype {
+                    DType::BF16 => units::forward::forward::launch::<bf16>,
+                    _ => units::forward::forward::launch::<f16>,
+                };
+                launch(&client, cubes, dim, q, kv, k_pe, starts, to, to_lse, seq, scale, widths, geometry);
+            }
+        }
+        (out, lse)
+    }
+
+    /// `(d q, d kv, d k_pe)` of dense inputs.
+    pub(super) fn backward(self, saved: AttentionState<CubeBackend>, grad: CubeTensor) -> [CubeTensor; 3] {
+        let (saved, k_pe) = self.prepared(saved, grad);
+        let way = self.fastest("d_q", &saved.q, |way| self.query_gradient(way, &saved));
+        let d_q = self.query_gradient(way, &saved);
+        let way = self.fastest("d_kv", &saved.q, |way| self.key_gradient(way, &saved).0);
+        let (d_kv, d_pe) = self.key_gradient(way, &saved);
+        [d_q, d_kv, self.shared(d_pe, k_pe)]
+    }
+
+    #[cfg(test)]
+    pub(super) fn backward_by(self, way: Way, saved: AttentionState<CubeBackend>, grad: CubeTensor) -> [CubeTensor; 3] {
+        let (saved, k_pe) = self.prepared(saved, grad);
+        let (d_kv, d_pe) = self.key_gradient(way, &saved);
+        [self.query_gradient(way, &saved), d_kv, self.shared(d_pe, k_pe)]
+    }
+
+    /// The gradient of the shared keys, from that of each group.
+    fn shared(self, d_pe: CubeTensor, k_pe: CubeTensor) -> CubeTensor {
+        match self.widths.rope {
+            0 => CubeBackend::float_mul_scalar(k_pe, 0.0f32.into()),
+            rope => reshaped(CubeBackend::float_sum_dim(d_pe, 1), [self.batch, self.seq, rope]),
         }
     }
-}
 
-/// The gradients of keys and values, `d_kv [B, T, G, N+V]`, and of the shared part by group, `d_pe [B, T, G, R]`, to be summed. Cubes:
-/// blocks of keys, G, B.
-#[cube(launch)]
-pub(super) fn key_gradient(
-    q: &[f32],
-    kv: &[f32],
-    k_pe: &[f32],
-    d_out: &[f32],
-    rows: &[f32],
-    d_kv: &mut [f32],
-    d_pe: &mut [f32],
-    seq: usize,
-    scale: f32,
-    #[comptime] heads: usize,
-    #[comptime] groups: usize,
-    #[comptime] nope: usize,
-    #[comptime] rope: usize,
-    #[comptime] value: usize,
-) {
-    let block = CUBE_POS_X as usize;
-    let (group, row) = (CUBE_POS_Y as usize, CUBE_POS_Z as usize);
-    let width = comptime!(nope + rope);
-    let kv_width = comptime!(nope + value);
-    let pieces = comptime!(width.div_ceil(TILE));
-    let value_pieces = comptime!(value.div_ceil(TILE));
-    let (y, x) = (UNIT_POS_Y as usize, UNIT_POS_X as usize);
-
-    let first_key = block * TILE;
-    let mut keys = seq - first_key;
-    if keys > TILE {
-        keys = TILE.runtime();
+    fn prepared(self, saved: AttentionState<CubeBackend>, grad: CubeTensor) -> (Saved, CubeTensor) {
+        let Self { batch, seq, widths, .. } = self;
+        let AttentionState { q, kv, k_pe, starts, out, lse, .. } = saved;
+        let queries = batch * widths.heads * seq;
+        let rows = new(&q, [batch, widths.heads, seq, 3]);
+        tiles::prepare::launch(
+            &q.client,
+            pointwise_cubes(queries),
+            CubeDim::new_1d(pointwise::UNITS),
+            out.into_buffer_arg(),
+            grad.clone().into_buffer_arg(),
+            lse.into_buffer_arg(),
+            starts.into_buffer_arg(),
+            rows.clone().into_buffer_arg(),
+            queries,
+            seq,
+            widths.heads,
+            widths.value,
+        );
+        (Saved { q, kv, k_pe: k_pe.clone(), grad, rows }, k_pe)
     }
-    let from = ((row * seq + first_key) * groups + group) * kv_width;
-    let from_pe = (row * seq + first_key) * rope;
 
-    let mut a = Shared::<[f32]>::new_slice(PIECE);
-    let mut b = Shared::<[f32]>::new_slice(PIECE);
-    let mut p = Shared::<[f32]>::new_slice(PIECE);
-    let mut of_keys = Array::<f32>::new(comptime!(pieces * KEPT));
-    clear(&mut of_keys, comptime!(pieces * KEPT));
-    let mut of_values = Array::<f32>::new(comptime!(value_pieces * KEPT));
-    clear(&mut of_values, comptime!(value_pieces * KEPT));
-    let mut score = Array::<f32>::new(KEPT);
-    let mut upstream = Array::<f32>::new(KEPT);
-
-    for member in 0..comptime!(heads / groups) {
-        let head = group * comptime!(heads / groups) + member;
-        let of_head = (row * heads + head) * seq;
-        let mut first = first_key;
-        while first < seq {
-            // Where even the first query's document begins behind these keys, no later one sees them.
-            let document = u32::cast_from(rows[(of_head + first) * 3 + 2]) as usize;
-            if document >= first_key + TILE {
-                first = seq;
-            } else {
-                let mut queries = seq - first;
-                if queries > TILE {
-                    queries = TILE.runtime();
-                }
-                let q_from = ((row * seq + first) * heads + head) * width;
-                let out_from = ((row * seq + first) * heads + head) * value;
-                clear(&mut score, KEPT);
-                clear(&mut upstream, KEPT);
-                for piece in 0..pieces {
-                    let column = piece * TILE;
-                    sync_cube();
-                    load_keys(kv, k_pe, &mut a, from, groups * kv_width, from_pe, keys, column, nope, rope);
-                    load(q, &mut b, q_from, heads * width, queries, column, width);
-                    sync_cube();
-                    multiply(&a, &b, &mut score, 0usize, false);
-                }
-                for piece in 0..value_pieces {
-                    sync_cube();
-                    load(kv, &mut a, from + nope, groups * kv_width, keys, piece * TILE, value);
-                    load(d_out, &mut b, out_from, heads * value, queries, piece * TILE, value);
-                    sync_cube();
-                    multiply(&a, &b, &mut upstream, 0usize, false);
-                }
-                // Shares first; the slopes take their place once the values have had them.
-                #[unroll]
-                for j in 0..EACH {
-                    let at = x + SIDE * j;
-                    let mut start = seq;
-                    let mut lse = 0.0f32;
-                    let mut inner = 0.0f32;
-                    if at < queries {
-                        let of_query = (of_head + first + at) * 3;
-                        lse = rows[of_query];
-                        inner = rows[of_query + 1];
-                        start = u32::cast_from(rows[of_query + 2]) as usize;
-                    }
-                    #[unroll]
-                    for i in 0..EACH {
-                        let key = first_key + y + SIDE * i;
-                        let mut share = 0.0f32;
-                        if key <= first + at && key >= start {
-                            share = (score[i * EACH + j] * scale - lse).exp();
-                        }
-                        p[(y + SIDE * i) * PITCH + at] = share;
-                        upstream[i * EACH + j] = share * (upstream[i * EACH + j] - inner) * scale;
-                    }
-                }
-                #[unroll]
-                for piece in 0..value_pieces {
-                    sync_cube();
-                    load(d_out, &mut b, out_from, heads * value, queries, piece * TILE, value);
-                    sync_cube();
-                    multiply(&p, &b, &mut of_values, piece * KEPT, true);
-                }
-                sync_cube();
-                #[unroll]
-                for i in 0..EACH {
-                    #[unroll]
-                    for j in 0..EACH {
-                        p[(y + SIDE * i) * PITCH + x + SIDE * j] = upstream[i * EACH + j];
-                    }
-                }
-                #[unroll]
-                for piece in 0..pieces {
-                    sync_cube();
-                    load(q, &mut b, q_from, heads * width, queries, piece * TILE, width);
-                    sync_cube();
-                    multiply(&p, &b, &mut of_keys, piece * KEPT, true);
-                }
-                first += TILE;
+    fn query_gradient(self, way: Way, saved: &Saved) -> CubeTensor {
+        let Self { batch, seq, widths, scale, .. } = self;
+        let Widths { heads, groups, nope, rope, value } = widths;
+        let client = saved.q.client.clone();
+        let d_q = new(&saved.q, [batch, seq, heads, nope + rope]);
+        let Saved { q, kv, k_pe, grad, rows } = saved;
+        let [q, kv, k_pe, grad, rows, to] = [q, kv, k_pe, grad, rows, &d_q].map(|x| x.clone().into_buffer_arg());
+        match way {
+            Way::Tiles => {
+                let side = CubeDim::new_2d(tiles::SIDE as u32, tiles::SIDE as u32);
+                let cubes = self.cubes(tiles::TILE, heads);
+                tiles::query_gradient::launch(
+                    &client, cubes, side, q, kv, k_pe, grad, rows, to, seq, scale, heads, groups, nope, rope, value,
+                );
+            }
+            Way::Units(geometry, dtype) => {
+                let (cubes, dim) = (self.cubes(geometry.rows(), heads), Self::units(geometry));
+                let launch = match dtype {
+                    DType::BF16 => units::backward::query_gradient::launch::<bf16>,
+                    _ => units::backward::query_gradient::launch::<f16>,
+                };
+                launch(&client, cubes, dim, q, kv, k_pe, grad, rows, to, seq, scale, widths, geometry);
             }
         }
+        d_q
     }
-    #[unroll]
-    for i in 0..EACH {
-        let at = y + SIDE * i;
-        if at < keys {
-            let token = (row * seq + first_key + at) * groups + group;
-            #[unroll]
-            for piece in 0..pieces {
-                #[unroll]
-                for j in 0..EACH {
-                    let column = piece * TILE + x + SIDE * j;
-                    if column < nope {
-                        d_kv[token * kv_width + column] = of_keys[piece * KEPT + i * EACH + j];
-                    } else if column < width {
-                        d_pe[token * rope + column - nope] = of_keys[piece * KEPT + i * EACH + j];
-                    }
-                }
+
+    /// `(d kv, d k_pe of each group)`
+    fn key_gradient(self, way: Way, saved: &Saved) -> (CubeTensor, CubeTensor) {
+        let Self { batch, seq, widths, scale, .. } = self;
+        let Widths { heads, groups, nope, rope, value } = widths;
+        let client = saved.q.client.clone();
+        let d_kv = new(&saved.q, [batch, seq, groups, nope + value]);
+        // Without a shared part a single number stands for it, as in the forward pass.
+        let d_pe = if rope > 0 { new(&saved.q, [batch * seq, groups, rope]) } else { new(&saved.q, [1, 1, 1]) };
+        let Saved { q, kv, k_pe, grad, rows } = saved;
+        let all = [q, kv, k_pe, grad, rows, &d_kv, &d_pe].map(|x| x.clone().into_buffer_arg());
+        let [q, kv, k_pe, grad, rows, to, to_pe] = all;
+        match way {
+            Way::Tiles => {
+                let side = CubeDim::new_2d(tiles::SIDE as u32, tiles::SIDE as u32);
+                let cubes = self.cubes(tiles::TILE, groups);
+                tiles::key_gradient::launch(
+                    &client, cubes, side, q, kv, k_pe, grad, rows, to, to_pe, seq, scale, heads, groups, nope, rope,
+                    value,
+                );
             }
-            #[unroll]
-            for piece in 0..value_pieces {
-                #[unroll]
-                for j in 0..EACH {
-                    let column = piece * TILE + x + SIDE * j;
-                    if column < value {
-                        d_kv[token * kv_width + nope + column] = of_values[piece * KEPT + i * EACH + j];
-                    }
-                }
+            Way::Units(geometry, dtype) => {
+                let (cubes, dim) = (self.cubes(geometry.rows(), groups), Self::units(geometry));
+                let launch = match dtype {
+                    DType::BF16 => units::backward::key_gradient::launch::<bf16>,
+                    _ => units::backward::key_gradient::launch::<f16>,
+                };
+                launch(&client, cubes, dim, q, kv, k_pe, grad, rows, to, to_pe, seq, scale, widths, geometry);
             }
         }
+        (d_kv, d_pe)
     }
 }

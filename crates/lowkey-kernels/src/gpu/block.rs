@@ -26,7 +26,7 @@ fn tall(x: CubeTensor) -> CubeTensor {
 
 /// `x Wᵀ` of a tall matrix.
 fn projected(x: CubeTensor, weight: CubeTensor, precision: Precision) -> CubeTensor {
-    product(operand(x, precision), transposed(operand(weight, precision)))
+    product(operand(x, precision), transposed(operand(weight, precision)), precision)
 }
 
 /// `silu(gate) · up`
@@ -76,7 +76,7 @@ impl Latent {
         } else {
             CubeBackend::float_zeros([1, 1, 1].into(), &kv.device, burn::tensor::FloatDType::F32)
         };
-        Self { c_kv, kv, k_pe, rows, shape: AttentionShape { nope, rope, scale } }
+        Self { c_kv, kv, k_pe, rows, shape: AttentionShape { nope, rope, scale, precision: inputs.precision } }
     }
 }
 
@@ -134,7 +134,7 @@ impl BlockGradients for CubeBackend {
     ) -> (CubeTensor, CubeTensor) {
         let shape = x.meta.shape().to_vec();
         let [x, weight, grad] = [tall(x), weight, tall(grad)].map(|x| operand(x, precision));
-        (reshaped(product(grad.clone(), weight), shape), product(transposed(grad), x))
+        (reshaped(product(grad.clone(), weight, precision), shape), product(transposed(grad), x, precision))
     }
 
     fn gated_mlp_saving(x: CubeTensor, weights: MlpWeights<Self>, eps: f64, precision: Precision) -> [CubeTensor; 3] {
@@ -142,8 +142,8 @@ impl BlockGradients for CubeBackend {
         let [batch, seq, width] = dims::<3>(&x);
         let (flat, norm) = (tall(x.clone()), into_contiguous(norm));
         let normed = operand(rms_norm(&flat, &norm, dense(&flat, width, eps)), precision);
-        let gate = into_contiguous(product(normed.clone(), transposed(operand(gate, precision))));
-        let up = into_contiguous(product(normed, transposed(operand(up, precision))));
+        let gate = into_contiguous(product(normed.clone(), transposed(operand(gate, precision)), precision));
+        let up = into_contiguous(product(normed, transposed(operand(up, precision)), precision));
         let out = reshaped(projected(swiglu(&gate, &up), down, precision), [batch, seq, width]);
         [Self::float_add(out, x), gate, up]
     }
@@ -154,7 +154,7 @@ impl BlockGradients for CubeBackend {
         let width = shape[shape.len() - 1];
         let (flat, norm, d_out) = (tall(x), into_contiguous(norm), tall(grad));
         let rounded = operand(d_out.clone(), precision);
-        let d_act = into_contiguous(product(rounded.clone(), operand(down, precision)));
+        let d_act = into_contiguous(product(rounded.clone(), operand(down, precision), precision));
         // The inner activations are consumed: their gradients take their places.
         let act = new(&gate, gate.meta.shape().to_vec());
         pointwise::swiglu_grad::launch(
@@ -167,13 +167,13 @@ impl BlockGradients for CubeBackend {
             act.clone().into_buffer_arg(),
             count(&act),
         );
-        let d_down = product(transposed(rounded), operand(act, precision));
+        let d_down = product(transposed(rounded), operand(act, precision), precision);
         let rows = dense(&flat, width, eps);
         let normed = operand(rms_norm(&flat, &norm, rows), precision);
         let [gate, up, gate_weight, up_weight] = [gate, up, gate_weight, up_weight].map(|x| operand(x, precision));
-        let d_gate = product(transposed(gate.clone()), normed.clone());
-        let d_up = product(transposed(up.clone()), normed);
-        let d_normed = Self::float_add(product(gate, gate_weight), product(up, up_weight));
+        let d_gate = product(transposed(gate.clone()), normed.clone(), precision);
+        let d_up = product(transposed(up.clone()), normed, precision);
+        let d_normed = Self::float_add(product(gate, gate_weight, precision), product(up, up_weight, precision));
         let (d_x, d_norm) = rms_norm_grad(&flat, &norm, &into_contiguous(d_normed), rows);
         let d_x = reshaped(Self::float_add(d_x, d_out), shape);
         [d_x, d_norm, d_gate, d_up, d_down]
@@ -196,8 +196,8 @@ impl BlockGradients for CubeBackend {
         let [d_q, d_kv, d_pe] = sizes.backward(state, into_contiguous(grad));
         let d_kv = reshaped(d_kv, [batch * seq, dims.heads * (dims.nope + dims.value)]);
         let [d_kv, c_kv, kv_b] = [d_kv, c_kv, kv_b].map(|x| operand(x, precision));
-        let d_kv_b = product(transposed(d_kv.clone()), c_kv);
-        let d_c_kv = into_contiguous(product(d_kv, kv_b));
+        let d_kv_b = product(transposed(d_kv.clone()), c_kv, precision);
+        let d_c_kv = into_contiguous(product(d_kv, kv_b, precision));
         let (d_latent, d_norm) = rms_norm_grad(&kv_a, &norm, &d_c_kv, rows);
         let d_latent = reshaped(d_latent, [batch, seq, dims.rank]);
         let d_kv_a = if dims.rope > 0 {

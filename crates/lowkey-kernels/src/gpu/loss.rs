@@ -61,7 +61,7 @@ impl Head {
     }
 
     fn logits(&self, h: CubeTensor) -> CubeTensor {
-        into_contiguous(product(operand(h, self.precision), transposed(self.weight.clone())))
+        into_contiguous(product(operand(h, self.precision), transposed(self.weight.clone()), self.precision))
     }
 
     fn cubes(rows: usize) -> (CubeCount, CubeDim) {
@@ -166,8 +166,8 @@ impl Head {
             drop(logits);
             losses.push(loss);
             let [d_logits, h] = [d_logits, h].map(|x| operand(x, self.precision));
-            d_h.push(product(d_logits.clone(), self.weight.clone()));
-            let of_weight = product(transposed(d_logits), h);
+            d_h.push(product(d_logits.clone(), self.weight.clone(), self.precision));
+            let of_weight = product(transposed(d_logits), h, self.precision);
             d_weight = Some(match d_weight {
                 Some(sum) => CubeBackend::float_add(sum, of_weight),
                 None => of_weight,

@@ -38,6 +38,7 @@ fn options(step: BenchStepArguments, steps: usize, warmup: usize) -> TrainOption
     let BenchStepArguments { shape, batch, seq, threads, optimizer, recompute, device, dtype } = step;
     let recompute = if recompute { Recompute::Block } else { Recompute::None };
     let dtype = match dtype.as_str() {
+        "tf32" => Precision::Tf32,
         "bf16" => Precision::Bf16,
         "f16" => Precision::F16,
         _ => Precision::F32,

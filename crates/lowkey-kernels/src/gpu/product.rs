@@ -1,0 +1,205 @@
+//! Matrix products: the kernels of CubeK, one of them chosen for each shape.
+//!
+//! Burn's own `matmul` hands f32 to matrix units as TF32 wherever a device has them. Here f32 means f32 unless
+//! [`Precision::Tf32`] asks for less.
+
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::{DType, FloatDType};
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
+use cubecl::ir::{ElemType, FloatKind};
+use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
+use cubek::matmul::launch::launch_ref;
+use cubek::matmul::multi_level::Strategy;
+use cubek::matmul::multi_level::components::tile::TileMatmulKind;
+use cubek::matmul::multi_level::routines::TileSizeSelection;
+use cubek::matmul::multi_level::routines::batch::double_buffering::DoubleBufferingArgs;
+use cubek::matmul::multi_level::routines::batch::double_unit::DoubleUnitSelectionArgs;
+use cubek::matmul::multi_level::routines::batch::ordered_double_buffering::OrderedSelectionArgs;
+use cubek::matmul::multi_level::routines::batch::simple::SimpleArgs;
+use cubek::matmul::multi_level::routines::batch::simple_unit::SimpleUnitSelectionArgs;
+use cubek::matmul::routine::BlueprintStrategy::Inferred;
+use cubek::std::InputBinding;
+
+use super::{dims, new, tune};
+use crate::precision::Precision;
+
+/// The operand of a product in the format that products are computed in.
+pub(super) fn operand(x: CubeTensor, precision: Precision) -> CubeTensor {
+    match precision {
+        Precision::F32 | Precision::Tf32 => x,
+        Precision::Bf16 => CubeBackend::float_cast(x, FloatDType::BF16),
+        Precision::F16 => CubeBackend::float_cast(x, FloatDType::F16),
+    }
+}
+
+pub(super) fn transposed(a: CubeTensor) -> CubeTensor {
+    CubeBackend::float_swap_dims(a, 0, 1)
+}
+
+fn unit(tile_size: TileSizeSelection) -> Strategy {
+    Strategy::SimpleUnit(Inferred(SimpleUnitSelectionArgs { tile_size }))
+}
+
+/// The kernel for every device and shape that the others refuse.
+const LAST_RESORT: Strategy = Strategy::Naive;
+
+/// Kernels that sum what they are given, in f32; the plain one first.
+fn on_units() -> Vec<(&'static str, Strategy)> {
+    let double = |tile_size| Strategy::DoubleUnit(Inferred(DoubleUnitSelectionArgs { tile_size }));
+    vec![
+        ("tiles", unit(TileSizeSelection::MaxTileSize)),
+        ("small tiles", unit(TileSizeSelection::MinTileSize)),
+        ("tiles, double buffer", double(TileSizeSelection::MaxTileSize)),
+        ("small tiles, double buffer", double(TileSizeSelection::MinTileSize)),
+    ]
+}
+
+/// Kernels on matrix units, to which f32 is TF32.
+fn on_matrix_units() -> Vec<(&'static str, Strategy)> {
+    use TileMatmulKind::{Cmma, Mma};
+    let simple = |tile_matmul, multi_rows| Inferred(SimpleArgs { multi_rows, tile_matmul });
+    let bulk = |tile_matmul, multi_rows| Inferred(SimpleArgs { multi_rows, tile_matmul });
+    let double = |tile_matmul, specialized| Inferred(DoubleBufferingArgs { specialized, tile_matmul });
+    let ordered = |tile_matmul, rows| {
+        Inferred(OrderedSelectionArgs {
+            partition_k: Some(2),
+            row_count: Some(rows),
+            rows_per_plane: Some(2),
+            tile_matmul,
+        })
+    };
+    vec![
+        ("cmma", Strategy::SimpleCyclicCmma(simple(Cmma, false))),
+        ("cmma, rows", Strategy::SimpleCyclicCmma(simple(Cmma, true))),
+        ("mma", Strategy::SimpleCyclicMma(simple(Mma, false))),
+        ("mma, rows", Strategy::SimpleCyclicMma(simple(Mma, true))),
+        ("cmma, double buffer", Strategy::DoubleCyclicCmma(double(Cmma, false))),
+        ("mma, double buffer", Strategy::DoubleCyclicMma(double(Mma, false))),
+        ("mma, double buffer, loading planes", Strategy::DoubleCyclicMma(double(Mma, true))),
+        ("mma, ordered, 4", Strategy::OrderedDoubleMma(ordered(Mma, 4))),
+        ("mma, ordered, 8", Strategy::OrderedDoubleMma(ordered(Mma, 8))),
+        ("cmma, ordered, 8", Strategy::OrderedDoubleCmma(ordered(Cmma, 8))),
+        ("mma, bulk loads", Strategy::SimpleTmaMma(bulk(Mma, false))),
+        ("mma, bulk loads, rows", Strategy::SimpleTmaMma(bulk(Mma, true))),
+        ("mma, bulk loads, loading planes", Strategy::SpecializedTmaMma(Inferred(().into()))),
+    ]
+}
+
+fn element(dtype: DType) -> ElemType {
+    ElemType::Float(match dtype {
+        DType::BF16 => FloatKind::BF16,
+        DType::F16 => FloatKind::F16,
+        _ => FloatKind::F32,
+    })
+}
+
+/// Queues `a · b` into a new tensor of f32.
+fn launch(strategy: &Strategy, a: &CubeTensor, b: &CubeTensor) -> Result<CubeTensor, String> {
+    let ([m, _], [_, n]) = (dims::<2>(a), dims::<2>(b));
+    let out = new(a, [m, n]);
+    let (lhs, rhs) = (element(a.dtype), element(b.dtype));
+    let mut formats = MatmulElems::from_globals(&MatmulGlobalElems { lhs, rhs, out: element(DType::F32) });
+    let bindings = (InputBinding::new(a.clone().binding(), lhs), InputBinding::new(b.clone().binding(), rhs));
+    let to = out.clone().binding();
+    launch_ref(&strategy.clone().into(), &a.client, bindings.0, bindings.1, to, &mut formats)
+        .map_err(|e| format!("{e:?}"))?;
+    Ok(out)
+}
+
+/// Which way an operand's numbers run, as a choice of kernel depends on it.
+fn layout(x: &CubeTensor) -> char {
+    if x.meta.strides().first() == Some(&1) { 'T' } else { 'N' }
+}
+
+/// `a · b` of matrices of one format, summed and returned in f32.
+pub(super) fn product(a: CubeTensor, b: CubeTensor, precision: Precision) -> CubeTensor {
+    let what = || {
+        let ([m, k], [_, n]) = (dims::<2>(&a), dims::<2>(&b));
+        let format =
+            if precision == Precision::Tf32 { "tf32".to_owned() } else { format!("{:?}", a.dtype).to_lowercase() };
+        format!("{format} product {m}×{k}×{n} {}{}", layout(&a), layout(&b))
+    };
+    let candidates = || {
+        let mut all = on_units();
+        if precision != Precision::F32 {
+            all.extend(on_matrix_units());
+        }
+        all.into_iter().map(|(name, strategy)| (name.to_owned(), strategy)).collect()
+    };
+    let tolerance = if precision == Precision::Tf32 { 1e-2 } else { 1e-4 };
+    let chosen = tune::fastest(&a.client, what, tolerance, candidates, |strategy| launch(strategy, &a, &b));
+    let strategy = chosen.unwrap_or_else(|| unit(TileSizeSelection::MaxTileSize));
+    launch(&strategy, &a, &b).or_else(|_| launch(&LAST_RESORT, &a, &b)).unwrap_or_else(|_| {
+        // No kernel for this format: the operands stay rounded, the products are computed in f32.
+        let [a, b] = [a, b].map(|half| CubeBackend::float_cast(half, FloatDType::F32));
+        CubeBackend::float_matmul(a, b)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{is_cpu, plain_device};
+    use burn::tensor::{Distribution, Tensor};
+
+    fn random(shape: [usize; 2]) -> Tensor<2> {
+        Tensor::random(shape, Distribution::Normal(0.0, 1.0), &plain_device())
+    }
+
+    fn primitive(x: Tensor<2>) -> CubeTensor {
+        x.try_into_primitive::<CubeBackend>().unwrap()
+    }
+
+    /// Each kernel that accepts a shape gives what f32 gives; the plain one accepts all.
+    fn check(kernels: Vec<(&'static str, Strategy)>, dtype: Option<FloatDType>, most: f32, plain: bool) {
+        for (shape, across) in [([1, 8, 1], false), ([33, 48, 65], false), ([128, 64, 96], true), ([7, 40, 257], true)]
+        {
+            let [m, k, n] = shape;
+            let (a, b) = (random([m, k]), random([n, k]));
+            let rounded = |x: &Tensor<2>| match dtype {
+                Some(dtype) => x.clone().cast(dtype).cast(FloatDType::F32),
+                None => x.clone(),
+            };
+            // Sums on the CPU.
+            let host = |x: Tensor<2>| x.into_data().iter::<f32>().collect::<Vec<f32>>();
+            let (left, right) = (host(rounded(&a)), host(rounded(&b)));
+            let dot = |i: usize| (0..k).map(|t| left[i / n * k + t] * right[i % n * k + t]).sum::<f32>();
+            let expected: Vec<f32> = (0..m * n).map(dot).collect();
+            let cast = |x: Tensor<2>| match dtype {
+                Some(dtype) => x.cast(dtype),
+                None => x,
+            };
+            let a = if across { a.transpose().mul_scalar(1.0).transpose() } else { a };
+            let (a, b) = (primitive(cast(a)), transposed(primitive(cast(b))));
+            for (i, (name, strategy)) in kernels.iter().enumerate() {
+                let out = match launch(strategy, &a, &b) {
+                    Ok(out) => out,
+                    Err(why) => {
+                        assert!(i > 0 || !plain, "{name} refuses {shape:?}: {why}");
+                        println!("{name} refuses {shape:?}");
+                        continue;
+                    }
+                };
+                let found = host(Tensor::from_primitive::<CubeBackend>(out));
+                let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(off <= most * (k as f32).sqrt(), "{name}, {shape:?}: {off:.1e}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_kernel_on_plain_units_sums_in_f32() {
+        if is_cpu() {
+            return println!("skipped: there is no GPU");
+        }
+        check(on_units(), None, 2e-6, true);
+    }
+
+    #[test]
+    fn every_kernel_on_plain_units_takes_f16() {
+        if is_cpu() || !plain_device().supports_dtype(DType::F16) {
+            return println!("skipped: there is no GPU that calculates in f16");
+        }
+        check(on_units(), Some(FloatDType::F16), 2e-6, true);
+    }
+}

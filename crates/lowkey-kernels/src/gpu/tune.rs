@@ -1,0 +1,175 @@
+//! Which of several kernels for the same thing is fastest here, found by running them.
+//!
+//! The first of the candidates is the plain one, which works everywhere. Every other has to give the same numbers before its time
+//! counts: a driver that computes something else, or refuses, loses its turn and nothing more. Choices are kept for the life of the
+//! process, by name, and can be put back, so that a resumed run computes the same bits. Software devices are not measured: their plain
+//! kernels are what tests look at, and one of Mesa's does not survive every candidate.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use burn::backend::ops::FloatTensorOps;
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
+use cubecl::client::Client;
+
+/// Chosen candidates by what they compute.
+static CHOICES: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+
+/// Rounds of which the best counts.
+const ROUNDS: usize = 3;
+
+fn choices() -> MutexGuard<'static, BTreeMap<String, String>> {
+    CHOICES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What has been chosen so far.
+pub(crate) fn chosen() -> BTreeMap<String, String> {
+    choices().clone()
+}
+
+/// Puts choices back; those already made stay.
+pub(crate) fn choose(earlier: BTreeMap<String, String>) {
+    let mut choices = choices();
+    for (what, name) in earlier {
+        choices.entry(what).or_insert(name);
+    }
+}
+
+/// Whether a device is a real one, where time means something.
+fn is_real(client: &Client) -> bool {
+    client.properties().identity.physical.is_some()
+        && std::env::var_os("LOWKEY_TUNE").is_none_or(|value| value != "off")
+}
+
+/// The one of `candidates` that computes `what` fastest within `tolerance` (relative, root mean square) of the first.
+pub(super) fn fastest<T: Clone>(
+    client: &Client,
+    what: impl FnOnce() -> String,
+    tolerance: f64,
+    candidates: impl FnOnce() -> Vec<(String, T)>,
+    run: impl Fn(&T) -> Result<CubeTensor, String>,
+) -> Option<T> {
+    let what = what();
+    let known = choices().get(&what).cloned();
+    if known.is_none() && !is_real(client) {
+        return None;
+    }
+    let candidates = candidates();
+    if let Some(known) = known
+        && let Some((_, way)) = candidates.iter().find(|(name, _)| *name == known)
+    {
+        return Some(way.clone());
+    }
+    let (name, way) = measured(client, &what, tolerance, candidates, run)?;
+    choices().insert(what, name);
+    Some(way)
+}
+
+fn measured<T>(
+    client: &Client,
+    what: &str,
+    tolerance: f64,
+    candidates: Vec<(String, T)>,
+    run: impl Fn(&T) -> Result<CubeTensor, String>,
+) -> Option<(String, T)> {
+    let mut plain = None;
+    let mut best: Option<(Duration, String, T)> = None;
+    for (name, way) in candidates {
+        log::debug!("{what}: trying {name}");
+        match trial(client, &way, &run, plain.as_ref(), tolerance) {
+            Ok((took, out)) => {
+                log::info!("{what}: {name} takes {:.3} ms", took.as_secs_f64() * 1e3);
+                plain.get_or_insert(out);
+                if best.as_ref().is_none_or(|(least, ..)| took < *least) {
+                    best = Some((took, name, way));
+                }
+            }
+            Err(why) => log::info!("{what}: {name} is out: {why}"),
+        }
+    }
+    best.map(|(_, name, way)| (name, way))
+}
+
+fn trial<T>(
+    client: &Client,
+    way: &T,
+    run: impl Fn(&T) -> Result<CubeTensor, String>,
+    plain: Option<&CubeTensor>,
+    tolerance: f64,
+) -> Result<(Duration, CubeTensor), String> {
+    // The first run compiles.
+    let out = run(way)?;
+    finish(client)?;
+    if let Some(plain) = plain {
+        let off = distance(&out, plain)?;
+        // Not `off > tolerance`: something that is no number must not pass.
+        if !(off <= tolerance) {
+            return Err(format!("it is {off:.1e} off the plain kernel"));
+        }
+    }
+    let mut least = Duration::MAX;
+    for _ in 0..ROUNDS {
+        let started = Instant::now();
+        run(way)?;
+        finish(client)?;
+        least = least.min(started.elapsed());
+    }
+    Ok((least, out))
+}
+
+fn finish(client: &Client) -> Result<(), String> {
+    cubecl::future::block_on(client.sync()).map_err(|e| e.to_string())
+}
+
+/// `‖a − b‖ / ‖b‖`
+fn distance(a: &CubeTensor, b: &CubeTensor) -> Result<f64, String> {
+    let squares = |x: CubeTensor| {
+        let sum = CubeBackend::float_sum(CubeBackend::float_mul(x.clone(), x));
+        let bytes = sum.client.read_one(sum.handle).map_err(|e| e.to_string())?;
+        let number = bytes.first_chunk::<4>().map(|bytes| f32::from_le_bytes(*bytes));
+        number.map(f64::from).ok_or_else(|| "the device returns nothing".to_owned())
+    };
+    let off = squares(CubeBackend::float_sub(a.clone(), b.clone()))?;
+    Ok((off / squares(b.clone())?.max(f64::MIN_POSITIVE)).sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{is_cpu, plain_device};
+    use burn::tensor::Tensor;
+
+    #[test]
+    fn what_computes_something_else_or_nothing_is_out() {
+        if is_cpu() {
+            return println!("skipped: there is no GPU");
+        }
+        let x = Tensor::<1>::ones([40_000], &plain_device()).try_into_primitive::<CubeBackend>().unwrap();
+        let run = |factor: &f32| match factor {
+            f if *f < 0.0 => Err("it refuses".to_owned()),
+            f => Ok(CubeBackend::float_mul_scalar(x.clone(), (*f).into())),
+        };
+        let candidates =
+            |factors: &[f32]| factors.iter().map(|factor| (format!("times {factor}"), *factor)).collect::<Vec<_>>();
+        for wrong in [2.0, f32::NAN, -1.0, 1.1] {
+            let found = measured(&x.client, "a test", 1e-2, candidates(&[1.0, wrong]), run);
+            assert_eq!(found.unwrap().1, 1.0, "{wrong}");
+        }
+        assert!(measured(&x.client, "a test", 1e-2, candidates(&[-1.0]), run).is_none());
+    }
+
+    #[test]
+    fn choices_come_back() {
+        if is_cpu() {
+            return println!("skipped: there is no GPU");
+        }
+        let x = Tensor::<1>::ones([4], &plain_device()).try_into_primitive::<CubeBackend>().unwrap();
+        choose(BTreeMap::from([("a test of choices".to_owned(), "second".to_owned())]));
+        choose(BTreeMap::from([("a test of choices".to_owned(), "first".to_owned())]));
+        let candidates = || vec![("first".to_owned(), 1), ("second".to_owned(), 2)];
+        let never = |_: &i32| -> Result<CubeTensor, String> { unreachable!("nothing is measured again") };
+        assert_eq!(fastest(&x.client, || "a test of choices".to_owned(), 1e-2, candidates, never), Some(2));
+        assert_eq!(chosen()["a test of choices"], "second");
+    }
+}
