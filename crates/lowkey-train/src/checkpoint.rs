@@ -49,6 +49,9 @@ pub struct TrainerState {
     /// The factor on the loss, where products are computed in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
+    /// Kernels chosen by measurement, on a GPU: a resumed run takes the same ones.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub kernels: BTreeMap<String, String>,
 }
 
 /// The checkpoints of one run.

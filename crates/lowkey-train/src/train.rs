@@ -9,6 +9,7 @@ use burn::tensor::Device;
 use lowkey_data::Tokenizer;
 use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
 use lowkey_kernels::Precision;
+use lowkey_kernels::device::{choose_kernels, chosen_kernels};
 use lowkey_model::{CausalLm, ModelConfig, Parameter};
 use serde_json::json;
 
@@ -198,6 +199,7 @@ impl<'a> Run<'a> {
                 return Err(Error::file(dir, why));
             }
             optimizer.restore(states, saved.step);
+            choose_kernels(saved.kernels.clone());
             state = saved;
         }
         if config.training.dtype == Precision::F16 {
@@ -388,6 +390,7 @@ impl<'a> Run<'a> {
             return Err(Error::Diverged { step: self.state.step, what, value });
         }
         drop(values);
+        self.state.kernels = chosen_kernels();
         let path = self.checkpoints.save(&self.model, self.data.tokenizer.as_ref(), &self.optimizer, &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });

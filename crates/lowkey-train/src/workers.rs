@@ -154,7 +154,7 @@ impl Workers {
             // Forked here, not in the threads: the fork reads the parameters' shared nodes.
             let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
             let results = self.map(&forks, |((from, to), fork)| {
-                let _precision = lowkey_kernels::scope(precision);
+                let _precision = scope(precision);
                 let (loss, gradients) = fork.loss_and_gradients(batch.rows(*from, *to), objective, recompute, device);
                 // What is reported is the loss without what only steers the training.
                 (loss.nats - loss.z_loss, gradients)
@@ -241,10 +241,10 @@ fn gpu_ceiling(device: &Device, precision: Precision) -> Result<f64> {
     let mut size = 256;
     while size <= LARGEST {
         let (x, w) = (Tensor::<3>::ones([1, size, size], device), Tensor::<2>::ones([size, size], device));
-        drop(linear(x.clone(), w.clone()));
+        drop(linear(x.clone(), w.clone(), None));
         device.sync().map_err(failed)?;
         let started = std::time::Instant::now();
-        drop(linear(x, w));
+        drop(linear(x, w, None));
         device.sync().map_err(failed)?;
         let took = started.elapsed().as_secs_f64();
         best = best.max(2.0 * (size as f64).powi(3) / took);

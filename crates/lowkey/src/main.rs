@@ -38,6 +38,8 @@ const WRONG_USE: u8 = 2;
 const FAILED: u8 = 1;
 
 fn main() -> ExitCode {
+    // What libraries note, kernels' timings among it: `RUST_LOG=lowkey_kernels=info`.
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("off")).init();
     keep_freed_memory();
     // A reader of foreign files may panic and be caught where that is expected; only what comes through to here is reported.
     let report = Arc::new(Mutex::new(String::new()));

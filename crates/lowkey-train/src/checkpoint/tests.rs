@@ -54,6 +54,7 @@ fn state(step: u64, best: Option<u64>) -> TrainerState {
         data: "abc".into(),
         best: best.map(|step| (step, 1.25)),
         loss_scale: None,
+        kernels: Default::default(),
     }
 }
 

@@ -242,7 +242,8 @@ pub(in crate::gpu) fn key_gradient<E: Float>(
                     let mut share = 0.0f32;
                     let mut slope = 0.0f32;
                     if column < queries && key <= first + column {
-                        if key >= u32::cast_from(of_block[column * 3 + 2]) as usize {
+                        let start = u32::cast_from(of_block[column * 3 + 2]) as usize;
+                        if key >= start {
                             share = (scores[row * score_pitch + column] * scale - of_block[column * 3]).exp();
                             slope = share * (upstream[row * score_pitch + column] - of_block[column * 3 + 1]) * scale;
                         }
