@@ -29,14 +29,14 @@ part() { # NAME SECONDS COMMAND...
 train() { # NAME DEVICE SET...
     local name=$1 on=$2
     shift 2
-    "$lowkey" train configs/quickstart.toml --out "$out/runs/$name" --overwrite --device "$on" --set training.steps="$steps" \
+    RUST_LOG=lowkey_kernels=info "$lowkey" train configs/quickstart.toml --out "$out/runs/$name" --overwrite --device "$on" --set training.steps="$steps" \
         --set lr_scheduler.warmup_steps=$((steps < 20 ? steps / 2 : 10)) --set eval.every=0 --set eval.batches=1 --set metrics.every=1 "$@"
 }
 
 : > "$out/summary.txt"
 part devices 30 "$lowkey" devices --json
 if [ -n "${TESTS:-}" ]; then
-    part kernels 120 env LOWKEY_TEST_DEVICE="$device" "$TESTS" attention:: block:: cached:: fused:: optim::
+    part kernels 120 env LOWKEY_TEST_DEVICE="$device" "$TESTS" attention:: block:: cached:: fused:: optim:: gpu::
 fi
 export -f train
 export lowkey out steps

@@ -61,7 +61,7 @@ pub(crate) struct BenchStepArguments {
     #[arg(long, default_value = "cpu", value_name = "NAME")]
     pub(crate) device: String,
     /// What products are computed in, on a GPU
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16"])]
+    #[arg(long, default_value = "f32", value_parser = ["f32", "tf32", "bf16", "f16"])]
     pub(crate) dtype: String,
 }
 
