@@ -1,6 +1,7 @@
 //! GPUs' side of the operations: CubeCL kernels, and products of CubeK.
 //!
-//! Everything here is asynchronous: a call returns as soon as its kernels are queued, and nothing reads back.
+//! Everything here is asynchronous: a call returns as soon as its kernels are queued, and nothing reads back, but where the first use
+//! of a shape measures which kernel is fastest.
 
 mod attention;
 mod block;
