@@ -1,62 +1,128 @@
 #!/usr/bin/env bash
-# All that a GPU has to show, in one go: what it is, the kernels' tests, loss curves against the CPU, speed beside PyTorch.
+# All that a GPU has to show, in one go: what it is, the kernels' tests, loss curves against the CPU, speed beside PyTorch, and where
+# its time goes.
 #
 #   experiments/gpu/run.sh DEVICE OUT
 #
 # DEVICE as `lowkey devices` names it. OUT is a folder for logs, figures and a summary. From the environment:
 #   LOWKEY  the binary [target/release/lowkey], built with the device's feature
-#   TESTS   the kernels' test binary; without it no tests
+#   TESTS   test binaries (lowkey_kernels-*, lowkey_train-*), with spaces between; without them no tests
+#   TEXT    tinyshakespeare.txt, for the curves of configs/shakespeare-char.toml [those of configs/quickstart.toml]
 #   PEER    the PyTorch script of experiments/speed/compare.py; without it only lowkey is timed
 #   PYTHON  an interpreter, with torch if there is a PEER [python3]
-#   STEPS   steps of the loss curves [100]
-#   SHAPES  shapes to time ["d768 d1536"]
-# Each part has a time of its own and none stops the others: the whole ends within nine minutes. Exit code 1 where a part failed.
+#   STEPS   steps of the loss curves [300]
+#   SHAPES  shapes to time, the first one in most detail ["d768 d1536"]
+#   ROUNDS  of each side in a comparison [2]
+#   PARTS   what to run, in this order ["tests speed curves"]
+#   LIMIT   seconds that all of it may take [530]
+# Each part has a time of its own and none stops the others: the whole ends within LIMIT. Exit code 1 where a part failed or was left out.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 device=${1:?DEVICE} out=${2:?OUT}
-lowkey=${LOWKEY:-target/release/lowkey} python=${PYTHON:-python3} steps=${STEPS:-100} shapes=${SHAPES-d768 d1536}
+lowkey=${LOWKEY:-target/release/lowkey} python=${PYTHON:-python3} steps=${STEPS:-300} shapes=${SHAPES-d768 d1536}
+parts=${PARTS:-tests speed curves} deadline=$((SECONDS + ${LIMIT:-530}))
 mkdir -p "$out"
-rm -f "$out"/*.log "$out"/*.csv
+rm -f "$out"/*.log "$out"/*.csv "$out"/*.json
+: > "$out/summary.txt"
 failed=0
+# Kernels that were compiled once are kept, for the processes that follow.
+if [ ! -e cubecl.toml ] && [ ! -e burn.toml ]; then
+    printf '[compilation]\ncache = true\n' > cubecl.toml
+    trap 'rm -f cubecl.toml' EXIT
+fi
+
+say() { printf '%-22s %-14s %s\n' "$1" "$2" "$3" | tee -a "$out/summary.txt"; }
 
 part() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 begun=$SECONDS
+    local name=$1 limit=$2 begun=$SECONDS left=$((deadline - SECONDS)) state
     shift 2
-    if timeout "$limit" "$@" > "$out/$name.log" 2>&1; then state=passed; else state="failed ($?)" failed=1; fi
-    printf '%-22s %-14s %4d s\n' "$name" "$state" $((SECONDS - begun)) | tee -a "$out/summary.txt"
+    if [ $left -lt 5 ]; then
+        say "$name" "left out" "no time"
+        failed=1
+        return 1
+    fi
+    if timeout $((limit < left ? limit : left)) "$@" > "$out/$name.log" 2>&1; then state=passed; else state="failed ($?)" failed=1; fi
+    say "$name" "$state" "$((SECONDS - begun)) s"
+    [ "$state" = passed ]
 }
 
-train() { # NAME DEVICE SET...
-    local name=$1 on=$2
-    shift 2
-    RUST_LOG=lowkey_kernels=info "$lowkey" train configs/quickstart.toml --out "$out/runs/$name" --overwrite --device "$on" --set training.steps="$steps" \
-        --set lr_scheduler.warmup_steps=$((steps < 20 ? steps / 2 : 10)) --set eval.every=0 --set eval.batches=1 --set metrics.every=1 "$@"
+# A run of one of the two models whose loss is followed, 256 tokens a step for the large one: what a CPU can do, too.
+train() { # MODEL NAME DEVICE SET...
+    local model=$1 name=$2 on=$3
+    shift 3
+    local run=configs/quickstart.toml set=()
+    case $model in
+        small) if [ -n "${TEXT:-}" ]; then run=configs/shakespeare-char.toml set=(--set data.path="$TEXT"); fi ;;
+        large)
+            run=configs/mla-124m.toml
+            set=(--set data.dataset=datasets/storybook.toml --set data.seq_len=256 --set training.batch_size=1
+                --set 'eval.prompts=[]' --set checkpoint.keep=1 --set optimizer.lr=3e-4)
+            ;;
+    esac
+    RUST_LOG=lowkey_kernels=info "$lowkey" train "$run" --out "$out/runs/$model-$name" --overwrite --device "$on" "${set[@]}" \
+        --set training.steps="$steps" --set lr_scheduler.warmup_steps=$((steps / 3)) --set eval.every=0 --set eval.batches=1 \
+        --set checkpoint.every=0 --set metrics.every=1 --set metrics.tensorboard=false "$@"
 }
-
-: > "$out/summary.txt"
-part devices 30 "$lowkey" devices --json
-if [ -n "${TESTS:-}" ]; then
-    part kernels 120 env LOWKEY_TEST_DEVICE="$device" "$TESTS" attention:: block:: cached:: fused:: optim:: gpu::
-fi
 export -f train
 export lowkey out steps
-part train-cpu 90 bash -c 'train cpu cpu'
-part train-f32 60 bash -c "train f32 $device"
-part curves-f32 10 "$python" experiments/gpu/curves.py "$out/runs/cpu" "$out/runs/f32" --within 1e-3
-for dtype in bf16 f16; do
-    if "$lowkey" bench train --shape d256 --batch 1 --seq 32 --steps 1 --warmup 0 --device "$device" --dtype $dtype > /dev/null 2>&1; then
-        part "train-$dtype" 60 bash -c "train $dtype $device --set training.dtype=$dtype"
-        part "curves-$dtype" 10 "$python" experiments/gpu/curves.py "$out/runs/f32" "$out/runs/$dtype" --within 0.05
-    else
-        printf '%-22s not on this device\n' "train-$dtype" | tee -a "$out/summary.txt"
+
+# A run's curve is there before the evaluation on the whole held-out text that ends it: that one may be cut short.
+curve() { # MODEL NAME SECONDS DEVICE SET...
+    local model=$1 name=$2 limit=$3 on=$4
+    shift 4
+    part "train-$model-$name" "$limit" bash -c "train $model $name $on $*"
+}
+
+follow() { # MODEL A B WITHIN
+    part "curves-$1-$3" 10 "$python" experiments/gpu/curves.py "$out/runs/$1-$2" "$out/runs/$1-$3" --within "$4"
+}
+
+part devices 30 "$lowkey" devices --json
+# bf16 where the device has it: what the peer computes in.
+dtype=f32
+for format in bf16 f16; do
+    if "$lowkey" bench train --shape d256 --batch 1 --seq 32 --steps 1 --warmup 0 --device "$device" --dtype $format > /dev/null 2>&1; then
+        formats="${formats:-} $format"
     fi
 done
-for shape in $shapes; do
-    # bf16 where the device has it: what the peer computes in.
-    dtype=f32
-    if [ -d "$out/runs/bf16" ]; then dtype=bf16; fi
-    part "speed-$shape" 150 "$python" experiments/speed/compare.py --what train --shapes "$shape" --device "$device" --dtype $dtype \
-        --rounds 2 --steps 8 --warmup 4 --lowkey "$lowkey" --out "$out/speed-$shape.csv" ${PEER:+--peer "$PEER"}
+case " ${formats:-} " in *" bf16 "*) dtype=bf16 ;; esac
+
+for of in $parts; do
+    case $of in
+        tests)
+            for binary in ${TESTS:-}; do
+                part "tests-$(basename "$binary" | sed 's/-.*//')" 150 env LOWKEY_TEST_DEVICE="$device" "$binary" \
+                    attention:: block:: cached:: fused:: optim:: gpu:: replicas:: step::
+            done
+            ;;
+        speed)
+            for shape in $shapes; do
+                part "speed-$shape" 200 "$python" experiments/speed/compare.py --what train --shapes "$shape" --device "$device" --dtype $dtype \
+                    --rounds "${ROUNDS:-2}" --steps 8 --warmup 4 --lowkey "$lowkey" --out "$out/speed-$shape.csv" ${PEER:+--peer "$PEER"}
+            done
+            for shape in ${shapes%% *}; do
+                part "kernels-$shape" 90 "$lowkey" bench ops --shape "$shape" --device "$device" --dtype $dtype --steps 4 --warmup 2
+            done
+            ;;
+        curves)
+            # The CPU's runs take longest and need no GPU: both at once, beside the others.
+            (
+                timeout $((deadline - SECONDS)) bash -c "train small cpu cpu" > "$out/train-small-cpu.log" 2>&1
+                timeout $((deadline - SECONDS)) bash -c "train large cpu cpu" > "$out/train-large-cpu.log" 2>&1
+            ) &
+            for model in small large; do
+                curve $model f32 90 "$device"
+                for format in ${formats:-}; do
+                    curve $model $format 90 "$device" --set training.dtype=$format
+                    follow $model f32 $format 0.05
+                done
+            done
+            # As far as the CPU has come: the curves are compared step by step.
+            wait
+            for model in small large; do follow $model cpu f32 1e-3; done
+            ;;
+        *) say "$of" unknown "parts are tests, speed, curves" && failed=1 ;;
+    esac
 done
-cat "$out"/curves-*.log "$out"/speed-*.log 2> /dev/null | tee -a "$out/summary.txt"
+cat "$out"/curves-*.log "$out"/speed-*.log "$out"/kernels-*.log 2> /dev/null | tee -a "$out/summary.txt"
 exit $failed

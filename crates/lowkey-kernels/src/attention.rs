@@ -68,7 +68,7 @@ pub fn scores(q: Tensor<4>, k: Tensor<4>, mask: &Mask, scale: f64) -> Tensor<4> 
         forbidden.expand([rows, per_group, queries, keys]).reshape([rows, 1, per_group * queries, keys])
     };
     let forbidden = forbidden.expand([batch, groups, per_group * queries, keys]);
-    q.matmul(k.swap_dims(2, 3)).mask_fill(forbidden, f32::NEG_INFINITY)
+    products(q, k.swap_dims(2, 3)).mask_fill(forbidden, f32::NEG_INFINITY)
 }
 
 /// `softmax(scale · q kᵀ + mask) v`. Every query must be allowed at least one key.
@@ -79,7 +79,16 @@ pub fn scores(q: Tensor<4>, k: Tensor<4>, mask: &Mask, scale: f64) -> Tensor<4> 
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: &Mask, scale: f64) -> Tensor<4> {
     let [batch, heads, queries, _] = q.dims();
     let d_v = v.dims()[3];
-    softmax(scores(q, k, mask, scale), 3).matmul(v).reshape([batch, heads, queries, d_v])
+    products(softmax(scores(q, k, mask, scale), 3), v).reshape([batch, heads, queries, d_v])
+}
+
+/// `a · b` of as many matrices each. Burn's `matmul` would compute it, too, but in TF32 where a GPU has it.
+pub(crate) fn products(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
+    #[cfg(feature = "gpu")]
+    if let Some(out) = crate::gpu::product::batched(&a, &b) {
+        return out;
+    }
+    a.matmul(b)
 }
 
 #[cfg(test)]

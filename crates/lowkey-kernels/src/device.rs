@@ -77,6 +77,29 @@ pub struct Properties {
     pub matrix_units: Vec<String>,
 }
 
+/// What a GPU has spent on one kernel, or on all launches for one purpose.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KernelTime {
+    /// The product with its shape, or the kernel's own name.
+    pub name: String,
+    /// How often it ran.
+    pub launches: usize,
+    /// All launches together, on the device's clock where it has one.
+    pub seconds: f64,
+    /// Floating-point operations of all launches; 0 where they were not counted.
+    pub flops: f64,
+}
+
+/// Runs `job` and tells what each GPU kernel in it took, longest first. `job` has to wait for the device itself.
+///
+/// The kernels run one after the other as they otherwise do; marking where each begins and ends costs the host some time.
+pub fn profile<R>(job: impl FnOnce() -> R) -> (R, Vec<KernelTime>) {
+    #[cfg(feature = "gpu")]
+    return crate::gpu::profile::profile(job);
+    #[cfg(not(feature = "gpu"))]
+    (job(), Vec::new())
+}
+
 /// Opens a device: `auto`, `cpu`, or a kind of GPU with or without a number, `cuda`, `wgpu:1`.
 ///
 /// `auto` is the first GPU that is none in software: of CUDA before others; else the CPU.
@@ -133,6 +156,16 @@ pub fn properties(device: &Device) -> Option<Properties> {
     }
     let _ = device;
     None
+}
+
+/// Whether devices of this kind can add up tensors among themselves, without the host: NVIDIA's through `cuda`, where NCCL is found.
+pub fn has_collectives(device: &Device) -> bool {
+    #[cfg(feature = "gpu")]
+    if !is_cpu(device) {
+        return crate::gpu::has_collectives(&device.clone().without_autodiff());
+    }
+    let _ = device;
+    false
 }
 
 /// Kinds of device that this build leaves out, with the Cargo feature that has each.

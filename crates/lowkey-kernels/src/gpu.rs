@@ -5,17 +5,19 @@
 
 mod attention;
 mod block;
+mod judge;
 mod loss;
 pub(crate) mod optim;
 mod pointwise;
-mod product;
+pub(crate) mod product;
+pub(crate) mod profile;
 mod properties;
 mod rows;
 mod tiles;
 pub(crate) mod tune;
 mod units;
 
-pub(crate) use properties::properties;
+pub(crate) use properties::{has_collectives, properties};
 
 use burn::backend::ops::{FloatTensorOps, ModuleOps};
 use burn::tensor::{DType, FloatDType, Shape};

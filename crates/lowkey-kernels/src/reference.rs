@@ -6,7 +6,7 @@
 use burn::tensor::module::embedding;
 use burn::tensor::{Int, Tensor, activation::log_softmax, activation::sigmoid};
 
-use crate::attention::{Mask, attention};
+use crate::attention::{Mask, attention, products};
 use crate::block::{LatentWeights, MlaDims, MlpWeights};
 
 /// See [`crate::embed`].
@@ -67,7 +67,7 @@ pub fn absorbed_attention(
     });
     let (q, w_uv) = match maps {
         Some((w_uk, w_uv)) => {
-            let q_nope = q.clone().narrow(3, 0, nope).matmul(w_uk);
+            let q_nope = products(q.clone().narrow(3, 0, nope), w_uk);
             let q = if rope > 0 { Tensor::cat(vec![q_nope, q.narrow(3, nope, rope)], 3) } else { q_nope };
             (q, Some(w_uv))
         }
@@ -77,7 +77,7 @@ pub fn absorbed_attention(
     let cache = cache.reshape([batch, 1, keys, width]);
     let out = attention(q, cache.clone(), cache.narrow(3, 0, rank), &mask, scale);
     let out = match w_uv {
-        Some(w_uv) => out.matmul(w_uv.swap_dims(2, 3)),
+        Some(w_uv) => products(out, w_uv.swap_dims(2, 3)),
         None => out,
     };
     let [.., width] = out.dims();

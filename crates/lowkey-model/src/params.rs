@@ -103,7 +103,7 @@ struct TakeValues<'a> {
 impl ModuleMapper for TakeValues<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         param.map(|old| {
-            let stand_in = Tensor::<D>::zeros([1; D], &old.device().without_autodiff()).expand(old.dims());
+            let stand_in = Tensor::<D>::empty([1; D], &old.device().without_autodiff()).expand(old.dims());
             let stand_in = in_place_of(&old, stand_in);
             self.taken.push(self.path.parameter(self.config, old));
             stand_in

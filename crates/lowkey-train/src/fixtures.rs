@@ -6,14 +6,39 @@ use std::sync::atomic::AtomicBool;
 use burn::tensor::{Device, Tensor};
 use lowkey_data::{Batch, IGNORE};
 use lowkey_kernels::Precision;
-use lowkey_model::{CausalLm, ModelConfig, ModelSection, Recompute};
+use lowkey_model::{CausalLm, ModelConfig, ModelSection, Parameter, Recompute};
 use tempfile::TempDir;
 
 use crate::error::Result;
 use crate::metrics::Metrics;
-use crate::run_config::RunConfig;
+use crate::optimizer::Optimizer;
+use crate::replicas::Replica;
+use crate::run_config::{OptimizerKind, OptimizerSection, RunConfig};
 use crate::train::{Event, Outcome, RunOptions, train};
-use crate::workers::PassSettings;
+use crate::workers::{PassSettings, Workers};
+
+/// The CPU, or the device that `LOWKEY_TEST_DEVICE` names; records gradients.
+pub(crate) fn test_device() -> Device {
+    let name = std::env::var("LOWKEY_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
+    lowkey_kernels::device::open(&name).unwrap().autodiff()
+}
+
+/// A replica of a small model with an optimiser, on the test device and one thread.
+pub(crate) fn replica(kind: OptimizerKind) -> Replica {
+    let section = OptimizerSection {
+        kind,
+        lr: 1e-2,
+        momentum: None,
+        betas: [0.9, 0.95],
+        eps: 1e-8,
+        weight_decay: 0.1,
+        grad_clip: Some(1.0),
+    };
+    let device = test_device();
+    let model = model(29, 16, 5, &device);
+    let optimizer = Optimizer::new(&section, &model.parameters(), Parameter::is_matrix);
+    Replica { device, model, optimizer, workers: Workers::new(1, 1).unwrap(), gate: None }
+}
 
 /// A small `[model]` section.
 pub(crate) const MODEL: &str = "

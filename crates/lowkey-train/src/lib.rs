@@ -9,11 +9,12 @@
 //!
 //! **Flow.** [`RunConfig::load`] → [`setup`] opens the corpus and resolves the model → each step: the sampler's batch for
 //! (seed, step), [`Workers::gradients`], a check that all is finite, clipping to the global norm, [`Optimizer::step`] → every so
-//! many steps an [`evaluate`], samples, a line of metrics, a checkpoint.
+//! many steps an [`evaluate`], samples, a line of metrics, a checkpoint. On a GPU the check and the clipping are the device's, and
+//! steps are queued ahead; several devices have a replica each and add up their gradients.
 //!
 //! **Invariants.** The batch is a pure function of (seed, step), and nothing random happens elsewhere: a run that was killed
-//! and resumed ends with the same bits as one that was not, on the CPU, for the same number of threads. Weights change only
-//! by a finite step. A checkpoint is either whole or absent.
+//! and resumed ends with the same bits as one that was not, for the same number of threads or the same devices. Weights change only
+//! by a finite step. Replicas are equal to the last bit. A checkpoint is either whole or absent.
 //!
 //! **What this crate does not know.** The command line, the terminal, how a model computes.
 
@@ -28,6 +29,8 @@ mod loss_scale;
 mod metrics;
 mod optimizer;
 mod plan;
+mod prefetch;
+mod replicas;
 mod resume;
 mod rows;
 mod run_config;
@@ -45,8 +48,9 @@ pub use checkpoint::{Checkpoints, TrainerState};
 pub use error::{Error, Result};
 pub use evaluate::{ClassEvaluation, Evaluation, Held, LatentHealth, RankEvaluation, evaluate};
 pub use loss_scale::LossScale;
+pub use lowkey_kernels::optim::clip_factor;
 pub use metrics::{Metrics, MetricsFile};
-pub use optimizer::{Optimizer, ParameterState, clip_factor, global_norm};
+pub use optimizer::{Optimizer, ParameterState, Update, global_norm};
 pub use plan::{EXPECTED_MFU, Plan};
 pub use rows::BatchRef;
 pub use run_config::{
@@ -54,7 +58,7 @@ pub use run_config::{
     RunConfig, RunSection, SchedulerKind, SchedulerSection, TrainingSection,
 };
 pub use run_data::RunData;
-pub use setup::{Setup, device, planned_model, setup};
+pub use setup::{Setup, device, devices, planned_model, setup};
 pub use tensorboard::EventWriter;
 pub use train::{Event, Outcome, RunOptions, train};
-pub use workers::{StepGradients, Workers, available_threads, matmul_ceiling, memory};
+pub use workers::{StepGradients, Workers, available_threads, ceiling, matmul_ceiling, memory};

@@ -1,7 +1,8 @@
 //! AdamW and Muon over the flat list of parameters.
 
 use burn::tensor::Tensor;
-use lowkey_kernels::optim::{self, AdamWStep, MuonStep};
+use lowkey_kernels::Precision;
+use lowkey_kernels::optim::{self, AdamWStep, Gate, MuonStep};
 use lowkey_model::Parameter;
 use rayon::prelude::*;
 
@@ -27,6 +28,26 @@ pub struct Optimizer {
     weight_decay: Vec<f64>,
     states: Vec<ParameterState>,
     steps: u64,
+}
+
+/// What differs from step to step.
+#[derive(Clone, Copy, Debug)]
+pub struct Update<'a> {
+    /// Factor on the gradients.
+    pub clip: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// What a GPU has found of the gradients, if it was asked.
+    pub gate: Option<&'a Gate>,
+    /// What Muon's products are computed in, on a GPU.
+    pub precision: Precision,
+}
+
+impl Update<'_> {
+    /// A step that the host has decided upon, in f32.
+    pub fn new(clip: f64, lr: f64) -> Self {
+        Self { clip, lr, gate: None, precision: Precision::F32 }
+    }
 }
 
 /// What the optimiser remembers of one parameter, `[numel]` each.
@@ -99,14 +120,14 @@ impl Optimizer {
         self.steps = steps;
     }
 
-    /// One step with the gradients times `clip`; returns the new values in the order of `parameters`.
+    /// One step; returns the new values in the order of `parameters`.
     pub fn step(
         &mut self,
         parameters: Vec<Parameter>,
         gradients: Vec<Tensor<1>>,
-        clip: f64,
-        lr: f64,
+        update: &Update<'_>,
     ) -> Vec<Tensor<1>> {
+        let Update { clip, lr, gate, precision } = *update;
         self.steps += 1;
         let Self { betas, eps, momentum, steps, .. } = *self;
         parameters
@@ -121,14 +142,14 @@ impl Optimizer {
                 match std::mem::replace(state, nothing) {
                     ParameterState::AdamW { m, v } => {
                         let step = AdamWStep { clip, lr, betas, eps, weight_decay, step: steps };
-                        let (value, m, v) = optim::adamw(value, gradient, m, v, step);
+                        let (value, m, v) = optim::adamw(value, gradient, m, v, step, gate);
                         *state = ParameterState::AdamW { m, v };
                         value
                     }
                     ParameterState::Muon { momentum: buffer } => {
-                        let step = MuonStep { clip, lr, momentum, weight_decay };
+                        let step = MuonStep { clip, lr, momentum, weight_decay, precision };
                         let width = shape.iter().skip(1).product();
-                        let (value, momentum) = optim::muon(value, gradient, buffer, width, &maps, step);
+                        let (value, momentum) = optim::muon(value, gradient, buffer, width, &maps, step, gate);
                         *state = ParameterState::Muon { momentum };
                         value
                     }
@@ -153,11 +174,6 @@ pub fn global_norm(gradients: &[Tensor<1>]) -> Result<f64, (usize, f64)> {
         total += squares;
     }
     Ok(total.sqrt())
-}
-
-/// The factor that scales gradients of global norm `norm` to at most `limit`, as PyTorch's `clip_grad_norm_` has it.
-pub fn clip_factor(norm: f64, limit: f64) -> f64 {
-    (limit / (norm + 1e-6)).min(1.0)
 }
 
 #[cfg(test)]

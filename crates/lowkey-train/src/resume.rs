@@ -75,6 +75,7 @@ fn comparable(config: &RunConfig) -> Result<toml::Table> {
     let mut config = config.clone();
     config.training.steps = 1;
     config.run.device = String::new();
+    config.run.devices = Vec::new();
     config.run.name = String::new();
     let mut table: toml::Table = toml::from_str(&config.to_toml()?)
         .map_err(|e| Error::RunFile { path: "run.toml".into(), why: e.to_string() })?;

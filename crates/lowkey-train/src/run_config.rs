@@ -57,6 +57,16 @@ pub struct RunSection {
     /// `auto`, `cpu`, or the name of a GPU backend.
     #[serde(default = "auto")]
     pub device: String,
+    /// Several devices of one kind, `["cuda:0", "cuda:1"]`, that share the rows of every batch; empty: `device` alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
+}
+
+impl RunSection {
+    /// The names of the run's devices, as a user reads them.
+    pub fn device_names(&self) -> String {
+        if self.devices.is_empty() { self.device.clone() } else { self.devices.join(", ") }
+    }
 }
 
 fn auto() -> String {
@@ -370,6 +380,11 @@ impl RunConfig {
         let TrainingSection { recompute, z_loss, distillation, dtype, .. } = self.training;
         let micro_batch = self.micro_batch_size();
         PassSettings { micro_batch, recompute, z_loss, narrow, distillation, precision: dtype, loss_scale: 1.0 }
+    }
+
+    /// Sequences that a device has in a pass: a share of the batch, where several share it.
+    pub fn rows_of_a_pass(&self) -> usize {
+        self.micro_batch_size().min(self.training.batch_size / self.run.devices.len().max(1))
     }
 
     /// Sequences per forward and backward pass.

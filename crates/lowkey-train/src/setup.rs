@@ -8,7 +8,8 @@ use lowkey_kernels::device::is_cpu;
 use lowkey_model::ModelConfig;
 
 use crate::error::{Error, Result};
-use crate::run_config::RunConfig;
+use crate::replicas::check_kinds;
+use crate::run_config::{RunConfig, RunSection};
 use crate::run_data::{self, RunData};
 use crate::train::{Event, RunOptions};
 use crate::workers::memory;
@@ -19,6 +20,23 @@ use crate::workers::memory;
 /// [`Error::Config`] for a name that is unknown, not built in, or not here.
 pub fn device(name: &str) -> Result<Device> {
     lowkey_kernels::device::open(name).map_err(|e| Error::config("run.device", name, e.to_string()))
+}
+
+/// The devices of a run, which record gradients.
+///
+/// # Errors
+/// [`Error::Config`] as [`device()`], and for several that could not keep in step.
+pub fn devices(section: &RunSection) -> Result<Vec<Device>> {
+    if section.devices.is_empty() {
+        return Ok(vec![device(&section.device)?.autodiff()]);
+    }
+    let open = |name: &String| {
+        let opened = lowkey_kernels::device::open(name);
+        opened.map_err(|e| Error::config("run.devices", name, e.to_string()))
+    };
+    let devices = section.devices.iter().map(open).collect::<Result<Vec<_>>>()?;
+    check_kinds(&devices)?;
+    Ok(devices.into_iter().map(Device::autodiff).collect())
 }
 
 fn check_tf32(device: &Device) -> Result<()> {
@@ -195,9 +213,9 @@ fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig)
 }
 
 /// Refuses a run that this machine cannot hold, before an allocation fails and takes the process with it.
-pub(crate) fn check_memory(config: &RunConfig, model: &ModelConfig) -> Result<()> {
-    let needed =
-        model.train_bytes(config.micro_batch_size(), config.data.seq_len, config.threads(), config.training.recompute);
+pub(crate) fn check_memory(config: &RunConfig, model: &ModelConfig, replicas: usize) -> Result<()> {
+    let (rows, seq, threads) = (config.rows_of_a_pass(), config.data.seq_len, config.threads());
+    let needed = replicas * model.train_bytes(rows, seq, threads.div_ceil(replicas), config.training.recompute);
     let lower = "the model's sizes, training.micro_batch_size or data.seq_len";
     check_bytes("training", needed, lower, model)
 }
@@ -208,10 +226,10 @@ pub(crate) fn check_memory(config: &RunConfig, model: &ModelConfig) -> Result<()
 /// [`Error::Tensor`].
 pub(crate) fn check_tensors(config: &RunConfig, model: &ModelConfig, device: &Device) -> Result<()> {
     const MIB: f64 = (1u64 << 20) as f64;
-    let needed = model.largest_tensor_bytes(config.micro_batch_size(), config.data.seq_len);
+    let needed = model.largest_tensor_bytes(config.rows_of_a_pass(), config.data.seq_len);
     match lowkey_kernels::device::properties(device) {
         Some(properties) if needed as u64 > properties.max_tensor => Err(Error::Tensor {
-            device: format!("{} ({})", config.run.device, properties.part),
+            device: format!("{} ({})", config.run.device_names(), properties.part),
             needed_mib: needed as f64 / MIB,
             limit_mib: properties.max_tensor as f64 / MIB,
         }),

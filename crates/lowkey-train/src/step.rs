@@ -1,47 +1,91 @@
 //! One optimiser step: gradients, a check that all is finite, clipping, new weights.
 
-use burn::tensor::Device;
+use lowkey_kernels::optim::{Fault, Gate, Judgement, Terms, Verdict, clip_factor};
 use lowkey_model::CausalLm;
 
 use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
-use crate::optimizer::{Optimizer, clip_factor, global_norm};
+use crate::optimizer::{Update, global_norm};
+use crate::replicas::{Replica, Replicas};
 use crate::rows::BatchRef;
-use crate::workers::{PassSettings, Workers};
+use crate::workers::{PassSettings, StepGradients};
 
 /// What stays the same from step to step.
 pub(crate) struct StepSettings<'a> {
-    /// Threads that share the rows.
-    pub(crate) workers: &'a Workers,
-    /// Where the model lies; records gradients.
-    pub(crate) device: &'a Device,
-    /// How its gradients are computed.
+    /// How gradients are computed.
     pub(crate) passes: PassSettings<'a>,
     /// Largest global norm of the gradient.
     pub(crate) grad_clip: Option<f64>,
 }
 
-/// What a step has measured on its way.
+/// A step that was taken, or will be once the device comes to it.
+#[derive(Debug)]
 pub(crate) struct StepTaken {
-    /// Mean loss per target before the step.
-    pub(crate) loss: f64,
-    /// Global norm of the gradient before clipping.
-    pub(crate) norm: f64,
-    /// Targets of the batch.
+    /// Steps before it.
+    step: u64,
+    /// Rows of its batch.
+    rows: u64,
+    /// Targets of its batch.
     pub(crate) targets: usize,
+    outcome: Outcome,
+}
+
+#[derive(Debug)]
+enum Outcome {
+    /// The host has decided.
+    Known(Judgement),
+    /// The device will have decided, and has not written anything if the step was impossible.
+    Queued(Box<Verdict>),
+}
+
+impl StepTaken {
+    /// Whether nobody has to wait for it.
+    pub(crate) fn is_known(&self) -> bool {
+        matches!(self.outcome, Outcome::Known(_))
+    }
+
+    /// Mean loss per target before the step, and the global norm of the gradient before clipping. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`], with model and optimiser as they were before the step, where loss or gradient is no number;
+    /// [`Error::Device`] where the device does not answer.
+    pub(crate) fn wait(self, model: &CausalLm) -> Result<Judgement> {
+        let judgement = match self.outcome {
+            Outcome::Known(judgement) => judgement,
+            Outcome::Queued(verdict) => verdict.wait().map_err(|why| Error::Device { what: "a step's loss", why })?,
+        };
+        match judgement.fault {
+            None => Ok(judgement),
+            Some(fault) => Err(non_finite(self.step, self.rows, fault, judgement, model)),
+        }
+    }
+}
+
+fn non_finite(step: u64, rows: u64, fault: Fault, judgement: Judgement, model: &CausalLm) -> Error {
+    let (what, value) = match fault {
+        Fault::Loss => ("the loss".to_owned(), judgement.loss),
+        Fault::Gradient(i) => {
+            let name = model.parameters().into_iter().nth(i).map_or_else(|| "?".into(), |p| p.name);
+            (format!("the gradient of {name}"), judgement.norm)
+        }
+        Fault::Norm => ("the norm of all gradients".to_owned(), judgement.norm),
+    };
+    Error::NonFinite { step: step + 1, what, value, first_row: step * rows, last_row: (step + 1) * rows - 1 }
 }
 
 impl StepSettings<'_> {
     /// Takes one step on `batch`; `step` counts those before it.
     ///
-    /// With a loss scale, a gradient that overflows makes it smaller, and the step is computed again.
+    /// On the CPU it is over when this returns. On a GPU it is queued, with the decision whether it may be taken: where the loss or a
+    /// gradient is no number, the device leaves model and optimiser as they are, in this and all later steps.
+    ///
+    /// With a loss scale, a gradient that overflows makes it smaller, and the step is computed again: that is waited for.
     ///
     /// # Errors
-    /// [`Error::NonFinite`], with model and optimiser as they were, where the loss or a gradient is no number.
+    /// As [`StepTaken::wait`], for what is known at once.
     pub(crate) fn step<'a>(
         &self,
-        model: &mut CausalLm,
-        optimizer: &mut Optimizer,
+        replicas: &mut Replicas,
         batch: impl Into<BatchRef<'a>>,
         step: u64,
         lr: f64,
@@ -49,36 +93,155 @@ impl StepSettings<'_> {
     ) -> Result<StepTaken> {
         let batch: BatchRef = batch.into();
         let rows = batch.count() as u64;
-        let non_finite = |what: String, value: f64| Error::NonFinite {
-            step: step + 1,
-            what,
-            value,
-            first_row: step * rows,
-            last_row: (step + 1) * rows - 1,
-        };
-        let (result, factor, norm) = loop {
+        let (results, decision) = loop {
             let factor = scale.as_ref().map_or(1.0, |scale| scale.factor);
             let passes = PassSettings { loss_scale: factor, ..self.passes };
-            let result = self.workers.gradients(model, batch, passes, self.device)?;
-            if !result.loss.is_finite() {
-                return Err(non_finite("the loss".into(), result.loss));
-            }
-            match self.workers.together(|| global_norm(&result.gradients)) {
-                Ok(norm) => break (result, factor, norm / factor),
-                Err((i, value)) => {
-                    if scale.as_deref_mut().is_some_and(LossScale::overflowed) {
-                        continue;
-                    }
-                    let name = model.parameters().into_iter().nth(i).map_or_else(|| "?".into(), |p| p.name);
-                    return Err(non_finite(format!("the gradient of {name}"), value));
+            let results = replicas.gradients(batch, passes)?;
+            let mut decision = self.decide(replicas, &results, factor, scale.is_some())?;
+            if let Some(scale) = scale.as_deref_mut() {
+                match decision.wait_here()?.fault {
+                    None => scale.passed(),
+                    // A loss that is no number is none at any scale.
+                    Some(Fault::Gradient(_) | Fault::Norm) if scale.overflowed() => continue,
+                    Some(_) => {}
                 }
             }
+            break (results, decision);
         };
-        if let Some(scale) = scale {
-            scale.passed();
+        let targets = batch.target_tokens();
+        let taken = |outcome| StepTaken { step, rows, targets, outcome };
+        let Decision { outcome, gates, clip } = decision;
+        if let Outcome::Known(judgement) = outcome
+            && let Some(fault) = judgement.fault
+        {
+            return Err(non_finite(step, rows, fault, judgement, &replicas.main().model));
         }
+        let precision = self.passes.precision;
+        replicas.update(results, gates, |gate| Update { clip, lr, gate, precision });
+        Ok(taken(outcome))
+    }
+
+    /// Computes the gradients of a batch and forgets them: afterwards kernels are compiled and chosen.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub(crate) fn warm_up<'a>(&self, replicas: &Replicas, batch: impl Into<BatchRef<'a>>) -> Result<()> {
+        drop(replicas.gradients(batch.into(), self.passes)?);
+        replicas.finish()
+    }
+
+    /// Whether the step may be taken: where the gradients lie, if that is a GPU.
+    ///
+    /// `anew`: whatever was decided before has been dealt with.
+    fn decide(&self, replicas: &Replicas, results: &[StepGradients], factor: f64, anew: bool) -> Result<Decision> {
+        let main = replicas.main();
+        let Some(result) = results.first() else { unreachable!("there is a replica") };
+        let terms = Terms { mean: result.mean(), scale: factor, limit: self.grad_clip };
+        let judge = |(replica, result): (&Replica, &StepGradients)| {
+            let before = if anew { None } else { replica.gate.as_ref() };
+            Gate::of(&result.losses, &result.gradients, terms, before)
+        };
+        let gates: Vec<Option<Gate>> = replicas.all().iter().zip(results).map(judge).collect();
+        // All of them judge the same sums.
+        if let Some(Some(gate)) = gates.first() {
+            let verdict = Box::new(gate.ask());
+            return Ok(Decision { outcome: Outcome::Queued(verdict), gates, clip: 1.0 });
+        }
+        let loss = result.loss()?;
+        let (norm, fault) = match main.workers.together(|| global_norm(&result.gradients)) {
+            _ if !loss.is_finite() => (0.0, Some(Fault::Loss)),
+            Ok(norm) => (norm / factor, None),
+            Err((i, value)) => (value, Some(Fault::Gradient(i))),
+        };
         let clip = self.grad_clip.map_or(1.0, |limit| clip_factor(norm, limit)) / factor;
-        self.workers.together(|| model.update(|parameters| optimizer.step(parameters, result.gradients, clip, lr)));
-        Ok(StepTaken { loss: result.loss, norm, targets: result.targets })
+        Ok(Decision { outcome: Outcome::Known(Judgement { loss, norm, fault }), gates, clip })
+    }
+}
+
+struct Decision {
+    outcome: Outcome,
+    /// Of each replica.
+    gates: Vec<Option<Gate>>,
+    /// The host's factor on the gradients.
+    clip: f64,
+}
+
+impl Decision {
+    /// Waits for the device where it is the one that decides.
+    fn wait_here(&mut self) -> Result<Judgement> {
+        let unknown = Judgement { loss: 0.0, norm: 0.0, fault: None };
+        let judgement = match std::mem::replace(&mut self.outcome, Outcome::Known(unknown)) {
+            Outcome::Known(judgement) => judgement,
+            Outcome::Queued(verdict) => verdict.wait().map_err(|why| Error::Device { what: "a step's loss", why })?,
+        };
+        self.outcome = Outcome::Known(judgement);
+        Ok(judgement)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{bits, passes, replica, uneven_batch, weight_bits};
+    use crate::run_config::OptimizerKind;
+
+    /// Weights and the optimiser's memory.
+    fn state(replicas: &Replicas) -> Vec<u32> {
+        let Replica { model, optimizer, .. } = replicas.main();
+        let states = optimizer.state().0.iter().flat_map(|state| state.tensors()).map(|(_, tensor)| tensor);
+        weight_bits(model).into_iter().chain(bits(states)).collect()
+    }
+
+    #[test]
+    fn a_step_that_is_no_number_changes_nothing_and_neither_does_what_was_queued_after_it() {
+        for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
+            let mut replicas = Replicas::new(replica(kind), vec![replica(kind)]);
+            let good = StepSettings { passes: passes(4), grad_clip: Some(0.5) };
+            let bad =
+                StepSettings { passes: PassSettings { z_loss: f64::INFINITY, ..passes(4) }, grad_clip: Some(0.5) };
+            let batch = |step| uneven_batch(4, 11, 29, step);
+            let mut norms = Vec::new();
+            for step in 0..2 {
+                let taken = good.step(&mut replicas, &batch(step), step, 1e-2, None).unwrap();
+                norms.push(taken.wait(&replicas.main().model).unwrap().norm);
+            }
+            assert!(norms.iter().all(|norm| norm.is_finite() && *norm > 0.5), "{norms:?}");
+            let before = state(&replicas);
+            let model = replicas.main().model.clone();
+            let error = match bad.step(&mut replicas, &batch(2), 2, 1e-2, None) {
+                // The CPU, which waits for itself.
+                Err(error) => error,
+                Ok(taken) => {
+                    assert!(!taken.is_known());
+                    drop(good.step(&mut replicas, &batch(3), 3, 1e-2, None).unwrap());
+                    taken.wait(&model).unwrap_err()
+                }
+            };
+            let Error::NonFinite { step, first_row, last_row, value, .. } = error else { panic!("{error}") };
+            assert_eq!((step, first_row, last_row), (3, 8, 11));
+            assert!(!value.is_finite());
+            assert!(state(&replicas) == before, "{kind:?}: something was written");
+            assert!(replicas.agree());
+        }
+    }
+
+    #[test]
+    fn a_step_is_the_same_whether_anybody_waits_for_it() {
+        let run = |wait: bool| {
+            let mut replicas = Replicas::new(replica(OptimizerKind::AdamW), Vec::new());
+            let settings = StepSettings { passes: passes(2), grad_clip: Some(0.5) };
+            let mut queued = Vec::new();
+            for step in 0..5 {
+                let taken = settings.step(&mut replicas, &uneven_batch(4, 11, 29, step), step, 1e-2, None).unwrap();
+                if wait {
+                    replicas.finish().unwrap();
+                }
+                queued.push(taken);
+            }
+            let model = replicas.main().model.clone();
+            let judged: Vec<_> = queued.into_iter().map(|taken| taken.wait(&model).unwrap()).collect();
+            (judged, state(&replicas))
+        };
+        assert!(run(true) == run(false));
     }
 }

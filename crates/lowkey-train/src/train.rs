@@ -1,15 +1,18 @@
 //! The one training loop.
 
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use burn::module::Module;
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
 use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
 use lowkey_kernels::Precision;
-use lowkey_kernels::device::{choose_kernels, chosen_kernels};
+use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
 use lowkey_model::{CausalLm, ModelConfig, Parameter};
 use serde_json::json;
 
@@ -20,13 +23,15 @@ use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::metrics::{Metrics, MetricsFile};
 use crate::optimizer::{Optimizer, global_norm};
 use crate::plan::Plan;
+use crate::prefetch::Prefetch;
+use crate::replicas::{Replica, Replicas, threads_each};
 use crate::resume;
 use crate::run_config::RunConfig;
 use crate::run_data::{RunData, TrainBatches};
-use crate::setup::{Setup, check_memory, check_precision, check_tensors, device, setup};
-use crate::step::StepSettings;
+use crate::setup::{Setup, check_memory, check_precision, check_tensors, devices, setup};
+use crate::step::{StepSettings, StepTaken};
 use crate::tensorboard::EventWriter;
-use crate::workers::{Workers, matmul_ceiling};
+use crate::workers::{Workers, ceiling};
 
 /// Where a run writes, and how it starts.
 #[derive(Clone, Debug)]
@@ -56,6 +61,11 @@ pub enum Event<'a> {
         plan: &'a Plan,
         /// Steps already taken.
         step: u64,
+    },
+    /// A GPU's kernels are compiled, and the fastest were found.
+    WarmedUp {
+        /// What it took.
+        seconds: f64,
     },
     /// A step was taken.
     Step(&'a Metrics),
@@ -104,8 +114,10 @@ pub fn train(
     interrupt: &AtomicBool,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Outcome> {
-    let device = device(&config.run.device)?.autodiff();
-    check_precision(config.training.dtype, &device)?;
+    let devices = devices(&config.run)?;
+    for device in &devices {
+        check_precision(config.training.dtype, device)?;
+    }
     let checkpoints_dir = options.out.join("checkpoints");
     resume::refuse_to_lose_a_run(&checkpoints_dir, options)?;
     std::fs::create_dir_all(&options.out).map_err(|e| Error::io(&options.out, e))?;
@@ -126,7 +138,7 @@ pub fn train(
     if options.resume && found.is_none() {
         observe(Event::Note("no checkpoint to resume from; starting at step 0".into()));
     }
-    let mut run = Run::start(config, options, model_config, data, checkpoints, found.as_deref(), device)?;
+    let mut run = Run::start(config, options, model_config, data, checkpoints, found.as_deref(), devices)?;
     match found {
         // A process may have been killed between a checkpoint and what follows it.
         Some(_) => run.checkpoints.settle(&run.state)?,
@@ -136,22 +148,45 @@ pub fn train(
     }
     run.open_logs()?;
     run.write_head(found.is_some())?;
+    if let Some(reducer) = run.replicas.reducer() {
+        observe(Event::Note(format!("{} devices; gradients are added up by {reducer}", config.run.devices.len())));
+    }
     observe(Event::Ready { plan: &run.plan, step: run.state.step });
+    run.warm_up(observe)?;
     run.steps(interrupt, observe)
+}
+
+/// Steps that may be queued on a GPU before the host waits for the first of them: enough that the device never waits for the host,
+/// few enough that what is shown is new and Ctrl-C is answered.
+const QUEUED: usize = 2;
+
+/// A step whose figures are not yet known.
+struct Queued {
+    taken: StepTaken,
+    /// Steps and targets with it.
+    step: u64,
+    tokens: u64,
+    lr: f64,
+}
+
+fn settings<'a>(config: &RunConfig, narrow: &'a [usize]) -> StepSettings<'a> {
+    StepSettings { passes: config.passes(narrow), grad_clip: config.optimizer.grad_clip }
 }
 
 /// A run in progress.
 struct Run<'a> {
     config: &'a RunConfig,
     options: &'a RunOptions,
-    device: Device,
     data: RunData,
-    batches: TrainBatches,
+    batches: Arc<TrainBatches>,
+    /// The same from the next step on, made ahead.
+    ahead: Prefetch,
     byte_lengths: Vec<u32>,
-    workers: Workers,
-    model: CausalLm,
-    optimizer: Optimizer,
+    replicas: Replicas,
+    /// Steps that are queued and not yet waited for, oldest first.
+    queued: VecDeque<Queued>,
     checkpoints: Checkpoints,
+    /// After the last step that was queued.
     state: TrainerState,
     /// The step of the newest checkpoint.
     saved: Option<u64>,
@@ -161,6 +196,8 @@ struct Run<'a> {
     /// Time of earlier sessions.
     earlier_s: f64,
     started: Instant,
+    /// When the last step was known to be over.
+    counted: Instant,
 }
 
 impl<'a> Run<'a> {
@@ -171,51 +208,63 @@ impl<'a> Run<'a> {
         data: RunData,
         checkpoints: Checkpoints,
         resume: Option<&Path>,
-        device: Device,
+        devices: Vec<Device>,
     ) -> Result<Self> {
         let threads = config.threads();
-        let batches = data.batches(&config.data, config.training.batch_size, config.run.seed)?;
-        check_memory(config, &model_config)?;
-        check_tensors(config, &model_config, &device)?;
+        let batches = Arc::new(data.batches(&config.data, config.training.batch_size, config.run.seed)?);
+        let count = devices.len();
+        check_memory(config, &model_config, if devices.iter().any(is_cpu) { count } else { 1 })?;
+        for device in &devices {
+            check_tensors(config, &model_config, device)?;
+        }
+        let Some(device) = devices.first() else { unreachable!("a run has a device") };
         let model = match (resume, &config.init) {
             // The configuration comes from the run file both times: a decimal fraction need not survive config.json to
             // the last bit.
-            (Some(dir), _) => CausalLm::load_with(dir, &model_config, &device)?,
+            (Some(dir), _) => CausalLm::load_with(dir, &model_config, device)?,
             (None, Some(init)) => {
                 if checkpoint::has_checksums(&init.from) {
                     checkpoint::verify(&init.from)?;
                 }
-                CausalLm::load_with(&init.from, &model_config, &device)?
+                CausalLm::load_with(&init.from, &model_config, device)?
             }
-            (None, None) => CausalLm::init(&model_config, config.run.seed, &device),
+            (None, None) => CausalLm::init(&model_config, config.run.seed, device),
         };
-        let parameters = model.parameters();
-        let mut optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
         let mut state = TrainerState { data: data.checksum(), ..TrainerState::default() };
-        if let Some(dir) = resume {
-            let (saved, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, &device)?;
-            if saved.data != state.data {
-                let why = "the training tokens are not those this run began with; restore the text, or start a new run";
-                return Err(Error::file(dir, why));
+        let plan = Plan::new(config, &model.config, ceiling(threads, &devices, config.training.dtype)?);
+        let own_threads = if count > 1 { threads_each(threads, count) } else { threads };
+        let mut replica = |model: CausalLm, device: &Device| -> Result<Replica> {
+            let parameters = model.parameters();
+            let mut optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
+            if let Some(dir) = resume {
+                let (saved, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, device)?;
+                if saved.data != data.checksum() {
+                    let why =
+                        "the training tokens are not those this run began with; restore the text, or start a new run";
+                    return Err(Error::file(dir, why));
+                }
+                optimizer.restore(states, saved.step);
+                state = saved;
             }
-            optimizer.restore(states, saved.step);
-            choose_kernels(saved.kernels.clone());
-            state = saved;
-        }
+            let workers = Workers::for_device(own_threads, config.rows_of_a_pass(), device)?;
+            Ok(Replica { device: device.clone(), model, optimizer, workers, gate: None })
+        };
+        let others = devices[1..].iter().map(|device| replica(model.clone().fork(device), device));
+        let others = others.collect::<Result<Vec<_>>>()?;
+        let first = replica(model, device)?;
+        choose_kernels(state.kernels.clone());
         if config.training.dtype == Precision::F16 {
             state.loss_scale.get_or_insert_default();
         }
-        let plan = Plan::new(config, &model.config, matmul_ceiling(threads, &device, config.training.dtype)?);
         Ok(Self {
             config,
             options,
+            ahead: Prefetch::new(Arc::clone(&batches), state.step, config.training.steps)?,
             batches,
             byte_lengths: data.tokenizer.as_ref().map(Tokenizer::byte_lengths).unwrap_or_default(),
             data,
-            workers: Workers::for_device(threads, config.micro_batch_size(), &device)?,
-            device,
-            model,
-            optimizer,
+            replicas: Replicas::new(first, others),
+            queued: VecDeque::new(),
             checkpoints,
             earlier_s: state.time_s,
             saved: resume.map(|_| state.step),
@@ -224,6 +273,7 @@ impl<'a> Run<'a> {
             metrics: None,
             events: None,
             started: Instant::now(),
+            counted: Instant::now(),
         })
     }
 
@@ -247,6 +297,7 @@ impl<'a> Run<'a> {
         write_file(&out.join("run.toml"), self.config.to_toml()?.as_bytes())?;
         let mut environment = self.options.environment.clone();
         environment.insert("device".into(), json!(self.config.run.device));
+        environment.insert("devices".into(), json!(self.config.run.devices));
         environment.insert("seed".into(), json!(self.config.run.seed));
         environment.insert("threads".into(), json!(self.config.training.threads));
         environment.insert("dataset".into(), json!(self.data.name));
@@ -257,36 +308,58 @@ impl<'a> Run<'a> {
         write_json(&out.join("environment.json"), &environment.into())
     }
 
+    /// Compiles a GPU's kernels and finds the fastest ones before the first step, whose time is then that of a step.
+    fn warm_up(&mut self, observe: &mut dyn FnMut(Event)) -> Result<()> {
+        if is_cpu(&self.replicas.main().device) || self.state.step >= self.config.training.steps {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let step = self.state.step;
+        let narrow = self.narrow(step);
+        settings(self.config, &narrow).warm_up(&self.replicas, &self.batches.batch(step))?;
+        observe(Event::WarmedUp { seconds: started.elapsed().as_secs_f64() });
+        Ok(())
+    }
+
     fn steps(mut self, interrupt: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
         let steps = self.config.training.steps;
+        self.counted = Instant::now();
         while self.state.step < steps && !interrupt.load(Ordering::Relaxed) {
-            let mut metrics = self.step()?;
-            let last = self.state.step == steps;
-            let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
+            self.queue()?;
+            let step = self.state.step;
+            let last = step == steps;
+            let due = |every: u64| every > 0 && step.is_multiple_of(every);
+            let evaluated = last || due(self.config.eval.every);
+            let known = self.queued.back().is_some_and(|step| step.taken.is_known());
+            let behind = if known || evaluated || due(self.config.checkpoint.every) { 1 } else { QUEUED + 1 };
+            let Some(metrics) = self.settle(behind, observe)? else { continue };
             let mut best = false;
-            if last || due(self.config.eval.every, self.state.step) {
+            if evaluated {
                 let section = &self.config.eval;
                 let measured =
                     self.evaluate(&self.data.held.first(section.batches, self.config.training.batch_size))?;
                 best = self.state.best.is_none_or(|(_, loss)| measured.loss < loss);
                 if best {
-                    self.state.best = Some((self.state.step, measured.loss));
+                    self.state.best = Some((step, measured.loss));
                 }
-                metrics = metrics.with_evaluation(&measured);
+                let metrics = metrics.with_evaluation(&measured);
                 observe(Event::Step(&metrics));
-                observe(Event::Evaluated { step: self.state.step, evaluation: &measured });
-                self.sample(observe)?;
-            } else {
-                observe(Event::Step(&metrics));
-            }
-            if metrics.val_loss.is_some() || due(self.config.metrics.every, self.state.step) {
+                observe(Event::Evaluated { step, evaluation: &measured });
                 self.log(&metrics)?;
+                self.sample(observe)?;
+                self.counted = Instant::now();
+            } else {
+                self.report(&metrics, observe)?;
             }
-            if last || best || due(self.config.checkpoint.every, self.state.step) {
+            if last || best || due(self.config.checkpoint.every) {
                 self.save(best, observe)?;
+                self.counted = Instant::now();
             }
         }
         if self.state.step < steps {
+            if let Some(metrics) = self.settle(1, observe)? {
+                self.report(&metrics, observe)?;
+            }
             if self.saved != Some(self.state.step) {
                 self.save(false, observe)?;
             }
@@ -298,46 +371,77 @@ impl<'a> Run<'a> {
         Ok(Outcome { step: self.state.step, evaluation: Some(evaluation) })
     }
 
-    /// One optimiser step.
-    fn step(&mut self) -> Result<Metrics> {
-        let started = Instant::now();
+    /// Ranks at which a step trains beside the whole one.
+    fn narrow(&self, step: u64) -> Vec<usize> {
         let config = self.config;
-        let step = self.state.step;
-        let batch = self.batches.batch(step);
-        let lr = config.lr_scheduler.rate(step, config.training.steps, config.optimizer.lr);
-        let narrow = if step as f64 >= config.training.elastic_start * config.training.steps as f64 {
-            narrow_ranks(&self.model.config.elastic_ranks(), config.run.seed, step)
+        if step as f64 >= config.training.elastic_start * config.training.steps as f64 {
+            narrow_ranks(&self.replicas.main().model.config.elastic_ranks(), config.run.seed, step)
         } else {
             Vec::new()
-        };
-        let settings = StepSettings {
-            workers: &self.workers,
-            device: &self.device,
-            passes: config.passes(&narrow),
-            grad_clip: config.optimizer.grad_clip,
-        };
-        let taken =
-            settings.step(&mut self.model, &mut self.optimizer, &batch, step, lr, self.state.loss_scale.as_mut())?;
+        }
+    }
+
+    /// Queues an optimiser step; on the CPU, takes it.
+    fn queue(&mut self) -> Result<()> {
+        let config = self.config;
+        let step = self.state.step;
+        let batch = self.ahead.next()?;
+        let lr = config.lr_scheduler.rate(step, config.training.steps, config.optimizer.lr);
+        let narrow = self.narrow(step);
+        let scale = self.state.loss_scale.as_mut();
+        let taken = settings(config, &narrow).step(&mut self.replicas, &batch, step, lr, scale)?;
         self.state.step += 1;
         self.state.tokens += taken.targets as u64;
+        self.queued.push_back(Queued { taken, step: self.state.step, tokens: self.state.tokens, lr });
+        Ok(())
+    }
+
+    /// Waits until fewer than `most` steps are queued, and returns the figures of the newest of those waited for; those before it are
+    /// reported.
+    fn settle(&mut self, most: usize, observe: &mut dyn FnMut(Event)) -> Result<Option<Metrics>> {
+        let mut newest: Option<Metrics> = None;
+        while self.queued.len() >= most.max(1) {
+            let Some(step) = self.queued.pop_front() else { break };
+            if let Some(metrics) = newest.take() {
+                self.report(&metrics, observe)?;
+            }
+            newest = Some(self.known(step)?);
+        }
+        Ok(newest)
+    }
+
+    /// The figures of a step, once it is over.
+    fn known(&mut self, queued: Queued) -> Result<Metrics> {
+        let Queued { taken, step, tokens, lr } = queued;
+        let targets = taken.targets as f64;
+        let judgement = taken.wait(&self.replicas.main().model)?;
+        let tokens_per_s = targets / self.counted.elapsed().as_secs_f64();
+        self.counted = Instant::now();
         self.state.time_s = self.earlier_s + self.started.elapsed().as_secs_f64();
-        let tokens_per_s = taken.targets as f64 / started.elapsed().as_secs_f64();
         Ok(Metrics {
-            step: self.state.step,
-            tokens: self.state.tokens,
+            step,
+            tokens,
             time_s: self.state.time_s,
-            train_loss: taken.loss,
+            train_loss: judgement.loss,
             lr,
-            grad_norm: taken.norm,
+            grad_norm: judgement.norm,
             tokens_per_s,
             mfu: tokens_per_s * self.plan.train_flops_per_token / self.plan.matmul_flops_per_s,
-            epoch: self.batches.epoch(self.state.step),
+            epoch: self.batches.epoch(step),
             ..Metrics::default()
         })
     }
 
+    /// Shows a step that no evaluation follows, and logs it where it is its turn.
+    fn report(&mut self, metrics: &Metrics, observe: &mut dyn FnMut(Event)) -> Result<()> {
+        observe(Event::Step(metrics));
+        let every = self.config.metrics.every;
+        if every > 0 && metrics.step.is_multiple_of(every) { self.log(metrics) } else { Ok(()) }
+    }
+
     fn evaluate(&self, held: &Held) -> Result<Evaluation> {
-        let evaluation = evaluate(&self.model, held, &self.byte_lengths, &self.workers, &self.device)?;
+        let Replica { model, workers, device, .. } = self.replicas.main();
+        let evaluation = evaluate(model, held, &self.byte_lengths, workers, device)?;
         if !evaluation.loss.is_finite() {
             return Err(Error::Diverged {
                 step: self.state.step,
@@ -351,9 +455,10 @@ impl<'a> Run<'a> {
     fn sample(&self, observe: &mut dyn FnMut(Event)) -> Result<()> {
         let section = &self.config.eval;
         let Some(tokenizer) = &self.data.tokenizer else { return Ok(()) };
+        let Replica { model, device, .. } = self.replicas.main();
         for prompt in &section.prompts {
             let ids = tokenizer.encode(prompt)?;
-            let room = self.model.config.max_position_embeddings.saturating_sub(ids.len());
+            let room = model.config.max_position_embeddings.saturating_sub(ids.len());
             let generate_config = GenerateConfig {
                 max_new_tokens: section.sample_tokens.min(room),
                 sampling: SamplingConfig {
@@ -362,11 +467,11 @@ impl<'a> Run<'a> {
                     ..SamplingConfig::default()
                 },
                 form: Form::Absorbed,
-                eos: self.model.config.eos_token_id.clone(),
+                eos: model.config.eos_token_id.clone(),
                 ..GenerateConfig::default()
             };
-            let device = self.device.clone().without_autodiff();
-            let out = generate(&self.model, &ids, &generate_config, &device, &mut |_| ControlFlow::Continue(()))?;
+            let device = device.clone().without_autodiff();
+            let out = generate(model, &ids, &generate_config, &device, &mut |_| ControlFlow::Continue(()))?;
             let text = tokenizer.decode(&out.ids)?;
             observe(Event::Sample { prompt, text: &text });
         }
@@ -384,14 +489,21 @@ impl<'a> Run<'a> {
     }
 
     fn save(&mut self, best: bool, observe: &mut dyn FnMut(Event)) -> Result<()> {
-        let (names, values): (Vec<_>, Vec<_>) = self.model.parameters().into_iter().map(|p| (p.name, p.value)).unzip();
-        if let Err((i, value)) = self.workers.together(|| global_norm(&values)) {
+        let Replica { model, optimizer, workers, .. } = self.replicas.main();
+        let (names, values): (Vec<_>, Vec<_>) = model.parameters().into_iter().map(|p| (p.name, p.value)).unzip();
+        if let Err((i, value)) = workers.together(|| global_norm(&values)) {
             let what = names.into_iter().nth(i).unwrap_or_default();
             return Err(Error::Diverged { step: self.state.step, what, value });
         }
         drop(values);
+        if !self.replicas.agree() {
+            return Err(Error::Device {
+                what: "the same weights from every device",
+                why: "they have drifted apart".into(),
+            });
+        }
         self.state.kernels = chosen_kernels();
-        let path = self.checkpoints.save(&self.model, self.data.tokenizer.as_ref(), &self.optimizer, &self.state)?;
+        let path = self.checkpoints.save(model, self.data.tokenizer.as_ref(), optimizer, &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });
         Ok(())

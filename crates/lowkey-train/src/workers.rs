@@ -3,6 +3,7 @@
 //! Each thread runs its own autodiff graph on a fork of the model inside its own thread pool, so that no lock and no node
 //! is shared; gradients are summed in the order of the rows. For a given number of threads the result is bit-identical.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use burn::module::Module;
@@ -42,15 +43,32 @@ pub struct PassSettings<'a> {
     pub loss_scale: f64,
 }
 
-/// Loss and gradients of one optimiser step.
+/// Loss and gradients of one optimiser step, or of a part of its rows.
 #[derive(Debug)]
 pub struct StepGradients {
-    /// Mean loss per target: nats, or the squared error per number.
-    pub loss: f64,
+    /// Loss of each pass, summed over its targets, `[passes]`, where the model lies.
+    pub losses: Tensor<1>,
     /// Targets of the step.
     pub targets: usize,
     /// Gradients of the mean loss, flattened, in the order of the model's parameters.
     pub gradients: Vec<Tensor<1>>,
+}
+
+impl StepGradients {
+    /// What a sum over targets is multiplied by to be a mean.
+    pub fn mean(&self) -> f64 {
+        1.0 / self.targets.max(1) as f64
+    }
+
+    /// Mean loss per target: nats, or the squared error per number. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where it cannot be read back.
+    pub fn loss(&self) -> Result<f64> {
+        let losses = self.losses.clone().try_into_vec_as::<f32>();
+        let losses = losses.map_err(|e| Error::Device { what: "the loss", why: format!("{e:?}") })?;
+        Ok(losses.into_iter().map(f64::from).sum::<f64>() * self.mean())
+    }
 }
 
 impl Workers {
@@ -128,28 +146,37 @@ impl Workers {
         results.into_iter().flatten().collect()
     }
 
-    /// Loss and gradients of a batch, pass by pass.
+    /// Loss and gradients of a batch, pass by pass. On a GPU they are queued, not waited for.
     ///
     /// The mean is over the targets of the whole batch: a pass with fewer targets weighs less.
-    ///
-    /// # Errors
-    /// [`Error::Device`] where a loss cannot be read back.
     pub fn gradients<'a>(
         &self,
         model: &CausalLm,
         batch: impl Into<BatchRef<'a>>,
         settings: PassSettings<'_>,
         device: &Device,
-    ) -> Result<StepGradients> {
+    ) -> StepGradients {
         let batch: BatchRef = batch.into();
+        self.gradients_of(model, batch, 0..batch.count(), settings, device)
+    }
+
+    /// The part of [`Workers::gradients`] that comes from some of the rows: the parts of all rows add up to it.
+    pub(crate) fn gradients_of(
+        &self,
+        model: &CausalLm,
+        batch: BatchRef<'_>,
+        rows: Range<usize>,
+        settings: PassSettings<'_>,
+        device: &Device,
+    ) -> StepGradients {
         let PassSettings { micro_batch, recompute, z_loss, narrow, distillation, precision, loss_scale } = settings;
         let targets = batch.target_tokens();
-        let mean = 1.0 / targets.max(1) as f64;
-        let objective = Objective { scale: mean * loss_scale, z_loss, narrow, distillation };
-        let mut nats = 0.0;
+        let scale = loss_scale / targets.max(1) as f64;
+        let objective = Objective { scale, z_loss, narrow, distillation };
+        let mut losses: Vec<Tensor<1>> = Vec::new();
         let mut total: Vec<Tensor<1>> = Vec::new();
-        for from in (0..batch.count()).step_by(micro_batch) {
-            let pass = (batch.count() - from).min(micro_batch);
+        for from in rows.clone().step_by(micro_batch) {
+            let pass = (rows.end - from).min(micro_batch);
             let shares = self.shares(pass).into_iter().map(|(first, end)| (from + first, from + end));
             // Forked here, not in the threads: the fork reads the parameters' shared nodes.
             let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
@@ -157,21 +184,15 @@ impl Workers {
                 let _precision = scope(precision);
                 let (loss, gradients) = fork.loss_and_gradients(batch.rows(*from, *to), objective, recompute, device);
                 // What is reported is the loss without what only steers the training.
-                (loss.nats - loss.z_loss, gradients)
+                ((loss.nats - loss.z_loss).without_autodiff(), gradients)
             });
             // The graphs are gone, and the forks with them, before anything is summed.
             drop(forks);
-            let mut parts = Vec::new();
-            for (loss, gradients) in results {
-                let loss = loss
-                    .try_into_scalar::<f32>()
-                    .map_err(|e| Error::Device { what: "the loss", why: format!("{e:?}") })?;
-                nats += f64::from(loss);
-                parts.push(gradients);
-            }
+            let (loss, parts): (Vec<_>, Vec<_>) = results.into_iter().unzip();
+            losses.extend(loss);
             total = self.together(|| sum(total, parts));
         }
-        Ok(StepGradients { loss: nats * mean, targets, gradients: total })
+        StepGradients { losses: Tensor::cat(losses, 0), targets, gradients: total }
     }
 }
 
@@ -229,6 +250,18 @@ pub fn matmul_ceiling(threads: usize, device: &Device, precision: Precision) -> 
         best = best.max(flops / started.elapsed().as_secs_f64());
     }
     Ok(best)
+}
+
+/// [`matmul_ceiling`] of several devices together.
+///
+/// # Errors
+/// As there.
+pub fn ceiling(threads: usize, devices: &[Device], precision: Precision) -> Result<f64> {
+    let Some(device) = devices.first() else { return Ok(0.0) };
+    let one = matmul_ceiling(threads, device, precision)?;
+    // The CPU's was measured on all its threads, and a GPU that is named twice does not become two.
+    let distinct = devices.iter().enumerate().filter(|(i, device)| !devices[..*i].contains(device)).count();
+    Ok(one * distinct as f64)
 }
 
 /// The rate of the largest product that takes no more than a few milliseconds, after one to compile it.

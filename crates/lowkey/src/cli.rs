@@ -152,7 +152,7 @@ pub(crate) struct TrainArguments {
     /// Replace the run that is already in the folder
     #[arg(long)]
     pub(crate) overwrite: bool,
-    /// Same as --set run.device=NAME
+    /// Same as --set run.device=NAME; several with commas share every batch, as --set run.devices=["cuda:0", "cuda:1"]
     #[arg(long, value_name = "NAME")]
     pub(crate) device: Option<String>,
 }

@@ -32,6 +32,12 @@ impl View {
             Event::Preparing(progress) => self.preparing(&progress),
             Event::Note(note) => self.line(&format!("note: {note}")),
             Event::Ready { plan, step } => self.ready(plan, step),
+            Event::WarmedUp { seconds } => {
+                self.line(&format!("kernels compiled and chosen in {}", duration(seconds)));
+                if let Some((started, _)) = &mut self.first {
+                    *started = Instant::now();
+                }
+            }
             Event::Step(metrics) => self.step(metrics),
             Event::Evaluated { step, evaluation } => self.line(&evaluation_line(step, evaluation)),
             Event::Finished(evaluation) => {

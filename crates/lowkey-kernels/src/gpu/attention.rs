@@ -10,7 +10,7 @@ use cubecl::prelude::{CubeCount, CubeDim};
 use half::{bf16, f16};
 
 use super::units::{self, Geometry, Widths};
-use super::{dims, new, pointwise, pointwise_cubes, reshaped, tiles, tune};
+use super::{dims, new, pointwise, pointwise_cubes, profile, reshaped, tiles, tune};
 use crate::ops::{AttentionShape, AttentionState};
 use crate::precision::Precision;
 
@@ -96,7 +96,25 @@ impl Attention {
     ) -> (CubeTensor, CubeTensor) {
         let inputs = [q, kv, k_pe, starts];
         let way = self.fastest("forward", &inputs[0], |way| self.forward_by(way, inputs.clone()).0);
-        self.forward_by(way, inputs)
+        profile::named(|| self.purpose("forward", way), || self.forward_by(way, inputs))
+    }
+
+    /// What a pass computes, with the floating-point operations that the kernel for it does.
+    fn purpose(self, part: &str, way: Way) -> (String, f64) {
+        let Self { batch, seq, widths, .. } = self;
+        let by = match way {
+            Way::Tiles => "tiles in f32".to_owned(),
+            Way::Units(geometry, _) => geometry.to_string(),
+        };
+        let key = widths.nope + widths.rope;
+        // Each key with each later query: scores, what reads them, and on the way back the scores and what they read anew.
+        let numbers = match part {
+            "forward" => key + widths.value,
+            "d_q" => 2 * key + widths.value,
+            _ => 2 * (key + widths.value),
+        };
+        let pairs = (batch * widths.heads * seq) as f64 * (seq + 1) as f64 / 2.0;
+        (format!("attention {part}, {by}"), 2.0 * pairs * numbers as f64)
     }
 
     pub(super) fn forward_by(self, way: Way, inputs: [CubeTensor; 4]) -> (CubeTensor, CubeTensor) {
@@ -132,9 +150,9 @@ impl Attention {
     pub(super) fn backward(self, saved: AttentionState<CubeBackend>, grad: CubeTensor) -> [CubeTensor; 3] {
         let (saved, k_pe) = self.prepared(saved, grad);
         let way = self.fastest("d_q", &saved.q, |way| self.query_gradient(way, &saved));
-        let d_q = self.query_gradient(way, &saved);
+        let d_q = profile::named(|| self.purpose("d_q", way), || self.query_gradient(way, &saved));
         let way = self.fastest("d_kv", &saved.q, |way| self.key_gradient(way, &saved).0);
-        let (d_kv, d_pe) = self.key_gradient(way, &saved);
+        let (d_kv, d_pe) = profile::named(|| self.purpose("d_kv", way), || self.key_gradient(way, &saved));
         [d_q, d_kv, self.shared(d_pe, k_pe)]
     }
 

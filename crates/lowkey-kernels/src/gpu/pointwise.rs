@@ -84,13 +84,15 @@ pub(super) fn swiglu_grad(gate: &mut [f32], up: &mut [f32], grad: &[f32], act: &
     }
 }
 
-/// One step of AdamW in place, in the order of operations of [`crate::optim::adamw`].
+/// One step of AdamW in place, in the order of operations of [`crate::optim::adamw`]; nothing where the gate `[factor, stopped, ..]` is
+/// shut.
 #[cube(launch)]
 pub(super) fn adamw(
     value: &mut [f32],
     gradient: &[f32],
     m: &mut [f32],
     v: &mut [f32],
+    gate: &[f32],
     count: usize,
     clip: f32,
     keep: f32,
@@ -103,12 +105,54 @@ pub(super) fn adamw(
     rate: f32,
 ) {
     let at = ABSOLUTE_POS;
-    if at < count {
-        let g = gradient[at] * clip;
+    if at < count && gate[1] == 0.0f32 {
+        let g = gradient[at] * (clip * gate[0]);
         let first = m[at] * beta1 + g * rest1;
         let second = v[at] * beta2 + g * g * rest2;
         m[at] = first;
         v[at] = second;
         value[at] = value[at] * keep - rate * (first / (second.sqrt() / correction + eps));
+    }
+}
+
+/// Muon's momentum in place, and where it will be after one more step of the same gradient: what is orthogonalised. Where the gate is
+/// shut, the momentum stays and the rest is zero.
+#[cube(launch)]
+pub(super) fn momentum(
+    gradient: &[f32],
+    buffer: &mut [f32],
+    ahead: &mut [f32],
+    gate: &[f32],
+    count: usize,
+    clip: f32,
+    decay: f32,
+) {
+    let at = ABSOLUTE_POS;
+    if at < count {
+        if gate[1] == 0.0f32 {
+            let g = gradient[at] * (clip * gate[0]);
+            let new = buffer[at] * decay + g;
+            buffer[at] = new;
+            ahead[at] = new * decay + g;
+        } else {
+            ahead[at] = 0.0f32;
+        }
+    }
+}
+
+/// `value ← value · keep − rate · update` in place from `from` on; nothing where the gate is shut.
+#[cube(launch)]
+pub(super) fn descend(
+    value: &mut [f32],
+    update: &[f32],
+    gate: &[f32],
+    count: usize,
+    from: usize,
+    keep: f32,
+    rate: f32,
+) {
+    let at = ABSOLUTE_POS;
+    if at < count && gate[1] == 0.0f32 {
+        value[from + at] = value[from + at] * keep - rate * update[at];
     }
 }

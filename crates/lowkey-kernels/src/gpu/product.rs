@@ -4,7 +4,7 @@
 //! [`Precision::Tf32`] asks for less.
 
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, FloatDType};
+use burn::tensor::{DType, FloatDType, Tensor};
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::ir::{ElemType, FloatKind};
 use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
@@ -20,7 +20,7 @@ use cubek::matmul::multi_level::routines::batch::simple_unit::SimpleUnitSelectio
 use cubek::matmul::routine::BlueprintStrategy::Inferred;
 use cubek::std::InputBinding;
 
-use super::{dims, new, tune};
+use super::{dims, new, profile, tune};
 use crate::precision::Precision;
 
 /// The operand of a product in the format that products are computed in.
@@ -93,10 +93,13 @@ fn element(dtype: DType) -> ElemType {
     })
 }
 
-/// Queues `a · b` into a new tensor of f32.
+/// Queues `a · b` into a new tensor of f32; several matrices each, where there are more dimensions.
 fn launch(strategy: &Strategy, a: &CubeTensor, b: &CubeTensor) -> Result<CubeTensor, String> {
-    let ([m, _], [_, n]) = (dims::<2>(a), dims::<2>(b));
-    let out = new(a, [m, n]);
+    let mut shape = a.meta.shape().to_vec();
+    if let (Some(width), Some(n)) = (shape.last_mut(), b.meta.shape().last()) {
+        *width = *n;
+    }
+    let out = new(a, shape);
     let (lhs, rhs) = (element(a.dtype), element(b.dtype));
     let mut formats = MatmulElems::from_globals(&MatmulGlobalElems { lhs, rhs, out: element(DType::F32) });
     let bindings = (InputBinding::new(a.clone().binding(), lhs), InputBinding::new(b.clone().binding(), rhs));
@@ -129,18 +132,39 @@ pub(super) fn product(a: CubeTensor, b: CubeTensor, precision: Precision) -> Cub
     let tolerance = if precision == Precision::Tf32 { 1e-2 } else { 1e-4 };
     let chosen = tune::fastest(&a.client, what, tolerance, candidates, |strategy| launch(strategy, &a, &b));
     let strategy = chosen.unwrap_or_else(|| unit(TileSizeSelection::MaxTileSize));
-    launch(&strategy, &a, &b).or_else(|_| launch(&LAST_RESORT, &a, &b)).unwrap_or_else(|_| {
-        // No kernel for this format: the operands stay rounded, the products are computed in f32.
-        let [a, b] = [a, b].map(|half| CubeBackend::float_cast(half, FloatDType::F32));
-        CubeBackend::float_matmul(a, b)
-    })
+    profile::named(
+        || (what(), flops(&a, &b)),
+        || {
+            launch(&strategy, &a, &b).or_else(|_| launch(&LAST_RESORT, &a, &b)).unwrap_or_else(|_| {
+                // No kernel for this format: the operands stay rounded, the products are computed in f32.
+                let [a, b] = [a.clone(), b.clone()].map(|half| CubeBackend::float_cast(half, FloatDType::F32));
+                CubeBackend::float_matmul(a, b)
+            })
+        },
+    )
+}
+
+/// `a · b` of as many matrices each, in f32 on plain units; `None` where they are not f32 on a GPU.
+pub(crate) fn batched(a: &Tensor<4>, b: &Tensor<4>) -> Option<Tensor<4>> {
+    if a.dtype() != DType::F32 || b.dtype() != DType::F32 {
+        return None;
+    }
+    let (a, b) =
+        (a.clone().try_into_primitive::<CubeBackend>().ok()?, b.clone().try_into_primitive::<CubeBackend>().ok()?);
+    let out = launch(&unit(TileSizeSelection::MaxTileSize), &a, &b).or_else(|_| launch(&LAST_RESORT, &a, &b)).ok()?;
+    Some(Tensor::from_primitive::<CubeBackend>(out))
+}
+
+fn flops(a: &CubeTensor, b: &CubeTensor) -> f64 {
+    let ([m, k], [_, n]) = (dims::<2>(a), dims::<2>(b));
+    2.0 * (m * k * n) as f64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fixtures::{is_cpu, plain_device};
-    use burn::tensor::{Distribution, Tensor};
+    use burn::tensor::Distribution;
 
     fn random(shape: [usize; 2]) -> Tensor<2> {
         Tensor::random(shape, Distribution::Normal(0.0, 1.0), &plain_device())

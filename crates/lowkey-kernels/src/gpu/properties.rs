@@ -7,6 +7,12 @@ use cubecl::ir::{ElemType, FloatKind};
 
 use crate::device::Properties;
 
+/// Whether devices of this kind add up tensors among themselves here.
+pub(crate) fn has_collectives(device: &Device) -> bool {
+    let tensor = Tensor::<1>::zeros([1], device).try_into_primitive::<CubeBackend>();
+    tensor.is_ok_and(|tensor| tensor.client.has_device_transport())
+}
+
 /// Opens the device; `None` where it is none of this backend's.
 pub(crate) fn properties(device: &Device) -> Option<Properties> {
     let tensor = Tensor::<1>::zeros([1], device).try_into_primitive::<CubeBackend>().ok()?;

@@ -10,7 +10,7 @@ pub(super) const CUBES: usize = if cfg!(test) { 7 } else { 65_535 };
 
 /// The sum of one number from each unit, for all of them.
 #[cube]
-fn add_up(value: f32, scratch: &mut Shared<[f32]>) -> f32 {
+pub(super) fn add_up(value: f32, scratch: &mut Shared<[f32]>) -> f32 {
     let unit = UNIT_POS as usize;
     scratch[unit] = value;
     sync_cube();
@@ -30,7 +30,7 @@ fn add_up(value: f32, scratch: &mut Shared<[f32]>) -> f32 {
 
 /// The largest of one number from each unit, for all of them; a number that is none does not count.
 #[cube]
-fn largest(value: f32, scratch: &mut Shared<[f32]>) -> f32 {
+pub(super) fn largest(value: f32, scratch: &mut Shared<[f32]>) -> f32 {
     let unit = UNIT_POS as usize;
     scratch[unit] = value;
     sync_cube();

@@ -63,7 +63,7 @@ pub(super) fn muon(
     heights: &[usize],
     step: MuonStep,
 ) -> [FlexTensor; 2] {
-    let MuonStep { clip, lr, momentum, weight_decay } = step;
+    let MuonStep { clip, lr, momentum, weight_decay, .. } = step;
     let factors = muon::Muon {
         clip: clip as f32,
         momentum: momentum as f32,

@@ -3,7 +3,7 @@
 
 use burn::tensor::Tensor;
 
-use super::{AdamWStep, MUON_RMS, MuonStep};
+use super::{AdamWStep, MuonStep};
 
 /// See [`super::adamw`].
 pub(crate) fn adamw(
@@ -41,7 +41,7 @@ pub(crate) fn muon(
     heights: &[usize],
     step: MuonStep,
 ) -> (Tensor<1>, Tensor<1>) {
-    let MuonStep { clip, lr, momentum, weight_decay } = step;
+    let MuonStep { clip, lr, momentum, weight_decay, .. } = step;
     let gradient = gradient * clip;
     let buffer = buffer * momentum + gradient.clone();
     let ahead = buffer.clone() * momentum + gradient;
@@ -49,26 +49,26 @@ pub(crate) fn muon(
     let updates = heights.iter().map(|height| {
         let block = ahead.clone().narrow(0, at * width, height * width).reshape([*height, width]);
         at += height;
-        let scale = lr * MUON_RMS * (*height.max(&width) as f64).sqrt();
-        (orthogonalise(block) * scale).reshape([height * width])
+        let scale = lr * MuonStep::scale(*height, width);
+        (orthogonalise(block, &Tensor::matmul) * scale).reshape([height * width])
     });
     let update = Tensor::cat(updates.collect(), 0);
     (value * (1.0 - lr * weight_decay) - update, buffer)
 }
 
-/// About `U Vᵀ` of `x = U S Vᵀ`; zero stays zero.
-pub(crate) fn orthogonalise(x: Tensor<2>) -> Tensor<2> {
+/// About `U Vᵀ` of `x = U S Vᵀ`, with products by `times`; zero stays zero.
+pub(crate) fn orthogonalise(x: Tensor<2>, times: &dyn Fn(Tensor<2>, Tensor<2>) -> Tensor<2>) -> Tensor<2> {
     let [rows, columns] = x.dims();
     if rows > columns {
-        return orthogonalise(x.transpose()).transpose();
+        return orthogonalise(x.transpose(), times).transpose();
     }
     // Axis by axis: a sum over all at once is one of atomic additions on GPUs, in an order that changes.
     let norm = x.clone().square().sum_dim(1).sum_dim(0).sqrt();
     let mut x = x / norm.clamp_min(1e-30);
     for _ in 0..5 {
-        let gram = x.clone().matmul(x.clone().transpose());
-        let poly = gram.clone() * -4.7750 + gram.clone().matmul(gram) * 2.0315;
-        x = x.clone() * 3.4445 + poly.matmul(x);
+        let gram = times(x.clone(), x.clone().transpose());
+        let poly = gram.clone() * -4.7750 + times(gram.clone(), gram) * 2.0315;
+        x = x.clone() * 3.4445 + times(poly, x);
     }
     x
 }

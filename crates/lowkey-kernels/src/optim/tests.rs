@@ -53,7 +53,7 @@ fn adamw_is_the_composition_of_its_operations() {
     for len in LENGTHS {
         for step in [STEP, AdamWStep { clip: 1.0, weight_decay: 0.0, step: 1, ..STEP }] {
             let [value, gradient, m, v] = adamw_inputs(len);
-            let (a, b, c) = adamw(value.clone(), gradient.clone(), m.clone(), v.clone(), step);
+            let (a, b, c) = adamw(value.clone(), gradient.clone(), m.clone(), v.clone(), step, None);
             let (d, e, f) = reference::adamw(value, gradient, m, v, step);
             for (what, found, expected) in [("value", a, d), ("m", b, e), ("v", c, f)] {
                 for (i, (found, expected)) in host(&found).into_iter().zip(host(&expected)).enumerate() {
@@ -65,7 +65,7 @@ fn adamw_is_the_composition_of_its_operations() {
     }
 }
 
-const MUON: MuonStep = MuonStep { clip: 0.37, lr: 3e-3, momentum: 0.95, weight_decay: 0.1 };
+const MUON: MuonStep = MuonStep { clip: 0.37, lr: 3e-3, momentum: 0.95, weight_decay: 0.1, precision: Precision::F32 };
 
 /// Matrices one below the other: width, heights.
 const STACKS: [(usize, &[usize]); 7] =
@@ -133,7 +133,7 @@ fn orthogonalising_is_the_iteration_in_double_precision() {
         let x = gaussian(rows * columns, 1);
         let expected = exact_orthogonal(&x, rows, columns);
         let plain = tensor(x.clone()).reshape([rows, columns]);
-        let plain = host(&reference::orthogonalise(plain).reshape([rows * columns]));
+        let plain = host(&reference::orthogonalise(plain, &Tensor::matmul).reshape([rows * columns]));
         let fused = orthogonal(x, rows, columns);
         for (what, found) in [("fused", fused), ("plain", plain)] {
             let off = found.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
@@ -173,7 +173,7 @@ fn muon_is_the_composition_of_its_operations() {
         let len = width * heights.iter().sum::<usize>();
         let inputs = || (tensor(gaussian(len, 5)), tensor(gaussian(len, 6)), tensor(gaussian(len, 7)));
         let (value, gradient, buffer) = inputs();
-        let (found, found_buffer) = muon(value, gradient, buffer, width, heights, MUON);
+        let (found, found_buffer) = muon(value, gradient, buffer, width, heights, MUON, None);
         let (value, gradient, buffer) = inputs();
         let (expected, expected_buffer) = reference::muon(value, gradient, buffer, width, heights, MUON);
         for (found, expected) in [(found, expected), (found_buffer, expected_buffer)] {
@@ -189,11 +189,11 @@ fn blocks_are_matrices_of_their_own() {
     let (width, heights) = (33, [16, 48, 5]);
     let len = width * 69;
     let [value, gradient, buffer] = [8, 9, 10].map(|seed| tensor(gaussian(len, seed)));
-    let (whole, _) = muon(value.clone(), gradient.clone(), buffer.clone(), width, &heights, MUON);
+    let (whole, _) = muon(value.clone(), gradient.clone(), buffer.clone(), width, &heights, MUON, None);
     let mut at = 0;
     let parts = heights.map(|height| {
         let part = |x: &Tensor<1>| x.clone().narrow(0, at * width, height * width);
-        let (value, _) = muon(part(&value), part(&gradient), part(&buffer), width, &[height], MUON);
+        let (value, _) = muon(part(&value), part(&gradient), part(&buffer), width, &[height], MUON, None);
         at += height;
         value
     });
@@ -209,9 +209,9 @@ fn a_tensor_with_one_handle_is_updated_where_it_lies() {
     let [value, gradient, m, v] = adamw_inputs(1000);
     let all = |tensors: [&Tensor<1>; 3]| tensors.map(|tensor| address(tensor).unwrap());
     let before = all([&value, &m, &v]);
-    let (value, m, v) = adamw(value, gradient.clone(), m, v, STEP);
+    let (value, m, v) = adamw(value, gradient.clone(), m, v, STEP, None);
     assert_eq!(all([&value, &m, &v]), before);
-    let (value, m) = muon(value, gradient.clone(), m, 50, &[20], MUON);
+    let (value, m) = muon(value, gradient.clone(), m, 50, &[20], MUON, None);
     assert_eq!([&value, &m].map(|tensor| address(tensor).unwrap()), [before[0], before[1]]);
     let sum = accumulate(value, vec![gradient.clone(), m]);
     assert_eq!(address(&sum).unwrap(), before[0]);
@@ -231,7 +231,7 @@ fn a_view_counts_as_its_own_numbers() {
     assert_eq!(bits(&[accumulate(part(), vec![part()])]), bits(&[accumulate(copy(), vec![copy()])]));
     assert_eq!(sum_of_squares(part()).to_bits(), sum_of_squares(copy()).to_bits());
     let step = |x: &dyn Fn() -> Tensor<1>| {
-        let (value, m, v) = adamw(x(), x(), x(), x().square(), STEP);
+        let (value, m, v) = adamw(x(), x(), x(), x().square(), STEP, None);
         bits(&[value, m, v])
     };
     assert_eq!(step(&part), step(&copy));
@@ -269,12 +269,12 @@ fn squares_are_summed_in_double_precision() {
 fn any_number_of_threads_gives_the_same_bits() {
     let all = || {
         let [value, gradient, m, v] = adamw_inputs(100_003);
-        let (value, m, v) = adamw(value, gradient.clone(), m, v, STEP);
+        let (value, m, v) = adamw(value, gradient.clone(), m, v, STEP, None);
         let sum = accumulate(gradient.clone(), vec![value.clone(), m.clone()]);
         // One block that several threads share, and many of which each takes some.
         let [a, b, c] = [1, 2, 3].map(|seed| tensor(gaussian(300 * 200, seed)));
-        let (one, _) = muon(a.clone(), b.clone(), c.clone(), 200, &[300], MUON);
-        let (many, buffer) = muon(a, b, c, 200, &[60; 5], MUON);
+        let (one, _) = muon(a.clone(), b.clone(), c.clone(), 200, &[300], MUON, None);
+        let (many, buffer) = muon(a, b, c, 200, &[60; 5], MUON, None);
         (bits(&[value, m, v, sum, one, many, buffer]), sum_of_squares(gradient).to_bits())
     };
     let one = on_threads(1, all);
@@ -285,12 +285,95 @@ fn any_number_of_threads_gives_the_same_bits() {
 fn other_formats_take_the_reference() {
     let wider = |x: &Tensor<1>| x.clone().cast(FloatDType::F64);
     let [value, gradient, m, v] = adamw_inputs(50);
-    let (found, ..) = adamw(wider(&value), wider(&gradient), wider(&m), wider(&v), STEP);
-    let (expected, ..) = adamw(value.clone(), gradient, m, v, STEP);
+    let (found, ..) = adamw(wider(&value), wider(&gradient), wider(&m), wider(&v), STEP, None);
+    let (expected, ..) = adamw(value.clone(), gradient, m, v, STEP, None);
     assert_eq!(found.dtype(), DType::F64);
     for (found, expected) in host(&found.cast(FloatDType::F32)).into_iter().zip(host(&expected)) {
         assert!((found - expected).abs() <= 1e-6 * expected.abs().max(1.0), "{found} for {expected}");
     }
     assert_eq!(accumulate(wider(&value), vec![wider(&value)]).dtype(), DType::F64);
     assert!(sum_of_squares(wider(&value)) > 0.0);
+}
+
+const TERMS: Terms = Terms { mean: 0.125, scale: 1.0, limit: Some(0.5) };
+
+/// The judgement of gradients on a GPU; none on the CPU, which is said.
+fn judged(losses: &[f32], gradients: &[Tensor<1>], terms: Terms, before: Option<&Gate>) -> Option<(Gate, Judgement)> {
+    let Some(gate) = Gate::of(&tensor(losses.to_vec()), gradients, terms, before) else {
+        assert!(is_cpu(), "a GPU judges its gradients itself");
+        println!("skipped: the CPU has nothing to wait for");
+        return None;
+    };
+    let judgement = gate.ask().wait().unwrap();
+    Some((gate, judgement))
+}
+
+#[test]
+fn a_gpu_judges_a_step_as_the_host_does() {
+    for count in [1, 3, 300] {
+        let gradients: Vec<_> = (0..count).map(|i| wide(1 + (i * 7919) % 3000, i as u64) * 0.01).collect();
+        let norm = sums_of_squares(&gradients).iter().sum::<f64>().sqrt();
+        for (scale, limit) in [(1.0, None), (1024.0, Some(0.5)), (1.0, Some(norm * 0.5)), (1.0, Some(norm * 2.0))] {
+            let terms = Terms { scale, limit, ..TERMS };
+            let Some((gate, found)) = judged(&[8.0, 12.0], &gradients, terms, None) else { return };
+            let expected = Judgement { loss: 2.5, norm: norm / scale, fault: None };
+            assert_eq!((found.loss, found.fault), (expected.loss, None));
+            assert!((found.norm / expected.norm - 1.0).abs() < 1e-6, "{} for {}", found.norm, expected.norm);
+            let factor = limit.map_or(1.0, |limit| clip_factor(expected.norm, limit)) / scale;
+            let numbers = host(&gate.numbers);
+            assert!((f64::from(numbers[0]) / factor - 1.0).abs() < 1e-6, "{} for {factor}", numbers[0]);
+            assert_eq!(numbers[1], 0.0);
+        }
+    }
+}
+
+#[test]
+fn a_shut_gate_keeps_all_as_it_was_until_it_is_judged_anew() {
+    let good = [wide(40, 1), wide(300, 2), wide(7, 3)];
+    let spoilt = |i: usize, with: &[f32]| {
+        let mut all = good.clone();
+        all[i] = Tensor::cat(vec![all[i].clone(), tensor(with.to_vec())], 0);
+        all
+    };
+    let cases = [
+        (8.0, good.clone(), None),
+        (f32::NAN, good.clone(), Some(Fault::Loss)),
+        (f32::INFINITY, spoilt(1, &[f32::NAN]), Some(Fault::Loss)),
+        (8.0, spoilt(0, &[f32::INFINITY]), Some(Fault::Gradient(0))),
+        (8.0, spoilt(2, &[f32::NAN]), Some(Fault::Gradient(2))),
+        (8.0, spoilt(1, &[2e19]), Some(Fault::Gradient(1))),
+        (8.0, good.clone().map(|_| tensor(vec![1.4e19; 1])), Some(Fault::Norm)),
+    ];
+    for (loss, gradients, fault) in cases {
+        let Some((gate, found)) = judged(&[loss], &gradients, TERMS, None) else { return };
+        assert_eq!(found.fault, fault, "{loss} {}", found.norm);
+        let (after, next) = judged(&[8.0], &good, TERMS, Some(&gate)).unwrap();
+        assert_eq!(next.fault, None, "what follows is not at fault itself");
+        for gate in [gate, after] {
+            let [value, gradient, m, v] = adamw_inputs(600);
+            let before = bits(&[value.clone(), m.clone(), v.clone()]);
+            let (a, b, c) = adamw(value.clone(), gradient.clone() * f32::NAN, m.clone(), v, STEP, Some(&gate));
+            assert_eq!(bits(&[a, b, c]) == before, fault.is_some());
+            let (a, b) = muon(value.clone(), gradient * f32::NAN, m.clone(), 60, &[4, 6], MUON, Some(&gate));
+            assert_eq!(bits(&[a, b]) == bits(&[value, m]), fault.is_some());
+        }
+    }
+}
+
+#[test]
+fn a_gates_factor_is_one_on_the_gradient() {
+    let gradients = [wide(600, 2)];
+    let Some((gate, found)) = judged(&[8.0], &gradients, TERMS, None) else { return };
+    let factor = clip_factor(found.norm, 0.5);
+    assert!(factor < 1.0);
+    let [value, gradient, m, v] = adamw_inputs(600);
+    let by_gate = adamw(value.clone(), gradient.clone(), m.clone(), v.clone(), STEP, Some(&gate));
+    let by_hand = reference::adamw(value.clone(), gradient.clone() * factor, m.clone(), v, STEP);
+    let (a, b) = muon(value.clone(), gradient.clone(), m.clone(), 60, &[4, 6], MUON, Some(&gate));
+    let (c, d) = reference::muon(value, gradient * factor, m, 60, &[4, 6], MUON);
+    for (found, expected) in [(by_gate.0, by_hand.0), (by_gate.1, by_hand.1), (by_gate.2, by_hand.2), (a, c), (b, d)] {
+        for (found, expected) in host(&found).into_iter().zip(host(&expected)) {
+            assert!((found - expected).abs() <= 2e-5 * expected.abs().max(1e-3), "{found} for {expected}");
+        }
+    }
 }

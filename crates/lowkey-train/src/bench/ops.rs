@@ -3,14 +3,17 @@
 mod rows;
 mod timer;
 
+use std::borrow::Cow;
+use std::time::Instant;
+
 use lowkey_kernels::Precision;
-use lowkey_kernels::device::is_cpu;
+use lowkey_kernels::device::{is_cpu, profile};
 use serde::Serialize;
 
 use super::machine::{Spread, below_ceiling};
 use super::train::{Session, TrainOptions};
 use super::{Observer, Progress};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -30,6 +33,8 @@ impl Default for OpsOptions {
 pub struct OpsFigures {
     /// `ops`
     pub what: &'static str,
+    /// Name of the device.
+    pub device: String,
     /// Name of the shape.
     pub shape: &'static str,
     /// Sequences per step.
@@ -50,7 +55,7 @@ pub struct OpsFigures {
 #[derive(Clone, Debug, Serialize)]
 pub struct OpFigures {
     /// Its name.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// What it works on, the rows of all threads together.
     pub size: String,
     /// Calls per pass over the model.
@@ -82,26 +87,27 @@ pub struct OpFigures {
 ///
 /// # Errors
 /// As [`train`](super::train()).
+///
+/// On a GPU the rows are its kernels, as they ran in whole steps, and what is left is the time in which none ran.
 pub fn ops(options: &OpsOptions, observe: Observer) -> Result<OpsFigures> {
     let options = &options.step;
     let mut session = Session::new(options)?;
-    if !is_cpu(&session.device) {
-        return Err(Error::config(
-            "device",
-            &options.device,
-            "operations are timed one by one on the CPU alone; write cpu",
-        ));
+    if !is_cpu(&session.replica().device) {
+        return kernels(options, session, observe);
     }
-    let (threads, device) = (session.threads, session.device.clone());
+    let (threads, device) = (session.threads, session.replica().device.clone());
     let ((step_ms, mut ops), matmul_flops_per_s) = below_ceiling(threads, &device, Precision::F32, || {
         for done in 0..options.warmup {
             observe(Progress { doing: "warm-up", done, of: options.warmup });
-            session.step()?;
+            let batch = session.batch();
+            session.step(&batch)?;
         }
         let (mut rows, mut times) = (rows::rows(&session), Vec::new());
         for round in 0..options.steps {
-            let (_, time) = session.step()?;
-            times.push(time);
+            let batch = session.batch();
+            let started = Instant::now();
+            session.step(&batch)?;
+            times.push(started.elapsed());
             let of = options.steps * rows.len();
             for (i, row) in rows.iter_mut().enumerate() {
                 observe(Progress { doing: "operations", done: of / options.steps * round + i, of });
@@ -112,17 +118,55 @@ pub fn ops(options: &OpsOptions, observe: Observer) -> Result<OpsFigures> {
         Ok((step_ms, rows.into_iter().map(|row| row.figures(step_ms)).collect::<Vec<_>>()))
     })?;
     let counted: f64 = ops.iter().map(|op| op.ms).sum();
-    ops.push(OpFigures {
-        name: "other",
-        size: String::new(),
-        calls: 1,
-        forward_ms: None,
-        backward_ms: None,
-        ms: step_ms - counted,
-        rate: None,
-        unit: None,
-        share: 1.0 - ops.iter().map(|op| op.share).sum::<f64>(),
-    });
+    ops.push(OpFigures::of_kernel("other".to_owned(), step_ms - counted, step_ms));
     let Session { shape, batch, seq, .. } = session;
-    Ok(OpsFigures { what: "ops", shape: shape.name, batch, seq, threads, step_ms, matmul_flops_per_s, ops })
+    let device = options.device.clone();
+    Ok(OpsFigures { what: "ops", device, shape: shape.name, batch, seq, threads, step_ms, matmul_flops_per_s, ops })
+}
+
+/// The kernels of a GPU's steps.
+fn kernels(options: &TrainOptions, mut session: Session, observe: Observer) -> Result<OpsFigures> {
+    let (threads, device) = (session.threads, session.replica().device.clone());
+    let ((step_ms, kernels), matmul_flops_per_s) = below_ceiling(threads, &device, options.dtype, || {
+        session.run(options.warmup, |done| observe(Progress { doing: "warm-up", done, of: options.warmup }))?;
+        let (_, times) =
+            session.run(options.steps, |done| observe(Progress { doing: "steps", done, of: options.steps }))?;
+        let (finished, kernels) = profile(|| {
+            session.run(options.steps, |done| observe(Progress { doing: "kernels", done, of: options.steps }))?;
+            session.replicas.finish()
+        });
+        finished?;
+        Ok((Spread::milliseconds(&times).median, kernels))
+    })?;
+    let steps = options.steps as f64;
+    let mut ops: Vec<OpFigures> = kernels
+        .into_iter()
+        .map(|kernel| {
+            let ms = kernel.seconds * 1e3 / steps;
+            let rate = (kernel.flops > 0.0).then(|| kernel.flops / kernel.seconds / 1e9);
+            let calls = kernel.launches.div_ceil(options.steps);
+            OpFigures { rate, unit: rate.map(|_| "GFLOP/s"), calls, ..OpFigures::of_kernel(kernel.name, ms, step_ms) }
+        })
+        .collect();
+    let busy: f64 = ops.iter().map(|op| op.ms).sum();
+    ops.push(OpFigures::of_kernel("other".to_owned(), step_ms - busy, step_ms));
+    let Session { shape, batch, seq, .. } = session;
+    let device = options.device.clone();
+    Ok(OpsFigures { what: "ops", device, shape: shape.name, batch, seq, threads, step_ms, matmul_flops_per_s, ops })
+}
+
+impl OpFigures {
+    fn of_kernel(name: String, ms: f64, step_ms: f64) -> Self {
+        Self {
+            name: name.into(),
+            size: String::new(),
+            calls: 1,
+            forward_ms: None,
+            backward_ms: None,
+            ms,
+            rate: None,
+            unit: None,
+            share: ms / step_ms,
+        }
+    }
 }

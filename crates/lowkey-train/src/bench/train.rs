@@ -1,8 +1,8 @@
 //! Whole optimiser steps.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use burn::tensor::Device;
 use lowkey_data::Batch;
 use lowkey_kernels::Precision;
 use lowkey_model::{CausalLm, Parameter, Recompute};
@@ -17,6 +17,7 @@ use super::{MOST_ROUNDS, Observer, Progress};
 use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
 use crate::optimizer::Optimizer;
+use crate::replicas::{Replica, Replicas};
 use crate::run_config::{OptimizerKind, OptimizerSection, at_least_one};
 use crate::setup::{check_bytes, check_precision};
 use crate::step::{StepSettings, StepTaken};
@@ -90,6 +91,8 @@ pub struct TrainFigures {
     pub dtype: Precision,
     /// Steps before the timed ones.
     pub warmup: usize,
+    /// What those took together, with compiling kernels and finding the fastest.
+    pub warm_up_s: f64,
     /// Timed steps.
     pub steps: usize,
     /// Parameters.
@@ -133,12 +136,8 @@ pub(super) struct Session {
     pub(super) seq: usize,
     pub(super) threads: usize,
     pub(super) optimizer_section: OptimizerSection,
-    pub(super) model: CausalLm,
-    pub(super) optimizer: Optimizer,
-    pub(super) workers: Workers,
-    /// Records gradients.
+    pub(super) replicas: Replicas,
     pub(super) recompute: Recompute,
-    pub(super) device: Device,
     precision: Precision,
     loss_scale: Option<LossScale>,
     random: ChaCha8Rng,
@@ -186,11 +185,8 @@ impl Session {
             seq,
             threads,
             optimizer_section,
-            model,
-            optimizer,
-            workers,
+            replicas: Replicas::new(Replica { device, model, optimizer, workers, gate: None }, Vec::new()),
             recompute: options.recompute,
-            device,
             precision: options.dtype,
             loss_scale: (options.dtype == Precision::F16).then(LossScale::default),
             random,
@@ -198,12 +194,19 @@ impl Session {
         })
     }
 
-    /// One step as `lowkey train` takes it, on new tokens that are made before the clock starts.
-    pub(super) fn step(&mut self) -> Result<(StepTaken, Duration)> {
-        let batch = random_batch(&mut self.random, self.batch, self.seq, self.shape.vocab);
+    /// The only replica.
+    pub(super) fn replica(&self) -> &Replica {
+        self.replicas.main()
+    }
+
+    /// The next step's tokens.
+    pub(super) fn batch(&mut self) -> Batch {
+        random_batch(&mut self.random, self.batch, self.seq, self.shape.vocab)
+    }
+
+    /// One step as `lowkey train` takes it.
+    pub(super) fn step(&mut self, batch: &Batch) -> Result<StepTaken> {
         let settings = StepSettings {
-            workers: &self.workers,
-            device: &self.device,
             passes: PassSettings {
                 micro_batch: self.batch,
                 recompute: self.recompute,
@@ -215,14 +218,37 @@ impl Session {
             },
             grad_clip: self.optimizer_section.grad_clip,
         };
-        let started = Instant::now();
         let lr = self.optimizer_section.lr;
-        let taken =
-            settings.step(&mut self.model, &mut self.optimizer, &batch, self.steps, lr, self.loss_scale.as_mut())?;
-        // What is queued belongs to this step.
-        self.device.sync().map_err(|e| Error::Device { what: "a step", why: format!("{e:?}") })?;
+        let taken = settings.step(&mut self.replicas, batch, self.steps, lr, self.loss_scale.as_mut())?;
         self.steps += 1;
-        Ok((taken, started.elapsed()))
+        Ok(taken)
+    }
+
+    /// Losses and times of so many steps, on new tokens that are made before the clock starts.
+    ///
+    /// On a GPU the next step is queued before the last one is waited for, and a step's time is that since the one before it was over:
+    /// the first one's is then that of a step and of all that was not ready.
+    pub(super) fn run(&mut self, count: usize, mut tell: impl FnMut(usize)) -> Result<(Vec<f64>, Vec<Duration>)> {
+        let (mut losses, mut times) = (Vec::new(), Vec::new());
+        let mut queued = VecDeque::new();
+        let mut started = Instant::now();
+        for done in 0..count {
+            tell(done);
+            let batch = self.batch();
+            if queued.is_empty() {
+                started = Instant::now();
+            }
+            let taken = self.step(&batch)?;
+            let behind = usize::from(!taken.is_known() && done + 1 < count);
+            queued.push_back(taken);
+            while queued.len() > behind {
+                let Some(taken) = queued.pop_front() else { break };
+                losses.push(taken.wait(&self.replica().model)?.loss);
+                times.push(started.elapsed());
+                started = Instant::now();
+            }
+        }
+        Ok((losses, times))
     }
 }
 
@@ -247,22 +273,20 @@ pub(super) fn random_batch(random: &mut ChaCha8Rng, rows: usize, seq_len: usize,
 /// [`Error::Config`] for options out of range, [`Error::Memory`] for a model that this machine cannot hold.
 pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> {
     let mut session = Session::new(options)?;
-    let (threads, device) = (session.threads, session.device.clone());
-    let ((times, losses, peak_rss_mb), ceiling) = below_ceiling(threads, &device, options.dtype, || {
-        let (mut times, mut losses) = (Vec::new(), Vec::new());
-        let of = options.warmup + options.steps;
-        for done in 0..of {
-            observe(Progress { doing: "steps", done, of });
-            let (taken, time) = session.step()?;
-            losses.push(taken.loss);
-            if done >= options.warmup {
-                times.push(time);
-            }
-        }
-        Ok((times, losses, peak_rss_mb()))
+    let (threads, device) = (session.threads, session.replica().device.clone());
+    let of = options.warmup + options.steps;
+    let mut observe = |done| observe(Progress { doing: "steps", done, of });
+    let ((warm_up_s, times, losses, peak_rss_mb), ceiling) = below_ceiling(threads, &device, options.dtype, || {
+        let started = Instant::now();
+        let (mut losses, _) = session.run(options.warmup, &mut observe)?;
+        session.replicas.finish()?;
+        let warm_up_s = started.elapsed().as_secs_f64();
+        let (more, times) = session.run(options.steps, |done| observe(options.warmup + done))?;
+        losses.extend(more);
+        Ok((warm_up_s, times, losses, peak_rss_mb()))
     })?;
     let Spread { median, min, max } = Spread::milliseconds(&times);
-    let (batch, seq, config) = (session.batch, session.seq, &session.model.config);
+    let (batch, seq, config) = (session.batch, session.seq, &session.replica().model.config);
     let rate = |ms: f64| (batch * seq) as f64 / ms * 1e3;
     let flops_per_token = config.causal_train_flops_per_token(seq);
     let model_flops_per_s = rate(median) * flops_per_token;
@@ -277,6 +301,7 @@ pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> 
         device: options.device.clone(),
         dtype: options.dtype,
         warmup: options.warmup,
+        warm_up_s: thousandths(warm_up_s),
         steps: options.steps,
         params: config.parameter_count().total,
         loss_first: losses.first().copied().unwrap_or(0.0),

@@ -1,6 +1,8 @@
 use burn::tensor::{Device, TensorData};
 use lowkey_model::{CausalLm, ModelConfig};
 
+use lowkey_kernels::optim::clip_factor;
+
 use super::*;
 use crate::fixtures::{Lcg, bits, model, model_config, passes, uneven_batch, values, weight_bits};
 use crate::run_config::OptimizerKind;
@@ -57,7 +59,7 @@ fn rate(step: u64) -> f64 {
 
 fn take(optimizer: &mut Optimizer, mut parameters: Vec<Parameter>, steps: std::ops::Range<u64>) -> Vec<Parameter> {
     for step in steps {
-        let new = optimizer.step(parameters.clone(), gradients(step), 1.0, rate(step));
+        let new = optimizer.step(parameters.clone(), gradients(step), &Update::new(1.0, rate(step)));
         parameters.iter_mut().zip(new).for_each(|(parameter, value)| parameter.value = value);
     }
     parameters
@@ -102,7 +104,8 @@ fn steps_are_those_of_pytorch_and_only_matrices_decay() {
 fn without_a_gradient_matrices_shrink_and_the_rest_stays() {
     let start = parameters();
     let zeros = start.iter().map(|p| p.value.zeros_like()).collect();
-    let end = Optimizer::new(&section(), &start, Parameter::is_matrix).step(start.clone(), zeros, 1.0, 0.5);
+    let end =
+        Optimizer::new(&section(), &start, Parameter::is_matrix).step(start.clone(), zeros, &Update::new(1.0, 0.5));
     for (before, after) in values(&start[0].value).iter().zip(values(&end[0])) {
         assert!((after - before * 0.95).abs() <= before.abs() * 1e-6);
     }
@@ -170,7 +173,7 @@ fn clipping_is_that_of_pytorch() {
     }
     let step = |gradients: Vec<Tensor<1>>, clip| {
         let mut optimizer = Optimizer::new(&section(), &parameters(), Parameter::is_matrix);
-        bits(&optimizer.step(parameters(), gradients, clip, 1e-2))
+        bits(&optimizer.step(parameters(), gradients, &Update::new(clip, 1e-2)))
     };
     let clipped = gradients(1).into_iter().map(|gradient| gradient * 0.3).collect();
     assert_eq!(step(gradients(1), 0.3), step(clipped, 1.0));
@@ -192,8 +195,9 @@ fn a_step_of_a_model_happens_where_its_numbers_lie() {
         let workers = Workers::new(2, 4).unwrap();
         for seed in 0..3 {
             let batch = uneven_batch(4, 9, 29, seed);
-            let gradients = workers.gradients(&model, &batch, passes(4), &device).unwrap().gradients;
-            workers.together(|| model.update(|parameters| optimizer.step(parameters, gradients, 1.0, 1e-2)));
+            let gradients = workers.gradients(&model, &batch, passes(4), &device).gradients;
+            workers
+                .together(|| model.update(|parameters| optimizer.step(parameters, gradients, &Update::new(1.0, 1e-2))));
         }
         assert_eq!(addresses(&model, &optimizer), before);
         assert_ne!(weight_bits(&model), weights);
@@ -213,7 +217,7 @@ fn any_number_of_threads_takes_the_same_steps() {
             for _ in 0..3 {
                 let gradients: Vec<_> = model.parameters().into_iter().map(|p| p.value.sin() * 0.1 + 0.001).collect();
                 let clip = clip_factor(global_norm(&gradients).unwrap(), 1.0);
-                model.update(|parameters| optimizer.step(parameters, gradients, clip, 1e-2));
+                model.update(|parameters| optimizer.step(parameters, gradients, &Update::new(clip, 1e-2)));
             }
         });
         weight_bits(&model)
@@ -279,7 +283,7 @@ fn muon_takes_the_published_steps() {
     let (mut expected, mut buffer) = (Matrix(rows(&start)), Matrix(vec![vec![0.0; width]; 7]));
     for step in 0..STEPS {
         let parameters = vec![Parameter { value, ..parameter.clone() }];
-        value = optimizer.step(parameters, vec![tensor(&gradient(step))], clip, rate(step)).remove(0);
+        value = optimizer.step(parameters, vec![tensor(&gradient(step))], &Update::new(clip, rate(step))).remove(0);
 
         let g = Matrix(rows(&gradient(step)));
         buffer = buffer.combine(0.9, &g, clip);
@@ -304,7 +308,7 @@ fn muon_leaves_embedding_head_norms_and_biases_to_adamw() {
     let gradients = || parameters.iter().map(|p| p.value.clone() * 0.1 + 0.01).collect::<Vec<_>>();
     let step = |kind| {
         let mut optimizer = Optimizer::new(&section_of(kind), &parameters, Parameter::is_matrix);
-        let values = optimizer.step(parameters.clone(), gradients(), 1.0, 1e-2);
+        let values = optimizer.step(parameters.clone(), gradients(), &Update::new(1.0, 1e-2));
         (optimizer, values)
     };
     let ((muon, a), (_, b)) = (step(OptimizerKind::Muon), step(OptimizerKind::AdamW));

@@ -11,6 +11,14 @@ impl RunConfig {
         if name.is_empty() || !name.chars().all(plain) || name.starts_with('.') {
             return Err(Error::config("run.name", name, "must be a folder name of letters, digits, '-', '_' and '.'"));
         }
+        let devices = self.run.devices.len();
+        if devices > 0 && self.run.device != "auto" {
+            return Err(Error::config("run.device", &self.run.device, "run.devices is set too; keep one of them"));
+        }
+        if devices > 0 && !self.training.batch_size.is_multiple_of(devices) {
+            let why = format!("must be a multiple of {devices}, the number of run.devices: each has as many rows");
+            return Err(Error::config("training.batch_size", self.training.batch_size, why));
+        }
         match (&self.data.dataset, &self.data.path) {
             (Some(_), Some(path)) => {
                 return Err(Error::config("data.path", path.display(), "data.dataset is set too; keep one of them"));

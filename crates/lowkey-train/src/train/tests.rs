@@ -38,6 +38,7 @@ fn a_run_learns_and_tells_what_it_does_in_order() {
                     assert!(plan.seconds > 0.0 && plan.seconds.is_finite());
                     format!("ready {step}")
                 }
+                Event::WarmedUp { .. } => "warmed up".into(),
                 Event::Step(metrics) => {
                     last_loss = metrics.train_loss;
                     format!("step {}", metrics.step)
@@ -458,7 +459,7 @@ fn the_cpu_trains_in_f32() {
 #[test]
 fn a_device_that_is_not_built_in_is_refused() {
     for name in ["auto", "cpu"] {
-        device(name).unwrap();
+        crate::device(name).unwrap();
     }
     for (name, expected) in [
         ("cuda", "build with `cargo build --release --features cuda`"),
@@ -466,7 +467,7 @@ fn a_device_that_is_not_built_in_is_refused() {
         ("wgpu", "build with `cargo build --release --features wgpu`"),
         ("tpu", "known are auto"),
     ] {
-        let message = device(name).unwrap_err().to_string();
+        let message = crate::device(name).unwrap_err().to_string();
         assert!(message.starts_with("run.device = ") && message.contains(expected), "{message}");
     }
 }

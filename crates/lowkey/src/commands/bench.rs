@@ -77,8 +77,8 @@ fn train_text(f: &TrainFigures) -> String {
         (
             "step",
             format!(
-                "{:.1} ms ({:.1}..{:.1}), median of {} after {}",
-                f.step_ms, f.step_ms_min, f.step_ms_max, f.steps, f.warmup
+                "{:.1} ms ({:.1}..{:.1}), median of {} after {} in {:.1} s",
+                f.step_ms, f.step_ms_min, f.step_ms_max, f.steps, f.warmup, f.warm_up_s
             ),
         ),
         ("work", format!("{} per token, {}/s", flops(f.flops_per_token), flops(f.model_flops_per_s))),
@@ -88,7 +88,7 @@ fn train_text(f: &TrainFigures) -> String {
     ];
     rows.extend(peak(f.peak_rss_mb));
     rows.extend(f.gpu_mb.map(|mb| ("GPU memory", format!("{mb:.0} MiB"))));
-    let where_to = if f.device == "cpu" { format!("{} threads", f.threads) } else { f.device.clone() };
+    let where_to = place(&f.device, f.threads);
     let head = format!(
         "{}: {} parameters, {} × {} tokens per step, {}, {where_to}{}",
         f.shape,
@@ -184,28 +184,40 @@ fn decode_text(f: &DecodeFigures) -> String {
 
 fn ops_text(f: &OpsFigures) -> String {
     let ms = |x: Option<f64>| x.map_or_else(String::new, |x| format!("{x:.2}"));
+    // A GPU's kernels have their size in their name, and no telling which of them belong to the way back.
+    let on_gpu = f.ops.iter().all(|op| op.size.is_empty());
     let row = |op: &OpFigures| {
-        vec![
-            op.name.to_string(),
-            op.size.clone(),
-            op.calls.to_string(),
-            ms(op.forward_ms),
-            ms(op.backward_ms),
+        let mut row = vec![op.name.to_string(), op.calls.to_string()];
+        if !on_gpu {
+            row.insert(1, op.size.clone());
+            row.extend([ms(op.forward_ms), ms(op.backward_ms)]);
+        }
+        row.extend([
             ms(Some(op.ms)),
             op.rate.zip(op.unit).map_or_else(String::new, |(rate, unit)| format!("{rate:.1} {unit:<8}")),
             format!("{:.1} %", op.share * 100.0),
-        ]
+        ]);
+        row
     };
-    let header = ["operation", "size", "calls", "forward", "backward", "ms/step", "rate         ", "share"];
+    let header: &[&str] = if on_gpu {
+        &["kernel", "launches", "ms/step", "rate         ", "share"]
+    } else {
+        &["operation", "size", "calls", "forward", "backward", "ms/step", "rate         ", "share"]
+    };
     let rows: Vec<Vec<String>> = f.ops.iter().map(row).collect();
     format!(
-        "{}: {} × {} tokens per step, {} threads; a step takes {:.1} ms; matrix products {}/s\n{}",
+        "{}: {} × {} tokens per step, {}; a step takes {:.1} ms; matrix products {}/s\n{}",
         f.shape,
         f.batch,
         f.seq,
-        f.threads,
+        place(&f.device, f.threads),
         f.step_ms,
         flops(f.matmul_flops_per_s),
-        table(&header, &rows)
+        table(header, &rows)
     )
+}
+
+/// What a step was computed on.
+fn place(device: &str, threads: usize) -> String {
+    if device == "cpu" { format!("{threads} threads") } else { device.to_owned() }
 }

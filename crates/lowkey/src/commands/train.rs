@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
-use lowkey_train::{Plan, RunConfig, RunOptions, matmul_ceiling, planned_model};
+use lowkey_train::{Plan, RunConfig, RunOptions, ceiling, planned_model};
 use serde_json::json;
 
 use crate::cli::{PlanArguments, RunFileArguments, TrainArguments};
@@ -15,7 +15,12 @@ use crate::progress::{View, plan_text};
 
 pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     let TrainArguments { mut file, resume, overwrite, device } = arguments;
-    file.overrides.extend(device.map(|device| format!("run.device=\"{device}\"")));
+    if let Some(device) = device {
+        let several: Vec<&str> = device.split(',').map(str::trim).collect();
+        let (one, several) = if several.len() > 1 { ("auto", several) } else { (device.as_str(), Vec::new()) };
+        file.overrides.push(format!("run.device=\"{one}\""));
+        file.overrides.push(format!("run.devices={several:?}"));
+    }
     let config = RunConfig::load(&file.run, &file.overrides).map_err(|e| in_run_file(e, &file.run))?;
     let mut options = options(&file, &config);
     (options.resume, options.overwrite) = (resume, overwrite);
@@ -61,12 +66,12 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
     let named = |e| in_run_file(e, &arguments.file.run);
     let config = RunConfig::load(&arguments.file.run, &arguments.file.overrides).map_err(named)?;
     let options = options(&arguments.file, &config);
-    let device = lowkey_train::device(&config.run.device).map_err(named)?;
+    let devices = lowkey_train::devices(&config.run).map_err(named)?;
     let (model, notes) = planned_model(&config, &options).map_err(named)?;
     for note in &notes {
         complain(&format!("note: {note}"));
     }
-    let plan = Plan::new(&config, &model, matmul_ceiling(config.threads(), &device, config.training.dtype)?);
+    let plan = Plan::new(&config, &model, ceiling(config.threads(), &devices, config.training.dtype)?);
     if arguments.json {
         return say_json(&plan);
     }

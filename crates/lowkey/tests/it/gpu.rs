@@ -89,6 +89,25 @@ fn a_run_that_stops_on_a_gpu_goes_on_as_if_it_had_not() {
 }
 
 #[test]
+fn two_ranks_on_a_gpu_are_one_with_passes_half_as_long() {
+    let Some(gpu) = name() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let file = run_file(dir.path());
+    for kind in ["adamw", "muon"] {
+        let (one, two) = (dir.path().join(format!("{kind}-one")), dir.path().join(format!("{kind}-two")));
+        let kind = format!("optimizer.kind={kind}");
+        let more = ["--set", "metrics.every=1", "--set", "training.steps=6", "--set", &kind];
+        train(&file, &one, &gpu, &[&more[..], &["--set", "training.micro_batch_size=2"]].concat());
+        train(&file, &two, &format!("{gpu},{gpu}"), &more);
+        let weights = |run: &Path| std::fs::read(run.join("checkpoints/step-000006/model.safetensors")).unwrap();
+        assert!(weights(&one) == weights(&two), "{kind}: the weights differ");
+        for (one, two) in figures(&one, "train_loss").into_iter().zip(figures(&two, "train_loss")) {
+            assert!((one / two - 1.0).abs() < 1e-6, "{kind}: {one} and {two}");
+        }
+    }
+}
+
+#[test]
 fn half_precision_learns_as_single_does_where_the_device_has_it() {
     let dir = tempfile::tempdir().unwrap();
     let file = run_file(dir.path());

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use lowkey_infer::{Form, GenerateConfig, generate};
 use lowkey_model::{CausalLm, Family, IGNORE, TokenBatch, Trace, ids_tensor};
-use lowkey_train::{Optimizer, OptimizerKind, OptimizerSection, clip_factor, global_norm};
+use lowkey_train::{Optimizer, OptimizerKind, OptimizerSection, Update, clip_factor, global_norm};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -258,7 +258,7 @@ fn trajectory(case: &Case, mut model: CausalLm, batch: &Batch, limit: Option<f64
         losses.push(loss as f32);
         if step + 1 < expected.len() {
             let clip = limit.map_or(1.0, |limit| clip_factor(global_norm(&gradients).unwrap(), limit));
-            model.update(|parameters| optimizer.step(parameters, gradients, clip, section.lr));
+            model.update(|parameters| optimizer.step(parameters, gradients, &Update::new(clip, section.lr)));
         }
     }
     case.close(key, &losses, &expected, case.tolerance("adamw_losses_abs"))

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::super::train::Session;
 use super::timer::{Lane, Row, Run, Times, Work, leaf};
-use crate::optimizer::global_norm;
+use crate::optimizer::{Update, global_norm};
 
 /// Every operation that a step at this session's sizes consists of.
 pub(super) fn rows(session: &Session) -> Vec<Row> {
@@ -161,7 +161,7 @@ fn ends(session: &Session) -> Vec<Row> {
 
 /// What happens to the gradients once they are there.
 fn updates(session: &Session) -> Vec<Row> {
-    let parameters = session.model.parameters();
+    let parameters = session.replica().model.parameters();
     let gradients: Vec<Tensor<1>> = parameters.iter().map(|p| p.value.clone() * 1e-3).collect();
     let numbers: usize = parameters.iter().map(|p| p.value.dims()[0]).sum();
     let size = || format!("{numbers}");
@@ -174,7 +174,7 @@ fn updates(session: &Session) -> Vec<Row> {
         times: Vec::new(),
     };
     let mut rows = Vec::new();
-    let sums = session.workers.shares(session.batch).len() - 1;
+    let sums = session.replica().workers.shares(session.batch).len() - 1;
     if sums > 0 {
         let terms = gradients.clone();
         // As in `Workers::gradients`: the sum so far belongs to nobody else, and is added to in place.
@@ -192,12 +192,12 @@ fn updates(session: &Session) -> Vec<Row> {
     };
     rows.push(once("gradient norm", 1, numbers, Box::new(measure)));
     // Read weight, gradient and two moments; write weight and moments.
-    let (mut optimizer, lr) = (session.optimizer.clone(), session.optimizer_section.lr);
+    let (mut optimizer, lr) = (session.replica().optimizer.clone(), session.optimizer_section.lr);
     // Values of its own: those of the session's model are shared with it, and would be copied.
     let own = parameters.iter().map(|p| p.value.clone() * 1.0).collect();
-    let mut model = session.model.clone().with_values(own);
+    let mut model = session.replica().model.clone().with_values(own);
     let step = move || {
-        model.update(|parameters| optimizer.step(parameters, gradients.clone(), 0.5, lr));
+        model.update(|parameters| optimizer.step(parameters, gradients.clone(), &Update::new(0.5, lr)));
     };
     rows.push(once("optimiser", 1, 7 * numbers, Box::new(step)));
     rows

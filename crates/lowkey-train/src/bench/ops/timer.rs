@@ -65,13 +65,14 @@ impl Row {
     pub(super) fn round(&mut self, session: &Session) {
         let times = match &mut self.run {
             Run::Shared(job) => {
-                let lanes: Vec<Lane> = session.workers.shares(session.batch).into_iter().map(Lane::from).collect();
-                let times = session.workers.map(&lanes, &**job);
+                let lanes: Vec<Lane> =
+                    session.replica().workers.shares(session.batch).into_iter().map(Lane::from).collect();
+                let times = session.replica().workers.map(&lanes, &**job);
                 // The step waits for the slowest.
                 let slowest = |part: fn(&Times) -> f64| times.iter().map(part).fold(0.0, f64::max);
                 Times { forward: slowest(|t| t.forward), backward: slowest(|t| t.backward) }
             }
-            Run::Once(job) => Times { forward: session.workers.together(|| repeat(job)), backward: 0.0 },
+            Run::Once(job) => Times { forward: session.replica().workers.together(|| repeat(job)), backward: 0.0 },
         };
         self.times.push(times);
     }
@@ -83,7 +84,7 @@ impl Row {
         let (forward, backward) = (median(|t| t.forward), median(|t| t.backward));
         let (ms, shared) = (forward + backward, matches!(self.run, Run::Shared(_)));
         OpFigures {
-            name: self.name,
+            name: self.name.into(),
             size: self.size,
             calls: self.calls,
             forward_ms: shared.then_some(forward),

@@ -1,0 +1,273 @@
+//! The model on one device, or on several in step: data parallel training in one machine.
+//!
+//! The rows of a batch are dealt to the devices in equal parts. Each computes the gradients of its rows, all are added up once per
+//! step in a few flat buckets, and every device then takes the same step with the same numbers, so that the replicas stay equal to the
+//! last bit and none is ever sent.
+
+use burn::tensor::distributed::{ReduceOperation, all_reduce};
+use burn::tensor::{Device, Tensor, TensorData};
+use lowkey_kernels::device::{has_collectives, is_cpu};
+use lowkey_kernels::optim::{self, Gate};
+use lowkey_model::CausalLm;
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::optimizer::{Optimizer, Update};
+use crate::rows::BatchRef;
+use crate::workers::{PassSettings, StepGradients, Workers};
+
+/// Numbers of a bucket, 64 MiB: long enough that the start of a transfer costs nothing beside it.
+const BUCKET: usize = 1 << 24;
+
+/// The model on one device, with what trains it there.
+#[derive(Debug)]
+pub(crate) struct Replica {
+    /// Where it lies; records gradients.
+    pub(crate) device: Device,
+    /// The model.
+    pub(crate) model: CausalLm,
+    /// Its optimiser.
+    pub(crate) optimizer: Optimizer,
+    /// Threads that share its rows.
+    pub(crate) workers: Workers,
+    /// What the device has found of the last step.
+    pub(crate) gate: Option<Gate>,
+}
+
+/// One replica or several. What only one has to do, the first one does.
+#[derive(Debug)]
+pub(crate) struct Replicas {
+    all: Vec<Replica>,
+    reducer: Reducer,
+}
+
+/// Who adds up gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reducer {
+    /// The devices among themselves (NCCL).
+    Devices,
+    /// The host, which every gradient then passes through.
+    Host,
+}
+
+impl Replicas {
+    /// `first` and its copies; `others` have the same values.
+    pub(crate) fn new(first: Replica, others: Vec<Replica>) -> Self {
+        let mut all = vec![first];
+        all.extend(others);
+        let devices: Vec<&Device> = all.iter().map(|replica| &replica.device).collect();
+        let distinct = devices.iter().enumerate().all(|(i, device)| !devices[..i].contains(device));
+        let collectives = distinct && devices.iter().all(|device| has_collectives(device));
+        let by_host = std::env::var_os("LOWKEY_REDUCE").is_some_and(|value| value == "host");
+        let reducer = if collectives && !by_host { Reducer::Devices } else { Reducer::Host };
+        Self { all, reducer }
+    }
+
+    /// All of them.
+    pub(crate) fn all(&self) -> &[Replica] {
+        &self.all
+    }
+
+    /// The first one.
+    pub(crate) fn main(&self) -> &Replica {
+        &self.all[0]
+    }
+
+    /// What adds up gradients, in words; none where there is nothing to add.
+    pub(crate) fn reducer(&self) -> Option<&'static str> {
+        match self.reducer {
+            _ if self.all.len() == 1 => None,
+            Reducer::Devices => Some("the devices among themselves (NCCL)"),
+            Reducer::Host => Some("the host"),
+        }
+    }
+
+    /// Loss and gradients of the whole batch, once for each replica.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where gradients cannot be read back to be added up.
+    pub(crate) fn gradients(&self, batch: BatchRef<'_>, passes: PassSettings<'_>) -> Result<Vec<StepGradients>> {
+        if let [only] = &self.all[..] {
+            return Ok(vec![only.workers.gradients(&only.model, batch, passes, &only.device)]);
+        }
+        let (count, rows) = (self.all.len(), batch.count());
+        let own = self.each((0..count).collect(), |replica, i| {
+            let share = rows * i / count..rows * (i + 1) / count;
+            replica.workers.gradients_of(&replica.model, batch, share, passes, &replica.device)
+        });
+        self.reduced(own)
+    }
+
+    /// Adds up the replicas' parts.
+    fn reduced(&self, own: Vec<StepGradients>) -> Result<Vec<StepGradients>> {
+        let lengths: Vec<usize> = own.iter().take(1).flat_map(|own| &own.gradients).map(|g| g.dims()[0]).collect();
+        let targets = own.first().map_or(0, |own| own.targets);
+        let packed = |own: StepGradients| {
+            let losses = own.losses.sum();
+            packed(own.gradients.into_iter().chain([losses]).collect(), BUCKET)
+        };
+        let sums = match self.reducer {
+            Reducer::Devices => {
+                let devices: Vec<Device> =
+                    self.all.iter().map(|replica| replica.device.clone().without_autodiff()).collect();
+                self.each(own, |_, own| {
+                    let sum = |bucket| all_reduce(bucket, ReduceOperation::Sum, devices.clone()).resolve();
+                    packed(own).into_iter().map(sum).collect::<Vec<_>>()
+                })
+            }
+            Reducer::Host => {
+                let parts = self.each(own, |_, own| packed(own).into_iter().map(read).collect::<Result<Vec<_>>>());
+                let sums = sums(parts.into_iter().collect::<Result<_>>()?);
+                self.each(vec![(); self.all.len()], |replica, ()| {
+                    let device = replica.device.clone().without_autodiff();
+                    let upload = |sum: &Vec<f32>| Tensor::from_data(TensorData::new(sum.clone(), [sum.len()]), &device);
+                    sums.iter().map(upload).collect()
+                })
+            }
+        };
+        let unpacked = |buckets: Vec<Tensor<1>>| {
+            let mut gradients = unpacked(buckets, lengths.iter().copied().chain([1]));
+            let losses = gradients.pop().unwrap_or_else(|| unreachable!("the losses come last"));
+            StepGradients { losses, targets, gradients }
+        };
+        Ok(sums.into_iter().map(unpacked).collect())
+    }
+
+    /// Gives every replica its new values.
+    pub(crate) fn update(
+        &mut self,
+        results: Vec<StepGradients>,
+        gates: Vec<Option<Gate>>,
+        update: impl Fn(Option<&Gate>) -> Update<'_> + Sync,
+    ) {
+        let one = |replica: &mut Replica, (result, gate): (StepGradients, Option<Gate>)| {
+            replica.gate = gate;
+            let Replica { model, optimizer, workers, gate, .. } = replica;
+            let update = update(gate.as_ref());
+            let gradients = result.gradients;
+            workers.together(|| model.update(|parameters| optimizer.step(parameters, gradients, &update)));
+        };
+        let work = results.into_iter().zip(gates);
+        match &mut self.all[..] {
+            [only] => work.for_each(|work| one(only, work)),
+            all => std::thread::scope(|scope| {
+                for (replica, work) in all.iter_mut().zip(work) {
+                    scope.spawn(|| one(replica, work));
+                }
+            }),
+        }
+    }
+
+    /// Waits until everything that is queued is done.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub(crate) fn finish(&self) -> Result<()> {
+        for replica in &self.all {
+            replica.device.sync().map_err(|e| Error::Device { what: "a step", why: format!("{e:?}") })?;
+        }
+        Ok(())
+    }
+
+    /// Whether all replicas have the same numbers, as far as their sums of squares tell.
+    pub(crate) fn agree(&self) -> bool {
+        let sums = |replica: &Replica| {
+            let values: Vec<_> = replica.model.parameters().into_iter().map(|p| p.value).collect();
+            optim::sums_of_squares(&values).into_iter().map(f64::to_bits).collect::<Vec<_>>()
+        };
+        let first = sums(self.main());
+        self.all[1..].iter().all(|replica| sums(replica) == first)
+    }
+
+    /// Runs `job` for each replica in a thread of its own; results in their order.
+    fn each<T: Send, R: Send>(&self, items: Vec<T>, job: impl Fn(&Replica, T) -> R + Sync) -> Vec<R> {
+        std::thread::scope(|scope| {
+            let job = &job;
+            let threads: Vec<_> =
+                self.all.iter().zip(items).map(|(replica, item)| scope.spawn(move || job(replica, item))).collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, R>| {
+                thread.join().unwrap_or_else(|cause| std::panic::resume_unwind(cause))
+            };
+            threads.into_iter().map(join).collect()
+        })
+    }
+}
+
+/// How many threads each of `count` replicas has of `threads`.
+pub(crate) fn threads_each(threads: usize, count: usize) -> usize {
+    (threads / count.max(1)).max(1)
+}
+
+/// Refuses devices that could not keep in step.
+///
+/// # Errors
+/// [`Error::Config`] for devices of different kinds, whose arithmetic differs in the last bit.
+pub(crate) fn check_kinds(devices: &[Device]) -> Result<()> {
+    let part = |device: &Device| match lowkey_kernels::device::properties(device) {
+        Some(properties) => properties.part,
+        None if is_cpu(device) => "the CPU".to_owned(),
+        None => "an unknown device".to_owned(),
+    };
+    let parts: Vec<String> = devices.iter().map(part).collect();
+    match parts.iter().find(|part| **part != parts[0]) {
+        Some(other) => {
+            let why = format!("{} and {other} do not round alike; take devices of one kind", parts[0]);
+            Err(Error::config("run.devices", parts.join(", "), why))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Tensors one after the other in flat buckets of at most `most` numbers, but one tensor at least.
+fn packed(tensors: Vec<Tensor<1>>, most: usize) -> Vec<Tensor<1>> {
+    let (mut buckets, mut open, mut length) = (Vec::new(), Vec::new(), 0);
+    for tensor in tensors {
+        let more = tensor.dims()[0];
+        if length + more > most && !open.is_empty() {
+            buckets.push(Tensor::cat(std::mem::take(&mut open), 0));
+            length = 0;
+        }
+        length += more;
+        open.push(tensor);
+    }
+    if !open.is_empty() {
+        buckets.push(Tensor::cat(open, 0));
+    }
+    buckets
+}
+
+/// The tensors of [`packed`] again.
+fn unpacked(buckets: Vec<Tensor<1>>, lengths: impl Iterator<Item = usize>) -> Vec<Tensor<1>> {
+    let mut buckets = buckets.into_iter();
+    let (mut bucket, mut at) = (None, 0);
+    let mut tensors = Vec::new();
+    for length in lengths {
+        if bucket.as_ref().is_none_or(|bucket: &Tensor<1>| at + length > bucket.dims()[0]) {
+            (bucket, at) = (buckets.next(), 0);
+        }
+        if let Some(bucket) = &bucket {
+            tensors.push(bucket.clone().narrow(0, at, length));
+            at += length;
+        }
+    }
+    tensors
+}
+
+fn read(bucket: Tensor<1>) -> Result<Vec<f32>> {
+    bucket.try_into_vec_as::<f32>().map_err(|e| Error::Device { what: "gradients", why: format!("{e:?}") })
+}
+
+/// The sum of the replicas' buckets, in the order of the replicas.
+fn sums(parts: Vec<Vec<Vec<f32>>>) -> Vec<Vec<f32>> {
+    let mut parts = parts.into_iter();
+    let mut total = parts.next().unwrap_or_default();
+    for part in parts {
+        for (total, part) in total.iter_mut().zip(part) {
+            total.par_iter_mut().zip(part).for_each(|(total, x)| *total += x);
+        }
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,114 @@
+use burn::tensor::Device;
+
+use super::*;
+use crate::fixtures::{TinyRun, bits, passes, replica, uneven_batch, values, weight_bits};
+use crate::run_config::OptimizerKind;
+
+const VOCAB: usize = 29;
+
+/// So many equal replicas.
+fn replicas(count: usize, kind: OptimizerKind) -> Replicas {
+    Replicas::new(replica(kind), (1..count).map(|_| replica(kind)).collect())
+}
+
+#[test]
+fn buckets_hold_what_was_packed() {
+    let tensor = |i: usize| Tensor::<1>::ones([i], &Device::flex()) * i as f64;
+    for (lengths, most, buckets) in [
+        (vec![3, 4, 5], 100, vec![12]),
+        (vec![3, 4, 5], 7, vec![7, 5]),
+        (vec![3, 4, 5], 1, vec![3, 4, 5]),
+        (vec![9, 1, 1, 1, 9, 1], 3, vec![9, 3, 9, 1]),
+        (vec![], 2, vec![]),
+    ] {
+        let all: Vec<_> = lengths.iter().map(|length| tensor(*length)).collect();
+        let packed = packed(all.clone(), most);
+        assert_eq!(packed.iter().map(|bucket| bucket.dims()[0]).collect::<Vec<_>>(), buckets, "{lengths:?}");
+        let found = unpacked(packed, lengths.iter().copied());
+        assert_eq!(found.len(), all.len());
+        for (found, expected) in found.iter().zip(&all) {
+            assert_eq!(values(found), values(expected));
+        }
+    }
+}
+
+#[test]
+fn replicas_have_the_gradients_of_the_whole_batch_each() {
+    let batch = uneven_batch(6, 13, VOCAB, 1);
+    for count in [2, 3] {
+        let replicas = replicas(count, OptimizerKind::AdamW);
+        let found = replicas.gradients((&batch).into(), passes(6)).unwrap();
+        // The same passes one after the other, which are added up in the same order.
+        let main = replicas.main();
+        let expected = main.workers.gradients(&main.model, &batch, passes(6 / count), &main.device);
+        let loss = expected.loss().unwrap();
+        assert_eq!(found.len(), count);
+        for found in found {
+            assert_eq!(found.targets, batch.target_tokens());
+            assert!((found.loss().unwrap() / loss - 1.0).abs() < 1e-6);
+            assert_eq!(bits(&found.gradients), bits(&expected.gradients), "{count} replicas");
+        }
+    }
+}
+
+#[test]
+fn replicas_stay_equal_to_the_last_bit() {
+    for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
+        let mut replicas = replicas(3, kind);
+        for step in 0..3 {
+            let batch = uneven_batch(3, 11, VOCAB, step);
+            let results = replicas.gradients((&batch).into(), passes(3)).unwrap();
+            replicas.update(results, vec![None; 3], |_| Update::new(0.7, 1e-2));
+        }
+        assert!(replicas.agree());
+        let all: Vec<_> = replicas.all.iter().map(|replica| weight_bits(&replica.model)).collect();
+        assert!(all[1..].iter().all(|other| *other == all[0]));
+        let Some(last) = replicas.all.last_mut() else { unreachable!() };
+        last.model.update(|parameters| parameters.into_iter().map(|p| p.value * 1.001).collect());
+        assert!(!replicas.agree(), "a replica has drifted");
+    }
+}
+
+#[test]
+fn a_run_on_two_devices_is_the_run_on_one_with_passes_half_as_long() {
+    let losses = |run: &TinyRun| run.metrics().iter().map(|m| (m.train_loss, m.grad_norm)).collect::<Vec<_>>();
+    for more in [&[][..], &["optimizer.kind=muon"]] {
+        let (one, two) = (TinyRun::new(), TinyRun::new());
+        let overrides = |of: &[&'static str]| [of, more, &["training.steps=16"]].concat();
+        one.train(&overrides(&["training.threads=1", "training.micro_batch_size=4"])).unwrap();
+        let on_two = overrides(&["run.devices=[\"cpu\", \"cpu\"]", "training.threads=2"]);
+        two.train(&on_two).unwrap();
+        let checkpoint = |run: &TinyRun| std::fs::read(run.checkpoint(16).join("model.safetensors")).unwrap();
+        assert!(checkpoint(&one) == checkpoint(&two), "the weights differ");
+        for ((a, b), (c, d)) in losses(&one).into_iter().zip(losses(&two)) {
+            assert!((a / c - 1.0).abs() < 1e-6 && b == d, "loss {a} and {c}, norm {b} and {d}");
+        }
+        // As if it had been killed before its last checkpoint.
+        let whole = checkpoint(&two);
+        std::fs::remove_dir_all(two.checkpoint(16)).unwrap();
+        let two = two.resumed();
+        two.train(&on_two).unwrap();
+        assert!(checkpoint(&two) == whole, "the resumed run differs");
+    }
+}
+
+#[test]
+fn devices_that_cannot_share_a_batch_are_refused() {
+    let run = TinyRun::new();
+    let refused = |overrides: &[&str]| {
+        let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_string()).collect();
+        match crate::RunConfig::load(&run.file(), &overrides) {
+            Err(error) => error.to_string(),
+            Ok(config) => crate::devices(&config.run).unwrap_err().to_string(),
+        }
+    };
+    let two = "run.devices=[\"cpu\", \"cpu\"]";
+    for (overrides, expected) in [
+        (&[two, "training.batch_size=7"][..], "training.batch_size = 7: must be a multiple of 2"),
+        (&[two, "run.device=cpu"], "run.device = cpu: run.devices is set too"),
+        (&["run.devices=[\"cpu\", \"tpu:1\"]"], "run.devices = tpu:1: there is no device"),
+    ] {
+        let found = refused(overrides);
+        assert!(found.contains(expected), "{found}");
+    }
+}
