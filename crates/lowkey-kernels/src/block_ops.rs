@@ -54,7 +54,12 @@ pub(crate) trait BlockOps: Backend {
 
 /// What the backward passes need from a backend.
 pub(crate) trait BlockGradients: BlockOps {
-    /// `(d x, d weight)` of [`BlockOps::project`].
+    /// What products read of `x`, and so all that has to be kept of it.
+    fn rounded(x: FloatTensor<Self>, _: Precision) -> FloatTensor<Self> {
+        x
+    }
+
+    /// `(d x, d weight)` of [`BlockOps::project`], `x` as [`BlockGradients::rounded`] has it.
     fn project_grad(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -62,7 +67,7 @@ pub(crate) trait BlockGradients: BlockOps {
         precision: Precision,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// [`BlockOps::gated_mlp`] with the two inner activations, `[batch, seq, f]`.
+    /// [`BlockOps::gated_mlp`] with the two inner activations, `[batch, seq, f]`, in the format that products read.
     fn gated_mlp_saving(
         x: FloatTensor<Self>,
         weights: MlpWeights<Self>,
@@ -100,7 +105,7 @@ pub(crate) struct MlpState<B: Backend> {
 
 /// Arguments of a latent attention.
 pub(crate) struct LatentInputs<B: Backend> {
-    /// Rotated queries.
+    /// Rotated queries, as [`BlockGradients::rounded`] has them where gradients are recorded.
     pub(crate) q: FloatTensor<B>,
     /// Latent before its norm, shared key before its rotation.
     pub(crate) kv_a: FloatTensor<B>,
@@ -232,7 +237,7 @@ impl<B: BlockGradients> Backward<B, 4> for LatentAttention {
 impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
         let prep = Project { precision }.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
-        let (x, weight) = (x.into_primitive(), weight.into_primitive());
+        let (x, weight) = (B::rounded(x.into_primitive(), precision), weight.into_primitive());
         match prep {
             OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone()), B::project(x, weight, precision)),
             OpsKind::UnTracked(prep) => prep.finish(B::project(x, weight, precision)),
@@ -247,7 +252,8 @@ impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
     ) -> FloatTensor<Self> {
         let nodes = [residual.node(), x.node(), weight.node()];
         let prep = AddProject { precision }.prepare::<C>(nodes).compute_bound().stateful();
-        let (residual, x, weight) = (residual.into_primitive(), x.into_primitive(), weight.into_primitive());
+        let (residual, weight) = (residual.into_primitive(), weight.into_primitive());
+        let x = B::rounded(x.into_primitive(), precision);
         match prep {
             OpsKind::Tracked(prep) => {
                 prep.finish((x.clone(), weight.clone()), B::add_project(residual, x, weight, precision))
@@ -295,6 +301,7 @@ impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
         let nodes = [q.node(), kv_a.node(), norm.node(), kv_b.node()];
         let prep = LatentAttention.prepare::<C>(nodes).compute_bound().stateful();
         let [q, kv_a, norm, kv_b, cos, sin] = [q, kv_a, norm, kv_b, cos, sin].map(|tensor| tensor.into_primitive());
+        let q = B::rounded(q, precision);
         match prep {
             OpsKind::Tracked(prep) => {
                 let inputs = LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision };

@@ -27,14 +27,30 @@ use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::prelude::{CubeCount, CubeDim};
 
 use self::attention::Attention;
-use self::product::{operand, product, transposed};
+use self::product::{format, operand, product, rounded_product, transposed};
 use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps};
 use crate::precision::Precision;
 
 fn new(like: &CubeTensor, shape: impl Into<Vec<usize>>) -> CubeTensor {
-    let (client, device) = (like.client.clone(), like.device.clone());
-    empty_device_contiguous_dtype(client, device, Shape::from(shape.into()), DType::F32)
+    new_of(like, shape, DType::F32)
 }
+
+fn new_of(like: &CubeTensor, shape: impl Into<Vec<usize>>, dtype: DType) -> CubeTensor {
+    let (client, device) = (like.client.clone(), like.device.clone());
+    empty_device_contiguous_dtype(client, device, Shape::from(shape.into()), dtype)
+}
+
+/// The instance of a generic kernel's `launch` for numbers of a format.
+macro_rules! of_format {
+    ($dtype:expr, $($launch:ident)::+) => {
+        match $dtype {
+            burn::tensor::DType::BF16 => $($launch)::+::<half::bf16>,
+            burn::tensor::DType::F16 => $($launch)::+::<half::f16>,
+            _ => $($launch)::+::<f32>,
+        }
+    };
+}
+use of_format;
 
 fn dims<const D: usize>(tensor: &CubeTensor) -> [usize; D] {
     let shape = tensor.meta.shape();
@@ -83,9 +99,11 @@ struct Rows {
     factor: f64,
 }
 
-fn rms_norm(x: &CubeTensor, weight: &CubeTensor, of: Rows) -> CubeTensor {
-    let out = new(x, [of.count, of.width]);
-    rows::rms_norm::launch(
+/// The normed rows, in the given format.
+fn rms_norm(x: &CubeTensor, weight: &CubeTensor, of: Rows, dtype: DType) -> CubeTensor {
+    let out = new_of(x, [of.count, of.width], dtype);
+    let launch = of_format!(dtype, rows::rms_norm::launch);
+    launch(
         &out.client,
         CubeCount::Static(of.count.min(rows::CUBES) as u32, 1, 1),
         CubeDim::new_1d(rows::UNITS),
@@ -174,7 +192,7 @@ impl FusedOps for CubeBackend {
         let (x, weight) = (into_contiguous(x), into_contiguous(weight));
         let shape = x.meta.shape().to_vec();
         let [width] = dims::<1>(&weight);
-        reshaped(rms_norm(&x, &weight, dense(&x, width, eps)), shape)
+        reshaped(rms_norm(&x, &weight, dense(&x, width, eps), DType::F32), shape)
     }
 
     fn rotate(x: CubeTensor, cos: CubeTensor, sin: CubeTensor, from: usize, interleaved: bool) -> CubeTensor {
@@ -267,7 +285,7 @@ impl FusedGradients for CubeBackend {
         let sizes = Attention::new(&q, &kv, shape);
         let saved = AttentionState { q, kv, k_pe, starts, out, lse, shape };
         let [d_q, d_kv, d_k_pe] = sizes.backward(saved, into_contiguous(grad));
-        (d_q, d_kv, d_k_pe)
+        (d_q, product::cast(d_kv, DType::F32), d_k_pe)
     }
 
     fn cross_entropy_sum_saving(

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// The format of the operands of products with weights, on a GPU. Sums, norms, softmax, loss, residual stream, parameters and their
 /// gradients are f32 in any case (Micikevicius et al., arXiv 1710.03740).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// 24 bits of fraction: nothing is rounded.

@@ -6,11 +6,12 @@ mod tests;
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::DType;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
-use cubecl::prelude::{CubeCount, CubeDim};
+use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 use half::{bf16, f16};
 
+use super::product::{cast, format};
 use super::units::{self, Geometry, Widths};
-use super::{dims, new, pointwise, pointwise_cubes, profile, reshaped, tiles, tune};
+use super::{dims, new, new_of, pointwise, pointwise_cubes, profile, reshaped, tiles, tune};
 use crate::ops::{AttentionShape, AttentionState};
 use crate::precision::Precision;
 
@@ -33,13 +34,36 @@ pub(super) struct Attention {
     precision: Precision,
 }
 
+/// The ways of a pass: batch, sequence, widths, precision, part.
+static KNOWN: tune::Known<(usize, usize, Widths, Precision, &str), Way> = tune::Known::new();
+
 /// What the gradient kernels read.
 struct Saved {
-    q: CubeTensor,
-    kv: CubeTensor,
-    k_pe: CubeTensor,
-    grad: CubeTensor,
+    /// Queries, keys and values, shared keys, gradient of the output.
+    inputs: [CubeTensor; 4],
     rows: CubeTensor,
+}
+
+impl Way {
+    /// The format that its kernels read.
+    fn format(self) -> DType {
+        match self {
+            Self::Tiles => DType::F32,
+            Self::Units(_, dtype) => dtype,
+        }
+    }
+}
+
+impl Saved {
+    /// The inputs in a format.
+    fn cast(self, dtype: DType) -> Self {
+        Self { inputs: self.inputs.map(|x| cast(x, dtype)), rows: self.rows }
+    }
+
+    /// The inputs as a way's kernels take them.
+    fn read_by(&self, way: Way) -> [BufferArg; 4] {
+        self.inputs.each_ref().map(|x| cast(x.clone(), way.format()).into_buffer_arg())
+    }
 }
 
 impl Attention {
@@ -53,20 +77,21 @@ impl Attention {
 
     /// How each part may be computed; the plain way first.
     pub(super) fn ways(self, like: &CubeTensor) -> Vec<(String, Way)> {
-        let dtype = match self.precision {
-            Precision::F32 | Precision::Tf32 => DType::F32,
-            Precision::Bf16 => DType::BF16,
-            Precision::F16 => DType::F16,
-        };
+        let dtype = format(self.precision);
         let on_units = units::geometries(&like.client, dtype, self.widths).into_iter();
         let on_units = on_units.map(|geometry| (geometry.to_string(), Way::Units(geometry, dtype)));
         [("tiles in f32".to_owned(), Way::Tiles)].into_iter().chain(on_units).collect()
     }
 
-    fn fastest(self, part: &str, like: &CubeTensor, run: impl Fn(Way) -> CubeTensor) -> Way {
-        if matches!(self.precision, Precision::F32 | Precision::Tf32) {
+    fn fastest(self, part: &'static str, like: &CubeTensor, run: impl Fn(Way) -> CubeTensor) -> Way {
+        let Self { batch, seq, widths, precision, .. } = self;
+        if format(precision) == DType::F32 {
             return Way::Tiles;
         }
+        KNOWN.get(&like.client, (batch, seq, widths, precision, part), || self.measured(part, like, run))
+    }
+
+    fn measured(self, part: &str, like: &CubeTensor, run: impl Fn(Way) -> CubeTensor) -> Way {
         let Self { batch, seq, widths, precision, .. } = self;
         let Widths { heads, groups, nope, rope, value } = widths;
         let what = || {
@@ -123,7 +148,9 @@ impl Attention {
         let like = inputs[0].clone();
         let client = like.client.clone();
         let (out, lse) = (new(&like, [batch, seq, heads * value]), new(&like, [batch, heads, seq]));
-        let [q, kv, k_pe, starts] = inputs.map(CubeTensor::into_buffer_arg);
+        let [q, kv, k_pe, starts] = inputs;
+        let [q, kv, k_pe] = [q, kv, k_pe].map(|x| cast(x, way.format()).into_buffer_arg());
+        let starts = starts.into_buffer_arg();
         let outs = [&out, &lse].map(|x| x.clone().into_buffer_arg());
         let [to, to_lse] = outs;
         match way {
@@ -140,7 +167,8 @@ impl Attention {
                     DType::BF16 => units::forward::forward::launch::<bf16>,
                     _ => units::forward::forward::launch::<f16>,
                 };
-                launch(&client, cubes, dim, q, kv, k_pe, starts, to, to_lse, seq, scale, widths, geometry);
+                let vector = geometry.vector;
+                launch(&client, cubes, dim, vector, q, kv, k_pe, starts, to, to_lse, seq, scale, widths, geometry);
             }
         }
         (out, lse)
@@ -149,9 +177,12 @@ impl Attention {
     /// `(d q, d kv, d k_pe)` of dense inputs.
     pub(super) fn backward(self, saved: AttentionState<CubeBackend>, grad: CubeTensor) -> [CubeTensor; 3] {
         let (saved, k_pe) = self.prepared(saved, grad);
-        let way = self.fastest("d_q", &saved.q, |way| self.query_gradient(way, &saved));
+        let like = saved.rows.clone();
+        let way = self.fastest("d_q", &like, |way| self.query_gradient(way, &saved));
+        // Both kernels read the gradient: it is rounded once.
+        let saved = saved.cast(way.format());
         let d_q = profile::named(|| self.purpose("d_q", way), || self.query_gradient(way, &saved));
-        let way = self.fastest("d_kv", &saved.q, |way| self.key_gradient(way, &saved).0);
+        let way = self.fastest("d_kv", &like, |way| self.key_gradient(way, &saved).0);
         let (d_kv, d_pe) = profile::named(|| self.purpose("d_kv", way), || self.key_gradient(way, &saved));
         [d_q, d_kv, self.shared(d_pe, k_pe)]
     }
@@ -190,16 +221,16 @@ impl Attention {
             widths.heads,
             widths.value,
         );
-        (Saved { q, kv, k_pe: k_pe.clone(), grad, rows }, k_pe)
+        (Saved { inputs: [q, kv, k_pe.clone(), grad], rows }, k_pe)
     }
 
     fn query_gradient(self, way: Way, saved: &Saved) -> CubeTensor {
         let Self { batch, seq, widths, scale, .. } = self;
         let Widths { heads, groups, nope, rope, value } = widths;
-        let client = saved.q.client.clone();
-        let d_q = new(&saved.q, [batch, seq, heads, nope + rope]);
-        let Saved { q, kv, k_pe, grad, rows } = saved;
-        let [q, kv, k_pe, grad, rows, to] = [q, kv, k_pe, grad, rows, &d_q].map(|x| x.clone().into_buffer_arg());
+        let client = saved.rows.client.clone();
+        let d_q = new(&saved.rows, [batch, seq, heads, nope + rope]);
+        let [q, kv, k_pe, grad] = saved.read_by(way);
+        let [rows, to] = [&saved.rows, &d_q].map(|x| x.clone().into_buffer_arg());
         match way {
             Way::Tiles => {
                 let side = CubeDim::new_2d(tiles::SIDE as u32, tiles::SIDE as u32);
@@ -214,23 +245,24 @@ impl Attention {
                     DType::BF16 => units::backward::query_gradient::launch::<bf16>,
                     _ => units::backward::query_gradient::launch::<f16>,
                 };
-                launch(&client, cubes, dim, q, kv, k_pe, grad, rows, to, seq, scale, widths, geometry);
+                let vector = geometry.vector;
+                launch(&client, cubes, dim, vector, q, kv, k_pe, grad, rows, to, seq, scale, widths, geometry);
             }
         }
         d_q
     }
 
-    /// `(d kv, d k_pe of each group)`
+    /// `(d kv, d k_pe of each group)`, the former in the way's format: what follows are products.
     fn key_gradient(self, way: Way, saved: &Saved) -> (CubeTensor, CubeTensor) {
         let Self { batch, seq, widths, scale, .. } = self;
         let Widths { heads, groups, nope, rope, value } = widths;
-        let client = saved.q.client.clone();
-        let d_kv = new(&saved.q, [batch, seq, groups, nope + value]);
+        let client = saved.rows.client.clone();
+        let d_kv = new_of(&saved.rows, [batch, seq, groups, nope + value], way.format());
         // Without a shared part a single number stands for it, as in the forward pass.
-        let d_pe = if rope > 0 { new(&saved.q, [batch * seq, groups, rope]) } else { new(&saved.q, [1, 1, 1]) };
-        let Saved { q, kv, k_pe, grad, rows } = saved;
-        let all = [q, kv, k_pe, grad, rows, &d_kv, &d_pe].map(|x| x.clone().into_buffer_arg());
-        let [q, kv, k_pe, grad, rows, to, to_pe] = all;
+        let d_pe = if rope > 0 { vec![batch * seq, groups, rope] } else { vec![1, 1, 1] };
+        let d_pe = new(&saved.rows, d_pe);
+        let [q, kv, k_pe, grad] = saved.read_by(way);
+        let [rows, to, to_pe] = [&saved.rows, &d_kv, &d_pe].map(|x| x.clone().into_buffer_arg());
         match way {
             Way::Tiles => {
                 let side = CubeDim::new_2d(tiles::SIDE as u32, tiles::SIDE as u32);
@@ -246,7 +278,8 @@ impl Attention {
                     DType::BF16 => units::backward::key_gradient::launch::<bf16>,
                     _ => units::backward::key_gradient::launch::<f16>,
                 };
-                launch(&client, cubes, dim, q, kv, k_pe, grad, rows, to, to_pe, seq, scale, widths, geometry);
+                let vector = geometry.vector;
+                launch(&client, cubes, dim, vector, q, kv, k_pe, grad, rows, to, to_pe, seq, scale, widths, geometry);
             }
         }
         (d_kv, d_pe)

@@ -8,8 +8,8 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::CubeDim;
 
 use super::{
-    Attention, Rows, Turn, count, dense, dims, new, operand, pointwise, pointwise_cubes, product, reshaped, rms_norm,
-    rms_norm_grad, rotated, transposed,
+    Attention, Rows, Turn, count, dense, dims, format, new_of, of_format, operand, pointwise, pointwise_cubes, product,
+    reshaped, rms_norm, rms_norm_grad, rotated, rounded_product, transposed,
 };
 use crate::block::MlaDims;
 use crate::block_ops::{BlockGradients, BlockOps, LatentInputs, LatentState, MlpState, MlpWeights};
@@ -31,8 +31,9 @@ fn projected(x: CubeTensor, weight: CubeTensor, precision: Precision) -> CubeTen
 
 /// `silu(gate) · up`
 fn swiglu(gate: &CubeTensor, up: &CubeTensor) -> CubeTensor {
-    let out = new(gate, gate.meta.shape().to_vec());
-    pointwise::swiglu::launch(
+    let out = new_of(gate, gate.meta.shape().to_vec(), gate.dtype);
+    let launch = of_format!(gate.dtype, pointwise::swiglu::launch);
+    launch(
         &out.client,
         pointwise_cubes(count(gate)),
         CubeDim::new_1d(pointwise::UNITS),
@@ -46,9 +47,9 @@ fn swiglu(gate: &CubeTensor, up: &CubeTensor) -> CubeTensor {
 
 /// What a latent's keys and values are made of, formed anew in each direction.
 struct Latent {
-    /// Normalised latents, `[B·T, L]`.
+    /// Normalised latents, `[B·T, L]`, in the format of operands.
     c_kv: CubeTensor,
-    /// All heads' keys and values, `[B, T, H, N+V]`.
+    /// All heads' keys and values, `[B, T, H, N+V]`, in the format of operands.
     kv: CubeTensor,
     /// Rotated shared keys, `[B, T, R]`; a single number where there are none.
     k_pe: CubeTensor,
@@ -64,8 +65,9 @@ impl Latent {
         let MlaDims { heads, nope, rope, value, rank, scale, latent_scale, latent_eps, interleave } = inputs.dims;
         let [batch, seq, width] = dims::<3>(&inputs.kv_a);
         let rows = Rows { count: batch * seq, stride: width, width: rank, eps: latent_eps, factor: latent_scale };
-        let c_kv = rms_norm(&inputs.kv_a, &inputs.norm, rows);
-        let kv = into_contiguous(projected(c_kv.clone(), inputs.kv_b.clone(), inputs.precision));
+        let c_kv = rms_norm(&inputs.kv_a, &inputs.norm, rows, format(inputs.precision));
+        let kv_b = transposed(operand(inputs.kv_b.clone(), inputs.precision));
+        let kv = into_contiguous(rounded_product(c_kv.clone(), kv_b, inputs.precision));
         let kv = reshaped(kv, [batch, seq, heads, nope + value]);
         let k_pe = if rope > 0 {
             let slices = [0..batch, 0..seq, rank..width].map(Slice::from);
@@ -126,6 +128,10 @@ impl BlockOps for CubeBackend {
 }
 
 impl BlockGradients for CubeBackend {
+    fn rounded(x: CubeTensor, precision: Precision) -> CubeTensor {
+        operand(x, precision)
+    }
+
     fn project_grad(
         x: CubeTensor,
         weight: CubeTensor,
@@ -141,9 +147,11 @@ impl BlockGradients for CubeBackend {
         let [norm, gate, up, down] = weights;
         let [batch, seq, width] = dims::<3>(&x);
         let (flat, norm) = (tall(x.clone()), into_contiguous(norm));
-        let normed = operand(rms_norm(&flat, &norm, dense(&flat, width, eps)), precision);
-        let gate = into_contiguous(product(normed.clone(), transposed(operand(gate, precision)), precision));
-        let up = into_contiguous(product(normed, transposed(operand(up, precision)), precision));
+        let normed = rms_norm(&flat, &norm, dense(&flat, width, eps), format(precision));
+        let [gate, up] = [gate, up].map(|weight| {
+            let weight = transposed(operand(weight, precision));
+            into_contiguous(rounded_product(normed.clone(), weight, precision))
+        });
         let out = reshaped(projected(swiglu(&gate, &up), down, precision), [batch, seq, width]);
         [Self::float_add(out, x), gate, up]
     }
@@ -154,10 +162,11 @@ impl BlockGradients for CubeBackend {
         let width = shape[shape.len() - 1];
         let (flat, norm, d_out) = (tall(x), into_contiguous(norm), tall(grad));
         let rounded = operand(d_out.clone(), precision);
-        let d_act = into_contiguous(product(rounded.clone(), operand(down, precision), precision));
+        let d_act = into_contiguous(rounded_product(rounded.clone(), operand(down, precision), precision));
         // The inner activations are consumed: their gradients take their places.
-        let act = new(&gate, gate.meta.shape().to_vec());
-        pointwise::swiglu_grad::launch(
+        let act = new_of(&gate, gate.meta.shape().to_vec(), gate.dtype);
+        let launch = of_format!(gate.dtype, pointwise::swiglu_grad::launch);
+        launch(
             &act.client,
             pointwise_cubes(count(&act)),
             CubeDim::new_1d(pointwise::UNITS),
@@ -167,10 +176,10 @@ impl BlockGradients for CubeBackend {
             act.clone().into_buffer_arg(),
             count(&act),
         );
-        let d_down = product(transposed(rounded), operand(act, precision), precision);
+        let d_down = product(transposed(rounded), act, precision);
         let rows = dense(&flat, width, eps);
-        let normed = operand(rms_norm(&flat, &norm, rows), precision);
-        let [gate, up, gate_weight, up_weight] = [gate, up, gate_weight, up_weight].map(|x| operand(x, precision));
+        let normed = rms_norm(&flat, &norm, rows, format(precision));
+        let [gate_weight, up_weight] = [gate_weight, up_weight].map(|x| operand(x, precision));
         let d_gate = product(transposed(gate.clone()), normed.clone(), precision);
         let d_up = product(transposed(up.clone()), normed, precision);
         let d_normed = Self::float_add(product(gate, gate_weight, precision), product(up, up_weight, precision));

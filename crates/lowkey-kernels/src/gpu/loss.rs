@@ -1,4 +1,4 @@
-//! Output head and loss over chunks of tokens: the logits of one chunk exist at a time, and their gradient takes their place.
+//! Output head and loss over chunks of tokens: the logits of one chunk exist at a time, beside their gradient in the format of operands.
 
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{FloatDType, Slice};
@@ -7,12 +7,20 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::{CubeCount, CubeDim};
 
-use super::{dims, new, operand, product, reshaped, rows, transposed};
+use super::{dims, format, new, new_of, of_format, operand, product, reshaped, rows, transposed};
 use crate::precision::Precision;
 
-/// Logits that exist at a time: 64 Mi numbers, 256 MiB, or a quarter of what a device takes as one tensor. In tests so few that there
-/// are many chunks.
-const LOGITS: usize = if cfg!(test) { 20_000 } else { 1 << 26 };
+/// Most logits that exist at a time: 256 Mi numbers, 1 GiB. In tests so few that there are many chunks.
+///
+/// Each chunk adds its gradient of the head to that of the chunks before, and a product of few rows leaves a large device idle: few
+/// chunks are fast chunks.
+const LOGITS: usize = if cfg!(test) { 20_000 } else { 1 << 28 };
+
+/// So many on a device with this limit for a tensor, which on NVIDIA's is a quarter of the memory: a sixteenth of it, more where that
+/// would be little.
+fn most_logits(max_tensor: usize) -> usize {
+    LOGITS.min((max_tensor / 64).max((max_tensor / 16).min(1 << 24)))
+}
 
 /// Hidden vectors `[n, d]`, the head `[vocab, d]` and the targets `[n]`.
 pub(super) struct Head {
@@ -49,8 +57,7 @@ impl Head {
         let [h, weight, targets] = [h, weight, targets].map(into_contiguous);
         let weight = operand(weight, precision);
         let [vocab, _] = dims::<2>(&weight);
-        // Of 4 bytes each.
-        let most = LOGITS.min(h.client.properties().memory.max_page_size as usize / 16);
+        let most = most_logits(h.client.properties().memory.max_page_size as usize);
         let chunk = (most / vocab.max(1)).max(1);
         Self { h, weight, targets, chunk, precision }
     }
@@ -68,7 +75,7 @@ impl Head {
         (CubeCount::Static(rows.min(rows::CUBES) as u32, 1, 1), CubeDim::new_1d(rows::UNITS))
     }
 
-    /// Losses of a chunk's logits, which become their gradient if asked to.
+    /// Losses of a chunk's logits, and the logits' gradient if asked for; a single number stands for it if not.
     fn chunk(
         &self,
         logits: &CubeTensor,
@@ -76,13 +83,15 @@ impl Head {
         weights: &CubeTensor,
         z: f64,
         grad: bool,
-    ) -> CubeTensor {
+    ) -> (CubeTensor, CubeTensor) {
         let [n, vocab] = dims::<2>(logits);
         let losses = new(logits, [n, 2]);
+        let slopes = new_of(logits, if grad { vec![n, vocab] } else { vec![1] }, format(self.precision));
         let weights = if dims::<1>(weights) == [1] { weights.clone() } else { part(weights, range.0, range.1) };
         let targets = part(&self.targets, range.0, range.1);
         let (count, units) = Self::cubes(n);
-        rows::cross_entropy::launch(
+        let launch = of_format!(slopes.dtype, rows::cross_entropy::launch);
+        launch(
             &logits.client,
             count,
             units,
@@ -90,12 +99,13 @@ impl Head {
             targets.into_buffer_arg(),
             weights.into_buffer_arg(),
             losses.clone().into_buffer_arg(),
+            slopes.clone().into_buffer_arg(),
             n,
             vocab,
             z as f32,
             grad,
         );
-        losses
+        (losses, slopes)
     }
 
     /// The losses alone.
@@ -103,7 +113,7 @@ impl Head {
         let weights = into_contiguous(weights);
         let parts = self.chunks().map(|range| {
             let logits = self.logits(part(&self.h, range.0, range.1));
-            self.chunk(&logits, range, &weights, z_loss, false)
+            self.chunk(&logits, range, &weights, z_loss, false).0
         });
         Losses(joined(parts.collect()))
     }
@@ -115,10 +125,8 @@ impl Head {
         z_loss: f64,
     ) -> (CubeTensor, CubeTensor, CubeTensor) {
         let weights = into_contiguous(weights);
-        let (losses, d_h, d_weight) = self.backward(|head, range, logits| {
-            let losses = head.chunk(logits, range, &weights, z_loss, true);
-            (losses, logits.clone())
-        });
+        let (losses, d_h, d_weight) =
+            self.backward(|head, range, logits| head.chunk(logits, range, &weights, z_loss, true));
         (Losses(losses).sum(), d_h, d_weight)
     }
 
@@ -132,10 +140,12 @@ impl Head {
         let (losses, d_h, d_weight) = self.backward(|head, range, logits| {
             let [n, vocab] = dims::<2>(logits);
             let losses = new(logits, [n]);
+            let slopes = new_of(logits, [n, vocab], format(head.precision));
             let of_teacher = head.logits(part(&teacher, range.0, range.1));
             let targets = part(&head.targets, range.0, range.1);
             let (count, units) = Self::cubes(n);
-            rows::distill::launch(
+            let launch = of_format!(slopes.dtype, rows::distill::launch);
+            launch(
                 &logits.client,
                 count,
                 units,
@@ -143,11 +153,12 @@ impl Head {
                 of_teacher.into_buffer_arg(),
                 targets.into_buffer_arg(),
                 losses.clone().into_buffer_arg(),
+                slopes.clone().into_buffer_arg(),
                 n,
                 vocab,
                 share as f32,
             );
-            (losses, logits.clone())
+            (losses, slopes)
         });
         // Along the axis: the sum over all would be one of atomic additions, in an order that changes.
         (CubeBackend::float_sum_dim(losses, 0), d_h, d_weight)
@@ -165,7 +176,7 @@ impl Head {
             let (loss, d_logits) = step(self, range, &logits);
             drop(logits);
             losses.push(loss);
-            let [d_logits, h] = [d_logits, h].map(|x| operand(x, self.precision));
+            let h = operand(h, self.precision);
             d_h.push(product(d_logits.clone(), self.weight.clone(), self.precision));
             let of_weight = product(transposed(d_logits), h, self.precision);
             d_weight = Some(match d_weight {

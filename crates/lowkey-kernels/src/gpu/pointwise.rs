@@ -60,27 +60,27 @@ pub(super) fn rotate(
     }
 }
 
-/// `silu(gate) · up`
+/// `silu(gate) · up`, in f32 whatever the numbers are kept in.
 #[cube(launch)]
-pub(super) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32], count: usize) {
+pub(super) fn swiglu<E: Float>(gate: &[E], up: &[E], out: &mut [E], count: usize) {
     let at = ABSOLUTE_POS;
     if at < count {
-        let g = gate[at];
-        out[at] = g / (1.0f32 + (-g).exp()) * up[at];
+        let g = f32::cast_from(gate[at]);
+        out[at] = E::cast_from(g / (1.0f32 + (-g).exp()) * f32::cast_from(up[at]));
     }
 }
 
 /// The activation of [`swiglu`] anew, and the gradients of its arguments, which take their places.
 #[cube(launch)]
-pub(super) fn swiglu_grad(gate: &mut [f32], up: &mut [f32], grad: &[f32], act: &mut [f32], count: usize) {
+pub(super) fn swiglu_grad<E: Float>(gate: &mut [E], up: &mut [E], grad: &[E], act: &mut [E], count: usize) {
     let at = ABSOLUTE_POS;
     if at < count {
-        let (g, u, d) = (gate[at], up[at], grad[at]);
+        let (g, u, d) = (f32::cast_from(gate[at]), f32::cast_from(up[at]), f32::cast_from(grad[at]));
         let sigmoid = 1.0f32 / (1.0f32 + (-g).exp());
         let silu = g * sigmoid;
-        act[at] = silu * u;
-        up[at] = d * silu;
-        gate[at] = d * u * sigmoid * (1.0f32 + g * (1.0f32 - sigmoid));
+        act[at] = E::cast_from(silu * u);
+        up[at] = E::cast_from(d * silu);
+        gate[at] = E::cast_from(d * u * sigmoid * (1.0f32 + g * (1.0f32 - sigmoid)));
     }
 }
 

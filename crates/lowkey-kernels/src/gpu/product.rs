@@ -20,15 +20,30 @@ use cubek::matmul::multi_level::routines::batch::simple_unit::SimpleUnitSelectio
 use cubek::matmul::routine::BlueprintStrategy::Inferred;
 use cubek::std::InputBinding;
 
-use super::{dims, new, profile, tune};
+use super::{dims, new_of, profile, tune};
 use crate::precision::Precision;
+
+/// The format of a product's operands.
+pub(super) fn format(precision: Precision) -> DType {
+    match precision {
+        Precision::F32 | Precision::Tf32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+        Precision::F16 => DType::F16,
+    }
+}
 
 /// The operand of a product in the format that products are computed in.
 pub(super) fn operand(x: CubeTensor, precision: Precision) -> CubeTensor {
-    match precision {
-        Precision::F32 | Precision::Tf32 => x,
-        Precision::Bf16 => CubeBackend::float_cast(x, FloatDType::BF16),
-        Precision::F16 => CubeBackend::float_cast(x, FloatDType::F16),
+    cast(x, format(precision))
+}
+
+/// The tensor in another format; itself where it has it.
+pub(super) fn cast(x: CubeTensor, dtype: DType) -> CubeTensor {
+    match dtype {
+        dtype if dtype == x.dtype => x,
+        DType::BF16 => CubeBackend::float_cast(x, FloatDType::BF16),
+        DType::F16 => CubeBackend::float_cast(x, FloatDType::F16),
+        _ => CubeBackend::float_cast(x, FloatDType::F32),
     }
 }
 
@@ -93,15 +108,15 @@ fn element(dtype: DType) -> ElemType {
     })
 }
 
-/// Queues `a · b` into a new tensor of f32; several matrices each, where there are more dimensions.
-fn launch(strategy: &Strategy, a: &CubeTensor, b: &CubeTensor) -> Result<CubeTensor, String> {
+/// Queues `a · b` into a new tensor of `dtype`, summed in f32; several matrices each, where there are more dimensions.
+fn launch(strategy: &Strategy, a: &CubeTensor, b: &CubeTensor, dtype: DType) -> Result<CubeTensor, String> {
     let mut shape = a.meta.shape().to_vec();
     if let (Some(width), Some(n)) = (shape.last_mut(), b.meta.shape().last()) {
         *width = *n;
     }
-    let out = new(a, shape);
+    let out = new_of(a, shape, dtype);
     let (lhs, rhs) = (element(a.dtype), element(b.dtype));
-    let mut formats = MatmulElems::from_globals(&MatmulGlobalElems { lhs, rhs, out: element(DType::F32) });
+    let mut formats = MatmulElems::from_globals(&MatmulGlobalElems { lhs, rhs, out: element(dtype) });
     let bindings = (InputBinding::new(a.clone().binding(), lhs), InputBinding::new(b.clone().binding(), rhs));
     let to = out.clone().binding();
     launch_ref(&strategy.clone().into(), &a.client, bindings.0, bindings.1, to, &mut formats)
@@ -116,11 +131,26 @@ fn layout(x: &CubeTensor) -> char {
 
 /// `a · b` of matrices of one format, summed and returned in f32.
 pub(super) fn product(a: CubeTensor, b: CubeTensor, precision: Precision) -> CubeTensor {
+    product_of(a, b, precision, DType::F32)
+}
+
+/// The same, summed in f32 and returned in the format of operands.
+pub(super) fn rounded_product(a: CubeTensor, b: CubeTensor, precision: Precision) -> CubeTensor {
+    product_of(a, b, precision, format(precision))
+}
+
+/// Sizes, layouts and formats of a product.
+type Key = ([usize; 2], usize, [char; 2], Precision, DType);
+
+static KNOWN: tune::Known<Key, Strategy> = tune::Known::new();
+
+fn product_of(a: CubeTensor, b: CubeTensor, precision: Precision, dtype: DType) -> CubeTensor {
     let what = || {
         let ([m, k], [_, n]) = (dims::<2>(&a), dims::<2>(&b));
         let format =
             if precision == Precision::Tf32 { "tf32".to_owned() } else { format!("{:?}", a.dtype).to_lowercase() };
-        format!("{format} product {m}×{k}×{n} {}{}", layout(&a), layout(&b))
+        let to = if dtype == DType::F32 { "" } else { ", rounded" };
+        format!("{format} product {m}×{k}×{n} {}{}{to}", layout(&a), layout(&b))
     };
     let candidates = || {
         let mut all = on_units();
@@ -129,16 +159,26 @@ pub(super) fn product(a: CubeTensor, b: CubeTensor, precision: Precision) -> Cub
         }
         all.into_iter().map(|(name, strategy)| (name.to_owned(), strategy)).collect()
     };
-    let tolerance = if precision == Precision::Tf32 { 1e-2 } else { 1e-4 };
-    let chosen = tune::fastest(&a.client, what, tolerance, candidates, |strategy| launch(strategy, &a, &b));
-    let strategy = chosen.unwrap_or_else(|| unit(TileSizeSelection::MaxTileSize));
+    // Two sums that differ in the last bit may be rounded apart.
+    let tolerance = match (precision, dtype) {
+        (Precision::Tf32, _) | (_, DType::BF16) => 1e-2,
+        (_, DType::F16) => 1e-3,
+        _ => 1e-4,
+    };
+    let run = |strategy: &Strategy| launch(strategy, &a, &b, dtype);
+    let key = (dims::<2>(&a), dims::<2>(&b)[1], [layout(&a), layout(&b)], precision, dtype);
+    let strategy = KNOWN.get(&a.client, key, || {
+        let chosen = tune::fastest(&a.client, what, tolerance, candidates, run);
+        chosen.unwrap_or_else(|| unit(TileSizeSelection::MaxTileSize))
+    });
     profile::named(
         || (what(), flops(&a, &b)),
         || {
-            launch(&strategy, &a, &b).or_else(|_| launch(&LAST_RESORT, &a, &b)).unwrap_or_else(|_| {
+            run(&strategy).or_else(|_| run(&LAST_RESORT)).unwrap_or_else(|_| {
                 // No kernel for this format: the operands stay rounded, the products are computed in f32.
                 let [a, b] = [a.clone(), b.clone()].map(|half| CubeBackend::float_cast(half, FloatDType::F32));
-                CubeBackend::float_matmul(a, b)
+                let out = CubeBackend::float_matmul(a, b);
+                if dtype == DType::F32 { out } else { operand(out, precision) }
             })
         },
     )
@@ -151,7 +191,8 @@ pub(crate) fn batched(a: &Tensor<4>, b: &Tensor<4>) -> Option<Tensor<4>> {
     }
     let (a, b) =
         (a.clone().try_into_primitive::<CubeBackend>().ok()?, b.clone().try_into_primitive::<CubeBackend>().ok()?);
-    let out = launch(&unit(TileSizeSelection::MaxTileSize), &a, &b).or_else(|_| launch(&LAST_RESORT, &a, &b)).ok()?;
+    let run = |strategy: &Strategy| launch(strategy, &a, &b, DType::F32);
+    let out = run(&unit(TileSizeSelection::MaxTileSize)).or_else(|_| run(&LAST_RESORT)).ok()?;
     Some(Tensor::from_primitive::<CubeBackend>(out))
 }
 
@@ -195,8 +236,12 @@ mod tests {
             };
             let a = if across { a.transpose().mul_scalar(1.0).transpose() } else { a };
             let (a, b) = (primitive(cast(a)), transposed(primitive(cast(b))));
-            for (i, (name, strategy)) in kernels.iter().enumerate() {
-                let out = match launch(strategy, &a, &b) {
+            // As sums, and rounded once to the format of the operands.
+            let formats = if a.dtype == DType::F32 { vec![DType::F32] } else { vec![DType::F32, a.dtype] };
+            for ((i, (name, strategy)), to) in
+                kernels.iter().enumerate().flat_map(|x| formats.iter().map(move |to| (x, *to)))
+            {
+                let out = match launch(strategy, &a, &b, to) {
                     Ok(out) => out,
                     Err(why) => {
                         assert!(i > 0 || !plain, "{name} refuses {shape:?}: {why}");
@@ -204,9 +249,14 @@ mod tests {
                         continue;
                     }
                 };
-                let found = host(Tensor::from_primitive::<CubeBackend>(out));
-                let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                assert!(off <= most * (k as f32).sqrt(), "{name}, {shape:?}: {off:.1e}");
+                assert_eq!(out.dtype, to);
+                let found = host(Tensor::<2>::from_primitive::<CubeBackend>(out).cast(FloatDType::F32));
+                let rounding = if to == DType::F32 { 0.0 } else { 1.0 / 2048.0 };
+                for (found, expected) in found.iter().zip(&expected) {
+                    let off = (found - expected).abs();
+                    let most = most * (k as f32).sqrt() + rounding * expected.abs();
+                    assert!(off <= most, "{name}, {shape:?}, {to:?}: {found} for {expected}");
+                }
             }
         }
     }

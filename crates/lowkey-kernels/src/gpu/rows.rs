@@ -66,10 +66,10 @@ fn inverse_rms(x: &[f32], from: usize, width: usize, eps: f32, factor: f32, scra
 
 /// `factor · RMSNorm(x) · weight` of rows that are `stride` numbers apart; the result is dense.
 #[cube(launch)]
-pub(super) fn rms_norm(
+pub(super) fn rms_norm<E: Float>(
     x: &[f32],
     weight: &[f32],
-    out: &mut [f32],
+    out: &mut [E],
     rows: usize,
     stride: usize,
     width: usize,
@@ -83,7 +83,7 @@ pub(super) fn rms_norm(
         let inverse = inverse_rms(x, from, width, eps, factor, &mut scratch);
         let mut i = UNIT_POS as usize;
         while i < width {
-            out[row * width + i] = x[from + i] * inverse * weight[i];
+            out[row * width + i] = E::cast_from(x[from + i] * inverse * weight[i]);
             i += CUBE_DIM as usize;
         }
         row += CUBE_COUNT_X as usize;
@@ -220,32 +220,32 @@ pub(super) fn sums_of_squares(x: &[f32], out: &mut [f32], count: usize, at: usiz
 /// The log-sum-exp of a row of logits.
 #[cube]
 fn log_partition(logits: &[f32], from: usize, vocab: usize, scratch: &mut Shared<[f32]>) -> f32 {
-    let mut highest = logits[from];
-    let mut i = UNIT_POS as usize;
-    while i < vocab {
-        if logits[from + i] > highest {
-            highest = logits[from + i];
-        }
-        i += CUBE_DIM as usize;
-    }
-    let highest = largest(highest, scratch);
+    // One pass over the row: each unit's own maximum so far is what its sum refers to.
+    let mut own = logits[from];
     let mut sum = 0.0f32;
     let mut i = UNIT_POS as usize;
     while i < vocab {
-        sum += (logits[from + i] - highest).exp();
+        let x = logits[from + i];
+        if x > own {
+            sum *= (own - x).exp();
+            own = x;
+        }
+        sum += (x - own).exp();
         i += CUBE_DIM as usize;
     }
-    highest + add_up(sum, scratch).ln()
+    let highest = largest(own, scratch);
+    highest + add_up(sum * (own - highest).exp(), scratch).ln()
 }
 
-/// Cross entropy of rows of logits `[rows, vocab]`, which it replaces by its gradient if asked to: `losses [rows, 2]` are the
-/// whole and the part that is z-loss. Weights are one for each row, or one for all.
+/// Cross entropy of rows of logits `[rows, vocab]`: `losses [rows, 2]` are the whole and the part that is z-loss, `slopes [rows, vocab]`
+/// the gradient if asked for. Weights are one for each row, or one for all.
 #[cube(launch)]
-pub(super) fn cross_entropy(
-    logits: &mut [f32],
+pub(super) fn cross_entropy<E: Float>(
+    logits: &[f32],
     targets: &[i32],
     weights: &[f32],
     losses: &mut [f32],
+    slopes: &mut [E],
     rows: usize,
     vocab: usize,
     z_loss: f32,
@@ -255,19 +255,17 @@ pub(super) fn cross_entropy(
     let mut row = CUBE_POS_X as usize;
     while row < rows {
         let from = row * vocab;
-        let log_z = log_partition(&*logits, from, vocab, &mut scratch);
+        let log_z = log_partition(logits, from, vocab, &mut scratch);
         let target = targets[row];
         let mut weight = weights[0];
         if weights.len() > 1 {
             weight = weights[row];
         }
-        // The target's logit is read before the gradient takes its place.
         let mut at = 0usize;
         if target >= 0 {
             at = target as usize;
         }
         let picked = logits[from + at];
-        sync_cube();
         if UNIT_POS == 0 {
             let mut loss = 0.0f32;
             let mut of_z = 0.0f32;
@@ -289,7 +287,7 @@ pub(super) fn cross_entropy(
                         slope -= weight;
                     }
                 }
-                logits[from + i] = slope;
+                slopes[from + i] = E::cast_from(slope);
                 i += CUBE_DIM as usize;
             }
         }
@@ -297,13 +295,14 @@ pub(super) fn cross_entropy(
     }
 }
 
-/// `share · KL(p ‖ q) + (1 − share) · nats` of rows of logits, with p of the teacher; the pupil's logits become the gradient.
+/// `share · KL(p ‖ q) + (1 − share) · nats` of rows of logits, with p of the teacher, and the gradient of the pupil's logits.
 #[cube(launch)]
-pub(super) fn distill(
-    logits: &mut [f32],
+pub(super) fn distill<E: Float>(
+    logits: &[f32],
     teacher: &[f32],
     targets: &[i32],
     losses: &mut [f32],
+    slopes: &mut [E],
     rows: usize,
     vocab: usize,
     share: f32,
@@ -312,7 +311,7 @@ pub(super) fn distill(
     let mut row = CUBE_POS_X as usize;
     while row < rows {
         let from = row * vocab;
-        let log_q = log_partition(&*logits, from, vocab, &mut scratch);
+        let log_q = log_partition(logits, from, vocab, &mut scratch);
         let log_p = log_partition(teacher, from, vocab, &mut scratch);
         let target = targets[row];
         let mut at = 0usize;
@@ -320,7 +319,6 @@ pub(super) fn distill(
             at = target as usize;
         }
         let picked = logits[from + at] - log_q;
-        sync_cube();
         let mut apart = 0.0f32;
         let mut i = UNIT_POS as usize;
         while i < vocab {
@@ -335,7 +333,7 @@ pub(super) fn distill(
                     slope -= 1.0f32 - share;
                 }
             }
-            logits[from + i] = slope;
+            slopes[from + i] = E::cast_from(slope);
             i += CUBE_DIM as usize;
         }
         let apart = add_up(apart, &mut scratch);

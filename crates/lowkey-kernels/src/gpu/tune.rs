@@ -5,11 +5,13 @@
 //! process, by name, and can be put back, so that a resumed run computes the same bits. Software devices are not measured: their plain
 //! kernels are what tests look at, and one of Mesa's does not survive every candidate.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use burn::backend::ops::FloatTensorOps;
+use burn::tensor::FloatDType;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::client::Client;
 
@@ -19,8 +21,30 @@ static CHOICES: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
 /// Held while something is measured.
 static MEASURING: Mutex<()> = Mutex::new(());
 
-/// Rounds of which the best counts.
+/// Rounds of which the best counts, and launches that one of them waits for.
 const ROUNDS: usize = 3;
+const LAUNCHES: u32 = 3;
+
+/// Ways by keys that are cheaper to make and to compare than their names: what every step asks for again.
+pub(super) struct Known<K, T>(LazyLock<Mutex<HashMap<(bool, K), T>>>);
+
+impl<K: Eq + Hash, T: Clone> Known<K, T> {
+    pub(super) const fn new() -> Self {
+        Self(LazyLock::new(Mutex::default))
+    }
+
+    /// The way of a key; chosen where nobody has asked on a device of this kind before.
+    pub(super) fn get(&self, client: &Client, key: K, choose: impl FnOnce() -> T) -> T {
+        let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (is_real(client), key);
+        if let Some(way) = lock().get(&key) {
+            return way.clone();
+        }
+        // Not under the lock: choosing runs kernels.
+        let way = choose();
+        lock().entry(key).or_insert(way).clone()
+    }
+}
 
 fn choices() -> MutexGuard<'static, BTreeMap<String, String>> {
     CHOICES.lock().unwrap_or_else(PoisonError::into_inner)
@@ -41,8 +65,9 @@ pub(crate) fn choose(earlier: BTreeMap<String, String>) {
 
 /// Whether a device is a real one, where time means something.
 fn is_real(client: &Client) -> bool {
-    client.properties().identity.physical.is_some()
-        && std::env::var_os("LOWKEY_TUNE").is_none_or(|value| value != "off")
+    static MEASURED: LazyLock<bool> =
+        LazyLock::new(|| std::env::var_os("LOWKEY_TUNE").is_none_or(|value| value != "off"));
+    client.properties().identity.physical.is_some() && *MEASURED
 }
 
 /// The one of `candidates` that computes `what` fastest within `tolerance` (relative, root mean square) of the first.
@@ -120,9 +145,11 @@ fn trial<T>(
     let mut least = Duration::MAX;
     for _ in 0..ROUNDS {
         let started = Instant::now();
-        run(way)?;
+        for _ in 0..LAUNCHES {
+            run(way)?;
+        }
         finish(client)?;
-        least = least.min(started.elapsed());
+        least = least.min(started.elapsed() / LAUNCHES);
     }
     Ok((least, out))
 }
@@ -133,14 +160,15 @@ fn finish(client: &Client) -> Result<(), String> {
 
 /// `‖a − b‖ / ‖b‖`
 fn distance(a: &CubeTensor, b: &CubeTensor) -> Result<f64, String> {
+    let [a, b] = [a, b].map(|x| CubeBackend::float_cast(x.clone(), FloatDType::F32));
     let squares = |x: CubeTensor| {
         let sum = CubeBackend::float_sum(CubeBackend::float_mul(x.clone(), x));
         let bytes = sum.client.read_one(sum.handle).map_err(|e| e.to_string())?;
         let number = bytes.first_chunk::<4>().map(|bytes| f32::from_le_bytes(*bytes));
         number.map(f64::from).ok_or_else(|| "the device returns nothing".to_owned())
     };
-    let off = squares(CubeBackend::float_sub(a.clone(), b.clone()))?;
-    Ok((off / squares(b.clone())?.max(f64::MIN_POSITIVE)).sqrt())
+    let off = squares(CubeBackend::float_sub(a, b.clone()))?;
+    Ok((off / squares(b)?.max(f64::MIN_POSITIVE)).sqrt())
 }
 
 #[cfg(test)]

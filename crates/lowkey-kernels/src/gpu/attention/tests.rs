@@ -12,7 +12,7 @@ fn random<const D: usize>(shape: [usize; D], dtype: FloatDType) -> CubeTensor {
 fn distance(a: &CubeTensor, b: &CubeTensor) -> f64 {
     let host = |x: &CubeTensor| {
         let count = x.meta.num_elements();
-        let flat = reshaped(x.clone(), [count]);
+        let flat = cast(reshaped(x.clone(), [count]), DType::F32);
         Tensor::<1>::from_primitive::<CubeBackend>(flat).try_into_vec_as::<f32>().unwrap()
     };
     let (a, b) = (host(a), host(b));

@@ -3,15 +3,15 @@
 use cubecl::prelude::*;
 
 use super::geometry::{Geometry, Widths};
-use super::parts::{accumulate, put, stage, stage_keys, zeros};
+use super::parts::{ALIGN, accumulate, put, stage, stage_keys, zeros};
 
 /// The gradient of the queries. `rows` as [`crate::gpu::tiles::prepare`] leaves them; cubes as in [`super::forward`].
 #[cube(launch)]
-pub(in crate::gpu) fn query_gradient<E: Float>(
-    q: &[f32],
-    kv: &[f32],
-    k_pe: &[f32],
-    d_out: &[f32],
+pub(in crate::gpu) fn query_gradient<E: Float, N: Size>(
+    q: &[Vector<E, N>],
+    kv: &[Vector<E, N>],
+    k_pe: &[Vector<E, N>],
+    d_out: &[Vector<E, N>],
     of_rows: &[f32],
     d_q: &mut [f32],
     seq: usize,
@@ -23,8 +23,9 @@ pub(in crate::gpu) fn query_gradient<E: Float>(
     let rows = comptime!(geometry.rows());
     let (width, kv_width) = comptime!((widths.key(), widths.kv()));
     let (heads, groups, value) = comptime!((widths.heads, widths.groups, widths.value));
-    let (key_pitch, value_pitch) = comptime!((geometry.pitch(width), geometry.pitch(value)));
-    let (score_pitch, share_pitch) = comptime!((geometry.score_pitch(), geometry.pitch(block)));
+    let (keys_layout, values_layout) = comptime!((geometry.layout(width), geometry.layout(value)));
+    let (score_pitch, shares_layout) = comptime!((geometry.score_pitch(), geometry.scalars(block)));
+    let vector = comptime!(geometry.vector);
     let tiles = comptime!(geometry.whole(width) / geometry.n);
     let per_chunk = comptime!(block / geometry.n);
 
@@ -41,16 +42,17 @@ pub(in crate::gpu) fn query_gradient<E: Float>(
     let q_from = ((row_of_batch * seq + first) * heads + head) * width;
     let out_from = ((row_of_batch * seq + first) * heads + head) * value;
 
-    let mut q_half = Shared::<[E]>::new_slice(comptime!(rows * key_pitch));
-    let mut d_half = Shared::<[E]>::new_slice(comptime!(rows * value_pitch));
-    let mut k_half = Shared::<[E]>::new_slice(comptime!(block * key_pitch));
-    let mut v_half = Shared::<[E]>::new_slice(comptime!(block * value_pitch));
-    let mut slopes = Shared::<[E]>::new_slice(comptime!(rows * share_pitch));
-    let mut scores = Shared::<[f32]>::new_slice(comptime!(rows * score_pitch));
-    let mut upstream = Shared::<[f32]>::new_slice(comptime!(rows * score_pitch));
+    let mut q_half = Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(rows * keys_layout.pitch / vector), ALIGN);
+    let mut d_half = Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(rows * values_layout.pitch / vector), ALIGN);
+    let mut k_half = Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(block * keys_layout.pitch / vector), ALIGN);
+    let mut v_half =
+        Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(block * values_layout.pitch / vector), ALIGN);
+    let mut slopes = Shared::<[E]>::new_aligned_slice(comptime!(rows * shares_layout.pitch), ALIGN);
+    let mut scores = Shared::<[f32]>::new_aligned_slice(comptime!(rows * score_pitch), ALIGN);
+    let mut upstream = Shared::<[f32]>::new_aligned_slice(comptime!(rows * score_pitch), ALIGN);
 
-    stage::<E>(q, &mut q_half, q_from, heads * width, queries, rows, width, geometry);
-    stage::<E>(d_out, &mut d_half, out_from, heads * value, queries, rows, value, geometry);
+    stage::<E, N>(q, &mut q_half, q_from, heads * width, queries, rows, width, geometry);
+    stage::<E, N>(d_out, &mut d_half, out_from, heads * value, queries, rows, value, geometry);
     let mut sums = zeros(tiles, geometry);
 
     let last_key = first + queries;
@@ -64,16 +66,16 @@ pub(in crate::gpu) fn query_gradient<E: Float>(
         let from_pe = (row_of_batch * seq + first_key) * widths.rope;
         let step = comptime!(groups * kv_width);
         sync_cube();
-        stage_keys::<E>(kv, k_pe, &mut k_half, from, step, from_pe, keys, block, widths.nope, widths.rope, geometry);
-        stage::<E>(kv, &mut v_half, from + widths.nope, step, keys, block, value, geometry);
+        stage_keys::<E, N>(kv, k_pe, &mut k_half, from, step, from_pe, keys, block, widths.nope, widths.rope, geometry);
+        stage::<E, N>(kv, &mut v_half, from + widths.nope, step, keys, block, value, geometry);
         sync_cube();
         let mut products = zeros(per_chunk, geometry);
-        accumulate::<E>(
+        accumulate::<E, Vector<E, N>, Vector<E, N>>(
             &q_half,
-            own * key_pitch,
-            key_pitch,
+            own * comptime!(keys_layout.pitch),
+            keys_layout,
             &k_half,
-            key_pitch,
+            keys_layout,
             &mut products,
             comptime!(geometry.whole(width)),
             false,
@@ -81,12 +83,12 @@ pub(in crate::gpu) fn query_gradient<E: Float>(
         );
         put(&products, &mut scores, own * score_pitch, 0usize, geometry);
         let mut products = zeros(per_chunk, geometry);
-        accumulate::<E>(
+        accumulate::<E, Vector<E, N>, Vector<E, N>>(
             &d_half,
-            own * value_pitch,
-            value_pitch,
+            own * comptime!(values_layout.pitch),
+            values_layout,
             &v_half,
-            value_pitch,
+            values_layout,
             &mut products,
             comptime!(geometry.whole(value)),
             false,
@@ -106,11 +108,21 @@ pub(in crate::gpu) fn query_gradient<E: Float>(
                     slope = share * (upstream[row * score_pitch + column] - of_rows[of_query + 1]) * scale;
                 }
             }
-            slopes[row * share_pitch + column] = E::cast_from(slope);
+            slopes[row * comptime!(shares_layout.pitch) + column] = E::cast_from(slope);
             i += CUBE_DIM as usize;
         }
         sync_cube();
-        accumulate::<E>(&slopes, own * share_pitch, share_pitch, &k_half, key_pitch, &mut sums, block, true, geometry);
+        accumulate::<E, E, Vector<E, N>>(
+            &slopes,
+            own * comptime!(shares_layout.pitch),
+            shares_layout,
+            &k_half,
+            keys_layout,
+            &mut sums,
+            block,
+            true,
+            geometry,
+        );
         first_key += block;
     }
     #[unroll]
@@ -133,13 +145,13 @@ pub(in crate::gpu) fn query_gradient<E: Float>(
 /// The gradients of keys and values, `d_kv [B, T, G, N+V]`, and of the shared part by group, `d_pe [B, T, G, R]`, to be summed. Cubes:
 /// blocks of keys, G, B.
 #[cube(launch)]
-pub(in crate::gpu) fn key_gradient<E: Float>(
-    q: &[f32],
-    kv: &[f32],
-    k_pe: &[f32],
-    d_out: &[f32],
+pub(in crate::gpu) fn key_gradient<E: Float, N: Size>(
+    q: &[Vector<E, N>],
+    kv: &[Vector<E, N>],
+    k_pe: &[Vector<E, N>],
+    d_out: &[Vector<E, N>],
     of_rows: &[f32],
-    d_kv: &mut [f32],
+    d_kv: &mut [E],
     d_pe: &mut [f32],
     seq: usize,
     scale: f32,
@@ -151,8 +163,9 @@ pub(in crate::gpu) fn key_gradient<E: Float>(
     let (nope, rope) = comptime!((widths.nope, widths.rope));
     let (width, kv_width) = comptime!((widths.key(), widths.kv()));
     let (heads, groups, value) = comptime!((widths.heads, widths.groups, widths.value));
-    let (key_pitch, value_pitch) = comptime!((geometry.pitch(width), geometry.pitch(value)));
-    let (score_pitch, share_pitch) = comptime!((geometry.score_pitch(), geometry.pitch(block)));
+    let (keys_layout, values_layout) = comptime!((geometry.layout(width), geometry.layout(value)));
+    let (score_pitch, shares_layout) = comptime!((geometry.score_pitch(), geometry.scalars(block)));
+    let vector = comptime!(geometry.vector);
     let key_tiles = comptime!(geometry.whole(width) / geometry.n);
     let value_tiles = comptime!(geometry.whole(value) / geometry.n);
     let per_chunk = comptime!(block / geometry.n);
@@ -168,18 +181,19 @@ pub(in crate::gpu) fn key_gradient<E: Float>(
     let from_pe = (row_of_batch * seq + first_key) * rope;
     let step = comptime!(groups * kv_width);
 
-    let mut k_half = Shared::<[E]>::new_slice(comptime!(rows * key_pitch));
-    let mut v_half = Shared::<[E]>::new_slice(comptime!(rows * value_pitch));
-    let mut q_half = Shared::<[E]>::new_slice(comptime!(block * key_pitch));
-    let mut d_half = Shared::<[E]>::new_slice(comptime!(block * value_pitch));
-    let mut shares = Shared::<[E]>::new_slice(comptime!(rows * share_pitch));
-    let mut slopes = Shared::<[E]>::new_slice(comptime!(rows * share_pitch));
-    let mut scores = Shared::<[f32]>::new_slice(comptime!(rows * score_pitch));
-    let mut upstream = Shared::<[f32]>::new_slice(comptime!(rows * score_pitch));
+    let mut k_half = Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(rows * keys_layout.pitch / vector), ALIGN);
+    let mut v_half = Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(rows * values_layout.pitch / vector), ALIGN);
+    let mut q_half = Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(block * keys_layout.pitch / vector), ALIGN);
+    let mut d_half =
+        Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(block * values_layout.pitch / vector), ALIGN);
+    let mut shares = Shared::<[E]>::new_aligned_slice(comptime!(rows * shares_layout.pitch), ALIGN);
+    let mut slopes = Shared::<[E]>::new_aligned_slice(comptime!(rows * shares_layout.pitch), ALIGN);
+    let mut scores = Shared::<[f32]>::new_aligned_slice(comptime!(rows * score_pitch), ALIGN);
+    let mut upstream = Shared::<[f32]>::new_aligned_slice(comptime!(rows * score_pitch), ALIGN);
     let mut of_block = Shared::<[f32]>::new_slice(comptime!(3 * block));
 
-    stage_keys::<E>(kv, k_pe, &mut k_half, from, step, from_pe, keys, rows, nope, rope, geometry);
-    stage::<E>(kv, &mut v_half, from + nope, step, keys, rows, value, geometry);
+    stage_keys::<E, N>(kv, k_pe, &mut k_half, from, step, from_pe, keys, rows, nope, rope, geometry);
+    stage::<E, N>(kv, &mut v_half, from + nope, step, keys, rows, value, geometry);
     let mut of_keys = zeros(key_tiles, geometry);
     let mut of_values = zeros(value_tiles, geometry);
 
@@ -200,8 +214,8 @@ pub(in crate::gpu) fn key_gradient<E: Float>(
                 let q_from = ((row_of_batch * seq + first) * heads + head) * width;
                 let out_from = ((row_of_batch * seq + first) * heads + head) * value;
                 sync_cube();
-                stage::<E>(q, &mut q_half, q_from, heads * width, queries, block, width, geometry);
-                stage::<E>(d_out, &mut d_half, out_from, heads * value, queries, block, value, geometry);
+                stage::<E, N>(q, &mut q_half, q_from, heads * width, queries, block, width, geometry);
+                stage::<E, N>(d_out, &mut d_half, out_from, heads * value, queries, block, value, geometry);
                 let mut i = UNIT_POS as usize;
                 while i < queries * 3 {
                     of_block[i] = of_rows[(of_head + first) * 3 + i];
@@ -209,12 +223,12 @@ pub(in crate::gpu) fn key_gradient<E: Float>(
                 }
                 sync_cube();
                 let mut products = zeros(per_chunk, geometry);
-                accumulate::<E>(
+                accumulate::<E, Vector<E, N>, Vector<E, N>>(
                     &k_half,
-                    own * key_pitch,
-                    key_pitch,
+                    own * comptime!(keys_layout.pitch),
+                    keys_layout,
                     &q_half,
-                    key_pitch,
+                    keys_layout,
                     &mut products,
                     comptime!(geometry.whole(width)),
                     false,
@@ -222,12 +236,12 @@ pub(in crate::gpu) fn key_gradient<E: Float>(
                 );
                 put(&products, &mut scores, own * score_pitch, 0usize, geometry);
                 let mut products = zeros(per_chunk, geometry);
-                accumulate::<E>(
+                accumulate::<E, Vector<E, N>, Vector<E, N>>(
                     &v_half,
-                    own * value_pitch,
-                    value_pitch,
+                    own * comptime!(values_layout.pitch),
+                    values_layout,
                     &d_half,
-                    value_pitch,
+                    values_layout,
                     &mut products,
                     comptime!(geometry.whole(value)),
                     false,
@@ -248,28 +262,28 @@ pub(in crate::gpu) fn key_gradient<E: Float>(
                             slope = share * (upstream[row * score_pitch + column] - of_block[column * 3 + 1]) * scale;
                         }
                     }
-                    shares[row * share_pitch + column] = E::cast_from(share);
-                    slopes[row * share_pitch + column] = E::cast_from(slope);
+                    shares[row * comptime!(shares_layout.pitch) + column] = E::cast_from(share);
+                    slopes[row * comptime!(shares_layout.pitch) + column] = E::cast_from(slope);
                     i += CUBE_DIM as usize;
                 }
                 sync_cube();
-                accumulate::<E>(
+                accumulate::<E, E, Vector<E, N>>(
                     &shares,
-                    own * share_pitch,
-                    share_pitch,
+                    own * comptime!(shares_layout.pitch),
+                    shares_layout,
                     &d_half,
-                    value_pitch,
+                    values_layout,
                     &mut of_values,
                     block,
                     true,
                     geometry,
                 );
-                accumulate::<E>(
+                accumulate::<E, E, Vector<E, N>>(
                     &slopes,
-                    own * share_pitch,
-                    share_pitch,
+                    own * comptime!(shares_layout.pitch),
+                    shares_layout,
                     &q_half,
-                    key_pitch,
+                    keys_layout,
                     &mut of_keys,
                     block,
                     true,
@@ -291,7 +305,7 @@ pub(in crate::gpu) fn key_gradient<E: Float>(
             if row < keys {
                 let token = (row_of_batch * seq + first_key + row) * groups + group;
                 if column < nope {
-                    d_kv[token * kv_width + column] = scores[row * score_pitch + at];
+                    d_kv[token * kv_width + column] = E::cast_from(scores[row * score_pitch + at]);
                 } else if column < width {
                     d_pe[token * rope + column - nope] = scores[row * score_pitch + at];
                 }
@@ -310,7 +324,7 @@ pub(in crate::gpu) fn key_gradient<E: Float>(
             let column = at + comptime!(chunk * block);
             if row < keys && column < value {
                 let token = (row_of_batch * seq + first_key + row) * groups + group;
-                d_kv[token * kv_width + nope + column] = scores[row * score_pitch + at];
+                d_kv[token * kv_width + nope + column] = E::cast_from(scores[row * score_pitch + at]);
             }
             i += CUBE_DIM as usize;
         }

@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::geometry::{Geometry, Widths};
-use super::parts::{accumulate, put, stage, stage_keys, take, zeros};
+use super::parts::{ALIGN, accumulate, put, stage, stage_keys, take, zeros};
 use crate::gpu::tiles::HIDDEN;
 
 /// How much a row's scores may outgrow the maximum that its exponentials refer to: e⁸ lies far within the range of f16.
@@ -12,10 +12,10 @@ const SLACK: f32 = 8.0;
 /// `q [B, T, H, N+R]`, `kv [B, T, G, N+V]`, `k_pe [B, T, R]`, `starts [B, T]` → `out [B, T, H, V]`, `lse [B, H, T]`. Cubes: blocks of
 /// queries, H, B.
 #[cube(launch)]
-pub(in crate::gpu) fn forward<E: Float>(
-    q: &[f32],
-    kv: &[f32],
-    k_pe: &[f32],
+pub(in crate::gpu) fn forward<E: Float, N: Size>(
+    q: &[Vector<E, N>],
+    kv: &[Vector<E, N>],
+    k_pe: &[Vector<E, N>],
     starts: &[i32],
     out: &mut [f32],
     lse: &mut [f32],
@@ -29,8 +29,9 @@ pub(in crate::gpu) fn forward<E: Float>(
     let spread = comptime!(geometry.spread);
     let (width, kv_width) = comptime!((widths.key(), widths.kv()));
     let (heads, groups, value) = comptime!((widths.heads, widths.groups, widths.value));
-    let (key_pitch, value_pitch) = comptime!((geometry.pitch(width), geometry.pitch(value)));
-    let (score_pitch, share_pitch) = comptime!((geometry.score_pitch(), geometry.pitch(block)));
+    let (keys_layout, values_layout) = comptime!((geometry.layout(width), geometry.layout(value)));
+    let (score_pitch, shares_layout) = comptime!((geometry.score_pitch(), geometry.scalars(block)));
+    let vector = comptime!(geometry.vector);
     let tiles = comptime!(geometry.whole(value) / geometry.n);
     let per_chunk = comptime!(block / geometry.n);
 
@@ -45,11 +46,12 @@ pub(in crate::gpu) fn forward<E: Float>(
     }
     let own = UNIT_POS_Y as usize * comptime!(geometry.m);
 
-    let mut q_half = Shared::<[E]>::new_slice(comptime!(rows * key_pitch));
-    let mut k_half = Shared::<[E]>::new_slice(comptime!(block * key_pitch));
-    let mut v_half = Shared::<[E]>::new_slice(comptime!(block * value_pitch));
-    let mut shares = Shared::<[E]>::new_slice(comptime!(rows * share_pitch));
-    let mut scores = Shared::<[f32]>::new_slice(comptime!(rows * score_pitch));
+    let mut q_half = Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(rows * keys_layout.pitch / vector), ALIGN);
+    let mut k_half = Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(block * keys_layout.pitch / vector), ALIGN);
+    let mut v_half =
+        Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(block * values_layout.pitch / vector), ALIGN);
+    let mut shares = Shared::<[E]>::new_aligned_slice(comptime!(rows * shares_layout.pitch), ALIGN);
+    let mut scores = Shared::<[f32]>::new_aligned_slice(comptime!(rows * score_pitch), ALIGN);
     let mut parts = Shared::<[f32]>::new_slice(comptime!(rows * spread));
     let mut totals = Shared::<[f32]>::new_slice(comptime!(rows * spread));
     let mut highest = Shared::<[f32]>::new_slice(rows);
@@ -65,7 +67,7 @@ pub(in crate::gpu) fn forward<E: Float>(
         row += CUBE_DIM as usize;
     }
     let q_from = ((row_of_batch * seq + first) * heads + head) * width;
-    stage::<E>(q, &mut q_half, q_from, heads * width, queries, rows, width, geometry);
+    stage::<E, N>(q, &mut q_half, q_from, heads * width, queries, rows, width, geometry);
     let mut sums = zeros(tiles, geometry);
 
     let last_key = first + queries;
@@ -79,19 +81,19 @@ pub(in crate::gpu) fn forward<E: Float>(
         let from_pe = (row_of_batch * seq + first_key) * widths.rope;
         sync_cube();
         let step = comptime!(groups * kv_width);
-        stage_keys::<E>(kv, k_pe, &mut k_half, from, step, from_pe, keys, block, widths.nope, widths.rope, geometry);
-        stage::<E>(kv, &mut v_half, from + widths.nope, step, keys, block, value, geometry);
+        stage_keys::<E, N>(kv, k_pe, &mut k_half, from, step, from_pe, keys, block, widths.nope, widths.rope, geometry);
+        stage::<E, N>(kv, &mut v_half, from + widths.nope, step, keys, block, value, geometry);
         if UNIT_POS == 0 {
             outgrown[0] = 0.0;
         }
         sync_cube();
         let mut products = zeros(per_chunk, geometry);
-        accumulate::<E>(
+        accumulate::<E, Vector<E, N>, Vector<E, N>>(
             &q_half,
-            own * key_pitch,
-            key_pitch,
+            own * comptime!(keys_layout.pitch),
+            keys_layout,
             &k_half,
-            key_pitch,
+            keys_layout,
             &mut products,
             comptime!(geometry.whole(width)),
             false,
@@ -145,7 +147,7 @@ pub(in crate::gpu) fn forward<E: Float>(
                 if s <= HIDDEN {
                     e = 0.0;
                 }
-                shares[row * share_pitch + column] = E::cast_from(e);
+                shares[row * comptime!(shares_layout.pitch) + column] = E::cast_from(e);
                 sum += e;
             }
             totals[item] = sum;
@@ -188,12 +190,12 @@ pub(in crate::gpu) fn forward<E: Float>(
                 sync_cube();
             }
         }
-        accumulate::<E>(
+        accumulate::<E, E, Vector<E, N>>(
             &shares,
-            own * share_pitch,
-            share_pitch,
+            own * comptime!(shares_layout.pitch),
+            shares_layout,
             &v_half,
-            value_pitch,
+            values_layout,
             &mut sums,
             block,
             true,

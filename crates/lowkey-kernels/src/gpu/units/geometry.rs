@@ -4,6 +4,8 @@ use burn::tensor::DType;
 use cubecl::client::Client;
 use cubecl::ir::{ElemType, FloatKind};
 
+use super::parts::Layout;
+
 /// Sizes of the products that matrix units compute, and of what a cube works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Geometry {
@@ -21,6 +23,8 @@ pub(crate) struct Geometry {
     pub(crate) block: usize,
     /// Units that share a row of scores.
     pub(crate) spread: usize,
+    /// Numbers of 16 bits that a unit reads at once; divides the widths.
+    pub(crate) vector: usize,
 }
 
 /// Widths of an attention.
@@ -56,9 +60,19 @@ impl Geometry {
         width.next_multiple_of(self.n.max(self.k))
     }
 
-    /// Distance of rows of 16-bit numbers in shared memory: 16 bytes more than the width, against bank conflicts.
+    /// Distance of rows of 16-bit numbers in shared memory: 16 bytes more than the width, against bank conflicts, and whole vectors.
     pub(crate) fn pitch(self, width: usize) -> usize {
         self.whole(width) + 8
+    }
+
+    /// How rows of that width lie there.
+    pub(super) fn layout(self, width: usize) -> Layout {
+        Layout { pitch: self.pitch(width), vector: self.vector }
+    }
+
+    /// The same where they are written number by number.
+    pub(super) fn scalars(self, width: usize) -> Layout {
+        Layout { pitch: self.pitch(width), vector: 1 }
     }
 
     /// The same for scores, of 32 bits.
@@ -92,6 +106,16 @@ impl std::fmt::Display for Geometry {
     }
 }
 
+/// Most numbers of 16 bits that a device reads at once and rows of these widths can be read by.
+fn vector(client: &Client, widths: Widths) -> usize {
+    let hardware = &client.properties().hardware;
+    let most = (hardware.load_width as usize / 16).min(hardware.max_vector_size);
+    let divides = |vector: &usize| {
+        *vector <= most && [widths.nope, widths.rope, widths.value].iter().all(|width| width.is_multiple_of(*vector))
+    };
+    [8, 4, 2].into_iter().find(divides).unwrap_or(1)
+}
+
 /// The geometries that a device can run with operands of `dtype`; empty where it has no fitting matrix units, or planes of varying
 /// size.
 pub(crate) fn geometries(client: &Client, dtype: DType, widths: Widths) -> Vec<Geometry> {
@@ -112,10 +136,11 @@ pub(crate) fn geometries(client: &Client, dtype: DType, widths: Widths) -> Vec<G
     // Square ones first: they read the fewest numbers for each product.
     sizes.sort_by_key(|(m, n, _)| m.abs_diff(*n));
     sizes.truncate(1);
+    let vector = vector(client, widths);
     let mut found = Vec::new();
     for (m, n, k) in sizes {
         for (planes, block) in [(4, 64), (4, 32), (8, 64), (8, 32), (4, 16), (2, 16)] {
-            let geometry = Geometry { m, n, k, lanes, planes, block, spread: (lanes / m).max(1) };
+            let geometry = Geometry { m, n, k, lanes, planes, block, spread: (lanes / m).max(1), vector };
             if block % n.max(k) == 0 && geometry.fits(widths, client) {
                 found.push(geometry);
             }

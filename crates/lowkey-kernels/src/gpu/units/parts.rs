@@ -5,11 +5,14 @@ use cubecl::prelude::*;
 
 use super::geometry::Geometry;
 
+/// Bytes at multiples of which memory begins that matrix units read: what the largest fragment asks for.
+pub(super) const ALIGN: usize = 32;
+
 /// Copies rows that are `step` numbers apart into shared memory; what lies beyond the rows or the width is 0.
 #[cube]
-pub(super) fn stage<E: Float>(
-    source: &[f32],
-    to: &mut Shared<[E]>,
+pub(super) fn stage<E: Float, N: Size>(
+    source: &[Vector<E, N>],
+    to: &mut Shared<[Vector<E, N>]>,
     first: usize,
     step: usize,
     rows: usize,
@@ -17,26 +20,27 @@ pub(super) fn stage<E: Float>(
     #[comptime] width: usize,
     #[comptime] geometry: Geometry,
 ) {
-    let whole = comptime!(geometry.whole(width));
-    let pitch = comptime!(geometry.pitch(width));
+    let vector = comptime!(geometry.vector);
+    let whole = comptime!(geometry.whole(width) / vector);
+    let pitch = comptime!(geometry.pitch(width) / vector);
     let mut i = UNIT_POS as usize;
     while i < comptime!(count * whole) {
         let (row, at) = (i / whole, i % whole);
-        let mut value = 0.0f32;
-        if row < rows && at < width {
-            value = source[first + row * step + at];
+        let mut value = Vector::<E, N>::new(E::new(0.0));
+        if row < rows && at < comptime!(width / vector) {
+            value = source[(first + row * step) / vector + at];
         }
-        to[row * pitch + at] = E::cast_from(value);
+        to[row * pitch + at] = value;
         i += CUBE_DIM as usize;
     }
 }
 
 /// The same for keys, whose last `rope` numbers stand in another tensor, once for all heads.
 #[cube]
-pub(super) fn stage_keys<E: Float>(
-    kv: &[f32],
-    k_pe: &[f32],
-    to: &mut Shared<[E]>,
+pub(super) fn stage_keys<E: Float, N: Size>(
+    kv: &[Vector<E, N>],
+    k_pe: &[Vector<E, N>],
+    to: &mut Shared<[Vector<E, N>]>,
     first: usize,
     step: usize,
     first_pe: usize,
@@ -46,20 +50,22 @@ pub(super) fn stage_keys<E: Float>(
     #[comptime] rope: usize,
     #[comptime] geometry: Geometry,
 ) {
-    let whole = comptime!(geometry.whole(nope + rope));
-    let pitch = comptime!(geometry.pitch(nope + rope));
+    let vector = comptime!(geometry.vector);
+    let whole = comptime!(geometry.whole(nope + rope) / vector);
+    let pitch = comptime!(geometry.pitch(nope + rope) / vector);
+    let own = comptime!(nope / vector);
     let mut i = UNIT_POS as usize;
     while i < comptime!(count * whole) {
         let (row, at) = (i / whole, i % whole);
-        let mut value = 0.0f32;
+        let mut value = Vector::<E, N>::new(E::new(0.0));
         if row < rows {
-            if at < nope {
-                value = kv[first + row * step + at];
-            } else if at < nope + rope {
-                value = k_pe[first_pe + row * rope + at - nope];
+            if at < own {
+                value = kv[(first + row * step) / vector + at];
+            } else if at < comptime!((nope + rope) / vector) {
+                value = k_pe[(first_pe + row * rope) / vector + at - own];
             }
         }
-        to[row * pitch + at] = E::cast_from(value);
+        to[row * pitch + at] = value;
         i += CUBE_DIM as usize;
     }
 }
@@ -82,57 +88,42 @@ pub(super) fn zeros(#[comptime] count: usize, #[comptime] geometry: Geometry) ->
     sums
 }
 
+/// An operand in shared memory: how far its rows are apart, and how many numbers one of its elements holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Layout {
+    pub(super) pitch: usize,
+    pub(super) vector: usize,
+}
+
 /// `sums[j] += a b` for each `n` columns of `b`: rows of `a` from `from` on, `depth` terms. With `across`, `b` is `[depth, columns]`;
 /// without, its transpose.
 #[cube]
-pub(super) fn accumulate<E: Float>(
-    a: &Shared<[E]>,
+pub(super) fn accumulate<E: Float, A: CubePrimitive, B: CubePrimitive>(
+    a: &Shared<[A]>,
     from: usize,
-    #[comptime] a_pitch: usize,
-    b: &Shared<[E]>,
-    #[comptime] b_pitch: usize,
+    #[comptime] of_a: Layout,
+    b: &Shared<[B]>,
+    #[comptime] of_b: Layout,
     sums: &mut Sequence<Matrix<f32>>,
     #[comptime] depth: usize,
     #[comptime] across: bool,
     #[comptime] geometry: Geometry,
 ) {
-    for step in 0..comptime!(depth / geometry.k) {
-        let term = step * comptime!(geometry.k);
-        let left = Matrix::<E>::from_slice(
-            MatrixIdent::A,
-            geometry.m,
-            geometry.n,
-            geometry.k,
-            MatrixLayout::RowMajor,
-            &a[from + term..a.len()],
-            comptime!(a_pitch as u32),
-        );
+    let (m, n, k) = comptime!((geometry.m, geometry.n, geometry.k));
+    let layout = comptime!(if across { MatrixLayout::RowMajor } else { MatrixLayout::ColMajor });
+    // Distance of what one product's columns, and one step's terms, begin with.
+    let column = comptime!((if across { n } else { n * of_b.pitch }) / of_b.vector);
+    let term = comptime!((if across { k * of_b.pitch } else { k }) / of_b.vector);
+    for step in 0..comptime!(depth / k) {
+        let at = (from + step * k) / comptime!(of_a.vector);
+        let mut left = unsafe { Matrix::<E>::uninitialized(MatrixIdent::A, m, n, k, MatrixLayout::RowMajor) };
+        cmma::load(&mut left, &a[at..a.len()], comptime!(of_a.pitch as u32));
         #[unroll]
         for j in 0..sums.len() {
-            let column = comptime!(j * geometry.n);
-            if comptime!(across) {
-                let right = Matrix::<E>::from_slice(
-                    MatrixIdent::B,
-                    geometry.m,
-                    geometry.n,
-                    geometry.k,
-                    MatrixLayout::RowMajor,
-                    &b[term * b_pitch + column..b.len()],
-                    comptime!(b_pitch as u32),
-                );
-                cmma::execute(&left, &right, sums.index(j), sums.index(j));
-            } else {
-                let right = Matrix::<E>::from_slice(
-                    MatrixIdent::B,
-                    geometry.m,
-                    geometry.n,
-                    geometry.k,
-                    MatrixLayout::ColMajor,
-                    &b[column * b_pitch + term..b.len()],
-                    comptime!(b_pitch as u32),
-                );
-                cmma::execute(&left, &right, sums.index(j), sums.index(j));
-            }
+            let at = step * term + comptime!(j * column);
+            let mut right = unsafe { Matrix::<E>::uninitialized(MatrixIdent::B, m, n, k, layout) };
+            cmma::load(&mut right, &b[at..b.len()], comptime!(of_b.pitch as u32));
+            cmma::execute(&left, &right, sums.index(j), sums.index(j));
         }
     }
 }
