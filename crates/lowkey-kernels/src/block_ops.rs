@@ -54,12 +54,12 @@ pub(crate) trait BlockOps: Backend {
 
 /// What the backward passes need from a backend.
 pub(crate) trait BlockGradients: BlockOps {
-    /// What products read of `x`, and so all that has to be kept of it.
+    /// What products read of `x`, an input or a weight, and so all that has to be kept of it.
     fn rounded(x: FloatTensor<Self>, _: Precision) -> FloatTensor<Self> {
         x
     }
 
-    /// `(d x, d weight)` of [`BlockOps::project`], `x` as [`BlockGradients::rounded`] has it.
+    /// `(d x, d weight)` of [`BlockOps::project`], `x` and `weight` as [`BlockGradients::rounded`] has them.
     fn project_grad(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -97,7 +97,7 @@ pub(crate) type MlpWeights<B> = [FloatTensor<B>; 4];
 pub(crate) struct MlpState<B: Backend> {
     /// Input.
     pub(crate) x: FloatTensor<B>,
-    /// Weights.
+    /// Weights, those of products as [`BlockGradients::rounded`] has them where gradients are recorded.
     pub(crate) weights: MlpWeights<B>,
     /// `gate n` and `up n`.
     pub(crate) inner: [FloatTensor<B>; 2],
@@ -237,7 +237,7 @@ impl<B: BlockGradients> Backward<B, 4> for LatentAttention {
 impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
         let prep = Project { precision }.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
-        let (x, weight) = (B::rounded(x.into_primitive(), precision), weight.into_primitive());
+        let [x, weight] = [x.into_primitive(), weight.into_primitive()].map(|x| B::rounded(x, precision));
         match prep {
             OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone()), B::project(x, weight, precision)),
             OpsKind::UnTracked(prep) => prep.finish(B::project(x, weight, precision)),
@@ -252,8 +252,8 @@ impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
     ) -> FloatTensor<Self> {
         let nodes = [residual.node(), x.node(), weight.node()];
         let prep = AddProject { precision }.prepare::<C>(nodes).compute_bound().stateful();
-        let (residual, weight) = (residual.into_primitive(), weight.into_primitive());
-        let x = B::rounded(x.into_primitive(), precision);
+        let residual = residual.into_primitive();
+        let [x, weight] = [x.into_primitive(), weight.into_primitive()].map(|x| B::rounded(x, precision));
         match prep {
             OpsKind::Tracked(prep) => {
                 prep.finish((x.clone(), weight.clone()), B::add_project(residual, x, weight, precision))
@@ -274,7 +274,8 @@ impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
         let nodes = [x.node(), norm.node(), gate.node(), up.node(), down.node()];
         let prep = GatedMlp { eps, precision }.prepare::<C>(nodes).compute_bound().stateful();
         let x = x.into_primitive();
-        let weights = [norm, gate, up, down].map(|weight| weight.into_primitive());
+        let [gate, up, down] = [gate, up, down].map(|weight| B::rounded(weight.into_primitive(), precision));
+        let weights = [norm.into_primitive(), gate, up, down];
         match prep {
             OpsKind::Tracked(prep) => {
                 let [out, gate, up] = B::gated_mlp_saving(x.clone(), weights.clone(), eps, precision);
@@ -301,7 +302,7 @@ impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
         let nodes = [q.node(), kv_a.node(), norm.node(), kv_b.node()];
         let prep = LatentAttention.prepare::<C>(nodes).compute_bound().stateful();
         let [q, kv_a, norm, kv_b, cos, sin] = [q, kv_a, norm, kv_b, cos, sin].map(|tensor| tensor.into_primitive());
-        let q = B::rounded(q, precision);
+        let [q, kv_b] = [q, kv_b].map(|x| B::rounded(x, precision));
         match prep {
             OpsKind::Tracked(prep) => {
                 let inputs = LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision };

@@ -216,12 +216,25 @@ fn of_kind(_: &str) -> Vec<Found> {
     Vec::new()
 }
 
+/// Has CubeCL keep what it compiles: in `target/environment` of a checkout, else in the user's cache folder. A first run compiles some
+/// hundred kernels to find the fastest, which takes minutes. Everything else is as `cubecl.toml` says, if there is one.
+#[cfg(feature = "cuda")]
+fn keep_compiled_kernels() {
+    use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
+    let mut config = CubeClRuntimeConfig::from_current_dir().override_from_env();
+    config.compilation.cache = true;
+    // Refused where it has been read, in a second call of this.
+    CubeClRuntimeConfig::try_set(config);
+}
+
 #[cfg(feature = "gpu")]
 fn of_kind(kind: &str) -> Vec<Found> {
     use burn::tensor::DeviceType;
     // What one thread queues must come before what another queues after it: parameters are written in place, and a stream for each
     // thread would read them before they are.
     cubecl_environment::stream::set_policy(cubecl_environment::stream::StreamPolicy::Single);
+    #[cfg(feature = "cuda")]
+    keep_compiled_kernels();
     let devices = match kind {
         #[cfg(feature = "wgpu")]
         "wgpu" => Device::enumerate(DeviceType::Wgpu),

@@ -272,7 +272,7 @@ fn gpu_ceiling(device: &Device, precision: Precision) -> Result<f64> {
     let failed = |e| Error::Device { what: "a matrix product", why: format!("{e:?}") };
     let mut best: f64 = 0.0;
     let mut size = 256;
-    while size <= LARGEST {
+    loop {
         let (x, w) = (Tensor::<3>::ones([1, size, size], device), Tensor::<2>::ones([size, size], device));
         drop(linear(x.clone(), w.clone(), None));
         device.sync().map_err(failed)?;
@@ -281,12 +281,13 @@ fn gpu_ceiling(device: &Device, precision: Precision) -> Result<f64> {
         device.sync().map_err(failed)?;
         let took = started.elapsed().as_secs_f64();
         best = best.max(2.0 * (size as f64).powi(3) / took);
-        if took > LONG_ENOUGH_S {
-            break;
+        if took > LONG_ENOUGH_S || size >= LARGEST {
+            return Ok(best);
         }
-        size *= 2;
+        // What would take that long at this rate: few sizes, as each first use of one chooses its kernel.
+        let wanted = size as f64 * (LONG_ENOUGH_S / took).cbrt();
+        size = (wanted as usize / 256 * 256).clamp(2 * size, LARGEST);
     }
-    Ok(best)
 }
 
 #[cfg(test)]
