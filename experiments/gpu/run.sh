@@ -6,6 +6,7 @@
 #
 # DEVICE as `lowkey devices` names it. OUT is a folder for logs, figures and a summary. From the environment:
 #   LOWKEY  the binary [target/release/lowkey], built with the device's feature
+#   OTHER   another build of it, with the feature cuda-nvrtc say, timed beside the first on the first shape
 #   TESTS   test binaries (lowkey_kernels-*, lowkey_train-*), with spaces between; without them no tests
 #   TEXT    tinyshakespeare.txt, for the curves of configs/shakespeare-char.toml [those of configs/quickstart.toml]
 #   PEER    the PyTorch script of experiments/speed/compare.py; without it only lowkey is timed
@@ -25,12 +26,6 @@ mkdir -p "$out"
 rm -f "$out"/*.log "$out"/*.csv "$out"/*.json
 : > "$out/summary.txt"
 failed=0
-# Kernels that were compiled once are kept, for the processes that follow.
-if [ ! -e cubecl.toml ] && [ ! -e burn.toml ]; then
-    printf '[compilation]\ncache = true\n' > cubecl.toml
-    trap 'rm -f cubecl.toml' EXIT
-fi
-
 say() { printf '%-22s %-14s %s\n' "$1" "$2" "$3" | tee -a "$out/summary.txt"; }
 
 part() { # NAME SECONDS COMMAND...
@@ -92,7 +87,7 @@ for of in $parts; do
         tests)
             for binary in ${TESTS:-}; do
                 part "tests-$(basename "$binary" | sed 's/-.*//')" 150 env LOWKEY_TEST_DEVICE="$device" "$binary" \
-                    attention:: block:: cached:: fused:: optim:: gpu:: replicas:: step::
+                    attention:: block:: cached:: fused:: optim:: routing:: gpu:: replicas:: step::
             done
             ;;
         speed)
@@ -101,6 +96,10 @@ for of in $parts; do
                     --rounds "${ROUNDS:-2}" --steps 8 --warmup 4 --lowkey "$lowkey" --out "$out/speed-$shape.csv" ${PEER:+--peer "$PEER"}
             done
             for shape in ${shapes%% *}; do
+                if [ -n "${OTHER:-}" ]; then
+                    part "speed-other-$shape" 200 "$python" experiments/speed/compare.py --what train --shapes "$shape" --device "$device" \
+                        --dtype $dtype --rounds "${ROUNDS:-2}" --steps 8 --warmup 4 --lowkey "$OTHER" --out "$out/speed-other-$shape.csv"
+                fi
                 part "kernels-$shape" 90 "$lowkey" bench ops --shape "$shape" --device "$device" --dtype $dtype --steps 4 --warmup 2
             done
             ;;

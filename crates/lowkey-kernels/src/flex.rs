@@ -2,6 +2,7 @@
 
 mod block;
 mod cache;
+mod routing;
 
 use burn::backend::Flex;
 use burn::backend::ops::ModuleOps;

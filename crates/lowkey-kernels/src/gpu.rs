@@ -12,6 +12,7 @@ mod pointwise;
 pub(crate) mod product;
 pub(crate) mod profile;
 mod properties;
+pub(crate) mod routing;
 mod rows;
 mod tiles;
 pub(crate) mod tune;

@@ -6,7 +6,7 @@
 //!
 //! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
 //! [`gated_mlp`], [`cross_entropy_sum`] and [`distill_sum`] for training; [`absorbed_attention`], and [`attention`] with a [`Mask`], for queries
-//! against a cache, which may be [`Stored`] in fewer bits; [`optim`] for updates.
+//! against a cache, which may be [`Stored`] in fewer bits; [`optim`] for updates; [`routing`] for mixtures of experts.
 //!
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
@@ -39,6 +39,7 @@ mod ops;
 pub mod optim;
 mod precision;
 pub mod reference;
+pub mod routing;
 
 pub use attention::{Mask, attention, scores};
 pub use block::{LatentWeights, MlaDims, MlpWeights, add_linear, gated_mlp, latent_attention, linear};
