@@ -1,5 +1,8 @@
 //! Devices by name, and what is known of them.
 
+#[cfg(any(test, feature = "cuda"))]
+mod cuda;
+
 use std::collections::BTreeMap;
 
 use burn::tensor::Device;
@@ -31,6 +34,14 @@ pub enum DeviceError {
         /// The Cargo feature that has them.
         feature: String,
     },
+    /// There is such a device, and it cannot be used.
+    #[error("device `{name}` cannot be used: {why}")]
+    Unusable {
+        /// The name.
+        name: String,
+        /// What is missing, and how to mend it.
+        why: String,
+    },
     /// This machine has no such device.
     #[error("there is no device `{name}` here: {why}; `lowkey devices` lists what there is")]
     Missing {
@@ -50,6 +61,8 @@ pub struct Found {
     pub device: Device,
     /// What is known of it; absent for the CPU.
     pub properties: Option<Properties>,
+    /// Why it cannot be used, if so.
+    pub unusable: Option<String>,
 }
 
 /// What a GPU, or what stands in for one, is and can do.
@@ -130,6 +143,9 @@ pub fn open(name: &str) -> Result<Device, DeviceError> {
         // A GPU before what only acts as one.
         None => first_real(&found).or(found.first()).cloned(),
     };
+    if let Some(Found { name, unusable: Some(why), .. }) = chosen {
+        return Err(DeviceError::Unusable { name, why });
+    }
     chosen.map(|found| found.device).ok_or_else(|| DeviceError::Missing {
         name: name.to_owned(),
         why: match count {
@@ -144,7 +160,7 @@ pub fn open(name: &str) -> Result<Device, DeviceError> {
 /// All devices that this build can reach, the CPU last.
 pub fn list() -> Vec<Found> {
     let gpus = ["cuda", "metal", "vulkan", "wgpu"].into_iter().flat_map(of_kind);
-    let cpu = Found { name: "cpu".to_owned(), device: Device::flex(), properties: None };
+    let cpu = Found { name: "cpu".to_owned(), device: Device::flex(), properties: None, unusable: None };
     gpus.chain([cpu]).collect()
 }
 
@@ -208,23 +224,13 @@ fn automatic() -> Device {
 }
 
 fn first_real(found: &[Found]) -> Option<&Found> {
-    found.iter().find(|found| found.properties.as_ref().is_some_and(|properties| !properties.software))
+    let real = |found: &&Found| found.properties.as_ref().is_some_and(|properties| !properties.software);
+    found.iter().filter(|found| found.unusable.is_none()).find(real)
 }
 
 #[cfg(not(feature = "gpu"))]
 fn of_kind(_: &str) -> Vec<Found> {
     Vec::new()
-}
-
-/// Has CubeCL keep what it compiles: in `target/environment` of a checkout, else in the user's cache folder. A first run compiles some
-/// hundred kernels to find the fastest, which takes minutes. Everything else is as `cubecl.toml` says, if there is one.
-#[cfg(feature = "cuda")]
-fn keep_compiled_kernels() {
-    use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
-    let mut config = CubeClRuntimeConfig::from_current_dir().override_from_env();
-    config.compilation.cache = true;
-    // Refused where it has been read, in a second call of this.
-    CubeClRuntimeConfig::try_set(config);
 }
 
 #[cfg(feature = "gpu")]
@@ -234,7 +240,7 @@ fn of_kind(kind: &str) -> Vec<Found> {
     // thread would read them before they are.
     cubecl_environment::stream::set_policy(cubecl_environment::stream::StreamPolicy::Single);
     #[cfg(feature = "cuda")]
-    keep_compiled_kernels();
+    cuda::keep_compiled_kernels();
     let devices = match kind {
         #[cfg(feature = "wgpu")]
         "wgpu" => Device::enumerate(DeviceType::Wgpu),
@@ -246,10 +252,15 @@ fn of_kind(kind: &str) -> Vec<Found> {
         "cuda" => Device::enumerate(DeviceType::Cuda),
         _ => return Vec::new(),
     };
+    #[cfg(feature = "cuda")]
+    let unusable = if kind == "cuda" { cuda::lacks() } else { None };
+    #[cfg(not(feature = "cuda"))]
+    let unusable = None::<String>;
     let named = devices.into_vec().into_iter().enumerate().map(|(i, device)| Found {
         name: format!("{kind}:{i}"),
         properties: crate::gpu::properties(&device),
         device,
+        unusable: unusable.clone(),
     });
     named.collect()
 }

@@ -56,33 +56,37 @@ pub fn adamw(
     gate: Option<&Gate>,
 ) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
     same_lengths(&value, [&gradient, &m, &v]);
-    match flex::on_cpu([value, gradient, m, v]) {
+    let tensors = match flex::on_cpu([value, gradient, m, v]) {
         Ok(storage) => {
             let [value, m, v] = flex::adamw(storage, step).map(flex::tensor);
-            (value, m, v)
+            return (value, m, v);
         }
-        Err(tensors) => adamw_elsewhere(tensors, step, gate),
-    }
-}
-
-#[cfg(feature = "gpu")]
-fn adamw_elsewhere(tensors: [Tensor<1>; 4], step: AdamWStep, gate: Option<&Gate>) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
-    match crate::gpu::optim::adamw(tensors, step, gate) {
-        Ok([value, m, v]) => (value, m, v),
-        Err(tensors) => {
-            let [value, gradient, m, v] = *tensors;
-            reference::adamw(value, gradient, m, v, step)
-        }
-    }
-}
-
-#[cfg(not(feature = "gpu"))]
-fn adamw_elsewhere(
-    [value, gradient, m, v]: [Tensor<1>; 4],
-    step: AdamWStep,
-    _: Option<&Gate>,
-) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
+        Err(tensors) => tensors,
+    };
+    #[cfg(feature = "gpu")]
+    let tensors = match crate::gpu::optim::adamw(vec![(tensors, step)], gate).map(|mut all| all.pop()) {
+        Ok(Some([value, m, v])) => return (value, m, v),
+        Ok(None) => unreachable!("one goes in and one comes out"),
+        Err(mut all) => all.pop().unwrap_or_else(|| unreachable!("it comes back as it was")).0,
+    };
+    let _ = gate;
+    let [value, gradient, m, v] = tensors;
     reference::adamw(value, gradient, m, v, step)
+}
+
+/// [`adamw`] of many parameters, `[value, gradient, m, v]` each; `[value, m, v]` in their order. The CPU's threads take one after the
+/// other; a GPU takes as many in one launch as it has bindings for.
+pub fn adamw_each(all: Vec<([Tensor<1>; 4], AdamWStep)>, gate: Option<&Gate>) -> Vec<[Tensor<1>; 3]> {
+    #[cfg(feature = "gpu")]
+    let all = match crate::gpu::optim::adamw(all, gate) {
+        Ok(done) => return done,
+        Err(all) => all,
+    };
+    let one = |([value, gradient, m, v], step): ([Tensor<1>; 4], AdamWStep)| {
+        let (value, m, v) = adamw(value, gradient, m, v, step, gate);
+        [value, m, v]
+    };
+    all.into_par_iter().with_max_len(1).map(one).collect()
 }
 
 /// Root mean square of a Muon update at learning rate 1: about that of AdamW's (Moonlight, arXiv 2502.16982, section 2.2), so

@@ -130,32 +130,40 @@ impl Optimizer {
         let Update { clip, lr, gate, precision } = *update;
         self.steps += 1;
         let Self { betas, eps, momentum, steps, .. } = *self;
-        parameters
-            .into_par_iter()
-            .zip(gradients)
-            .zip(self.states.par_iter_mut().zip(&self.weight_decay))
-            .with_max_len(1)
-            .map(|((parameter, gradient), (state, &weight_decay))| {
-                let Parameter { shape, maps, value, .. } = parameter;
-                // Taken out, so that the pass holds the only handles.
-                let nothing = ParameterState::Muon { momentum: Tensor::empty([0], &value.device()) };
-                match std::mem::replace(state, nothing) {
-                    ParameterState::AdamW { m, v } => {
-                        let step = AdamWStep { clip, lr, betas, eps, weight_decay, step: steps };
-                        let (value, m, v) = optim::adamw(value, gradient, m, v, step, gate);
-                        *state = ParameterState::AdamW { m, v };
-                        value
-                    }
-                    ParameterState::Muon { momentum: buffer } => {
-                        let step = MuonStep { clip, lr, momentum, weight_decay, precision };
-                        let width = shape.iter().skip(1).product();
-                        let (value, momentum) = optim::muon(value, gradient, buffer, width, &maps, step, gate);
-                        *state = ParameterState::Muon { momentum };
-                        value
-                    }
+        let (mut by_adamw, mut by_muon) = (Vec::new(), Vec::new());
+        // Taken out, so that the passes hold the only handles.
+        let taken = std::mem::take(&mut self.states).into_iter().zip(&self.weight_decay);
+        for (i, ((parameter, gradient), (state, &weight_decay))) in
+            parameters.into_iter().zip(gradients).zip(taken).enumerate()
+        {
+            let Parameter { shape, maps, value, .. } = parameter;
+            match state {
+                ParameterState::AdamW { m, v } => {
+                    let step = AdamWStep { clip, lr, betas, eps, weight_decay, step: steps };
+                    by_adamw.push((i, ([value, gradient, m, v], step)));
                 }
+                ParameterState::Muon { momentum: buffer } => {
+                    let step = MuonStep { clip, lr, momentum, weight_decay, precision };
+                    let width = shape.iter().skip(1).product::<usize>();
+                    by_muon.push((i, [value, gradient, buffer], width, maps, step));
+                }
+            }
+        }
+        let mut done: Vec<(usize, Tensor<1>, ParameterState)> = by_muon
+            .into_par_iter()
+            .with_max_len(1)
+            .map(|(i, [value, gradient, buffer], width, maps, step)| {
+                let (value, momentum) = optim::muon(value, gradient, buffer, width, &maps, step, gate);
+                (i, value, ParameterState::Muon { momentum })
             })
-            .collect()
+            .collect();
+        let (places, by_adamw): (Vec<_>, Vec<_>) = by_adamw.into_iter().unzip();
+        let updated = places.into_iter().zip(optim::adamw_each(by_adamw, gate));
+        done.extend(updated.map(|(i, [value, m, v])| (i, value, ParameterState::AdamW { m, v })));
+        done.sort_unstable_by_key(|(i, ..)| *i);
+        let (values, states) = done.into_iter().map(|(_, value, state)| (value, state)).unzip();
+        self.states = states;
+        values
     }
 }
 

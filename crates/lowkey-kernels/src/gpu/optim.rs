@@ -9,7 +9,7 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::client::Client;
 
-use cubecl::prelude::{CubeCount, CubeDim};
+use cubecl::prelude::{CubeCount, CubeDim, SequenceArg};
 
 use super::product::{operand, product};
 use super::{count, judge, new, pointwise, pointwise_cubes, rows};
@@ -40,28 +40,57 @@ fn numbers(gate: Option<&Gate>, like: &CubeTensor) -> CubeTensor {
     })
 }
 
-/// One step of AdamW in place; the tensors back where they are not on a GPU.
+/// Tensors that a kernel over many takes at once: `each` of them take so many bindings, beside `others`.
+fn at_once(like: &CubeTensor, each: usize, others: usize) -> usize {
+    const MOST: usize = 16;
+    let bindings = like.client.properties().hardware.max_bindings as usize;
+    (bindings.saturating_sub(others) / each).clamp(1, MOST)
+}
+
+/// Cubes that go over the numbers of a tensor, at most: each takes several where there are more.
+const SWEEP: usize = if cfg!(test) { 2 } else { 2048 };
+
+/// One step of AdamW of each, in place; the tensors back where one is not on a GPU.
+#[allow(clippy::type_complexity, reason = "what comes back is what went in")]
 pub(crate) fn adamw(
-    tensors: [Tensor<1>; 4],
-    step: AdamWStep,
+    all: Vec<([Tensor<1>; 4], AdamWStep)>,
     gate: Option<&Gate>,
-) -> Result<[Tensor<1>; 3], Box<[Tensor<1>; 4]>> {
-    let Some(handles) = on_gpu(tensors.each_ref()) else { return Err(Box::new(tensors)) };
-    drop(tensors);
-    let [value, gradient, m, v] = handles;
-    let [value, m, v] = [value, m, v].map(own);
+) -> Result<Vec<[Tensor<1>; 3]>, Vec<([Tensor<1>; 4], AdamWStep)>> {
+    let handles = all.iter().map(|(tensors, _)| on_gpu(tensors.each_ref())).collect::<Option<Vec<_>>>();
+    let Some(handles) = handles.filter(|handles| !handles.is_empty()) else { return Err(all) };
+    let steps: Vec<AdamWStep> = all.into_iter().map(|(_, step)| step).collect();
+    let owned = |[value, gradient, m, v]: [CubeTensor; 4]| ([value, m, v].map(own), gradient);
+    let tensors: Vec<([CubeTensor; 3], CubeTensor)> = handles.into_iter().map(owned).collect();
+    let numbers = numbers(gate, &tensors[0].1);
+    let most = at_once(&numbers, 4, 2);
+    // Those whose step has the same numbers can share a launch.
+    let mut left: Vec<usize> = (0..steps.len()).collect();
+    while let Some(first) = left.first().copied() {
+        let alike: Vec<usize> = left.iter().copied().filter(|i| steps[*i] == steps[first]).take(most).collect();
+        left.retain(|i| !alike.contains(i));
+        launch_adamw(&alike.iter().map(|i| &tensors[*i]).collect::<Vec<_>>(), steps[first], &numbers);
+    }
+    Ok(tensors.into_iter().map(|(state, _)| state.map(Tensor::from_primitive::<CubeBackend>)).collect())
+}
+
+fn launch_adamw(tensors: &[&([CubeTensor; 3], CubeTensor)], step: AdamWStep, gate: &CubeTensor) {
     let AdamWStep { clip, lr, betas: [beta1, beta2], eps, weight_decay, .. } = step;
     let (correction1, correction2) = step.corrections();
+    let longest = tensors.iter().map(|(_, gradient)| count(gradient)).max().unwrap_or_default();
+    let cubes = longest.div_ceil(pointwise::UNITS as usize).clamp(1, SWEEP);
+    let states = |i: usize| -> SequenceArg<Box<[f32]>> {
+        tensors.iter().map(|(state, _)| state[i].clone().into_buffer_arg()).collect()
+    };
     pointwise::adamw::launch(
-        &value.client,
-        pointwise_cubes(count(&value)),
+        &gate.client,
+        CubeCount::Static(cubes as u32, tensors.len() as u32, 1),
         CubeDim::new_1d(pointwise::UNITS),
-        value.clone().into_buffer_arg(),
-        gradient.into_buffer_arg(),
-        m.clone().into_buffer_arg(),
-        v.clone().into_buffer_arg(),
-        numbers(gate, &value).into_buffer_arg(),
-        count(&value),
+        states(0),
+        tensors.iter().map(|(_, gradient)| gradient.clone().into_buffer_arg()).collect(),
+        states(1),
+        states(2),
+        tensors.iter().map(|(_, gradient)| count(gradient)).collect(),
+        gate.clone().into_buffer_arg(),
         clip as f32,
         (1.0 - lr * weight_decay) as f32,
         beta1 as f32,
@@ -72,7 +101,6 @@ pub(crate) fn adamw(
         eps as f32,
         (lr / correction1) as f32,
     );
-    Ok([value, m, v].map(Tensor::from_primitive::<CubeBackend>))
 }
 
 /// One step of Muon in place; the tensors back where they are not on a GPU.
@@ -142,16 +170,16 @@ const PARTS: usize = rows::UNITS as usize;
 fn squares(tensors: &[Tensor<1>]) -> Option<CubeTensor> {
     let all = tensors.iter().map(|x| on_gpu([x]).map(|[x]| x)).collect::<Option<Vec<_>>>()?;
     let out = new(all.first()?, [all.len(), PARTS]);
-    for (i, x) in all.into_iter().enumerate() {
-        let numbers = count(&x);
+    let most = at_once(&out, 1, 2);
+    for (i, some) in all.chunks(most).enumerate() {
         rows::sums_of_squares::launch(
             &out.client,
-            CubeCount::Static(PARTS as u32, 1, 1),
+            CubeCount::Static(PARTS as u32, some.len() as u32, 1),
             CubeDim::new_1d(rows::UNITS),
-            x.into_buffer_arg(),
+            some.iter().map(|x| x.clone().into_buffer_arg()).collect(),
+            some.iter().map(count).collect(),
             out.clone().into_buffer_arg(),
-            numbers,
-            i * PARTS,
+            i * most * PARTS,
         );
     }
     Some(out)

@@ -84,16 +84,16 @@ pub(super) fn swiglu_grad<E: Float>(gate: &mut [E], up: &mut [E], grad: &[E], ac
     }
 }
 
-/// One step of AdamW in place, in the order of operations of [`crate::optim::adamw`]; nothing where the gate `[factor, stopped, ..]` is
-/// shut.
+/// One step of AdamW of several tensors in place, a row of cubes for each, in the order of operations of [`crate::optim::adamw`]; nothing
+/// where the gate `[factor, stopped, ..]` is shut.
 #[cube(launch)]
 pub(super) fn adamw(
-    value: &mut [f32],
-    gradient: &[f32],
-    m: &mut [f32],
-    v: &mut [f32],
+    values: &mut Sequence<Box<[f32]>>,
+    gradients: &Sequence<Box<[f32]>>,
+    firsts: &mut Sequence<Box<[f32]>>,
+    seconds: &mut Sequence<Box<[f32]>>,
+    counts: &Sequence<usize>,
     gate: &[f32],
-    count: usize,
     clip: f32,
     keep: f32,
     beta1: f32,
@@ -104,14 +104,26 @@ pub(super) fn adamw(
     eps: f32,
     rate: f32,
 ) {
-    let at = ABSOLUTE_POS;
-    if at < count && gate[1] == 0.0f32 {
-        let g = gradient[at] * (clip * gate[0]);
-        let first = m[at] * beta1 + g * rest1;
-        let second = v[at] * beta2 + g * g * rest2;
-        m[at] = first;
-        v[at] = second;
-        value[at] = value[at] * keep - rate * (first / (second.sqrt() / correction + eps));
+    if gate[1] == 0.0f32 {
+        let factor = clip * gate[0];
+        #[unroll]
+        for tensor in 0..values.len() {
+            if CUBE_POS_Y as usize == tensor {
+                let (value, gradient) = (values.index_mut(tensor), gradients.index(tensor));
+                let (m, v) = (firsts.index_mut(tensor), seconds.index_mut(tensor));
+                let count = *counts.index(tensor);
+                let mut at = (CUBE_POS_X * CUBE_DIM + UNIT_POS) as usize;
+                while at < count {
+                    let g = gradient[at] * factor;
+                    let first = m[at] * beta1 + g * rest1;
+                    let second = v[at] * beta2 + g * g * rest2;
+                    m[at] = first;
+                    v[at] = second;
+                    value[at] = value[at] * keep - rate * (first / (second.sqrt() / correction + eps));
+                    at += (CUBE_DIM * CUBE_COUNT_X) as usize;
+                }
+            }
+        }
     }
 }
 

@@ -201,19 +201,26 @@ pub(super) fn column_sums(parts: &[f32], out: &mut [f32], count: usize, width: u
     }
 }
 
-/// `Σ x²`, a part by each cube, written from `at` on.
+/// `Σ x²` of several tensors, a row of cubes for each and a part by each cube, written from `at` on.
 #[cube(launch)]
-pub(super) fn sums_of_squares(x: &[f32], out: &mut [f32], count: usize, at: usize) {
+pub(super) fn sums_of_squares(tensors: &Sequence<Box<[f32]>>, counts: &Sequence<usize>, out: &mut [f32], at: usize) {
     let mut scratch = Shared::<[f32]>::new_slice(comptime!(UNITS as usize));
     let mut sum = 0.0f32;
-    let mut i = ABSOLUTE_POS;
-    while i < count {
-        sum += x[i] * x[i];
-        i += (CUBE_DIM * CUBE_COUNT_X) as usize;
+    #[unroll]
+    for tensor in 0..tensors.len() {
+        if CUBE_POS_Y as usize == tensor {
+            let x = tensors.index(tensor);
+            let count = *counts.index(tensor);
+            let mut i = (CUBE_POS_X * CUBE_DIM + UNIT_POS) as usize;
+            while i < count {
+                sum += x[i] * x[i];
+                i += (CUBE_DIM * CUBE_COUNT_X) as usize;
+            }
+        }
     }
     let total = add_up(sum, &mut scratch);
     if UNIT_POS == 0 {
-        out[at + CUBE_POS_X as usize] = total;
+        out[at + (CUBE_POS_Y * CUBE_COUNT_X + CUBE_POS_X) as usize] = total;
     }
 }
 

@@ -65,6 +65,23 @@ fn adamw_is_the_composition_of_its_operations() {
     }
 }
 
+#[test]
+fn many_parameters_are_stepped_as_each_by_itself() {
+    // More than one launch takes, of uneven lengths, in two groups that lie mixed.
+    for count in [1, 2, 17, 40] {
+        let inputs = |i: usize| adamw_inputs(1 + i * 613 % 2000);
+        let step = |i: usize| AdamWStep { weight_decay: if i.is_multiple_of(3) { 0.0 } else { 0.1 }, ..STEP };
+        let found = adamw_each((0..count).map(|i| (inputs(i), step(i))).collect(), None);
+        assert_eq!(found.len(), count);
+        for (i, found) in found.into_iter().enumerate() {
+            let [value, gradient, m, v] = inputs(i);
+            let (value, m, v) = adamw(value, gradient, m, v, step(i), None);
+            assert_eq!(bits(&found), bits(&[value, m, v]), "{i} of {count}");
+        }
+    }
+    assert!(adamw_each(Vec::new(), None).is_empty());
+}
+
 const MUON: MuonStep = MuonStep { clip: 0.37, lr: 3e-3, momentum: 0.95, weight_decay: 0.1, precision: Precision::F32 };
 
 /// Matrices one below the other: width, heights.

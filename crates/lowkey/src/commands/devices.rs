@@ -26,6 +26,9 @@ pub(crate) fn devices(arguments: &DevicesArguments) -> anyhow::Result<()> {
             )),
             Some(properties) => say(&format!("{}{mark}\n{}", one.name, described(properties))),
         }
+        if let Some(why) = &one.unusable {
+            say(&format!("  cannot be used: {why}"));
+        }
     }
     for (kind, feature) in left_out {
         say(&format!("{kind}: not in this build; cargo build --release --features {feature}"));
@@ -67,5 +70,5 @@ fn as_json(found: &Found, chosen: bool) -> serde_json::Value {
             "matrix_units": properties.matrix_units,
         })
     });
-    json!({ "name": found.name, "auto": chosen, "properties": properties })
+    json!({ "name": found.name, "auto": chosen, "unusable": found.unusable, "properties": properties })
 }
