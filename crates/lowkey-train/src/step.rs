@@ -126,7 +126,10 @@ impl StepSettings<'_> {
     /// # Errors
     /// [`Error::Device`].
     pub(crate) fn warm_up<'a>(&self, replicas: &Replicas, batch: impl Into<BatchRef<'a>>) -> Result<()> {
-        drop(replicas.gradients(batch.into(), self.passes)?);
+        // A kernel that could not be compiled is told by what it has left unwritten: the loss is read.
+        for gradients in replicas.gradients(batch.into(), self.passes)? {
+            gradients.loss()?;
+        }
         replicas.finish()
     }
 

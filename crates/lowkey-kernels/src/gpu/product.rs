@@ -58,12 +58,18 @@ fn unit(tile_size: TileSizeSelection) -> Strategy {
 /// The kernel for every device and shape that the others refuse.
 const LAST_RESORT: Strategy = Strategy::Naive;
 
+/// The plain kernel with the least code.
+const SMALLEST: (&str, Strategy) = (
+    "small tiles",
+    Strategy::SimpleUnit(Inferred(SimpleUnitSelectionArgs { tile_size: TileSizeSelection::MinTileSize })),
+);
+
 /// Kernels that sum what they are given, in f32; the plain one first.
 fn on_units() -> Vec<(&'static str, Strategy)> {
     let double = |tile_size| Strategy::DoubleUnit(Inferred(DoubleUnitSelectionArgs { tile_size }));
     vec![
         ("tiles", unit(TileSizeSelection::MaxTileSize)),
-        ("small tiles", unit(TileSizeSelection::MinTileSize)),
+        SMALLEST,
         ("tiles, double buffer", double(TileSizeSelection::MaxTileSize)),
         ("small tiles, double buffer", double(TileSizeSelection::MinTileSize)),
     ]
@@ -155,8 +161,8 @@ fn product_of(a: CubeTensor, b: CubeTensor, precision: Precision, dtype: DType) 
     let candidates = || {
         let mut all = on_units();
         if precision != Precision::F32 && !a.client.properties().features.matmul.cmma.is_empty() {
-            // The plain kernel is what the others are compared with; none of its like comes near them, and each takes seconds to compile.
-            all.truncate(1);
+            // What the others are compared with: none of its like comes near them, and the larger ones take long to compile.
+            all = vec![SMALLEST];
             all.extend(on_matrix_units());
         }
         all.into_iter().map(|(name, strategy)| (name.to_owned(), strategy)).collect()
@@ -253,7 +259,11 @@ mod tests {
                 };
                 assert_eq!(out.dtype, to);
                 let found = host(Tensor::<2>::from_primitive::<CubeBackend>(out).cast(FloatDType::F32));
-                let rounding = if to == DType::F32 { 0.0 } else { 1.0 / 2048.0 };
+                let rounding = match to {
+                    DType::F16 => 1.0 / 2048.0,
+                    DType::BF16 => 1.0 / 256.0,
+                    _ => 0.0,
+                };
                 for (found, expected) in found.iter().zip(&expected) {
                     let off = (found - expected).abs();
                     let most = most * (k as f32).sqrt() + rounding * expected.abs();
@@ -277,5 +287,19 @@ mod tests {
             return println!("skipped: there is no GPU that calculates in f16");
         }
         check(on_units(), Some(FloatDType::F16), 2e-6, true);
+    }
+
+    #[test]
+    fn every_kernel_on_matrix_units_sums_in_f32() {
+        // What stands in for a GPU in software does not survive all of them.
+        let device = plain_device();
+        if is_cpu() || crate::device::properties(&device).is_none_or(|properties| properties.software) {
+            return println!("skipped: there is no GPU but in software");
+        }
+        for (dtype, format) in [(FloatDType::F16, DType::F16), (FloatDType::BF16, DType::BF16)] {
+            if device.supports_dtype(format) {
+                check(on_matrix_units(), Some(dtype), 2e-6, false);
+            }
+        }
     }
 }
