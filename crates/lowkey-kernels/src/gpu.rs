@@ -123,8 +123,17 @@ fn rms_norm(x: &CubeTensor, weight: &CubeTensor, of: Rows, dtype: DType) -> Cube
 /// Cubes of [`rms_norm_grad`]: enough to fill a device, few enough that summing their parts costs little.
 const NORM_CUBES: usize = 512;
 
-/// `(d x [count, width], d weight [width])`
-fn rms_norm_grad(x: &CubeTensor, weight: &CubeTensor, grad: &CubeTensor, of: Rows) -> (CubeTensor, CubeTensor) {
+/// `(d x [count, width], d weight [width])`; in a residual branch with `branch`, the other gradient that reaches the norm and what flows
+/// past it.
+fn rms_norm_grad(
+    x: &CubeTensor,
+    weight: &CubeTensor,
+    grad: &CubeTensor,
+    branch: Option<[CubeTensor; 2]>,
+    of: Rows,
+) -> (CubeTensor, CubeTensor) {
+    let in_branch = branch.is_some();
+    let [more, past] = branch.unwrap_or_else(|| [grad.clone(), grad.clone()]);
     let cubes = of.count.min(NORM_CUBES);
     let (d_x, parts) = (new(x, [of.count, of.width]), new(x, [cubes, of.width]));
     rows::rms_norm_grad::launch(
@@ -134,6 +143,8 @@ fn rms_norm_grad(x: &CubeTensor, weight: &CubeTensor, grad: &CubeTensor, of: Row
         x.clone().into_buffer_arg(),
         weight.clone().into_buffer_arg(),
         grad.clone().into_buffer_arg(),
+        more.into_buffer_arg(),
+        past.into_buffer_arg(),
         d_x.clone().into_buffer_arg(),
         parts.clone().into_buffer_arg(),
         of.count,
@@ -141,6 +152,7 @@ fn rms_norm_grad(x: &CubeTensor, weight: &CubeTensor, grad: &CubeTensor, of: Row
         of.width,
         of.eps as f32,
         of.factor as f32,
+        in_branch,
     );
     (d_x, column_sums(parts))
 }
@@ -261,7 +273,7 @@ impl FusedGradients for CubeBackend {
         let (x, weight, grad) = (into_contiguous(x), into_contiguous(weight), into_contiguous(grad));
         let shape = x.meta.shape().to_vec();
         let [width] = dims::<1>(&weight);
-        let (d_x, d_weight) = rms_norm_grad(&x, &weight, &grad, dense(&x, width, eps));
+        let (d_x, d_weight) = rms_norm_grad(&x, &weight, &grad, None, dense(&x, width, eps));
         (reshaped(d_x, shape), d_weight)
     }
 

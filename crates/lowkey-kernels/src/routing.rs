@@ -1,5 +1,5 @@
 //! Routing of a mixture of experts: which experts each token goes to, and the order in which experts see them. No sort, no read by the
-//! host, no atomic addition: the order is counted, and the gradients of a gather are gathers too.
+//! host, no atomic addition: the order is counted, and the gradients of a gather are gathers too. No model here has experts yet.
 
 #[cfg(test)]
 mod tests;

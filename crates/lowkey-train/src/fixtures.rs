@@ -23,17 +23,22 @@ pub(crate) fn test_device() -> Device {
     lowkey_kernels::device::open(&name).unwrap().autodiff()
 }
 
-/// A replica of a small model with an optimiser, on the test device and one thread.
-pub(crate) fn replica(kind: OptimizerKind) -> Replica {
-    let section = OptimizerSection {
+/// An optimiser's numbers, without clipping.
+pub(crate) fn optimizer_section(kind: OptimizerKind) -> OptimizerSection {
+    OptimizerSection {
         kind,
         lr: 1e-2,
         momentum: None,
         betas: [0.9, 0.95],
         eps: 1e-8,
         weight_decay: 0.1,
-        grad_clip: Some(1.0),
-    };
+        grad_clip: None,
+    }
+}
+
+/// A replica of a small model with an optimiser, on the test device and one thread.
+pub(crate) fn replica(kind: OptimizerKind) -> Replica {
+    let section = optimizer_section(kind);
     let device = test_device();
     let model = model(29, 16, 5, &device);
     let optimizer = Optimizer::new(&section, &model.parameters(), Parameter::is_matrix);

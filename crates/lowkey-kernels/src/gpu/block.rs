@@ -182,10 +182,10 @@ impl BlockGradients for CubeBackend {
         let [gate_weight, up_weight] = [gate_weight, up_weight].map(|x| operand(x, precision));
         let d_gate = product(transposed(gate.clone()), normed.clone(), precision);
         let d_up = product(transposed(up.clone()), normed, precision);
-        let d_normed = Self::float_add(product(gate, gate_weight, precision), product(up, up_weight, precision));
-        let (d_x, d_norm) = rms_norm_grad(&flat, &norm, &into_contiguous(d_normed), rows);
-        let d_x = reshaped(Self::float_add(d_x, d_out), shape);
-        [d_x, d_norm, d_gate, d_up, d_down]
+        let [by_gate, by_up] = [product(gate, gate_weight, precision), product(up, up_weight, precision)];
+        let [by_gate, by_up] = [by_gate, by_up].map(into_contiguous);
+        let (d_x, d_norm) = rms_norm_grad(&flat, &norm, &by_gate, Some([by_up, d_out]), rows);
+        [reshaped(d_x, shape), d_norm, d_gate, d_up, d_down]
     }
 
     fn latent_attention_saving(inputs: LatentInputs<Self>) -> (CubeTensor, CubeTensor) {
@@ -207,7 +207,7 @@ impl BlockGradients for CubeBackend {
         let [d_kv, c_kv, kv_b] = [d_kv, c_kv, kv_b].map(|x| operand(x, precision));
         let d_kv_b = product(transposed(d_kv.clone()), c_kv, precision);
         let d_c_kv = into_contiguous(product(d_kv, kv_b, precision));
-        let (d_latent, d_norm) = rms_norm_grad(&kv_a, &norm, &d_c_kv, rows);
+        let (d_latent, d_norm) = rms_norm_grad(&kv_a, &norm, &d_c_kv, None, rows);
         let d_latent = reshaped(d_latent, [batch, seq, dims.rank]);
         let d_kv_a = if dims.rope > 0 {
             let turn = Turn { from: 0, interleaved: dims.interleave, back: true };

@@ -3,6 +3,7 @@
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
+use cubecl::client::Client;
 use cubecl::prelude::*;
 
 use super::rows::{CUBES, UNITS, add_up};
@@ -250,50 +251,39 @@ fn weight_gradient(grad: &[f32], y: &[f32], places: &[i32], out: &mut [f32], cho
     }
 }
 
-/// Rows at their places, weighted if there are weights.
-fn spread_rows(x: CubeTensor, weights: Option<CubeTensor>, order: CubeTensor, k: usize) -> CubeTensor {
-    let (x, order) = (into_contiguous(x), into_contiguous(order));
-    let ([_, width], choices) = (dims::<2>(&x), count(&order));
-    let out = new(&x, [choices, width]);
+/// A kernel that moves rows: source, weights, places or choices, result; its numbers, width, k, whether it weighs.
+type Mover = fn(&Client, CubeCount, CubeDim, BufferArg, BufferArg, BufferArg, BufferArg, usize, usize, usize, bool);
+
+/// `rows` rows that `mover` makes of those of `x`, weighted if there are weights.
+fn moved(
+    mover: Mover,
+    x: CubeTensor,
+    weights: Option<CubeTensor>,
+    index: CubeTensor,
+    rows: usize,
+    k: usize,
+) -> CubeTensor {
+    let (x, index) = (into_contiguous(x), into_contiguous(index));
+    let [_, width] = dims::<2>(&x);
+    let out = new(&x, [rows, width]);
     let (numbers, weighted) = (count(&out), weights.is_some());
     let weights = into_contiguous(weights.unwrap_or_else(|| x.clone()));
-    spread::launch(
-        &out.client,
-        pointwise_cubes(numbers),
-        CubeDim::new_1d(pointwise::UNITS),
-        x.into_buffer_arg(),
-        weights.into_buffer_arg(),
-        order.into_buffer_arg(),
-        out.clone().into_buffer_arg(),
-        numbers,
-        width,
-        k,
-        weighted,
-    );
+    let [x, weights, index, to] = [x, weights, index, out.clone()].map(CubeTensor::into_buffer_arg);
+    let (cubes, dim) = (pointwise_cubes(numbers), CubeDim::new_1d(pointwise::UNITS));
+    mover(&out.client, cubes, dim, x, weights, index, to, numbers, width, k, weighted);
     out
 }
 
-/// Sums over each token's places, weighted if there are weights.
+/// Rows at their places.
+fn spread_rows(x: CubeTensor, weights: Option<CubeTensor>, order: CubeTensor, k: usize) -> CubeTensor {
+    let choices = count(&order);
+    moved(spread::launch, x, weights, order, choices, k)
+}
+
+/// Sums over each token's places.
 fn collected(y: CubeTensor, weights: Option<CubeTensor>, places: CubeTensor) -> CubeTensor {
-    let (y, places) = (into_contiguous(y), into_contiguous(places));
-    let ([_, width], [tokens, k]) = (dims::<2>(&y), dims::<2>(&places));
-    let out = new(&y, [tokens, width]);
-    let (numbers, weighted) = (count(&out), weights.is_some());
-    let weights = into_contiguous(weights.unwrap_or_else(|| y.clone()));
-    collect::launch(
-        &out.client,
-        pointwise_cubes(numbers),
-        CubeDim::new_1d(pointwise::UNITS),
-        y.into_buffer_arg(),
-        weights.into_buffer_arg(),
-        places.into_buffer_arg(),
-        out.clone().into_buffer_arg(),
-        numbers,
-        width,
-        k,
-        weighted,
-    );
-    out
+    let [tokens, k] = dims::<2>(&places);
+    moved(collect::launch, y, weights, places, tokens, k)
 }
 
 impl RoutingOps for CubeBackend {

@@ -90,12 +90,24 @@ pub(super) fn rms_norm<E: Float>(
     }
 }
 
-/// The gradient of [`rms_norm`]: of x, dense, and of the weight by cube, `[cubes, width]`, to be summed.
+#[cube]
+fn reaching(grad: &[f32], more: &[f32], at: usize, #[comptime] branch: bool) -> f32 {
+    let mut sum = grad[at];
+    if comptime!(branch) {
+        sum += more[at];
+    }
+    sum
+}
+
+/// The gradient of [`rms_norm`]: of x, dense, and of the weight by cube, `[cubes, width]`, to be summed. In a residual branch, what
+/// reaches the norm is the sum of `grad` and `more`, and `past`, what flows past it, is added to the gradient of x; else neither is read.
 #[cube(launch)]
 pub(super) fn rms_norm_grad(
     x: &[f32],
     weight: &[f32],
     grad: &[f32],
+    more: &[f32],
+    past: &[f32],
     d_x: &mut [f32],
     d_weight: &mut [f32],
     rows: usize,
@@ -103,6 +115,7 @@ pub(super) fn rms_norm_grad(
     width: usize,
     eps: f32,
     factor: f32,
+    #[comptime] branch: bool,
 ) {
     let mut scratch = Shared::<[f32]>::new_slice(comptime!(UNITS as usize));
     let part = CUBE_POS_X as usize * width;
@@ -118,15 +131,19 @@ pub(super) fn rms_norm_grad(
         let mut sum = 0.0f32;
         let mut i = UNIT_POS as usize;
         while i < width {
-            sum += grad[row * width + i] * weight[i] * x[from + i];
+            sum += reaching(grad, more, row * width + i, branch) * weight[i] * x[from + i];
             i += CUBE_DIM as usize;
         }
         // d x = f/rms · (w g − x · mean(w g x)/rms²)
         let slope = add_up(sum, &mut scratch) / f32::cast_from(width) * inverse * inverse;
         let mut i = UNIT_POS as usize;
         while i < width {
-            let (value, upstream) = (x[from + i], grad[row * width + i] * factor);
-            d_x[row * width + i] = inverse * (upstream * weight[i] - value * slope * factor);
+            let (value, upstream) = (x[from + i], reaching(grad, more, row * width + i, branch) * factor);
+            let mut own = inverse * (upstream * weight[i] - value * slope * factor);
+            if comptime!(branch) {
+                own += past[row * width + i];
+            }
+            d_x[row * width + i] = own;
             d_weight[part + i] += upstream * value * inverse;
             i += CUBE_DIM as usize;
         }

@@ -4,24 +4,12 @@ use lowkey_model::{CausalLm, ModelConfig};
 use lowkey_kernels::optim::clip_factor;
 
 use super::*;
-use crate::fixtures::{Lcg, bits, model, model_config, passes, uneven_batch, values, weight_bits};
+use crate::fixtures::{Lcg, bits, model, model_config, optimizer_section, passes, uneven_batch, values, weight_bits};
 use crate::run_config::OptimizerKind;
 use crate::workers::Workers;
 
-fn section_of(kind: OptimizerKind) -> OptimizerSection {
-    OptimizerSection {
-        kind,
-        lr: 1e-2,
-        momentum: None,
-        betas: [0.9, 0.95],
-        eps: 1e-8,
-        weight_decay: 0.1,
-        grad_clip: None,
-    }
-}
-
 fn section() -> OptimizerSection {
-    section_of(OptimizerKind::AdamW)
+    optimizer_section(OptimizerKind::AdamW)
 }
 
 fn tensor(values: &[f32]) -> Tensor<1> {
@@ -115,7 +103,7 @@ fn without_a_gradient_matrices_shrink_and_the_rest_stays() {
 #[test]
 fn a_restored_optimiser_continues_with_the_same_bits() {
     for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
-        let new = || Optimizer::new(&section_of(kind), &parameters(), Parameter::is_matrix);
+        let new = || Optimizer::new(&optimizer_section(kind), &parameters(), Parameter::is_matrix);
         let mut unbroken = new();
         let expected = take(&mut unbroken, parameters(), 0..9);
 
@@ -184,7 +172,7 @@ fn a_step_of_a_model_happens_where_its_numbers_lie() {
     let device = Device::flex().autodiff();
     for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
         let mut model = model(29, 16, 5, &device);
-        let mut optimizer = Optimizer::new(&section_of(kind), &model.parameters(), Parameter::is_matrix);
+        let mut optimizer = Optimizer::new(&optimizer_section(kind), &model.parameters(), Parameter::is_matrix);
         let address = |x: &Tensor<1>| optim::address(x).unwrap();
         let addresses = |model: &CausalLm, optimizer: &Optimizer| -> Vec<usize> {
             let values = model.parameters();
@@ -212,7 +200,7 @@ fn any_number_of_threads_takes_the_same_steps() {
         let device = Device::flex();
         let config = ModelConfig { hidden_size: 160, intermediate_size: 320, ..model_config(29, 16) };
         let mut model = CausalLm::init(&config, 3, &device);
-        let mut optimizer = Optimizer::new(&section_of(kind), &model.parameters(), Parameter::is_matrix);
+        let mut optimizer = Optimizer::new(&optimizer_section(kind), &model.parameters(), Parameter::is_matrix);
         pool.install(|| {
             for _ in 0..3 {
                 let gradients: Vec<_> = model.parameters().into_iter().map(|p| p.value.sin() * 0.1 + 0.001).collect();
@@ -273,7 +261,7 @@ fn muon_takes_the_published_steps() {
         maps: heights.to_vec(),
         value: tensor(&start),
     };
-    let section = OptimizerSection { momentum: Some(0.9), ..section_of(OptimizerKind::Muon) };
+    let section = OptimizerSection { momentum: Some(0.9), ..optimizer_section(OptimizerKind::Muon) };
     let mut optimizer = Optimizer::new(&section, std::slice::from_ref(&parameter), Parameter::is_matrix);
     let mut value = parameter.value.clone();
 
@@ -307,7 +295,7 @@ fn muon_leaves_embedding_head_norms_and_biases_to_adamw() {
     let parameters = model.parameters();
     let gradients = || parameters.iter().map(|p| p.value.clone() * 0.1 + 0.01).collect::<Vec<_>>();
     let step = |kind| {
-        let mut optimizer = Optimizer::new(&section_of(kind), &parameters, Parameter::is_matrix);
+        let mut optimizer = Optimizer::new(&optimizer_section(kind), &parameters, Parameter::is_matrix);
         let values = optimizer.step(parameters.clone(), gradients(), &Update::new(1.0, 1e-2));
         (optimizer, values)
     };
