@@ -36,7 +36,8 @@ part() { # NAME SECONDS COMMAND...
         failed=1
         return 1
     fi
-    if timeout $((limit < left ? limit : left)) "$@" > "$out/$name.log" 2>&1; then state=passed; else state="failed ($?)" failed=1; fi
+    # What does not end when asked to is killed: a run that was asked finishes its step and saves first.
+    if timeout -k 5 $((limit < left ? limit : left)) "$@" > "$out/$name.log" 2>&1; then state=passed; else state="failed ($?)" failed=1; fi
     say "$name" "$state" "$((SECONDS - begun)) s"
     [ "$state" = passed ]
 }
@@ -54,33 +55,48 @@ train() { # MODEL NAME DEVICE SET...
                 --set 'eval.prompts=[]' --set checkpoint.keep=1 --set optimizer.lr=3e-4)
             ;;
     esac
-    RUST_LOG=lowkey_kernels=info "$lowkey" train "$run" --out "$out/runs/$model-$name" --overwrite --device "$on" "${set[@]}" \
+    # In this process's place, so that whoever ends it ends the run.
+    RUST_LOG=lowkey_kernels=info exec "$lowkey" train "$run" --out "$out/runs/$model-$name" --overwrite --device "$on" "${set[@]}" \
         --set training.steps="$steps" --set lr_scheduler.warmup_steps=$((steps / 3)) --set eval.every=0 --set eval.batches=1 \
         --set checkpoint.every=0 --set metrics.every=1 --set metrics.tensorboard=false "$@"
 }
 export -f train
 export lowkey out steps
 
-# A run's curve is there before the evaluation on the whole held-out text that ends it: that one may be cut short.
+# A run ends with an evaluation on the whole held-out text, which is part of its time.
 curve() { # MODEL NAME SECONDS DEVICE SET...
     local model=$1 name=$2 limit=$3 on=$4
     shift 4
     part "train-$model-$name" "$limit" bash -c "train $model $name $on $*"
 }
 
-follow() { # MODEL A B WITHIN
-    part "curves-$1-$3" 10 "$python" experiments/gpu/curves.py "$out/runs/$1-$2" "$out/runs/$1-$3" --within "$4"
+follow() { # MODEL A B WITHIN LEAST
+    part "curves-$1-$3" 10 "$python" experiments/gpu/curves.py "$out/runs/$1-$2" "$out/runs/$1-$3" --within "$4" --least "$5"
 }
 
-part devices 30 "$lowkey" devices --json
-# bf16 where the device has it: what the peer computes in.
-dtype=f32
-for format in bf16 f16; do
-    if "$lowkey" bench train --shape d256 --batch 1 --seq 32 --steps 1 --warmup 0 --device "$device" --dtype $format > /dev/null 2>&1; then
-        formats="${formats:-} $format"
+# The CPU's run, as far as it comes: of its steps, those that it has taken are compared.
+on_cpu() { # MODEL
+    local left=$((deadline - SECONDS - 40)) state=passed
+    if [ $left -lt 5 ]; then
+        say "train-$1-cpu" "left out" "no time"
+        return
     fi
-done
-case " ${formats:-} " in *" bf16 "*) dtype=bf16 ;; esac
+    timeout -k 5 $left bash -c "train $1 cpu cpu" > "$out/train-$1-cpu.log" 2>&1 || state="ended ($?)"
+    say "train-$1-cpu" "$state" ""
+}
+
+part devices 60 bash -c '"$lowkey" devices --json > "$out/devices.json"'
+# What the device calculates in, of 16 bits; bf16 is what the peer computes in.
+formats=$("$python" - "$out/devices.json" "$device" << 'PYTHON'
+import json, sys
+devices = json.load(open(sys.argv[1]))["devices"]
+kind = sys.argv[2].split(":")[0]
+dtypes = next((d["properties"]["dtypes"] for d in devices if sys.argv[2] == d["name"] or d["name"].split(":")[0] == kind), [])
+print(*(format for format in ("bf16", "f16") if format in dtypes))
+PYTHON
+) || failed=1
+dtype=f32
+case " $formats " in *" bf16 "*) dtype=bf16 ;; esac
 
 for of in $parts; do
     case $of in
@@ -104,21 +120,17 @@ for of in $parts; do
             done
             ;;
         curves)
-            # The CPU's runs take longest and need no GPU: both at once, beside the others.
-            (
-                timeout $((deadline - SECONDS)) bash -c "train small cpu cpu" > "$out/train-small-cpu.log" 2>&1
-                timeout $((deadline - SECONDS)) bash -c "train large cpu cpu" > "$out/train-large-cpu.log" 2>&1
-            ) &
+            # The CPU's runs take longest and need no GPU: they go on beside the others.
+            for model in small large; do on_cpu $model; done &
             for model in small large; do
                 curve $model f32 90 "$device"
-                for format in ${formats:-}; do
+                for format in $formats; do
                     curve $model $format 90 "$device" --set training.dtype=$format
-                    follow $model f32 $format 0.05
+                    follow $model f32 $format 0.05 "$steps"
                 done
             done
-            # As far as the CPU has come: the curves are compared step by step.
             wait
-            for model in small large; do follow $model cpu f32 1e-3; done
+            for model in small large; do follow $model cpu f32 1e-3 $((steps < 10 ? steps : 10)); done
             ;;
         *) say "$of" unknown "parts are tests, speed, curves" && failed=1 ;;
     esac

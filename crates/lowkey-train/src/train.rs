@@ -13,6 +13,7 @@ use lowkey_data::Tokenizer;
 use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
+use lowkey_kernels::optim::Judgement;
 use lowkey_model::{CausalLm, ModelConfig, Parameter};
 use serde_json::json;
 
@@ -231,7 +232,6 @@ impl<'a> Run<'a> {
             (None, None) => CausalLm::init(&model_config, config.run.seed, device),
         };
         let mut state = TrainerState { data: data.checksum(), ..TrainerState::default() };
-        let plan = Plan::new(config, &model.config, ceiling(threads, &devices, config.training.dtype)?);
         let own_threads = if count > 1 { threads_each(threads, count) } else { threads };
         let mut replica = |model: CausalLm, device: &Device| -> Result<Replica> {
             let parameters = model.parameters();
@@ -252,7 +252,9 @@ impl<'a> Run<'a> {
         let others = devices[1..].iter().map(|device| replica(model.clone().fork(device), device));
         let others = others.collect::<Result<Vec<_>>>()?;
         let first = replica(model, device)?;
+        // Before anything is multiplied, as the first use of a shape chooses its kernel.
         choose_kernels(state.kernels.clone());
+        let plan = Plan::new(config, &first.model.config, ceiling(threads, &devices, config.training.dtype)?);
         if config.training.dtype == Precision::F16 {
             state.loss_scale.get_or_insert_default();
         }
@@ -399,26 +401,21 @@ impl<'a> Run<'a> {
     /// Waits until fewer than `most` steps are queued, and returns the figures of the newest of those waited for; those before it are
     /// reported.
     fn settle(&mut self, most: usize, observe: &mut dyn FnMut(Event)) -> Result<Option<Metrics>> {
-        let mut newest: Option<Metrics> = None;
-        while self.queued.len() >= most.max(1) {
-            let Some(step) = self.queued.pop_front() else { break };
-            if let Some(metrics) = newest.take() {
-                self.report(&metrics, observe)?;
+        let (mut known, mut targets, mut refused) = (Vec::new(), 0, None);
+        while refused.is_none() && self.queued.len() >= most.max(1) {
+            let Some(Queued { taken, step, tokens, lr }) = self.queued.pop_front() else { break };
+            let more = taken.targets;
+            match taken.wait(&self.replicas.main().model) {
+                Ok(judgement) => known.push((judgement, step, tokens, lr)),
+                Err(error) => refused = Some(error),
             }
-            newest = Some(self.known(step)?);
+            targets += more;
         }
-        Ok(newest)
-    }
-
-    /// The figures of a step, once it is over.
-    fn known(&mut self, queued: Queued) -> Result<Metrics> {
-        let Queued { taken, step, tokens, lr } = queued;
-        let targets = taken.targets as f64;
-        let judgement = taken.wait(&self.replicas.main().model)?;
-        let tokens_per_s = targets / self.counted.elapsed().as_secs_f64();
+        // Several may be over by the time that the first is asked for: they share its time.
+        let tokens_per_s = targets as f64 / self.counted.elapsed().as_secs_f64();
         self.counted = Instant::now();
         self.state.time_s = self.earlier_s + self.started.elapsed().as_secs_f64();
-        Ok(Metrics {
+        let figures = |(judgement, step, tokens, lr): (Judgement, u64, u64, f64)| Metrics {
             step,
             tokens,
             time_s: self.state.time_s,
@@ -429,7 +426,13 @@ impl<'a> Run<'a> {
             mfu: tokens_per_s * self.plan.train_flops_per_token / self.plan.matmul_flops_per_s,
             epoch: self.batches.epoch(step),
             ..Metrics::default()
-        })
+        };
+        let mut known: Vec<Metrics> = known.into_iter().map(figures).collect();
+        let newest = if refused.is_none() { known.pop() } else { None };
+        for metrics in &known {
+            self.report(metrics, observe)?;
+        }
+        refused.map_or(Ok(newest), Err)
     }
 
     /// Shows a step that no evaluation follows, and logs it where it is its turn.

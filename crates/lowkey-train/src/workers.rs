@@ -286,7 +286,7 @@ fn gpu_ceiling(device: &Device, precision: Precision) -> Result<f64> {
         }
         // What would take that long at this rate: few sizes, as each first use of one chooses its kernel.
         let wanted = size as f64 * (LONG_ENOUGH_S / took).cbrt();
-        size = (wanted as usize / 256 * 256).clamp(2 * size, LARGEST);
+        size = (wanted as usize / 256 * 256).max(2 * size).min(LARGEST);
     }
 }
 

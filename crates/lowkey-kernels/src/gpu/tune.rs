@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,9 @@ use cubecl::client::Client;
 
 /// Chosen candidates by what they compute.
 static CHOICES: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+
+/// How often choices were put back: what is [`Known`] from before does not count.
+static CHOSEN_ANEW: AtomicUsize = AtomicUsize::new(0);
 
 /// Held while something is measured.
 static MEASURING: Mutex<()> = Mutex::new(());
@@ -29,7 +33,10 @@ const LAUNCHES: u32 = 3;
 const LONG: Duration = Duration::from_millis(20);
 
 /// Ways by keys that are cheaper to make and to compare than their names: what every step asks for again.
-pub(super) struct Known<K, T>(LazyLock<Mutex<HashMap<(bool, K), T>>>);
+pub(super) struct Known<K, T>(LazyLock<Mutex<Ways<K, T>>>);
+
+/// By whether the device is measured, how often choices had been put back, and the key.
+type Ways<K, T> = HashMap<(bool, usize, K), T>;
 
 impl<K: Eq + Hash, T: Clone> Known<K, T> {
     pub(super) const fn new() -> Self {
@@ -39,7 +46,7 @@ impl<K: Eq + Hash, T: Clone> Known<K, T> {
     /// The way of a key; chosen where nobody has asked on a device of this kind before.
     pub(super) fn get(&self, client: &Client, key: K, choose: impl FnOnce() -> T) -> T {
         let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (is_real(client), key);
+        let key = (is_real(client), CHOSEN_ANEW.load(Ordering::Relaxed), key);
         if let Some(way) = lock().get(&key) {
             return way.clone();
         }
@@ -64,6 +71,7 @@ pub(crate) fn choose(earlier: BTreeMap<String, String>) {
     for (what, name) in earlier {
         choices.entry(what).or_insert(name);
     }
+    CHOSEN_ANEW.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Whether a device is a real one, where time means something.
