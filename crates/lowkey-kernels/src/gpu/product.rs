@@ -51,28 +51,28 @@ pub(super) fn transposed(a: CubeTensor) -> CubeTensor {
     CubeBackend::float_swap_dims(a, 0, 1)
 }
 
-fn unit(tile_size: TileSizeSelection) -> Strategy {
-    Strategy::SimpleUnit(Inferred(SimpleUnitSelectionArgs { tile_size }))
-}
-
 /// The kernel for every device and shape that the others refuse.
 const LAST_RESORT: Strategy = Strategy::Naive;
 
-/// The plain kernel with the least code.
-const SMALLEST: (&str, Strategy) = (
-    "small tiles",
-    Strategy::SimpleUnit(Inferred(SimpleUnitSelectionArgs { tile_size: TileSizeSelection::MinTileSize })),
-);
+const fn unit(tile_size: TileSizeSelection) -> Strategy {
+    Strategy::SimpleUnit(Inferred(SimpleUnitSelectionArgs { tile_size }))
+}
+
+/// The plain kernels, with much code and with little.
+const LARGE: (&str, Strategy) = ("tiles", unit(TileSizeSelection::MaxTileSize));
+const SMALL: (&str, Strategy) = ("small tiles", unit(TileSizeSelection::MinTileSize));
+
+/// What computes where nothing was measured, and what others are compared with. NVRTC takes minutes for each kernel of large tiles.
+const PLAIN: (&str, Strategy) = if cfg!(feature = "cuda-nvrtc") { SMALL } else { LARGE };
 
 /// Kernels that sum what they are given, in f32; the plain one first.
 fn on_units() -> Vec<(&'static str, Strategy)> {
     let double = |tile_size| Strategy::DoubleUnit(Inferred(DoubleUnitSelectionArgs { tile_size }));
-    vec![
-        ("tiles", unit(TileSizeSelection::MaxTileSize)),
-        SMALLEST,
-        ("tiles, double buffer", double(TileSizeSelection::MaxTileSize)),
-        ("small tiles, double buffer", double(TileSizeSelection::MinTileSize)),
-    ]
+    let mut all = vec![PLAIN, ("small tiles, double buffer", double(TileSizeSelection::MinTileSize))];
+    if !cfg!(feature = "cuda-nvrtc") {
+        all.extend([SMALL, ("tiles, double buffer", double(TileSizeSelection::MaxTileSize))]);
+    }
+    all
 }
 
 /// Kernels on matrix units, to which f32 is TF32.
@@ -162,7 +162,7 @@ fn product_of(a: CubeTensor, b: CubeTensor, precision: Precision, dtype: DType) 
         let mut all = on_units();
         if precision != Precision::F32 && !a.client.properties().features.matmul.cmma.is_empty() {
             // What the others are compared with: none of its like comes near them, and the larger ones take long to compile.
-            all = vec![SMALLEST];
+            all = vec![SMALL];
             all.extend(on_matrix_units());
         }
         all.into_iter().map(|(name, strategy)| (name.to_owned(), strategy)).collect()
@@ -177,7 +177,7 @@ fn product_of(a: CubeTensor, b: CubeTensor, precision: Precision, dtype: DType) 
     let key = (dims::<2>(&a), dims::<2>(&b)[1], [layout(&a), layout(&b)], precision, dtype);
     let strategy = KNOWN.get(&a.client, key, || {
         let chosen = tune::fastest(&a.client, what, tolerance, candidates, run);
-        chosen.unwrap_or_else(|| unit(TileSizeSelection::MaxTileSize))
+        chosen.unwrap_or(PLAIN.1)
     });
     profile::named(
         || (what(), flops(&a, &b)),
@@ -200,7 +200,7 @@ pub(crate) fn batched(a: &Tensor<4>, b: &Tensor<4>) -> Option<Tensor<4>> {
     let (a, b) =
         (a.clone().try_into_primitive::<CubeBackend>().ok()?, b.clone().try_into_primitive::<CubeBackend>().ok()?);
     let run = |strategy: &Strategy| launch(strategy, &a, &b, DType::F32);
-    let out = run(&unit(TileSizeSelection::MaxTileSize)).or_else(|_| run(&LAST_RESORT)).ok()?;
+    let out = run(&PLAIN.1).or_else(|_| run(&LAST_RESORT)).ok()?;
     Some(Tensor::from_primitive::<CubeBackend>(out))
 }
 
