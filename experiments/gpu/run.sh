@@ -13,7 +13,7 @@
 #   PYTHON  an interpreter, with torch if there is a PEER [python3]
 #   STEPS   steps of the loss curves [300]
 #   SHAPES  shapes to time, the first one in most detail ["d768 d1536"]
-#   ROUNDS  of each side in a comparison [2]
+#   ROUNDS  of each side in a comparison [2 on the first shape, 1 on the others]
 #   PARTS   what to run, in this order ["tests speed curves"]
 #   LIMIT   seconds that all of it may take [530]
 # Each part has a time of its own and none stops the others: the whole ends within LIMIT. Exit code 1 where a part failed or was left out.
@@ -102,18 +102,20 @@ for of in $parts; do
     case $of in
         tests)
             for binary in ${TESTS:-}; do
-                part "tests-$(basename "$binary" | sed 's/-.*//')" 150 env LOWKEY_TEST_DEVICE="$device" "$binary" \
+                part "tests-$(basename "$binary" | sed 's/-.*//')" 100 env LOWKEY_TEST_DEVICE="$device" "$binary" \
                     attention:: block:: cached:: fused:: optim:: routing:: gpu:: replicas:: step::
             done
             ;;
         speed)
+            rounds=2 limit=170
             for shape in $shapes; do
-                part "speed-$shape" 200 "$python" experiments/speed/compare.py --what train --shapes "$shape" --device "$device" --dtype $dtype \
-                    --rounds "${ROUNDS:-2}" --steps 8 --warmup 4 --lowkey "$lowkey" --out "$out/speed-$shape.csv" ${PEER:+--peer "$PEER"}
+                part "speed-$shape" $limit "$python" experiments/speed/compare.py --what train --shapes "$shape" --device "$device" --dtype $dtype \
+                    --rounds "${ROUNDS:-$rounds}" --steps 8 --warmup 4 --lowkey "$lowkey" --out "$out/speed-$shape.csv" ${PEER:+--peer "$PEER"}
+                rounds=1 limit=110
             done
             for shape in ${shapes%% *}; do
                 if [ -n "${OTHER:-}" ]; then
-                    part "speed-other-$shape" 200 "$python" experiments/speed/compare.py --what train --shapes "$shape" --device "$device" \
+                    part "speed-other-$shape" 100 "$python" experiments/speed/compare.py --what train --shapes "$shape" --device "$device" \
                         --dtype $dtype --rounds "${ROUNDS:-2}" --steps 8 --warmup 4 --lowkey "$OTHER" --out "$out/speed-other-$shape.csv"
                 fi
                 part "kernels-$shape" 90 "$lowkey" bench ops --shape "$shape" --device "$device" --dtype $dtype --steps 4 --warmup 2
