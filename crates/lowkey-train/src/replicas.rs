@@ -103,7 +103,8 @@ impl Replicas {
         let lengths: Vec<usize> = own.iter().take(1).flat_map(|own| &own.gradients).map(|g| g.dims()[0]).collect();
         let targets = own.first().map_or(0, |own| own.targets);
         let packed = |own: StepGradients| {
-            let losses = own.losses.sum();
+            // Along the axis: the sum over all would be one of atomic additions on a GPU, in an order that changes.
+            let losses = own.losses.sum_dim(0);
             packed(own.gradients.into_iter().chain([losses]).collect(), BUCKET)
         };
         let sums = match self.reducer {
@@ -171,12 +172,16 @@ impl Replicas {
 
     /// Whether all replicas have the same numbers, as far as their sums of squares tell.
     pub(crate) fn agree(&self) -> bool {
+        let [main, others @ ..] = &self.all[..] else { return true };
+        if others.is_empty() {
+            return true;
+        }
         let sums = |replica: &Replica| {
             let values: Vec<_> = replica.model.parameters().into_iter().map(|p| p.value).collect();
             optim::sums_of_squares(&values).into_iter().map(f64::to_bits).collect::<Vec<_>>()
         };
-        let first = sums(self.main());
-        self.all[1..].iter().all(|replica| sums(replica) == first)
+        let first = sums(main);
+        others.iter().all(|replica| sums(replica) == first)
     }
 
     /// Runs `job` for each replica in a thread of its own; results in their order.

@@ -38,6 +38,16 @@ enum Outcome {
     Queued(Box<Verdict>),
 }
 
+impl Outcome {
+    /// Waits for the device where it is the one that decides.
+    fn wait(self) -> Result<Judgement> {
+        match self {
+            Self::Known(judgement) => Ok(judgement),
+            Self::Queued(verdict) => verdict.wait().map_err(|why| Error::Device { what: "a step's loss", why }),
+        }
+    }
+}
+
 impl StepTaken {
     /// Whether nobody has to wait for it.
     pub(crate) fn is_known(&self) -> bool {
@@ -50,10 +60,7 @@ impl StepTaken {
     /// [`Error::NonFinite`], with model and optimiser as they were before the step, where loss or gradient is no number;
     /// [`Error::Device`] where the device does not answer.
     pub(crate) fn wait(self, model: &CausalLm) -> Result<Judgement> {
-        let judgement = match self.outcome {
-            Outcome::Known(judgement) => judgement,
-            Outcome::Queued(verdict) => verdict.wait().map_err(|why| Error::Device { what: "a step's loss", why })?,
-        };
+        let judgement = self.outcome.wait()?;
         match judgement.fault {
             None => Ok(judgement),
             Some(fault) => Err(non_finite(self.step, self.rows, fault, judgement, model)),
@@ -99,12 +106,14 @@ impl StepSettings<'_> {
             let results = replicas.gradients(batch, passes)?;
             let mut decision = self.decide(replicas, &results, factor, scale.is_some())?;
             if let Some(scale) = scale.as_deref_mut() {
-                match decision.wait_here()?.fault {
+                let judgement = decision.outcome.wait()?;
+                match judgement.fault {
                     None => scale.passed(),
                     // A loss that is no number is none at any scale.
                     Some(Fault::Gradient(_) | Fault::Norm) if scale.overflowed() => continue,
                     Some(_) => {}
                 }
+                decision.outcome = Outcome::Known(judgement);
             }
             break (results, decision);
         };
@@ -167,19 +176,6 @@ struct Decision {
     gates: Vec<Option<Gate>>,
     /// The host's factor on the gradients.
     clip: f64,
-}
-
-impl Decision {
-    /// Waits for the device where it is the one that decides.
-    fn wait_here(&mut self) -> Result<Judgement> {
-        let unknown = Judgement { loss: 0.0, norm: 0.0, fault: None };
-        let judgement = match std::mem::replace(&mut self.outcome, Outcome::Known(unknown)) {
-            Outcome::Known(judgement) => judgement,
-            Outcome::Queued(verdict) => verdict.wait().map_err(|why| Error::Device { what: "a step's loss", why })?,
-        };
-        self.outcome = Outcome::Known(judgement);
-        Ok(judgement)
-    }
 }
 
 #[cfg(test)]

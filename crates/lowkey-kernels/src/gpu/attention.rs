@@ -7,11 +7,10 @@ use burn::backend::ops::FloatTensorOps;
 use burn::tensor::DType;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
-use half::{bf16, f16};
 
 use super::product::{cast, format};
 use super::units::{self, Geometry, Widths};
-use super::{dims, new, new_of, pointwise, pointwise_cubes, profile, reshaped, tiles, tune};
+use super::{dims, new, new_of, of_format, pointwise, pointwise_cubes, profile, reshaped, tiles, tune};
 use crate::ops::{AttentionShape, AttentionState};
 use crate::precision::Precision;
 
@@ -54,6 +53,15 @@ impl Way {
     }
 }
 
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tiles => f.write_str("tiles in f32"),
+            Self::Units(geometry, _) => geometry.fmt(f),
+        }
+    }
+}
+
 impl Saved {
     /// The inputs in a format.
     fn cast(self, dtype: DType) -> Self {
@@ -79,8 +87,8 @@ impl Attention {
     pub(super) fn ways(self, like: &CubeTensor) -> Vec<(String, Way)> {
         let dtype = format(self.precision);
         let on_units = units::geometries(&like.client, dtype, self.widths).into_iter();
-        let on_units = on_units.map(|geometry| (geometry.to_string(), Way::Units(geometry, dtype)));
-        [("tiles in f32".to_owned(), Way::Tiles)].into_iter().chain(on_units).collect()
+        let on_units = on_units.map(|geometry| Way::Units(geometry, dtype));
+        [Way::Tiles].into_iter().chain(on_units).map(|way| (way.to_string(), way)).collect()
     }
 
     fn fastest(self, part: &'static str, like: &CubeTensor, run: impl Fn(Way) -> CubeTensor) -> Way {
@@ -127,10 +135,6 @@ impl Attention {
     /// What a pass computes, with the floating-point operations that the kernel for it does.
     fn purpose(self, part: &str, way: Way) -> (String, f64) {
         let Self { batch, seq, widths, .. } = self;
-        let by = match way {
-            Way::Tiles => "tiles in f32".to_owned(),
-            Way::Units(geometry, _) => geometry.to_string(),
-        };
         let key = widths.nope + widths.rope;
         // Each key with each later query: scores, what reads them, and on the way back the scores and what they read anew.
         let numbers = match part {
@@ -139,7 +143,7 @@ impl Attention {
             _ => 2 * (key + widths.value),
         };
         let pairs = (batch * widths.heads * seq) as f64 * (seq + 1) as f64 / 2.0;
-        (format!("attention {part}, {by}"), 2.0 * pairs * numbers as f64)
+        (format!("attention {part}, {way}"), 2.0 * pairs * numbers as f64)
     }
 
     pub(super) fn forward_by(self, way: Way, inputs: [CubeTensor; 4]) -> (CubeTensor, CubeTensor) {
@@ -163,10 +167,7 @@ impl Attention {
             }
             Way::Units(geometry, dtype) => {
                 let (cubes, dim) = (self.cubes(geometry.rows(), heads), Self::units(geometry));
-                let launch = match dtype {
-                    DType::BF16 => units::forward::forward::launch::<bf16>,
-                    _ => units::forward::forward::launch::<f16>,
-                };
+                let launch = of_format!(dtype, units::forward::forward::launch);
                 let vector = geometry.vector;
                 launch(&client, cubes, dim, vector, q, kv, k_pe, starts, to, to_lse, seq, scale, widths, geometry);
             }
@@ -241,10 +242,7 @@ impl Attention {
             }
             Way::Units(geometry, dtype) => {
                 let (cubes, dim) = (self.cubes(geometry.rows(), heads), Self::units(geometry));
-                let launch = match dtype {
-                    DType::BF16 => units::backward::query_gradient::launch::<bf16>,
-                    _ => units::backward::query_gradient::launch::<f16>,
-                };
+                let launch = of_format!(dtype, units::backward::query_gradient::launch);
                 let vector = geometry.vector;
                 launch(&client, cubes, dim, vector, q, kv, k_pe, grad, rows, to, seq, scale, widths, geometry);
             }
@@ -274,10 +272,7 @@ impl Attention {
             }
             Way::Units(geometry, dtype) => {
                 let (cubes, dim) = (self.cubes(geometry.rows(), groups), Self::units(geometry));
-                let launch = match dtype {
-                    DType::BF16 => units::backward::key_gradient::launch::<bf16>,
-                    _ => units::backward::key_gradient::launch::<f16>,
-                };
+                let launch = of_format!(dtype, units::backward::key_gradient::launch);
                 let vector = geometry.vector;
                 launch(&client, cubes, dim, vector, q, kv, k_pe, grad, rows, to, to_pe, seq, scale, widths, geometry);
             }

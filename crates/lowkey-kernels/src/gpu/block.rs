@@ -29,6 +29,11 @@ fn projected(x: CubeTensor, weight: CubeTensor, precision: Precision) -> CubeTen
     product(operand(x, precision), transposed(operand(weight, precision)), precision)
 }
 
+/// The same of what is rounded already, rounded for a product that reads it.
+fn rounded_projection(x: CubeTensor, weight: CubeTensor, precision: Precision) -> CubeTensor {
+    into_contiguous(rounded_product(x, transposed(operand(weight, precision)), precision))
+}
+
 /// `silu(gate) · up`
 fn swiglu(gate: &CubeTensor, up: &CubeTensor) -> CubeTensor {
     let out = new_of(gate, gate.meta.shape().to_vec(), gate.dtype);
@@ -66,8 +71,7 @@ impl Latent {
         let [batch, seq, width] = dims::<3>(&inputs.kv_a);
         let rows = Rows { count: batch * seq, stride: width, width: rank, eps: latent_eps, factor: latent_scale };
         let c_kv = rms_norm(&inputs.kv_a, &inputs.norm, rows, format(inputs.precision));
-        let kv_b = transposed(operand(inputs.kv_b.clone(), inputs.precision));
-        let kv = into_contiguous(rounded_product(c_kv.clone(), kv_b, inputs.precision));
+        let kv = rounded_projection(c_kv.clone(), inputs.kv_b.clone(), inputs.precision);
         let kv = reshaped(kv, [batch, seq, heads, nope + value]);
         let k_pe = if rope > 0 {
             let slices = [0..batch, 0..seq, rank..width].map(Slice::from);
@@ -148,10 +152,7 @@ impl BlockGradients for CubeBackend {
         let [batch, seq, width] = dims::<3>(&x);
         let (flat, norm) = (tall(x.clone()), into_contiguous(norm));
         let normed = rms_norm(&flat, &norm, dense(&flat, width, eps), format(precision));
-        let [gate, up] = [gate, up].map(|weight| {
-            let weight = transposed(operand(weight, precision));
-            into_contiguous(rounded_product(normed.clone(), weight, precision))
-        });
+        let [gate, up] = [gate, up].map(|weight| rounded_projection(normed.clone(), weight, precision));
         let out = reshaped(projected(swiglu(&gate, &up), down, precision), [batch, seq, width]);
         [Self::float_add(out, x), gate, up]
     }

@@ -1,6 +1,6 @@
 use super::*;
-use crate::fixtures::{bits, model, names, weight_bits};
-use crate::run_config::{OptimizerKind, OptimizerSection};
+use crate::fixtures::{bits, model, names, optimizer_section, weight_bits};
+use crate::run_config::OptimizerKind;
 
 const VOCAB: usize = 257;
 
@@ -16,15 +16,7 @@ impl Bench {
     fn new() -> Self {
         let device = Device::flex();
         let model = model(VOCAB, 8, 3, &device);
-        let section = OptimizerSection {
-            kind: OptimizerKind::Muon,
-            lr: 1e-2,
-            momentum: None,
-            betas: [0.9, 0.95],
-            eps: 1e-8,
-            weight_decay: 0.1,
-            grad_clip: None,
-        };
+        let section = optimizer_section(OptimizerKind::Muon);
         let mut optimizer = Optimizer::new(&section, &model.parameters(), Parameter::is_matrix);
         for _ in 0..3 {
             let gradients = model.parameters().into_iter().map(|p| p.value * 0.1).collect();
