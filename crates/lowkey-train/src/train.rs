@@ -249,7 +249,14 @@ impl<'a> Run<'a> {
             let workers = Workers::for_device(own_threads, config.rows_of_a_pass(), device)?;
             Ok(Replica { device: device.clone(), model, optimizer, workers, gate: None })
         };
-        let others = devices[1..].iter().map(|device| replica(model.clone().fork(device), device));
+        // Values of its own for each: a device that is named twice would share them, and one thread would write over what another still
+        // has to read.
+        let copied = |device: &Device| {
+            let copy = model.clone().fork(device);
+            let values = copy.parameters().into_iter().map(|p| p.value * 1.0).collect();
+            copy.with_values(values)
+        };
+        let others = devices[1..].iter().map(|device| replica(copied(device), device));
         let others = others.collect::<Result<Vec<_>>>()?;
         let first = replica(model, device)?;
         // Before anything is multiplied, as the first use of a shape chooses its kernel.
