@@ -13,6 +13,7 @@ mod export;
 mod gpu;
 mod interrupted;
 mod lab;
+mod output;
 mod reference;
 mod resume;
 mod tasks;
