@@ -167,7 +167,9 @@ impl<'a> Client<'a> {
                 Some(next) => here = next,
             }
         }
-        Err(Fault::Final(format!("the server redirects more than {MOST_REDIRECTS} times; does HF_ENDPOINT name a hub?")))
+        Err(Fault::Final(format!(
+            "the server redirects more than {MOST_REDIRECTS} times; does HF_ENDPOINT name a hub?"
+        )))
     }
 
     fn send(&self, method: &Method, url: &Uri, range: Option<u64>) -> Result<Response<Body>, Fault> {
@@ -214,7 +216,7 @@ impl<'a> Client<'a> {
     }
 
     /// What went wrong below HTTP, and what to do about it.
-    pub(super) fn fault(&self, error: ureq::Error) -> Fault {
+    fn fault(&self, error: ureq::Error) -> Fault {
         let network = |what: &str| Fault::Passing(format!("{what}; check the network and HF_ENDPOINT"), None);
         match error {
             ureq::Error::Timeout(Timeout::Resolve | Timeout::Connect) => {
@@ -232,6 +234,15 @@ impl<'a> Client<'a> {
             }
             other => network(&printable(&other.to_string())),
         }
+    }
+
+    /// A body that ends before its end.
+    pub(super) fn broken(&self, what: &str, error: std::io::Error) -> Fault {
+        let why = match ureq::Error::from(error) {
+            ureq::Error::Timeout(Timeout::PerRead) => format!("nothing arrived for {:?}", self.patience.stall),
+            other => printable(&other.to_string()).into_owned(),
+        };
+        Fault::Passing(format!("{what} ({why}); check the network"), None)
     }
 }
 
