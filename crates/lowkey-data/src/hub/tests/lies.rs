@@ -148,7 +148,7 @@ fn a_redirect_that_leads_nowhere_ends() {
     for lead in [
         |_: &str| URL.to_owned(),
         |path: &str| if path == URL { "/b" } else { URL }.to_owned(),
-        |path| format!("{path}/x"),
+        |path: &str| format!("{path}/x"),
     ] {
         let server = Server::start(move |request, stream| {
             reply(request, stream, "302 Found", &[("Location", &lead(&request.path))], b"");
