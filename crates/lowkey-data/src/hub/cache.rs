@@ -112,8 +112,18 @@ impl Cache {
         if revision != described.commit {
             let reference = self.at("refs").join(revision);
             files::create_dir(reference.parent().unwrap_or(&reference)).map_err(|e| self.disk(&e))?;
-            if files::read_text(&reference, LONGEST_REFERENCE).ok().as_ref() != Some(&described.commit) {
-                files::write(&reference, described.commit.as_bytes()).map_err(|e| self.disk(&e))?;
+            let is_right =
+                || files::read_text(&reference, LONGEST_REFERENCE).is_ok_and(|held| held == described.commit);
+            let mut patience = 100;
+            while !is_right() {
+                match files::write(&reference, described.commit.as_bytes()) {
+                    // Another process fetches another file of the same revision.
+                    Err(files::Error::Refused { .. }) if patience > 0 => {
+                        patience -= 1;
+                        std::thread::sleep(LOOK / 5);
+                    }
+                    written => break written.map_err(|e| self.disk(&e))?,
+                }
             }
         }
         Ok(pointer)

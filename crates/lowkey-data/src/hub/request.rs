@@ -57,7 +57,7 @@ impl<'a> Client<'a> {
         let Ok(uri) = base.parse::<Uri>() else {
             return refuse("is not the address of a server");
         };
-        if uri.query().is_some() || uri.host().is_none_or(str::is_empty) {
+        if uri.scheme().is_none() || uri.query().is_some() || uri.host().is_none_or(str::is_empty) {
             return refuse("must be the address of a server, as https://huggingface.co");
         }
         if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
