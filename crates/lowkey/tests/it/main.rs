@@ -12,6 +12,7 @@ mod elastic;
 mod export;
 mod gpu;
 mod hub;
+mod interrupted;
 mod lab;
 mod reference;
 mod resume;
