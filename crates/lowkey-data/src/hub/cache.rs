@@ -117,13 +117,12 @@ impl Cache {
             let mut patience = 100;
             while !is_right() {
                 match files::write(&reference, described.commit.as_bytes()) {
+                    Ok(()) => break,
                     // Another process fetches another file of the same revision.
-                    Err(files::Error::Refused { .. }) if patience > 0 => {
-                        patience -= 1;
-                        std::thread::sleep(LOOK / 5);
-                    }
-                    written => break written.map_err(|e| self.disk(&e))?,
+                    Err(files::Error::Refused { .. }) if patience > 0 => patience -= 1,
+                    Err(e) => return Err(self.disk(&e)),
                 }
+                std::thread::sleep(LOOK / 5);
             }
         }
         Ok(pointer)

@@ -21,6 +21,9 @@ fn lying(lie: impl Fn(&Request, &mut TcpStream) + Send + Sync + 'static) -> Serv
     )
 }
 
+/// What a server does with a connection, whatever it is asked.
+type Lie = Box<dyn Fn(&mut TcpStream) + Send + Sync>;
+
 /// Everything below a folder.
 fn entries(dir: &Path) -> usize {
     dir.read_dir().map_or(0, |entries| entries.count())
@@ -135,9 +138,9 @@ fn a_redirect_that_leads_nowhere_ends() {
         for about in [true, false] {
             let server = Server::start(move |request, stream| {
                 if about || !request.is_head() {
-                    reply(request, stream, status, &[], b"")
+                    reply(request, stream, status, &[], b"");
                 } else {
-                    send(request, stream, TEXT)
+                    send(request, stream, TEXT);
                 }
             });
             let message = refused(&hub(&server, cache.path(), None));
@@ -395,7 +398,7 @@ fn what_is_no_http_is_an_error() {
             let _ = stream.write_all(bytes);
         }
     };
-    let lies: Vec<Box<dyn Fn(&mut TcpStream) + Send + Sync>> = vec![
+    let lies: Vec<Lie> = vec![
         Box::new(long("X-Long: yes, it is\r\n")),
         Box::new(long("x")),
         Box::new(say(b"")),
