@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::documents::Format;
 use crate::error::{Error, Result};
+use crate::hub::{check_file, check_repo, check_revision};
 use crate::tasks::Task;
 
 /// Held-out examples of a task lie in memory together.
@@ -335,16 +336,14 @@ impl DatasetConfig {
                     return refuse("source.paths is empty: name at least one file or pattern".to_owned());
                 }
             }
-            Source::Hub { repo, files, format, field, separator, .. } => {
-                let part = |part: &str| !part.is_empty() && part != "." && part != "..";
-                if !repo.split('/').all(part) || repo.split('/').count() > 2 {
-                    return refuse(format!("source.repo = {repo:?} is not of the form owner/name"));
-                }
+            Source::Hub { repo, revision, files, format, field, separator } => {
+                check_repo(repo).or_else(|why| refuse(format!("source.repo = {why}")))?;
+                check_revision(revision).or_else(|why| refuse(format!("source.revision = {why}")))?;
                 if files.is_empty() {
                     return refuse("source.files is empty: name at least one file of the repository".to_owned());
                 }
-                if let Some(file) = files.iter().find(|file| !file.split('/').all(part)) {
-                    return refuse(format!("source.files: {file:?} is not a path inside the repository"));
+                for file in files {
+                    check_file(file).or_else(|why| refuse(format!("source.files: {why}")))?;
                 }
                 if *format == HubFormat::Text && field.is_some() {
                     return refuse("source.field has no meaning for format = \"text\": remove it".to_owned());
@@ -460,6 +459,9 @@ mod tests {
             ),
             (&format!("{hub}repo = \"../b\"\nfiles = [\"x\"]"), "", "source.repo"),
             (&format!("{hub}repo = \"a/b\"\nfiles = [\"../x\"]"), "", "source.files"),
+            (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\\\\y\"]"), "", "source.files"),
+            (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\"]\nrevision = \"../../x\""), "", "source.revision"),
+            (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\"]\nrevision = \"/x\""), "", "source.revision"),
             (&format!("{hub}repo = \"a/b\"\nfiles = []"), "", "source.files is empty"),
             (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\"]\nfield = \"f\""), "", "source.field"),
         ] {

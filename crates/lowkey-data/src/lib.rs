@@ -45,7 +45,7 @@ mod tokenizer;
 
 pub use dataset::{DatasetConfig, HubFormat, Source, Split, SplitBy, TokenizerConfig};
 pub use error::{Error, Result};
-pub use hub::HubConfig;
+pub use hub::{HubConfig, Patience};
 pub use oracle::{OracleDocument, oracle_documents};
 pub use prepare::{Manifest, Prepared, Progress, SourceFile, SplitSummary, open, prepare};
 pub use sampler::{Batch, IGNORE, Packing, Sampler, validation_batches};

@@ -11,6 +11,7 @@ mod convert;
 mod elastic;
 mod export;
 mod gpu;
+mod hub;
 mod interrupted;
 mod lab;
 mod output;
