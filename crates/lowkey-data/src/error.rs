@@ -20,10 +20,10 @@ pub enum Error {
         /// The reason.
         source: io::Error,
     },
-    /// A dataset file does not parse, or a key's value cannot be used.
+    /// A dataset file, or a model's JSON file, does not parse, or a key's value cannot be used.
     #[error("{}: {message}", path.display())]
     Config {
-        /// The TOML file, or the dataset's name where it did not come from a file.
+        /// The file, or the dataset's name where it did not come from a file.
         path: PathBuf,
         /// The key, what is wrong with it and how to mend it.
         message: String,

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use atomic_write_file::AtomicWriteFile;
 use burn::tensor::{Device, Tensor, TensorData};
-use lowkey_data::Tokenizer;
+use lowkey_data::{Generation, Tokenizer};
 use lowkey_model::{CausalLm, Parameter, WeightDtype};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -24,7 +24,7 @@ use crate::loss_scale::LossScale;
 use crate::optimizer::{Optimizer, ParameterState};
 
 const CHECKSUMS: &str = "checksums.json";
-const TRAINER: &str = "trainer.json";
+pub(crate) const TRAINER: &str = "trainer.json";
 const OPTIMIZER: &str = "trainer.safetensors";
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
 /// Begins the name of what is being written or removed.
@@ -93,12 +93,13 @@ impl Checkpoints {
         &self,
         model: &CausalLm,
         tokenizer: Option<&Tokenizer>,
+        generation: &Generation,
         optimizer: &Optimizer,
         state: &TrainerState,
     ) -> Result<PathBuf> {
         let name = step_name(state.step);
         let (target, temporary) = (self.dir.join(&name), self.dir.join(format!("{TEMPORARY}{name}")));
-        let written = write(&temporary, model, tokenizer, optimizer, state);
+        let written = write(&temporary, model, tokenizer, generation, optimizer, state);
         if let Err(e) = written {
             // The message about the disk matters more than one about the clean-up.
             let _ = remove(&temporary);
@@ -302,6 +303,7 @@ fn write(
     dir: &Path,
     model: &CausalLm,
     tokenizer: Option<&Tokenizer>,
+    generation: &Generation,
     optimizer: &Optimizer,
     state: &TrainerState,
 ) -> Result<()> {
@@ -312,14 +314,7 @@ fn write(
     if let Some(tokenizer) = tokenizer {
         tokenizer.save(dir)?;
     }
-    let generation = json!({
-        "bos_token_id": model.config.bos_token_id,
-        // null where there is none: an empty list would stop transformers' own generation.
-        "eos_token_id": (!model.config.eos_token_id.is_empty()).then_some(&model.config.eos_token_id),
-        "do_sample": true,
-        "temperature": 0.8,
-    });
-    write_json(&dir.join("generation_config.json"), &generation)?;
+    write_json(&dir.join("generation_config.json"), &generation.to_json())?;
     write_states(&dir.join(OPTIMIZER), model, optimizer)?;
     write_json(&dir.join(TRAINER), &json!(state))?;
     let mut checksums = BTreeMap::new();

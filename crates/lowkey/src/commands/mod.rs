@@ -17,6 +17,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use burn::tensor::Device;
+use lowkey_data::Tokenizer;
 use lowkey_model::{AttentionConfig, CausalLm};
 use lowkey_train::checkpoint;
 
@@ -47,6 +48,17 @@ fn load_model(dir: &Path, device: &Device) -> anyhow::Result<CausalLm> {
         checkpoint::verify(dir)?;
     }
     Ok(CausalLm::load(dir, device)?)
+}
+
+/// The tokenizer of a model directory, with the special tokens around a text or without as the command line says.
+fn open_tokenizer(dir: &Path, add_special_tokens: Option<bool>) -> anyhow::Result<Tokenizer> {
+    let tokenizer = Tokenizer::from_model_dir(dir)?;
+    if add_special_tokens.is_none()
+        && let Some(note) = lowkey_train::special_tokens_note(dir, &tokenizer, "--add-special-tokens false")
+    {
+        complain(&format!("note: {note}"));
+    }
+    Ok(tokenizer.with_special_tokens(add_special_tokens))
 }
 
 /// The model with only the first `rank` numbers of each latent read.

@@ -34,7 +34,9 @@ pub(crate) fn find(
 ) -> anyhow::Result<Result<Prepared, String>> {
     match (tokenizer, data) {
         (Some(tokenizer), Some(path)) => {
-            let dataset = super::data::dataset(path)?;
+            let mut dataset = super::data::dataset(path)?;
+            // It is the model's way to read a text that counts here.
+            dataset.add_special_tokens = None;
             let dir = tempfile::tempdir()?;
             let own = Some(tokenizer.clone());
             Ok(Ok(prepare(&dataset, dir.path(), own, &mut |progress| show_preparation(&progress))?))

@@ -258,7 +258,8 @@ fn what_the_post_processor_adds_is_written() {
     let (metadata, notes) = with(json!([special("<s>"), text, special("</s>")])).unwrap();
     assert_eq!(metadata.integer("tokenizer.ggml.bos_token_id"), Some(257));
     assert_eq!(metadata.get("tokenizer.ggml.add_bos_token"), Some(&Value::Bool(true)));
-    assert_eq!(metadata.get("tokenizer.ggml.add_eos_token"), Some(&Value::Bool(true)));
+    // Between a prompt and its continuation there is no end.
+    assert_eq!(metadata.get("tokenizer.ggml.add_eos_token"), Some(&Value::Bool(false)));
     assert!(notes.iter().any(|note| note.contains("post-processor")), "{notes:?}");
     let (metadata, _) = with(json!([text])).unwrap();
     assert_eq!(metadata.get("tokenizer.ggml.add_bos_token"), Some(&Value::Bool(false)));
