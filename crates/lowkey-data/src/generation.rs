@@ -173,6 +173,5 @@ impl Keys {
     }
 }
 
-
 #[cfg(test)]
 mod tests;

@@ -351,9 +351,10 @@ impl Tokenizer {
             && !self.vocabulary.bytewise
         {
             let known = |id: &u32| !matches!(self.vocabulary.get(*id), Entry::Unused);
-            let join = |ids: &[u32]| match ids {
-                [] => Ok(String::new()),
-                ids => guarded(self.name(), || pair.special.decode(ids, true)),
+            // Some decoders fail on a text of no token, which special ones alone are.
+            let join = |ids: &[u32]| match ids.iter().all(|id| matches!(self.vocabulary.get(*id), Entry::Special)) {
+                true => Ok(String::new()),
+                false => guarded(self.name(), || pair.special.decode(ids, true)),
             };
             let (mut text, mut seen) = (String::new(), Vec::new());
             for chunk in ids.chunk_by(|a, b| known(a) && known(b)) {

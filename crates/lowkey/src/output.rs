@@ -1,15 +1,18 @@
 //! Printing: text that a closed pipe cannot break, tables, and numbers for people.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
+
+use lowkey_files::printable_lines;
 
 /// Writes a line to standard output. A reader that has gone away (`lowkey info … | head`) ends the program quietly.
 pub(crate) fn say(text: &str) {
     write(text, "\n");
 }
 
-/// Writes to standard output without a line end, at once.
+/// Writes text that a model or a user made up to standard output, without a line end, at once. A terminal would obey the control
+/// characters in it, so it is shown them; a file or a pipe gets every byte as it is.
 pub(crate) fn stream(text: &str) {
-    write(text, "");
+    if std::io::stdout().is_terminal() { write(&printable_lines(text), "") } else { write(text, "") }
 }
 
 fn write(text: &str, end: &str) {

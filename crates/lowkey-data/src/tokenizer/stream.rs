@@ -55,11 +55,7 @@ impl TextStream {
 
     /// Returns what is still held back, an unfinished character as U+FFFD, and starts afresh with nothing before.
     pub fn finish(&mut self) -> Result<String> {
-        let text = if self.joins_bytes() {
-            String::from_utf8_lossy(&self.bytes).into_owned()
-        } else {
-            self.unshown()?
-        };
+        let text = if self.joins_bytes() { String::from_utf8_lossy(&self.bytes).into_owned() } else { self.unshown()? };
         self.bytes.clear();
         self.ids.clear();
         self.shown = 0;

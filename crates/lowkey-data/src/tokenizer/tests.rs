@@ -1,3 +1,6 @@
+mod decoding;
+mod special;
+
 use super::*;
 use crate::sampler::mix;
 
