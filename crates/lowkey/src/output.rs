@@ -33,6 +33,19 @@ pub(crate) fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A word of a command line that a shell takes as it stands.
+pub(crate) fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_./:,=+@%".contains(c);
+    let harmless = |c: char| plain(c) || " !?;'()<>|&*#~".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else if word.chars().all(harmless) && !word.contains('!') {
+        format!("\"{word}\"")
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
 /// Two columns, the first padded to the widest label.
 pub(crate) fn pairs(rows: &[(&str, String)]) -> String {
     let width = rows.iter().map(|(label, _)| label.chars().count()).max().unwrap_or(0);
@@ -108,6 +121,20 @@ mod tests {
         assert_eq!(duration(59.4), "59 s");
         assert_eq!(duration(61.0), "1 min 01 s");
         assert_eq!(duration(4020.0), "1 h 07 min");
+    }
+
+    #[test]
+    fn a_shell_takes_a_word_as_it_stands() {
+        for (word, expected) in [
+            ("runs/a/best", "runs/a/best"),
+            ("", "\"\""),
+            ("my runs/best", "\"my runs/best\""),
+            ("it's", "\"it's\""),
+            ("$HOME `x`", "'$HOME `x`'"),
+            ("say \"it's!\"", "'say \"it'\\''s!\"'"),
+        ] {
+            assert_eq!(quoted(word), expected);
+        }
     }
 
     #[test]

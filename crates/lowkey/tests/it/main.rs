@@ -15,4 +15,5 @@ mod lab;
 mod reference;
 mod resume;
 mod tasks;
+mod text;
 mod tidy;
