@@ -20,10 +20,10 @@ pub enum Error {
         /// The reason.
         source: io::Error,
     },
-    /// A dataset file, or a model's JSON file, does not parse, or a key's value cannot be used.
+    /// A dataset file does not parse, or a key's value cannot be used.
     #[error("{}: {message}", path.display())]
     Config {
-        /// The file, or the dataset's name where it did not come from a file.
+        /// The TOML file, or the dataset's name where it did not come from a file.
         path: PathBuf,
         /// The key, what is wrong with it and how to mend it.
         message: String,
@@ -106,6 +106,14 @@ pub enum Error {
         /// The file in the folder.
         path: PathBuf,
         /// What is wrong with it.
+        message: String,
+    },
+    /// A JSON file of a model directory does not parse, or a key's value cannot be used.
+    #[error("{}: {message}", path.display())]
+    Model {
+        /// The file.
+        path: PathBuf,
+        /// The key, what is wrong with it and how to mend it.
         message: String,
     },
     /// A file could not be fetched from the hub.

@@ -53,7 +53,7 @@ impl Generation {
     /// Reads `generation_config.json` and `config.json` of a model directory, whose tokenizer has been read already.
     ///
     /// # Errors
-    /// [`Error::Config`] naming the file, the key and its value, for what means nothing.
+    /// [`Error::Model`] naming the file, the key and its value, for what means nothing.
     pub fn from_model_dir(dir: &Path, tokenizer: Option<&Tokenizer>) -> Result<Self> {
         let mut found = Self::new(tokenizer);
         let config = Keys::read(dir.join("config.json"))?;
@@ -137,7 +137,7 @@ impl Keys {
             return Ok(Self { path, map: Map::new() });
         }
         let text = read_text(&path)?;
-        let fail = |message: String| Error::Config { path: path.clone(), message };
+        let fail = |message: String| Error::Model { path: path.clone(), message };
         match serde_json::from_str(&text).map_err(|e| fail(format!("not valid JSON: {e}")))? {
             Value::Object(map) => Ok(Self { path, map }),
             _ => Err(fail("must hold a JSON object".to_owned())),
@@ -153,7 +153,7 @@ impl Keys {
     fn get<T>(&self, key: &str, allowed: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
         match self.map.get(key) {
             None | Some(Value::Null) => Ok(None),
-            Some(value) => read(value).map(Some).ok_or_else(|| Error::Config {
+            Some(value) => read(value).map(Some).ok_or_else(|| Error::Model {
                 path: self.path.clone(),
                 message: format!("{key} = {value}: must be {allowed}; correct it, or remove the key"),
             }),

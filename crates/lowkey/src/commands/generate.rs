@@ -28,8 +28,8 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     }
     let device = super::open_device(&arguments.device)?;
     let tokenizer = super::open_tokenizer(&arguments.model, arguments.add_special_tokens)?;
-    let declared = Generation::from_model_dir(&arguments.model, Some(&tokenizer))?;
     let whole = super::load_model(&arguments.model, &device)?;
+    let declared = Generation::from_model_dir(&arguments.model, Some(&tokenizer))?;
     // Weights that were fused are of the whole latent.
     let fused = match arguments.kv_rank {
         None => super::export::fused_weights(&arguments.model, &whole, &device)?,

@@ -61,7 +61,10 @@ fn of_run(model: &Path, tokenizer: Option<&Tokenizer>) -> Result<Prepared, Strin
         if config.data.dataset.is_none() {
             return Ok(lowkey_data::open(&run.join("data"))?);
         }
-        let dataset = run_data::dataset(&config.data, &file)?;
+        let mut dataset = run_data::dataset(&config.data, &file)?;
+        if tokenizer.omits_special_tokens() {
+            dataset.add_special_tokens = Some(false);
+        }
         let own = config.init.is_some().then(|| tokenizer.clone());
         let dir = run_data::prepared_dir(&dataset, &config.data, &run, own.as_ref());
         Ok(prepare(&dataset, &dir, own, &mut |progress| show_preparation(&progress))?)

@@ -286,7 +286,7 @@ fn a_default_length_is_no_request() {
     assert_eq!(err.matches(&format!("fill the model's {limit} positions")).count(), 1, "{err}");
     assert!(err.contains(&format!("[{} tokens", limit - 2)), "{err}");
     let (code, out, err) = run(&["--max-new-tokens", "31"]);
-    assert!(code == 1 && out.is_empty() && err.contains("needs 33 positions"), "{code} {out} {err}");
+    assert!(code == 2 && out.is_empty() && err.contains("needs 33 positions"), "{code} {out} {err}");
     let (code, _, err) = run(&["--max-new-tokens", "30"]);
     assert!(code == 0 && !err.contains("note"), "{err}");
 

@@ -269,6 +269,19 @@ fn what_the_post_processor_adds_is_written() {
 }
 
 #[test]
+fn prompts_begin_as_the_model_was_trained() {
+    // As DeepSeek's files have it: no post-processor adds the beginning, the configuration does.
+    let (folder, _) = hugging_face(|_| ());
+    let config = json!({ "eos_token": "</s>", "bos_token": "<s>", "add_bos_token": true });
+    std::fs::write(folder.file("tokenizer_config.json"), config.to_string()).unwrap();
+    let tokenizer = Tokenizer::from_model_dir(folder.0.path()).unwrap();
+    for (add, begins) in [(None, true), (Some(true), true), (Some(false), false)] {
+        let (metadata, _) = embedded(&tokenizer.clone().with_special_tokens(add), 300).unwrap();
+        assert_eq!(metadata.get("tokenizer.ggml.add_bos_token"), Some(&Value::Bool(begins)), "{add:?}");
+    }
+}
+
+#[test]
 fn ends_come_from_the_model_first() {
     let (_folder, tokenizer) = hugging_face(|_| ());
     let config =
