@@ -63,15 +63,17 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-/// A command that shows what a run has made, and that works as it stands: with a prompt that the tokenizer can read, or with none
-/// where a vocabulary has not even these letters.
+/// A command that shows what a run has made, and that works as it stands: with a prompt of the run, else one that its tokenizer
+/// can read, else none.
 fn generating(config: &RunConfig, best: &Path) -> String {
     let readable = |prompt: &&str| {
-        let ids = Tokenizer::from_model_dir(best).and_then(|tokenizer| tokenizer.encode(prompt));
-        ids.is_ok_and(|ids| !ids.is_empty())
+        let Ok(tokenizer) = Tokenizer::from_model_dir(best) else { return false };
+        let read = tokenizer.encode(prompt).and_then(|ids| tokenizer.decode(&ids));
+        read.is_ok_and(|text| text.trim() == *prompt)
     };
-    let prompts = config.eval.prompts.iter().map(String::as_str).chain(["The", "the", "a"]);
-    let prompt = prompts.into_iter().find(readable).map(|prompt| format!(" --prompt {}", quoted(prompt)));
+    let own = config.eval.prompts.first().map(String::as_str);
+    let prompt = own.or_else(|| ["The", "the", "a"].into_iter().find(readable));
+    let prompt = prompt.map(|prompt| format!(" --prompt {}", quoted(prompt)));
     format!("lowkey generate {}{}", path(best), prompt.unwrap_or_default())
 }
 
