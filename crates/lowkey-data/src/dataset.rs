@@ -30,6 +30,10 @@ pub struct DatasetConfig {
     /// How it becomes tokens.
     #[serde(default)]
     pub tokenizer: TokenizerConfig,
+    /// Whether documents get the special tokens that the tokenizer puts around a text, such as `<s>`; absent: they do, unless
+    /// the tokenizer comes from a model that was trained without. Tokenizers built from the text have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub add_special_tokens: Option<bool>,
     /// What is held out for validation. A storybook and a task have validation examples of their own and take no split.
     #[serde(default)]
     pub split: Split,
@@ -249,6 +253,7 @@ impl DatasetConfig {
             license: String::new(),
             source: Source::Text { paths: vec![text.to_owned()], separator: None, url: None },
             tokenizer: TokenizerConfig::default(),
+            add_special_tokens: None,
             split: Split::default(),
             sha256: BTreeMap::new(),
             base: PathBuf::new(),

@@ -54,6 +54,9 @@ pub struct Manifest {
     pub vocab_size: usize,
     /// The id that ends a document.
     pub eos_id: Option<u32>,
+    /// Whether documents have special tokens around them ([`Tokenizer::adds_special_tokens`]).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub special_tokens: bool,
     /// The training split.
     pub train: SplitSummary,
     /// The held-out split.
@@ -149,12 +152,18 @@ pub(crate) fn prepare_from(
         }
         (TokenizerConfig::Chars | TokenizerConfig::Bpe { .. }, None) => None,
     };
+    // From here on it is known whether documents have special tokens: what is trained on these tokens records it.
+    let given = given.map(|tokenizer| {
+        let add = config.add_special_tokens.or(Some(!tokenizer.omits_special_tokens()));
+        tokenizer.with_special_tokens(add)
+    });
     let fingerprint = fingerprint(config, &files, given.as_ref());
     if read_manifest(out).is_ok_and(|manifest| manifest.fingerprint == fingerprint)
         // What does not open is damaged, and is made again.
         && let Ok(prepared) = open(out)
     {
-        return Ok(prepared);
+        // The same ids, but perhaps another chat template beside them.
+        return Ok(Prepared { tokenizer: given.unwrap_or(prepared.tokenizer), ..prepared });
     }
 
     let manifest_path = out.join("manifest.json");
@@ -181,6 +190,7 @@ pub(crate) fn prepare_from(
         tokenizer_sha256: tokenizer.fingerprint(),
         vocab_size: tokenizer.vocab_size(),
         eos_id: tokenizer.eos_id(),
+        special_tokens: tokenizer.adds_special_tokens(),
         train: summary(&Shard::open(&train)?),
         validation: summary(&Shard::open(&validation)?),
         files,
@@ -188,13 +198,13 @@ pub(crate) fn prepare_from(
     let json = serde_json::to_string_pretty(&manifest)
         .map_err(|e| Error::Prepared { path: manifest_path.clone(), message: e.to_string() })?;
     write_atomically(&manifest_path, format!("{json}\n").as_bytes())?;
-    open(out)
+    Ok(Prepared { tokenizer, ..open(out)? })
 }
 
 /// Opens a folder that [`prepare`] made, and checks that its parts belong together.
 pub fn open(dir: &Path) -> Result<Prepared> {
     let manifest = read_manifest(dir)?;
-    let tokenizer = Tokenizer::from_model_dir(dir)?;
+    let tokenizer = Tokenizer::from_model_dir(dir)?.with_special_tokens(Some(manifest.special_tokens));
     let part = |name: &str, expected: &SplitSummary| {
         let shard = Shard::open(&dir.join(name))?;
         if summary(&shard) != *expected || shard.vocab_size() != manifest.vocab_size {
@@ -294,7 +304,12 @@ fn hash_file(path: &Path) -> Result<(u64, String)> {
 /// Hash of all that decides the tokens. A tokenizer built from the text is decided by its settings and the text.
 fn fingerprint(config: &DatasetConfig, files: &[SourceFile], tokenizer: Option<&Tokenizer>) -> String {
     let tokenizer = match tokenizer {
-        Some(tokenizer) => format!("{} {:?}", tokenizer.fingerprint(), tokenizer.eos_id()),
+        Some(tokenizer) => {
+            let (start, end) = (tokenizer.text_start(), tokenizer.text_end());
+            let plain = start.is_empty() && end.iter().eq(&tokenizer.eos_id());
+            let around = if plain { String::new() } else { format!(" {start:?} {end:?}") };
+            format!("{} {:?}{around}", tokenizer.fingerprint(), tokenizer.eos_id())
+        }
         None => format!("{:?}", config.tokenizer),
     };
     let mut hash = Sha256::new();

@@ -467,7 +467,7 @@ impl<'a> Run<'a> {
         let Some(tokenizer) = &self.data.tokenizer else { return Ok(()) };
         let Replica { model, device, .. } = self.replicas.main();
         for prompt in &section.prompts {
-            let ids = tokenizer.encode(prompt)?;
+            let ids = tokenizer.encode_prompt(prompt)?;
             let room = model.config.max_position_embeddings.saturating_sub(ids.len());
             let generate_config = GenerateConfig {
                 max_new_tokens: section.sample_tokens.min(room),
@@ -482,7 +482,7 @@ impl<'a> Run<'a> {
             };
             let device = device.clone().without_autodiff();
             let out = generate(model, &ids, &generate_config, &device, &mut |_| ControlFlow::Continue(()))?;
-            let text = tokenizer.decode(&out.ids)?;
+            let text = tokenizer.decode_after(&ids, &out.ids)?;
             observe(Event::Sample { prompt, text: &text });
         }
         Ok(())
@@ -513,7 +513,8 @@ impl<'a> Run<'a> {
             });
         }
         self.state.kernels = chosen_kernels();
-        let path = self.checkpoints.save(model, self.data.tokenizer.as_ref(), optimizer, &self.state)?;
+        let RunData { tokenizer, generation, .. } = &self.data;
+        let path = self.checkpoints.save(model, tokenizer.as_ref(), generation, optimizer, &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });
         Ok(())

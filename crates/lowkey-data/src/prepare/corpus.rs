@@ -26,6 +26,8 @@ enum Side {
 struct Item {
     side: Side,
     text: String,
+    /// Whether the text is a document from its start.
+    begins: bool,
     /// Whether the text is a document to its end. Of a text cut in two neither part is: the head does not end where it
     /// is cut, and the end of the tail is one that training never shows.
     whole: bool,
@@ -69,7 +71,7 @@ impl<'a> Corpus<'a> {
     /// All documents with their split.
     fn items(&self) -> Box<dyn Iterator<Item = Result<Item>> + Send + 'a> {
         if let Source::Storybook { seed, documents, validation_documents } = self.config.source {
-            let item = |side, text| Ok(Item { side, text, whole: true });
+            let item = |side, text| Ok(Item { side, text, begins: true, whole: true });
             let train = (0..documents).map(move |i| item(Side::Train, training_story(seed, i).text));
             let held = (0..validation_documents).map(move |i| item(Side::Validation, validation_story(seed, i).text));
             return Box::new(train.chain(held));
@@ -82,7 +84,9 @@ impl<'a> Corpus<'a> {
                 Ok(text) => {
                     let head = head_length(text.chars().count() as u64, fraction) as usize;
                     let cut = text.char_indices().nth(head).map_or(text.len(), |(at, _)| at);
-                    let part = |side, text: &str| Ok(Item { side, text: text.to_owned(), whole: false });
+                    let part = |side, text: &str| {
+                        Ok(Item { side, text: text.to_owned(), begins: side == Side::Train, whole: false })
+                    };
                     vec![part(Side::Train, &text[..cut]), part(Side::Validation, &text[cut..])]
                 }
             }));
@@ -95,7 +99,7 @@ impl<'a> Corpus<'a> {
                 SplitBy::Documents => (mix(index) as f64) < fraction * 18_446_744_073_709_551_616.0,
             };
             let side = if held { Side::Validation } else { Side::Train };
-            Ok(Item { side, text: document?, whole: true })
+            Ok(Item { side, text: document?, begins: true, whole: true })
         }))
     }
 
@@ -128,12 +132,13 @@ impl<'a> Corpus<'a> {
         let mut train = ShardWriter::create(train, tokenizer.vocab_size())?;
         let mut validation = ShardWriter::create(validation, tokenizer.vocab_size())?;
         let mut items = self.items();
+        let end = tokenizer.text_end();
         loop {
             let (mut texts, mut rest, mut bytes) = (Vec::new(), Vec::new(), 0);
             for item in items.by_ref() {
                 let item = item?;
                 bytes += item.text.len();
-                rest.push((item.side, item.whole));
+                rest.push((item.side, item.begins, item.whole));
                 texts.push(item.text);
                 if bytes >= CHUNK_BYTES {
                     break;
@@ -143,9 +148,12 @@ impl<'a> Corpus<'a> {
                 break;
             }
             let encoded = tokenizer.encode_documents(&texts)?;
-            for ((mut ids, text), (side, whole)) in encoded.into_iter().zip(&texts).zip(rest) {
+            for ((mut ids, text), (side, begins, whole)) in encoded.into_iter().zip(&texts).zip(rest) {
+                if begins && !text.is_empty() {
+                    ids.splice(0..0, tokenizer.text_start().iter().copied());
+                }
                 if whole && !text.is_empty() {
-                    ids.extend(tokenizer.eos_id());
+                    ids.extend(&end);
                 }
                 let writer = if side == Side::Train { &mut train } else { &mut validation };
                 writer.push(&ids, text.len() as u64)?;

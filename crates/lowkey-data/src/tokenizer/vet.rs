@@ -18,6 +18,9 @@ const CLASS: usize = 15;
 /// How many times longer the steps that rewrite a text may make it, all together. The known tokenizers stay below 20.
 const MOST_GROWTH: usize = 1 << 16;
 
+/// How many special tokens a template may put around a text. Published ones put up to three there.
+const MOST_AROUND: usize = 256;
+
 /// Refuses what would make the parser, or the tokenizer that it makes, take more memory than the file accounts for, or
 /// read past the end of a token.
 pub(super) fn vet(json: &Value) -> Result<(), String> {
@@ -30,7 +33,8 @@ pub(super) fn vet(json: &Value) -> Result<(), String> {
                  classes counted {CLASS} times and repetitions written out)"
             ));
         }
-        charsmap(node)
+        charsmap(node)?;
+        template(node)
     })?;
     for steps in [&["normalizer", "pre_tokenizer"][..], &["decoder"]] {
         let mut together = 1usize;
@@ -110,6 +114,26 @@ fn charsmap(node: &Value) -> Result<(), String> {
     let size = u64::from(u32::swap_bytes((bits >> 4) as u32));
     if size > table.len() as u64 {
         return Err(format!("its precompiled_charsmap says that it holds {size} bytes, but is cut short"));
+    }
+    Ok(())
+}
+
+/// A template may name the text as often as it likes, and so may the next one in a sequence.
+fn template(node: &Value) -> Result<(), String> {
+    if node.get("type").and_then(Value::as_str) != Some("TemplateProcessing") {
+        return Ok(());
+    }
+    let pieces = node.get("single").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    if pieces.iter().filter(|piece| piece.get("Sequence").is_some()).count() != 1 {
+        return Err("its post_processor leaves the text out or repeats it".to_owned());
+    }
+    let special = |piece: &Value| {
+        let name = piece.pointer("/SpecialToken/id").and_then(Value::as_str)?;
+        Some(node.get("special_tokens")?.get(name)?.get("ids")?.as_array()?.len())
+    };
+    let added = pieces.iter().filter_map(special).fold(0usize, usize::saturating_add);
+    if added > MOST_AROUND {
+        return Err(format!("its post_processor puts {added} tokens around a text, more than {MOST_AROUND}"));
     }
     Ok(())
 }

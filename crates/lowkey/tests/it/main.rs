@@ -18,4 +18,5 @@ mod output;
 mod reference;
 mod resume;
 mod tasks;
+mod text;
 mod tidy;
