@@ -7,11 +7,14 @@ use serde::Serialize;
 /// Resamples of the seeds.
 const RESAMPLES: usize = 400;
 
+/// Fewer seeds than this, drawn anew, say next to nothing of what others would do.
+const LEAST_SEEDS: usize = 3;
+
 /// Exponents that are tried, from this to 2^6 times it, in steps of 2^(1/16).
 const LEAST_EXPONENT: f64 = 0.0625;
 const EXPONENTS: i32 = 6 * 16;
 
-/// A fitted power law with 95 % intervals from a bootstrap over seeds.
+/// A fitted power law, with 95 % intervals from a bootstrap over three seeds or more.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PowerLaw {
     /// L∞, the loss that no rank goes below.
@@ -20,10 +23,12 @@ pub struct PowerLaw {
     pub factor: f64,
     /// α.
     pub exponent: f64,
-    /// Interval of L∞.
-    pub floor_interval: (f64, f64),
-    /// Interval of α.
-    pub exponent_interval: (f64, f64),
+    /// Seeds that it was fitted to.
+    pub seeds: usize,
+    /// Interval of L∞; absent for fewer than three seeds, and where many a resample follows no law.
+    pub floor_interval: Option<(f64, f64)>,
+    /// Interval of α, where that of L∞ is there.
+    pub exponent_interval: Option<(f64, f64)>,
 }
 
 impl PowerLaw {
@@ -39,6 +44,17 @@ impl PowerLaw {
         };
         let all: Vec<usize> = (0..losses.len()).collect();
         let [floor, factor, exponent] = fit(ranks, &mean(&all))?;
+        let law = |floor_interval, exponent_interval| Self {
+            floor,
+            factor,
+            exponent,
+            seeds: losses.len(),
+            floor_interval,
+            exponent_interval,
+        };
+        if losses.len() < LEAST_SEEDS {
+            return Some(law(None, None));
+        }
         let mut random = ChaCha8Rng::seed_from_u64(0);
         let resampled: Vec<[f64; 3]> = (0..RESAMPLES)
             .filter_map(|_| {
@@ -46,14 +62,17 @@ impl PowerLaw {
                 fit(ranks, &mean(&chosen))
             })
             .collect();
-        let interval = |part: usize, value: f64| {
+        let interval = |part: usize| {
+            // What follows no law lies outside of any interval, and nobody knows on which side.
+            if (resampled.len() as f64) < 0.95 * RESAMPLES as f64 {
+                return None;
+            }
             let mut values: Vec<f64> = resampled.iter().map(|found| found[part]).collect();
             values.sort_by(f64::total_cmp);
-            let at = |share: f64| values.get((values.len() as f64 * share) as usize).copied().unwrap_or(value);
-            (at(0.025), at(0.975))
+            let at = |share: f64| values.get((values.len() as f64 * share) as usize).copied();
+            Some((at(0.025)?, at(0.975)?))
         };
-        let (floor_interval, exponent_interval) = (interval(0, floor), interval(2, exponent));
-        Some(Self { floor, factor, exponent, floor_interval, exponent_interval })
+        Some(law(interval(0), interval(2)))
     }
 
     /// L(r).
@@ -107,12 +126,25 @@ mod tests {
             .filter(|_| {
                 let mut seed = || ranks.iter().map(|rank| law(*rank) + noise.sample(&mut random)).collect::<Vec<f64>>();
                 let losses: Vec<Vec<f64>> = (0..8).map(|_| seed()).collect();
-                let (low, high) = PowerLaw::of(&ranks, &losses).unwrap().exponent_interval;
+                let (low, high) = PowerLaw::of(&ranks, &losses).unwrap().exponent_interval.unwrap();
                 low <= 0.5 + 0.01 && 0.5 - 0.01 <= high
             })
             .count();
         // A bootstrap over eight seeds holds somewhat less than 95 %.
         assert!(held >= 48, "{held} of 60");
+    }
+
+    #[test]
+    fn one_seed_gives_no_interval() {
+        let ranks = [4.0, 8.0, 16.0, 32.0];
+        let losses =
+            |seed: u64| -> Vec<f64> { ranks.iter().map(|r: &f64| 0.3 + r.powf(-0.5) + 1e-3 * seed as f64).collect() };
+        for seeds in 1..=2 {
+            let law = PowerLaw::of(&ranks, &(0..seeds).map(losses).collect::<Vec<_>>()).unwrap();
+            assert_eq!((law.seeds, law.floor_interval, law.exponent_interval), (seeds as usize, None, None));
+        }
+        let law = PowerLaw::of(&ranks, &(0..3).map(losses).collect::<Vec<_>>()).unwrap();
+        assert!(law.floor_interval.is_some_and(|(low, high)| low < law.floor && law.floor < high), "{law:?}");
     }
 
     #[test]

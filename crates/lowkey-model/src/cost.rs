@@ -62,26 +62,21 @@ impl ModelConfig {
         cut * self.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
     }
 
-    /// Passes over a batch that a training step takes: one, and up to two more for a model of which prefixes of the latent are
-    /// trained as well.
-    pub fn train_passes(&self) -> usize {
-        1 + self.elastic_ranks().len().min(2)
-    }
-
-    /// Floating-point operations to train on one token, in all passes, at sequence length `seq`: forward and backward (3×) of every matrix
-    /// product, the output head included, two operations per multiply-add. Attention counts `seq` keys per query, although
+    /// Floating-point operations of one training pass over one token at sequence length `seq`: forward and backward (3×) of every
+    /// matrix product, the output head included, two operations per multiply-add. Attention counts `seq` keys per query, although
     /// the causal half is masked: the convention of published MFU figures (PaLM, arXiv 2204.02311, appendix B).
-    pub fn train_flops_per_token(&self, seq: usize) -> f64 {
-        let passes = self.train_passes() as f64;
-        6.0 * passes * (self.matrix_weights() + self.attention_products(seq)) as f64
+    ///
+    /// How many passes a step takes is the run's to say: where prefixes of the latent are trained, too, each of theirs counts as
+    /// much as the whole width's.
+    pub fn pass_flops_per_token(&self, seq: usize) -> f64 {
+        6.0 * (self.matrix_weights() + self.attention_products(seq)) as f64
     }
 
     /// The same with only the half of the attention that causality leaves: each of `seq` queries sees (seq + 1)/2 keys on
     /// average, counted as seq/2. What a kernel that skips the masked half has to compute, and what measurements of speed are
-    /// reported in; [`ModelConfig::train_flops_per_token`] counts the full square and is larger.
-    pub fn causal_train_flops_per_token(&self, seq: usize) -> f64 {
-        let passes = self.train_passes() as f64;
-        6.0 * passes * (self.matrix_weights() as f64 + self.attention_products(seq) as f64 / 2.0)
+    /// reported in; [`ModelConfig::pass_flops_per_token`] counts the full square and is larger.
+    pub fn causal_pass_flops_per_token(&self, seq: usize) -> f64 {
+        6.0 * (self.matrix_weights() as f64 + self.attention_products(seq) as f64 / 2.0)
     }
 
     /// Floating-point operations of one forward pass per token at `context` keys.

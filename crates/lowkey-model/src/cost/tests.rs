@@ -40,6 +40,6 @@ fn operations_grow_with_the_context_by_the_attention_alone() {
     // Two layers, three heads, N + R + V = 18 multiply-adds per pair, two operations each; training is three times that.
     let per_key = 2.0 * 2.0 * 3.0 * 18.0;
     assert_eq!(config.forward_flops_per_token(11) - config.forward_flops_per_token(10), per_key);
-    assert_eq!(config.train_flops_per_token(10), 3.0 * config.forward_flops_per_token(10));
-    assert_eq!(config.train_flops_per_token(10), config.causal_train_flops_per_token(20));
+    assert_eq!(config.pass_flops_per_token(10), 3.0 * config.forward_flops_per_token(10));
+    assert_eq!(config.pass_flops_per_token(10), config.causal_pass_flops_per_token(20));
 }
