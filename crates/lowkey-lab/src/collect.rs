@@ -75,6 +75,7 @@ impl Expanded {
         } else {
             (objections(out, self)?, builds(&collected).into_iter().collect::<Vec<_>>())
         };
+        notes.extend(self.far_apart());
         objections.extend(self.other_settings(&collected)?);
         self.texts(&collected, &mut objections, &mut notes);
         Ok(Study {
@@ -92,6 +93,19 @@ impl Expanded {
             objections,
             notes,
         })
+    }
+
+    /// Arms that could not be made equal to the baseline in what was to be equal.
+    fn far_apart(&self) -> Option<String> {
+        /// Of the baseline's, relative.
+        const MOST: f64 = 0.05;
+        let unmatched = |name: &str| self.experiment.arms.iter().any(|arm| arm.name == name && arm.unmatched);
+        let far = |arm: &crate::study::Arm| {
+            let mismatch = arm.mismatch.filter(|mismatch| mismatch.abs() > MOST && !unmatched(&arm.name))?;
+            Some(format!("{} ({:+.1} %)", arm.name, mismatch * 100.0))
+        };
+        let far: Vec<String> = self.arms.iter().filter_map(far).collect();
+        (!far.is_empty()).then(|| format!("Not equal to the baseline in what was to be matched: {}.", several(&far)))
     }
 
     /// Runs that were made with other settings than the experiment and its run file now say.

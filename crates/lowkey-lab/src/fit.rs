@@ -33,7 +33,8 @@ pub struct PowerLaw {
 
 impl PowerLaw {
     /// Fits the means over seeds by least squares; `losses[seed][i]` belongs to `ranks[i]`, the same seeds at all ranks. `None` for
-    /// fewer than four ranks, which three parameters fit exactly, or where the loss does not fall with the rank.
+    /// fewer than four ranks, which three parameters fit exactly, where the loss does not fall with the rank, or where the best
+    /// exponent is the first or the last of those that are tried, so that better ones may lie beyond.
     pub fn of(ranks: &[f64], losses: &[Vec<f64>]) -> Option<Self> {
         if ranks.len() < 4 || losses.is_empty() || ranks.iter().any(|rank| *rank <= 0.0) {
             return None;
@@ -44,6 +45,9 @@ impl PowerLaw {
         };
         let all: Vec<usize> = (0..losses.len()).collect();
         let [floor, factor, exponent] = fit(ranks, &mean(&all))?;
+        if exponent <= tried(0) || exponent >= tried(EXPONENTS) {
+            return None;
+        }
         let law = |floor_interval, exponent_interval| Self {
             floor,
             factor,
@@ -81,13 +85,18 @@ impl PowerLaw {
     }
 }
 
+/// An exponent of those that are tried.
+fn tried(step: i32) -> f64 {
+    LEAST_EXPONENT * 2f64.powf(f64::from(step) / 16.0)
+}
+
 /// L∞, a and α of least squares: for each α the other two are a straight line's.
 fn fit(ranks: &[f64], losses: &[f64]) -> Option<[f64; 3]> {
     let n = ranks.len() as f64;
     let mean_loss = losses.iter().sum::<f64>() / n;
     let mut best: Option<(f64, [f64; 3])> = None;
     for step in 0..=EXPONENTS {
-        let exponent = LEAST_EXPONENT * 2f64.powf(f64::from(step) / 16.0);
+        let exponent = tried(step);
         let powers: Vec<f64> = ranks.iter().map(|rank| rank.powf(-exponent)).collect();
         let mean_power = powers.iter().sum::<f64>() / n;
         let (mut both, mut square) = (0.0, 0.0);
@@ -152,5 +161,7 @@ mod tests {
         assert_eq!(PowerLaw::of(&[1.0, 2.0, 3.0], &[vec![3.0, 2.0, 1.0]]), None);
         assert_eq!(PowerLaw::of(&[1.0, 2.0, 3.0, 4.0], &[]), None);
         assert_eq!(PowerLaw::of(&[1.0, 2.0, 4.0, 8.0], &[vec![1.0, 2.0, 3.0, 4.0]]), None);
+        // A cliff, which the steepest exponent that is tried fits best and no exponent well.
+        assert_eq!(PowerLaw::of(&[8.0, 12.0, 16.0, 20.0], &[vec![0.34, 0.001, 0.0009, 0.0008]]), None);
     }
 }
