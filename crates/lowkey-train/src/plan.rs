@@ -63,10 +63,16 @@ impl Plan {
             cache_bytes_latent: model.cache_numbers() * CACHE_BYTES,
             tokens_per_step,
             tokens,
-            train_bytes: model.train_bytes(config.rows_of_a_pass(), seq, config.threads(), config.training.recompute),
+            train_bytes: train_bytes(config, model, config.threads()),
             flops,
             matmul_flops_per_s,
             seconds: flops / (matmul_flops_per_s * EXPECTED_MFU),
         }
     }
+}
+
+/// Estimated peak bytes of a run on so many threads of one device.
+pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usize) -> usize {
+    let (rows, seq, recompute) = (config.rows_of_a_pass(), config.data.seq_len, config.training.recompute);
+    model.train_bytes(rows, seq, threads, recompute, config.training.batch_size)
 }
