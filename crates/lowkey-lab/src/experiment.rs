@@ -244,6 +244,10 @@ impl Experiment {
             return Some(why);
         }
         let matching = self.matching.as_ref()?;
+        if matching.with == "model.vocab_size" {
+            // Rows that no text uses would be parameters in name only.
+            return Some("match.with = \"model.vocab_size\": it belongs to the tokenizer, and not to an arm".into());
+        }
         if !(1..=MOST_MATCHED).contains(&matching.multiple_of) {
             return Some(format!("match.multiple_of = {}: from 1 to {MOST_MATCHED}", matching.multiple_of));
         }

@@ -242,7 +242,7 @@ fn arms_on_other_text_are_not_compared() {
     let verdict = json(&arguments)["verdict"].to_string();
     assert!(verdict.contains("No verdict: runs were trained on different text: "), "{verdict}");
     assert!(verdict.contains("kv_lora_rank-2/seed-1, kv_lora_rank-2/seed-2 ("), "{verdict}");
-    assert!(!verdict.contains("against mha"), "{verdict}");
+    assert!(!verdict.contains("against mha:"), "{verdict}");
     // Back on the one text it is compared again. What another version of lowkey made is, too, and that is said.
     fs::write(&book, BOOK).unwrap();
     fs::remove_dir_all(runs.join("kv_lora_rank-2")).unwrap();
@@ -252,7 +252,7 @@ fn arms_on_other_text_are_not_compared() {
     made["commit"] = "0000000".into();
     fs::write(&environment, made.to_string()).unwrap();
     let verdict = json(&arguments)["verdict"].to_string();
-    assert!(verdict.contains("against mha") && !verdict.contains("No verdict"), "{verdict}");
+    assert!(verdict.contains("against mha:") && !verdict.contains("No verdict"), "{verdict}");
     assert!(verdict.contains("made by different versions") && verdict.contains("(0000000): 1"), "{verdict}");
     // An evaluation that holds no loss is none, and its run is not finished.
     for empty in ["", "{}", "[1]"] {
