@@ -45,6 +45,7 @@ mod train;
 mod workers;
 
 pub use checkpoint::{Checkpoints, TrainerState};
+pub use elastic::Passes;
 pub use error::{Error, Result};
 pub use evaluate::{ClassEvaluation, Evaluation, Held, LatentHealth, RankEvaluation, evaluate};
 pub use loss_scale::LossScale;

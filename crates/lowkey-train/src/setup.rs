@@ -262,8 +262,8 @@ fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig)
 
 /// Refuses a run that this machine cannot hold, before an allocation fails and takes the process with it.
 pub(crate) fn check_memory(config: &RunConfig, model: &ModelConfig, replicas: usize) -> Result<()> {
-    let (rows, seq, threads) = (config.rows_of_a_pass(), config.data.seq_len, config.threads());
-    let needed = replicas * model.train_bytes(rows, seq, threads.div_ceil(replicas), config.training.recompute);
+    let each = crate::plan::train_bytes(config, model, config.threads().div_ceil(replicas));
+    let needed = replicas.saturating_mul(each);
     let lower = "the model's sizes, training.micro_batch_size or data.seq_len";
     check_bytes("training", needed, lower, model)
 }
