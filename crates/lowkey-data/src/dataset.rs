@@ -234,8 +234,8 @@ impl DatasetConfig {
     /// A text file as it is: bytes, the last tenth held out.
     pub fn from_text_file(path: &Path) -> Result<Self> {
         if !path.is_file() {
-            let source = std::io::Error::new(std::io::ErrorKind::NotFound, "there is no such file");
-            return Err(Error::Io { action: "open", path: path.to_path_buf(), source });
+            let reason = std::io::Error::new(std::io::ErrorKind::NotFound, "there is no such file");
+            return Err(Error::io("open", path)(reason));
         }
         let Some(text) = path.to_str() else {
             let message = "the path is not UTF-8; rename the file".to_owned();

@@ -88,7 +88,7 @@ fn jsonl(path: &Path, field: &str) -> Result<Documents> {
             let length = match reader.read_until(b'\n', &mut line) {
                 Ok(0) => return None,
                 Ok(length) => length as u64,
-                Err(source) => return Some(Err(Error::Io { action: "read", path: path.clone(), source })),
+                Err(reason) => return Some(Err(Error::io("read", &path)(reason))),
             };
             number += 1;
             let start = offset;

@@ -11,14 +11,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused a file operation.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {reason}", path.display())]
     Io {
         /// What was attempted, as a verb: "read", "write", "open".
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// The reason.
-        source: io::Error,
+        /// The reason. It stands in the message, hence is no source that a chain would print again.
+        reason: io::Error,
     },
     /// A dataset file does not parse, or a key's value cannot be used.
     #[error("{}: {message}", path.display())]
@@ -135,7 +135,7 @@ pub enum Error {
 impl Error {
     /// Wraps an I/O error with the action and the path that it lacks.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { action, path: path.to_path_buf(), source }
+        move |reason| Self::Io { action, path: path.to_path_buf(), reason }
     }
 
     /// A tokenizer error.

@@ -4,9 +4,9 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use atomic_write_file::AtomicWriteFile;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::write_file;
 use crate::error::{Error, Result};
 use crate::evaluate::Evaluation;
 
@@ -116,29 +116,25 @@ pub struct MetricsFile {
 
 impl MetricsFile {
     /// Opens the file for a run that continues at `step`: lines of later steps, which a killed process wrote after its
-    /// last checkpoint, and a line cut short are dropped.
+    /// last checkpoint, and what is no line of metrics (cut short, or damaged) are dropped.
     ///
     /// # Errors
     /// [`Error::Io`] where the file cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
-        let fail = |source| Error::io(path, source);
-        let old = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+        let fail = |reason| Error::io(path, reason);
+        let old = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(fail(e)),
         };
-        let kept: String = old
-            .lines()
-            .filter(|line| serde_json::from_str::<Metrics>(line).is_ok_and(|metrics| metrics.step <= step))
-            .flat_map(|line| [line, "\n"])
+        let kept: Vec<u8> = lines(&old)
+            .filter(|(_, metrics)| metrics.step <= step)
+            .flat_map(|(line, _)| [line, b"\n"])
+            .flatten()
+            .copied()
             .collect();
         if kept != old || old.is_empty() {
-            let rewrite = || {
-                let mut file = AtomicWriteFile::open(path)?;
-                file.write_all(kept.as_bytes())?;
-                file.commit()
-            };
-            rewrite().map_err(fail)?;
+            write_file(path, &kept)?;
         }
         let file = OpenOptions::new().append(true).open(path).map_err(fail)?;
         Ok(Self { path: path.to_path_buf(), file })
@@ -156,12 +152,29 @@ impl MetricsFile {
     }
 }
 
+/// The lines of a file that are metrics.
+fn lines(bytes: &[u8]) -> impl Iterator<Item = (&[u8], Metrics)> {
+    bytes.split(|byte| *byte == b'\n').filter_map(|line| Some((line, serde_json::from_slice(line).ok()?)))
+}
+
+/// The last step that a `metrics.jsonl` tells of; none where there is no such file, or nothing in it.
+///
+/// # Errors
+/// [`Error::Io`] where the file cannot be read.
+pub(crate) fn last_step(path: &Path) -> Result<Option<u64>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(lines(&bytes).map(|(_, metrics)| metrics.step).max()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(path, e)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn reopening_drops_later_and_broken_lines() {
+    fn reopening_drops_later_lines_and_what_is_no_line_of_metrics() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
         let mut file = MetricsFile::open(&path, 0).unwrap();
@@ -170,7 +183,8 @@ mod tests {
         }
         drop(file);
         let mut raw = OpenOptions::new().append(true).open(&path).unwrap();
-        raw.write_all(b"{\"step\":6,\"tok").unwrap();
+        raw.write_all(b"\xff\xfe no text\n{\"step\":6,\"tok").unwrap();
+        assert_eq!(last_step(&path).unwrap(), Some(5));
         let mut file = MetricsFile::open(&path, 3).unwrap();
         file.write(&Metrics { step: 4, train_loss: 40.0, ..Metrics::default() }).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();

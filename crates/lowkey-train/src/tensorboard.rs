@@ -41,7 +41,7 @@ struct Scalar {
     simple_value: f32,
 }
 
-/// `START` with a step tells TensorBoard to drop what an earlier, killed process wrote from that step on.
+/// `START` with a step tells TensorBoard to drop what an earlier, killed process wrote from that step on, the step itself included.
 #[derive(Clone, PartialEq, Message)]
 struct SessionLog {
     #[prost(int32, tag = "1")]
@@ -58,7 +58,7 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Starts a new event file in `dir` for a run that begins at `step`.
+    /// Starts a new event file in `dir` for a run that goes on after `step`, whose own scalars stay.
     ///
     /// # Errors
     /// [`Error::Io`] where the file cannot be created.
@@ -72,7 +72,7 @@ impl EventWriter {
         let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::io(&path, e))?;
         let mut writer = Self { path, file };
         writer.write(&Event { file_version: Some("brain.Event:2".into()), ..writer.event(0) })?;
-        writer.write(&Event { session_log: Some(SessionLog { status: SESSION_START }), ..writer.event(step) })?;
+        writer.write(&Event { session_log: Some(SessionLog { status: SESSION_START }), ..writer.event(step + 1) })?;
         Ok(writer)
     }
 
@@ -132,13 +132,13 @@ mod tests {
     }
 
     #[test]
-    fn scalars_come_back() {
+    fn scalars_come_back_and_those_of_the_step_gone_on_after_stay() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = EventWriter::create(dir.path(), 40).unwrap();
         writer.scalars(41, &[("train_loss", 2.5), ("lr", 0.125)]).unwrap();
         let events = read(&writer.path);
         assert_eq!(events[0].file_version.as_deref(), Some("brain.Event:2"));
-        assert_eq!((events[1].step, events[1].session_log.as_ref().unwrap().status), (40, SESSION_START));
+        assert_eq!((events[1].step, events[1].session_log.as_ref().unwrap().status), (41, SESSION_START));
         let summary = events[2].summary.as_ref().unwrap();
         assert_eq!(events[2].step, 41);
         assert_eq!(summary.value[0], Scalar { tag: "train_loss".into(), simple_value: 2.5 });
