@@ -46,12 +46,28 @@ pub struct TrainerState {
     /// The lowest held-out loss so far, and the step it was measured at.
     #[serde(default)]
     pub best: Option<(u64, f64)>,
+    /// `eval.batches` that it was measured with: other losses cannot be compared with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<usize>,
+    /// Checksum of the held-out text that it was measured on; absent where nothing is held out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<String>,
+    /// Nothing is held out that could tell a better checkpoint from a worse one: the newest is the best.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub newest_is_best: bool,
     /// The factor on the loss, where products are computed in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
     /// Kernels chosen by measurement, on a GPU: a resumed run takes the same ones.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub kernels: BTreeMap<String, String>,
+}
+
+impl TrainerState {
+    /// The step of the checkpoint that `best` points to.
+    fn best_step(&self) -> Option<u64> {
+        if self.newest_is_best { Some(self.step) } else { self.best.map(|(step, _)| step) }
+    }
 }
 
 /// The checkpoints of one run.
@@ -123,7 +139,7 @@ impl Checkpoints {
     /// # Errors
     /// [`Error::Io`] where the folder cannot be changed.
     pub fn settle(&self, state: &TrainerState) -> Result<()> {
-        let best = state.best.map(|(step, _)| step);
+        let best = state.best_step();
         if let Some(step) = best {
             self.point_best(&step_name(step))?;
         }
@@ -205,6 +221,16 @@ impl Checkpoints {
     }
 }
 
+/// Loads the trainer's state without the optimiser's.
+///
+/// # Errors
+/// [`Error::File`] where it is none.
+pub(crate) fn load_trainer(dir: &Path) -> Result<TrainerState> {
+    let path = dir.join(TRAINER);
+    let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+    serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not a trainer's state: {e}")))
+}
+
 /// Loads the trainer's state and, in the order of `parameters`, the optimiser's states, each of the kind of `kinds`.
 ///
 /// # Errors
@@ -215,10 +241,7 @@ pub fn load_state(
     kinds: &[ParameterState],
     device: &Device,
 ) -> Result<(TrainerState, Vec<ParameterState>)> {
-    let path = dir.join(TRAINER);
-    let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-    let state: TrainerState =
-        serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not a trainer's state: {e}")))?;
+    let state = load_trainer(dir)?;
     let path = dir.join(OPTIMIZER);
     let bytes = fs::read(&path).map_err(|e| Error::io(&path, e))?;
     let tensors = SafeTensors::deserialize(&bytes)
@@ -281,8 +304,10 @@ fn steps(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found: Vec<(u64, PathBuf)> = entries(dir)?
         .into_iter()
         .filter_map(|path| {
-            let step = path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
-            Some((step, path))
+            let name = path.file_name()?.to_str()?;
+            let step = name.strip_prefix("step-")?.parse().ok()?;
+            // Something else may look like a checkpoint.
+            (name == step_name(step)).then_some((step, path))
         })
         .collect();
     found.sort();

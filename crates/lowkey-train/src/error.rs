@@ -107,6 +107,9 @@ pub enum Error {
         /// The operating system's reason. It stands in the message, hence is no source that a chain would print again.
         reason: std::io::Error,
     },
+    /// A file or folder could not be written, or is not lowkey's to write.
+    #[error(transparent)]
+    Files(#[from] lowkey_files::Error),
     /// The model could not be built, loaded or saved.
     #[error(transparent)]
     Model(#[from] lowkey_model::Error),

@@ -1,12 +1,11 @@
 //! `metrics.jsonl`: one JSON object per line, the only thing that tools read of a run.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::write_file;
 use crate::error::{Error, Result};
 use crate::evaluate::Evaluation;
 
@@ -119,14 +118,9 @@ impl MetricsFile {
     /// last checkpoint, and what is no line of metrics (cut short, or damaged) are dropped.
     ///
     /// # Errors
-    /// [`Error::Io`] where the file cannot be read or written.
+    /// [`Error::Io`] and [`Error::Files`] where the file cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
-        let fail = |reason| Error::io(path, reason);
-        let old = match std::fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            Err(e) => return Err(fail(e)),
-        };
+        let old = read(path)?.unwrap_or_default();
         let kept: Vec<u8> = lines(&old)
             .filter(|(_, metrics)| metrics.step <= step)
             .flat_map(|(line, _)| [line, b"\n"])
@@ -134,9 +128,9 @@ impl MetricsFile {
             .copied()
             .collect();
         if kept != old || old.is_empty() {
-            write_file(path, &kept)?;
+            lowkey_files::write(path, &kept)?;
         }
-        let file = OpenOptions::new().append(true).open(path).map_err(fail)?;
+        let file = lowkey_files::append(path)?;
         Ok(Self { path: path.to_path_buf(), file })
     }
 
@@ -157,20 +151,40 @@ fn lines(bytes: &[u8]) -> impl Iterator<Item = (&[u8], Metrics)> {
     bytes.split(|byte| *byte == b'\n').filter_map(|line| Some((line, serde_json::from_slice(line).ok()?)))
 }
 
-/// The last step that a `metrics.jsonl` tells of; none where there is no such file, or nothing in it.
+/// The file, of whatever length; none where there is none.
+fn read(path: &Path) -> Result<Option<Vec<u8>>> {
+    match lowkey_files::read(path, u64::MAX) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.is_missing() => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// What a `metrics.jsonl` tells of the run that wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Told {
+    /// The last step.
+    pub(crate) last: u64,
+    /// The first step that was followed by an evaluation.
+    pub(crate) measured: Option<u64>,
+}
+
+/// What a `metrics.jsonl` tells; none where there is no such file, or no step in it.
 ///
 /// # Errors
-/// [`Error::Io`] where the file cannot be read.
-pub(crate) fn last_step(path: &Path) -> Result<Option<u64>> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(lines(&bytes).map(|(_, metrics)| metrics.step).max()),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io(path, e)),
-    }
+/// [`Error::Files`] where the file cannot be read.
+pub(crate) fn told(path: &Path) -> Result<Option<Told>> {
+    let Some(bytes) = read(path)? else { return Ok(None) };
+    let measured =
+        lines(&bytes).filter(|(_, metrics)| metrics.val_loss.is_some()).map(|(_, metrics)| metrics.step).min();
+    let last = lines(&bytes).map(|(_, metrics)| metrics.step).max();
+    Ok(last.map(|last| Told { last, measured }))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
+
     use super::*;
 
     #[test]
@@ -184,7 +198,7 @@ mod tests {
         drop(file);
         let mut raw = OpenOptions::new().append(true).open(&path).unwrap();
         raw.write_all(b"\xff\xfe no text\n{\"step\":6,\"tok").unwrap();
-        assert_eq!(last_step(&path).unwrap(), Some(5));
+        assert_eq!(told(&path).unwrap(), Some(Told { last: 5, measured: None }));
         let mut file = MetricsFile::open(&path, 3).unwrap();
         file.write(&Metrics { step: 4, train_loss: 40.0, ..Metrics::default() }).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();

@@ -9,6 +9,7 @@ use lowkey_data::{
     validation_batches,
 };
 
+use crate::checkpoint::TrainerState;
 use crate::error::{Error, Result};
 use crate::evaluate::Held;
 use crate::run_config::DataSection;
@@ -22,8 +23,12 @@ pub struct RunData {
     pub vocab_size: usize,
     /// Where training batches come from.
     pub train: TrainSource,
-    /// All of the held-out split.
+    /// The held-out split, or what of it is measured.
     pub held: Held,
+    /// Checksum of the whole of it.
+    held_out: String,
+    /// Tokens in the held-out documents, and how long a document may be where some were cut.
+    cut: Option<(usize, usize)>,
     /// Name of the dataset.
     pub name: String,
 }
@@ -95,7 +100,7 @@ pub fn prepared_dir(
 /// Prepares the tokens, or opens them where they lie prepared. Held-out text comes in batches of `rows` sequences.
 ///
 /// # Errors
-/// [`Error::Data`] from the reader, the tokenizer or the disk; [`Error::File`] where a split is empty.
+/// [`Error::Data`] from the reader, the tokenizer or the disk.
 pub fn open(
     dataset: &DatasetConfig,
     section: &DataSection,
@@ -106,28 +111,28 @@ pub fn open(
 ) -> Result<RunData> {
     let Prepared { tokenizer, train, validation, .. } = prepare(dataset, dir, tokenizer, progress)?;
     let packing = section.packing.unwrap_or(if train.documents() > 1 { Packing::Documents } else { Packing::Stream });
+    let mut cut = None;
     let held = match oracle_documents(dataset, &tokenizer, usize::MAX)? {
-        // What a document's beginning is made of does not depend on its end, so a part has its own entropy.
-        Some(documents) => Held::Documents(documents.into_iter().map(|d| cropped(d, section.seq_len + 1)).collect()),
+        Some(documents) => {
+            let most = section.seq_len + 1;
+            if documents.iter().any(|document| document.ids.len() > most) {
+                cut = Some((documents.iter().map(|document| targets(&document.ids)).sum(), most));
+            }
+            // What a document's beginning is made of does not depend on its end, so a part has its own entropy.
+            Held::Documents(documents.into_iter().map(|d| cropped(d, most)).collect())
+        }
         None => {
             let batches = validation_batches(&validation, section.seq_len, rows, None, packing, section.mask_documents);
             Held::Batches(batches.collect())
         }
     };
-    let empty = match &held {
-        Held::Batches(batches) => batches.is_empty(),
-        Held::Documents(documents) => documents.is_empty(),
-        Held::Examples(_) => false,
-    };
-    if empty {
-        let why = "holds too little text for a held-out split; raise split.validation_fraction or add text";
-        return Err(Error::file(&dataset.origin, why));
-    }
     Ok(RunData {
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer),
         train: TrainSource::Shard(Arc::new(train), packing),
         held,
+        held_out: validation.checksum(),
+        cut,
         name: dataset.name.clone(),
     })
 }
@@ -142,6 +147,9 @@ pub fn open_task(corpus: TaskCorpus, name: &str, section: &DataSection, rows: us
         tokenizer: corpus.tokenizer().cloned(),
         vocab_size: corpus.width(),
         held: Held::Examples(corpus.held(layout, rows)),
+        // A task's fingerprint covers its held-out examples.
+        held_out: corpus.fingerprint(),
+        cut: None,
         train: TrainSource::Task(Arc::new(corpus)),
         name: name.to_owned(),
     })
@@ -159,6 +167,11 @@ fn layout(corpus: &TaskCorpus, section: &DataSection) -> Result<RowLayout> {
         return Err(Error::config("data.packing", "stream", why));
     }
     Ok(RowLayout { seq_len: section.seq_len, mask_documents: section.mask_documents })
+}
+
+/// How many tokens of a document are predicted: the first has nothing before it.
+fn targets(ids: &[u32]) -> usize {
+    ids.len().saturating_sub(1)
 }
 
 /// The first `len` tokens of a document.
@@ -194,6 +207,47 @@ impl RunData {
             TrainSource::Shard(shard, _) => shard.checksum(),
             TrainSource::Task(corpus) => corpus.fingerprint(),
         }
+    }
+}
+
+impl RunData {
+    /// What a run's figures on held-out text must be measured on throughout: its checksum; none where nothing is held out.
+    pub fn held_checksum(&self) -> Option<String> {
+        (!self.held.is_empty()).then(|| self.held_out.clone())
+    }
+
+    /// What of the held-out split is measured at the end of a run, in words.
+    pub fn held_part(&self) -> String {
+        match (self.cut, &self.held) {
+            (Some((all, most)), Held::Documents(documents)) => {
+                let measured: usize = documents.iter().map(|document| targets(&document.ids)).sum();
+                format!(
+                    "the first {most} tokens (data.seq_len + 1) of each held-out document, {measured} of {all} tokens to predict"
+                )
+            }
+            _ => "the whole held-out split".into(),
+        }
+    }
+}
+
+/// Refuses to go on with a run on other data than it began with.
+///
+/// # Errors
+/// [`Error::File`] naming the dataset.
+pub(crate) fn check_same(begun: &TrainerState, train: &str, held: Option<&str>, dataset: &DatasetConfig) -> Result<()> {
+    let refuse = |what: &str| {
+        let why = format!(
+            "the {what} are not those this run began with; restore the text, or start a new run with --out DIR"
+        );
+        Err(Error::file(&dataset.origin, why))
+    };
+    if begun.data != train {
+        return refuse("training tokens");
+    }
+    match &begun.held_out {
+        Some(then) if Some(then.as_str()) != held => refuse("held-out tokens"),
+        // Checkpoints did not always say it.
+        _ => Ok(()),
     }
 }
 

@@ -93,9 +93,23 @@ pub struct Setup {
 /// # Errors
 /// Everything that is wrong with the run file, the corpus or the model directory of `[init]`.
 pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(Event)) -> Result<Setup> {
+    setup_run(config, options, None, observe)
+}
+
+/// [`setup`] for a run that may have `begun`: with other data than it began with it does not go on, and its own stay as they are.
+pub(crate) fn setup_run(
+    config: &RunConfig,
+    options: &RunOptions,
+    begun: Option<&TrainerState>,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Setup> {
     let dataset = run_data::dataset(&config.data, &options.run_file)?;
     if let Some(corpus) = TaskCorpus::new(&dataset)? {
-        return task_setup(config, &dataset, corpus);
+        let setup = task_setup(config, &dataset, corpus)?;
+        if let Some(begun) = begun {
+            run_data::check_same(begun, &setup.data.checksum(), setup.data.held_checksum().as_deref(), &dataset)?;
+        }
+        return Ok(setup);
     }
     let own_tokenizer = match &config.init {
         Some(init) => Some(Tokenizer::from_model_dir(&init.from)?),

@@ -52,7 +52,7 @@ pub(crate) enum Command {
     /// Measure a model's loss, bits per byte and, where it is known, the gap to the true entropy
     #[command(after_help = "Examples:\n  \
         lowkey eval runs/quickstart/checkpoints/best --data datasets/storybook.toml\n  \
-        lowkey eval MODEL --data my.txt --split all --json\n  \
+        lowkey eval MODEL --data my.txt --json\n  \
         lowkey eval runs/elastic/checkpoints/best --data datasets/storybook.toml --kv-rank 16")]
     Eval(EvalArguments),
     /// Write an inference-ready checkpoint with a certificate that it is the same model
@@ -223,9 +223,9 @@ pub(crate) struct EvalArguments {
     /// A dataset file (.toml) or a text file
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
-    /// The held-out split, or all of the text
-    #[arg(long, default_value = "validation", value_parser = ["validation", "all"])]
-    pub(crate) split: String,
+    /// The held-out split, or all of the text [default: validation of a dataset file, all of a text file]
+    #[arg(long, value_parser = ["validation", "all"])]
+    pub(crate) split: Option<String>,
     /// Tokens per sequence [default: the model's longest, at most 2048]
     #[arg(long, value_name = "N")]
     pub(crate) seq_len: Option<usize>,

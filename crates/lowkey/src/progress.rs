@@ -40,12 +40,9 @@ impl View {
             }
             Event::Step(metrics) => self.step(metrics),
             Event::Evaluated { step, evaluation } => self.line(&evaluation_line(step, evaluation)),
-            Event::Finished(evaluation) => {
+            Event::Finished { evaluation, on } => {
                 self.clear();
-                self.line(&format!(
-                    "\nall steps taken; on the whole held-out split:\n{}",
-                    evaluation_table(evaluation)
-                ));
+                self.line(&format!("\nall steps taken; on {on}:\n{}", evaluation_table(evaluation)));
             }
             Event::Sample { prompt, text } => self.line(&indented(prompt, text)),
             Event::Saved { path, best } => {

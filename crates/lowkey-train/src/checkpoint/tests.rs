@@ -45,8 +45,7 @@ fn state(step: u64, best: Option<u64>) -> TrainerState {
         time_s: 1.5,
         data: "abc".into(),
         best: best.map(|step| (step, 1.25)),
-        loss_scale: None,
-        kernels: Default::default(),
+        ..TrainerState::default()
     }
 }
 

@@ -5,6 +5,9 @@ use std::path::Path;
 use super::RunConfig;
 use crate::error::{Error, Result};
 
+/// Far more than any run file needs, in bytes.
+const LARGEST: u64 = 16 << 20;
+
 /// Keys whose value is a text. What stands behind `=` is that text, whether or not it would also be a number, a date or a truth value.
 const TEXTS: [&str; 5] = ["run.name", "run.device", "init.from", "data.dataset", "data.path"];
 
@@ -14,11 +17,10 @@ impl RunConfig {
     ///
     /// # Errors
     /// [`Error::RunFile`] with line and column for a file that does not parse or has an unknown key, [`Error::Config`] for a
-    /// value out of range.
+    /// value out of range, [`Error::Files`] for one that cannot be read.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let fail = |why: String| Error::RunFile { path: path.to_path_buf(), why };
-        let bytes = std::fs::read(path).map_err(|reason| Error::io(path, reason))?;
-        let text = String::from_utf8(bytes).map_err(|e| {
+        let text = String::from_utf8(lowkey_files::read(path, LARGEST)?).map_err(|e| {
             fail(format!("invalid UTF-8 at byte {}; a run file is TOML text in UTF-8", e.utf8_error().valid_up_to()))
         })?;
         let mut table: toml::Table = toml::from_str(&text).map_err(|e| fail(e.to_string()))?;

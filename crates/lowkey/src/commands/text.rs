@@ -13,7 +13,7 @@ use crate::progress::show_preparation;
 pub(crate) const LONGEST: usize = 512;
 
 /// The run that a checkpoint belongs to.
-fn run_dir(model: &Path) -> Option<PathBuf> {
+pub(super) fn run_dir(model: &Path) -> Option<PathBuf> {
     let full = model.canonicalize().ok()?;
     let checkpoints = full.parent()?;
     (checkpoints.ends_with("checkpoints")).then(|| checkpoints.parent().map(Path::to_path_buf)).flatten()

@@ -59,8 +59,19 @@ pub(super) fn cases() -> Vec<Case> {
             .says(&["run/run.toml", "[model] is not what the run began with"]),
         resume("resuming another text", &[])
             .file("text.txt", "quite another text, and not a short one either. ".repeat(30))
-            .says(&["run/checkpoints/step-000004", "the training tokens are not those", "restore the text"])
-            .may_change(&["run/data/manifest.json", "run/data/train.tokens", "run/data/validation.tokens"]),
+            .says(&["text.txt", "the training tokens are not those", "restore the text"]),
+        resume("resuming with fewer steps than were taken", &["--set", "training.steps=3"]).code(2).says(&[
+            "run.toml",
+            "training.steps = 3: the run has taken 4 steps already",
+            "--out DIR",
+        ]),
+        resume("resuming figures without their checkpoints", &[])
+            .with(|_, dir| fs::remove_dir_all(dir.join("run/checkpoints")).unwrap())
+            .says(&["run/metrics.jsonl", "trained here to step 4", "--overwrite starts anew"]),
+        case("a run file where its run would be written", &["train", "run.toml", "--out", "."])
+            .says(&["run.toml: is there, and lowkey did not write it as part of a run", "another --out"]),
+        case("the same, to be overwritten", &["train", "run.toml", "--out", ".", "--overwrite"])
+            .says(&["run.toml: is there, and lowkey did not write it as part of a run"]),
         resume("resuming without run.toml", &[])
             .with(|_, dir| fs::remove_file(dir.join("run/run.toml")).unwrap())
             .says(&["run/run.toml", "No such file"]),
@@ -148,7 +159,7 @@ pub(super) fn cases() -> Vec<Case> {
             .says(&["run/checkpoints/step-000004/trainer.json", "not a trainer's state"]),
         // Where to write.
         case("a file where the run should be", &["train", "run.toml", "--out", "text.txt"])
-            .says(&["text.txt", "exists"]),
+            .says(&["text.txt", "is a file, and a folder is wanted here"]),
         case("a file on the way to the run", &["train", "run.toml", "--out", "text.txt/new"])
             .says(&["text.txt/new", "Not a directory"]),
         case("a file where shards should be", &["data", "prepare", "text.txt", "--out", "run.toml"])
@@ -194,7 +205,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("a rate far too high", &["train", "run.toml", "--out", "new", "--set", "optimizer.lr=1e30"]).says(&[
             "step 2: the loss is not finite",
             "data rows 2 to 3",
-            "the last good checkpoint is kept",
+            "no checkpoint was written before it",
             "Lower optimizer.lr",
         ]),
         case(
