@@ -49,7 +49,7 @@ pub struct TrainerState {
     /// `eval.batches` that it was measured with: other losses cannot be compared with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured: Option<usize>,
-    /// Checksum of the held-out text that it was measured on; absent where nothing is held out.
+    /// Checksum of the held-out tokens: losses on others could not be compared. Older checkpoints do not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out: Option<String>,
     /// Nothing is held out that could tell a better checkpoint from a worse one: the newest is the best.

@@ -97,7 +97,8 @@ pub fn prepared_dir(
     dataset.base.join("prepared").join(name)
 }
 
-/// Prepares the tokens, or opens them where they lie prepared. Held-out text comes in batches of `rows` sequences.
+/// Prepares the tokens, or opens them where they lie prepared. Held-out text comes in batches of `rows` sequences. For a run that
+/// has `begun`, other tokens than its own are refused, and its own stay as they are.
 ///
 /// # Errors
 /// [`Error::Data`] from the reader, the tokenizer or the disk.
@@ -107,9 +108,13 @@ pub fn open(
     rows: usize,
     dir: &Path,
     tokenizer: Option<Tokenizer>,
+    begun: Option<&TrainerState>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<RunData> {
     let Prepared { tokenizer, train, validation, .. } = prepare(dataset, dir, tokenizer, progress)?;
+    if let Some(begun) = begun {
+        check_same(begun, &train.checksum(), &validation.checksum(), dataset)?;
+    }
     let packing = section.packing.unwrap_or(if train.documents() > 1 { Packing::Documents } else { Packing::Stream });
     let mut cut = None;
     let held = match oracle_documents(dataset, &tokenizer, usize::MAX)? {
@@ -211,9 +216,9 @@ impl RunData {
 }
 
 impl RunData {
-    /// What a run's figures on held-out text must be measured on throughout: its checksum; none where nothing is held out.
-    pub fn held_checksum(&self) -> Option<String> {
-        (!self.held.is_empty()).then(|| self.held_out.clone())
+    /// What a run's held-out figures must be measured on throughout: the checksum of the held-out tokens, or of the task.
+    pub fn held_checksum(&self) -> String {
+        self.held_out.clone()
     }
 
     /// What of the held-out split is measured at the end of a run, in words.
@@ -234,7 +239,7 @@ impl RunData {
 ///
 /// # Errors
 /// [`Error::File`] naming the dataset.
-pub(crate) fn check_same(begun: &TrainerState, train: &str, held: Option<&str>, dataset: &DatasetConfig) -> Result<()> {
+pub(crate) fn check_same(begun: &TrainerState, train: &str, held: &str, dataset: &DatasetConfig) -> Result<()> {
     let refuse = |what: &str| {
         let why = format!(
             "the {what} are not those this run began with; restore the text, or start a new run with --out DIR"
@@ -245,7 +250,7 @@ pub(crate) fn check_same(begun: &TrainerState, train: &str, held: Option<&str>, 
         return refuse("training tokens");
     }
     match &begun.held_out {
-        Some(then) if Some(then.as_str()) != held => refuse("held-out tokens"),
+        Some(then) if then != held => refuse("held-out tokens"),
         // Checkpoints did not always say it.
         _ => Ok(()),
     }

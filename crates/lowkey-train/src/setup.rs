@@ -7,6 +7,7 @@ use lowkey_kernels::Precision;
 use lowkey_kernels::device::is_cpu;
 use lowkey_model::ModelConfig;
 
+use crate::checkpoint::TrainerState;
 use crate::error::{Error, Result};
 use crate::replicas::check_kinds;
 use crate::run_config::{RunConfig, RunSection};
@@ -107,7 +108,7 @@ pub(crate) fn setup_run(
     if let Some(corpus) = TaskCorpus::new(&dataset)? {
         let setup = task_setup(config, &dataset, corpus)?;
         if let Some(begun) = begun {
-            run_data::check_same(begun, &setup.data.checksum(), setup.data.held_checksum().as_deref(), &dataset)?;
+            run_data::check_same(begun, &setup.data.checksum(), &setup.data.held_checksum(), &dataset)?;
         }
         return Ok(setup);
     }
@@ -116,10 +117,17 @@ pub(crate) fn setup_run(
         None => None,
     };
     let dir = run_data::prepared_dir(&dataset, &config.data, &options.out, own_tokenizer.as_ref());
-    let data =
-        run_data::open(&dataset, &config.data, config.micro_batch_size(), &dir, own_tokenizer, &mut |progress| {
+    let data = run_data::open(
+        &dataset,
+        &config.data,
+        config.micro_batch_size(),
+        &dir,
+        own_tokenizer,
+        begun,
+        &mut |progress| {
             observe(Event::Preparing(progress));
-        })?;
+        },
+    )?;
     let (mut model, notes) = resolve_model(config, data.vocab_size)?;
     if let Some(tokenizer) = &data.tokenizer {
         if model.eos_token_id.is_empty() {
@@ -180,7 +188,15 @@ fn resolve_model(config: &RunConfig, vocab: usize) -> Result<(ModelConfig, Vec<S
         return Err(Error::config("model.vocab_size", model.vocab_size, why));
     }
     if model.max_position_embeddings < seq_len {
-        let why = format!("the model was made for {} positions at most", model.max_position_embeddings);
+        let most = model.max_position_embeddings;
+        let why = match &config.init {
+            Some(_) => format!(
+                "the model of [init] was made for {most} positions at most; lower it, or copy the model directory, leave out its \
+                 checksums.json, and write more max_position_embeddings (with rope_parameters such as YaRN's) into the copy's \
+                 config.json"
+            ),
+            None => format!("the model was made for {most} positions at most"),
+        };
         return Err(Error::config("data.seq_len", seq_len, why));
     }
     Ok((model, notes))

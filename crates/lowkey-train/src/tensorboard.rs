@@ -3,7 +3,7 @@
 //! Format: `tensorflow/core/util/event.proto`, `tensorflow/core/framework/summary.proto` and
 //! `tensorflow/core/lib/io/record_writer.h` (length, masked CRC-32C of the length, data, masked CRC-32C of the data).
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -61,15 +61,15 @@ impl EventWriter {
     /// Starts a new event file in `dir` for a run that goes on after `step`, whose own scalars stay.
     ///
     /// # Errors
-    /// [`Error::Io`] where the file cannot be created.
+    /// [`Error::Files`] where the file cannot be created.
     pub fn create(dir: &Path, step: u64) -> Result<Self> {
-        std::fs::create_dir_all(dir).map_err(|source| Error::io(dir, source))?;
+        lowkey_files::create_dir(dir)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // TensorBoard reads the files of a folder in the order of their names.
         let name =
             format!("events.out.tfevents.{}.{:09}.{}.lowkey", now.as_secs(), now.subsec_nanos(), std::process::id());
         let path = dir.join(name);
-        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::io(&path, e))?;
+        let file = lowkey_files::append(&path)?;
         let mut writer = Self { path, file };
         writer.write(&Event { file_version: Some("brain.Event:2".into()), ..writer.event(0) })?;
         writer.write(&Event { session_log: Some(SessionLog { status: SESSION_START }), ..writer.event(step + 1) })?;

@@ -126,7 +126,7 @@ pub fn train(
     for device in &devices {
         check_precision(config.training.dtype, device)?;
     }
-    let crowded = check_threads(config, &devices)?;
+    check_threads(config, &devices)?;
     let checkpoints_dir = options.out.join("checkpoints");
     resume::refuse_to_lose_a_run(&checkpoints_dir, options)?;
     let _held = resume::claim(&options.out)?;
@@ -146,6 +146,7 @@ pub fn train(
         }
     };
     let config = &resume::resolve(config, options, earlier.as_ref())?;
+    let crowded = check_threads(config, &devices)?;
     let Setup { model: model_config, data, notes } =
         setup_run(config, options, earlier.as_ref().map(|earlier| &earlier.state), observe)?;
     let elastic = !model_config.elastic_ranks().is_empty();
@@ -255,7 +256,7 @@ impl<'a> Run<'a> {
             (None, None) => CausalLm::init(&model_config, config.run.seed, device),
         };
         let mut state = state.unwrap_or_default();
-        (state.data, state.held_out) = (data.checksum(), data.held_checksum());
+        (state.data, state.held_out) = (data.checksum(), Some(data.held_checksum()));
         state.newest_is_best = data.held.is_empty();
         let own_threads = if count > 1 { threads_each(threads, count) } else { threads };
         let replica = |model: CausalLm, device: &Device| -> Result<Replica> {

@@ -1,4 +1,7 @@
+use std::path::Path;
+
 use super::*;
+use crate::error::Result;
 use crate::fixtures::MODEL;
 
 /// A run file with nothing in it that could be left out.

@@ -14,7 +14,7 @@ fn storybook(run: &TinyRun) -> PathBuf {
 fn opened(section: &DataSection, run: &TinyRun, rows: usize) -> RunData {
     let dataset = dataset(section, &run.file()).unwrap();
     let dir = prepared_dir(&dataset, section, &run.out(), None);
-    open(&dataset, section, rows, &dir, None, &mut |_| {}).unwrap()
+    open(&dataset, section, rows, &dir, None, None, &mut |_| {}).unwrap()
 }
 
 #[test]

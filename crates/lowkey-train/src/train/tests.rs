@@ -7,6 +7,7 @@ use lowkey_data::tasks::StepBatch;
 
 use super::*;
 use crate::fixtures::{STEPS, TinyRun, names, text, weight_bits};
+use crate::setup::setup;
 use crate::workers::available_threads;
 
 /// Entropy of the text's bytes taken one by one: what a model that knows only how frequent each is would reach.
