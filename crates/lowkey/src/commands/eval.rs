@@ -73,7 +73,7 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
 
 /// Whether a path is that of a text, not of a dataset file.
 fn is_text(data: &Path) -> bool {
-    !data.extension().is_some_and(|extension| extension == "toml")
+    data.extension().is_none_or(|extension| extension != "toml")
 }
 
 /// Whether the run that a model comes from read this very text, wherever it lay.
