@@ -107,9 +107,6 @@ pub enum Error {
         /// The operating system's reason. It stands in the message, hence is no source that a chain would print again.
         reason: std::io::Error,
     },
-    /// A file or folder could not be written, or is not lowkey's to write.
-    #[error(transparent)]
-    Files(#[from] lowkey_files::Error),
     /// The model could not be built, loaded or saved.
     #[error(transparent)]
     Model(#[from] lowkey_model::Error),
@@ -158,6 +155,15 @@ impl Error {
 
     pub(crate) fn io(path: impl Into<PathBuf>, reason: std::io::Error) -> Self {
         Self::Io { path: path.into(), reason }
+    }
+}
+
+impl From<lowkey_files::Error> for Error {
+    fn from(error: lowkey_files::Error) -> Self {
+        match error {
+            lowkey_files::Error::Io { path, why, .. } => Self::io(path, why),
+            lowkey_files::Error::Refused { path, why } => Self::File { path, why },
+        }
     }
 }
 

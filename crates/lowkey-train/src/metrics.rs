@@ -118,7 +118,7 @@ impl MetricsFile {
     /// last checkpoint, and what is no line of metrics (cut short, or damaged) are dropped.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Files`] where the file cannot be read or written.
+    /// [`Error::Io`] and [`Error::File`] where the file cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         let old = read(path)?.unwrap_or_default();
         let kept: Vec<u8> = lines(&old)
@@ -172,7 +172,7 @@ pub(crate) struct Told {
 /// What a `metrics.jsonl` tells; none where there is no such file, or no step in it.
 ///
 /// # Errors
-/// [`Error::Files`] where the file cannot be read.
+/// [`Error::Io`] or [`Error::File`] where the file cannot be read.
 pub(crate) fn told(path: &Path) -> Result<Option<Told>> {
     let Some(bytes) = read(path)? else { return Ok(None) };
     let measured =

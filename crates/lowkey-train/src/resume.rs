@@ -19,7 +19,7 @@ const NAMES: [&str; 6] =
 /// checkpoints and mix their metrics. A folder in which something bears a name that a run writes is only taken where lowkey wrote it.
 ///
 /// # Errors
-/// [`Error::Files`] where another process trains here, where what is there is not lowkey's, or where the folder cannot be written.
+/// [`Error::Io`] or [`Error::File`] where another process trains here, where what is there is not lowkey's, or where the folder cannot be written.
 pub(crate) fn claim(out: &Path) -> Result<Owned> {
     // A folder from elsewhere could have a run write over any file of its user. Folders may lie on another disk.
     let files = NAMES.iter().filter(|name| name.contains('.')).chain([&MARK]);

@@ -61,7 +61,7 @@ impl EventWriter {
     /// Starts a new event file in `dir` for a run that goes on after `step`, whose own scalars stay.
     ///
     /// # Errors
-    /// [`Error::Files`] where the file cannot be created.
+    /// [`Error::Io`] or [`Error::File`] where the file cannot be created.
     pub fn create(dir: &Path, step: u64) -> Result<Self> {
         lowkey_files::create_dir(dir)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

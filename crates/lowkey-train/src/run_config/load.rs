@@ -17,7 +17,7 @@ impl RunConfig {
     ///
     /// # Errors
     /// [`Error::RunFile`] with line and column for a file that does not parse or has an unknown key, [`Error::Config`] for a
-    /// value out of range, [`Error::Files`] for one that cannot be read.
+    /// value out of range, [`Error::Io`] or [`Error::File`] for one that cannot be read.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let fail = |why: String| Error::RunFile { path: path.to_path_buf(), why };
         let text = String::from_utf8(lowkey_files::read(path, LARGEST)?).map_err(|e| {
