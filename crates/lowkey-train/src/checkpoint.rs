@@ -365,7 +365,7 @@ fn write(
     });
     write_json(&dir.join("generation_config.json"), &generation)?;
     write_states(&dir.join(OPTIMIZER), model, optimizer)?;
-    Ok(write_json(&dir.join(TRAINER), &json!(state))?)
+    write_json(&dir.join(TRAINER), &json!(state))
 }
 
 fn write_states(path: &Path, model: &CausalLm, optimizer: &Optimizer) -> Result<()> {

@@ -71,7 +71,7 @@ fn what_is_saved_verifies_and_comes_back_bit_for_bit() {
     let path = bench.save(&checkpoints, 7, Some(7));
     assert_eq!(path, bench.path("step-000007"));
     verify(&path).unwrap();
-    assert!(lowkey_model::has_checksums(&path));
+    assert!(has_checksums(&path));
     assert_eq!(checkpoints.latest().unwrap(), (Some(path.clone()), Vec::new()));
     let device = Device::flex();
     let loaded = CausalLm::load(&path, &device).unwrap();
