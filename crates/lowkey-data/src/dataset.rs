@@ -268,7 +268,8 @@ impl DatasetConfig {
             None => self.name.clone(),
         };
         // A text file that is a dataset by itself has paths from the current folder.
-        let base = if self.base.as_os_str().is_empty() { self.origin.parent().unwrap_or(&self.base) } else { &self.base };
+        let base =
+            if self.base.as_os_str().is_empty() { self.origin.parent().unwrap_or(&self.base) } else { &self.base };
         base.join("prepared").join(name)
     }
 

@@ -178,7 +178,9 @@ impl Shard {
         }
         // Written over between the two calls above, or under a clock that stood still.
         match out[first..].iter().find(|&&token| token as usize >= self.vocab_size) {
-            Some(token) => Err(self.file.fail(format!("{CHANGED} (token {token}, of a vocabulary of {})", self.vocab_size))),
+            Some(token) => {
+                Err(self.file.fail(format!("{CHANGED} (token {token}, of a vocabulary of {})", self.vocab_size)))
+            }
             None => Ok(()),
         }
     }
@@ -194,7 +196,9 @@ impl Open {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         read_exact_at(&self.file, buffer, offset).map_err(|source| match source.kind() {
-            std::io::ErrorKind::UnexpectedEof => self.fail("another program has cut the file short; prepare the data again"),
+            std::io::ErrorKind::UnexpectedEof => {
+                self.fail("another program has cut the file short; prepare the data again")
+            }
             _ => Error::Io { action: "read", path: self.path.clone(), source },
         })
     }
@@ -211,7 +215,9 @@ impl Open {
         }
         let version = u32_at(&bytes, 8);
         if version != VERSION {
-            return Err(self.fail(format!("format version {version}, but this build reads {VERSION}; prepare it again")));
+            return Err(
+                self.fail(format!("format version {version}, but this build reads {VERSION}; prepare it again"))
+            );
         }
         let width = u32_at(&bytes, 12) as usize;
         if width != 2 && width != 4 {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lowkey_data::tasks::{RowLayout, StepBatch, TaskCorpus};
 use lowkey_data::{
-    DatasetConfig, OracleDocument, Packing, Prepared, Progress, Sampler, Shard, Tokenizer, oracle_documents, prepare,
+    DatasetConfig, Observer, OracleDocument, Packing, Prepared, Sampler, Shard, Tokenizer, oracle_documents, prepare,
     validation_batches,
 };
 
@@ -84,12 +84,7 @@ pub fn prepared_dir(
     if section.dataset.is_none() {
         return run_dir.join("data");
     }
-    let name = match tokenizer {
-        // A model's own tokenizer gives other tokens than the dataset's.
-        Some(tokenizer) => format!("{}-{}", dataset.name, tokenizer.fingerprint().chars().take(8).collect::<String>()),
-        None => dataset.name.clone(),
-    };
-    dataset.base.join("prepared").join(name)
+    dataset.prepared_dir(tokenizer)
 }
 
 /// Prepares the tokens, or opens them where they lie prepared. Held-out text comes in batches of `rows` sequences.
@@ -102,7 +97,7 @@ pub fn open(
     rows: usize,
     dir: &Path,
     tokenizer: Option<Tokenizer>,
-    progress: &mut dyn FnMut(Progress),
+    progress: Observer<'_>,
 ) -> Result<RunData> {
     let Prepared { tokenizer, train, validation, .. } = prepare(dataset, dir, tokenizer, progress)?;
     let packing = section.packing.unwrap_or(if train.documents() > 1 { Packing::Documents } else { Packing::Stream });
@@ -111,7 +106,7 @@ pub fn open(
         Some(documents) => Held::Documents(documents.into_iter().map(|d| cropped(d, section.seq_len + 1)).collect()),
         None => {
             let batches = validation_batches(&validation, section.seq_len, rows, None, packing, section.mask_documents);
-            Held::Batches(batches.collect())
+            Held::Batches(batches.collect::<Result<_, _>>()?)
         }
     };
     let empty = match &held {
@@ -199,11 +194,14 @@ impl RunData {
 
 impl TrainBatches {
     /// The batch of a step.
-    pub fn batch(&self, step: u64) -> StepBatch {
-        match self {
-            Self::Shard(sampler) => sampler.batch(step).into(),
+    ///
+    /// # Errors
+    /// [`Error::Data`] where the file of tokens has been changed under the run, or cannot be read.
+    pub fn batch(&self, step: u64) -> Result<StepBatch> {
+        Ok(match self {
+            Self::Shard(sampler) => sampler.batch(step)?.into(),
             Self::Task { corpus, layout, batch_size, seed } => corpus.batch(*layout, *batch_size, *seed, step),
-        }
+        })
     }
 
     /// Epochs seen after `step` steps; 0 for a task, whose examples do not repeat.

@@ -1,5 +1,7 @@
 //! From a run file to a model, a corpus and a device that fit together.
 
+use std::ops::ControlFlow;
+
 use burn::tensor::{DType, Device};
 use lowkey_data::tasks::TaskCorpus;
 use lowkey_data::{DatasetConfig, Tokenizer, TokenizerConfig};
@@ -105,6 +107,7 @@ pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(E
     let data =
         run_data::open(&dataset, &config.data, config.micro_batch_size(), &dir, own_tokenizer, &mut |progress| {
             observe(Event::Preparing(progress));
+            ControlFlow::Continue(())
         })?;
     let (mut model, notes) = resolve_model(config, data.vocab_size)?;
     if let Some(tokenizer) = &data.tokenizer {

@@ -325,7 +325,7 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let step = self.state.step;
         let narrow = self.narrow(step);
-        settings(self.config, &narrow).warm_up(&self.replicas, &self.batches.batch(step))?;
+        settings(self.config, &narrow).warm_up(&self.replicas, &self.batches.batch(step)?)?;
         observe(Event::WarmedUp { seconds: started.elapsed().as_secs_f64() });
         Ok(())
     }

@@ -69,8 +69,7 @@ fn files_are_found_relative_to_the_dataset_file_and_in_order() {
     let toml = base.join("d.toml");
     let write = |paths: &str| {
         let url = "url = \"https://e.org/a\"";
-        std::fs::write(&toml, format!("name = \"d\"\n[source]\nkind = \"text\"\npaths = {paths}\n{url}\n"))
-            .unwrap();
+        std::fs::write(&toml, format!("name = \"d\"\n[source]\nkind = \"text\"\npaths = {paths}\n{url}\n")).unwrap();
         DatasetConfig::load(&toml).unwrap().local_files()
     };
     let names = |files: Vec<PathBuf>| -> Vec<String> {
@@ -82,4 +81,61 @@ fn files_are_found_relative_to_the_dataset_file_and_in_order() {
     let message = write("[\"texts/*.md\"]").unwrap_err().to_string();
     assert!(message.contains("nothing matches") && message.contains("https://e.org/a"), "{message}");
     assert!(DatasetConfig::from_text_file(&base.join("none.txt")).is_err());
+}
+
+#[test]
+fn a_hundred_thousand_files_are_listed_in_seconds() {
+    let dir = tempfile::tempdir().unwrap();
+    for i in 0..20_000 {
+        std::fs::write(dir.path().join(format!("{i}.txt")), "x").unwrap();
+    }
+    let toml = dir.path().join("d.toml");
+    std::fs::write(&toml, "name = \"d\"\n[source]\nkind = \"text\"\npaths = [\"*.txt\", \"1*.txt\"]\n").unwrap();
+    let started = std::time::Instant::now();
+    assert_eq!(DatasetConfig::load(&toml).unwrap().local_files().unwrap().len(), 20_000);
+    // Comparing each with each takes some thirteen seconds.
+    assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
+}
+
+#[test]
+fn what_is_no_plain_text_says_which_dataset_file_reads_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let refusal = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        DatasetConfig::from_text_file(&path).map(|_| ()).map_err(|e| e.to_string())
+    };
+    for (name, bytes, kind) in [
+        ("a.jsonl", &b"{\"text\": \"a\"}\n"[..], "jsonl"),
+        ("b.JSONL", b"{\"text\": \"a\"}\n", "jsonl"),
+        ("c.jsonl.gz", b"\x1f\x8b\x08", "jsonl"),
+        ("d.ndjson.zst", b"\x28\xb5\x2f\xfd", "jsonl"),
+        ("e.parquet", b"PAR1\x15", "parquet"),
+        ("f.data", b"PAR1\x15", "parquet"),
+    ] {
+        let message = refusal(name, bytes).unwrap_err();
+        assert!(message.contains("write a dataset file"), "{message}");
+        // The lines that it gives are a dataset file.
+        let lines = message.split_once("\n\n").unwrap().1;
+        let toml = dir.path().join("given.toml");
+        std::fs::write(&toml, lines).unwrap();
+        let config = DatasetConfig::load(&toml).unwrap();
+        assert!(toml::to_string(&config).unwrap().contains(&format!("kind = \"{kind}\"")), "{lines}");
+        assert_eq!(config.local_files().unwrap(), [dir.path().join(name)]);
+    }
+    assert!(refusal("a.bz2", b"BZh91AY&SY").unwrap_err().contains("bzip2"));
+    assert!(refusal("a.xz", b"\xfd7zXZ\0").unwrap_err().contains("xz"));
+    assert!(refusal("a.txt", b"\x1f\x8b\x08").unwrap_err().contains("name it a.txt.gz"));
+    for name in ["a.txt", "a.md", "a.txt.gz", "noending", "a.csv"] {
+        refusal(name, b"words").unwrap();
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn only_regular_files_are_datasets_and_texts() {
+    for refused in [DatasetConfig::from_text_file(Path::new("/dev/zero")), DatasetConfig::load(Path::new("/dev/zero"))]
+    {
+        assert!(refused.unwrap_err().to_string().contains("not a regular file"));
+    }
 }

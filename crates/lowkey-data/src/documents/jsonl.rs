@@ -102,7 +102,8 @@ fn without_constants(line: &str) -> Option<String> {
     let (mut copied, mut at, mut quoted) = (0, 0, false);
     let bytes = line.as_bytes();
     while let Some(byte) = bytes.get(at) {
-        let constant = ["NaN", "Infinity", "-Infinity"].into_iter().find(|word| bytes[at..].starts_with(word.as_bytes()));
+        let constant =
+            ["NaN", "Infinity", "-Infinity"].into_iter().find(|word| bytes[at..].starts_with(word.as_bytes()));
         match (byte, constant) {
             (b'\\', _) if quoted => at += 1,
             (b'"', _) => quoted = !quoted,

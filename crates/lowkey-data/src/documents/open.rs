@@ -24,8 +24,7 @@ pub(super) fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
         (None, None) => Ok(Box::new(file)),
         (Some(Compression::Gzip), _) => Ok(Box::new(BufReader::with_capacity(BLOCK, Members::new(file)))),
         (Some(Compression::Zstandard), Some(Kind::Zstandard) | None) => {
-            let mut decoder =
-                zstd::stream::read::Decoder::with_buffer(file).map_err(Error::io("decompress", path))?;
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(file).map_err(Error::io("decompress", path))?;
             decoder.window_log_max(LARGEST_WINDOW).map_err(Error::io("decompress", path))?;
             Ok(Box::new(BufReader::with_capacity(BLOCK, Zstandard(decoder))))
         }

@@ -28,7 +28,16 @@ pub(super) fn read(path: &Path, column: &str) -> Result<Pieces> {
     };
     let deepest = columns[index].max_def_level();
     let path = path.to_path_buf();
-    Ok(Box::new(Rows { path, reader, column: index, deepest, next_group: 0, group: None, row: 0, ready: VecDeque::new() }))
+    Ok(Box::new(Rows {
+        path,
+        reader,
+        column: index,
+        deepest,
+        next_group: 0,
+        group: None,
+        row: 0,
+        ready: VecDeque::new(),
+    }))
 }
 
 /// Whether a column holds one text a row.
@@ -157,9 +166,8 @@ impl Iterator for Rows {
 
 /// Runs the Parquet reader, which panics on some damaged files where it should return an error.
 fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).unwrap_or_else(|_| {
-        Err(unusable(path, "not a readable Parquet file: its parts contradict each other"))
-    })
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(read))
+        .unwrap_or_else(|_| Err(unusable(path, "not a readable Parquet file: its parts contradict each other")))
 }
 
 fn damaged(path: &Path, error: &parquet::errors::ParquetError) -> Error {

@@ -175,7 +175,11 @@ impl Documents {
                 self.pending = rest[keep..].to_owned();
             }
             Ends::After(left) => {
-                let cut = if self.tail { None } else { block.char_indices().nth(usize::try_from(left).unwrap_or(usize::MAX)) };
+                let cut = if self.tail {
+                    None
+                } else {
+                    block.char_indices().nth(usize::try_from(left).unwrap_or(usize::MAX))
+                };
                 match cut {
                     Some((cut, _)) => {
                         self.push(&block[..cut]);

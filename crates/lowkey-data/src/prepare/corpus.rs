@@ -65,7 +65,8 @@ impl<'a> Corpus<'a> {
         corpus.heads = if corpus.whole_files() {
             let heads = files.iter().map(|file| {
                 let name = &file.name;
-                let count = documents::characters(&file.path, &mut || watch.tell(Progress::Counting { file: name.clone() }))?;
+                let count =
+                    documents::characters(&file.path, &mut || watch.tell(Progress::Counting { file: name.clone() }))?;
                 Ok(head_length(count, fraction))
             });
             Heads::Characters(heads.collect::<Result<_>>()?)
@@ -244,7 +245,8 @@ impl<'a> Corpus<'a> {
 
     /// Refuses a separator of line ends that a file has in the other spelling only.
     fn check_line_ends(&self, separator: &str) -> Result<()> {
-        let other = if separator.contains("\r\n") { separator.replace("\r\n", "\n") } else { separator.replace('\n', "\r\n") };
+        let other =
+            if separator.contains("\r\n") { separator.replace("\r\n", "\n") } else { separator.replace('\n', "\r\n") };
         if other == separator {
             return Ok(());
         }

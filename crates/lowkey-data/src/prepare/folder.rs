@@ -85,7 +85,9 @@ fn is_ours(dir: &Path) -> Result<()> {
     let Some(mark) = Mark::read(dir)? else {
         return match read_manifest(dir) {
             Ok(_) => Ok(()),
-            Err(_) => refuse("", "holds files of these names, and neither mark nor manifest says that lowkey prepared them"),
+            Err(_) => {
+                refuse("", "holds files of these names, and neither mark nor manifest says that lowkey prepared them")
+            }
         };
     };
     if mark.kind != Kind::Data {

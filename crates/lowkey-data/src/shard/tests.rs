@@ -22,15 +22,14 @@ fn documents_round_trip_in_both_widths() {
         assert_eq!((shard.len(), shard.documents(), shard.bytes()), (104, 3, 312));
         assert_eq!(shard.vocab_size(), vocab_size);
         for (i, document) in documents.iter().enumerate() {
-            assert_eq!(&shard.document(i).unwrap(), document);
+            assert_eq!(shard.document(i).unwrap().as_ref(), Some(document));
         }
-        assert_eq!((shard.token(2), shard.token(3), shard.token(104)), (Some(top), Some(0), None));
         assert_eq!([0, 2, 3, 4, 103].map(|i| shard.document_at(i)), [0, 0, 1, 2, 2].map(Some));
-        assert_eq!((shard.document_at(104), shard.document(3)), (None, None));
+        assert_eq!((shard.document_at(104), shard.document(3).unwrap()), (None, None));
         let mut out = vec![9];
-        shard.copy_range(2..5, &mut out);
-        shard.copy_range(103..300, &mut out);
-        shard.copy_range(200..300, &mut out);
+        shard.copy_range(2..5, &mut out).unwrap();
+        shard.copy_range(103..300, &mut out).unwrap();
+        shard.copy_range(200..300, &mut out).unwrap();
         assert_eq!(out, [9, top, 0, 7, 7]);
         let bytes = std::fs::metadata(shard.path()).unwrap().len();
         assert_eq!(bytes, 80 + 104 * shard.width as u64 + 4 * 8);
@@ -119,4 +118,64 @@ fn a_wrong_header_is_refused_even_under_a_right_checksum() {
     }
     let huge = refuse(&|bytes| bytes[16..24].fill(0xFF)).unwrap_err();
     assert!(huge.contains("its header says"), "{huge}");
+}
+
+#[test]
+fn a_document_may_come_in_parts() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.tokens");
+    let mut writer = ShardWriter::create(&path, 10).unwrap();
+    for part in [&[1, 2][..], &[3], &[]] {
+        writer.extend(part, 1).unwrap();
+    }
+    writer.end_document();
+    writer.end_document();
+    writer.push(&[4], 1).unwrap();
+    assert_eq!((writer.documents(), writer.tokens()), (2, 4));
+    writer.extend(&[5], 1).unwrap();
+    writer.finish().unwrap();
+    let shard = Shard::open(&path).unwrap();
+    let documents: Vec<Vec<u32>> = (0..3).map(|i| shard.document(i).unwrap().unwrap()).collect();
+    assert_eq!(documents, [vec![1, 2, 3], vec![4], vec![5]]);
+}
+
+/// Opens the shard's file for writing over, at a time that no clock takes for that of its making.
+fn written_over(shard: &Shard, write: impl FnOnce(&mut File)) {
+    let mut file = File::options().write(true).open(shard.path()).unwrap();
+    write(&mut file);
+    file.set_modified(SystemTime::now() + std::time::Duration::from_secs(9)).unwrap();
+}
+
+#[test]
+fn a_shard_that_is_cut_while_it_is_read_is_an_error() {
+    for length in [0, 79, 90] {
+        let (_dir, shard) = shard_of(&[vec![1, 2, 3], vec![4, 5]], 300);
+        written_over(&shard, |file| file.set_len(length).unwrap());
+        let message = shard.document(0).unwrap_err().to_string();
+        assert!(message.contains("another program has") && message.contains("a.tokens"), "{message}");
+    }
+}
+
+#[test]
+fn tokens_that_are_written_over_while_they_are_read_are_an_error() {
+    for token in [7u16, u16::MAX] {
+        let (_dir, shard) = shard_of(&[vec![1, 2, 3], vec![4, 5]], 300);
+        written_over(&shard, |file| {
+            file.seek(SeekFrom::Start(HEADER as u64 + 2)).unwrap();
+            file.write_all(&token.to_le_bytes()).unwrap();
+        });
+        let message = shard.document(0).unwrap_err().to_string();
+        assert!(message.contains("another program has changed the file"), "{message}");
+    }
+}
+
+#[test]
+fn a_shard_that_was_only_touched_or_replaced_is_read_on() {
+    let (_dir, shard) = shard_of(&[vec![1, 2, 3], vec![4, 5]], 300);
+    written_over(&shard, |_| {});
+    assert_eq!(shard.document(1).unwrap(), Some(vec![4, 5]));
+    let mut writer = ShardWriter::create(shard.path(), 300).unwrap();
+    writer.push(&[9, 9], 1).unwrap();
+    writer.finish().unwrap();
+    assert_eq!(shard.document(1).unwrap(), Some(vec![4, 5]), "the old file is still open");
 }

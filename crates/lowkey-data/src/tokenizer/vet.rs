@@ -68,7 +68,9 @@ fn grows(json: &Value, steps: &[&str]) -> Result<usize, String> {
             }
             tables = tables.saturating_mul(for_one(node));
             if tables > MOST_FOR_ONE {
-                return Err(format!("its tables (precompiled_charsmap) put more than {MOST_FOR_ONE} characters for one"));
+                return Err(format!(
+                    "its tables (precompiled_charsmap) put more than {MOST_FOR_ONE} characters for one"
+                ));
             }
             Ok(())
         })?;

@@ -26,9 +26,8 @@ const MOST_ROOM: usize = 1 << 30;
 const MOST_PAIRS: u64 = 1 << 30;
 
 /// What the `ByteLevel` pre-tokenizer calls a word, but for white space before one, of which it leaves the last to the word.
-static WORD: LazyLock<Option<Regex>> = LazyLock::new(|| {
-    Regex::new(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+").ok()
-});
+static WORD: LazyLock<Option<Regex>> =
+    LazyLock::new(|| Regex::new(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+").ok());
 
 /// The distinct words of a text, and how often each is in it.
 pub(crate) struct WordCounts {
@@ -84,7 +83,8 @@ impl WordCounts {
     /// Trains a vocabulary of at most `vocab_size` entries and returns its `tokenizer.json`.
     pub(super) fn train(self, vocab_size: usize) -> Result<String> {
         if vocab_size < 257 {
-            let message = format!("vocab_size = {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need at least 257");
+            let message =
+                format!("vocab_size = {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need at least 257");
             return Err(Error::tokenizer("bpe", message));
         }
         let fail = |e: tokenizers::Error| Error::tokenizer("bpe", e);
@@ -99,8 +99,7 @@ impl WordCounts {
         let divisor = pairs / MOST_PAIRS + 1;
         let alphabet: Vec<char> = (0..=255u8).map(byte_character).collect();
         let spelled = |word: &str| word.bytes().map(|byte| alphabet[usize::from(byte)]).collect();
-        let counts =
-            self.counts.into_iter().map(|(word, count)| (spelled(&word), count.div_ceil(divisor))).collect();
+        let counts = self.counts.into_iter().map(|(word, count)| (spelled(&word), count.div_ceil(divisor))).collect();
         let mut model = BPE::default();
         let special = trainer.do_train(&counts, &mut model).map_err(fail)?;
         let mut tokenizer = HfTokenizer::new(model);
