@@ -277,3 +277,36 @@ fn what_cannot_be_sampled_is_refused() {
     assert!(refuse(0, 1, Packing::Stream).contains("seq_len = 0"));
     assert!(refuse(1, 0, Packing::Stream).contains("batch_size = 0"));
 }
+
+#[test]
+fn zz_speed() {
+    let documents: Vec<Vec<u32>> = (0..40_000u64).map(|i| (0..250).map(|j| (mix(i * 300 + j) % 30_000) as u32).collect()).collect();
+    let (_dir, shard) = shard_of(&documents, 30_000);
+    for packing in [Packing::Stream, Packing::Documents] {
+        let sampler = Sampler::new(Arc::new(shard.clone()), 512, 8, 1, packing, true).unwrap();
+        let started = std::time::Instant::now();
+        for step in 0..2000 {
+            assert_eq!(sampler.batch(step).unwrap().rows, 8);
+        }
+        println!("{packing:?}: {:?} per batch of 8 x 512", started.elapsed() / 2000);
+    }
+}
+
+#[test]
+fn zz_bpe_speed() {
+    let texts: Vec<String> = (0..60_000).map(|i| crate::oracle::training_story(3, i).text).collect();
+    let bytes: usize = texts.iter().map(String::len).sum();
+    let mut words = crate::tokenizer::WordCounts::default();
+    let started = std::time::Instant::now();
+    texts.iter().for_each(|text| words.add(text));
+    println!("counted {:.1} MB in {:?}: {} words", bytes as f64 / 1e6, started.elapsed(), words.len());
+    let mut words = crate::tokenizer::WordCounts::default();
+    for i in 0..3_000_000u64 {
+        words.add(&format!(" {:x} the", mix(i)));
+    }
+    println!("many words in {:?}: {}", started.elapsed(), words.len());
+    let started = std::time::Instant::now();
+    crate::Tokenizer::from_words(words, 8192).unwrap();
+    println!("trained in {:?}", started.elapsed());
+    println!("{}", std::fs::read_to_string("/proc/self/status").unwrap().lines().filter(|l| l.starts_with("VmHWM")).collect::<String>());
+}
