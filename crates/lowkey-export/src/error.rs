@@ -87,5 +87,14 @@ impl Error {
     }
 }
 
+impl From<lowkey_files::Error> for Error {
+    fn from(error: lowkey_files::Error) -> Self {
+        match error {
+            lowkey_files::Error::Io { path, why, .. } => Self::io(path, why),
+            lowkey_files::Error::Refused { path, why } => Self::File { path, why },
+        }
+    }
+}
+
 /// The result of this crate's fallible functions.
 pub type Result<T> = std::result::Result<T, Error>;

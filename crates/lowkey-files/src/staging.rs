@@ -69,6 +69,14 @@ impl Staging {
     /// still.
     pub fn commit(self) -> Result<Option<PathBuf>> {
         write_json(&self.dir.join(MARK), &Mark::of(&self.dir, self.kind)?)?;
+        self.commit_unmarked()
+    }
+
+    /// As [`Staging::commit`], for a folder inside one that has a mark.
+    ///
+    /// # Errors
+    /// As [`Staging::commit`].
+    pub fn commit_unmarked(self) -> Result<Option<PathBuf>> {
         sync_tree(&self.dir)?;
         // Somebody may have put a file there while this was at work.
         check(&self.target, self.kind, self.replace)?;

@@ -32,6 +32,14 @@ impl NewFile {
         Ok(Self { target, aside })
     }
 
+    /// Puts what has been written so far on the disk, so that committing is short.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn sync(&self) -> std::io::Result<()> {
+        self.aside.file.sync_all()
+    }
+
     /// Syncs the file and gives it its name, with the permissions of the file that it replaces.
     ///
     /// # Errors

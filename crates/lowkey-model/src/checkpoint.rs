@@ -1,14 +1,12 @@
 //! Hugging Face model directories: `config.json` and safetensors, in one file or in shards with an index.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ffi::OsStr;
-use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use atomic_write_file::AtomicWriteFile;
 use burn::tensor::Device;
 use half::{bf16, f16};
+use lowkey_files::{NewFile, create_dir, is_plain_name, open, printable, read_text, remove};
 use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -20,8 +18,8 @@ use crate::model::CausalLm;
 use crate::params::Parameter;
 
 const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-const CONFIG: &str = "config.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const CONFIG: &str = "config.json";
 
 /// Largest index that is read: seven times that of a model of ninety thousand tensors.
 const LARGEST_INDEX: u64 = 64 << 20;
@@ -105,8 +103,7 @@ impl Weights {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
-        file_len(&path)?;
-        let file = File::open(&path).map_err(|source| Error::io(&path, source))?;
+        let file = open(&path)?;
         // SAFETY: the mapping is read-only; a file that another process truncates meanwhile is outside what a reader of
         // checkpoints can guard against, and checkpoints are replaced by rename, never rewritten in place.
         let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(&path, source))?;
@@ -190,21 +187,6 @@ impl Weights {
     }
 }
 
-/// The length of a file. Refuses a folder, which has no bytes, and a pipe or a device, which may have no end.
-fn file_len(path: &Path) -> Result<u64> {
-    let found = std::fs::metadata(path).map_err(|source| Error::io(path, source))?;
-    if found.is_file() { Ok(found.len()) } else { Err(Error::file(path, "is not a regular file")) }
-}
-
-/// The text of a file of at most `largest` bytes.
-pub(crate) fn read_text(path: &Path, largest: u64) -> Result<String> {
-    let len = file_len(path)?;
-    if len > largest {
-        return Err(Error::file(path, format!("has {len} bytes; such a file has at most {largest}")));
-    }
-    std::fs::read_to_string(path).map_err(|source| Error::io(path, source))
-}
-
 /// The safetensors files of a model directory: the single one, or those that the index names.
 ///
 /// # Errors
@@ -228,8 +210,9 @@ pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     for (tensor, file) in map {
         let file =
             file.as_str().ok_or_else(|| Error::file(&index, format!("weight_map.{tensor} is not a file name")))?;
-        if Path::new(file).file_name() != Some(OsStr::new(file)) {
-            return Err(Error::file(&index, format!("weight_map.{tensor} points outside the directory: {file}")));
+        if !is_plain_name(file) {
+            let why = format!("weight_map.{} points outside the directory: {}", printable(tensor), printable(file));
+            return Err(Error::file(&index, why));
         }
         names.insert(file.to_string());
     }
@@ -278,7 +261,7 @@ impl CausalLm {
     /// # Errors
     /// [`Error::Io`] naming the file that cannot be written; [`Error::File`] where a value does not fit `dtype`.
     pub fn save(&self, dir: &Path, dtype: WeightDtype, max_shard_bytes: usize) -> Result<()> {
-        std::fs::create_dir_all(dir).map_err(|source| Error::io(dir, source))?;
+        create_dir(dir)?;
         let shards = split(self.parameters(), dtype, max_shard_bytes);
         let count = shards.len();
         let mut staged = Vec::with_capacity(count + 1);
@@ -302,7 +285,7 @@ impl CausalLm {
         }
         let config = Staged::write_json(dir.join(CONFIG), &self.config.to_json(dtype.name()))?;
 
-        remove_if_there(&config.path)?;
+        remove(&config.path)?;
         let mut written = BTreeSet::new();
         for file in staged {
             written.insert(file.path.clone());
@@ -358,22 +341,15 @@ fn encode_shard(path: &Path, shard: Vec<Parameter>, dtype: WeightDtype) -> Resul
 /// A file whose content is on disk but that does not bear its name yet; dropped, it leaves nothing behind.
 struct Staged {
     path: PathBuf,
-    file: AtomicWriteFile,
+    file: NewFile,
 }
 
 impl Staged {
     fn write(path: PathBuf, bytes: &[u8]) -> Result<Self> {
-        let write = || {
-            let mut file = AtomicWriteFile::open(&path)?;
-            file.write_all(bytes)?;
-            // Now rather than at the rename, so that the renames of a checkpoint follow one another at once.
-            file.sync_all()?;
-            Ok(file)
-        };
-        match write() {
-            Ok(file) => Ok(Self { path, file }),
-            Err(source) => Err(Error::io(path, source)),
-        }
+        let mut file = NewFile::create(&path)?;
+        // Synced now rather than at the rename, so that the renames of a checkpoint follow one another at once.
+        file.write_all(bytes).and_then(|()| file.sync()).map_err(|e| Error::io(&path, e))?;
+        Ok(Self { path, file })
     }
 
     fn write_json(path: PathBuf, value: &Value) -> Result<Self> {
@@ -383,15 +359,7 @@ impl Staged {
 
     /// Gives the file its name, in place of an older one.
     fn commit(self) -> Result<()> {
-        let Self { path, file } = self;
-        file.commit().map_err(|source| Error::io(path, source))
-    }
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
-        _ => Ok(()),
+        Ok(self.file.commit()?)
     }
 }
 
@@ -403,7 +371,7 @@ fn remove_stale_weights(dir: &Path, written: &BTreeSet<PathBuf>) -> Result<()> {
         let Some(name) = name.to_str() else { continue };
         let path = dir.join(name);
         if (name == SINGLE || name == INDEX || is_shard(name)) && !written.contains(&path) {
-            remove_if_there(&path)?;
+            remove(&path)?;
         }
     }
     Ok(())

@@ -5,10 +5,10 @@
 
 use std::path::Path;
 
+use lowkey_files::read_text;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::read_text;
 use crate::config::{AttentionConfig, Family, GroupedConfig, MlaConfig, ModelConfig, default_eps};
 use crate::error::{Error, Result};
 use crate::rope::{RopeConfig, RopeType};

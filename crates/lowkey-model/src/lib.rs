@@ -37,6 +37,7 @@
 //! | d_h of v^C | `v_head_dim` | [`MlaConfig::v_head_dim`], V | `attention.value_length_mla` |
 
 mod checkpoint;
+mod checksums;
 mod config;
 mod cost;
 mod decode_cost;
@@ -51,11 +52,13 @@ pub mod init;
 mod layers;
 mod mla;
 mod model;
+mod model_dir;
 mod params;
 mod pass;
 mod rope;
 
 pub use checkpoint::{WeightDtype, weight_files};
+pub use checksums::{CHECKSUMS, has_checksums, verify, write_checksums};
 pub use config::{
     AttentionConfig, AttentionKind, ElasticSection, Family, GroupedConfig, MlaConfig, ModelConfig, ModelSection,
 };
@@ -69,6 +72,7 @@ pub use layers::{Embedding, Linear, RmsNorm};
 pub use lowkey_kernels::{IGNORE, LossSum, Mask, MlaDims, Stored};
 pub use mla::{LATENT_NORM_EPS, Latent, Mla};
 pub use model::{Attention, Block, CausalLm, Context, Decoder, Mlp, TokenBatch, Trace, ids_tensor};
+pub use model_dir::{ModelDir, NewModelDir};
 pub use params::Parameter;
 pub use pass::{PassBatch, VectorRows};
 pub use rope::{RopeConfig, RopeTable, RopeType};

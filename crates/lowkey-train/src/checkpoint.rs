@@ -2,35 +2,32 @@
 //!
 //! A checkpoint is written into a hidden folder, synced, and renamed into place; `checksums.json` holds the SHA-256 of
 //! every file, and nothing is loaded that does not match. `best` is a link to the checkpoint with the lowest held-out
-//! loss.
+//! loss. A folder that lowkey did not write is left alone, whatever it is called.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use atomic_write_file::AtomicWriteFile;
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::Tokenizer;
-use lowkey_model::{CausalLm, Parameter, WeightDtype};
+use lowkey_files::{Kind, Replace, Staging, copy, create_dir, printable, read, read_text, remove_dir, rename, sweep};
+use lowkey_model::{CHECKSUMS, CausalLm, Parameter, WeightDtype, write_checksums};
+pub use lowkey_model::{has_checksums, verify};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
 use crate::optimizer::{Optimizer, ParameterState};
 
-const CHECKSUMS: &str = "checksums.json";
 const TRAINER: &str = "trainer.json";
 const OPTIMIZER: &str = "trainer.safetensors";
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
-/// Begins the name of what is being written or removed.
-const TEMPORARY: &str = ".tmp-";
-/// Begins the name of a whole checkpoint that is being replaced.
-const REPLACED: &str = ".old-";
+/// Largest `trainer.json`: a few lines, and one for each kernel that was chosen.
+const LARGEST_STATE: u64 = 16 << 20;
+const BEST: &str = "best";
 
 /// `trainer.json`: all that a run needs besides weights and the optimiser's state to go on as if it had never stopped.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -66,21 +63,26 @@ impl Checkpoints {
     /// replace is put back.
     ///
     /// # Errors
-    /// [`Error::Io`] where the folder cannot be made or cleaned.
+    /// [`Error::Io`] where the folder cannot be made or cleaned; [`Error::File`] where something that lowkey did not make lies
+    /// where `best` belongs.
     pub fn open(dir: &Path, keep: usize) -> Result<Self> {
-        fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+        create_dir(dir)?;
+        sweep(dir)?;
         for entry in entries(dir)? {
-            let name = entry.file_name().unwrap_or_default().to_string_lossy();
-            if name.starts_with(TEMPORARY) {
-                remove(&entry)?;
-            } else if let Some(name) = name.strip_prefix(REPLACED) {
-                let target = dir.join(name);
-                if target.exists() {
-                    remove(&entry)?;
-                } else {
-                    fs::rename(&entry, &target).map_err(|e| Error::io(&entry, e))?;
+            let name = entry.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            match Leftover::of(&name) {
+                Some(Leftover::Unfinished) => remove_dir(&entry)?,
+                Some(Leftover::Replaced(step)) => {
+                    let target = dir.join(step);
+                    if target.exists() { remove_dir(&entry)? } else { rename(&entry, &target)? }
                 }
+                None => {}
             }
+        }
+        let best = dir.join(BEST);
+        if best.symlink_metadata().is_ok_and(|found| !found.is_symlink()) && foreign(&best)?.is_some() {
+            let why = "was not written by lowkey, and the best checkpoint is to stand here: move it elsewhere";
+            return Err(Error::file(best, why));
         }
         Ok(Self { dir: dir.to_path_buf(), keep })
     }
@@ -96,23 +98,15 @@ impl Checkpoints {
         optimizer: &Optimizer,
         state: &TrainerState,
     ) -> Result<PathBuf> {
-        let name = step_name(state.step);
-        let (target, temporary) = (self.dir.join(&name), self.dir.join(format!("{TEMPORARY}{name}")));
-        let written = write(&temporary, model, tokenizer, optimizer, state);
-        if let Err(e) = written {
-            // The message about the disk matters more than one about the clean-up.
-            let _ = remove(&temporary);
-            return Err(e);
+        let target = self.dir.join(step_name(state.step));
+        // Whatever stands there is a checkpoint of the same step; files of others that were put into it are taken along.
+        let staging = Staging::begin(&target, Kind::Model, Replace::Vouched)?;
+        write(staging.dir(), model, tokenizer, optimizer, state)?;
+        if target.is_dir() {
+            take_along(&target, staging.dir())?;
         }
-        if target.exists() {
-            let old = self.dir.join(format!("{REPLACED}{name}"));
-            fs::rename(&target, &old).map_err(|e| Error::io(&target, e))?;
-            fs::rename(&temporary, &target).map_err(|e| Error::io(&target, e))?;
-            self.discard(&old)?;
-        } else {
-            fs::rename(&temporary, &target).map_err(|e| Error::io(&target, e))?;
-        }
-        sync_dir(&self.dir)?;
+        write_checksums(staging.dir())?;
+        staging.commit_unmarked()?;
         self.settle(state)?;
         Ok(target)
     }
@@ -130,30 +124,21 @@ impl Checkpoints {
         let mut steps = steps(&self.dir)?;
         steps.retain(|(step, _)| *step <= state.step);
         let old = steps.len().saturating_sub(self.keep);
-        for (_, path) in steps.into_iter().take(old).filter(|(step, _)| Some(*step) != best) {
-            self.discard(&path)?;
-        }
-        Ok(())
+        steps.into_iter().take(old).filter(|(step, _)| Some(*step) != best).try_for_each(|(_, path)| discard(&path))
     }
 
-    /// Removes all checkpoints.
+    /// Removes all checkpoints that hold nothing but what lowkey wrote.
     ///
     /// # Errors
     /// [`Error::Io`] where one cannot be removed.
     pub fn clear(&self) -> Result<()> {
-        let best = self.dir.join("best");
-        if best.symlink_metadata().is_ok() {
-            self.discard(&best)?;
+        let best = self.dir.join(BEST);
+        match best.symlink_metadata() {
+            Ok(found) if found.is_symlink() => lowkey_files::remove(&best)?,
+            Ok(_) => discard(&best)?,
+            Err(_) => {}
         }
-        steps(&self.dir)?.iter().try_for_each(|(_, path)| self.discard(path))
-    }
-
-    /// Removes a checkpoint so that at no moment a part of it stands under its name.
-    fn discard(&self, path: &Path) -> Result<()> {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let hidden = self.dir.join(format!("{TEMPORARY}gone-{name}"));
-        fs::rename(path, &hidden).map_err(|e| Error::io(path, e))?;
-        remove(&hidden)
+        steps(&self.dir)?.iter().try_for_each(|(_, path)| discard(path))
     }
 
     /// The newest checkpoint that is whole, and what is wrong with any newer one.
@@ -165,7 +150,7 @@ impl Checkpoints {
         for (_, path) in steps(&self.dir)?.into_iter().rev() {
             match verify(&path) {
                 Ok(()) => return Ok((Some(path), notes)),
-                Err(e) => notes.push(format!("skipping a damaged checkpoint: {e}")),
+                Err(e) => notes.push(format!("skipping a damaged checkpoint: {}", printable(&e.to_string()))),
             }
         }
         Ok((None, notes))
@@ -173,36 +158,101 @@ impl Checkpoints {
 
     /// A relative symbolic link, replaced by rename; a copy where the system has no such links.
     fn point_best(&self, name: &str) -> Result<()> {
-        let (best, temporary) = (self.dir.join("best"), self.dir.join(format!("{TEMPORARY}best")));
+        let best = self.dir.join(BEST);
         if !self.dir.join(name).exists() {
             return Ok(());
-        }
-        if temporary.symlink_metadata().is_ok() {
-            remove(&temporary)?;
         }
         #[cfg(unix)]
         {
             if best.symlink_metadata().is_ok_and(|kind| kind.is_dir()) {
                 // A run that was copied without its links, or comes from a system that has none.
-                self.discard(&best)?;
+                discard(&best)?;
             }
-            std::os::unix::fs::symlink(name, &temporary).map_err(|e| Error::io(&temporary, e))?;
-            fs::rename(&temporary, &best).map_err(|e| Error::io(&best, e))
+            Ok(lowkey_files::link(name, &best)?)
         }
         #[cfg(not(unix))]
         {
-            fs::create_dir_all(&temporary).map_err(|e| Error::io(&temporary, e))?;
+            let staging = Staging::begin(&best, Kind::Model, Replace::Vouched)?;
             for file in entries(&self.dir.join(name))? {
                 if let Some(file_name) = file.file_name() {
-                    fs::copy(&file, temporary.join(file_name)).map_err(|e| Error::io(&file, e))?;
+                    copy(&file, &staging.dir().join(file_name))?;
                 }
             }
-            if best.exists() {
-                remove(&best)?;
-            }
-            fs::rename(&temporary, &best).map_err(|e| Error::io(&best, e))
+            staging.commit_unmarked()?;
+            Ok(())
         }
     }
+}
+
+/// What earlier versions left when they were killed.
+enum Leftover {
+    Unfinished,
+    /// The checkpoint of this name, moved aside to be replaced.
+    Replaced(String),
+}
+
+impl Leftover {
+    fn of(name: &str) -> Option<Self> {
+        let of_step = |name: &str| name.strip_prefix("step-").is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()));
+        if let Some(rest) = name.strip_prefix(".tmp-") {
+            let rest = rest.strip_prefix("gone-").unwrap_or(rest);
+            return (rest == BEST || of_step(rest)).then_some(Self::Unfinished);
+        }
+        let replaced = name.strip_prefix(".old-")?;
+        of_step(replaced).then(|| Self::Replaced(replaced.to_string()))
+    }
+}
+
+/// Removes a checkpoint so that at no moment a part of it stands under its name. One that holds something of others stays.
+fn discard(path: &Path) -> Result<()> {
+    match foreign(path)? {
+        Some(_) => Ok(()),
+        None => Ok(remove_dir(path)?),
+    }
+}
+
+/// The first thing in a folder that is no file of a checkpoint.
+fn foreign(dir: &Path) -> Result<Option<PathBuf>> {
+    let listed = listed(dir);
+    Ok(entries(dir)?.into_iter().find(|path| !is_part(path, &listed)))
+}
+
+/// Copies what others put into the checkpoint `old` to the one that takes its place.
+fn take_along(old: &Path, new: &Path) -> Result<()> {
+    let listed = listed(old);
+    for path in entries(old)?.into_iter().filter(|path| !is_part(path, &listed)) {
+        let Some(name) = path.file_name() else { continue };
+        if !path.is_file() {
+            let why =
+                "was not written by lowkey, and the checkpoint that it lies in is to be replaced: move it elsewhere";
+            return Err(Error::file(path, why));
+        }
+        copy(&path, &new.join(name))?;
+    }
+    Ok(())
+}
+
+/// The files that a checkpoint's own table names; none where it has none that can be read.
+fn listed(dir: &Path) -> BTreeSet<String> {
+    let table = read_text(&dir.join(CHECKSUMS), LARGEST_STATE).ok();
+    let table = table.and_then(|text| serde_json::from_str::<BTreeMap<String, serde_json::Value>>(&text).ok());
+    table.into_iter().flatten().map(|(name, _)| name).collect()
+}
+
+/// Whether lowkey wrote this entry of a checkpoint, as far as its name tells.
+fn is_part(path: &Path, listed: &BTreeSet<String>) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let known = [CHECKSUMS, TRAINER, OPTIMIZER, "config.json", "generation_config.json", "tokenizer.json"];
+    let weights = name.starts_with("model") && (name.ends_with(".safetensors") || name.ends_with(".index.json"));
+    // A folder is listed by the files in it.
+    let folder = || listed.iter().any(|file| file.split_once('/').is_some_and(|(folder, _)| folder == name));
+    path.symlink_metadata().is_ok_and(|found| match found.is_dir() {
+        true => folder(),
+        false => {
+            found.is_file()
+                && (weights || known.contains(&&*name) || name.starts_with("tokenizer") || listed.contains(&*name))
+        }
+    })
 }
 
 /// Loads the trainer's state and, in the order of `parameters`, the optimiser's states, each of the kind of `kinds`.
@@ -216,11 +266,11 @@ pub fn load_state(
     device: &Device,
 ) -> Result<(TrainerState, Vec<ParameterState>)> {
     let path = dir.join(TRAINER);
-    let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+    let text = read_text(&path, LARGEST_STATE)?;
     let state: TrainerState =
         serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not a trainer's state: {e}")))?;
     let path = dir.join(OPTIMIZER);
-    let bytes = fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    let bytes = read(&path, u64::MAX)?;
     let tensors = SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::file(&path, format!("not a readable safetensors file: {e}")))?;
     let device = device.clone().without_autodiff();
@@ -244,29 +294,6 @@ pub fn load_state(
     Ok((state, states))
 }
 
-/// Recomputes every checksum of a checkpoint.
-///
-/// # Errors
-/// [`Error::File`] naming the first file that differs or is missing.
-pub fn verify(dir: &Path) -> Result<()> {
-    let path = dir.join(CHECKSUMS);
-    let text = fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-    let expected: BTreeMap<String, String> =
-        serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not a table of checksums: {e}")))?;
-    for (name, expected) in expected {
-        let path = dir.join(&name);
-        let found = sha256(&path)?;
-        if found != expected {
-            let why = format!(
-                "its SHA-256 is {found}, not {expected} as when it was saved: the file has changed since; use another \
-                 checkpoint, or remove {CHECKSUMS} if the change was meant"
-            );
-            return Err(Error::file(path, why));
-        }
-    }
-    Ok(())
-}
-
 /// The newest checkpoint in a folder, whole or damaged; none where there is no such folder.
 ///
 /// # Errors
@@ -281,17 +308,14 @@ fn steps(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found: Vec<(u64, PathBuf)> = entries(dir)?
         .into_iter()
         .filter_map(|path| {
-            let step = path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
-            Some((step, path))
+            let name = path.file_name()?.to_str()?;
+            let step = name.strip_prefix("step-")?.parse().ok()?;
+            // `step-1` and the like are somebody else's.
+            (step_name(step) == name && path.is_dir()).then_some((step, path))
         })
         .collect();
     found.sort();
     Ok(found)
-}
-
-/// Whether a model directory carries checksums.
-pub fn has_checksums(dir: &Path) -> bool {
-    dir.join(CHECKSUMS).is_file()
 }
 
 fn step_name(step: u64) -> String {
@@ -305,9 +329,6 @@ fn write(
     optimizer: &Optimizer,
     state: &TrainerState,
 ) -> Result<()> {
-    if dir.exists() {
-        remove(dir)?;
-    }
     model.save(dir, WeightDtype::F32, MAX_SHARD_BYTES)?;
     if let Some(tokenizer) = tokenizer {
         tokenizer.save(dir)?;
@@ -321,15 +342,7 @@ fn write(
     });
     write_json(&dir.join("generation_config.json"), &generation)?;
     write_states(&dir.join(OPTIMIZER), model, optimizer)?;
-    write_json(&dir.join(TRAINER), &json!(state))?;
-    let mut checksums = BTreeMap::new();
-    for path in entries(dir)? {
-        if let Some(name) = path.file_name() {
-            checksums.insert(name.to_string_lossy().into_owned(), sha256(&path)?);
-        }
-    }
-    write_json(&dir.join(CHECKSUMS), &json!(checksums))?;
-    sync_dir(dir)
+    Ok(write_json(&dir.join(TRAINER), &json!(state))?)
 }
 
 fn write_states(path: &Path, model: &CausalLm, optimizer: &Optimizer) -> Result<()> {
@@ -353,17 +366,12 @@ fn write_states(path: &Path, model: &CausalLm, optimizer: &Optimizer) -> Result<
     write_file(path, &bytes)
 }
 
-/// Writes a file atomically: temporary file, fsync, rename.
+/// Writes a file: whole, or not at all.
 ///
 /// # Errors
-/// [`Error::Io`] naming the file.
+/// [`Error::Io`] or [`Error::File`] naming the file.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || {
-        let mut file = AtomicWriteFile::open(path)?;
-        file.write_all(bytes)?;
-        file.commit()
-    };
-    write().map_err(|e| Error::io(path, e))
+    Ok(lowkey_files::write(path, bytes)?)
 }
 
 pub(crate) fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
@@ -371,39 +379,9 @@ pub(crate) fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
     write_file(path, (text + "\n").as_bytes())
 }
 
-fn sha256(path: &Path) -> Result<String> {
-    let fail = |e| Error::io(path, e);
-    let mut file = File::open(path).map_err(fail)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let n = file.read(&mut buffer).map_err(fail)?;
-        if n == 0 {
-            break;
-        }
-        hash.update(&buffer[..n]);
-    }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
 fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     let fail = |e| Error::io(dir, e);
     fs::read_dir(dir).map_err(fail)?.map(|entry| Ok(entry.map_err(fail)?.path())).collect()
-}
-
-/// Removes a file, a link, or a folder with all that is in it.
-fn remove(path: &Path) -> Result<()> {
-    let kind = path.symlink_metadata().map_err(|e| Error::io(path, e))?;
-    let removed = if kind.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
-    removed.map_err(|e| Error::io(path, e))
-}
-
-/// Makes a rename durable. Only Unix can open a folder to sync it.
-fn sync_dir(dir: &Path) -> Result<()> {
-    if cfg!(unix) {
-        File::open(dir).and_then(|file| file.sync_all()).map_err(|e| Error::io(dir, e))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

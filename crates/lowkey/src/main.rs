@@ -1,7 +1,7 @@
 //! `lowkey`: trains, samples, evaluates and inspects Multi-head Latent Attention language models.
 //!
 //! The only crate that parses arguments, prints, and decides an exit code: 0 done, 1 failed, 2 wrong use (a bad command line,
-//! or a run file or dataset file with a wrong key or value).
+//! or a run file or dataset file with a wrong key or value), 141 nobody read what was printed.
 
 mod cli;
 mod commands;
@@ -12,6 +12,8 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Parser;
+
+use crate::output::OutputFailed;
 
 /// Training allocates and frees the same large tensors all the time. The system's allocator gives each back to the kernel at
 /// once, and getting cleared pages anew cost a quarter of the quickstart's time.
@@ -33,6 +35,8 @@ fn keep_freed_memory() {
     }
 }
 
+/// As shells say that a program ended because nobody read what it printed.
+const NOBODY_READS: u8 = 128 + 13;
 /// Something was wrong with what the user wrote, rather than with the world.
 const WRONG_USE: u8 = 2;
 const FAILED: u8 = 1;
@@ -56,11 +60,20 @@ fn main() -> ExitCode {
             output::complain(&format!("error: {error:#}"));
             ExitCode::from(if is_wrong_use(&error) { WRONG_USE } else { FAILED })
         }
-        Err(_) => {
-            let report = report.lock().unwrap_or_else(PoisonError::into_inner);
-            output::complain(&format!("internal error: {report}. Please report this with the command that you ran."));
-            ExitCode::from(FAILED)
-        }
+        Err(end) => match end.downcast::<OutputFailed>().map(|end| *end) {
+            Ok(OutputFailed::Closed) => ExitCode::from(NOBODY_READS),
+            Ok(OutputFailed::Lost(e)) => {
+                output::complain(&format!("error: standard output could not be written: {e}"));
+                ExitCode::from(FAILED)
+            }
+            Err(_) => {
+                let report = report.lock().unwrap_or_else(PoisonError::into_inner);
+                output::complain(&format!(
+                    "internal error: {report}. Please report this with the command that you ran."
+                ));
+                ExitCode::from(FAILED)
+            }
+        },
     }
 }
 

@@ -1,33 +1,78 @@
-//! Printing: text that a closed pipe cannot break, tables, and numbers for people.
+//! Printing: what happens where standard output fails, tables, and numbers for people.
+//!
+//! A command whose work is what it prints ends where nobody can read it. One whose work is files, a training run above all,
+//! goes on without its display ([`work_goes_on`]).
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Writes a line to standard output. A reader that has gone away (`lowkey info … | head`) ends the program quietly.
-pub(crate) fn say(text: &str) {
-    write(text, "\n");
+use lowkey_files::printable_lines;
+
+/// Whether this command's work is more than what it prints.
+static WORK_GOES_ON: AtomicBool = AtomicBool::new(false);
+
+/// Whether standard output has failed, so that nothing more is written to it.
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// The end of a command whose standard output failed: the payload that unwinds to `main`, so that temporary files go.
+pub(crate) enum OutputFailed {
+    /// Nobody reads on (`lowkey info … | head`): no error.
+    Closed,
+    /// Why what was printed is lost.
+    Lost(std::io::Error),
 }
 
-/// Writes to standard output without a line end, at once.
+/// Says that this command does work which is kept in files, so that it goes on where standard output fails.
+pub(crate) fn work_goes_on() {
+    WORK_GOES_ON.store(true, Ordering::Relaxed);
+}
+
+/// Writes a line to standard output, control characters escaped: names come from files.
+pub(crate) fn say(text: &str) {
+    write(&printable_lines(text), "\n");
+}
+
+/// Writes generated text to standard output as it is, without a line end, at once.
 pub(crate) fn stream(text: &str) {
     write(text, "");
 }
 
 fn write(text: &str, end: &str) {
-    let mut out = std::io::stdout().lock();
-    if write!(out, "{text}{end}").and_then(|()| out.flush()).is_err() {
-        std::process::exit(0);
+    if SILENT.load(Ordering::Relaxed) {
+        return;
     }
+    let Err(e) = try_write(text, end) else { return };
+    SILENT.store(true, Ordering::Relaxed);
+    if WORK_GOES_ON.load(Ordering::Relaxed) {
+        complain(&format!("note: standard output cannot be written ({e}); the work goes on without its display"));
+        return;
+    }
+    let failed = if e.kind() == ErrorKind::BrokenPipe { OutputFailed::Closed } else { OutputFailed::Lost(e) };
+    std::panic::resume_unwind(Box::new(failed));
 }
 
-/// Writes a line to standard error, as well as it can be.
+fn try_write(text: &str, end: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    write!(out, "{text}{end}").and_then(|()| out.flush())
+}
+
+/// Writes a line to standard error, as well as it can be, control characters escaped.
 pub(crate) fn complain(text: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    let _ = writeln!(std::io::stderr().lock(), "{}", printable_lines(text));
 }
 
-/// A value as pretty JSON on standard output.
+/// A value as pretty JSON on standard output. Whoever asked for it wants all of it: that it cannot be written is an error,
+/// whatever else the command has done.
 pub(crate) fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
-    say(&serde_json::to_string_pretty(value)?);
-    Ok(())
+    let text = serde_json::to_string_pretty(value)?;
+    if SILENT.load(Ordering::Relaxed) {
+        anyhow::bail!("standard output could not be written");
+    }
+    match try_write(&text, "\n") {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => std::panic::resume_unwind(Box::new(OutputFailed::Closed)),
+        Err(e) => anyhow::bail!("standard output could not be written: {e}"),
+    }
 }
 
 /// Two columns, the first padded to the widest label.

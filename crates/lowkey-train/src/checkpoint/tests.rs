@@ -72,7 +72,7 @@ fn what_is_saved_verifies_and_comes_back_bit_for_bit() {
     let path = bench.save(&checkpoints, 7, Some(7));
     assert_eq!(path, bench.path("step-000007"));
     verify(&path).unwrap();
-    assert!(has_checksums(&path));
+    assert!(lowkey_model::has_checksums(&path));
     assert_eq!(checkpoints.latest().unwrap(), (Some(path.clone()), Vec::new()));
     let device = Device::flex();
     let loaded = CausalLm::load(&path, &device).unwrap();
@@ -189,11 +189,59 @@ fn a_step_saved_again_replaces_the_old_one() {
     let bench = Bench::new();
     let checkpoints = bench.open(2);
     let path = bench.save(&checkpoints, 4, Some(4));
-    fs::write(path.join("stray.txt"), "x").unwrap();
+    fs::write(path.join("model-00001-of-00002.safetensors"), "stale").unwrap();
     bench.save(&checkpoints, 4, Some(4));
     assert_eq!(names(bench.dir.path()), ["best", "step-000004"]);
-    assert!(!path.join("stray.txt").exists());
+    assert!(!path.join("model-00001-of-00002.safetensors").exists());
     verify(&path).unwrap();
+    // What its user put there comes along.
+    fs::write(path.join("notes.json"), "mine").unwrap();
+    bench.save(&checkpoints, 4, Some(4));
+    assert_eq!(fs::read_to_string(path.join("notes.json")).unwrap(), "mine");
+    verify(&path).unwrap();
+}
+
+#[test]
+fn what_others_put_among_checkpoints_stays() {
+    let bench = Bench::new();
+    let foreign = ["step-1", "step-000002", ".tmp-mine", "best"];
+    for name in foreign {
+        fs::create_dir(bench.path(name)).unwrap();
+        fs::write(bench.path(name).join("thesis.txt"), "mine").unwrap();
+    }
+    assert!(Checkpoints::open(bench.dir.path(), 1).unwrap_err().to_string().contains("best"));
+    fs::remove_dir_all(bench.path("best")).unwrap();
+    let checkpoints = bench.open(1);
+    bench.save(&checkpoints, 3, Some(3));
+    bench.save(&checkpoints, 4, Some(4));
+    checkpoints.clear().unwrap();
+    for name in &foreign[..3] {
+        assert_eq!(fs::read_to_string(bench.path(name).join("thesis.txt")).unwrap(), "mine");
+    }
+    assert_eq!(names(bench.dir.path()).len(), 3);
+}
+
+#[test]
+fn a_checkpoint_is_whole_only_when_every_file_is_listed() {
+    let bench = Bench::new();
+    let checkpoints = bench.open(1);
+    let path = bench.save(&checkpoints, 1, None);
+    let text = fs::read_to_string(path.join(CHECKSUMS)).unwrap();
+    let whole: BTreeMap<String, String> = serde_json::from_str(&text).unwrap();
+    for name in whole.keys() {
+        let mut table = whole.clone();
+        table.remove(name);
+        fs::write(path.join(CHECKSUMS), json!(table).to_string()).unwrap();
+        let why = verify(&path).unwrap_err().to_string();
+        assert!(why.contains(&format!("does not list {name}")), "{why}");
+    }
+    fs::write(path.join(CHECKSUMS), "{}").unwrap();
+    assert!(checkpoints.latest().unwrap().0.is_none());
+    for name in ["../x", "/dev/zero", "/etc/hostname", "a\\b", "\u{1b}[2K"] {
+        fs::write(path.join(CHECKSUMS), json!({ name: "00" }).to_string()).unwrap();
+        let why = verify(&path).unwrap_err().to_string();
+        assert!(why.contains("is no file of this folder") && !why.contains('\u{1b}'), "{why}");
+    }
 }
 
 #[test]

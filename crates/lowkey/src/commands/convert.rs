@@ -1,28 +1,17 @@
 //! `lowkey convert`.
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, bail};
 use burn::tensor::Device;
 use lowkey_convert::{Reduction, Rotated};
-use lowkey_model::{CausalLm, WeightDtype};
+use lowkey_files::Kind;
+use lowkey_model::{CausalLm, ModelDir, NewModelDir, WeightDtype};
 use serde_json::{Value, json};
 
 use super::{WrongUse, text};
 use crate::cli::ConvertArguments;
-use crate::output::{bytes, pairs, say, say_json, table};
+use crate::output::{bytes, complain, pairs, say, say_json, table};
 use crate::progress::Measuring;
-
-/// Files of a model directory that a narrower latent does not change.
-const KEPT: [&str; 6] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "added_tokens.json",
-];
 
 /// What was done, beside the model.
 const REPORT: &str = "convert.json";
@@ -32,7 +21,8 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
     if arguments.tokens < 2 {
         return Err(WrongUse("--tokens must be at least 2".into()).into());
     }
-    let model = super::load_model(&arguments.model, &device)?;
+    let source = ModelDir::open(&arguments.model)?;
+    let model = source.load(&device)?;
     let (budget, prefix) = match (&arguments.kv_rank_budget, arguments.kv_rank) {
         (Some(asked), _) => (budget(asked, &model)?, None),
         (None, rank) => {
@@ -44,15 +34,11 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
         .out
         .clone()
         .unwrap_or_else(|| Path::new("models").join(format!("{}-kv{budget}", text::name(&arguments.model))));
-    if out.exists() && !(arguments.overwrite && out.join(REPORT).is_file()) {
-        bail!(
-            "{}: already there; --overwrite replaces a converted model, or choose another folder with --out",
-            out.display()
-        );
-    }
+    // Now rather than after an hour of work: what may not be replaced, and who else is writing it.
+    let new = NewModelDir::begin(&out, Kind::Model, arguments.overwrite, &source)?;
     if let Some(narrow) = prefix {
         let report = json!({ "kv_lora_ranks": model.config.kv_ranks(), "kept": narrow.config.kv_ranks() });
-        write(&arguments.model, &out, &narrow, &report)?;
+        write(new, &source, &narrow, &report)?;
         if arguments.json {
             return say_json(&json!({ "out": out, "report": report }));
         }
@@ -78,7 +64,7 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
         Some([loss(&model)?, loss(&reduction.model)?])
     };
     let report = report(&model, &reduction, held_out, &calibration);
-    write(&arguments.model, &out, &reduction.model, &report)?;
+    write(new, &source, &reduction.model, &report)?;
     if arguments.json {
         return say_json(&json!({ "out": out, "report": report }));
     }
@@ -150,30 +136,13 @@ fn describe(out: &Path, model: &CausalLm, reduction: &Reduction, held_out: Optio
     )
 }
 
-/// Writes the model beside its final place, and moves it there whole.
-fn write(source: &Path, out: &Path, model: &CausalLm, report: &Value) -> anyhow::Result<()> {
-    let parent = match out.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
-        _ => PathBuf::from("."),
-    };
-    fs::create_dir_all(&parent).with_context(|| parent.display().to_string())?;
-    let staged = tempfile::Builder::new().prefix(".convert-").tempdir_in(&parent)?;
-    model.save(staged.path(), WeightDtype::F32, usize::MAX)?;
-    for name in KEPT {
-        let from = source.join(name);
-        if from.is_file() {
-            let to = staged.path().join(name);
-            fs::copy(&from, &to).with_context(|| from.display().to_string())?;
-            File::open(&to)?.sync_all()?;
-        }
+/// Writes the model, and what came with the one that it was made from.
+fn write(new: NewModelDir, source: &ModelDir, model: &CausalLm, report: &Value) -> anyhow::Result<()> {
+    new.save(model, WeightDtype::F32, usize::MAX)?;
+    new.carry(source)?;
+    new.write_json(REPORT, report)?;
+    if let Some(left) = new.commit()? {
+        complain(&format!("note: what was replaced could not be removed: {}", left.display()));
     }
-    let path = staged.path().join(REPORT);
-    fs::write(&path, serde_json::to_string_pretty(report)? + "\n").with_context(|| path.display().to_string())?;
-    File::open(&path)?.sync_all()?;
-    if out.exists() {
-        fs::remove_dir_all(out).with_context(|| out.display().to_string())?;
-    }
-    let staged = staged.keep();
-    fs::rename(&staged, out).with_context(|| out.display().to_string())?;
     Ok(())
 }

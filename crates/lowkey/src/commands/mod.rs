@@ -17,11 +17,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use burn::tensor::Device;
-use lowkey_model::{AttentionConfig, CausalLm};
-use lowkey_train::checkpoint;
+use lowkey_model::{AttentionConfig, CausalLm, ModelDir};
 
-use crate::cli::{Arguments, Command, DataCommand, DeviceArgument};
-use crate::output::complain;
+use crate::cli::{Arguments, Command, DataCommand, DeviceArgument, LabCommand};
+use crate::output::{complain, work_goes_on};
 
 /// The command line asked for something that makes no sense.
 #[derive(Debug)]
@@ -43,10 +42,7 @@ fn open_device(argument: &DeviceArgument) -> anyhow::Result<Device> {
 
 /// Loads a model directory; one that carries checksums only if they match.
 fn load_model(dir: &Path, device: &Device) -> anyhow::Result<CausalLm> {
-    if checkpoint::has_checksums(dir) {
-        checkpoint::verify(dir)?;
-    }
-    Ok(CausalLm::load(dir, device)?)
+    Ok(ModelDir::open(dir)?.load(device)?)
 }
 
 /// The model with only the first `rank` numbers of each latent read.
@@ -69,8 +65,27 @@ fn read_at(model: CausalLm, rank: Option<usize>) -> anyhow::Result<CausalLm> {
     Ok(narrow)
 }
 
+/// Whether the work of a command is in files, rather than in what it prints.
+fn keeps_its_work(command: &Command) -> bool {
+    match command {
+        Command::Train(_) | Command::Export(_) | Command::Convert(_) | Command::Logits(_) => true,
+        Command::Lab { command } => matches!(command, LabCommand::Run(_)),
+        Command::Data { command } => matches!(command, DataCommand::Prepare(_)),
+        Command::Plan(_)
+        | Command::Generate(_)
+        | Command::Eval(_)
+        | Command::Verify(_)
+        | Command::Devices(_)
+        | Command::Info(_)
+        | Command::Bench { .. } => false,
+    }
+}
+
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let done = |()| ExitCode::SUCCESS;
+    if keeps_its_work(&arguments.command) {
+        work_goes_on();
+    }
     match arguments.command {
         Command::Train(arguments) => train::train(arguments),
         Command::Plan(arguments) => train::plan(arguments).map(done),

@@ -11,6 +11,7 @@ mod convert;
 mod elastic;
 mod export;
 mod gpu;
+mod interrupted;
 mod lab;
 mod reference;
 mod resume;

@@ -1,0 +1,206 @@
+//! A model directory as one thing: opened once, or written aside and put in its place whole.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use lowkey_files::{FileHash, Kind, Replace, Staging, copy, create_dir, hash, recover, write_json};
+use serde::Serialize;
+
+use crate::checkpoint::{CONFIG, INDEX, WeightDtype, weight_files};
+use crate::checksums::{has_checksums, verify};
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::model::CausalLm;
+
+/// The files beside configuration and weights that belong to a model whatever becomes of its weights: its tokenizer in every
+/// spelling that is about, its templates and its settings for generation.
+const COMPANIONS: [&str; 13] = [
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+];
+
+/// A folder of further chat templates, one file each.
+const TEMPLATES: &str = "additional_chat_templates";
+
+/// A Hugging Face model directory that has been found whole.
+#[derive(Clone, Debug)]
+pub struct ModelDir {
+    path: PathBuf,
+}
+
+impl ModelDir {
+    /// Opens a directory: links are followed once and for all (`best` may come to point elsewhere while a command is at work), what
+    /// a killed process left is put in order, and checksums are compared where the directory has them.
+    ///
+    /// # Errors
+    /// [`Error::File`] where there is no such folder, where it holds no model, or where a file is not what was saved.
+    pub fn open(path: &Path) -> Result<Self> {
+        if path.symlink_metadata().is_err() {
+            recover(path)?;
+        }
+        let real = match path.canonicalize() {
+            Ok(real) => real,
+            Err(e) => {
+                return Err(match std::fs::read_link(path) {
+                    Ok(target) => Error::file(
+                        path,
+                        format!(
+                            "is a link to {}, and nothing is there; copy the folder that it should point to",
+                            target.display()
+                        ),
+                    ),
+                    Err(_) => Error::io(path, e),
+                });
+            }
+        };
+        if !real.is_dir() {
+            return Err(Error::file(path, format!("is a file; a model is a folder with {CONFIG} and weights")));
+        }
+        if has_checksums(&real) {
+            verify(&real)?;
+        }
+        Ok(Self { path: real })
+    }
+
+    /// The folder itself, no link.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What `config.json` says.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::read`].
+    pub fn config(&self) -> Result<ModelConfig> {
+        ModelConfig::read(&self.path.join(CONFIG))
+    }
+
+    /// The model.
+    ///
+    /// # Errors
+    /// As [`CausalLm::load`].
+    pub fn load(&self, device: &Device) -> Result<CausalLm> {
+        CausalLm::load(&self.path, device)
+    }
+
+    /// The files of tokenizer, templates and generation settings that are there, by name.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where a folder cannot be read.
+    pub fn companions(&self) -> Result<Vec<String>> {
+        let there = |name: &str| self.path.join(name).symlink_metadata().is_ok();
+        let mut names: Vec<String> = COMPANIONS.into_iter().filter(|name| there(name)).map(String::from).collect();
+        let templates = self.path.join(TEMPLATES);
+        if templates.is_dir() {
+            let fail = |e| Error::io(&templates, e);
+            for entry in std::fs::read_dir(&templates).map_err(fail)? {
+                let name = entry.map_err(fail)?.file_name().to_string_lossy().into_owned();
+                if name.ends_with(".jinja") {
+                    names.push(format!("{TEMPLATES}/{name}"));
+                }
+            }
+            names.sort();
+        }
+        Ok(names)
+    }
+
+    /// Every file that the model consists of, with its hash: configuration, weights, and [companions](Self::companions).
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`] where one cannot be read.
+    pub fn hashes(&self) -> Result<Vec<FileHash>> {
+        let index = Some(INDEX.to_string()).filter(|name| self.path.join(name).is_file());
+        let described = [CONFIG.to_string()].into_iter().chain(self.companions()?).chain(index);
+        let mut hashes = Vec::new();
+        for name in described {
+            // By the whole name: templates lie one folder down.
+            hashes.push(FileHash { name: name.clone(), ..hash(&self.path.join(&name))? });
+        }
+        for path in weight_files(&self.path)? {
+            hashes.push(hash(&path)?);
+        }
+        Ok(hashes)
+    }
+}
+
+/// A model directory that is being written. It takes its name when it is whole, and leaves nothing when it is dropped before.
+#[derive(Debug)]
+pub struct NewModelDir {
+    staging: Staging,
+}
+
+impl NewModelDir {
+    /// Begins a directory made from `source` that will stand at `target`. With `overwrite` it replaces one of the same kind
+    /// that lowkey made and nobody has changed since.
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`] where what is there may not be replaced; [`Error::File`] where that is, or holds, `source`.
+    pub fn begin(target: &Path, kind: Kind, overwrite: bool, source: &ModelDir) -> Result<Self> {
+        if target.canonicalize().is_ok_and(|target| source.path.starts_with(target)) {
+            return Err(Error::file(target, "is, or holds, the model that is read: give another --out"));
+        }
+        let replace = if overwrite { Replace::Marked } else { Replace::Never };
+        Ok(Self { staging: Staging::begin(target, kind, replace)? })
+    }
+
+    /// Where its files are written.
+    pub fn dir(&self) -> &Path {
+        self.staging.dir()
+    }
+
+    /// Writes configuration and weights.
+    ///
+    /// # Errors
+    /// As [`CausalLm::save`].
+    pub fn save(&self, model: &CausalLm, dtype: WeightDtype, max_shard_bytes: usize) -> Result<()> {
+        model.save(self.dir(), dtype, max_shard_bytes)
+    }
+
+    /// Copies tokenizer, templates and generation settings of another model; what is there already stays.
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`] naming the file.
+    pub fn carry(&self, source: &ModelDir) -> Result<()> {
+        for name in source.companions()? {
+            let to = self.dir().join(&name);
+            if to.symlink_metadata().is_ok() {
+                continue;
+            }
+            if let Some(folder) = to.parent() {
+                create_dir(folder)?;
+            }
+            copy(&source.path.join(&name), &to)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a value as JSON.
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`].
+    pub fn write_json(&self, name: &str, value: &impl Serialize) -> Result<()> {
+        Ok(write_json(&self.dir().join(name), value)?)
+    }
+
+    /// Puts the directory in its place; returns what could not be removed of the one that it replaced.
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`]; what stood there before then stands there still.
+    pub fn commit(self) -> Result<Option<PathBuf>> {
+        Ok(self.staging.commit()?)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,87 @@
+use std::fs;
+
+use super::*;
+use crate::checksums::{CHECKSUMS, write_checksums};
+use crate::fixtures::mla_model;
+
+fn saved(dir: &Path) -> CausalLm {
+    let model = mla_model();
+    model.save(dir, WeightDtype::F32, usize::MAX).unwrap();
+    model
+}
+
+#[test]
+fn a_link_is_followed_once_and_a_dangling_one_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    saved(&dir.path().join("step-1"));
+    let best = dir.path().join("best");
+    lowkey_files::link("step-1", &best).unwrap();
+    let opened = ModelDir::open(&best).unwrap();
+    saved(&dir.path().join("step-2"));
+    lowkey_files::link("step-2", &best).unwrap();
+    assert!(opened.path().ends_with("step-1"));
+    lowkey_files::link("step-3", &best).unwrap();
+    let why = ModelDir::open(&best).unwrap_err().to_string();
+    assert!(why.contains("best") && why.contains("link to step-3"), "{why}");
+    let why = ModelDir::open(&dir.path().join("step-1/config.json")).unwrap_err().to_string();
+    assert!(why.contains("is a file"), "{why}");
+}
+
+#[test]
+fn what_is_not_what_was_saved_does_not_open() {
+    let dir = tempfile::tempdir().unwrap();
+    saved(dir.path());
+    write_checksums(dir.path()).unwrap();
+    ModelDir::open(dir.path()).unwrap();
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&path, bytes).unwrap();
+    assert!(ModelDir::open(dir.path()).unwrap_err().to_string().contains("has changed"));
+    fs::write(dir.path().join(CHECKSUMS), "{}").unwrap();
+    let why = ModelDir::open(dir.path()).unwrap_err().to_string();
+    assert!(why.contains("does not list config.json"), "{why}");
+}
+
+#[test]
+fn a_new_directory_carries_what_belongs_to_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    let model = saved(&from);
+    fs::write(from.join("tokenizer.model"), "pieces").unwrap();
+    fs::write(from.join("generation_config.json"), "{}").unwrap();
+    fs::write(from.join("notes.txt"), "mine").unwrap();
+    fs::create_dir(from.join(TEMPLATES)).unwrap();
+    fs::write(from.join(TEMPLATES).join("tools.jinja"), "{{ x }}").unwrap();
+    let source = ModelDir::open(&from).unwrap();
+    let make = |overwrite: bool| {
+        let new = NewModelDir::begin(&to, Kind::Model, overwrite, &source)?;
+        new.save(&model, WeightDtype::F32, usize::MAX)?;
+        new.write_json("generation_config.json", &[1])?;
+        new.carry(&source)?;
+        new.commit()
+    };
+    assert_eq!(make(false).unwrap(), None);
+    let carried = ModelDir::open(&to).unwrap().companions().unwrap();
+    assert_eq!(carried, ["additional_chat_templates/tools.jinja", "generation_config.json", "tokenizer.model"]);
+    assert_eq!(fs::read_to_string(to.join("generation_config.json")).unwrap(), "[\n  1\n]\n");
+    assert!(!to.join("notes.txt").exists());
+    assert!(make(false).unwrap_err().to_string().contains("already holds something"));
+    make(true).unwrap();
+    let hashes = source.hashes().unwrap();
+    let names: Vec<&str> = hashes.iter().map(|file| file.name.as_str()).collect();
+    assert!(names.contains(&"config.json") && names.contains(&"model.safetensors"), "{names:?}");
+    assert!(names.contains(&"additional_chat_templates/tools.jinja"), "{names:?}");
+}
+
+#[test]
+fn the_model_that_is_read_is_not_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = dir.path().join("run").join("from");
+    saved(&from);
+    let source = ModelDir::open(&from).unwrap();
+    for target in [from.as_path(), from.parent().unwrap(), dir.path()] {
+        let why = NewModelDir::begin(target, Kind::Export, true, &source).unwrap_err().to_string();
+        assert!(why.contains("the model that is read"), "{why}");
+    }
+}
