@@ -29,6 +29,12 @@ pub enum Error {
         /// The reason, and the mend.
         why: String,
     },
+    /// Another process is writing here.
+    #[error("{}: another process holds this and is writing here; wait for it, or write elsewhere", shown(path))]
+    Held {
+        /// The lock.
+        path: PathBuf,
+    },
 }
 
 impl Error {
@@ -38,6 +44,11 @@ impl Error {
 
     pub(crate) fn refused(path: &Path, why: impl Into<String>) -> Self {
         Self::Refused { path: path.to_path_buf(), why: why.into() }
+    }
+
+    /// Whether the reason is that another process is writing here, so that it is worth waiting.
+    pub fn is_held(&self) -> bool {
+        matches!(self, Self::Held { .. })
     }
 
     /// Whether the reason is that there is no such file.

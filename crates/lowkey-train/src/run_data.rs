@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use lowkey_data::tasks::{RowLayout, StepBatch, TaskCorpus};
 use lowkey_data::{
-    DatasetConfig, OracleDocument, Packing, Prepared, Progress, Sampler, Shard, Tokenizer, oracle_documents, prepare,
-    validation_batches,
+    DatasetConfig, Expected, Observer, OracleDocument, Packing, Prepared, Sampler, Shard, Tokenizer, oracle_documents,
+    prepare, prepare_expecting, validation_batches,
 };
 
 use crate::checkpoint::TrainerState;
@@ -89,12 +89,7 @@ pub fn prepared_dir(
     if section.dataset.is_none() {
         return run_dir.join("data");
     }
-    let name = match tokenizer {
-        // A model's own tokenizer gives other tokens than the dataset's.
-        Some(tokenizer) => format!("{}-{}", dataset.name, tokenizer.fingerprint().chars().take(8).collect::<String>()),
-        None => dataset.name.clone(),
-    };
-    dataset.base.join("prepared").join(name)
+    dataset.prepared_dir(tokenizer)
 }
 
 /// Prepares the tokens, or opens them where they lie prepared. Held-out text comes in batches of `rows` sequences. For a run that
@@ -109,12 +104,16 @@ pub fn open(
     dir: &Path,
     tokenizer: Option<Tokenizer>,
     begun: Option<&TrainerState>,
-    progress: &mut dyn FnMut(Progress),
+    progress: Observer<'_>,
 ) -> Result<RunData> {
-    let Prepared { tokenizer, train, validation, .. } = prepare(dataset, dir, tokenizer, progress)?;
-    if let Some(begun) = begun {
-        check_same(begun, &train.checksum(), &validation.checksum(), dataset)?;
-    }
+    let prepared = match begun {
+        Some(TrainerState { data, held_out, .. }) => {
+            let expected = Expected { train: data.clone(), validation: held_out.clone() };
+            prepare_expecting(dataset, dir, tokenizer, &expected, progress)?
+        }
+        None => prepare(dataset, dir, tokenizer, progress)?,
+    };
+    let Prepared { tokenizer, train, validation, .. } = prepared;
     let packing = section.packing.unwrap_or(if train.documents() > 1 { Packing::Documents } else { Packing::Stream });
     let mut cut = None;
     let held = match oracle_documents(dataset, &tokenizer, usize::MAX)? {
@@ -128,7 +127,7 @@ pub fn open(
         }
         None => {
             let batches = validation_batches(&validation, section.seq_len, rows, None, packing, section.mask_documents);
-            Held::Batches(batches.collect())
+            Held::Batches(batches.collect::<Result<_, _>>()?)
         }
     };
     Ok(RunData {
@@ -235,34 +234,16 @@ impl RunData {
     }
 }
 
-/// Refuses to go on with a run on other data than it began with.
-///
-/// # Errors
-/// [`Error::File`] naming the dataset.
-pub(crate) fn check_same(begun: &TrainerState, train: &str, held: &str, dataset: &DatasetConfig) -> Result<()> {
-    let refuse = |what: &str| {
-        let why = format!(
-            "the {what} are not those this run began with; restore the text, or start a new run with --out DIR"
-        );
-        Err(Error::file(&dataset.origin, why))
-    };
-    if begun.data != train {
-        return refuse("training tokens");
-    }
-    match &begun.held_out {
-        Some(then) if then != held => refuse("held-out tokens"),
-        // Checkpoints did not always say it.
-        _ => Ok(()),
-    }
-}
-
 impl TrainBatches {
     /// The batch of a step.
-    pub fn batch(&self, step: u64) -> StepBatch {
-        match self {
-            Self::Shard(sampler) => sampler.batch(step).into(),
+    ///
+    /// # Errors
+    /// [`Error::Data`] where the file of tokens has been changed under the run, or cannot be read.
+    pub fn batch(&self, step: u64) -> Result<StepBatch> {
+        Ok(match self {
+            Self::Shard(sampler) => sampler.batch(step)?.into(),
             Self::Task { corpus, layout, batch_size, seed } => corpus.batch(*layout, *batch_size, *seed, step),
-        }
+        })
     }
 
     /// Epochs seen after `step` steps; 0 for a task, whose examples do not repeat.

@@ -1,5 +1,8 @@
 //! From a run file to a model, a corpus and a device that fit together.
 
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use burn::tensor::{DType, Device};
 use lowkey_data::tasks::TaskCorpus;
 use lowkey_data::{DatasetConfig, Tokenizer, TokenizerConfig};
@@ -94,21 +97,23 @@ pub struct Setup {
 /// # Errors
 /// Everything that is wrong with the run file, the corpus or the model directory of `[init]`.
 pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(Event)) -> Result<Setup> {
-    setup_run(config, options, None, observe)
+    setup_run(config, options, None, &AtomicBool::new(false), observe)
 }
 
 /// [`setup`] for a run that may have `begun`: with other data than it began with it does not go on, and its own stay as they are.
+/// `interrupt` ends the preparation of a corpus.
 pub(crate) fn setup_run(
     config: &RunConfig,
     options: &RunOptions,
     begun: Option<&TrainerState>,
+    interrupt: &AtomicBool,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Setup> {
     let dataset = run_data::dataset(&config.data, &options.run_file)?;
     if let Some(corpus) = TaskCorpus::new(&dataset)? {
         let setup = task_setup(config, &dataset, corpus)?;
         if let Some(begun) = begun {
-            run_data::check_same(begun, &setup.data.checksum(), &setup.data.held_checksum(), &dataset)?;
+            check_same_task(begun, &setup.data, &dataset)?;
         }
         return Ok(setup);
     }
@@ -126,6 +131,7 @@ pub(crate) fn setup_run(
         begun,
         &mut |progress| {
             observe(Event::Preparing(progress));
+            if interrupt.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         },
     )?;
     let (mut model, notes) = resolve_model(config, data.vocab_size)?;
@@ -136,6 +142,16 @@ pub(crate) fn setup_run(
         check_prompts(&config.eval.prompts, tokenizer, &model)?;
     }
     Ok(Setup { model, data, notes })
+}
+
+/// Refuses to go on with a run on another task than it began with. (Of a text, who prepares it compares the tokens.)
+fn check_same_task(begun: &TrainerState, data: &RunData, dataset: &DatasetConfig) -> Result<()> {
+    let held = begun.held_out.as_ref().is_none_or(|held| *held == data.held_checksum());
+    if begun.data == data.checksum() && held {
+        return Ok(());
+    }
+    let why = "the task is not the one this run began with; restore the file, or start a new run with --out DIR";
+    Err(Error::file(&dataset.origin, why))
 }
 
 /// [`setup`] for a task: nothing is prepared, there is no text to go on with, and a model to start from must have been made for

@@ -111,7 +111,7 @@ pub struct Outcome {
     pub evaluation: Option<Evaluation>,
 }
 
-/// Trains as the run file says. `interrupt` stops it after the current step, with a checkpoint.
+/// Trains as the run file says. `interrupt` stops it after the current step, with a checkpoint, or while the corpus is prepared.
 ///
 /// # Errors
 /// What is wrong with the run file or its data, and [`Error::Memory`], before the first step; later [`Error::NonFinite`],
@@ -147,8 +147,14 @@ pub fn train(
     };
     let config = &resume::resolve(config, options, earlier.as_ref())?;
     let crowded = check_threads(config, &devices)?;
-    let Setup { model: model_config, data, notes } =
-        setup_run(config, options, earlier.as_ref().map(|earlier| &earlier.state), observe)?;
+    let begun = earlier.as_ref().map(|earlier| &earlier.state);
+    let Setup { model: model_config, data, notes } = match setup_run(config, options, begun, interrupt, observe) {
+        Err(Error::Data(lowkey_data::Error::Stopped)) => {
+            let step = begun.map_or(0, |state| state.step);
+            return Ok(Outcome { step, finished: false, evaluation: None });
+        }
+        setup => setup?,
+    };
     let elastic = !model_config.elastic_ranks().is_empty();
     let since = earlier.as_ref().map(|earlier| resume::notes(config, earlier, elastic)).unwrap_or_default();
     for note in damaged.into_iter().chain(crowded).chain(since).chain(notes) {
@@ -346,7 +352,7 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let step = self.state.step;
         let narrow = self.narrow(step);
-        settings(self.config, &narrow).warm_up(&self.replicas, &self.batches.batch(step))?;
+        settings(self.config, &narrow).warm_up(&self.replicas, &self.batches.batch(step)?)?;
         observe(Event::WarmedUp { seconds: started.elapsed().as_secs_f64() });
         Ok(())
     }

@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::WrongUse;
 use crate::cli::EvalArguments;
 use crate::output::{complain, say, say_json};
-use crate::progress::{evaluation_table, show_preparation};
+use crate::progress::{Preparation, evaluation_table};
 
 /// Tokens of a batch that are laid out together.
 const MOST_TOKENS: usize = 1 << 26;
@@ -168,8 +168,9 @@ fn batches(
     all: bool,
 ) -> anyhow::Result<Vec<lowkey_data::Batch>> {
     let dir = tempfile::tempdir()?;
-    let prepared = prepare(dataset, dir.path(), Some(tokenizer.clone()), &mut |progress| show_preparation(&progress))?;
+    let prepared = prepare(dataset, dir.path(), Some(tokenizer.clone()), &mut Preparation::new().observer())?;
     let shard = if all { &prepared.train } else { &prepared.validation };
     let packing = if shard.documents() > 1 { Packing::Documents } else { Packing::Stream };
-    Ok(validation_batches(shard, seq_len, arguments.batch_size, arguments.batches, packing, true).collect())
+    let batches = validation_batches(shard, seq_len, arguments.batch_size, arguments.batches, packing, true);
+    Ok(batches.collect::<Result<_, _>>()?)
 }

@@ -190,3 +190,17 @@ fn a_run_that_fails_says_which_checkpoint_is_left() {
     let late = message(TinyRun::new().train(&[&wild[..], &["checkpoint.every=1"]].concat()));
     assert!(late.contains("the last good checkpoint is kept, that of step 1"), "{late}");
 }
+
+#[test]
+fn a_signal_while_the_corpus_is_prepared_ends_it_soon() {
+    let run = TinyRun::new();
+    let interrupt = AtomicBool::new(false);
+    let outcome = run.watch(&[], &interrupt, &mut |event| {
+        assert!(!matches!(event, Event::Ready { .. }), "it went on to the end");
+        interrupt.store(true, Ordering::Relaxed);
+    });
+    let outcome = outcome.unwrap();
+    assert_eq!((outcome.step, outcome.finished), (0, false));
+    assert!(!run.out().join("metrics.jsonl").exists() && !run.out().join("data").exists());
+    run.resumed().train(&["training.steps=2"]).unwrap();
+}

@@ -59,7 +59,7 @@ pub(super) fn cases() -> Vec<Case> {
             .says(&["run/run.toml", "[model] is not what the run began with"]),
         resume("resuming another text", &[])
             .file("text.txt", "quite another text, and not a short one either. ".repeat(30))
-            .says(&["text.txt", "the training tokens are not those", "restore the text"]),
+            .says(&["run/data", "the training tokens are not those this run began with", "restore it"]),
         resume("resuming with fewer steps than were taken", &["--set", "training.steps=3"]).code(2).says(&[
             "run.toml",
             "training.steps = 3: the run has taken 4 steps already",
