@@ -8,6 +8,9 @@ use crate::names::printable;
 /// This crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What to do about [`Error::Held`].
+pub const HELD: &str = "another process holds this and is writing here; wait for it, or write elsewhere";
+
 /// Why a file or folder could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -30,7 +33,7 @@ pub enum Error {
         why: String,
     },
     /// Another process is writing here.
-    #[error("{}: another process holds this and is writing here; wait for it, or write elsewhere", shown(path))]
+    #[error("{}: {HELD}", shown(path))]
     Held {
         /// The lock.
         path: PathBuf,

@@ -29,7 +29,7 @@ mod read;
 mod staging;
 mod write;
 
-pub use error::{Error, Result};
+pub use error::{Error, HELD, Result};
 pub use hash::{FileHash, hash, hex, sha256};
 pub use lock::{Lock, lock};
 pub use mark::{Kind, MARK, Mark};

@@ -127,7 +127,7 @@ pub fn open(
         }
         None => {
             let batches = validation_batches(&validation, section.seq_len, rows, None, packing, section.mask_documents);
-            Held::Batches(batches.collect::<Result<_, _>>()?)
+            Held::Batches(batches.collect::<lowkey_data::Result<_>>()?)
         }
     };
     Ok(RunData {
