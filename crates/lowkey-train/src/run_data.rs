@@ -109,15 +109,6 @@ pub fn open(
             Held::Batches(batches.collect::<Result<_, _>>()?)
         }
     };
-    let empty = match &held {
-        Held::Batches(batches) => batches.is_empty(),
-        Held::Documents(documents) => documents.is_empty(),
-        Held::Examples(_) => false,
-    };
-    if empty {
-        let why = "holds too little text for a held-out split; raise split.validation_fraction or add text";
-        return Err(Error::file(&dataset.origin, why));
-    }
     Ok(RunData {
         vocab_size: tokenizer.vocab_size(),
         tokenizer: Some(tokenizer),

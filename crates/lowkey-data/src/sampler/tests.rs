@@ -280,7 +280,8 @@ fn what_cannot_be_sampled_is_refused() {
 
 #[test]
 fn zz_speed() {
-    let documents: Vec<Vec<u32>> = (0..40_000u64).map(|i| (0..250).map(|j| (mix(i * 300 + j) % 30_000) as u32).collect()).collect();
+    let documents: Vec<Vec<u32>> =
+        (0..40_000u64).map(|i| (0..250).map(|j| (mix(i * 300 + j) % 30_000) as u32).collect()).collect();
     let (_dir, shard) = shard_of(&documents, 30_000);
     for packing in [Packing::Stream, Packing::Documents] {
         let sampler = Sampler::new(Arc::new(shard.clone()), 512, 8, 1, packing, true).unwrap();
@@ -308,5 +309,12 @@ fn zz_bpe_speed() {
     let started = std::time::Instant::now();
     crate::Tokenizer::from_words(words, 8192).unwrap();
     println!("trained in {:?}", started.elapsed());
-    println!("{}", std::fs::read_to_string("/proc/self/status").unwrap().lines().filter(|l| l.starts_with("VmHWM")).collect::<String>());
+    println!(
+        "{}",
+        std::fs::read_to_string("/proc/self/status")
+            .unwrap()
+            .lines()
+            .filter(|l| l.starts_with("VmHWM"))
+            .collect::<String>()
+    );
 }
