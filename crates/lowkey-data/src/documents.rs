@@ -3,10 +3,11 @@
 //! Whatever a file's size, no more of it is held than one record ([`LARGEST_RECORD`]) or, of a text, a few mebibytes: a
 //! document comes in [`Piece`]s.
 
+mod columns;
 mod jsonl;
 mod kind;
 mod open;
-mod parquet;
+
 mod pieces;
 mod text;
 
@@ -53,7 +54,7 @@ pub(crate) fn read(path: &Path, format: &Format) -> Pieces {
     until_error(match format {
         Format::Text { separator } => text::read(path, text::Ends::of(separator.as_deref())),
         Format::Jsonl { field } => jsonl::read(path, field),
-        Format::Parquet { column } => parquet::read(path, column),
+        Format::Parquet { column } => columns::read(path, column),
     })
 }
 

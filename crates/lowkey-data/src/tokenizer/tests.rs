@@ -167,7 +167,7 @@ fn a_long_text_in_parts_has_the_tokens_of_the_whole() {
         _ => "number\r\n".to_owned(),
     };
     let text: String = (0..5_000).map(line).collect();
-    let parts = |text| documents::parts(text, SIZE).into_iter().map(str::to_owned).collect::<Vec<_>>();
+    let parts = |text: &str| documents::parts(text, SIZE).into_iter().map(str::to_owned).collect::<Vec<_>>();
     assert!(text.len() > 3 * SIZE && parts(&text).len() > 2);
     assert!(parts(&text).iter().all(|part| part.len() < 2 * SIZE));
     let tokenizer = bpe();
