@@ -156,9 +156,9 @@ pub(crate) fn notes(config: &RunConfig, earlier: &Earlier, elastic: bool) -> Vec
             ),
             (false, _) => "all of them are taken".into(),
         };
-        let ranks = if elastic && steps > taken && !config.trains_narrower_ranks(taken) {
-            let joins = (config.training.elastic_start * steps as f64).ceil() as u64 + 1;
-            format!("; the narrower ranks join at step {joins}")
+        let joins = config.narrower_ranks_join();
+        let ranks = if elastic && joins > taken && steps > joins {
+            format!("; the narrower ranks join at step {}", joins + 1)
         } else {
             String::new()
         };

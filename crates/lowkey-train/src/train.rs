@@ -426,7 +426,7 @@ impl<'a> Run<'a> {
     /// Ranks at which a step trains beside the whole one.
     fn narrow(&self, step: u64) -> Vec<usize> {
         let config = self.config;
-        if config.trains_narrower_ranks(step) {
+        if step >= config.narrower_ranks_join() {
             narrow_ranks(&self.replicas.main().model.config.elastic_ranks(), config.run.seed, step)
         } else {
             Vec::new()

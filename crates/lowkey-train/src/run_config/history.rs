@@ -29,18 +29,19 @@ impl RunConfig {
         self.lr_scheduler.rate(step, self.planned_steps(step), self.optimizer.lr)
     }
 
-    /// Whether step `step`, counted from 0, trains an elastic model's narrower ranks as well. Once they have joined they stay,
-    /// also where the run is made longer.
-    pub fn trains_narrower_ranks(&self, step: u64) -> bool {
-        let now = EarlierPlan { until: u64::MAX, steps: self.training.steps };
+    /// The first step, counted from 0, that trains an elastic model's narrower ranks as well. Once they have joined they stay, also
+    /// where the run is made longer.
+    pub fn narrower_ranks_join(&self) -> u64 {
+        let joins = |steps: u64| (self.training.elastic_start * steps as f64).ceil() as u64;
         let mut from = 0;
-        self.history.iter().chain([&now]).any(|plan| {
-            let begun = from <= step;
+        for plan in &self.history {
+            let first = joins(plan.steps).max(from);
+            if first < plan.until {
+                return first;
+            }
             from = plan.until;
-            // The last step under this plan, up to the one asked for.
-            let last = step.min(plan.until.saturating_sub(1));
-            begun && last as f64 >= self.training.elastic_start * plan.steps as f64
-        })
+        }
+        joins(self.training.steps).max(from)
     }
 
     /// Takes over how a run that is gone on with after `taken` steps was planned so far.

@@ -46,13 +46,12 @@ fn a_plan_under_which_no_step_was_kept_leaves_no_trace() {
 
 #[test]
 fn narrower_ranks_that_have_joined_stay() {
-    let joins = |config: &RunConfig| (0..400).find(|step| config.trains_narrower_ranks(*step));
-    assert_eq!((joins(&planned(100)), joins(&planned(400))), (Some(30), Some(120)));
-    let joined = gone_on(&planned(100), 400, 40);
-    assert_eq!(joins(&joined), Some(30));
-    assert!((30..400).all(|step| joined.trains_narrower_ranks(step)));
+    let joins = RunConfig::narrower_ranks_join;
+    assert_eq!((joins(&planned(100)), joins(&planned(400))), (30, 120));
+    assert_eq!(joins(&gone_on(&planned(100), 400, 40)), 30);
     // Made longer before they joined.
-    assert_eq!(joins(&gone_on(&planned(100), 400, 20)), Some(120));
+    assert_eq!(joins(&gone_on(&planned(100), 400, 30)), 120);
     // Made shorter.
-    assert_eq!(joins(&gone_on(&planned(400), 100, 50)), Some(50));
+    assert_eq!(joins(&gone_on(&planned(400), 100, 50)), 50);
+    assert_eq!(joins(&gone_on(&planned(400), 100, 10)), 30);
 }
