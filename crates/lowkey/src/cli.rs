@@ -21,7 +21,7 @@ pub(crate) use lab::{LabCommand, LabReportArguments, LabRunArguments};
 #[command(
     version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("LOWKEY_COMMIT"), ")"),
     max_term_width = 100,
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong use.\n\n\
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong use, 128 + n ended by signal n (130 Ctrl-C, 143 TERM).\n\n\
         Examples:\n  \
         lowkey train configs/quickstart.toml\n  \
         lowkey generate runs/quickstart/checkpoints/best --prompt \"Once\"\n  \
