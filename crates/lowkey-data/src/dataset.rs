@@ -1,14 +1,18 @@
 //! The dataset file: where a corpus comes from, how it becomes tokens, what is held out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::documents::Format;
+use crate::documents::{self, Format};
 use crate::error::{Error, Result};
 use crate::hub::{check_file, check_repo, check_revision};
 use crate::tasks::Task;
+use crate::tokenizer::Tokenizer;
+
+/// Bytes of a dataset file at most.
+const LARGEST_FILE: u64 = 64 << 20;
 
 /// Held-out examples of a task lie in memory together.
 const MOST_HELD_EXAMPLES: u64 = 1 << 20;
@@ -218,10 +222,8 @@ fn main_revision() -> String {
 impl DatasetConfig {
     /// Reads and checks a dataset file.
     pub fn load(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-        let text = String::from_utf8(bytes)
-            .map_err(|e| Error::Utf8 { path: path.to_path_buf(), offset: e.utf8_error().valid_up_to() as u64 })?;
-        let mut config: Self = toml::from_str(&text)
+        let text = lowkey_files::read_text(path, LARGEST_FILE)?;
+        let mut config: Self = toml::from_str(text.strip_prefix('\u{feff}').unwrap_or(&text))
             .map_err(|e| Error::Config { path: path.to_path_buf(), message: e.to_string().trim_end().to_owned() })?;
         config.base = path.parent().unwrap_or(Path::new("")).to_path_buf();
         config.origin = path.to_path_buf();
@@ -236,12 +238,10 @@ impl DatasetConfig {
         Ok(config)
     }
 
-    /// A text file as it is: bytes, the last tenth held out.
+    /// A text file as it is: bytes, the last tenth held out. What is no plain text, or has documents that a format of its own
+    /// sets apart, is refused with the dataset file that reads it.
     pub fn from_text_file(path: &Path) -> Result<Self> {
-        if !path.is_file() {
-            let source = std::io::Error::new(std::io::ErrorKind::NotFound, "there is no such file");
-            return Err(Error::Io { action: "open", path: path.to_path_buf(), source });
-        }
+        not_plain(path)?;
         let Some(text) = path.to_str() else {
             let message = "the path is not UTF-8; rename the file".to_owned();
             return Err(Error::Config { path: path.to_path_buf(), message });
@@ -265,6 +265,25 @@ impl DatasetConfig {
     #[must_use]
     pub fn with_tokenizer(self, tokenizer: TokenizerConfig) -> Self {
         Self { tokenizer, ..self }
+    }
+
+    /// Where the tokens of this dataset lie: beside its file, in a folder for each tokenizer that is not its own,
+    /// and for each way to treat special tokens.
+    pub fn prepared_dir(&self, tokenizer: Option<&Tokenizer>) -> PathBuf {
+        let (mut name, plain) = match tokenizer {
+            Some(own) => (
+                format!("{}-{}", self.name, own.fingerprint().chars().take(8).collect::<String>()),
+                own.omits_special_tokens(),
+            ),
+            None => (self.name.clone(), self.add_special_tokens == Some(false)),
+        };
+        if plain {
+            name += "-plain";
+        }
+        // A text file that is a dataset by itself has paths from the current folder.
+        let base =
+            if self.base.as_os_str().is_empty() { self.origin.parent().unwrap_or(&self.base) } else { &self.base };
+        base.join("prepared").join(name)
     }
 
     /// An error that names the dataset file.
@@ -373,20 +392,18 @@ impl DatasetConfig {
             Source::Jsonl { paths, .. } | Source::Parquet { paths, .. } => (paths, None),
             Source::Storybook { .. } | Source::Task { .. } | Source::Hub { .. } => return Ok(Vec::new()),
         };
-        let mut files: Vec<PathBuf> = Vec::new();
+        let (mut files, mut seen) = (Vec::new(), HashSet::new());
         for pattern in paths {
             let literal = self.base.join(pattern);
-            let found = if literal.is_file() { vec![literal] } else { self.expand(pattern)? };
+            // A path that is there is no pattern, whatever is in its name; what is no regular file is refused when it is opened.
+            let there = !literal.is_dir() && literal.exists();
+            let found = if there { vec![literal] } else { self.expand(pattern)? };
             if found.is_empty() {
                 let mend = url.map_or_else(String::new, |url| format!("; get it from {url}"));
                 let place = self.base.join(pattern);
                 return Err(self.error(format!("source.paths: nothing matches {}{mend}", place.display())));
             }
-            for file in found {
-                if !files.contains(&file) {
-                    files.push(file);
-                }
-            }
+            files.extend(found.into_iter().filter(|file| seen.insert(file.clone())));
         }
         Ok(files)
     }
@@ -410,94 +427,31 @@ impl DatasetConfig {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn load(text: &str) -> Result<DatasetConfig> {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("d.toml");
-        std::fs::write(&path, text).unwrap();
-        DatasetConfig::load(&path)
+/// Refuses a file that is no plain text, with what to do about it.
+fn not_plain(path: &Path) -> Result<()> {
+    let refuse = |message: String| Err(Error::Config { path: path.to_path_buf(), message });
+    let content = documents::kind(path)?;
+    let mut bare = path.to_path_buf();
+    let ending = |path: &Path| path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+    if matches!(ending(&bare).as_str(), "gz" | "zst") {
+        bare.set_extension("");
+    } else if let Some(kind) = content.filter(|kind| *kind != documents::Kind::Parquet) {
+        return refuse(format!("is {}, not plain text: {}", kind.what(), kind.mend(path)));
     }
-
-    #[test]
-    fn every_source_and_tokenizer_parses() {
-        for (source, tokenizer) in [
-            ("kind = \"storybook\"\nseed = 1\ndocuments = 10\nvalidation_documents = 2", "kind = \"bytes\""),
-            ("kind = \"text\"\npaths = [\"*.txt\"]\nseparator = \"--\"\nurl = \"https://e.org\"", "kind = \"chars\""),
-            ("kind = \"jsonl\"\npaths = [\"a.jsonl.zst\"]", "kind = \"bpe\"\nvocab_size = 512"),
-            ("kind = \"parquet\"\npaths = [\"a\"]\ncolumn = \"body\"", "kind = \"file\"\npath = \"t.json\""),
-            ("kind = \"hub\"\nrepo = \"a/b\"\nfiles = [\"x/y.parquet\"]\nformat = \"parquet\"", "kind = \"bytes\""),
-        ] {
-            let text = format!("name = \"d\"\n[source]\n{source}\n[tokenizer]\n{tokenizer}\n");
-            let config = load(&text).unwrap();
-            assert!(toml::to_string(&config).unwrap().contains("kind"), "{text}");
-        }
-        let config = load("name = \"d\"\n[source]\nkind = \"jsonl\"\npaths = [\"a\"]\n").unwrap();
-        assert_eq!(config.split, Split { validation_fraction: 0.1, by: SplitBy::Tail });
-        assert_eq!(config.tokenizer, TokenizerConfig::Bytes);
-        assert_eq!(config.format(), Some(Format::Jsonl { field: "text".into() }));
-    }
-
-    #[test]
-    fn mistakes_are_named() {
-        let text = "kind = \"text\"\npaths = [\"a\"]";
-        let hub = "kind = \"hub\"\nformat = \"text\"\n";
-        for (source, rest, expected) in [
-            ("kind = \"text\"\npath = \"a\"", "", "path"),
-            ("kind = \"txt\"", "", "txt"),
-            ("kind = \"text\"\npaths = []", "", "source.paths is empty"),
-            ("kind = \"text\"\npaths = [\"a\"]\nseparator = \"\"", "", "source.separator is empty"),
-            (text, "[split]\nvalidation_fraction = 0.6", "split.validation_fraction = 0.6"),
-            (text, "[split]\nvalidation_fraction = nan", "split.validation_fraction"),
-            (text, "[split]\nfraction = 0.1", "fraction"),
-            (text, "[tokenizer]\nkind = \"bytes\"\nvocab_size = 300", "vocab_size"),
-            (text, "[tokenizer]\nkind = \"bpe\"\nvocab_size = 256", "tokenizer.vocab_size = 256"),
-            (text, "[sha256]\n\"a\" = \"12\"", "not 64 hex digits"),
-            (text, "[other]\n", "other"),
-            ("kind = \"storybook\"\nseed = 1\ndocuments = 0\nvalidation_documents = 0", "", "source.documents = 0"),
-            (
-                "kind = \"storybook\"\nseed = 1\ndocuments = 1\nvalidation_documents = 0",
-                "[split]\nby = \"documents\"",
-                "neither [split]",
-            ),
-            (&format!("{hub}repo = \"../b\"\nfiles = [\"x\"]"), "", "source.repo"),
-            (&format!("{hub}repo = \"a/b\"\nfiles = [\"../x\"]"), "", "source.files"),
-            (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\\\\y\"]"), "", "source.files"),
-            (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\"]\nrevision = \"../../x\""), "", "source.revision"),
-            (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\"]\nrevision = \"/x\""), "", "source.revision"),
-            (&format!("{hub}repo = \"a/b\"\nfiles = []"), "", "source.files is empty"),
-            (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\"]\nfield = \"f\""), "", "source.field"),
-        ] {
-            let message = load(&format!("name = \"d\"\n[source]\n{source}\n{rest}\n")).unwrap_err().to_string();
-            assert!(message.contains(expected) && message.contains("d.toml"), "{expected}: {message}");
-        }
-    }
-
-    #[test]
-    fn files_are_found_relative_to_the_dataset_file_and_in_order() {
-        let dir = tempfile::tempdir().unwrap();
-        let base = dir.path().join("odd [name]");
-        std::fs::create_dir_all(base.join("texts")).unwrap();
-        for name in ["b.txt", "a.txt", "a[1].txt"] {
-            std::fs::write(base.join("texts").join(name), "x").unwrap();
-        }
-        let toml = base.join("d.toml");
-        let write = |paths: &str| {
-            let url = "url = \"https://e.org/a\"";
-            std::fs::write(&toml, format!("name = \"d\"\n[source]\nkind = \"text\"\npaths = {paths}\n{url}\n"))
-                .unwrap();
-            DatasetConfig::load(&toml).unwrap().local_files()
-        };
-        let names = |files: Vec<PathBuf>| -> Vec<String> {
-            files.iter().map(|f| f.file_name().unwrap().to_string_lossy().into_owned()).collect()
-        };
-        assert_eq!(names(write("[\"texts/*.txt\"]").unwrap()), ["a.txt", "a[1].txt", "b.txt"]);
-        assert_eq!(names(write("[\"texts/b.txt\", \"texts/*.txt\"]").unwrap()), ["b.txt", "a.txt", "a[1].txt"]);
-        assert_eq!(names(write("[\"texts/a[1].txt\"]").unwrap()), ["a[1].txt"]);
-        let message = write("[\"texts/*.md\"]").unwrap_err().to_string();
-        assert!(message.contains("nothing matches") && message.contains("https://e.org/a"), "{message}");
-        assert!(DatasetConfig::from_text_file(&base.join("none.txt")).is_err());
-    }
+    let (kind, what, key) = match ending(&bare).as_str() {
+        _ if content == Some(documents::Kind::Parquet) => ("parquet", "a Parquet file", "column"),
+        "parquet" => ("parquet", "a Parquet file", "column"),
+        "jsonl" | "ndjson" => ("jsonl", "JSONL, one JSON object a line", "field"),
+        _ => return Ok(()),
+    };
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let stem = name.split('.').find(|part| !part.is_empty()).unwrap_or("data");
+    refuse(format!(
+        "is {what}, not plain text: write a dataset file beside it, for instance {stem}.toml, with these lines, and name that \
+         instead (as data.dataset in a run file):\n\nname = {stem:?}\n\n[source]\nkind = \"{kind}\"\npaths = [{name:?}]\n\
+         {key} = \"text\"  # what holds the text"
+    ))
 }
+
+#[cfg(test)]
+mod tests;

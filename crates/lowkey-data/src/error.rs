@@ -11,15 +11,18 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused a file operation.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {reason}", path.display())]
     Io {
         /// What was attempted, as a verb: "read", "write", "open".
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// The reason.
-        source: io::Error,
+        /// The reason. It stands in the message, hence is no source that a chain would print again.
+        reason: io::Error,
     },
+    /// A file is not what may be read, or not lowkey's to replace, or the operating system refused.
+    #[error(transparent)]
+    Files(#[from] lowkey_files::Error),
     /// A dataset file does not parse, or a key's value cannot be used.
     #[error("{}: {message}", path.display())]
     Config {
@@ -100,6 +103,14 @@ pub enum Error {
         /// What is wrong with it and how to mend it.
         message: String,
     },
+    /// What is in the way of a prepared folder, and not lowkey's to replace.
+    #[error("{}: {message}; move it away, or give another --out", lowkey_files::printable(&path.to_string_lossy()))]
+    Foreign {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why it is not replaced.
+        message: String,
+    },
     /// A prepared folder does not hold together.
     #[error("{}: {message}; run `lowkey data prepare` again", path.display())]
     Prepared {
@@ -115,6 +126,24 @@ pub enum Error {
         path: PathBuf,
         /// The key, what is wrong with it and how to mend it.
         message: String,
+    },
+    /// Preparing was stopped through its progress callback.
+    #[error("stopped while the corpus was being prepared; nothing that was there has been replaced")]
+    Stopped,
+    /// What a run goes on with gives other tokens than those it began with. Nothing has been replaced.
+    #[error(
+        "{}: the {split} tokens are not those this run began with (sha256 {found}, not {expected}): its text, or what makes \
+         tokens of it, has changed; restore it, or begin a new run. The tokens that lie there are as they were", path.display()
+    )]
+    OtherTokens {
+        /// The prepared folder.
+        path: PathBuf,
+        /// Which split: "training" or "held-out".
+        split: &'static str,
+        /// Checksum of the tokens that the run began with.
+        expected: String,
+        /// Checksum of those that would take their place.
+        found: String,
     },
     /// A file could not be fetched from the hub.
     #[error("hub dataset {repo}, file {file}, revision {revision}, from {endpoint}: {message}")]
@@ -143,7 +172,7 @@ pub enum Error {
 impl Error {
     /// Wraps an I/O error with the action and the path that it lacks.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { action, path: path.to_path_buf(), source }
+        move |reason| Self::Io { action, path: path.to_path_buf(), reason }
     }
 
     /// A tokenizer error.

@@ -14,7 +14,7 @@
 //!   ([`TokenizerConfig`]) and what is held out ([`Split`]).
 //! * [`prepare`] reads the source once, tokenises it and writes a folder that describes itself; asked again for the
 //!   same thing it only opens what is there. [`open`] reads such a folder.
-//! * [`Shard`] is a memory-mapped, checksummed file of token ids with its document bounds.
+//! * [`Shard`] is a checksummed file of token ids with its document bounds, read as it is needed.
 //! * [`Sampler`] is a pure function from (seed, step) to a [`Batch`]: a resumed run needs no sampler state.
 //!   [`validation_batches`] walks a held-out shard once, in order, with every target exactly once.
 //! * [`Tokenizer`] covers a built-in byte vocabulary, character vocabularies, byte-level BPE trained here, and any
@@ -50,7 +50,9 @@ pub use error::{Error, Result};
 pub use generation::Generation;
 pub use hub::{HubConfig, Patience};
 pub use oracle::{OracleDocument, oracle_documents};
-pub use prepare::{Manifest, Prepared, Progress, SourceFile, SplitSummary, open, prepare};
+pub use prepare::{
+    Expected, Manifest, Observer, Prepared, Progress, SourceFile, SplitSummary, open, prepare, prepare_expecting,
+};
 pub use sampler::{Batch, IGNORE, Packing, Sampler, validation_batches};
 pub use shard::{Shard, ShardWriter};
 pub use tokenizer::{END_OF_TEXT, TextStream, Tokenizer, byte_character};

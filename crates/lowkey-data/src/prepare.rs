@@ -1,9 +1,14 @@
 //! From a dataset file to a folder of tokens, once.
+//!
+//! A folder is written aside, under a lock, and takes its name when it is whole: what stands there stays as it is until then,
+//! and readers keep the files that they have open. Only a folder that lowkey made is replaced.
 
 mod corpus;
+mod folder;
 
-use std::fs::File;
+use std::collections::HashSet;
 use std::io::Read;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -14,11 +19,17 @@ use crate::error::{Error, Result};
 use crate::hub::HubConfig;
 use crate::oracle::{training_story, validation_story};
 use crate::shard::Shard;
-use crate::tokenizer::{Tokenizer, hex, write_atomically};
+use crate::tokenizer::{Tokenizer, hex};
 use corpus::Corpus;
 
 /// Raised whenever the same source would give other tokens than before.
 const FORMAT: u32 = 1;
+
+/// Raised whenever the same text would give another BPE than before.
+const BPE_FORMAT: u32 = 2;
+
+/// Bytes of a manifest at most: it names every file of the source.
+const LARGEST_MANIFEST: u64 = 1 << 30;
 
 /// A prepared dataset, opened.
 #[derive(Debug, Clone)]
@@ -90,9 +101,14 @@ pub struct SplitSummary {
     pub sha256: String,
 }
 
-/// What [`prepare`] is busy with.
+/// What [`prepare`] is busy with. It is said every second or so of work at least.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Progress {
+    /// Another process is preparing the same folder.
+    Waiting {
+        /// The folder.
+        dir: PathBuf,
+    },
     /// Asking the hub for a file.
     Fetching {
         /// Its path in the repository.
@@ -103,8 +119,21 @@ pub enum Progress {
         /// Its name.
         file: String,
     },
-    /// Building the tokenizer from the text.
-    BuildingTokenizer,
+    /// Counting what is to be split.
+    Counting {
+        /// The file being read.
+        file: String,
+    },
+    /// Reading the text to build the tokenizer from it.
+    BuildingTokenizer {
+        /// Bytes of text read.
+        bytes: u64,
+    },
+    /// Learning the merges of a BPE. While this goes on nothing is said.
+    LearningMerges {
+        /// Distinct words that they are learnt from.
+        words: u64,
+    },
     /// Tokenising.
     Tokenizing {
         /// Documents done.
@@ -114,27 +143,67 @@ pub enum Progress {
     },
 }
 
+/// What is told of the work as it goes, and can end it: after [`ControlFlow::Break`] there is [`Error::Stopped`] soon.
+pub type Observer<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;
+
+/// An [`Observer`] whose wish to stop is an error.
+struct Watch<'a>(Observer<'a>);
+
+impl Watch<'_> {
+    fn tell(&mut self, progress: Progress) -> Result<()> {
+        if (self.0)(progress).is_break() { Err(Error::Stopped) } else { Ok(()) }
+    }
+}
+
+/// Checksums ([`Shard::checksum`]) of the tokens that a run began with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expected {
+    /// Of the training split.
+    pub train: String,
+    /// Of the held-out split, where it is known.
+    pub validation: Option<String>,
+}
+
 /// Tokenises a dataset into `out`: `train.tokens`, `validation.tokens`, `tokenizer.json` and `manifest.json`.
 ///
-/// Where `out` already holds the same (source, files by name, size and hash, split, tokenizer), it is opened as it is.
-/// The manifest is removed first and written last, so an interrupted run leaves nothing that opens. Nothing else in
-/// `out` is touched. `tokenizer` replaces the one that the dataset file asks for.
+/// Where `out` already holds the same (source, files by name, size and hash, split, tokenizer), it is opened as it is. Else the
+/// folder is made anew beside its place and put there when it is whole; where that fails, or is stopped, `out` is as it was.
+/// `tokenizer` replaces the one that the dataset file asks for.
+///
+/// # Errors
+/// [`Error::Files`] where `out` holds what lowkey did not make; [`Error::Stopped`]; all that can be wrong with the dataset.
 pub fn prepare(
     config: &DatasetConfig,
     out: &Path,
     tokenizer: Option<Tokenizer>,
-    progress: &mut dyn FnMut(Progress),
+    progress: Observer<'_>,
 ) -> Result<Prepared> {
-    prepare_from(config, out, tokenizer, &HubConfig::from_env(), progress)
+    prepare_from(config, out, tokenizer, None, &HubConfig::from_env(), progress)
 }
 
-/// [`prepare`] with a hub that does not come from the environment.
-pub(crate) fn prepare_from(
+/// [`prepare`] for a run that goes on, with the checksums of the tokens that it began with.
+///
+/// # Errors
+/// [`Error::OtherTokens`] where the dataset gives others now: `out` is then as it was, so that the run can still go on when the
+/// text is what it was.
+pub fn prepare_expecting(
     config: &DatasetConfig,
     out: &Path,
     tokenizer: Option<Tokenizer>,
+    expected: &Expected,
+    progress: Observer<'_>,
+) -> Result<Prepared> {
+    prepare_from(config, out, tokenizer, Some(expected), &HubConfig::from_env(), progress)
+}
+
+/// [`prepare`] with a hub that does not come from the environment.
+fn prepare_from(
+    config: &DatasetConfig,
+    out: &Path,
+    tokenizer: Option<Tokenizer>,
+    expected: Option<&Expected>,
     hub: &HubConfig,
-    progress: &mut dyn FnMut(Progress),
+    progress: Observer<'_>,
 ) -> Result<Prepared> {
     config.check()?;
     if let Source::Task { .. } = config.source {
@@ -142,7 +211,8 @@ pub(crate) fn prepare_from(
                    `lowkey data info FILE` describes it, and data.dataset of a run file can name it";
         return Err(config.error(why));
     }
-    let files = source_files(config, hub, progress)?;
+    let watch = &mut Watch(progress);
+    let files = source_files(config, hub, watch)?;
     let given = match (&config.tokenizer, tokenizer) {
         (_, Some(tokenizer)) => Some(tokenizer),
         (TokenizerConfig::Bytes, None) => Some(Tokenizer::bytes()),
@@ -158,30 +228,30 @@ pub(crate) fn prepare_from(
         tokenizer.with_special_tokens(add)
     });
     let fingerprint = fingerprint(config, &files, given.as_ref());
-    if read_manifest(out).is_ok_and(|manifest| manifest.fingerprint == fingerprint)
-        // What does not open is damaged, and is made again.
-        && let Ok(prepared) = open(out)
-    {
-        // The same ids, but perhaps another chat template beside them.
-        return Ok(Prepared { tokenizer: given.unwrap_or(prepared.tokenizer), ..prepared });
+    // What does not open is damaged, and is made again. The ids are the same, but perhaps another chat template lies beside them.
+    let ready = || -> Result<Option<Prepared>> {
+        let same = read_manifest(out).is_ok_and(|manifest| manifest.fingerprint == fingerprint);
+        let Some(prepared) = same.then(|| open(out).ok()).flatten() else { return Ok(None) };
+        compare(out, expected, &prepared.manifest.train, &prepared.manifest.validation)?;
+        Ok(Some(Prepared { tokenizer: given.clone().unwrap_or(prepared.tokenizer), ..prepared }))
+    };
+    if let Some(prepared) = ready()? {
+        return Ok(prepared);
     }
 
-    let manifest_path = out.join("manifest.json");
-    std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
-    if manifest_path.exists() {
-        std::fs::remove_file(&manifest_path).map_err(Error::io("remove", &manifest_path))?;
+    let staging = folder::begin(out, watch)?;
+    // Whoever held the lock before may have made the very folder.
+    if let Some(prepared) = ready()? {
+        return Ok(prepared);
     }
-    let corpus = Corpus::new(config, &files)?;
+    let corpus = Corpus::new(config, &files, watch)?;
     let tokenizer = match given {
         Some(tokenizer) => tokenizer,
-        None => {
-            progress(Progress::BuildingTokenizer);
-            corpus.build_tokenizer()?
-        }
+        None => corpus.build_tokenizer(watch)?,
     };
-    let (train, validation) = (out.join("train.tokens"), out.join("validation.tokens"));
-    corpus.tokenize(&tokenizer, &train, &validation, progress)?;
-    tokenizer.save(out)?;
+    let (train, validation) = (staging.dir().join("train.tokens"), staging.dir().join("validation.tokens"));
+    corpus.tokenize(&tokenizer, &train, &validation, watch)?;
+    tokenizer.save(staging.dir())?;
     let manifest = Manifest {
         format: FORMAT,
         fingerprint,
@@ -195,10 +265,24 @@ pub(crate) fn prepare_from(
         validation: summary(&Shard::open(&validation)?),
         files,
     };
-    let json = serde_json::to_string_pretty(&manifest)
-        .map_err(|e| Error::Prepared { path: manifest_path.clone(), message: e.to_string() })?;
-    write_atomically(&manifest_path, format!("{json}\n").as_bytes())?;
+    compare(out, expected, &manifest.train, &manifest.validation)?;
+    lowkey_files::write_json(&staging.dir().join(folder::MANIFEST), &manifest)?;
+    folder::commit(staging)?;
     Ok(Prepared { tokenizer, ..open(out)? })
+}
+
+/// Refuses tokens that are not those expected.
+fn compare(out: &Path, expected: Option<&Expected>, train: &SplitSummary, validation: &SplitSummary) -> Result<()> {
+    let Some(Expected { train: training, validation: held_out }) = expected else { return Ok(()) };
+    for (split, expected, found) in
+        [("training", Some(training), &train.sha256), ("held-out", held_out.as_ref(), &validation.sha256)]
+    {
+        if let Some(expected) = expected.filter(|expected| *expected != found) {
+            let (expected, found) = (expected.clone(), found.clone());
+            return Err(Error::OtherTokens { path: out.to_path_buf(), split, expected, found });
+        }
+    }
+    Ok(())
 }
 
 /// Opens a folder that [`prepare`] made, and checks that its parts belong together.
@@ -224,12 +308,12 @@ pub fn open(dir: &Path) -> Result<Prepared> {
 }
 
 fn read_manifest(dir: &Path) -> Result<Manifest> {
-    let path = dir.join("manifest.json");
+    let path = dir.join(folder::MANIFEST);
     if dir.is_dir() && !path.exists() {
-        let message = "there is no such file, so this is no prepared folder, or an unfinished one".to_owned();
+        let message = "there is no such file, so this is no prepared folder".to_owned();
         return Err(Error::Prepared { path, message });
     }
-    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let text = lowkey_files::read_text(&path, LARGEST_MANIFEST)?;
     let manifest: Manifest = serde_json::from_str(&text)
         .map_err(|e| Error::Prepared { path: path.clone(), message: format!("not a manifest: {e}") })?;
     if manifest.format != FORMAT {
@@ -249,15 +333,11 @@ fn summary(shard: &Shard) -> SplitSummary {
 }
 
 /// Finds or fetches the source's files, hashes them and compares with the digests that the dataset file pins.
-fn source_files(
-    config: &DatasetConfig,
-    hub: &HubConfig,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<Vec<SourceFile>> {
+fn source_files(config: &DatasetConfig, hub: &HubConfig, watch: &mut Watch) -> Result<Vec<SourceFile>> {
     let mut found: Vec<(String, PathBuf)> = Vec::new();
     if let Source::Hub { repo, revision, files, .. } = &config.source {
         for file in files {
-            progress(Progress::Fetching { file: file.clone() });
+            watch.tell(Progress::Fetching { file: file.clone() })?;
             found.push((file.clone(), hub.fetch(repo, revision, file)?));
         }
     }
@@ -265,20 +345,15 @@ fn source_files(
         let name = path.strip_prefix(&config.base).unwrap_or(&path).to_string_lossy().into_owned();
         found.push((name, path));
     }
-    let pinned = |name: &str| {
-        let last = name.rsplit(['/', '\\']).next().unwrap_or(name);
-        config.sha256.get_key_value(name).or_else(|| config.sha256.get_key_value(last))
-    };
-    for name in config.sha256.keys() {
-        if !found.iter().any(|(file, _)| pinned(file).is_some_and(|(key, _)| key == name)) {
-            return Err(config.error(format!("sha256.{name:?} names no file of the source: remove it or correct it")));
-        }
+    let last = |name: &str| name.rsplit(['/', '\\']).next().unwrap_or(name).to_owned();
+    let known: HashSet<String> = found.iter().flat_map(|(name, _)| [name.clone(), last(name)]).collect();
+    if let Some(name) = config.sha256.keys().find(|name| !known.contains(*name)) {
+        return Err(config.error(format!("sha256.{name:?} names no file of the source: remove it or correct it")));
     }
     let mut files = Vec::new();
     for (name, path) in found {
-        progress(Progress::Hashing { file: name.clone() });
-        let (bytes, sha256) = hash_file(&path)?;
-        if let Some((_, expected)) = pinned(&name)
+        let (bytes, sha256) = hash_file(&path, &mut || watch.tell(Progress::Hashing { file: name.clone() }))?;
+        if let Some(expected) = config.sha256.get(&name).or_else(|| config.sha256.get(&last(&name)))
             && !expected.eq_ignore_ascii_case(&sha256)
         {
             return Err(Error::Checksum { path, expected: expected.clone(), found: sha256 });
@@ -288,10 +363,14 @@ fn source_files(
     Ok(files)
 }
 
-fn hash_file(path: &Path) -> Result<(u64, String)> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
+/// Length and SHA-256 of a regular file; calls `each` before every part of it.
+fn hash_file(path: &Path, each: &mut dyn FnMut() -> Result<()>) -> Result<(u64, String)> {
+    let mut file = lowkey_files::open(path)?;
     let (mut hash, mut buffer, mut bytes) = (Sha256::new(), vec![0; 1 << 20], 0);
     loop {
+        if bytes % (64 << 20) == 0 {
+            each()?;
+        }
         let length = file.read(&mut buffer).map_err(Error::io("read", path))?;
         if length == 0 {
             return Ok((bytes, hex(&hash.finalize())));
@@ -310,7 +389,10 @@ fn fingerprint(config: &DatasetConfig, files: &[SourceFile], tokenizer: Option<&
             let around = if plain { String::new() } else { format!(" {start:?} {end:?}") };
             format!("{} {:?}{around}", tokenizer.fingerprint(), tokenizer.eos_id())
         }
-        None => format!("{:?}", config.tokenizer),
+        None => match config.tokenizer {
+            TokenizerConfig::Bpe { .. } => format!("{:?} {BPE_FORMAT}", config.tokenizer),
+            _ => format!("{:?}", config.tokenizer),
+        },
     };
     let mut hash = Sha256::new();
     hash.update(format!("{FORMAT}\n{:?}\n{:?}\n{tokenizer}\n", config.format(), config.split));

@@ -69,16 +69,16 @@ impl Batch {
 
     /// Appends the tokens in `range` as positions, each predicting the token after it, if the shard has one. Every
     /// document bound inside starts a new document.
-    fn segment(&mut self, shard: &Shard, range: Range<usize>, mask: bool) {
+    fn segment(&mut self, shard: &Shard, range: Range<usize>, mask: bool) -> Result<()> {
         let first = self.column();
-        shard.copy_range(range.clone(), &mut self.input_ids);
-        let mut next = Vec::with_capacity(range.len());
-        shard.copy_range(range.start + 1..range.end + 1, &mut next);
-        self.targets.extend(next.into_iter().map(i64::from));
+        let mut tokens = Vec::with_capacity(range.len() + 1);
+        shard.copy_range(range.start..range.end + 1, &mut tokens)?;
+        self.input_ids.extend(&tokens[..range.len().min(tokens.len())]);
+        self.targets.extend(tokens.iter().skip(1).map(|&token| i64::from(token)));
         self.targets.resize(self.input_ids.len(), IGNORE);
         if !mask {
             self.document_starts.resize(self.input_ids.len(), 0);
-            return;
+            return Ok(());
         }
         let mut document = shard.document_at(range.start);
         let mut at = range.start;
@@ -90,6 +90,7 @@ impl Batch {
             at = end;
             document = document.map(|i| i + 1);
         }
+        Ok(())
     }
 
     /// Pads the row to its end and starts the next one.
@@ -220,25 +221,31 @@ impl Sampler {
     }
 
     /// The batch of a step: rows `step * batch_size` and on.
-    pub fn batch(&self, step: u64) -> Batch {
+    ///
+    /// # Errors
+    /// As [`Shard::copy_range`].
+    pub fn batch(&self, step: u64) -> Result<Batch> {
         self.rows(step.saturating_mul(self.batch_size as u64), self.batch_size)
     }
 
     /// `count` consecutive rows from number `first` on, epoch after epoch without a seam; a part of a step's batch, for
     /// one that is worked through in several.
-    pub fn rows(&self, first: u64, count: usize) -> Batch {
+    ///
+    /// # Errors
+    /// As [`Shard::copy_range`].
+    pub fn rows(&self, first: u64, count: usize) -> Result<Batch> {
         let mut batch = Batch::new(self.seq_len, count);
         for row in (0..count as u64).map(|i| first.saturating_add(i)) {
             match &self.order {
-                Order::Stream { windows } => self.window(*windows, row, &mut batch),
+                Order::Stream { windows } => self.window(*windows, row, &mut batch)?,
                 Order::Documents { pieces, plans } => {
                     let (_, plan) = self.plan(pieces, plans, row);
-                    self.packed(pieces, &plan, row, &mut batch);
+                    self.packed(pieces, &plan, row, &mut batch)?;
                 }
             }
             batch.end_row(self.mask_documents);
         }
-        batch
+        Ok(batch)
     }
 
     /// Steps in the first epoch, rounded up. With document packing the following ones may differ a little.
@@ -262,32 +269,34 @@ impl Sampler {
         }
     }
 
-    fn window(&self, windows: u64, row: u64, batch: &mut Batch) {
+    fn window(&self, windows: u64, row: u64, batch: &mut Batch) -> Result<()> {
         let key = epoch_key(self.seed, row / windows);
         let tokens = self.shard.len();
         let phase = (mix(key ^ 1) % tokens as u64) as usize;
         let window = Permutation::new(windows, key).apply(row % windows) as usize;
         let start = (phase + window * self.seq_len) % tokens;
         let end = (start + self.seq_len).min(tokens);
-        self.segment(batch, start..end);
+        self.segment(batch, start..end)?;
         // Where the ring closes nothing is predicted: the shard's last token has no successor.
         let wrapped = self.seq_len - (end - start);
         if wrapped > 0 {
-            self.segment(batch, 0..wrapped);
+            self.segment(batch, 0..wrapped)?;
         }
+        Ok(())
     }
 
-    fn packed(&self, pieces: &[Piece], plan: &Plan, row: u64, batch: &mut Batch) {
+    fn packed(&self, pieces: &[Piece], plan: &Plan, row: u64, batch: &mut Batch) -> Result<()> {
         let row = (row - plan.first_row) as usize;
         for position in plan.starts[row]..plan.starts[row + 1] {
             let range = pieces[plan.order.apply(position) as usize].range();
             let room = self.seq_len - batch.column();
-            self.segment(batch, range.start..range.end.min(range.start + room));
+            self.segment(batch, range.start..range.end.min(range.start + room))?;
         }
+        Ok(())
     }
 
-    fn segment(&self, batch: &mut Batch, range: Range<usize>) {
-        batch.segment(&self.shard, range, self.mask_documents);
+    fn segment(&self, batch: &mut Batch, range: Range<usize>) -> Result<()> {
+        batch.segment(&self.shard, range, self.mask_documents)
     }
 
     /// The epoch that `row` falls in.
@@ -320,7 +329,7 @@ fn epoch_key(seed: u64, epoch: u64) -> u64 {
 ///
 /// A stream is cut into consecutive windows, and its one first token is no target. Documents are laid into rows one
 /// after the other without cropping, a row being padded where the next piece would not fit. The last batch may have
-/// fewer rows. `max_batches` keeps only the first ones.
+/// fewer rows. `max_batches` keeps only the first ones. An error is one of [`Shard::copy_range`].
 pub fn validation_batches(
     shard: &Shard,
     seq_len: usize,
@@ -328,7 +337,7 @@ pub fn validation_batches(
     max_batches: Option<usize>,
     packing: Packing,
     mask_documents: bool,
-) -> impl Iterator<Item = Batch> + use<'_> {
+) -> impl Iterator<Item = Result<Batch>> + use<'_> {
     let (seq_len, batch_size) = (seq_len.max(1), batch_size.max(1));
     let windows: Vec<Piece> = match packing {
         Packing::Documents => pieces(shard, seq_len),
@@ -345,12 +354,15 @@ pub fn validation_batches(
             while let Some(piece) = windows.get(next)
                 && batch.column() + piece.len as usize <= seq_len
             {
-                batch.segment(shard, piece.range(), mask_documents);
+                if let Err(error) = batch.segment(shard, piece.range(), mask_documents) {
+                    next = windows.len();
+                    return Some(Err(error));
+                }
                 next += 1;
             }
             batch.end_row(mask_documents);
         }
-        (batch.rows > 0).then_some(batch)
+        (batch.rows > 0).then_some(Ok(batch))
     });
     batches.take(max_batches.unwrap_or(usize::MAX))
 }

@@ -1,4 +1,4 @@
-//! A file of token ids with its document bounds: written once, memory-mapped ever after.
+//! A file of token ids with its document bounds: written once, read where it is needed ever after.
 //!
 //! | bytes | what (little-endian) |
 //! |---|---|
@@ -18,11 +18,11 @@ use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
-use atomic_write_file::AtomicWriteFile;
 use burn_dataset::{Dataset, DatasetError};
-use memmap2::Mmap;
+use lowkey_files::NewFile;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
@@ -35,64 +35,68 @@ const HEADER: usize = 80;
 const COVERED: usize = 48;
 
 /// An open token file; cheap to clone.
+///
+/// The tokens are read from the open file as they are needed, and not mapped: a map of a file that another program cuts ends
+/// the process, a read of it is an [`Error::Shard`]. Where the file has been touched since it was checked, it is checked again
+/// before more of it is used.
 #[derive(Debug, Clone)]
 pub struct Shard {
-    map: Arc<Mmap>,
-    path: PathBuf,
+    file: Arc<Open>,
     width: usize,
     tokens: usize,
-    documents: usize,
     bytes: u64,
     vocab_size: usize,
+    checksum: [u8; 32],
+    offsets: Arc<[u64]>,
+}
+
+/// The file behind a [`Shard`].
+#[derive(Debug)]
+struct Open {
+    file: File,
+    path: PathBuf,
+    /// Length and time of the last change when it was last checked.
+    checked: Mutex<Stamp>,
+}
+
+/// What changes when a file is written.
+type Stamp = (u64, Option<SystemTime>);
+
+/// What stands in a header.
+struct Header {
+    width: usize,
+    tokens: u64,
+    documents: u64,
+    bytes: u64,
+    vocab_size: u64,
+    checksum: [u8; 32],
+    /// The bytes that the checksum covers.
+    covered: [u8; COVERED],
 }
 
 impl Shard {
     /// Opens and checks a token file: format, lengths, bounds and checksum.
     pub fn open(path: &Path) -> Result<Self> {
-        let fail = |message: String| Error::Shard { path: path.to_path_buf(), message };
-        let file = File::open(path).map_err(Error::io("open", path))?;
-        // SAFETY: the file is written whole and renamed into place, and nothing here writes to it afterwards. A
-        // foreign process that truncates it under us could fault a read, as with every mapped file.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        if map.len() < HEADER {
-            return Err(fail(format!("{} bytes are too few for a token file; prepare the data again", map.len())));
+        let file = lowkey_files::open(path)?;
+        let stamp = stamp(&file).map_err(Error::io("read", path))?;
+        let open = Open { file, path: path.to_path_buf(), checked: Mutex::new(stamp) };
+        let header = open.header(stamp.0)?;
+        let tail = open.digest(&header)?;
+        let offsets: Vec<u64> = tail.as_chunks::<8>().0.iter().map(|&bytes| u64::from_le_bytes(bytes)).collect();
+        let rising = offsets.windows(2).all(|pair| pair[0] < pair[1]);
+        if offsets.first() != Some(&0) || !rising || offsets.last() != Some(&header.tokens) {
+            return Err(open.fail("the document bounds do not rise from 0 to the number of tokens"));
         }
-        if &map[..8] != MAGIC {
-            return Err(fail("not a lowkey token file".to_owned()));
-        }
-        let version = u32_at(&map, 8);
-        if version != VERSION {
-            return Err(fail(format!("format version {version}, but this build reads {VERSION}; prepare it again")));
-        }
-        let width = u32_at(&map, 12) as usize;
-        if width != 2 && width != 4 {
-            return Err(fail(format!("{width} bytes per token; it must be 2 or 4: the file is damaged")));
-        }
-        let [tokens, documents, bytes, vocab_size] = [16, 24, 32, 40].map(|at| u64_at(&map, at));
-        let expected = HEADER as u128 + u128::from(tokens) * width as u128 + (u128::from(documents) + 1) * 8;
-        if expected != map.len() as u128 {
-            let message = format!("{} bytes long, but its header says {expected}: cut short or damaged", map.len());
-            return Err(fail(message));
-        }
-        let digest = Sha256::new().chain_update(&map[HEADER..]).chain_update(&map[..COVERED]).finalize();
-        if digest.as_slice() != &map[COVERED..HEADER] {
-            return Err(fail("the checksum does not match: the file is damaged; prepare the data again".to_owned()));
-        }
-        let shard = Self {
-            width,
-            // No larger than the file, whose length is a usize.
-            tokens: tokens as usize,
-            documents: documents as usize,
-            bytes,
-            vocab_size: usize::try_from(vocab_size).unwrap_or(usize::MAX),
-            path: path.to_path_buf(),
-            map: Arc::new(map),
-        };
-        let increasing = (0..shard.documents).all(|i| shard.offset(i) < shard.offset(i + 1));
-        if shard.offset(0) != 0 || !increasing || shard.offset(shard.documents) != shard.tokens {
-            return Err(fail("the document bounds do not rise from 0 to the number of tokens".to_owned()));
-        }
-        Ok(shard)
+        Ok(Self {
+            width: header.width,
+            // No larger than the file, of which the header has been found to speak the truth.
+            tokens: header.tokens as usize,
+            bytes: header.bytes,
+            vocab_size: usize::try_from(header.vocab_size).unwrap_or(usize::MAX),
+            checksum: header.checksum,
+            offsets: offsets.into(),
+            file: Arc::new(open),
+        })
     }
 
     /// Number of tokens.
@@ -107,7 +111,7 @@ impl Shard {
 
     /// Number of documents.
     pub fn documents(&self) -> usize {
-        self.documents
+        self.offsets.len() - 1
     }
 
     /// Bytes of text that the tokens stand for.
@@ -122,78 +126,187 @@ impl Shard {
 
     /// The file.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.file.path
     }
 
     /// The checksum in its header, in hex: the identity of its content.
     pub fn checksum(&self) -> String {
-        hex(&self.map[COVERED..HEADER])
+        hex(&self.checksum)
     }
 
     /// Where document `i` lies among the tokens.
     pub fn document_range(&self, i: usize) -> Option<Range<usize>> {
-        (i < self.documents).then(|| self.offset(i)..self.offset(i + 1))
+        let end = *self.offsets.get(i.checked_add(1)?)?;
+        Some(*self.offsets.get(i)? as usize..end as usize)
     }
 
-    /// The tokens of document `i`.
-    pub fn document(&self, i: usize) -> Option<Vec<u32>> {
-        let range = self.document_range(i)?;
+    /// The tokens of document `i`; none past the last one.
+    ///
+    /// # Errors
+    /// As [`Shard::copy_range`].
+    pub fn document(&self, i: usize) -> Result<Option<Vec<u32>>> {
+        let Some(range) = self.document_range(i) else { return Ok(None) };
         let mut tokens = Vec::with_capacity(range.len());
-        self.copy_range(range, &mut tokens);
-        Some(tokens)
+        self.copy_range(range, &mut tokens)?;
+        Ok(Some(tokens))
     }
 
     /// The document that token `i` belongs to.
     pub fn document_at(&self, i: usize) -> Option<usize> {
-        if i >= self.tokens {
-            return None;
-        }
         // The last document that starts at or before the token.
-        let (mut low, mut high) = (0, self.documents);
-        while high - low > 1 {
-            let middle = low + (high - low) / 2;
-            if self.offset(middle) <= i { low = middle } else { high = middle }
-        }
-        Some(low)
-    }
-
-    /// Token `i`.
-    pub fn token(&self, i: usize) -> Option<u32> {
-        let at = HEADER + i * self.width;
-        (i < self.tokens).then(|| match self.width {
-            2 => u32::from(u16::from_le_bytes([self.map[at], self.map[at + 1]])),
-            _ => u32_at(&self.map, at),
-        })
+        (i < self.tokens).then(|| self.offsets.partition_point(|&offset| offset <= i as u64) - 1)
     }
 
     /// Appends the tokens in `range` to `out`, as far as the shard has them.
-    pub fn copy_range(&self, range: Range<usize>, out: &mut Vec<u32>) {
+    ///
+    /// # Errors
+    /// [`Error::Shard`] where the file is no longer what was opened: cut, or written over. [`Error::Io`] from the disk.
+    pub fn copy_range(&self, range: Range<usize>, out: &mut Vec<u32>) -> Result<()> {
         let end = range.end.min(self.tokens);
         let start = range.start.min(end);
-        let bytes = &self.map[HEADER + start * self.width..HEADER + end * self.width];
+        if start == end {
+            return Ok(());
+        }
+        self.file.still_whole(&self.checksum)?;
+        let mut bytes = vec![0; (end - start) * self.width];
+        self.file.read_at(&mut bytes, (HEADER + start * self.width) as u64)?;
+        let first = out.len();
         if self.width == 2 {
             out.extend(bytes.as_chunks::<2>().0.iter().map(|&pair| u32::from(u16::from_le_bytes(pair))));
         } else {
             out.extend(bytes.as_chunks::<4>().0.iter().map(|&quad| u32::from_le_bytes(quad)));
         }
+        // Written over between the two calls above, or under a clock that stood still.
+        match out[first..].iter().find(|&&token| token as usize >= self.vocab_size) {
+            Some(token) => {
+                Err(self.file.fail(format!("{CHANGED} (token {token}, of a vocabulary of {})", self.vocab_size)))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Said where a file is not what was opened.
+const CHANGED: &str = "another program has changed the file while it was read; prepare the data again";
+
+impl Open {
+    fn fail(&self, message: impl Into<String>) -> Error {
+        Error::Shard { path: self.path.clone(), message: message.into() }
     }
 
-    /// Offset `i` of the `documents + 1` offsets.
-    fn offset(&self, i: usize) -> usize {
-        u64_at(&self.map, HEADER + self.tokens * self.width + i * 8) as usize
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        read_exact_at(&self.file, buffer, offset).map_err(|reason| match reason.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                self.fail("another program has cut the file short; prepare the data again")
+            }
+            _ => Error::io("read", &self.path)(reason),
+        })
     }
+
+    /// The header of a file of `length` bytes, if the two agree.
+    fn header(&self, length: u64) -> Result<Header> {
+        let mut bytes = [0; HEADER];
+        if length < HEADER as u64 {
+            return Err(self.fail(format!("{length} bytes are too few for a token file; prepare the data again")));
+        }
+        self.read_at(&mut bytes, 0)?;
+        if &bytes[..8] != MAGIC {
+            return Err(self.fail("not a lowkey token file"));
+        }
+        let version = u32_at(&bytes, 8);
+        if version != VERSION {
+            return Err(
+                self.fail(format!("format version {version}, but this build reads {VERSION}; prepare it again"))
+            );
+        }
+        let width = u32_at(&bytes, 12) as usize;
+        if width != 2 && width != 4 {
+            return Err(self.fail(format!("{width} bytes per token; it must be 2 or 4: the file is damaged")));
+        }
+        let [tokens, documents, text, vocab_size] = [16, 24, 32, 40].map(|at| u64_at(&bytes, at));
+        let expected = HEADER as u128 + u128::from(tokens) * width as u128 + (u128::from(documents) + 1) * 8;
+        if expected != u128::from(length) {
+            let message = format!("{length} bytes long, but its header says {expected}: cut short or damaged");
+            return Err(self.fail(message));
+        }
+        let (mut covered, mut checksum) = ([0; COVERED], [0; 32]);
+        covered.copy_from_slice(&bytes[..COVERED]);
+        checksum.copy_from_slice(&bytes[COVERED..]);
+        Ok(Header { width, tokens, documents, bytes: text, vocab_size, checksum, covered })
+    }
+
+    /// Checks the checksum, and returns the document bounds as they stand in the file.
+    fn digest(&self, header: &Header) -> Result<Vec<u8>> {
+        let mut hash = Sha256::new();
+        let mut block = vec![0; 1 << 20];
+        let tail = HEADER as u64 + header.tokens * header.width as u64;
+        let mut at = HEADER as u64;
+        while at < tail {
+            let length = block.len().min(usize::try_from(tail - at).unwrap_or(usize::MAX));
+            self.read_at(&mut block[..length], at)?;
+            hash.update(&block[..length]);
+            at += length as u64;
+        }
+        let mut bounds = vec![0; (header.documents as usize + 1) * 8];
+        self.read_at(&mut bounds, tail)?;
+        hash.update(&bounds);
+        if hash.chain_update(header.covered).finalize().as_slice() != header.checksum {
+            return Err(self.fail("the checksum does not match: the file is damaged; prepare the data again"));
+        }
+        Ok(bounds)
+    }
+
+    /// Checks a file again that has been touched since it was checked; its content is to have this checksum.
+    fn still_whole(&self, checksum: &[u8; 32]) -> Result<()> {
+        let now = stamp(&self.file).map_err(Error::io("read", &self.path))?;
+        let mut checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
+        if *checked == now {
+            return Ok(());
+        }
+        let header = self.header(now.0).map_err(|_| self.fail(CHANGED))?;
+        if header.checksum != *checksum {
+            return Err(self.fail(CHANGED));
+        }
+        self.digest(&header).map_err(|_| self.fail(CHANGED))?;
+        *checked = now;
+        Ok(())
+    }
+}
+
+fn stamp(file: &File) -> std::io::Result<Stamp> {
+    let found = file.metadata()?;
+    Ok((found.len(), found.modified().ok()))
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+    while !buffer.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, buffer, offset) {
+            Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            Ok(length) => {
+                buffer = &mut buffer[length..];
+                offset += length as u64;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 impl Dataset<Vec<u32>> for Shard {
     fn get(&self, index: usize) -> Result<Vec<u32>, DatasetError> {
-        self.document(index).ok_or_else(|| {
-            let message = format!("there is no document {index}; the shard has {}", self.documents);
-            DatasetError::new(Error::Shard { path: self.path.clone(), message })
-        })
+        let missing = || self.file.fail(format!("there is no document {index}; the shard has {}", self.documents()));
+        self.document(index).and_then(|found| found.ok_or_else(missing)).map_err(DatasetError::new)
     }
 
     fn len(&self) -> usize {
-        self.documents
+        self.documents()
     }
 }
 
@@ -207,11 +320,12 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 
 /// Writes a token file document by document. The file appears at its path only when [`ShardWriter::finish`] succeeds.
 pub struct ShardWriter {
-    file: BufWriter<AtomicWriteFile>,
+    file: BufWriter<NewFile>,
     path: PathBuf,
     width: usize,
     vocab_size: usize,
     bytes: u64,
+    tokens: u64,
     offsets: Vec<u64>,
     hash: Sha256,
     scratch: Vec<u8>,
@@ -220,7 +334,7 @@ pub struct ShardWriter {
 impl ShardWriter {
     /// Starts a file for ids below `vocab_size`.
     pub fn create(path: &Path, vocab_size: usize) -> Result<Self> {
-        let mut file = AtomicWriteFile::open(path).map_err(Error::io("write", path))?;
+        let mut file = NewFile::create(path)?;
         file.write_all(&[0; HEADER]).map_err(Error::io("write", path))?;
         Ok(Self {
             file: BufWriter::with_capacity(1 << 20, file),
@@ -228,6 +342,7 @@ impl ShardWriter {
             width: if vocab_size <= 1 << 16 { 2 } else { 4 },
             vocab_size,
             bytes: 0,
+            tokens: 0,
             offsets: vec![0],
             hash: Sha256::new(),
             scratch: Vec::new(),
@@ -236,6 +351,13 @@ impl ShardWriter {
 
     /// Appends a document of `tokens` that stands for `bytes` bytes of text. One without tokens is left out.
     pub fn push(&mut self, tokens: &[u32], bytes: u64) -> Result<()> {
+        self.extend(tokens, bytes)?;
+        self.end_document();
+        Ok(())
+    }
+
+    /// Appends to a document that goes on until [`ShardWriter::end_document`].
+    pub(crate) fn extend(&mut self, tokens: &[u32], bytes: u64) -> Result<()> {
         self.scratch.clear();
         for &token in tokens {
             if token as usize >= self.vocab_size {
@@ -245,25 +367,31 @@ impl ShardWriter {
             self.scratch.extend_from_slice(&token.to_le_bytes()[..self.width]);
         }
         self.bytes += bytes;
-        if !tokens.is_empty() {
-            self.offsets.push(self.tokens() + tokens.len() as u64);
-        }
+        self.tokens += tokens.len() as u64;
         self.hash.update(&self.scratch);
         self.file.write_all(&self.scratch).map_err(Error::io("write", &self.path))
     }
 
-    /// Tokens written so far.
-    pub fn tokens(&self) -> u64 {
-        self.offsets.last().copied().unwrap_or(0)
+    /// Ends a document; one without tokens is none.
+    pub(crate) fn end_document(&mut self) {
+        if self.offsets.last() != Some(&self.tokens) {
+            self.offsets.push(self.tokens);
+        }
     }
 
-    /// Documents written so far.
+    /// Tokens written so far.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// Documents ended so far.
     pub fn documents(&self) -> u64 {
         self.offsets.len() as u64 - 1
     }
 
     /// Writes offsets and header and puts the file in its place.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
+        self.end_document();
         let mut header = Vec::with_capacity(HEADER);
         header.extend_from_slice(MAGIC);
         header.extend_from_slice(&VERSION.to_le_bytes());
@@ -275,139 +403,16 @@ impl ShardWriter {
         let digest = self.hash.chain_update(&offsets).chain_update(&header).finalize();
         header.extend_from_slice(&digest);
 
-        let write = |mut file: BufWriter<AtomicWriteFile>| -> std::io::Result<()> {
+        let write = |mut file: BufWriter<NewFile>| -> std::io::Result<NewFile> {
             file.write_all(&offsets)?;
             let mut file = file.into_inner()?;
             file.seek(SeekFrom::Start(0))?;
             file.write_all(&header)?;
-            file.commit()
+            Ok(file)
         };
-        write(self.file).map_err(Error::io("write", &self.path))
+        Ok(write(self.file).map_err(Error::io("write", &self.path))?.commit()?)
     }
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-
-    /// A shard of these documents, and the folder that holds it.
-    pub(crate) fn shard_of(documents: &[Vec<u32>], vocab_size: usize) -> (tempfile::TempDir, Shard) {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.tokens");
-        let mut writer = ShardWriter::create(&path, vocab_size).unwrap();
-        for document in documents {
-            writer.push(document, document.len() as u64 * 3).unwrap();
-        }
-        writer.finish().unwrap();
-        let shard = Shard::open(&path).unwrap();
-        (dir, shard)
-    }
-
-    #[test]
-    fn documents_round_trip_in_both_widths() {
-        for vocab_size in [1 << 16, (1 << 16) + 1] {
-            let top = vocab_size as u32 - 1;
-            let documents = [vec![1, 2, top], vec![0], vec![7; 100]];
-            let (_dir, shard) = shard_of(&documents, vocab_size);
-            assert_eq!((shard.len(), shard.documents(), shard.bytes()), (104, 3, 312));
-            assert_eq!(shard.vocab_size(), vocab_size);
-            for (i, document) in documents.iter().enumerate() {
-                assert_eq!(&shard.document(i).unwrap(), document);
-            }
-            assert_eq!((shard.token(2), shard.token(3), shard.token(104)), (Some(top), Some(0), None));
-            assert_eq!([0, 2, 3, 4, 103].map(|i| shard.document_at(i)), [0, 0, 1, 2, 2].map(Some));
-            assert_eq!((shard.document_at(104), shard.document(3)), (None, None));
-            let mut out = vec![9];
-            shard.copy_range(2..5, &mut out);
-            shard.copy_range(103..300, &mut out);
-            shard.copy_range(200..300, &mut out);
-            assert_eq!(out, [9, top, 0, 7, 7]);
-            let bytes = std::fs::metadata(shard.path()).unwrap().len();
-            assert_eq!(bytes, 80 + 104 * shard.width as u64 + 4 * 8);
-        }
-    }
-
-    #[test]
-    fn a_shard_is_a_burn_dataset_of_documents() {
-        let (_dir, shard) = shard_of(&[vec![1, 2], vec![3]], 10);
-        assert_eq!(Dataset::len(&shard), 2);
-        let items: Vec<Vec<u32>> = shard.iter().map(|item| item.unwrap()).collect();
-        assert_eq!(items, [vec![1, 2], vec![3]]);
-        assert!(shard.get(2).unwrap_err().to_string().contains("no document 2"));
-    }
-
-    #[test]
-    fn an_empty_shard_opens() {
-        let (_dir, shard) = shard_of(&[], 10);
-        assert!(shard.is_empty() && shard.documents() == 0 && shard.document_at(0).is_none());
-    }
-
-    #[test]
-    fn ids_outside_the_vocabulary_are_refused_and_nothing_appears() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.tokens");
-        let mut writer = ShardWriter::create(&path, 10).unwrap();
-        assert!(writer.push(&[1, 10], 2).unwrap_err().to_string().contains("token 10"));
-        drop(writer);
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn every_truncation_and_every_flipped_byte_is_an_error() {
-        let (_dir, shard) = shard_of(&[vec![1, 2, 3], vec![4, 5]], 300);
-        let path = shard.path().to_path_buf();
-        let good = std::fs::read(&path).unwrap();
-        drop(shard);
-        let refused = |bytes: &[u8]| {
-            let copy = path.with_extension("bad");
-            std::fs::write(&copy, bytes).unwrap();
-            Shard::open(&copy).is_err()
-        };
-        assert!(!refused(&good));
-        for length in 0..good.len() {
-            assert!(refused(&good[..length]), "cut to {length}");
-        }
-        for at in 0..good.len() {
-            for flip in [1, 0x80] {
-                let mut bytes = good.clone();
-                bytes[at] ^= flip;
-                assert!(refused(&bytes), "byte {at}");
-            }
-        }
-        assert!(refused(&[&good[..], &[0]].concat()));
-    }
-
-    #[test]
-    fn a_wrong_header_is_refused_even_under_a_right_checksum() {
-        let (_dir, shard) = shard_of(&[vec![1, 2, 3], vec![4, 5]], 300);
-        let path = shard.path().to_path_buf();
-        let good = std::fs::read(&path).unwrap();
-        drop(shard);
-        let refuse = |change: &dyn Fn(&mut Vec<u8>)| {
-            let mut bytes = good.clone();
-            change(&mut bytes);
-            let digest = Sha256::new().chain_update(&bytes[HEADER..]).chain_update(&bytes[..COVERED]).finalize();
-            bytes[COVERED..HEADER].copy_from_slice(&digest);
-            let copy = path.with_extension("bad");
-            std::fs::write(&copy, bytes).unwrap();
-            Shard::open(&copy).map(|_| ()).map_err(|e| e.to_string())
-        };
-        let second_offset = HEADER + 5 * 2 + 8;
-        refuse(&|_| {}).unwrap();
-        for (at, value, expected) in [
-            (8, 2, "format version 2"),
-            (12, 3, "3 bytes per token"),
-            (16, 6, "its header says"),
-            (24, 3, "its header says"),
-            (second_offset, 0, "bounds"),
-            (second_offset, 200, "bounds"),
-            (second_offset - 8, 1, "bounds"),
-            (second_offset + 8, 4, "bounds"),
-        ] {
-            let message = refuse(&|bytes| bytes[at] = value).unwrap_err();
-            assert!(message.contains(expected), "{at}: {message}");
-        }
-        let huge = refuse(&|bytes| bytes[16..24].fill(0xFF)).unwrap_err();
-        assert!(huge.contains("its header says"), "{huge}");
-    }
-}
+pub(crate) mod tests;

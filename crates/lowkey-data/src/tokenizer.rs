@@ -8,10 +8,10 @@ mod build;
 mod special;
 mod stream;
 mod vet;
+mod words;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -21,10 +21,12 @@ use sha2::{Digest, Sha256};
 use tokenizers::PostProcessorWrapper;
 use tokenizers::tokenizer::Tokenizer as HfTokenizer;
 
+use crate::documents;
 use crate::error::{Error, Result};
 pub use build::byte_character;
 use special::{Around, RECORD, named};
 pub use stream::TextStream;
+pub(crate) use words::WordCounts;
 
 /// The end-of-document token of every tokenizer built here.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -35,8 +37,11 @@ const KNOWN_ENDS: [&str; 4] = [END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"];
 /// Files beside `tokenizer.json` that a fine-tuned model must carry on: chat template, names of special tokens.
 const COMPANIONS: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
-/// Longest text, in bytes, that is encoded in one go.
-const PART: usize = 1 << 20;
+/// Bytes of text that are encoded at a time. An encoding takes some hundred times the room of its text.
+const AT_ONCE: usize = 8 << 20;
+
+/// Bytes that a text may become on its way through a tokenizer that makes it longer.
+const MOST_GROWN: usize = 1 << 26;
 
 /// A tokenizer; cheap to clone.
 #[derive(Clone)]
@@ -63,6 +68,8 @@ enum Model {
 struct HfPair {
     special: HfTokenizer,
     ordinary: OnceLock<HfTokenizer>,
+    /// How many times longer the file's own strings can make a text.
+    growth: usize,
 }
 
 /// What each id stands for.
@@ -118,9 +125,15 @@ impl Tokenizer {
 
     /// Trains a byte-level BPE vocabulary of at most `vocab_size` entries, [`END_OF_TEXT`] included; a small corpus
     /// may yield fewer.
-    pub fn train_bpe(texts: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<Self> {
-        let json = build::train_bpe(texts, vocab_size)?;
-        Self::from_json(json, "bpe")
+    pub fn train_bpe(texts: impl Iterator<Item = String>, vocab_size: usize) -> Result<Self> {
+        let mut words = WordCounts::default();
+        texts.for_each(|text| words.add(&text));
+        Self::from_words(words, vocab_size)
+    }
+
+    /// [`Tokenizer::train_bpe`] from words that have been counted.
+    pub(crate) fn from_words(words: WordCounts, vocab_size: usize) -> Result<Self> {
+        Self::from_json(words.train(vocab_size)?, "bpe")
     }
 
     /// Reads any `tokenizer.json`. The end-of-document token is the first of `<|endoftext|>`, `</s>`,
@@ -187,7 +200,7 @@ impl Tokenizer {
             Some(build::Known::Chars(alphabet)) => return Ok(Self::from_chars(&alphabet, json)),
             None => {}
         }
-        vet::vet(&value).map_err(|e| Error::tokenizer(origin, e))?;
+        let growth = vet::vet(&value).map_err(|e| Error::tokenizer(origin, e))?;
         // From the value and not from the text, which may give a key twice: what was looked at is what is parsed.
         let mut hf = guarded(origin, || {
             HfTokenizer::deserialize(&value).map_err(|e| format!("not a tokenizer.json that this build can read: {e}"))
@@ -204,7 +217,7 @@ impl Tokenizer {
             let id = hf.token_to_id(name)?;
             added.get(&id).is_some_and(|token| token.special).then_some(id)
         });
-        let pair = HfPair { special: hf, ordinary: OnceLock::new() };
+        let pair = HfPair { special: hf, ordinary: OnceLock::new(), growth };
         Ok(Self { around, ..Self::assemble(Model::Hf(Arc::new(pair)), json, tokens, bytewise, eos) })
     }
 
@@ -272,7 +285,7 @@ impl Tokenizer {
     /// transformers without special tokens: this is for a part of a text. [`Tokenizer::encode_prompt`] is for a prompt.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         if let Model::Hf(pair) = &self.model {
-            return self.run(&pair.special, text);
+            return self.run(pair, &pair.special, text);
         }
         let mut ids = Vec::with_capacity(text.len());
         for (i, part) in text.split(END_OF_TEXT).enumerate() {
@@ -288,29 +301,26 @@ impl Tokenizer {
     /// must not be able to forge an end of document.
     pub fn encode_ordinary(&self, text: &str) -> Result<Vec<u32>> {
         if let Model::Hf(pair) = &self.model {
-            return self.run(pair.ordinary(), text);
+            return self.run(pair, pair.ordinary(), text);
         }
         let mut ids = Vec::with_capacity(text.len());
         self.extend_plain(text, &mut ids)?;
         Ok(ids)
     }
 
-    /// [`Tokenizer::encode_ordinary`] of many texts, in parallel where the tokenizer is slow enough to need it. A text
-    /// of more than a mebibyte is encoded in parts, cut at line ends: a Hugging Face encoding takes a hundred times the
-    /// room of its text. Such a cut is a token bound in nearly every vocabulary.
+    /// [`Tokenizer::encode_ordinary`] of many texts, none of which is long, in parallel where the tokenizer is slow enough to
+    /// need it.
     pub(crate) fn encode_documents(&self, texts: &[String]) -> Result<Vec<Vec<u32>>> {
-        self.encode_in_parts(texts, PART)
-    }
-
-    fn encode_in_parts(&self, texts: &[String], size: usize) -> Result<Vec<Vec<u32>>> {
         let Model::Hf(pair) = &self.model else {
             return texts.iter().map(|text| self.encode_ordinary(text)).collect();
         };
+        // Where the tokenizer's own steps make a text longer, less of it is read at once.
+        let most = AT_ONCE / pair.growth;
         let all: Vec<(usize, &str)> =
-            (0..).zip(texts).flat_map(|(i, text)| parts(text, size).into_iter().map(move |part| (i, part))).collect();
+            (0..).zip(texts).flat_map(|(i, text)| bounded(text, most).into_iter().map(move |part| (i, part))).collect();
         let mut held = 0;
         let together = |(_, part): &(usize, &str), _: &(usize, &str)| {
-            held = if held > 8 * size { 0 } else { held + part.len() };
+            held = if held > most { 0 } else { held + part.len() };
             held > 0
         };
         let mut ids = vec![Vec::new(); texts.len()];
@@ -324,7 +334,15 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    fn run(&self, hf: &HfTokenizer, text: &str) -> Result<Vec<u32>> {
+    fn run(&self, pair: &HfPair, hf: &HfTokenizer, text: &str) -> Result<Vec<u32>> {
+        if text.len().saturating_mul(pair.growth) > MOST_GROWN {
+            let message = format!(
+                "a text of {} bytes is too long for it: its own steps can make it {} times longer",
+                text.len(),
+                pair.growth
+            );
+            return Err(Error::tokenizer(self.name(), message));
+        }
         let encoding = guarded(self.name(), || hf.encode_fast(text, false))?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -549,34 +567,17 @@ fn guarded<T, E: fmt::Display>(origin: &str, run: impl FnOnce() -> std::result::
     }
 }
 
-/// The text of a file: neither a folder's nor that of a pipe or a device, which may have no end.
+/// Bytes of a file of a tokenizer at most. The largest published ones have some forty megabytes.
+const LARGEST_FILE: u64 = 1 << 30;
+
+/// The text of a regular file.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
-    let kind = std::fs::metadata(path).map_err(Error::io("read", path))?;
-    if !kind.is_file() {
-        return Err(Error::tokenizer(path.display().to_string(), "is not a regular file"));
-    }
-    std::fs::read_to_string(path).map_err(Error::io("read", path))
+    Ok(lowkey_files::read_text(path, LARGEST_FILE)?)
 }
 
-/// A text in parts of about `size` bytes. A part ends after a line end that stands alone between two lines of text,
-/// which no usual pre-tokenizer joins with either; where there is none for long, after any line end.
-fn parts(text: &str, size: usize) -> Vec<&str> {
-    let mut parts = Vec::new();
-    let mut rest = text;
-    while rest.len() > size {
-        let ends = || rest.bytes().enumerate().skip(size).filter(|(_, byte)| *byte == b'\n').map(|(at, _)| at + 1);
-        let text_follows = |at: &usize| rest[*at..].starts_with(|c: char| !c.is_whitespace());
-        let alone = |at: &usize| text_follows(at) && rest[..*at - 1].ends_with(|c: char| !c.is_whitespace());
-        let Some(end) = ends().take_while(|at| *at < size + size / 8).find(alone).or_else(|| ends().find(text_follows))
-        else {
-            break;
-        };
-        let (part, after) = rest.split_at(end);
-        parts.push(part);
-        rest = after;
-    }
-    parts.push(rest);
-    parts
+/// A text as it is, or in parts where it is longer than `most` bytes.
+fn bounded(text: &str, most: usize) -> Vec<&str> {
+    if text.len() <= most { vec![text] } else { documents::parts(text, most.max(1)) }
 }
 
 /// Lower-case hex.
@@ -586,9 +587,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 /// Replaces `path` by `bytes` in one step: a reader sees the old file or the new one.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = atomic_write_file::AtomicWriteFile::open(path).map_err(Error::io("write", path))?;
-    file.write_all(bytes).map_err(Error::io("write", path))?;
-    file.commit().map_err(Error::io("write", path))
+    Ok(lowkey_files::write(path, bytes)?)
 }
 
 #[cfg(test)]

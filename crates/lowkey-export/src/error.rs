@@ -15,12 +15,12 @@ pub enum Error {
         why: String,
     },
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {reason}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// The operating system's reason.
-        source: std::io::Error,
+        /// The operating system's reason. It stands in the message, hence is no source that a chain would print again.
+        reason: std::io::Error,
     },
     /// The target format has no way to say what this model computes.
     #[error("{format} cannot hold this model: {why}")]
@@ -82,8 +82,8 @@ impl Error {
         Self::Device { what: what.into(), why: format!("{error:?}") }
     }
 
-    pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+    pub(crate) fn io(path: impl Into<PathBuf>, reason: std::io::Error) -> Self {
+        Self::Io { path: path.into(), reason }
     }
 }
 
@@ -92,6 +92,7 @@ impl From<lowkey_files::Error> for Error {
         match error {
             lowkey_files::Error::Io { path, why, .. } => Self::io(path, why),
             lowkey_files::Error::Refused { path, why } => Self::File { path, why },
+            lowkey_files::Error::Held { path } => Self::file(path, lowkey_files::HELD),
         }
     }
 }

@@ -8,6 +8,9 @@ use crate::names::printable;
 /// This crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What to do about [`Error::Held`].
+pub const HELD: &str = "another process holds this and is writing here; wait for it, or write elsewhere";
+
 /// Why a file or folder could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -29,6 +32,12 @@ pub enum Error {
         /// The reason, and the mend.
         why: String,
     },
+    /// Another process is writing here.
+    #[error("{}: {HELD}", shown(path))]
+    Held {
+        /// The lock.
+        path: PathBuf,
+    },
 }
 
 impl Error {
@@ -38,6 +47,11 @@ impl Error {
 
     pub(crate) fn refused(path: &Path, why: impl Into<String>) -> Self {
         Self::Refused { path: path.to_path_buf(), why: why.into() }
+    }
+
+    /// Whether the reason is that another process is writing here, so that it is worth waiting.
+    pub fn is_held(&self) -> bool {
+        matches!(self, Self::Held { .. })
     }
 
     /// Whether the reason is that there is no such file.

@@ -30,7 +30,7 @@ mod room;
 mod staging;
 mod write;
 
-pub use error::{Error, Result};
+pub use error::{Error, HELD, Result};
 pub use hash::{FileHash, hash, hex, sha256};
 pub use lock::{Lock, lock};
 pub use mark::{Kind, MARK, Mark};

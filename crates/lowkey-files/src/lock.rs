@@ -31,8 +31,8 @@ pub(crate) enum Leftover {
 /// Takes the lock `path`, whose folder exists.
 ///
 /// # Errors
-/// [`Error::Refused`] where another process holds it, or where something else bears the name; [`Error::Io`] where the folder
-/// cannot be written.
+/// [`Error::Held`] where another process holds it; [`Error::Refused`] where something else bears the name; [`Error::Io`] where
+/// the folder cannot be written.
 pub fn lock(path: &Path) -> Result<Lock> {
     Lock::take(path, Leftover::Empty)
 }
@@ -111,9 +111,7 @@ fn clear(path: &Path, leftover: Leftover) -> Result<()> {
             Err(e) => Err(Error::io("remove", path)(e)),
         },
         Ok(()) => Ok(()),
-        Err(TryLockError::WouldBlock) => {
-            Err(Error::refused(path, "another process holds this and is writing here; wait for it, or write elsewhere"))
-        }
+        Err(TryLockError::WouldBlock) => Err(Error::Held { path: path.to_path_buf() }),
         Err(TryLockError::Error(e)) => Err(Error::io("lock", path)(e)),
     }
 }

@@ -113,7 +113,7 @@ pub fn recover(target: &Path) -> Result<()> {
     }
     match lock(&hidden(&target, LOCK)?) {
         Ok(_held) => settle(&target),
-        Err(Error::Refused { .. }) => Ok(()),
+        Err(Error::Refused { .. } | Error::Held { .. }) => Ok(()),
         Err(e) => Err(e),
     }
 }

@@ -258,7 +258,7 @@ pub fn sweep(dir: &Path) -> Result<()> {
             match Lock::take(&path, Leftover::Any) {
                 Ok(held) => drop(held),
                 // Somebody is writing it.
-                Err(Error::Refused { .. }) => {}
+                Err(Error::Refused { .. } | Error::Held { .. }) => {}
                 Err(e) => return Err(e),
             }
         } else {

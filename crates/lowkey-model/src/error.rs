@@ -33,12 +33,12 @@ pub enum Error {
         why: String,
     },
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {reason}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// The operating system's reason.
-        source: std::io::Error,
+        /// The operating system's reason. It stands in the message, hence is no source that a chain would print again.
+        reason: std::io::Error,
     },
     /// The tensors of a checkpoint do not fit the model that its configuration describes.
     #[error("{}: the weights do not fit config.json\n{}", path.display(), report(missing, unexpected, mismatched))]
@@ -87,8 +87,8 @@ impl Error {
         Self::File { path: path.into(), why: why.into() }
     }
 
-    pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+    pub(crate) fn io(path: impl Into<PathBuf>, reason: std::io::Error) -> Self {
+        Self::Io { path: path.into(), reason }
     }
 }
 
@@ -97,6 +97,7 @@ impl From<lowkey_files::Error> for Error {
         match error {
             lowkey_files::Error::Io { path, why, .. } => Self::io(path, why),
             lowkey_files::Error::Refused { path, why } => Self::File { path, why },
+            lowkey_files::Error::Held { path } => Self::file(path, lowkey_files::HELD),
         }
     }
 }

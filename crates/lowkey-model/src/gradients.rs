@@ -25,7 +25,8 @@ pub enum Recompute {
 pub struct Objective<'a> {
     /// Factor on the summed loss: one over the targets of the whole step for its mean.
     pub scale: f64,
-    /// Factor on each squared log-partition, see [`lowkey_kernels::Labels::z_loss`].
+    /// Factor on each squared log-partition of the first pass, see [`lowkey_kernels::Labels::z_loss`]. Further passes have none,
+    /// whatever they learn from.
     pub z_loss: f64,
     /// MLA: ranks at which the latent is read in further passes over the batch. The objective is the mean over all passes.
     pub narrow: &'a [usize],
@@ -116,7 +117,8 @@ impl CausalLm {
                 let targets = tokens.targets.iter().filter(|target| **target >= 0).count();
                 LossSum { z_loss: nats.clone().detach().zeros_like(), nats, targets }
             }
-            _ => self.loss_of(hidden, batch, pass.objective.z_loss),
+            (Some(_), _) => self.loss_of(hidden, batch, 0.0),
+            (None, _) => self.loss_of(hidden, batch, pass.objective.z_loss),
         }
     }
 
@@ -229,6 +231,38 @@ mod tests {
                 let (found, expected) = (values(found), values(expected));
                 let size = expected.iter().fold(1e-3f32, |m, x| m.max(x.abs()));
                 assert!(distance(&found, &expected) <= 3e-6 * size, "{kind}: {}", parameter.name);
+            }
+        }
+    }
+
+    #[test]
+    fn what_holds_the_log_partition_is_the_whole_widths_alone_whatever_a_narrower_pass_learns_from() {
+        let device = Device::flex().autodiff();
+        for (kind, config) in fixtures::every_kind() {
+            let Some(least) = config.kv_ranks().into_iter().min().filter(|least| *least > 1) else { continue };
+            let model = scrambled(&config, 6, &device);
+            let input_ids: Vec<u32> = (0..14).map(|i| i * 5 % config.vocab_size as u32).collect();
+            let targets: Vec<i64> = (0..14).map(|i| i * 3 % 7).collect();
+            let starts = [0; 14];
+            let batch =
+                TokenBatch { rows: 2, seq_len: 7, input_ids: &input_ids, targets: &targets, document_starts: &starts };
+            let narrow = [least / 2];
+            let gradients = |z_loss: f64, narrow: &[usize], distillation: f64| {
+                let objective = Objective { scale: (1 + narrow.len()) as f64, z_loss, narrow, distillation };
+                let (_, gradients) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
+                gradients.into_iter().map(values).collect::<Vec<_>>()
+            };
+            let added = |narrow: &[usize], distillation: f64| -> Vec<Vec<f32>> {
+                let (with, without) = (gradients(0.5, narrow, distillation), gradients(0.0, narrow, distillation));
+                let less = |(a, b): (Vec<f32>, Vec<f32>)| a.iter().zip(b).map(|(a, b)| a - b).collect();
+                with.into_iter().zip(without).map(less).collect()
+            };
+            let whole = added(&[], 0.0);
+            for distillation in [0.0, 0.5, 1.0] {
+                for (found, expected) in added(&narrow, distillation).into_iter().zip(&whole) {
+                    let size = expected.iter().fold(1e-3f32, |m, x| m.max(x.abs()));
+                    assert!(distance(&found, expected) <= 1e-4 * size, "{kind}, distillation {distillation}");
+                }
             }
         }
     }

@@ -43,12 +43,28 @@ pub struct TrainerState {
     /// The lowest held-out loss so far, and the step it was measured at.
     #[serde(default)]
     pub best: Option<(u64, f64)>,
+    /// `eval.batches` that it was measured with: other losses cannot be compared with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<usize>,
+    /// Checksum of the held-out tokens: losses on others could not be compared. Older checkpoints do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<String>,
+    /// Nothing is held out that could tell a better checkpoint from a worse one: the newest is the best.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub newest_is_best: bool,
     /// The factor on the loss, where products are computed in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
     /// Kernels chosen by measurement, on a GPU: a resumed run takes the same ones.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub kernels: BTreeMap<String, String>,
+}
+
+impl TrainerState {
+    /// The step of the checkpoint that `best` points to.
+    fn best_step(&self) -> Option<u64> {
+        if self.newest_is_best { Some(self.step) } else { self.best.map(|(step, _)| step) }
+    }
 }
 
 /// The checkpoints of one run.
@@ -118,7 +134,7 @@ impl Checkpoints {
     /// # Errors
     /// [`Error::Io`] where the folder cannot be changed.
     pub fn settle(&self, state: &TrainerState) -> Result<()> {
-        let best = state.best.map(|(step, _)| step);
+        let best = state.best_step();
         if let Some(step) = best {
             self.point_best(&step_name(step))?;
         }
@@ -256,6 +272,16 @@ fn is_part(path: &Path, listed: &BTreeSet<String>) -> bool {
     })
 }
 
+/// Loads the trainer's state without the optimiser's.
+///
+/// # Errors
+/// [`Error::File`] where it is none.
+pub(crate) fn load_trainer(dir: &Path) -> Result<TrainerState> {
+    let path = dir.join(TRAINER);
+    let text = read_text(&path, LARGEST_STATE)?;
+    serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not a trainer's state: {e}")))
+}
+
 /// Loads the trainer's state and, in the order of `parameters`, the optimiser's states, each of the kind of `kinds`.
 ///
 /// # Errors
@@ -266,10 +292,7 @@ pub fn load_state(
     kinds: &[ParameterState],
     device: &Device,
 ) -> Result<(TrainerState, Vec<ParameterState>)> {
-    let path = dir.join(TRAINER);
-    let text = read_text(&path, LARGEST_STATE)?;
-    let state: TrainerState =
-        serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not a trainer's state: {e}")))?;
+    let state = load_trainer(dir)?;
     let path = dir.join(OPTIMIZER);
     let bytes = read(&path, u64::MAX)?;
     let tensors = SafeTensors::deserialize(&bytes)
@@ -337,7 +360,7 @@ fn write(
     }
     write_json(&dir.join("generation_config.json"), &generation.to_json())?;
     write_states(&dir.join(OPTIMIZER), model, optimizer)?;
-    Ok(write_json(&dir.join(TRAINER), &json!(state))?)
+    write_json(&dir.join(TRAINER), &json!(state))
 }
 
 fn write_states(path: &Path, model: &CausalLm, optimizer: &Optimizer) -> Result<()> {

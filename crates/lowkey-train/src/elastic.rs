@@ -32,7 +32,7 @@ impl Passes {
         let training = &config.training;
         Self {
             ranks: model.elastic_ranks(),
-            from: (training.elastic_start * training.steps as f64).ceil() as u64,
+            from: config.narrower_ranks_join(),
             steps: training.steps,
             seed: config.run.seed,
             tokens: training.batch_size as f64 * config.data.seq_len as f64,

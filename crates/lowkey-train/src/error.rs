@@ -27,8 +27,9 @@ pub enum Error {
     /// The loss or a gradient is no longer a number. The weights are those before the step.
     #[error(
         "step {step}: {what} is not finite ({value}); the optimiser step was not taken. The batch is data rows {first_row} \
-         to {last_row} of the sampler; the last good checkpoint is kept. Lower optimizer.lr, raise \
-         lr_scheduler.warmup_steps, or set optimizer.grad_clip"
+         to {last_row} of the sampler; {}. Lower optimizer.lr, raise \
+         lr_scheduler.warmup_steps, or set optimizer.grad_clip",
+        kept_text(*kept)
     )]
     NonFinite {
         /// The step that was not taken, counted from 1.
@@ -41,10 +42,14 @@ pub enum Error {
         first_row: u64,
         /// Last row of the batch.
         last_row: u64,
+        /// The step of the newest checkpoint, where there is one.
+        kept: Option<u64>,
     },
     /// A step was taken after which the model computes no numbers any more.
     #[error(
-        "step {step}: {what} is not finite ({value}) after this step; the last good checkpoint is kept. Lower optimizer.lr, raise lr_scheduler.warmup_steps, or set optimizer.grad_clip"
+        "step {step}: {what} is not finite ({value}) after this step; {}. Lower optimizer.lr, raise \
+         lr_scheduler.warmup_steps, or set optimizer.grad_clip",
+        kept_text(*kept)
     )]
     Diverged {
         /// The step, counted from 1.
@@ -53,6 +58,8 @@ pub enum Error {
         what: String,
         /// The offending number.
         value: f64,
+        /// The step of the newest checkpoint, where there is one.
+        kept: Option<u64>,
     },
     /// The machine cannot hold what the run needs.
     #[error(
@@ -93,12 +100,12 @@ pub enum Error {
         why: String,
     },
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {reason}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// The operating system's reason.
-        source: std::io::Error,
+        /// The operating system's reason. It stands in the message, hence is no source that a chain would print again.
+        reason: std::io::Error,
     },
     /// The model could not be built, loaded or saved.
     #[error(transparent)]
@@ -122,7 +129,22 @@ pub enum Error {
     },
 }
 
+fn kept_text(kept: Option<u64>) -> String {
+    match kept {
+        Some(step) => format!("the last good checkpoint is kept, that of step {step}"),
+        None => "no checkpoint was written before it".into(),
+    }
+}
+
 impl Error {
+    /// The same, told of a run whose newest checkpoint is that of step `saved`.
+    pub(crate) fn with_kept(mut self, saved: Option<u64>) -> Self {
+        if let Self::NonFinite { kept, .. } | Self::Diverged { kept, .. } = &mut self {
+            *kept = saved;
+        }
+        self
+    }
+
     pub(crate) fn config(key: &'static str, value: impl ToString, why: impl Into<String>) -> Self {
         Self::Config { key, value: value.to_string(), why: why.into() }
     }
@@ -131,8 +153,8 @@ impl Error {
         Self::File { path: path.into(), why: why.into() }
     }
 
-    pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+    pub(crate) fn io(path: impl Into<PathBuf>, reason: std::io::Error) -> Self {
+        Self::Io { path: path.into(), reason }
     }
 }
 
@@ -141,6 +163,7 @@ impl From<lowkey_files::Error> for Error {
         match error {
             lowkey_files::Error::Io { path, why, .. } => Self::io(path, why),
             lowkey_files::Error::Refused { path, why } => Self::File { path, why },
+            lowkey_files::Error::Held { path } => Self::file(path, lowkey_files::HELD),
         }
     }
 }

@@ -112,6 +112,16 @@ const LOOKED_AT: usize = 4;
 const DOCUMENTS_PER_PASS: usize = 16;
 
 impl Held {
+    /// Whether there is nothing in it to predict.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Batches(batches) => batches.iter().all(|batch| batch.target_tokens() == 0),
+            Self::Documents(documents) => documents.iter().all(|document| document.ids.len() < 2),
+            Self::Examples(HeldExamples::Tokens(batches, _)) => batches.is_empty(),
+            Self::Examples(HeldExamples::Vectors(batches)) => batches.is_empty(),
+        }
+    }
+
     /// The first `count · batch_size` rows or documents of it, for evaluations during a run; a batch is never cut.
     pub fn first(&self, count: usize, batch_size: usize) -> Self {
         let most = count.saturating_mul(batch_size);

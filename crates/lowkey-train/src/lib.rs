@@ -55,11 +55,11 @@ pub use optimizer::{Optimizer, ParameterState, Update, global_norm};
 pub use plan::{EXPECTED_MFU, Plan};
 pub use rows::BatchRef;
 pub use run_config::{
-    CheckpointSection, DataSection, EvalSection, InitSection, MetricsSection, OptimizerKind, OptimizerSection,
-    RunConfig, RunSection, SchedulerKind, SchedulerSection, TrainingSection,
+    CheckpointSection, DataSection, EarlierPlan, EvalSection, InitSection, MetricsSection, OptimizerKind,
+    OptimizerSection, RunConfig, RunSection, SchedulerKind, SchedulerSection, TrainingSection,
 };
 pub use run_data::RunData;
 pub use setup::{Setup, device, devices, planned_model, setup, special_tokens_note};
 pub use tensorboard::EventWriter;
 pub use train::{Event, Outcome, RunOptions, train};
-pub use workers::{StepGradients, Workers, available_threads, ceiling, matmul_ceiling, memory};
+pub use workers::{StepGradients, Workers, available_threads, ceiling, check_threads, matmul_ceiling, memory};

@@ -1,10 +1,9 @@
 //! `metrics.jsonl`: one JSON object per line, the only thing that tools read of a run.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use atomic_write_file::AtomicWriteFile;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -116,31 +115,22 @@ pub struct MetricsFile {
 
 impl MetricsFile {
     /// Opens the file for a run that continues at `step`: lines of later steps, which a killed process wrote after its
-    /// last checkpoint, and a line cut short are dropped.
+    /// last checkpoint, and what is no line of metrics (cut short, or damaged) are dropped.
     ///
     /// # Errors
-    /// [`Error::Io`] where the file cannot be read or written.
+    /// [`Error::Io`] and [`Error::File`] where the file cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
-        let fail = |source| Error::io(path, source);
-        let old = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(e) => return Err(fail(e)),
-        };
-        let kept: String = old
-            .lines()
-            .filter(|line| serde_json::from_str::<Metrics>(line).is_ok_and(|metrics| metrics.step <= step))
-            .flat_map(|line| [line, "\n"])
+        let old = read(path)?.unwrap_or_default();
+        let kept: Vec<u8> = lines(&old)
+            .filter(|(_, metrics)| metrics.step <= step)
+            .flat_map(|(line, _)| [line, b"\n"])
+            .flatten()
+            .copied()
             .collect();
         if kept != old || old.is_empty() {
-            let rewrite = || {
-                let mut file = AtomicWriteFile::open(path)?;
-                file.write_all(kept.as_bytes())?;
-                file.commit()
-            };
-            rewrite().map_err(fail)?;
+            lowkey_files::write(path, &kept)?;
         }
-        let file = OpenOptions::new().append(true).open(path).map_err(fail)?;
+        let file = lowkey_files::append(path)?;
         Ok(Self { path: path.to_path_buf(), file })
     }
 
@@ -156,12 +146,49 @@ impl MetricsFile {
     }
 }
 
+/// The lines of a file that are metrics.
+fn lines(bytes: &[u8]) -> impl Iterator<Item = (&[u8], Metrics)> {
+    bytes.split(|byte| *byte == b'\n').filter_map(|line| Some((line, serde_json::from_slice(line).ok()?)))
+}
+
+/// The file, of whatever length; none where there is none.
+fn read(path: &Path) -> Result<Option<Vec<u8>>> {
+    match lowkey_files::read(path, u64::MAX) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.is_missing() => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// What a `metrics.jsonl` tells of the run that wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Told {
+    /// The last step.
+    pub(crate) last: u64,
+    /// The first step that was followed by an evaluation.
+    pub(crate) measured: Option<u64>,
+}
+
+/// What a `metrics.jsonl` tells; none where there is no such file, or no step in it.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::File`] where the file cannot be read.
+pub(crate) fn told(path: &Path) -> Result<Option<Told>> {
+    let Some(bytes) = read(path)? else { return Ok(None) };
+    let measured =
+        lines(&bytes).filter(|(_, metrics)| metrics.val_loss.is_some()).map(|(_, metrics)| metrics.step).min();
+    let last = lines(&bytes).map(|(_, metrics)| metrics.step).max();
+    Ok(last.map(|last| Told { last, measured }))
+}
+
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
+
     use super::*;
 
     #[test]
-    fn reopening_drops_later_and_broken_lines() {
+    fn reopening_drops_later_lines_and_what_is_no_line_of_metrics() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
         let mut file = MetricsFile::open(&path, 0).unwrap();
@@ -170,7 +197,8 @@ mod tests {
         }
         drop(file);
         let mut raw = OpenOptions::new().append(true).open(&path).unwrap();
-        raw.write_all(b"{\"step\":6,\"tok").unwrap();
+        raw.write_all(b"\xff\xfe no text\n{\"step\":6,\"tok").unwrap();
+        assert_eq!(told(&path).unwrap(), Some(Told { last: 5, measured: None }));
         let mut file = MetricsFile::open(&path, 3).unwrap();
         file.write(&Metrics { step: 4, train_loss: 40.0, ..Metrics::default() }).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();

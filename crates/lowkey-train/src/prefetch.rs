@@ -14,7 +14,7 @@ const AHEAD: usize = 2;
 /// The batches of consecutive steps, made by a thread of their own.
 #[derive(Debug)]
 pub(crate) struct Prefetch {
-    batches: Receiver<StepBatch>,
+    batches: Receiver<Result<StepBatch>>,
 }
 
 impl Prefetch {
@@ -26,7 +26,9 @@ impl Prefetch {
         let (sender, receiver) = sync_channel(AHEAD);
         let make = move || {
             for step in from..to {
-                if sender.send(batches.batch(step)).is_err() {
+                let batch = batches.batch(step);
+                let last = batch.is_err();
+                if sender.send(batch).is_err() || last {
                     return;
                 }
             }
@@ -38,10 +40,9 @@ impl Prefetch {
     /// The next batch.
     ///
     /// # Errors
-    /// [`Error::Device`] where the thread has died.
+    /// [`Error::Device`] where the thread has died; what it met where the batch cannot be made.
     pub(crate) fn next(&self) -> Result<StepBatch> {
-        self.batches
-            .recv()
-            .map_err(|_| Error::Device { what: "a batch", why: "the thread that makes them ended".into() })
+        let ended = |_| Error::Device { what: "a batch", why: "the thread that makes them ended".into() };
+        self.batches.recv().map_err(ended)?
     }
 }

@@ -1,10 +1,13 @@
 //! The run file: one TOML file is one whole run.
 
 mod check;
+mod history;
+mod load;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 pub(crate) use check::at_least_one;
+pub use history::EarlierPlan;
 use lowkey_data::Packing;
 use lowkey_kernels::Precision;
 use lowkey_model::{ModelSection, Recompute};
@@ -43,6 +46,10 @@ pub struct RunConfig {
     /// Metrics.
     #[serde(default)]
     pub metrics: MetricsSection,
+    /// What the run was planned for before it was made longer or shorter; written by a resumed run, so that its `run.toml` trained
+    /// anew gives the same bits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<EarlierPlan>,
 }
 
 /// `[run]`
@@ -220,7 +227,7 @@ pub struct TrainingSection {
     #[serde(default)]
     pub recompute: Recompute,
     /// Factor on the square of each position's log-partition, added to the loss that is minimised but not to the one that is
-    /// reported (PaLM, arXiv 2204.02311, section 5: 1e-4); 0: none.
+    /// reported (PaLM, arXiv 2204.02311, section 5: 1e-4); 0: none. Of the pass at the whole width alone, where there are others.
     #[serde(default)]
     pub z_loss: f64,
     /// A model with `[model.elastic]` ranks: how much of the loss at a narrower rank is its distance to the whole width's
@@ -339,32 +346,6 @@ impl Default for MetricsSection {
 }
 
 impl RunConfig {
-    /// Reads a run file and applies `key.path=value` overrides, whose values are TOML (a bare word counts as a string).
-    ///
-    /// # Errors
-    /// [`Error::RunFile`] with line and column for a file that does not parse or has an unknown key, [`Error::Config`] for a
-    /// value out of range.
-    pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
-        let fail = |why: String| Error::RunFile { path: path.to_path_buf(), why };
-        let bytes = std::fs::read(path).map_err(|source| Error::io(path, source))?;
-        let text = String::from_utf8(bytes).map_err(|e| {
-            fail(format!("invalid UTF-8 at byte {}; a run file is TOML text in UTF-8", e.utf8_error().valid_up_to()))
-        })?;
-        if overrides.is_empty() {
-            // Straight from the text, so that a message can point at line and column.
-            let config: Self = toml::from_str(&text).map_err(|e| fail(e.to_string()))?;
-            config.check()?;
-            return Ok(config);
-        }
-        let mut table: toml::Table = toml::from_str(&text).map_err(|e| fail(e.to_string()))?;
-        for expression in overrides {
-            set(&mut table, expression)?;
-        }
-        let config: Self = toml::Value::Table(table).try_into().map_err(|e| fail(e.to_string()))?;
-        config.check()?;
-        Ok(config)
-    }
-
     /// The run file's text, every key written out.
     ///
     /// # Errors
@@ -395,26 +376,6 @@ impl RunConfig {
     pub fn micro_batch_size(&self) -> usize {
         self.training.micro_batch_size.unwrap_or(self.training.batch_size).min(self.training.batch_size)
     }
-}
-
-fn set(table: &mut toml::Table, expression: &str) -> Result<()> {
-    let fail = |why: &str| Error::RunFile { path: format!("--set {expression}").into(), why: why.into() };
-    let (path, value) = expression.split_once('=').ok_or_else(|| fail("must look like section.key=value"))?;
-    let value = value.trim();
-    // A bare word is a string: `--set run.device=cpu` reads better than nested quotes.
-    let value = toml::from_str::<toml::Table>(&format!("v = {value}"))
-        .ok()
-        .and_then(|mut parsed| parsed.remove("v"))
-        .unwrap_or_else(|| toml::Value::String(value.to_string()));
-    let mut keys: Vec<&str> = path.trim().split('.').map(str::trim).collect();
-    let last = keys.pop().filter(|key| !key.is_empty()).ok_or_else(|| fail("names no key"))?;
-    let mut at = table;
-    for key in keys {
-        let entry = at.entry(key).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        at = entry.as_table_mut().ok_or_else(|| fail(&format!("{key} is not a section")))?;
-    }
-    at.insert(last.to_string(), value);
-    Ok(())
 }
 
 #[cfg(test)]

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use lowkey_data::tasks::{RowLayout, StepBatch, TaskCorpus};
 use lowkey_data::{
-    DatasetConfig, Generation, OracleDocument, Packing, Prepared, Progress, Sampler, Shard, Tokenizer,
-    oracle_documents, prepare, validation_batches,
+    DatasetConfig, Expected, Generation, Observer, OracleDocument, Packing, Prepared, Sampler, Shard, Tokenizer,
+    oracle_documents, prepare, prepare_expecting, validation_batches,
 };
 
+use crate::checkpoint::TrainerState;
 use crate::error::{Error, Result};
 use crate::evaluate::Held;
 use crate::run_config::DataSection;
@@ -24,8 +25,12 @@ pub struct RunData {
     pub vocab_size: usize,
     /// Where training batches come from.
     pub train: TrainSource,
-    /// All of the held-out split.
+    /// The held-out split, or what of it is measured.
     pub held: Held,
+    /// Checksum of the whole of it.
+    held_out: String,
+    /// Tokens in the held-out documents, and how long a document may be where some were cut.
+    cut: Option<(usize, usize)>,
     /// Name of the dataset.
     pub name: String,
 }
@@ -88,57 +93,55 @@ pub fn prepared_dir(
     if section.dataset.is_none() {
         return run_dir.join("data");
     }
-    let (mut name, plain) = match tokenizer {
-        // A model's own tokenizer gives other tokens than the dataset's.
-        Some(tokenizer) => (
-            format!("{}-{}", dataset.name, tokenizer.fingerprint().chars().take(8).collect::<String>()),
-            tokenizer.omits_special_tokens(),
-        ),
-        None => (dataset.name.clone(), dataset.add_special_tokens == Some(false)),
-    };
-    if plain {
-        name += "-plain";
-    }
-    dataset.base.join("prepared").join(name)
+    dataset.prepared_dir(tokenizer)
 }
 
-/// Prepares the tokens, or opens them where they lie prepared. Held-out text comes in batches of `rows` sequences.
+/// Prepares the tokens, or opens them where they lie prepared. Held-out text comes in batches of `rows` sequences. For a run that
+/// has `begun`, other tokens than its own are refused, and its own stay as they are.
 ///
 /// # Errors
-/// [`Error::Data`] from the reader, the tokenizer or the disk; [`Error::File`] where a split is empty.
+/// [`Error::Data`] from the reader, the tokenizer or the disk.
 pub fn open(
     dataset: &DatasetConfig,
     section: &DataSection,
     rows: usize,
     dir: &Path,
     tokenizer: Option<Tokenizer>,
-    progress: &mut dyn FnMut(Progress),
+    begun: Option<&TrainerState>,
+    progress: Observer<'_>,
 ) -> Result<RunData> {
-    let Prepared { tokenizer, train, validation, .. } = prepare(dataset, dir, tokenizer, progress)?;
+    let prepared = match begun {
+        Some(TrainerState { data, held_out, .. }) => {
+            let expected = Expected { train: data.clone(), validation: held_out.clone() };
+            prepare_expecting(dataset, dir, tokenizer, &expected, progress)?
+        }
+        None => prepare(dataset, dir, tokenizer, progress)?,
+    };
+    let Prepared { tokenizer, train, validation, .. } = prepared;
     let packing = section.packing.unwrap_or(if train.documents() > 1 { Packing::Documents } else { Packing::Stream });
+    let mut cut = None;
     let held = match oracle_documents(dataset, &tokenizer, usize::MAX)? {
-        // What a document's beginning is made of does not depend on its end, so a part has its own entropy.
-        Some(documents) => Held::Documents(documents.into_iter().map(|d| cropped(d, section.seq_len + 1)).collect()),
+        Some(documents) => {
+            let most = section.seq_len + 1;
+            if documents.iter().any(|document| document.ids.len() > most) {
+                cut = Some((documents.iter().map(|document| targets(&document.ids)).sum(), most));
+            }
+            // What a document's beginning is made of does not depend on its end, so a part has its own entropy.
+            Held::Documents(documents.into_iter().map(|d| cropped(d, most)).collect())
+        }
         None => {
             let batches = validation_batches(&validation, section.seq_len, rows, None, packing, section.mask_documents);
-            Held::Batches(batches.collect())
+            Held::Batches(batches.collect::<lowkey_data::Result<_>>()?)
         }
     };
-    let empty = match &held {
-        Held::Batches(batches) => batches.is_empty(),
-        Held::Documents(documents) => documents.is_empty(),
-        Held::Examples(_) => false,
-    };
-    if empty {
-        let why = "holds too little text for a held-out split; raise split.validation_fraction or add text";
-        return Err(Error::file(&dataset.origin, why));
-    }
     Ok(RunData {
         vocab_size: tokenizer.vocab_size(),
         generation: Generation::new(Some(&tokenizer)),
         tokenizer: Some(tokenizer),
         train: TrainSource::Shard(Arc::new(train), packing),
         held,
+        held_out: validation.checksum(),
+        cut,
         name: dataset.name.clone(),
     })
 }
@@ -154,6 +157,9 @@ pub fn open_task(corpus: TaskCorpus, name: &str, section: &DataSection, rows: us
         generation: Generation::new(corpus.tokenizer()),
         vocab_size: corpus.width(),
         held: Held::Examples(corpus.held(layout, rows)),
+        // A task's fingerprint covers its held-out examples.
+        held_out: corpus.fingerprint(),
+        cut: None,
         train: TrainSource::Task(Arc::new(corpus)),
         name: name.to_owned(),
     })
@@ -171,6 +177,11 @@ fn layout(corpus: &TaskCorpus, section: &DataSection) -> Result<RowLayout> {
         return Err(Error::config("data.packing", "stream", why));
     }
     Ok(RowLayout { seq_len: section.seq_len, mask_documents: section.mask_documents })
+}
+
+/// How many tokens of a document are predicted: the first has nothing before it.
+fn targets(ids: &[u32]) -> usize {
+    ids.len().saturating_sub(1)
 }
 
 /// The first `len` tokens of a document.
@@ -209,13 +220,36 @@ impl RunData {
     }
 }
 
+impl RunData {
+    /// What a run's held-out figures must be measured on throughout: the checksum of the held-out tokens, or of the task.
+    pub fn held_checksum(&self) -> String {
+        self.held_out.clone()
+    }
+
+    /// What of the held-out split is measured at the end of a run, in words.
+    pub fn held_part(&self) -> String {
+        match (self.cut, &self.held) {
+            (Some((all, most)), Held::Documents(documents)) => {
+                let measured: usize = documents.iter().map(|document| targets(&document.ids)).sum();
+                format!(
+                    "the first {most} tokens (data.seq_len + 1) of each held-out document, {measured} of {all} tokens to predict"
+                )
+            }
+            _ => "the whole held-out split".into(),
+        }
+    }
+}
+
 impl TrainBatches {
     /// The batch of a step.
-    pub fn batch(&self, step: u64) -> StepBatch {
-        match self {
-            Self::Shard(sampler) => sampler.batch(step).into(),
+    ///
+    /// # Errors
+    /// [`Error::Data`] where the file of tokens has been changed under the run, or cannot be read.
+    pub fn batch(&self, step: u64) -> Result<StepBatch> {
+        Ok(match self {
+            Self::Shard(sampler) => sampler.batch(step)?.into(),
             Self::Task { corpus, layout, batch_size, seed } => corpus.batch(*layout, *batch_size, *seed, step),
-        }
+        })
     }
 
     /// Epochs seen after `step` steps; 0 for a task, whose examples do not repeat.

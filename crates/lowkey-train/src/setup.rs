@@ -1,6 +1,8 @@
 //! From a run file to a model, a corpus and a device that fit together.
 
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::{DType, Device};
 use lowkey_data::tasks::TaskCorpus;
@@ -9,7 +11,7 @@ use lowkey_kernels::Precision;
 use lowkey_kernels::device::is_cpu;
 use lowkey_model::ModelConfig;
 
-use crate::checkpoint;
+use crate::checkpoint::{self, TrainerState};
 use crate::error::{Error, Result};
 use crate::replicas::check_kinds;
 use crate::run_config::{RunConfig, RunSection};
@@ -99,9 +101,25 @@ pub struct Setup {
 /// # Errors
 /// Everything that is wrong with the run file, the corpus or the model directory of `[init]`.
 pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(Event)) -> Result<Setup> {
+    setup_run(config, options, None, &AtomicBool::new(false), observe)
+}
+
+/// [`setup`] for a run that may have `begun`: with other data than it began with it does not go on, and its own stay as they are.
+/// `interrupt` ends the preparation of a corpus.
+pub(crate) fn setup_run(
+    config: &RunConfig,
+    options: &RunOptions,
+    begun: Option<&TrainerState>,
+    interrupt: &AtomicBool,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Setup> {
     let mut dataset = run_data::dataset(&config.data, &options.run_file)?;
     if let Some(corpus) = TaskCorpus::new(&dataset)? {
-        return task_setup(config, &dataset, corpus);
+        let setup = task_setup(config, &dataset, corpus)?;
+        if let Some(begun) = begun {
+            check_same_task(begun, &setup.data, &dataset)?;
+        }
+        return Ok(setup);
     }
     dataset.add_special_tokens = match dataset.add_special_tokens {
         None if options.resume => begun_with_special_tokens(&options.out)?,
@@ -117,10 +135,18 @@ pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(E
         own_tokenizer = Some(tokenizer.with_special_tokens(dataset.add_special_tokens));
     }
     let dir = run_data::prepared_dir(&dataset, &config.data, &options.out, own_tokenizer.as_ref());
-    let mut data =
-        run_data::open(&dataset, &config.data, config.micro_batch_size(), &dir, own_tokenizer, &mut |progress| {
+    let mut data = run_data::open(
+        &dataset,
+        &config.data,
+        config.micro_batch_size(),
+        &dir,
+        own_tokenizer,
+        begun,
+        &mut |progress| {
             observe(Event::Preparing(progress));
-        })?;
+            if interrupt.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        },
+    )?;
     let (mut model, mut notes) = resolve_model(config, data.vocab_size)?;
     notes.extend(earlier);
     if let Some(init) = &config.init {
@@ -158,6 +184,16 @@ pub fn special_tokens_note(model: &Path, tokenizer: &Tokenizer, instead: &str) -
             model.display()
         )
     })
+}
+
+/// Refuses to go on with a run on another task than it began with. (Of a text, who prepares it compares the tokens.)
+fn check_same_task(begun: &TrainerState, data: &RunData, dataset: &DatasetConfig) -> Result<()> {
+    let held = begun.held_out.as_ref().is_none_or(|held| *held == data.held_checksum());
+    if begun.data == data.checksum() && held {
+        return Ok(());
+    }
+    let why = "the task is not the one this run began with; restore the file, or start a new run with --out DIR";
+    Err(Error::file(&dataset.origin, why))
 }
 
 /// [`setup`] for a task: nothing is prepared, there is no text to go on with, and a model to start from must have been made for
@@ -214,7 +250,15 @@ fn resolve_model(config: &RunConfig, vocab: usize) -> Result<(ModelConfig, Vec<S
         return Err(Error::config("model.vocab_size", model.vocab_size, why));
     }
     if model.max_position_embeddings < seq_len {
-        let why = format!("the model was made for {} positions at most", model.max_position_embeddings);
+        let most = model.max_position_embeddings;
+        let why = match &config.init {
+            Some(_) => format!(
+                "the model of [init] was made for {most} positions at most; lower it, or copy the model directory, leave out its \
+                 checksums.json, and write more max_position_embeddings (with rope_parameters such as YaRN's) into the copy's \
+                 config.json"
+            ),
+            None => format!("the model was made for {most} positions at most"),
+        };
         return Err(Error::config("data.seq_len", seq_len, why));
     }
     Ok((model, notes))

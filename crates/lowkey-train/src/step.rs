@@ -77,7 +77,8 @@ fn non_finite(step: u64, rows: u64, fault: Fault, judgement: Judgement, model: &
         }
         Fault::Norm => ("the norm of all gradients".to_owned(), judgement.norm),
     };
-    Error::NonFinite { step: step + 1, what, value, first_row: step * rows, last_row: (step + 1) * rows - 1 }
+    let (first_row, last_row) = (step * rows, (step + 1) * rows - 1);
+    Error::NonFinite { step: step + 1, what, value, first_row, last_row, kept: None }
 }
 
 impl StepSettings<'_> {

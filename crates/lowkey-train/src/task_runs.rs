@@ -175,7 +175,7 @@ fn the_run_seed_decides_the_training_examples_and_not_the_held_out_ones() {
         let data = setup(&config, &run.options(), &mut |_| {}).unwrap().data;
         let batches = data.batches(&config.data, config.training.batch_size, config.run.seed).unwrap();
         let Held::Examples(held) = data.held else { panic!("a task has examples") };
-        (batches.batch(3), batches.epoch(3), held)
+        (batches.batch(3).unwrap(), batches.epoch(3), held)
     };
     let ((one, epoch, held), again, (two, _, same)) = (of_seed(1), of_seed(1), of_seed(2));
     assert_eq!((&one, &held), (&again.0, &again.2));

@@ -3,7 +3,7 @@
 //! Format: `tensorflow/core/util/event.proto`, `tensorflow/core/framework/summary.proto` and
 //! `tensorflow/core/lib/io/record_writer.h` (length, masked CRC-32C of the length, data, masked CRC-32C of the data).
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -41,7 +41,7 @@ struct Scalar {
     simple_value: f32,
 }
 
-/// `START` with a step tells TensorBoard to drop what an earlier, killed process wrote from that step on.
+/// `START` with a step tells TensorBoard to drop what an earlier, killed process wrote from that step on, the step itself included.
 #[derive(Clone, PartialEq, Message)]
 struct SessionLog {
     #[prost(int32, tag = "1")]
@@ -58,21 +58,21 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Starts a new event file in `dir` for a run that begins at `step`.
+    /// Starts a new event file in `dir` for a run that goes on after `step`, whose own scalars stay.
     ///
     /// # Errors
-    /// [`Error::Io`] where the file cannot be created.
+    /// [`Error::Io`] or [`Error::File`] where the file cannot be created.
     pub fn create(dir: &Path, step: u64) -> Result<Self> {
-        std::fs::create_dir_all(dir).map_err(|source| Error::io(dir, source))?;
+        lowkey_files::create_dir(dir)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // TensorBoard reads the files of a folder in the order of their names.
         let name =
             format!("events.out.tfevents.{}.{:09}.{}.lowkey", now.as_secs(), now.subsec_nanos(), std::process::id());
         let path = dir.join(name);
-        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::io(&path, e))?;
+        let file = lowkey_files::append(&path)?;
         let mut writer = Self { path, file };
         writer.write(&Event { file_version: Some("brain.Event:2".into()), ..writer.event(0) })?;
-        writer.write(&Event { session_log: Some(SessionLog { status: SESSION_START }), ..writer.event(step) })?;
+        writer.write(&Event { session_log: Some(SessionLog { status: SESSION_START }), ..writer.event(step + 1) })?;
         Ok(writer)
     }
 
@@ -132,13 +132,13 @@ mod tests {
     }
 
     #[test]
-    fn scalars_come_back() {
+    fn scalars_come_back_and_those_of_the_step_gone_on_after_stay() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = EventWriter::create(dir.path(), 40).unwrap();
         writer.scalars(41, &[("train_loss", 2.5), ("lr", 0.125)]).unwrap();
         let events = read(&writer.path);
         assert_eq!(events[0].file_version.as_deref(), Some("brain.Event:2"));
-        assert_eq!((events[1].step, events[1].session_log.as_ref().unwrap().status), (40, SESSION_START));
+        assert_eq!((events[1].step, events[1].session_log.as_ref().unwrap().status), (41, SESSION_START));
         let summary = events[2].summary.as_ref().unwrap();
         assert_eq!(events[2].step, 41);
         assert_eq!(summary.value[0], Scalar { tag: "train_loss".into(), simple_value: 2.5 });

@@ -17,7 +17,7 @@ use lowkey_kernels::optim::Judgement;
 use lowkey_model::{CausalLm, ModelConfig, Parameter};
 use serde_json::json;
 
-use crate::checkpoint::{self, Checkpoints, TrainerState, write_file, write_json};
+use crate::checkpoint::{self, Checkpoints, TrainerState};
 use crate::elastic::Passes;
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
@@ -26,13 +26,13 @@ use crate::optimizer::{Optimizer, global_norm};
 use crate::plan::Plan;
 use crate::prefetch::Prefetch;
 use crate::replicas::{Replica, Replicas, threads_each};
-use crate::resume;
+use crate::resume::{self, Earlier};
 use crate::run_config::RunConfig;
 use crate::run_data::{RunData, TrainBatches};
-use crate::setup::{Setup, check_memory, check_precision, check_tensors, devices, setup};
+use crate::setup::{Setup, check_memory, check_precision, check_tensors, devices, setup_run};
 use crate::step::{StepSettings, StepTaken};
 use crate::tensorboard::EventWriter;
-use crate::workers::{Workers, ceiling};
+use crate::workers::{Workers, ceiling, check_threads};
 
 /// Where a run writes, and how it starts.
 #[derive(Clone, Debug)]
@@ -77,8 +77,13 @@ pub enum Event<'a> {
         /// Its figures, on the same part of the held-out split each time.
         evaluation: &'a Evaluation,
     },
-    /// All steps are taken; the model as it now is, on the whole held-out split.
-    Finished(&'a Evaluation),
+    /// All steps are taken; the model as it now is.
+    Finished {
+        /// Its figures.
+        evaluation: &'a Evaluation,
+        /// What of the held-out split was measured.
+        on: &'a str,
+    },
     /// A prompt was continued.
     Sample {
         /// The prompt.
@@ -100,11 +105,13 @@ pub enum Event<'a> {
 pub struct Outcome {
     /// Steps taken.
     pub step: u64,
-    /// The model on the whole held-out split, where all steps of the run file were taken.
+    /// Whether all steps of the run file are taken; otherwise it was interrupted.
+    pub finished: bool,
+    /// The model on the whole held-out split, where all steps are taken and something is held out.
     pub evaluation: Option<Evaluation>,
 }
 
-/// Trains as the run file says. `interrupt` stops it after the current step, with a checkpoint.
+/// Trains as the run file says. `interrupt` stops it after the current step, with a checkpoint, or while the corpus is prepared.
 ///
 /// # Errors
 /// What is wrong with the run file or its data, and [`Error::Memory`], before the first step; later [`Error::NonFinite`],
@@ -119,10 +126,10 @@ pub fn train(
     for device in &devices {
         check_precision(config.training.dtype, device)?;
     }
+    check_threads(config, &devices)?;
     let checkpoints_dir = options.out.join("checkpoints");
     resume::refuse_to_lose_a_run(&checkpoints_dir, options)?;
-    std::fs::create_dir_all(&options.out).map_err(|e| Error::io(&options.out, e))?;
-    let _lock = resume::lock(&options.out)?;
+    let _held = resume::claim(&options.out)?;
     let checkpoints = Checkpoints::open(&checkpoints_dir, config.checkpoint.keep)?;
     let (found, damaged) = if options.resume { checkpoints.latest()? } else { (None, Vec::new()) };
     if let (None, Some(first)) = (&found, damaged.first()) {
@@ -131,15 +138,37 @@ pub fn train(
             format!("no checkpoint here is whole ({first}); put one back from a copy, or start anew with --overwrite");
         return Err(Error::file(checkpoints_dir, why));
     }
-    let config = &resume::with_threads(config, options, found.is_some())?;
-    let Setup { model: model_config, data, notes } = setup(config, options, observe)?;
-    for note in notes.into_iter().chain(damaged) {
+    let earlier = match &found {
+        Some(checkpoint) => Some(Earlier::load(&options.out, checkpoint)?),
+        None => {
+            resume::refuse_to_lose_figures(options)?;
+            None
+        }
+    };
+    let config = &resume::resolve(config, options, earlier.as_ref())?;
+    let crowded = check_threads(config, &devices)?;
+    let begun = earlier.as_ref().map(|earlier| &earlier.state);
+    let Setup { model: model_config, data, notes } = match setup_run(config, options, begun, interrupt, observe) {
+        Err(Error::Data(lowkey_data::Error::Stopped)) => {
+            let step = begun.map_or(0, |state| state.step);
+            return Ok(Outcome { step, finished: false, evaluation: None });
+        }
+        setup => setup?,
+    };
+    let elastic = !model_config.elastic_ranks().is_empty();
+    let since = earlier.as_ref().map(|earlier| resume::notes(config, earlier, elastic)).unwrap_or_default();
+    for note in damaged.into_iter().chain(crowded).chain(since).chain(notes) {
         observe(Event::Note(note));
+    }
+    if data.held.is_empty() {
+        let note = "nothing is held out to measure the model on: there will be no held-out loss, and `best` is the newest checkpoint";
+        observe(Event::Note(note.into()));
     }
     if options.resume && found.is_none() {
         observe(Event::Note("no checkpoint to resume from; starting at step 0".into()));
     }
-    let mut run = Run::start(config, options, model_config, data, checkpoints, found.as_deref(), devices)?;
+    let resumed = found.as_deref().zip(earlier.map(|earlier| earlier.state));
+    let mut run = Run::start(config, options, model_config, data, checkpoints, resumed, devices)?;
     match found {
         // A process may have been killed between a checkpoint and what follows it.
         Some(_) => run.checkpoints.settle(&run.state)?,
@@ -211,9 +240,10 @@ impl<'a> Run<'a> {
         model_config: ModelConfig,
         data: RunData,
         checkpoints: Checkpoints,
-        resume: Option<&Path>,
+        resumed: Option<(&Path, TrainerState)>,
         devices: Vec<Device>,
     ) -> Result<Self> {
+        let (resume, state) = resumed.unzip();
         let threads = config.threads();
         let batches = Arc::new(data.batches(&config.data, config.training.batch_size, config.run.seed)?);
         let count = devices.len();
@@ -234,20 +264,16 @@ impl<'a> Run<'a> {
             }
             (None, None) => CausalLm::init(&model_config, config.run.seed, device),
         };
-        let mut state = TrainerState { data: data.checksum(), ..TrainerState::default() };
+        let mut state = state.unwrap_or_default();
+        (state.data, state.held_out) = (data.checksum(), Some(data.held_checksum()));
+        state.newest_is_best = data.held.is_empty();
         let own_threads = if count > 1 { threads_each(threads, count) } else { threads };
-        let mut replica = |model: CausalLm, device: &Device| -> Result<Replica> {
+        let replica = |model: CausalLm, device: &Device| -> Result<Replica> {
             let parameters = model.parameters();
             let mut optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
             if let Some(dir) = resume {
-                let (saved, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, device)?;
-                if saved.data != data.checksum() {
-                    let why =
-                        "the training tokens are not those this run began with; restore the text, or start a new run";
-                    return Err(Error::file(dir, why));
-                }
-                optimizer.restore(states, saved.step);
-                state = saved;
+                let (_, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, device)?;
+                optimizer.restore(states, state.step);
             }
             let workers = Workers::for_device(own_threads, config.rows_of_a_pass(), device)?;
             Ok(Replica { device: device.clone(), model, optimizer, workers, gate: None })
@@ -291,7 +317,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Opens the metrics, and removes an evaluation that is not this run's last word.
+    /// Opens the metrics, and removes an evaluation that is not this run's last word (a run with nothing held out has none).
     fn open_logs(&mut self) -> Result<()> {
         let out = &self.options.out;
         self.metrics = Some(MetricsFile::open(&out.join("metrics.jsonl"), self.state.step)?);
@@ -299,8 +325,8 @@ impl<'a> Run<'a> {
             self.events = Some(EventWriter::create(&out.join("tensorboard"), self.state.step)?);
         }
         let evaluation = out.join("evaluation.json");
-        if self.state.step < self.config.training.steps && evaluation.exists() {
-            std::fs::remove_file(&evaluation).map_err(|e| Error::io(evaluation, e))?;
+        if self.state.step < self.config.training.steps || self.state.newest_is_best {
+            lowkey_files::remove(&evaluation)?;
         }
         Ok(())
     }
@@ -308,7 +334,7 @@ impl<'a> Run<'a> {
     /// `run.toml` as resolved and `environment.json`.
     fn write_head(&self, resumed: bool) -> Result<()> {
         let out = &self.options.out;
-        write_file(&out.join("run.toml"), self.config.to_toml()?.as_bytes())?;
+        lowkey_files::write(&out.join("run.toml"), self.config.to_toml()?.as_bytes())?;
         let mut environment = self.options.environment.clone();
         environment.insert("device".into(), json!(self.config.run.device));
         environment.insert("devices".into(), json!(self.config.run.devices));
@@ -316,10 +342,11 @@ impl<'a> Run<'a> {
         environment.insert("threads".into(), json!(self.config.training.threads));
         environment.insert("dataset".into(), json!(self.data.name));
         environment.insert("data_sha256".into(), json!(self.state.data));
+        environment.insert("held_out_sha256".into(), json!(self.state.held_out));
         environment.insert("matmul_flops_per_s".into(), json!(self.plan.matmul_flops_per_s));
         environment.insert("plan".into(), json!(self.plan));
         environment.insert("resumed_at_step".into(), json!(resumed.then_some(self.state.step)));
-        write_json(&out.join("environment.json"), &environment.into())
+        Ok(lowkey_files::write_json(&out.join("environment.json"), &environment)?)
     }
 
     /// Compiles a GPU's kernels and finds the fastest ones before the first step, whose time is then that of a step.
@@ -330,12 +357,16 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let step = self.state.step;
         let narrow = self.passes.narrow(step);
-        settings(self.config, &narrow).warm_up(&self.replicas, &self.batches.batch(step))?;
+        settings(self.config, &narrow).warm_up(&self.replicas, &self.batches.batch(step)?)?;
         observe(Event::WarmedUp { seconds: started.elapsed().as_secs_f64() });
         Ok(())
     }
 
     fn steps(mut self, interrupt: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
+        self.take_steps(interrupt, observe).map_err(|error| error.with_kept(self.saved))
+    }
+
+    fn take_steps(&mut self, interrupt: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
         let steps = self.config.training.steps;
         self.counted = Instant::now();
         while self.state.step < steps && !interrupt.load(Ordering::Relaxed) {
@@ -343,18 +374,21 @@ impl<'a> Run<'a> {
             let step = self.state.step;
             let last = step == steps;
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
-            let evaluated = last || due(self.config.eval.every);
+            let looked_at = last || due(self.config.eval.every);
+            let evaluated = looked_at && !self.state.newest_is_best;
             let known = self.queued.back().is_some_and(|step| step.taken.is_known());
-            let behind = if known || evaluated || due(self.config.checkpoint.every) { 1 } else { QUEUED + 1 };
+            let behind = if known || looked_at || due(self.config.checkpoint.every) { 1 } else { QUEUED + 1 };
             let Some(metrics) = self.settle(behind, observe)? else { continue };
             let mut best = false;
             if evaluated {
                 let section = &self.config.eval;
                 let measured =
                     self.evaluate(&self.data.held.first(section.batches, self.config.training.batch_size))?;
-                best = self.state.best.is_none_or(|(_, loss)| measured.loss < loss);
+                // One that was measured on more or less of the text says nothing about this one.
+                let before = self.state.best.filter(|_| self.state.measured == Some(section.batches));
+                best = before.is_none_or(|(_, loss)| measured.loss < loss);
                 if best {
-                    self.state.best = Some((step, measured.loss));
+                    (self.state.best, self.state.measured) = (Some((step, measured.loss)), Some(section.batches));
                 }
                 let metrics = metrics.with_evaluation(&measured);
                 observe(Event::Step(&metrics));
@@ -364,6 +398,10 @@ impl<'a> Run<'a> {
                 self.counted = Instant::now();
             } else {
                 self.report(&metrics, observe)?;
+                if looked_at {
+                    self.sample(observe)?;
+                    self.counted = Instant::now();
+                }
             }
             if last || best || due(self.config.checkpoint.every) {
                 self.save(best, observe)?;
@@ -377,12 +415,17 @@ impl<'a> Run<'a> {
             if self.saved != Some(self.state.step) {
                 self.save(false, observe)?;
             }
-            return Ok(Outcome { step: self.state.step, evaluation: None });
+            return Ok(Outcome { step: self.state.step, finished: false, evaluation: None });
         }
-        let evaluation = self.evaluate(&self.data.held)?;
-        write_json(&self.options.out.join("evaluation.json"), &json!(evaluation))?;
-        observe(Event::Finished(&evaluation));
-        Ok(Outcome { step: self.state.step, evaluation: Some(evaluation) })
+        let evaluation = if self.state.newest_is_best {
+            None
+        } else {
+            let evaluation = self.evaluate(&self.data.held)?;
+            lowkey_files::write_json(&self.options.out.join("evaluation.json"), &evaluation)?;
+            observe(Event::Finished { evaluation: &evaluation, on: &self.data.held_part() });
+            Some(evaluation)
+        };
+        Ok(Outcome { step: self.state.step, finished: true, evaluation })
     }
 
     /// Queues an optimiser step; on the CPU, takes it.
@@ -390,7 +433,7 @@ impl<'a> Run<'a> {
         let config = self.config;
         let step = self.state.step;
         let batch = self.ahead.next()?;
-        let lr = config.lr_scheduler.rate(step, config.training.steps, config.optimizer.lr);
+        let lr = config.rate(step);
         let narrow = self.passes.narrow(step);
         let scale = self.state.loss_scale.as_mut();
         let taken = settings(config, &narrow).step(&mut self.replicas, &batch, step, lr, scale)?;
@@ -457,6 +500,7 @@ impl<'a> Run<'a> {
                 step: self.state.step,
                 what: "the held-out loss".into(),
                 value: evaluation.loss,
+                kept: None,
             });
         }
         Ok(evaluation)
@@ -503,7 +547,7 @@ impl<'a> Run<'a> {
         let (names, values): (Vec<_>, Vec<_>) = model.parameters().into_iter().map(|p| (p.name, p.value)).unzip();
         if let Err((i, value)) = workers.together(|| global_norm(&values)) {
             let what = names.into_iter().nth(i).unwrap_or_default();
-            return Err(Error::Diverged { step: self.state.step, what, value });
+            return Err(Error::Diverged { step: self.state.step, what, value, kept: None });
         }
         drop(values);
         if !self.replicas.agree() {

@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::rows::BatchRef;
+use crate::run_config::RunConfig;
 
 /// Thread pools among which rows are shared.
 #[derive(Debug)]
@@ -75,8 +76,9 @@ impl Workers {
     /// `threads` threads for passes of `rows` rows: one pool per row at most, the threads divided among the pools.
     ///
     /// # Errors
-    /// [`Error::Io`] where the operating system gives no thread.
+    /// [`Error::Config`] for more threads than this machine's cores can serve, [`Error::Io`] where the operating system gives none.
     pub fn new(threads: usize, rows: usize) -> Result<Self> {
+        refuse_a_crowd("threads", threads)?;
         let count = threads.min(rows).max(1);
         let pool = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build();
@@ -210,6 +212,35 @@ fn sum(total: Vec<Tensor<1>>, parts: Vec<Vec<Tensor<1>>>) -> Vec<Tensor<1>> {
 /// Threads that this process may use: one per core.
 pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// Threads for each core that a run may have: with more of them a step hardly ends.
+const MOST_PER_CORE: usize = 16;
+
+fn refuse_a_crowd(key: &'static str, threads: usize) -> Result<()> {
+    let cores = available_threads();
+    let most = MOST_PER_CORE * cores;
+    if threads <= most {
+        return Ok(());
+    }
+    let why = format!("this machine has {cores} cores, and more than {most} threads would hardly get on; lower it");
+    Err(Error::config(key, threads, why))
+}
+
+/// Refuses more threads than this machine's cores can serve, and says where there are more threads than cores: they make a run
+/// slower, which the run file of another machine may nevertheless ask for, as the bits depend on their number.
+///
+/// # Errors
+/// [`Error::Config`].
+pub fn check_threads(config: &RunConfig, devices: &[Device]) -> Result<Option<String>> {
+    let (threads, cores) = (config.threads(), available_threads());
+    if !devices.iter().any(is_cpu) {
+        return Ok(None);
+    }
+    refuse_a_crowd("training.threads", threads)?;
+    Ok((threads > cores).then(|| {
+        format!("training.threads = {threads}, and this machine has {cores} cores: {cores} threads would be faster")
+    }))
 }
 
 /// Bytes of memory that this machine has, or its container may use, where the system says so.

@@ -21,7 +21,7 @@ pub(crate) use lab::{LabCommand, LabReportArguments, LabRunArguments};
 #[command(
     version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("LOWKEY_COMMIT"), ")"),
     max_term_width = 100,
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong use.\n\n\
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong use, 128 + n ended by signal n (130 Ctrl-C, 143 TERM).\n\n\
         Examples:\n  \
         lowkey train configs/quickstart.toml\n  \
         lowkey generate runs/quickstart/checkpoints/best --prompt \"Once\"\n  \
@@ -52,7 +52,7 @@ pub(crate) enum Command {
     /// Measure a model's loss, bits per byte and, where it is known, the gap to the true entropy
     #[command(after_help = "Examples:\n  \
         lowkey eval runs/quickstart/checkpoints/best --data datasets/storybook.toml\n  \
-        lowkey eval MODEL --data my.txt --split all --json\n  \
+        lowkey eval MODEL --data my.txt --json\n  \
         lowkey eval runs/elastic/checkpoints/best --data datasets/storybook.toml --kv-rank 16")]
     Eval(EvalArguments),
     /// Write an inference-ready checkpoint with a certificate that it is the same model
@@ -227,9 +227,9 @@ pub(crate) struct EvalArguments {
     /// A dataset file (.toml) or a text file
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
-    /// The held-out split, or all of the text
-    #[arg(long, default_value = "validation", value_parser = ["validation", "all"])]
-    pub(crate) split: String,
+    /// The held-out split, or all of the text [default: validation of a dataset file, all of a text file]
+    #[arg(long, value_parser = ["validation", "all"])]
+    pub(crate) split: Option<String>,
     /// Put around documents the special tokens that the tokenizer puts around a text, such as <s>, or not [default: as the model
     /// was trained, else as its tokenizer does]
     #[arg(long, value_name = "BOOL")]

@@ -1,10 +1,12 @@
 //! `lowkey`: trains, samples, evaluates and inspects Multi-head Latent Attention language models.
 //!
 //! The only crate that parses arguments, prints, and decides an exit code: 0 done, 1 failed, 2 wrong use (a bad command line,
-//! or a run file or dataset file with a wrong key or value), 141 nobody read what was printed.
+//! or a run file or dataset file with a wrong key or value), 141 nobody read what was printed, 130 and 143 ended by Ctrl-C or a job
+//! manager.
 
 mod cli;
 mod commands;
+mod interrupt;
 mod output;
 mod progress;
 

@@ -1,6 +1,7 @@
 //! What a run looks like while it goes: a progress bar on a terminal, plain lines elsewhere.
 
 use std::io::IsTerminal;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -41,12 +42,9 @@ impl View {
             }
             Event::Step(metrics) => self.step(metrics),
             Event::Evaluated { step, evaluation } => self.line(&evaluation_line(step, evaluation)),
-            Event::Finished(evaluation) => {
+            Event::Finished { evaluation, on } => {
                 self.clear();
-                self.line(&format!(
-                    "\nall steps taken; on the whole held-out split:\n{}",
-                    evaluation_table(evaluation)
-                ));
+                self.line(&format!("\nall steps taken; on {on}:\n{}", evaluation_table(evaluation)));
             }
             Event::Sample { prompt, text } => self.line(&indented(prompt, text)),
             Event::Saved { path, best } => {
@@ -66,10 +64,14 @@ impl View {
         // Said once: a small corpus is through in a moment.
         if !self.preparing {
             self.preparing = true;
+            self.last_line = Some(Instant::now());
             self.line("preparing the corpus");
         }
-        if let lowkey_data::Progress::Fetching { file } = progress {
-            self.line(&format!("fetching {file}"));
+        let waits =
+            matches!(progress, lowkey_data::Progress::Fetching { .. } | lowkey_data::Progress::LearningMerges { .. });
+        if waits || self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+            self.last_line = Some(Instant::now());
+            self.line(&preparation_line(progress));
         }
     }
 
@@ -79,6 +81,7 @@ impl View {
             self.line(&format!("resuming after step {step} of {}", self.steps));
         }
         self.first = Some((Instant::now(), step));
+        self.last_line = None;
         if self.terminal {
             let bar = ProgressBar::with_draw_target(Some(self.steps), ProgressDrawTarget::stderr());
             // The template is a literal; a mistake in it would leave the default style.
@@ -271,12 +274,45 @@ fn indented(prompt: &str, text: &str) -> String {
         .join("\n")
 }
 
-/// Shows the preparation of a corpus outside a run.
-pub(crate) fn show_preparation(progress: &lowkey_data::Progress) {
+/// Shows the preparation of a corpus outside a run: a line at once for what it waits for, and one every few seconds for what it
+/// does.
+pub(crate) struct Preparation {
+    last: Instant,
+}
+
+impl Preparation {
+    pub(crate) fn new() -> Self {
+        Self { last: Instant::now() }
+    }
+
+    /// What `lowkey_data::prepare` tells. Ctrl-C ends the process here, which leaves nothing half-done.
+    pub(crate) fn observer(mut self) -> impl FnMut(lowkey_data::Progress) -> ControlFlow<()> {
+        move |progress| {
+            let waits = matches!(
+                progress,
+                lowkey_data::Progress::Fetching { .. } | lowkey_data::Progress::LearningMerges { .. }
+            );
+            if waits || self.last.elapsed() >= LINE_EVERY {
+                self.last = Instant::now();
+                complain(&preparation_line(&progress));
+            }
+            ControlFlow::Continue(())
+        }
+    }
+}
+
+/// What the preparation of a corpus is busy with.
+fn preparation_line(progress: &lowkey_data::Progress) -> String {
+    use lowkey_data::Progress as P;
     match progress {
-        lowkey_data::Progress::Fetching { file } => complain(&format!("fetching {file}")),
-        lowkey_data::Progress::Hashing { file } => complain(&format!("reading {file}")),
-        lowkey_data::Progress::BuildingTokenizer => complain("building the tokenizer"),
-        lowkey_data::Progress::Tokenizing { .. } => {}
+        P::Waiting { dir } => format!("waiting for another process that prepares {}", dir.display()),
+        P::Fetching { file } => format!("fetching {file}"),
+        P::Hashing { file } => format!("hashing {file}"),
+        P::Counting { file } => format!("counting {file}"),
+        P::BuildingTokenizer { bytes: read } => format!("building the tokenizer: {} of text", bytes(*read as usize)),
+        P::LearningMerges { words } => format!("learning merges from {} distinct words", count(*words as f64)),
+        P::Tokenizing { documents, tokens } => {
+            format!("tokenizing: {} documents, {} tokens", count(*documents as f64), count(*tokens as f64))
+        }
     }
 }

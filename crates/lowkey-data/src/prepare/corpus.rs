@@ -3,17 +3,20 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::{Progress, SourceFile};
+use super::{Progress, SourceFile, Watch};
 use crate::dataset::{DatasetConfig, Source, SplitBy, TokenizerConfig};
-use crate::documents::{self, Format};
+use crate::documents::{self, Format, Piece};
 use crate::error::{Error, Result};
 use crate::oracle::{training_story, validation_story};
 use crate::sampler::mix;
 use crate::shard::ShardWriter;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, WordCounts};
 
 /// Text to hand to the tokenizer at a time: enough for its threads, little enough to hold.
-const CHUNK_BYTES: usize = 8 << 20;
+const CHUNK_BYTES: usize = 4 << 20;
+
+/// Text between two reports of a pass over the source.
+const REPORT_BYTES: u64 = 4 << 20;
 
 /// Which split a document belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +25,7 @@ enum Side {
     Validation,
 }
 
-/// One document, or one part of a document that the split cuts in two.
+/// A piece of a document, or of one part of a document that the split cuts in two.
 struct Item {
     side: Side,
     text: String,
@@ -31,6 +34,18 @@ struct Item {
     /// Whether the text is a document to its end. Of a text cut in two neither part is: the head does not end where it
     /// is cut, and the end of the tail is one that training never shows.
     whole: bool,
+    /// Whether the next piece belongs to another document, or part.
+    last: bool,
+}
+
+/// Where the held-out part begins, for a split by tail.
+enum Heads {
+    /// Elsewhere: the split is not by tail, or nothing is held out.
+    None,
+    /// Every file is one document, of which so many characters are for training.
+    Characters(Vec<u64>),
+    /// So many documents are for training.
+    Documents(u64),
 }
 
 /// The text of a dataset, cut into splits.
@@ -38,19 +53,38 @@ pub(super) struct Corpus<'a> {
     config: &'a DatasetConfig,
     files: &'a [SourceFile],
     format: Option<Format>,
-    /// For a split by tail over many documents: how many of them are for training.
-    head: u64,
+    heads: Heads,
 }
 
 impl<'a> Corpus<'a> {
-    pub(super) fn new(config: &'a DatasetConfig, files: &'a [SourceFile]) -> Result<Self> {
-        let mut corpus = Self { config, files, format: config.format(), head: u64::MAX };
+    pub(super) fn new(config: &'a DatasetConfig, files: &'a [SourceFile], watch: &mut Watch) -> Result<Self> {
+        let mut corpus = Self { config, files, format: config.format(), heads: Heads::None };
         let fraction = config.split.validation_fraction;
-        if config.split.by == SplitBy::Tail && fraction > 0.0 && !corpus.whole_files() && corpus.format.is_some() {
-            // Where the tail begins is known only when all have been counted, hence a pass over the source.
-            let count = corpus.documents().try_fold(0u64, |count, document| document.map(|_| count + 1))?;
-            corpus.head = head_length(count, fraction);
+        if config.split.by != SplitBy::Tail || fraction == 0.0 || corpus.format.is_none() {
+            return Ok(corpus);
         }
+        // Where the tail begins is known only when all has been counted, hence a pass over the source.
+        corpus.heads = if corpus.whole_files() {
+            let heads = files.iter().map(|file| {
+                let name = &file.name;
+                let count =
+                    documents::characters(&file.path, &mut || watch.tell(Progress::Counting { file: name.clone() }))?;
+                Ok(head_length(count, fraction))
+            });
+            Heads::Characters(heads.collect::<Result<_>>()?)
+        } else {
+            let (mut count, mut bytes) = (0, 0);
+            for piece in corpus.pieces() {
+                let (file, piece) = piece?;
+                count += u64::from(piece.begins);
+                bytes += piece.text.len() as u64;
+                if bytes > REPORT_BYTES {
+                    bytes = 0;
+                    watch.tell(Progress::Counting { file: file.name.clone() })?;
+                }
+            }
+            Heads::Documents(head_length(count, fraction))
+        };
         Ok(corpus)
     }
 
@@ -59,67 +93,81 @@ impl<'a> Corpus<'a> {
         matches!(self.format, Some(Format::Text { separator: None }))
     }
 
-    /// All documents of all files in order.
-    fn documents(&self) -> impl Iterator<Item = Result<String>> + Send + use<'a> {
+    /// The pieces of all documents of all files in order.
+    fn pieces(&self) -> impl Iterator<Item = Result<(&'a SourceFile, Piece)>> + Send + use<'a> {
         let format = self.format.clone();
-        self.files.iter().flat_map(move |file| {
-            let documents = format.as_ref().map(|format| documents::read(&file.path, format));
-            documents.into_iter().flatten()
+        let heads = if let Heads::Characters(heads) = &self.heads { heads.clone() } else { Vec::new() };
+        self.files.iter().enumerate().flat_map(move |(i, file)| {
+            let pieces = format.as_ref().map(|format| match heads.get(i) {
+                Some(head) => documents::read_cut(&file.path, *head),
+                None => documents::read(&file.path, format),
+            });
+            pieces.into_iter().flatten().map(move |piece| Ok((file, piece?)))
         })
     }
 
     /// All documents with their split.
     fn items(&self) -> Box<dyn Iterator<Item = Result<Item>> + Send + 'a> {
         if let Source::Storybook { seed, documents, validation_documents } = self.config.source {
-            let item = |side, text| Ok(Item { side, text, begins: true, whole: true });
+            let item = |side, text| Ok(Item { side, text, begins: true, whole: true, last: true });
             let train = (0..documents).map(move |i| item(Side::Train, training_story(seed, i).text));
             let held = (0..validation_documents).map(move |i| item(Side::Validation, validation_story(seed, i).text));
             return Box::new(train.chain(held));
         }
-        let split = self.config.split.clone();
-        let fraction = split.validation_fraction;
-        if self.whole_files() && split.by == SplitBy::Tail && fraction > 0.0 {
-            return Box::new(self.documents().flat_map(move |document| match document {
-                Err(error) => vec![Err(error)],
-                Ok(text) => {
-                    let head = head_length(text.chars().count() as u64, fraction) as usize;
-                    let cut = text.char_indices().nth(head).map_or(text.len(), |(at, _)| at);
-                    let part = |side, text: &str| {
-                        Ok(Item { side, text: text.to_owned(), begins: side == Side::Train, whole: false })
-                    };
-                    vec![part(Side::Train, &text[..cut]), part(Side::Validation, &text[cut..])]
-                }
+        if let Heads::Characters(_) = self.heads {
+            return Box::new(self.pieces().map(|piece| {
+                let (_, Piece { text, begins, ends, tail }) = piece?;
+                let side = if tail { Side::Validation } else { Side::Train };
+                Ok(Item { side, text, begins: begins && !tail, whole: false, last: ends })
             }));
         }
-        let head = self.head;
-        Box::new((0..).zip(self.documents()).map(move |(index, document)| {
+        let split = self.config.split.clone();
+        let head = if let Heads::Documents(head) = self.heads { head } else { u64::MAX };
+        let mut begun = 0;
+        Box::new(self.pieces().map(move |piece| {
+            let (_, Piece { text, begins, ends, .. }) = piece?;
+            begun += u64::from(begins);
+            let index = begun - 1;
             let held = match split.by {
                 SplitBy::Tail => index >= head,
-                // 2^64 as a float: the hash is uniform below it.
-                SplitBy::Documents => (mix(index) as f64) < fraction * 18_446_744_073_709_551_616.0,
+                // 2^64 as a float: the hash is uniform below it. That of the first document lies above one half, so that a
+                // single one is for training.
+                SplitBy::Documents => (mix(index) as f64) < split.validation_fraction * 18_446_744_073_709_551_616.0,
             };
             let side = if held { Side::Validation } else { Side::Train };
-            Ok(Item { side, text: document?, begins: true, whole: true })
+            Ok(Item { side, text, begins, whole: ends, last: ends })
         }))
     }
 
     /// The tokenizer that the dataset file asks to be built from the text itself.
-    pub(super) fn build_tokenizer(&self) -> Result<Tokenizer> {
-        if let TokenizerConfig::Bpe { vocab_size } = self.config.tokenizer {
-            let mut failed = None;
-            let texts = self.items().map_while(|item| item.map_err(|error| failed = Some(error)).ok());
-            let texts = texts.filter(|item| item.side == Side::Train).map(|item| item.text);
-            let tokenizer = Tokenizer::train_bpe(texts, vocab_size);
-            return failed.map_or(tokenizer, Err);
-        }
-        let mut alphabet = BTreeSet::new();
+    pub(super) fn build_tokenizer(&self, watch: &mut Watch) -> Result<Tokenizer> {
+        let bpe = if let TokenizerConfig::Bpe { vocab_size } = self.config.tokenizer { Some(vocab_size) } else { None };
+        let (mut words, mut alphabet) = (WordCounts::default(), BTreeSet::new());
+        let (mut bytes, mut reported) = (0, 0);
+        watch.tell(Progress::BuildingTokenizer { bytes })?;
         for item in self.items() {
-            alphabet.extend(item?.text.chars());
+            let item = item?;
+            match bpe {
+                Some(_) if item.side == Side::Train => words.add(&item.text),
+                Some(_) => continue,
+                None => alphabet.extend(item.text.chars()),
+            }
+            bytes += item.text.len() as u64;
+            if bytes - reported > REPORT_BYTES {
+                reported = bytes;
+                watch.tell(Progress::BuildingTokenizer { bytes })?;
+            }
         }
-        if alphabet.is_empty() {
+        if bytes == 0 {
             return Err(self.empty("the source holds no text; check its paths"));
         }
-        Tokenizer::from_alphabet(&alphabet)
+        match bpe {
+            Some(vocab_size) => {
+                watch.tell(Progress::LearningMerges { words: words.len() as u64 })?;
+                Tokenizer::from_words(words, vocab_size)
+            }
+            None => Tokenizer::from_alphabet(&alphabet),
+        }
     }
 
     pub(super) fn tokenize(
@@ -127,7 +175,7 @@ impl<'a> Corpus<'a> {
         tokenizer: &Tokenizer,
         train: &Path,
         validation: &Path,
-        progress: &mut dyn FnMut(Progress),
+        watch: &mut Watch,
     ) -> Result<()> {
         let mut train = ShardWriter::create(train, tokenizer.vocab_size())?;
         let mut validation = ShardWriter::create(validation, tokenizer.vocab_size())?;
@@ -138,7 +186,7 @@ impl<'a> Corpus<'a> {
             for item in items.by_ref() {
                 let item = item?;
                 bytes += item.text.len();
-                rest.push((item.side, item.begins, item.whole));
+                rest.push((item.side, item.begins, item.whole, item.last));
                 texts.push(item.text);
                 if bytes >= CHUNK_BYTES {
                     break;
@@ -148,38 +196,77 @@ impl<'a> Corpus<'a> {
                 break;
             }
             let encoded = tokenizer.encode_documents(&texts)?;
-            for ((mut ids, text), (side, begins, whole)) in encoded.into_iter().zip(&texts).zip(rest) {
-                if begins && !text.is_empty() {
+            for ((mut ids, text), (side, begins, whole, last)) in encoded.into_iter().zip(&texts).zip(rest) {
+                if begins {
                     ids.splice(0..0, tokenizer.text_start().iter().copied());
                 }
-                if whole && !text.is_empty() {
+                if whole {
                     ids.extend(&end);
                 }
                 let writer = if side == Side::Train { &mut train } else { &mut validation };
-                writer.push(&ids, text.len() as u64)?;
+                writer.extend(&ids, text.len() as u64)?;
+                if last {
+                    writer.end_document();
+                }
             }
             let documents = train.documents() + validation.documents();
-            progress(Progress::Tokenizing { documents, tokens: train.tokens() + validation.tokens() });
+            watch.tell(Progress::Tokenizing { documents, tokens: train.tokens() + validation.tokens() })?;
         }
-        let wanted = match self.config.source {
-            Source::Storybook { validation_documents, .. } => validation_documents > 0,
-            _ => self.config.split.validation_fraction > 0.0,
-        };
-        match (train.tokens(), validation.tokens()) {
-            (0, 0) => return Err(self.empty("the source holds no text; check its paths")),
-            (0, _) => {
-                return Err(
-                    self.empty("the split leaves no text for training; add text, or lower split.validation_fraction")
-                );
-            }
-            (_, 0) if wanted => {
-                let mend = "raise split.validation_fraction, or set it to 0 to hold nothing out";
-                return Err(self.empty(&format!("the split holds no text out; {mend}")));
-            }
-            _ => {}
-        }
+        self.check_splits(&train, &validation)?;
         train.finish()?;
         validation.finish()
+    }
+
+    /// Refuses a split without text where the dataset file asks for some. A single document is no reason to: where nothing can
+    /// be held out, nothing is.
+    fn check_splits(&self, train: &ShardWriter, validation: &ShardWriter) -> Result<()> {
+        let documents = train.documents() + validation.documents();
+        let uncut = match &self.format {
+            Some(Format::Text { separator: Some(separator) }) if documents <= self.files.len() as u64 => {
+                self.check_line_ends(separator)?;
+                format!(" (source.separator = {separator:?} cuts none of the source's files in two)")
+            }
+            _ => String::new(),
+        };
+        let wanted = self.format.is_some() && self.config.split.validation_fraction > 0.0;
+        let by_documents = self.config.split.by == SplitBy::Documents;
+        match (train.tokens(), validation.tokens()) {
+            (0, 0) => Err(self.empty("the source holds no text; check its paths")),
+            (0, _) => Err(self.empty(&format!(
+                "the split leaves none of {documents} documents for training{uncut}; add text, or lower \
+                 split.validation_fraction"
+            ))),
+            (_, 0) if wanted && by_documents && self.whole_files() => Err(self.empty(&format!(
+                "split.by = \"documents\" holds whole documents out, and here a file is one ({documents} in all): set \
+                 split.by = \"tail\" to hold out the end of each file, or name the string between its documents with \
+                 source.separator"
+            ))),
+            (_, 0) if wanted && documents > 1 => Err(self.empty(&format!(
+                "the split holds no text out: none of {documents} documents falls to it{uncut}; raise \
+                 split.validation_fraction, set split.by = \"tail\", or split.validation_fraction = 0 to hold nothing out"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a separator of line ends that a file has in the other spelling only.
+    fn check_line_ends(&self, separator: &str) -> Result<()> {
+        let other =
+            if separator.contains("\r\n") { separator.replace("\r\n", "\n") } else { separator.replace('\n', "\r\n") };
+        if other == separator {
+            return Ok(());
+        }
+        for file in self.files {
+            if !documents::holds(&file.path, separator)? && documents::holds(&file.path, &other)? {
+                let name = lowkey_files::printable(&file.name).into_owned();
+                let (ends, written) = if other.contains('\r') { ("\\r\\n", "") } else { ("\\n", " alone") };
+                return Err(self.config.error(format!(
+                    "source.separator = {separator:?} is never found, because the lines of {name} end in {ends}{written}: \
+                     set source.separator = {other:?}"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn empty(&self, message: &str) -> Error {
@@ -189,7 +276,7 @@ impl<'a> Corpus<'a> {
     }
 }
 
-/// How many of `count` are not held out, as `int(n * 0.9)` has it elsewhere.
+/// How many of `count` are not held out, as `int(n * 0.9)` has it elsewhere; at least one, if there is one.
 pub(super) fn head_length(count: u64, fraction: f64) -> u64 {
-    (count as f64 * (1.0 - fraction)) as u64
+    ((count as f64 * (1.0 - fraction)) as u64).max(1)
 }

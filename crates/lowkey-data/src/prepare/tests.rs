@@ -27,12 +27,26 @@ impl Fixture {
     }
 
     fn prepare(&self) -> Result<Prepared> {
-        prepare(&self.config(), &self.out(), None, &mut |_| {})
+        prepare(&self.config(), &self.out(), None, &mut go_on)
     }
 }
 
+fn go_on(_: Progress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
 fn texts(prepared: &Prepared, shard: &Shard) -> Vec<String> {
-    (0..shard.documents()).map(|i| prepared.tokenizer.decode(&shard.document(i).unwrap()).unwrap()).collect()
+    let text = |i| prepared.tokenizer.decode(&shard.document(i).unwrap().unwrap()).unwrap();
+    (0..shard.documents()).map(text).collect()
+}
+
+/// What stands in a folder, by name.
+fn names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
 }
 
 fn message(result: Result<Prepared>) -> String {
@@ -55,13 +69,13 @@ fn a_text_file_is_cut_where_nanogpt_cuts_it() {
     let boundary = (1237.0f64 * 0.9) as usize;
     let (head, tail): (String, String) = (text.chars().take(boundary).collect(), text.chars().skip(boundary).collect());
 
-    let bytes = prepare(&config, &dir.path().join("bytes"), None, &mut |_| {}).unwrap();
+    let bytes = prepare(&config, &dir.path().join("bytes"), None, &mut go_on).unwrap();
     assert_eq!(texts(&bytes, &bytes.train), [head.as_str()]);
     assert_eq!(texts(&bytes, &bytes.validation), [tail.as_str()]);
     assert_eq!((bytes.train.len(), bytes.train.bytes()), (head.len(), head.len() as u64));
 
     let config = config.with_tokenizer(TokenizerConfig::Chars);
-    let chars = prepare(&config, &dir.path().join("chars"), None, &mut |_| {}).unwrap();
+    let chars = prepare(&config, &dir.path().join("chars"), None, &mut go_on).unwrap();
     assert_eq!((chars.train.len(), chars.validation.len()), (boundary, 1237 - boundary));
     assert_eq!((texts(&chars, &chars.train), texts(&chars, &chars.validation)), (vec![head], vec![tail]));
     assert_eq!(chars.validation.bytes() + chars.train.bytes(), text.len() as u64);
@@ -73,7 +87,7 @@ fn documents_end_with_eos_and_the_tail_is_held_out() {
     let prepared = fixture.prepare().unwrap();
     assert_eq!(texts(&prepared, &prepared.train), ["a", "bb", "ccc"]);
     assert_eq!(texts(&prepared, &prepared.validation), ["dddd", "eeeee"]);
-    assert_eq!(prepared.train.document(1).unwrap(), [98, 98, 256]);
+    assert_eq!(prepared.train.document(1).unwrap().unwrap(), [98, 98, 256]);
     assert_eq!((prepared.train.bytes(), prepared.train.len()), (6, 9));
     let manifest = &prepared.manifest;
     assert_eq!((manifest.files[0].name.as_str(), manifest.files[0].bytes), ("a.jsonl", LINES.len() as u64));
@@ -104,6 +118,7 @@ fn the_same_is_opened_and_anything_else_is_made_again() {
         let mut tokenized = false;
         let prepared = prepare(config, &fixture.out(), tokenizer, &mut |progress| {
             tokenized |= matches!(progress, Progress::Tokenizing { .. });
+            ControlFlow::Continue(())
         });
         (prepared.unwrap(), tokenized)
     };
@@ -140,22 +155,210 @@ fn the_same_is_opened_and_anything_else_is_made_again() {
 }
 
 #[test]
-fn a_failed_run_leaves_nothing_that_opens_and_nothing_else_touched() {
+fn a_failed_or_stopped_preparation_leaves_the_folder_as_it_was() {
     let fixture = Fixture::new(&[("a.jsonl", LINES.as_bytes())], JSONL);
-    std::fs::create_dir(fixture.out()).unwrap();
-    std::fs::write(fixture.out().join("notes.txt"), "mine").unwrap();
-    fixture.prepare().unwrap();
+    let good = fixture.prepare().unwrap().manifest;
+    let files = [
+        "lowkey.json",
+        "manifest.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train.tokens",
+        "validation.tokens",
+    ];
+    assert_eq!(names(&fixture.out()), files);
     std::fs::write(fixture.dir.path().join("a.jsonl"), format!("{LINES}{{broken\n")).unwrap();
     let failed = message(fixture.prepare());
     assert!(failed.contains("line 6") && failed.contains("a.jsonl"), "{failed}");
-    assert!(open(&fixture.out()).is_err());
-    let mut names: Vec<String> = std::fs::read_dir(fixture.out())
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
-        .collect();
-    names.sort();
-    let expected = ["notes.txt", "tokenizer.json", "tokenizer_config.json", "train.tokens", "validation.tokens"];
-    assert_eq!(names, expected);
+    assert_eq!(open(&fixture.out()).unwrap().manifest, good);
+
+    std::fs::write(fixture.dir.path().join("a.jsonl"), LINES.repeat(2)).unwrap();
+    let bpe = fixture.config().with_tokenizer(TokenizerConfig::Bpe { vocab_size: 300 });
+    let mut seen = Vec::new();
+    for stop in 0.. {
+        let mut told = 0;
+        let result = prepare(&bpe, &fixture.out(), None, &mut |progress| {
+            seen.push(std::mem::discriminant(&progress));
+            told += 1;
+            if told > stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        match result {
+            Err(Error::Stopped) => assert_eq!(open(&fixture.out()).unwrap().manifest, good),
+            other => {
+                assert!(other.is_ok() && stop >= 4, "hashing, building, merging and tokenizing can each be stopped");
+                break;
+            }
+        }
+    }
+    assert_eq!(
+        (names(&fixture.out()), names(fixture.dir.path())),
+        (files.map(String::from).to_vec(), ["a.jsonl", "d.toml", "out"].map(String::from).to_vec())
+    );
+}
+
+#[test]
+fn what_lowkey_did_not_prepare_is_not_replaced() {
+    let fixture = Fixture::new(&[("a.jsonl", LINES.as_bytes())], JSONL);
+    let out = fixture.out();
+    let model = [("tokenizer.json", "a model's"), ("tokenizer_config.json", "{}")];
+    for foreign in [&[("train.tokens", "mine")][..], &[("manifest.json", "{}")], &model, &[("notes.txt", "mine")]] {
+        std::fs::create_dir(&out).unwrap();
+        foreign.iter().for_each(|(name, text)| std::fs::write(out.join(name), text).unwrap());
+        let refused = message(fixture.prepare());
+        assert!(refused.contains("move it away, or give another --out"), "{refused}");
+        assert!(foreign.iter().all(|(name, text)| std::fs::read_to_string(out.join(name)).unwrap() == *text));
+        assert_eq!(names(&out).len(), foreign.len());
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+    // Ours, with something of somebody's, or changed by somebody.
+    fixture.prepare().unwrap();
+    std::fs::write(fixture.dir.path().join("a.jsonl"), LINES.repeat(2)).unwrap();
+    std::fs::write(out.join("notes.txt"), "mine").unwrap();
+    assert!(message(fixture.prepare()).contains("notes.txt"));
+    std::fs::remove_file(out.join("notes.txt")).unwrap();
+    let tokenizer = std::fs::read_to_string(out.join("tokenizer.json")).unwrap();
+    std::fs::write(out.join("tokenizer.json"), tokenizer.clone() + "\n").unwrap();
+    assert!(message(fixture.prepare()).contains("tokenizer.json: has been changed"));
+    std::fs::write(out.join("tokenizer.json"), tokenizer).unwrap();
+    // From before there were marks.
+    std::fs::remove_file(out.join("lowkey.json")).unwrap();
+    std::fs::write(out.join(".train.tokens.Ab12"), "left by a kill").unwrap();
+    assert_eq!(fixture.prepare().unwrap().manifest.train.documents, 6);
+    assert!(!out.join(".train.tokens.Ab12").exists());
+}
+
+#[test]
+fn a_run_that_goes_on_keeps_its_tokens_when_the_text_has_changed() {
+    let fixture = Fixture::new(&[("a.jsonl", LINES.as_bytes())], JSONL);
+    let begun = fixture.prepare().unwrap();
+    let expected = Expected { train: begun.train.checksum(), validation: Some(begun.validation.checksum()) };
+    let again = || prepare_expecting(&fixture.config(), &fixture.out(), None, &expected, &mut go_on);
+    again().unwrap();
+    for (from, to, split) in [("bb", "xx", "training"), ("eeeee", "eeexe", "held-out")] {
+        std::fs::write(fixture.dir.path().join("a.jsonl"), LINES.replace(from, to)).unwrap();
+        let refused = message(again());
+        assert!(refused.contains(split) && refused.contains("not those this run began with"), "{refused}");
+        assert_eq!(open(&fixture.out()).unwrap().manifest, begun.manifest);
+    }
+    std::fs::write(fixture.dir.path().join("a.jsonl"), LINES).unwrap();
+    again().unwrap();
+    // A folder that was lost is made again, if it comes out the same.
+    std::fs::remove_dir_all(fixture.out()).unwrap();
+    again().unwrap();
+    let other = Expected { train: expected.validation.clone().unwrap(), validation: None };
+    assert!(
+        message(prepare_expecting(&fixture.config(), &fixture.out(), None, &other, &mut go_on)).contains("training")
+    );
+}
+
+#[test]
+fn processes_that_prepare_the_same_folder_do_it_once() {
+    let fixture = Fixture::new(&[("a.jsonl", LINES.repeat(50).as_bytes())], JSONL);
+    let tokenized = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let prepared = prepare(&fixture.config(), &fixture.out(), None, &mut |progress| {
+                    if matches!(progress, Progress::Tokenizing { .. }) {
+                        tokenized.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                        std::thread::sleep(std::time::Duration::from_millis(50));
+                    }
+                    ControlFlow::Continue(())
+                });
+                assert_eq!(prepared.unwrap().train.documents(), 150);
+            });
+        }
+    });
+    assert_eq!(tokenized.into_inner(), 1);
+}
+
+#[test]
+fn a_reader_keeps_the_tokens_that_it_opened() {
+    let fixture = Fixture::new(&[("a.jsonl", LINES.as_bytes())], JSONL);
+    let reader = fixture.prepare().unwrap();
+    std::fs::write(fixture.dir.path().join("a.jsonl"), LINES.replace('a', "x")).unwrap();
+    assert_eq!(texts(&fixture.prepare().unwrap(), &fixture.prepare().unwrap().train)[0], "x");
+    assert_eq!(texts(&reader, &reader.train), ["a", "bb", "ccc"]);
+}
+
+#[test]
+fn what_a_killed_preparation_left_is_cleared_by_the_next() {
+    let fixture = Fixture::new(&[("a.jsonl", LINES.as_bytes())], JSONL);
+    let left = fixture.dir.path().join(".out.lowkey-new");
+    std::fs::create_dir(&left).unwrap();
+    std::fs::write(left.join(".train.tokens.lowkey-new"), [0; 1000]).unwrap();
+    std::fs::write(fixture.dir.path().join(".out.lowkey-lock"), "").unwrap();
+    fixture.prepare().unwrap();
+    assert_eq!(names(fixture.dir.path()), ["a.jsonl", "d.toml", "out"]);
+}
+
+#[test]
+fn a_single_document_is_for_training_and_nothing_is_held_out() {
+    for split in
+        ["", "[split]\nvalidation_fraction = 0.0001", "[split]\nvalidation_fraction = 0", "[split]\nby = \"documents\""]
+    {
+        let toml = format!("[source]\nkind = \"jsonl\"\npaths = [\"a.jsonl\"]\n{split}\n");
+        let prepared = Fixture::new(&[("a.jsonl", b"{\"text\":\"one document\"}\n")], &toml).prepare().unwrap();
+        assert_eq!(texts(&prepared, &prepared.train), ["one document"], "{split}");
+        assert!(prepared.validation.is_empty());
+    }
+    let letter =
+        Fixture::new(&[("a.txt", b"x")], "[source]\nkind = \"text\"\npaths = [\"a.txt\"]\n").prepare().unwrap();
+    assert_eq!((texts(&letter, &letter.train), letter.validation.is_empty()), (vec!["x".to_owned()], true));
+}
+
+#[test]
+fn a_text_file_that_is_to_be_split_by_documents_says_what_to_set() {
+    let toml = "[source]\nkind = \"text\"\npaths = [\"a.txt\"]\n[split]\nby = \"documents\"\n";
+    let refused = message(Fixture::new(&[("a.txt", b"a long text")], toml).prepare());
+    assert!(refused.contains("set split.by = \"tail\"") && refused.contains("source.separator"), "{refused}");
+}
+
+#[test]
+fn a_separator_of_other_line_ends_is_named() {
+    let with = |text: &str, separator: &str, split: &str| {
+        let toml =
+            format!("[source]\nkind = \"text\"\npaths = [\"a.txt\"]\nseparator = {separator:?}\n[split]\n{split}\n");
+        Fixture::new(&[("a.txt", text.as_bytes())], &toml).prepare()
+    };
+    let windows = "one\r\n\r\ntwo\r\n\r\nthree";
+    for split in ["", "validation_fraction = 0.0", "by = \"documents\""] {
+        let refused = message(with(windows, "\n\n", split));
+        assert!(
+            refused.contains("never found") && refused.contains(r#"set source.separator = "\r\n\r\n""#),
+            "{refused}"
+        );
+    }
+    let refused = message(with("one\n--\ntwo", "\r\n--\r\n", ""));
+    assert!(refused.contains(r#"set source.separator = "\n--\n""#), "{refused}");
+    assert_eq!(with(windows, "\r\n\r\n", "").unwrap().train.documents(), 2);
+    // One document, and nothing that looks like its end.
+    assert_eq!(with("one text", "\n\n", "").unwrap().train.documents(), 1);
+}
+
+#[test]
+fn a_long_document_is_learnt_and_tokenized_in_pieces() {
+    let text = "fn main() {\n    let x = 1;\n\n\n}\n".repeat(100_000);
+    let line = format!("{}\n", serde_json::json!({ "text": text }));
+    let toml = "[source]\nkind = \"jsonl\"\npaths = [\"a.jsonl\"]\n[tokenizer]\nkind = \"bpe\"\nvocab_size = 280\n";
+    let prepared = Fixture::new(&[("a.jsonl", line.as_bytes())], toml).prepare().unwrap();
+    assert_eq!((prepared.train.documents(), prepared.train.bytes()), (1, text.len() as u64));
+    assert!(texts(&prepared, &prepared.train) == [text]);
+    assert!(prepared.tokenizer.token_to_id("\u{10a}\u{10a}").is_some(), "line breaks merge");
+}
+
+#[test]
+fn another_tokenizer_has_a_folder_of_its_own() {
+    let fixture = Fixture::new(&[("a.jsonl", LINES.as_bytes())], JSONL);
+    let config = fixture.config();
+    let plain = config.prepared_dir(None);
+    assert_eq!(plain, fixture.dir.path().join("prepared").join("d"));
+    let own = config.prepared_dir(Some(&Tokenizer::bytes()));
+    assert!(own != plain && own.starts_with(fixture.dir.path().join("prepared")));
+    let text = fixture.dir.path().join("a.txt");
+    std::fs::write(&text, "x").unwrap();
+    let text = DatasetConfig::from_text_file(&text).unwrap();
+    assert_eq!(text.prepared_dir(None), fixture.dir.path().join("prepared").join("a"));
 }
 
 #[test]
@@ -165,7 +368,7 @@ fn parts_of_two_folders_do_not_open_as_one() {
     let other = fixture.dir.path().join("other");
     fixture.prepare().unwrap();
     let chars = fixture.config().with_tokenizer(TokenizerConfig::Chars);
-    prepare(&chars, &other, None, &mut |_| {}).unwrap();
+    prepare(&chars, &other, None, &mut go_on).unwrap();
     for name in ["train.tokens", "validation.tokens", "tokenizer.json"] {
         let good = std::fs::read(out.join(name)).unwrap();
         std::fs::copy(other.join(name), out.join(name)).unwrap();
@@ -210,7 +413,7 @@ fn bpe_learns_from_the_training_split_only() {
     assert!(prepared.tokenizer.token_to_id("hello").is_some());
     assert!(prepared.tokenizer.token_to_id("zq").is_none());
     assert_eq!(texts(&prepared, &prepared.validation)[0], "zqzqzq zqzqzq");
-    assert_eq!(prepared.train.document(0).unwrap().last().copied(), prepared.tokenizer.eos_id());
+    assert_eq!(prepared.train.document(0).unwrap().unwrap().last().copied(), prepared.tokenizer.eos_id());
 
     let broken = format!("{lines}{{oops\n");
     assert!(message(Fixture::new(&[("a.jsonl", broken.as_bytes())], &toml).prepare()).contains("line 61"));
@@ -222,18 +425,18 @@ fn a_tokenizer_file_or_folder_can_be_named() {
     Tokenizer::chars("abcde").unwrap().save(&fixture.dir.path().join("model")).unwrap();
     for path in ["model", "model/tokenizer.json"] {
         let config = fixture.config().with_tokenizer(TokenizerConfig::File { path: path.into() });
-        let prepared = prepare(&config, &fixture.out(), None, &mut |_| {}).unwrap();
-        assert_eq!((prepared.tokenizer.name(), prepared.train.document(1).unwrap()), ("chars", vec![1, 1, 5]));
+        let prepared = prepare(&config, &fixture.out(), None, &mut go_on).unwrap();
+        assert_eq!((prepared.tokenizer.name(), prepared.train.document(1).unwrap().unwrap()), ("chars", vec![1, 1, 5]));
     }
     let config = fixture.config().with_tokenizer(TokenizerConfig::File { path: "none.json".into() });
-    assert!(message(prepare(&config, &fixture.out(), None, &mut |_| {})).contains("none.json"));
+    assert!(message(prepare(&config, &fixture.out(), None, &mut go_on)).contains("none.json"));
 }
 
 #[test]
 fn pinned_digests_are_checked() {
     let (_, digest) = {
         let fixture = Fixture::new(&[("a.jsonl", LINES.as_bytes())], JSONL);
-        hash_file(&fixture.dir.path().join("a.jsonl")).unwrap()
+        hash_file(&fixture.dir.path().join("a.jsonl"), &mut || Ok(())).unwrap()
     };
     let with = |name: &str, digest: &str| {
         Fixture::new(&[("a.jsonl", LINES.as_bytes())], &format!("{JSONL}[sha256]\n\"{name}\" = \"{digest}\"\n"))
@@ -254,9 +457,9 @@ fn sources_and_splits_without_text_are_refused() {
     };
     assert!(with("", "").contains("holds no text; check its paths"));
     assert!(with("{\"text\":\"\"}\n", "[tokenizer]\nkind = \"chars\"").contains("holds no text"));
-    assert!(with("{\"text\":\"a\"}\n", "").contains("no text for training"));
     let by = "[split]\nvalidation_fraction = 0.01\nby = \"documents\"";
-    assert!(with("{\"text\":\"a\"}\n", by).contains("holds no text out"));
+    let none = with("{\"text\":\"a\"}\n{\"text\":\"b\"}\n", by);
+    assert!(none.contains("none of 2 documents falls to it") && none.contains("by = \"tail\""), "{none}");
     let all = "[source]\nkind = \"jsonl\"\npaths = [\"a.jsonl\"]\n[split]\nvalidation_fraction = 0.0\n";
     let prepared = Fixture::new(&[("a.jsonl", LINES.as_bytes())], all).prepare().unwrap();
     assert_eq!((prepared.train.documents(), prepared.validation.documents()), (5, 0));
@@ -272,7 +475,7 @@ fn a_storybook_prepares_its_own_splits() {
     assert_eq!(prepared.validation.documents(), 5);
     let oracle = crate::oracle_documents(&fixture.config(), &prepared.tokenizer, 5).unwrap().unwrap();
     for (i, document) in oracle.iter().enumerate() {
-        assert_eq!(Some(&document.ids), prepared.validation.document(i).as_ref());
+        assert_eq!(Some(&document.ids), prepared.validation.document(i).unwrap().as_ref());
     }
 }
 
@@ -285,7 +488,8 @@ fn a_hub_source_is_fetched_and_prepared() {
                 files = [\"data/a.jsonl\", \"b.jsonl\"]\n";
     let fixture = Fixture::new(&[], toml);
     let cache = fixture.dir.path().join("cache");
-    let run = |token| prepare_from(&fixture.config(), &fixture.out(), None, &hub(&server, &cache, token), &mut |_| {});
+    let run =
+        |token| prepare_from(&fixture.config(), &fixture.out(), None, None, &hub(&server, &cache, token), &mut go_on);
     assert!(message(run(None)).contains("HF_TOKEN"));
     let prepared = run(Some("hf_t")).unwrap();
     assert_eq!(texts(&prepared, &prepared.train), ["a", "bb", "ccc", "dddd", "eeeee"]);

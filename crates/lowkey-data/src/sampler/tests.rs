@@ -97,7 +97,7 @@ fn a_stream_epoch_visits_every_window_once() {
         for epoch in 0..3 {
             let rows = epoch_rows(&sampler, epoch);
             assert_eq!(rows.end - rows.start, windows as u64);
-            let batch = sampler.rows(rows.start, windows);
+            let batch = sampler.rows(rows.start, windows).unwrap();
             let (mut inputs, targets) = check(&batch, &documents, Packing::Stream);
             inputs.sort_unstable();
             inputs.dedup();
@@ -111,7 +111,7 @@ fn a_stream_epoch_visits_every_window_once() {
 fn the_stream_moves_on_every_epoch() {
     let (_dir, sampler) = sampler(&[1000], 64, 1, 5, Packing::Stream);
     let firsts = |epoch: u64| -> Vec<u32> {
-        epoch_rows(&sampler, epoch).map(|row| sampler.rows(row, 1).input_ids[0] % 64).collect()
+        epoch_rows(&sampler, epoch).map(|row| sampler.rows(row, 1).unwrap().input_ids[0] % 64).collect()
     };
     let phases: std::collections::BTreeSet<u32> = (0..8).flat_map(firsts).collect();
     assert!(phases.len() > 8, "windows always cut at the same places: {phases:?}");
@@ -126,7 +126,7 @@ fn a_packed_epoch_holds_every_piece_once_and_rows_start_at_documents() {
         for epoch in 0..3 {
             let rows = epoch_rows(&sampler, epoch);
             let count = (rows.end - rows.start) as usize;
-            let batch = sampler.rows(rows.start, count);
+            let batch = sampler.rows(rows.start, count).unwrap();
             let (inputs, _) = check(&batch, &documents, Packing::Documents);
             let mut once = inputs.clone();
             once.sort_unstable();
@@ -161,7 +161,8 @@ fn long_documents_are_cut_into_pieces_that_lose_no_target() {
 #[test]
 fn one_small_batch_by_hand() {
     let (_dir, shard) = shard_of(&numbered(&[3, 2]), 100);
-    let batches: Vec<Batch> = validation_batches(&shard, 4, 2, None, Packing::Documents, true).collect();
+    let batches: Vec<Batch> =
+        validation_batches(&shard, 4, 2, None, Packing::Documents, true).map(Result::unwrap).collect();
     let i = IGNORE;
     let expected = Batch {
         rows: 1,
@@ -171,7 +172,8 @@ fn one_small_batch_by_hand() {
         document_starts: vec![0, 0, 2, 3],
     };
     assert_eq!(batches, [expected]);
-    let batches: Vec<Batch> = validation_batches(&shard, 3, 2, None, Packing::Stream, true).collect();
+    let batches: Vec<Batch> =
+        validation_batches(&shard, 3, 2, None, Packing::Stream, true).map(Result::unwrap).collect();
     let expected = Batch {
         rows: 2,
         seq_len: 3,
@@ -180,7 +182,7 @@ fn one_small_batch_by_hand() {
         document_starts: vec![0, 0, 0, 0, 1, 1],
     };
     assert_eq!(batches, [expected]);
-    let batch = validation_batches(&shard, 4, 1, None, Packing::Stream, true).next().unwrap();
+    let batch = validation_batches(&shard, 4, 1, None, Packing::Stream, true).next().unwrap().unwrap();
     assert_eq!((batch.input_ids, batch.document_starts), (vec![1, 2, 3, 4], vec![0, 0, 0, 3]));
 }
 
@@ -191,18 +193,18 @@ fn a_batch_is_a_pure_function_of_seed_and_step() {
         let (_dir, forward) = sampler(&documents, 16, 4, 9, packing);
         let (_other_dir, backward) = sampler(&documents, 16, 4, 9, packing);
         let steps = forward.batches_per_epoch() * 3 + 2;
-        let mut expected: Vec<Batch> = (0..steps).map(|step| forward.batch(step)).collect();
-        let reversed: Vec<Batch> = (0..steps).rev().map(|step| backward.batch(step)).collect();
+        let mut expected: Vec<Batch> = (0..steps).map(|step| forward.batch(step).unwrap()).collect();
+        let reversed: Vec<Batch> = (0..steps).rev().map(|step| backward.batch(step).unwrap()).collect();
         expected.reverse();
         assert!(expected == reversed, "{packing:?}: the order of asking matters");
-        assert_eq!(forward.batch(steps / 2), backward.batch(steps / 2));
-        let halves = [forward.rows(8, 2), forward.rows(10, 2)].map(|half| half.input_ids).concat();
-        assert_eq!(halves, forward.batch(2).input_ids);
+        assert_eq!(forward.batch(steps / 2).unwrap(), backward.batch(steps / 2).unwrap());
+        let halves = [forward.rows(8, 2).unwrap(), forward.rows(10, 2).unwrap()].map(|half| half.input_ids).concat();
+        assert_eq!(halves, forward.batch(2).unwrap().input_ids);
 
         let (_dir, other) = sampler(&documents, 16, 4, 10, packing);
-        assert_ne!(other.batch(0), forward.batch(0));
+        assert_ne!(other.batch(0).unwrap(), forward.batch(0).unwrap());
         let first = epoch_rows(&forward, 1).start;
-        assert_ne!(forward.rows(first, 8), forward.rows(0, 8), "epochs must differ");
+        assert_ne!(forward.rows(first, 8).unwrap(), forward.rows(0, 8).unwrap(), "epochs must differ");
     }
 }
 
@@ -222,13 +224,13 @@ fn without_masks_every_position_sees_its_row() {
     let (_dir, shard) = shard_of(&numbered(&lengths(40, 9)), 1000);
     let shard = Arc::new(shard);
     for packing in [Packing::Stream, Packing::Documents] {
-        let with = |mask| Sampler::new(Arc::clone(&shard), 16, 2, 1, packing, mask).unwrap().batch(0);
+        let with = |mask| Sampler::new(Arc::clone(&shard), 16, 2, 1, packing, mask).unwrap().batch(0).unwrap();
         let (masked, open) = (with(true), with(false));
         assert_eq!((&masked.input_ids, &masked.targets), (&open.input_ids, &open.targets));
         assert!(open.document_starts.iter().all(|&start| start == 0));
         assert!(masked.document_starts.iter().any(|&start| start > 0));
         let mut batches = validation_batches(&shard, 16, 2, None, packing, false);
-        assert!(batches.all(|batch| batch.document_starts.iter().all(|&start| start == 0)));
+        assert!(batches.all(|batch| batch.unwrap().document_starts.iter().all(|&start| start == 0)));
     }
 }
 
@@ -240,7 +242,7 @@ fn validation_predicts_every_token_once_and_in_order() {
     let firsts: Vec<i64> = documents.iter().scan(1i64, |at, &n| Some(std::mem::replace(at, *at + n as i64))).collect();
     for seq_len in [1, 5, 16, 1000] {
         for packing in [Packing::Stream, Packing::Documents] {
-            let batches = || validation_batches(&shard, seq_len, 4, None, packing, true);
+            let batches = || validation_batches(&shard, seq_len, 4, None, packing, true).map(Result::unwrap);
             let mut targets = Vec::new();
             for batch in batches() {
                 assert!(batch.rows >= 1 && batch.rows <= 4);
@@ -252,7 +254,8 @@ fn validation_predicts_every_token_once_and_in_order() {
             assert_eq!(targets, expected, "seq_len {seq_len}, {packing:?}");
             let count = batches().count();
             assert!(batches().take(count - 1).all(|batch| batch.rows == 4));
-            let some: Vec<Batch> = validation_batches(&shard, seq_len, 4, Some(1), packing, true).collect();
+            let some: Vec<Batch> =
+                validation_batches(&shard, seq_len, 4, Some(1), packing, true).map(Result::unwrap).collect();
             assert_eq!(some, batches().take(1).collect::<Vec<Batch>>());
         }
     }
@@ -273,4 +276,45 @@ fn what_cannot_be_sampled_is_refused() {
     assert!(refuse(1, 1, Packing::Documents).contains("nothing to predict"));
     assert!(refuse(0, 1, Packing::Stream).contains("seq_len = 0"));
     assert!(refuse(1, 0, Packing::Stream).contains("batch_size = 0"));
+}
+
+#[test]
+fn zz_speed() {
+    let documents: Vec<Vec<u32>> =
+        (0..40_000u64).map(|i| (0..250).map(|j| (mix(i * 300 + j) % 30_000) as u32).collect()).collect();
+    let (_dir, shard) = shard_of(&documents, 30_000);
+    for packing in [Packing::Stream, Packing::Documents] {
+        let sampler = Sampler::new(Arc::new(shard.clone()), 512, 8, 1, packing, true).unwrap();
+        let started = std::time::Instant::now();
+        for step in 0..2000 {
+            assert_eq!(sampler.batch(step).unwrap().rows, 8);
+        }
+        println!("{packing:?}: {:?} per batch of 8 x 512", started.elapsed() / 2000);
+    }
+}
+
+#[test]
+fn zz_bpe_speed() {
+    let texts: Vec<String> = (0..60_000).map(|i| crate::oracle::training_story(3, i).text).collect();
+    let bytes: usize = texts.iter().map(String::len).sum();
+    let mut words = crate::tokenizer::WordCounts::default();
+    let started = std::time::Instant::now();
+    texts.iter().for_each(|text| words.add(text));
+    println!("counted {:.1} MB in {:?}: {} words", bytes as f64 / 1e6, started.elapsed(), words.len());
+    let mut words = crate::tokenizer::WordCounts::default();
+    for i in 0..3_000_000u64 {
+        words.add(&format!(" {:x} the", mix(i)));
+    }
+    println!("many words in {:?}: {}", started.elapsed(), words.len());
+    let started = std::time::Instant::now();
+    crate::Tokenizer::from_words(words, 8192).unwrap();
+    println!("trained in {:?}", started.elapsed());
+    println!(
+        "{}",
+        std::fs::read_to_string("/proc/self/status")
+            .unwrap()
+            .lines()
+            .filter(|l| l.starts_with("VmHWM"))
+            .collect::<String>()
+    );
 }

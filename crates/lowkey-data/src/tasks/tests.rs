@@ -404,7 +404,9 @@ fn a_dataset_file_survives_being_written_and_a_task_has_nothing_to_prepare() {
         let again: DatasetConfig = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
         assert_eq!(again.source, config.source, "{task}");
         let dir = tempfile::tempdir().unwrap();
-        let message = crate::prepare(&config, dir.path(), None, &mut |_| {}).unwrap_err().to_string();
+        let message = crate::prepare(&config, dir.path(), None, &mut |_| std::ops::ControlFlow::Continue(()))
+            .unwrap_err()
+            .to_string();
         assert!(message.contains("nothing to prepare") && message.contains("lowkey data info"), "{message}");
         let summary = made(task).summary();
         assert_eq!(summary.output_width.is_some(), config_is_of_vectors(&config), "{task}");

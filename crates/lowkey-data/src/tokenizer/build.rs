@@ -1,12 +1,10 @@
 //! Making `tokenizer.json` for the tokenizers built here, and knowing them again.
 
 use serde_json::{Map, Value, json};
-use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
-use tokenizers::tokenizer::{AddedToken, Tokenizer as HfTokenizer};
-use tokenizers::{DecoderWrapper, models::TrainerWrapper, pre_tokenizers::byte_level::ByteLevel};
+use tokenizers::DecoderWrapper;
+use tokenizers::tokenizer::Tokenizer as HfTokenizer;
 
 use super::{END_OF_TEXT, Entry};
-use crate::error::{Error, Result};
 
 /// The character that GPT-2's byte-level alphabet writes for a byte: printable bytes are themselves, the rest are
 /// moved past U+0100 in order, so that a vocabulary is readable and holds no white space.
@@ -127,29 +125,6 @@ pub(super) fn recognise(json: &Value) -> Option<Known> {
         }
         _ => None,
     }
-}
-
-/// Trains a byte-level BPE and returns its `tokenizer.json`.
-pub(super) fn train_bpe(texts: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<String> {
-    if vocab_size < 257 {
-        let message = format!("vocab_size = {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need at least 257");
-        return Err(Error::tokenizer("bpe", message));
-    }
-    let fail = |e: tokenizers::Error| Error::tokenizer("bpe", e);
-    let trainer = BpeTrainerBuilder::new()
-        .vocab_size(vocab_size)
-        .show_progress(false)
-        // The whole alphabet, so that any text can be encoded and not only what the corpus happened to contain.
-        .initial_alphabet((0..=255u8).map(byte_character).collect())
-        .special_tokens(vec![AddedToken::from(END_OF_TEXT, true).normalized(false)])
-        .build();
-    let mut tokenizer = HfTokenizer::new(BPE::default());
-    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
-    tokenizer.with_decoder(Some(ByteLevel::new(false, true, true)));
-    // Line by line: the trainer takes a hundred times the room of a text, and a text can be a whole corpus.
-    let lines = texts.flat_map(|text| text.split_inclusive('\n').map(str::to_owned).collect::<Vec<String>>());
-    tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), lines).map_err(fail)?;
-    tokenizer.to_string(true).map_err(fail)
 }
 
 /// What every id of a loaded tokenizer stands for, and whether decoding only joins those bytes.

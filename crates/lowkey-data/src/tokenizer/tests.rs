@@ -170,15 +170,16 @@ fn a_long_text_in_parts_has_the_tokens_of_the_whole() {
         _ => "number\r\n".to_owned(),
     };
     let text: String = (0..5_000).map(line).collect();
-    assert!(text.len() > 3 * SIZE && parts(&text, SIZE).len() > 2);
-    assert_eq!(parts(&text, SIZE).concat(), text);
-    assert!(parts(&text, SIZE).iter().all(|part| part.len() < 2 * SIZE));
+    let parts = |text: &str| documents::parts(text, SIZE).into_iter().map(str::to_owned).collect::<Vec<_>>();
+    assert!(text.len() > 3 * SIZE && parts(&text).len() > 2);
+    assert!(parts(&text).iter().all(|part| part.len() < 2 * SIZE));
     let tokenizer = bpe();
-    let texts = ["short".to_owned(), text, String::new(), "b".repeat(SIZE + 1), "end".to_owned()];
-    let whole: Vec<Vec<u32>> = texts.iter().map(|text| tokenizer.encode_ordinary(text).unwrap()).collect();
-    assert!(tokenizer.encode_in_parts(&texts, SIZE).unwrap() == whole);
+    for text in [text, "short".to_owned(), String::new(), "b ".repeat(SIZE + 1)] {
+        let in_parts = tokenizer.encode_documents(&parts(&text)).unwrap().concat();
+        assert!(in_parts == tokenizer.encode_ordinary(&text).unwrap());
+    }
     // Paragraphs between blank lines have no line end that stands alone; they are cut all the same.
-    assert!(parts(&"a paragraph\n\n".repeat(SIZE / 5), SIZE).len() > 1);
+    assert!(parts(&"a paragraph\n\n".repeat(SIZE / 5)).len() > 1);
 }
 
 #[test]
@@ -398,4 +399,37 @@ fn a_tokenizer_file_without_an_end_is_not_read() {
     std::os::unix::fs::symlink("/dev/zero", dir.path().join("tokenizer.json")).unwrap();
     let message = Tokenizer::from_model_dir(dir.path()).unwrap_err().to_string();
     assert!(message.contains("tokenizer.json: is not a regular file"), "{message}");
+}
+
+#[test]
+fn strings_of_a_file_cannot_make_a_prompt_a_thousand_times_longer() {
+    let long = "x".repeat(1_000_000);
+    let prepend = serde_json::json!({ "type": "Prepend", "prepend": long });
+    let message = refusal(serde_json::json!({ "normalizer": prepend }));
+    assert!(message.contains("can make a text 1024 times longer"), "{message}");
+    let word =
+        serde_json::json!({ "type": "BPE", "continuing_subword_prefix": long, "vocab": { "a": 0 }, "merges": [] });
+    assert!(refusal(serde_json::json!({ "model": word })).contains("continuing_subword_prefix has 1000000 bytes"));
+    let piece = serde_json::json!({ "type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
+                                    "max_input_chars_per_word": 1_000_000, "vocab": { "a": 0 } });
+    assert!(refusal(serde_json::json!({ "model": piece })).contains("max_input_chars_per_word"));
+    // Rewritten when the file is loaded.
+    let token = serde_json::json!({ "id": 0, "content": "a".repeat(1 << 20), "single_word": false, "lstrip": false,
+                                    "rstrip": false, "normalized": true, "special": false });
+    let twice = serde_json::json!({ "type": "Prepend", "prepend": "y".repeat(100) });
+    assert!(refusal(serde_json::json!({ "normalizer": twice, "added_tokens": [token] })).contains("added tokens"));
+    // An index of no entries, then a string of 40 characters.
+    let table = "AAAAAGFhYWFhYWFhYWFhYWFhYWFhYWFhYWFhYWFhYWFhYWFhYWFhYWFhYWE=";
+    let table = serde_json::json!({ "type": "Precompiled", "precompiled_charsmap": table });
+    assert!(refusal(serde_json::json!({ "normalizer": table })).contains("characters for one"));
+    let decoder = serde_json::json!({ "type": "Replace", "pattern": { "String": "a" }, "content": "b".repeat(2000) });
+    assert!(refusal(serde_json::json!({ "decoder": decoder })).contains("decoder can make a text"));
+
+    // What is left is bounded where a text is read.
+    let hundred = serde_json::json!({ "type": "Prepend", "prepend": "é".repeat(99) });
+    let tokenizer = hostile(serde_json::json!({ "normalizer": hundred, "added_tokens": [] })).unwrap();
+    assert!(tokenizer.encode("aé").unwrap().len() >= 99);
+    let long = "a".repeat(1 << 20);
+    assert!(tokenizer.encode(&long).unwrap_err().to_string().contains("too long for it"));
+    assert!(!tokenizer.encode_documents(&[long]).unwrap()[0].is_empty());
 }

@@ -15,15 +15,28 @@ const MOST_PATTERN: usize = 1 << 14;
 /// times what a character does.
 const CLASS: usize = 15;
 
-/// How many times longer the steps that rewrite a text may make it, all together. The known tokenizers stay below 20.
-const MOST_GROWTH: usize = 1 << 16;
+/// How many times longer the strings of a file may make a text, all steps together. The known tokenizers stay below 20.
+const MOST_GROWTH: usize = 1 << 10;
+
+/// How many characters a table may put for one, all tables together. SentencePiece's own puts 18.
+const MOST_FOR_ONE: usize = 32;
+
+/// Bytes that the added tokens of a file, which are rewritten when it is loaded, may become.
+const MOST_ADDED: usize = 1 << 26;
+
+/// Bytes of what a model puts before or behind the parts of a word: it is put there at each look into the vocabulary.
+const LONGEST_AFFIX: usize = 64;
+
+/// Characters of a word that is looked up part by part, which takes time with the square of its length. Published
+/// vocabularies say 100.
+const LONGEST_WORD: u64 = 1 << 10;
 
 /// How many special tokens a template may put around a text. Published ones put up to three there.
 const MOST_AROUND: usize = 256;
 
 /// Refuses what would make the parser, or the tokenizer that it makes, take more memory than the file accounts for, or
-/// read past the end of a token.
-pub(super) fn vet(json: &Value) -> Result<(), String> {
+/// read past the end of a token. Returns how many times longer the strings of the file can make a text.
+pub(super) fn vet(json: &Value) -> Result<usize, String> {
     let mut patterns = 0;
     visit(json, &mut |node| {
         patterns = pattern_cost(node).saturating_add(patterns);
@@ -36,19 +49,37 @@ pub(super) fn vet(json: &Value) -> Result<(), String> {
         charsmap(node)?;
         template(node)
     })?;
-    for steps in [&["normalizer", "pre_tokenizer"][..], &["decoder"]] {
-        let mut together = 1usize;
-        for step in steps.iter().filter_map(|step| json.get(step)) {
-            visit(step, &mut |node| {
-                together = together.saturating_mul(growth(node));
-                if together > MOST_GROWTH {
-                    return Err(format!("its {} can make a text {MOST_GROWTH} times longer", steps.join(" and ")));
-                }
-                Ok(())
-            })?;
-        }
+    let encoding = grows(json, &["normalizer", "pre_tokenizer"])?;
+    grows(json, &["decoder"])?;
+    let added = json.get("added_tokens").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let content = |token: &Value| token.get("content").and_then(Value::as_str).map_or(0, str::len);
+    let bytes = added.iter().map(content).fold(0, usize::saturating_add);
+    if bytes.saturating_mul(encoding) > MOST_ADDED {
+        return Err(format!("its normalizer can make its added tokens, of {bytes} bytes, {encoding} times longer"));
     }
-    json.get("model").map_or(Ok(()), prefixed_merges)
+    json.get("model").map_or(Ok(()), |model| prefixed_merges(model).and_then(|()| words(model)))?;
+    Ok(encoding)
+}
+
+/// How many times longer the strings of these steps can make a text, if it is not too much.
+fn grows(json: &Value, steps: &[&str]) -> Result<usize, String> {
+    let (mut together, mut tables) = (1usize, 1usize);
+    for step in steps.iter().filter_map(|step| json.get(step)) {
+        visit(step, &mut |node| {
+            together = together.saturating_mul(growth(node));
+            if together > MOST_GROWTH {
+                return Err(format!("its {} can make a text {MOST_GROWTH} times longer", steps.join(" and ")));
+            }
+            tables = tables.saturating_mul(for_one(node));
+            if tables > MOST_FOR_ONE {
+                return Err(format!(
+                    "its tables (precompiled_charsmap) put more than {MOST_FOR_ONE} characters for one"
+                ));
+            }
+            Ok(())
+        })?;
+    }
+    Ok(together)
 }
 
 /// Visits every value below `node`, itself first. The parser has bounded the depth.
@@ -73,16 +104,20 @@ fn pattern_cost(node: &Value) -> usize {
     })
 }
 
-/// The factor by which one step can lengthen a text.
+/// The factor by which the strings of one step can lengthen a text. (What Unicode says that a character becomes is no string of
+/// the file, and doing it again changes nothing.)
 fn growth(step: &Value) -> usize {
     let text = |key: &str| step.get(key).and_then(Value::as_str);
+    let characters = |key: &str| text(key).map_or(0, |text| text.chars().count());
+    let yes = |key: &str| usize::from(step.get(key).and_then(Value::as_bool) == Some(true));
     match text("type") {
         // A byte that is no printable character becomes a character of two bytes, whose bytes are none either.
-        Some("ByteLevel") => 2,
-        // SentencePiece's longest replacement of one character has 18.
-        Some("Precompiled") => 18,
+        Some("ByteLevel") => 2 + yes("add_prefix_space"),
+        // Before each section of a text, and between any two added tokens lies one.
+        Some("Prepend") => 1 + characters("prepend"),
+        Some("Metaspace") => 2,
         Some("Replace") => {
-            let content = text("content").map_or(0, |content| content.chars().count());
+            let content = characters("content");
             let pattern = step.get("pattern").and_then(|p| p.get("String")).and_then(Value::as_str);
             match pattern.map_or(0, |pattern| pattern.chars().count()) {
                 // A pattern that matches nothing matches everywhere, and leaves what was there.
@@ -91,13 +126,26 @@ fn growth(step: &Value) -> usize {
                 matched => content.div_ceil(matched).max(1),
             }
         }
+        // These put spaces where an empty string stands, which is everywhere.
+        Some("BPEDecoder") if characters("suffix") == 0 => 2,
+        Some("CTC") if characters("word_delimiter_token") == 0 => 2,
+        Some("WordPiece") => 2,
         _ => 1,
     }
 }
 
-/// A SentencePiece table begins with its own size in bytes, which the parser reserves twice over.
-fn charsmap(node: &Value) -> Result<(), String> {
-    let Some(table) = node.get("precompiled_charsmap").and_then(Value::as_str) else { return Ok(()) };
+/// The most characters that a SentencePiece table puts for one: the longest of the strings behind its index.
+fn for_one(step: &Value) -> usize {
+    let Some(table) = step.get("precompiled_charsmap").and_then(Value::as_str) else { return 1 };
+    let bytes = base64(table);
+    let Some(head) = bytes.first_chunk::<4>() else { return 1 };
+    let strings = bytes.get(4 + u32::from_le_bytes(*head) as usize..).unwrap_or_default();
+    let characters = |string: &[u8]| string.iter().filter(|byte| **byte & 0xC0 != 0x80).count();
+    strings.split(|byte| *byte == 0).map(characters).max().unwrap_or(1).max(1)
+}
+
+/// The bytes of a text in base64, up to where it is none.
+fn base64(text: &str) -> Vec<u8> {
     let digit = |c: u8| match c {
         b'A'..=b'Z' => Some(c - b'A'),
         b'a'..=b'z' => Some(c - b'a' + 26),
@@ -106,12 +154,26 @@ fn charsmap(node: &Value) -> Result<(), String> {
         b'/' => Some(63),
         _ => None,
     };
-    // Six digits of base64 hold the 32 bits, lowest byte first, and four more.
-    let Some(head) = table.as_bytes().first_chunk::<6>() else { return Ok(()) };
-    let Some(bits) = head.iter().try_fold(0u64, |bits, c| Some(bits << 6 | u64::from(digit(*c)?))) else {
-        return Ok(());
-    };
-    let size = u64::from(u32::swap_bytes((bits >> 4) as u32));
+    let (mut bits, mut count) = (0u32, 0);
+    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
+    for six in text.bytes().map_while(digit) {
+        bits = bits << 6 | u32::from(six);
+        count += 6;
+        if count >= 8 {
+            count -= 8;
+            bytes.push((bits >> count) as u8);
+        }
+    }
+    bytes
+}
+
+/// A SentencePiece table begins with its own size in bytes, which the parser reserves twice over.
+fn charsmap(node: &Value) -> Result<(), String> {
+    let Some(table) = node.get("precompiled_charsmap").and_then(Value::as_str) else { return Ok(()) };
+    // Six digits of base64 hold the four bytes, lowest first.
+    let start = base64(table.get(..6).unwrap_or_default());
+    let Some(head) = start.first_chunk::<4>() else { return Ok(()) };
+    let size = u64::from(u32::from_le_bytes(*head));
     if size > table.len() as u64 {
         return Err(format!("its precompiled_charsmap says that it holds {size} bytes, but is cut short"));
     }
@@ -136,6 +198,22 @@ fn template(node: &Value) -> Result<(), String> {
         return Err(format!("its post_processor puts {added} tokens around a text, more than {MOST_AROUND}"));
     }
     Ok(())
+}
+
+/// What is done for each part of a word must not be long.
+fn words(model: &Value) -> Result<(), String> {
+    for key in ["continuing_subword_prefix", "end_of_word_suffix"] {
+        let length = model.get(key).and_then(Value::as_str).map_or(0, str::len);
+        if length > LONGEST_AFFIX {
+            return Err(format!("its {key} has {length} bytes, more than {LONGEST_AFFIX}"));
+        }
+    }
+    match model.get("max_input_chars_per_word").and_then(Value::as_u64) {
+        Some(most) if most > LONGEST_WORD => {
+            Err(format!("its max_input_chars_per_word = {most} is larger than {LONGEST_WORD}"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The second part of each merge loses the prefix of word-internal tokens. The parser cuts off as many bytes without a

@@ -47,8 +47,7 @@ fn state(step: u64, best: Option<u64>) -> TrainerState {
         time_s: 1.5,
         data: "abc".into(),
         best: best.map(|step| (step, 1.25)),
-        loss_scale: None,
-        kernels: Default::default(),
+        ..TrainerState::default()
     }
 }
 
@@ -74,7 +73,7 @@ fn what_is_saved_verifies_and_comes_back_bit_for_bit() {
     let path = bench.save(&checkpoints, 7, Some(7));
     assert_eq!(path, bench.path("step-000007"));
     verify(&path).unwrap();
-    assert!(lowkey_model::has_checksums(&path));
+    assert!(has_checksums(&path));
     assert_eq!(checkpoints.latest().unwrap(), (Some(path.clone()), Vec::new()));
     let device = Device::flex();
     let loaded = CausalLm::load(&path, &device).unwrap();

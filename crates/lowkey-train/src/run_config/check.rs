@@ -40,13 +40,6 @@ impl RunConfig {
                 "write a [model] section, or [init] from = a model directory",
             ));
         }
-        if self.model.is_some() && self.init.is_some() {
-            return Err(Error::config(
-                "model",
-                "(set)",
-                "[init] from brings its own configuration; remove the [model] section",
-            ));
-        }
         if self.training.steps == 0 || self.training.steps > 1 << 40 {
             let why = format!("must lie between 1 and {}", 1u64 << 40);
             return Err(Error::config("training.steps", self.training.steps, why));
@@ -74,8 +67,24 @@ impl RunConfig {
         fraction("lr_scheduler.decay_fraction", s.decay_fraction)?;
         fraction("lr_scheduler.min_lr_ratio", s.min_lr_ratio)?;
         if s.warmup_steps > self.training.steps {
-            let why = format!("must not exceed training.steps = {}", self.training.steps);
+            let steps = self.training.steps;
+            let why = format!(
+                "must not exceed training.steps = {steps}; lower it, as with --set lr_scheduler.warmup_steps={}",
+                steps / 10
+            );
             return Err(Error::config("lr_scheduler.warmup_steps", s.warmup_steps, why));
+        }
+        let mut from = 0;
+        for plan in &self.history {
+            if plan.until <= from || plan.steps == 0 {
+                let why = format!("entries of [[history]] rise, and each has steps; this one must be above {from}");
+                return Err(Error::config("history.until", plan.until, why));
+            }
+            from = plan.until;
+        }
+        if from > self.training.steps {
+            let why = format!("the history of this run has {from} steps already; make it at least that");
+            return Err(Error::config("training.steps", self.training.steps, why));
         }
         at_least_one("eval.batches", self.eval.batches, usize::MAX)?;
         at_least_one("eval.sample_tokens", self.eval.sample_tokens, 1 << 20)?;

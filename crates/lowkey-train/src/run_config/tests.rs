@@ -1,4 +1,7 @@
+use std::path::Path;
+
 use super::*;
+use crate::error::Result;
 use crate::fixtures::MODEL;
 
 /// A run file with nothing in it that could be left out.
@@ -78,6 +81,7 @@ fn defaults_are_these() {
         checkpoint = { every = 0, keep = 2 }
         metrics = { tensorboard = false, every = 1 }
     ";
+    assert!(config.history.is_empty(), "and so it is not written");
     assert_eq!(table, toml::from_str::<toml::Table>(expected).unwrap());
     assert_eq!(config.optimizer.momentum(), 0.95);
     // What stands in no file: one thread per core, the whole batch at once, no clipping.
@@ -127,6 +131,74 @@ fn overrides_replace_and_add_keys() {
 }
 
 #[test]
+fn where_a_text_belongs_any_word_is_one() {
+    for word in ["42", "1e5", "true", "1979-05-27", "18446744073709551615", "0x2a"] {
+        let config = load(&minimal(), &[&format!("run.name={word}")]).unwrap();
+        assert_eq!(config.run.name, word);
+        let config = load(&minimal(), &[&format!("data.path = {word}"), "run.device = 7"]).unwrap();
+        assert_eq!((config.data.path.as_deref(), config.run.device.as_str()), (Some(Path::new(word)), "7"));
+    }
+    for quoted in ["\"42\"", "'42'"] {
+        assert_eq!(load(&minimal(), &[&format!("run.name={quoted}")]).unwrap().run.name, "42");
+    }
+    // Every key that holds a text, wherever it stands.
+    let files = [full(), minimal().replace(&format!("[model]{MODEL}"), "[init]\nfrom = \"m\"\n"), minimal()];
+    for text in files {
+        for (section, keys) in toml::from_str::<toml::Table>(&text).unwrap() {
+            for (key, _) in keys.as_table().unwrap().iter().filter(|(_, value)| value.is_str()) {
+                let loaded = load(&text, &[&format!("{section}.{key}=42")]);
+                // Some take one of a few words only.
+                let said = loaded.err().map(|e| e.to_string()).unwrap_or_default();
+                assert!(
+                    !said.contains("expected a string") && !said.contains("expected path"),
+                    "{section}.{key}: {said}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_model_to_start_from_brings_its_own_sizes() {
+    let init = minimal().replace(&format!("[model]{MODEL}"), "[init]\nfrom = \"some/model\"\n");
+    for (text, key, mend) in [
+        (&init, "model.max_position_embeddings=512", "leave out --set model.…"),
+        (&init, "model.rope_parameters.rope_theta=1e6", "leave out --set model.…"),
+        (&minimal(), "init.from=m", "remove the [model] section"),
+    ] {
+        let message = refusal(text, &[key]);
+        assert!(message.starts_with("model = (set): [init] from brings its own configuration"), "{key}: {message}");
+        assert!(message.contains(mend) && message.contains("max_position_embeddings"), "{key}: {message}");
+    }
+    let message = refusal(&init.replace("[data]", "[model]\nattention = \"mla\"\n[data]"), &[]);
+    assert!(message.starts_with("model = (set)") && message.contains("remove the [model] section"), "{message}");
+}
+
+#[test]
+fn fewer_steps_than_the_warm_up_are_refused_with_what_to_set() {
+    let warm = minimal() + "[lr_scheduler]\nwarmup_steps = 40\n";
+    let message = refusal(&warm, &["training.steps=20"]);
+    assert!(message.contains("lr_scheduler.warmup_steps = 40: must not exceed training.steps = 20"), "{message}");
+    let (_, advised) = message.split_once("--set ").unwrap();
+    load(&warm, &["training.steps=20", advised]).unwrap();
+}
+
+#[test]
+fn a_history_rises_and_ends_before_the_run_does() {
+    let plan = |until: u64, steps: u64| format!("[[history]]\nuntil = {until}\nsteps = {steps}\n");
+    let text = minimal() + &plan(40, 50) + &plan(60, 70);
+    assert_eq!(load(&text, &[]).unwrap().history.len(), 2);
+    for (text, key) in [
+        (minimal() + &plan(60, 70) + &plan(40, 50), "history.until = 40"),
+        (minimal() + &plan(0, 70), "history.until = 0"),
+        (minimal() + &plan(5, 0), "history.until = 5"),
+        (minimal() + &plan(101, 200), "training.steps = 100"),
+    ] {
+        assert!(refusal(&text, &[]).starts_with(key));
+    }
+}
+
+#[test]
 fn overrides_that_say_nothing_are_refused() {
     for (expression, expected) in [
         ("training.steps", "must look like section.key=value"),
@@ -136,6 +208,8 @@ fn overrides_that_say_nothing_are_refused() {
         ("training.steps=many", "invalid type: string \"many\""),
         ("training.steps=", "invalid type: string \"\""),
         ("training.steps=-1", "invalid value: integer `-1`"),
+        ("training.steps=18446744073709551615", "must lie between -9223372036854775808 and 9223372036854775807"),
+        ("training.steps=-99999999999999999999", "must lie between -9223372036854775808 and"),
         ("optimizer.kind=sgd", "unknown variant `sgd`, expected `adamw` or `muon`"),
     ] {
         let message = refusal(&minimal(), &[expression]);
@@ -184,6 +258,7 @@ fn every_rule_refuses_what_breaks_it_and_names_the_key() {
         ("data.seq_len=0", "data.seq_len"),
         ("data.seq_len=1048577", "data.seq_len"),
         ("init.from=\"m\"", "model"),
+        ("training.steps=9223372036854775807", "training.steps"),
         ("training.steps=0", "training.steps"),
         (&too_many_steps, "training.steps"),
         ("training.batch_size=0", "training.batch_size"),

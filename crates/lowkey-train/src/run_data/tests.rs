@@ -1,3 +1,5 @@
+use std::ops::ControlFlow;
+
 use lowkey_data::Tokenizer;
 
 use super::*;
@@ -14,7 +16,7 @@ fn storybook(run: &TinyRun) -> PathBuf {
 fn opened(section: &DataSection, run: &TinyRun, rows: usize) -> RunData {
     let dataset = dataset(section, &run.file()).unwrap();
     let dir = prepared_dir(&dataset, section, &run.out(), None);
-    open(&dataset, section, rows, &dir, None, &mut |_| {}).unwrap()
+    open(&dataset, section, rows, &dir, None, None, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `lowkey data prepare` and `lowkey data info`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::bail;
 use lowkey_data::tasks::TaskCorpus;
@@ -8,11 +8,11 @@ use lowkey_data::{DatasetConfig, Prepared, Tokenizer};
 
 use crate::cli::{DataInfoArguments, DataPrepareArguments};
 use crate::output::{bytes, count, pairs, say, say_json, table};
-use crate::progress::show_preparation;
+use crate::progress::Preparation;
 
 /// A dataset file by its extension, else a text file.
 pub(crate) fn dataset(path: &Path) -> lowkey_data::Result<DatasetConfig> {
-    if path.extension().is_some_and(|extension| extension == "toml") {
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("toml")) {
         DatasetConfig::load(path)
     } else {
         DatasetConfig::from_text_file(path)
@@ -22,18 +22,14 @@ pub(crate) fn dataset(path: &Path) -> lowkey_data::Result<DatasetConfig> {
 pub(crate) fn prepare(arguments: &DataPrepareArguments) -> anyhow::Result<()> {
     let dataset = dataset(&arguments.dataset)?;
     let tokenizer = arguments.tokenizer.as_deref().map(Tokenizer::from_file).transpose()?;
-    let beside = || {
-        let base = arguments.dataset.parent().map_or_else(PathBuf::new, Path::to_path_buf);
-        base.join("prepared").join(&dataset.name)
-    };
-    let out = arguments.out.clone().unwrap_or_else(beside);
-    let prepared = lowkey_data::prepare(&dataset, &out, tokenizer, &mut |progress| show_preparation(&progress))?;
+    let out = arguments.out.clone().unwrap_or_else(|| dataset.prepared_dir(tokenizer.as_ref()));
+    let prepared = lowkey_data::prepare(&dataset, &out, tokenizer, &mut Preparation::new().observer())?;
     describe(&prepared);
     Ok(())
 }
 
 pub(crate) fn info(arguments: &DataInfoArguments) -> anyhow::Result<()> {
-    if arguments.dir.extension().is_some_and(|extension| extension == "toml") {
+    if arguments.dir.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("toml")) {
         return task_info(arguments);
     }
     let prepared = lowkey_data::open(&arguments.dir)?;
@@ -42,7 +38,7 @@ pub(crate) fn info(arguments: &DataInfoArguments) -> anyhow::Result<()> {
     }
     describe(&prepared);
     for i in 0..arguments.show {
-        let Some(ids) = prepared.train.document(i) else { break };
+        let Some(ids) = prepared.train.document(i)? else { break };
         say(&format!("\n[{i}] {}", prepared.tokenizer.decode(&ids)?));
     }
     Ok(())

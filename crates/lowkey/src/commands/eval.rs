@@ -1,16 +1,19 @@
 //! `lowkey eval`.
 
+use std::path::Path;
+
 use anyhow::bail;
 use burn::tensor::Device;
 use lowkey_data::tasks::{RowLayout, TaskCorpus};
 use lowkey_data::{DatasetConfig, Packing, Source, SplitBy, Tokenizer, oracle_documents, prepare, validation_batches};
 use lowkey_model::CausalLm;
 use lowkey_train::{Evaluation, Held, Workers, evaluate};
+use serde::Serialize;
 
 use super::WrongUse;
 use crate::cli::EvalArguments;
-use crate::output::{say, say_json};
-use crate::progress::{evaluation_table, show_preparation};
+use crate::output::{complain, say, say_json};
+use crate::progress::{Preparation, evaluation_table};
 
 /// Tokens of a batch that are laid out together.
 const MOST_TOKENS: usize = 1 << 26;
@@ -20,7 +23,7 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
     let dataset = super::data::dataset(&arguments.data)?;
     if let Some(corpus) = TaskCorpus::new(&dataset)? {
         let model = super::read_at(super::load_model(&arguments.model, &device)?, arguments.kv_rank)?;
-        return report(arguments, &on_task(arguments, &model, &corpus, &device)?);
+        return report(arguments, &on_task(arguments, &model, &corpus, &device)?, false);
     }
     let tokenizer = super::open_tokenizer(&arguments.model, arguments.add_special_tokens)?;
     let model = super::read_at(super::load_model(&arguments.model, &device)?, arguments.kv_rank)?;
@@ -45,7 +48,14 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
     let mut dataset = dataset;
     // It is the model's way to read a text that is measured.
     dataset.add_special_tokens = None;
-    let all = arguments.split == "all";
+    let all = match &arguments.split {
+        Some(split) => split == "all",
+        // Who names a text means the text; a dataset file says what of it is held out.
+        None => is_text(&arguments.data),
+    };
+    if arguments.split.is_none() && all && was_trained_on(&arguments.model, &arguments.data) {
+        complain("note: this model was trained on this text; --split validation measures what was held out of it");
+    }
     if all && matches!(dataset.source, Source::Storybook { .. }) {
         let why = "--split all: a storybook has no end; its held-out stories are --split validation";
         return Err(WrongUse(why.into()).into());
@@ -60,7 +70,19 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
     };
     let held = arguments.batches.map_or_else(|| held.clone(), |count| held.first(count, arguments.batch_size));
     let workers = workers(&device)?;
-    report(arguments, &evaluate(&model, &held, &tokenizer.byte_lengths(), &workers, &device)?)
+    report(arguments, &evaluate(&model, &held, &tokenizer.byte_lengths(), &workers, &device)?, all)
+}
+
+/// Whether a path is that of a text, not of a dataset file.
+fn is_text(data: &Path) -> bool {
+    data.extension().is_none_or(|extension| extension != "toml")
+}
+
+/// Whether the run that a model comes from read this very text, wherever it lay.
+fn was_trained_on(model: &Path, text: &Path) -> bool {
+    let prepared = super::text::run_dir(model).and_then(|run| lowkey_data::open(&run.join("data")).ok());
+    let (Some(prepared), Ok(sha256)) = (prepared, lowkey_files::sha256(text)) else { return false };
+    prepared.manifest.files.iter().any(|file| file.sha256 == sha256)
 }
 
 /// Threads for passes over single rows.
@@ -87,7 +109,7 @@ fn on_task(
             format!("--batch-size {}: must lie between 1 and {}", arguments.batch_size, (MOST_TOKENS / seq_len).max(1));
         return Err(WrongUse(why).into());
     }
-    if arguments.split == "all" {
+    if arguments.split.as_deref() == Some("all") {
         return Err(
             WrongUse("--split all: a task has no end; its held-out examples are --split validation".into()).into()
         );
@@ -110,8 +132,16 @@ fn on_task(
     Ok(evaluate(model, &held, &[], &workers(device)?, device)?)
 }
 
-/// Shows the figures, if they are numbers.
-fn report(arguments: &EvalArguments, evaluation: &Evaluation) -> anyhow::Result<()> {
+/// The figures with what they were measured on.
+#[derive(Serialize)]
+struct Report<'a> {
+    split: &'static str,
+    #[serde(flatten)]
+    evaluation: &'a Evaluation,
+}
+
+/// Shows the figures, if they are numbers. `all`: they are those of the whole text, not of its held-out split.
+fn report(arguments: &EvalArguments, evaluation: &Evaluation, all: bool) -> anyhow::Result<()> {
     if evaluation.tokens == 0 {
         return Err(WrongUse(format!("{}: no token to predict in this split", arguments.data.display())).into());
     }
@@ -123,9 +153,11 @@ fn report(arguments: &EvalArguments, evaluation: &Evaluation) -> anyhow::Result<
         );
     }
     if arguments.json {
-        return say_json(evaluation);
+        return say_json(&Report { split: if all { "all" } else { "validation" }, evaluation });
     }
-    say(&evaluation_table(evaluation));
+    let first = arguments.batches.map(|count| format!("the first {count} batches of ")).unwrap_or_default();
+    let part = if all { "all" } else { "the held-out split" };
+    say(&format!("{first}{part} of {}:\n{}", arguments.data.display(), evaluation_table(evaluation)));
     Ok(())
 }
 
@@ -138,8 +170,9 @@ fn batches(
     all: bool,
 ) -> anyhow::Result<Vec<lowkey_data::Batch>> {
     let dir = tempfile::tempdir()?;
-    let prepared = prepare(dataset, dir.path(), Some(tokenizer.clone()), &mut |progress| show_preparation(&progress))?;
+    let prepared = prepare(dataset, dir.path(), Some(tokenizer.clone()), &mut Preparation::new().observer())?;
     let shard = if all { &prepared.train } else { &prepared.validation };
     let packing = if shard.documents() > 1 { Packing::Documents } else { Packing::Stream };
-    Ok(validation_batches(shard, seq_len, arguments.batch_size, arguments.batches, packing, true).collect())
+    let batches = validation_batches(shard, seq_len, arguments.batch_size, arguments.batches, packing, true);
+    Ok(batches.collect::<Result<_, _>>()?)
 }

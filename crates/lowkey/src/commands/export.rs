@@ -112,7 +112,7 @@ fn default_out(model: &Path, to: &str) -> PathBuf {
 fn certificate_text(data: Option<&Path>, source: &Source) -> anyhow::Result<Text> {
     let config = &source.model.config;
     Ok(match text::find(data, &source.dir, source.tokenizer.as_ref())? {
-        Ok(prepared) => held_out(&prepared, config),
+        Ok(prepared) => held_out(&prepared, config)?,
         Err(why) => {
             complain(&format!("note: {why}; the certificate uses random tokens unless --data gives a text"));
             random(config)
@@ -120,9 +120,9 @@ fn certificate_text(data: Option<&Path>, source: &Source) -> anyhow::Result<Text
     })
 }
 
-fn held_out(prepared: &Prepared, config: &ModelConfig) -> Text {
-    let sequences = text::windows(&prepared.validation, config.max_position_embeddings.min(text::LONGEST), SEQUENCES);
-    Text { description: format!("held-out split of {}", prepared.manifest.dataset.name), sequences }
+fn held_out(prepared: &Prepared, config: &ModelConfig) -> lowkey_data::Result<Text> {
+    let sequences = text::windows(&prepared.validation, config.max_position_embeddings.min(text::LONGEST), SEQUENCES)?;
+    Ok(Text { description: format!("held-out split of {}", prepared.manifest.dataset.name), sequences })
 }
 
 /// Tokens of a fixed linear congruential sequence (Knuth's MMIX constants): the same ones for everybody.

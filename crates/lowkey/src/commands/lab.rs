@@ -2,8 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -15,6 +14,7 @@ use serde_json::json;
 
 use super::WrongUse;
 use crate::cli::{LabCommand, LabReportArguments, LabRunArguments};
+use crate::interrupt::Interrupt;
 use crate::output::{complain, count, duration, pairs, say, say_json, table};
 use crate::progress::Measuring;
 
@@ -59,19 +59,11 @@ fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let interrupt = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupt);
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(1);
-        }
-        complain("stopping after this step; once more stops at once");
-    })
-    .context("cannot watch for Ctrl-C")?;
+    let interrupt = Interrupt::watch(|| {})?;
     let jobs = arguments.jobs.unwrap_or_else(|| (available_threads() / experiment.threads).max(1));
     let options = SweepOptions { out, shard, jobs, environment: super::train::environment() };
     let mut view = View::new(&expanded, &runs, !arguments.json);
-    let outcome = sweep(&expanded, &runs, &options, &interrupt, &mut |event| view.show(&event));
+    let outcome = sweep(&expanded, &runs, &options, interrupt.came(), &mut |event| view.show(&event));
     view.bar.finish_and_clear();
     let outcome = outcome?;
     let failed: Vec<_> = outcome.failed.iter().map(|(i, why)| json!({ "run": runs[*i].out, "why": why })).collect();
@@ -89,7 +81,11 @@ fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
             (left, failed) => say(&format!("{done} of {all} runs are finished, {failed} failed, {left} are left")),
         }
     }
-    Ok(if outcome.finished == runs.len() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(match outcome.finished == runs.len() {
+        true => ExitCode::SUCCESS,
+        false if interrupt.came().load(Ordering::Relaxed) => interrupt.exit_code(),
+        false => ExitCode::FAILURE,
+    })
 }
 
 /// Estimated seconds of the runs, one after the other.

@@ -7,13 +7,13 @@ use lowkey_model::CausalLm;
 use lowkey_train::{RunConfig, run_data};
 
 use super::WrongUse;
-use crate::progress::show_preparation;
+use crate::progress::Preparation;
 
 /// Most tokens of one sequence.
 pub(crate) const LONGEST: usize = 512;
 
 /// The run that a checkpoint belongs to.
-fn run_dir(model: &Path) -> Option<PathBuf> {
+pub(super) fn run_dir(model: &Path) -> Option<PathBuf> {
     let full = model.canonicalize().ok()?;
     let checkpoints = full.parent()?;
     (checkpoints.ends_with("checkpoints")).then(|| checkpoints.parent().map(Path::to_path_buf)).flatten()
@@ -39,7 +39,7 @@ pub(crate) fn find(
             dataset.add_special_tokens = None;
             let dir = tempfile::tempdir()?;
             let own = Some(tokenizer.clone());
-            Ok(Ok(prepare(&dataset, dir.path(), own, &mut |progress| show_preparation(&progress))?))
+            Ok(Ok(prepare(&dataset, dir.path(), own, &mut Preparation::new().observer())?))
         }
         (None, Some(_)) => {
             Err(WrongUse(format!("--data: {} has no tokenizer.json to read it with", model.display())).into())
@@ -67,7 +67,7 @@ fn of_run(model: &Path, tokenizer: Option<&Tokenizer>) -> Result<Prepared, Strin
         }
         let own = config.init.is_some().then(|| tokenizer.clone());
         let dir = run_data::prepared_dir(&dataset, &config.data, &run, own.as_ref());
-        Ok(prepare(&dataset, &dir, own, &mut |progress| show_preparation(&progress))?)
+        Ok(prepare(&dataset, &dir, own, &mut Preparation::new().observer())?)
     };
     let prepared = read().map_err(|e| format!("the text of its run cannot be read ({e:#})"))?;
     if prepared.validation.len() < 2 { Err("its run has no held-out text".into()) } else { Ok(prepared) }
@@ -91,8 +91,8 @@ impl Calibration {
         let prepared = prepared.map_err(|why| WrongUse(format!("{why}; give a text with --data")))?;
         let longest = model.config.max_position_embeddings.min(LONGEST);
         Ok(Self {
-            train: documents(&prepared.train, longest, tokens),
-            held_out: documents(&prepared.validation, longest, tokens),
+            train: documents(&prepared.train, longest, tokens)?,
+            held_out: documents(&prepared.validation, longest, tokens)?,
             name: prepared.manifest.dataset.name,
         })
     }
@@ -103,28 +103,29 @@ impl Calibration {
 }
 
 /// The first `count` windows of a shard, of at most `len` tokens each.
-pub(crate) fn windows(shard: &Shard, len: usize, count: usize) -> Vec<Vec<u32>> {
-    let batch = validation_batches(shard, len, count, Some(1), Packing::Stream, false).next();
+pub(crate) fn windows(shard: &Shard, len: usize, count: usize) -> lowkey_data::Result<Vec<Vec<u32>>> {
+    let batch = validation_batches(shard, len, count, Some(1), Packing::Stream, false).next().transpose()?;
     let rows = batch.iter().flat_map(|b| b.input_ids.chunks(len).zip(b.targets.chunks(len)));
     // A row that the text does not fill is padded.
     let filled = |(ids, targets): (&[u32], &[i64])| {
         let len = targets.iter().take_while(|target| **target != IGNORE).count();
         ids[..len].to_vec()
     };
-    rows.map(filled).filter(|ids| !ids.is_empty()).collect()
+    Ok(rows.map(filled).filter(|ids| !ids.is_empty()).collect())
 }
 
 /// About `tokens` tokens of a shard, each document by itself and cut to `len` tokens; windows where it is all one document.
-fn documents(shard: &Shard, len: usize, tokens: usize) -> Vec<Vec<u32>> {
+fn documents(shard: &Shard, len: usize, tokens: usize) -> lowkey_data::Result<Vec<Vec<u32>>> {
     if shard.documents() < 2 {
         return windows(shard, len, tokens.div_ceil(len.max(1)));
     }
     let mut left = tokens;
     let mut found = Vec::new();
-    for mut ids in (0..shard.documents()).map_while(|i| shard.document(i)) {
+    for i in 0..shard.documents() {
         if left == 0 {
             break;
         }
+        let Some(mut ids) = shard.document(i)? else { break };
         ids.truncate(len);
         // A single token predicts nothing.
         if ids.len() > 1 {
@@ -132,5 +133,5 @@ fn documents(shard: &Shard, len: usize, tokens: usize) -> Vec<Vec<u32>> {
             found.push(ids);
         }
     }
-    found
+    Ok(found)
 }

@@ -5,12 +5,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::Context;
 use lowkey_data::Tokenizer;
-use lowkey_train::{Plan, RunConfig, RunOptions, ceiling, planned_model};
+use lowkey_train::{Event, Plan, RunConfig, RunOptions, ceiling, check_threads, planned_model};
 use serde_json::json;
 
 use crate::cli::{PlanArguments, RunFileArguments, TrainArguments};
+use crate::interrupt::Interrupt;
 use crate::output::{complain, quoted, say, say_json};
 use crate::progress::{View, plan_text};
 
@@ -27,24 +27,27 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     (options.resume, options.overwrite) = (resume, overwrite);
     say(&format!("run {} in {}", config.run.name, options.out.display()));
 
-    let interrupt = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupt);
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            complain("stopping now; the last checkpoint stands");
-            std::process::exit(1);
-        }
-        complain("stopping after this step; once more stops at once");
-    })
-    .context("cannot watch for Ctrl-C")?;
+    let saved = Arc::new(AtomicBool::new(false));
+    let stands = Arc::clone(&saved);
+    let interrupt = Interrupt::watch(move || {
+        let what =
+            if stands.load(Ordering::Relaxed) { "the last checkpoint stands" } else { "there is no checkpoint yet" };
+        complain(&format!("stopping now; {what}"));
+    })?;
 
     let mut view = View::new(config.training.steps);
-    let result = lowkey_train::train(&config, &options, &interrupt, &mut |event| view.show(event));
+    let result = lowkey_train::train(&config, &options, interrupt.came(), &mut |event| {
+        if matches!(event, Event::Saved { .. } | Event::Ready { step: 1.., .. }) {
+            saved.store(true, Ordering::Relaxed);
+        }
+        view.show(event);
+    });
     view.clear();
     let outcome = result.map_err(|e| in_run_file(e, &file.run))?;
     let best = options.out.join("checkpoints").join("best");
-    if let Some(evaluation) = outcome.evaluation {
-        say(&match (&config.data.dataset, evaluation.accuracy.or(evaluation.mse)) {
+    if outcome.finished {
+        let answers = outcome.evaluation.and_then(|evaluation| evaluation.accuracy.or(evaluation.mse));
+        say(&match (&config.data.dataset, answers) {
             // A task has no text to go on with.
             (Some(dataset), Some(_)) => {
                 format!("\ndone. Measure it again: lowkey eval {} --data {}", path(&best), path(dataset))
@@ -60,7 +63,7 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
         outcome.step,
         path(&file.run)
     ));
-    Ok(ExitCode::FAILURE)
+    Ok(interrupt.exit_code())
 }
 
 /// A command that shows what a run has made, and that works as it stands: with a prompt of the run, else one that its tokenizer
@@ -86,8 +89,9 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
     let config = RunConfig::load(&arguments.file.run, &arguments.file.overrides).map_err(named)?;
     let options = options(&arguments.file, &config);
     let devices = lowkey_train::devices(&config.run).map_err(named)?;
+    let crowded = check_threads(&config, &devices).map_err(named)?;
     let (model, notes) = planned_model(&config, &options).map_err(named)?;
-    for note in &notes {
+    for note in crowded.iter().chain(&notes) {
         complain(&format!("note: {note}"));
     }
     let plan = Plan::new(&config, &model, ceiling(config.threads(), &devices, config.training.dtype)?);

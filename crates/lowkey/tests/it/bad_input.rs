@@ -151,6 +151,12 @@ impl Case {
         for text in unwanted.iter().filter(|text| out.contains(**text) || err.contains(**text)) {
             faults.push(format!("says {text:?}"));
         }
+        for line in err.lines() {
+            let parts: Vec<&str> = line.split(": ").collect();
+            if let Some(pair) = parts.windows(2).find(|pair| pair[0] == pair[1]) {
+                faults.push(format!("says {:?} twice in one line", pair[0]));
+            }
+        }
         // `verify` lists what does not hold.
         if !succeeds && self.arguments[0] != "verify" && !err.contains("error: ") {
             faults.push("no line begins with \"error: \"".to_string());

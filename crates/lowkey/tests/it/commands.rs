@@ -193,11 +193,19 @@ fn eval_repeats_the_figure_that_the_run_ended_with() {
         serde_json::from_str(&std::fs::read_to_string(fixture().join("run/evaluation.json")).unwrap()).unwrap();
     let last = fixture().join("run/checkpoints/step-000012");
     let story = fixture().join("story.txt");
-    let again = json(&["eval", text(&last), "--data", text(&story), "--batch-size", "4", "--json"]);
-    assert_eq!(again["tokens"], ended["tokens"]);
+    let of_split =
+        ["eval", text(&last), "--data", text(&story), "--batch-size", "4", "--split", "validation", "--json"];
+    let again = json(&of_split);
+    assert_eq!((&again["tokens"], &again["split"]), (&ended["tokens"], &Value::from("validation")));
     let (a, b) = (again["loss"].as_f64().unwrap(), ended["loss"].as_f64().unwrap());
     assert!((a - b).abs() < 1e-6, "{a} {b}");
-    let all = json(&["eval", text(&last), "--data", text(&story), "--split", "all", "--json"]);
+    // Who names a text means all of it, and is told where the model has seen it.
+    let all = json(&["eval", text(&last), "--data", text(&story), "--json"]);
+    assert_eq!(all, json(&["eval", text(&last), "--data", text(&story), "--split", "all", "--json"]));
+    assert_eq!(all["split"], "all");
+    let (_, shown, noted) = lowkey(&["eval", text(&last), "--data", text(&story)]);
+    assert!(shown.starts_with(&format!("all of {}:\n", story.display())), "{shown}");
+    assert!(noted.contains("trained on this text; --split validation"), "{noted}");
     assert!(all["tokens"].as_u64().unwrap() > 8 * again["tokens"].as_u64().unwrap());
     // One byte is one token here.
     assert!((again["bits_per_byte"].as_f64().unwrap() - a / std::f64::consts::LN_2).abs() < 1e-9);

@@ -236,7 +236,7 @@ fn an_interrupted_run_says_how_to_go_on_and_does() {
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     let output = child.wait_with_output().unwrap();
     let (printed, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert_eq!(output.status.code(), Some(1), "{printed}{complained}");
+    assert_eq!(output.status.code(), Some(130), "{printed}{complained}");
     assert!(complained.contains("stopping after this step"), "{complained}");
     let step = bench.progress();
     assert!((9..STEPS).contains(&step));
@@ -250,6 +250,18 @@ fn an_interrupted_run_says_how_to_go_on_and_does() {
     let printed = bench.finish(&[advised]);
     assert!(printed.contains(&format!("resuming after step {step} of {STEPS}")), "{printed}");
     bench.assert_same_result(&unbroken);
+}
+
+#[test]
+#[cfg(unix)]
+fn a_run_that_a_job_manager_ends_says_so_by_its_exit_code() {
+    let bench = Bench::new();
+    let mut child = bench.command(&[]).spawn().unwrap();
+    assert!(wait(&bench, &mut child, || bench.progress() >= 9));
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", String::from_utf8_lossy(&output.stderr));
+    bench.check_checkpoints("after it was ended");
 }
 
 #[test]

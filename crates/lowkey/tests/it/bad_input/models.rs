@@ -232,7 +232,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("prompt file missing", &["generate", "model", "--prompt-file", "absent.txt"])
             .with(|fixture, dir| fixture.give_model("run", dir))
             .says(&["absent.txt", "No such file"]),
-        eval(&["--data", "absent.txt"], &["absent.txt", "no such file"]),
+        eval(&["--data", "absent.txt"], &["absent.txt", "No such file"]),
         eval(&["--data", "text.txt", "--seq-len", "0"], &["--seq-len 0: this model takes 1 to 16"]).code(2),
         eval(&["--data", "text.txt", "--seq-len", "17"], &["--seq-len 17: this model takes 1 to 16"]).code(2),
         eval(&["--data", "text.txt", "--batch-size", "0"], &["--batch-size 0: must lie between 1 and"]).code(2),

@@ -39,7 +39,8 @@ pub(super) fn cases() -> Vec<Case> {
             &["missing field"],
         ),
         case("run file missing", &["train", "absent.toml"]).says(&["absent.toml", "No such file"]),
-        case("run file a folder", &["train", "."]).says(&[".: ", "directory"]),
+        case("run file a folder", &["train", "."]).says(&[".: is a folder, not a file"]),
+        case("run file without end", &["train", "/dev/zero"]).says(&["/dev/zero: is not a regular file"]),
         case("no run file", &["train"]).code(2).says(&["<RUN>", "--help"]),
         case("unknown flag", &["train", "run.toml", "--steps", "3"]).code(2).says(&["--steps", "--help"]),
         case("unknown command", &["tarin", "run.toml"]).code(2).says(&["tarin", "train"]),
@@ -56,6 +57,15 @@ pub(super) fn cases() -> Vec<Case> {
         in_file("training.steps=0", "training.steps = 0: must lie between 1"),
         in_file("training.steps=-1", "`-1`"),
         in_file("training.steps=1e30", "expected u64"),
+        set(
+            "training.steps=18446744073709551615",
+            &["--set training.steps=18446744073709551615", "must lie between", "9223372036854775807"],
+        ),
+        in_file(
+            "training.steps=2",
+            "lr_scheduler.warmup_steps = 3: must not exceed training.steps = 2; lower it, as with --set",
+        )
+        .set("lr_scheduler.warmup_steps=3"),
         in_file("training.batch_size=0", "training.batch_size = 0: must lie between 1 and"),
         in_file("training.micro_batch_size=0", "training.micro_batch_size = 0: must lie between 1 and"),
         in_file("training.threads=0", "training.threads = 0: must lie between 1 and"),
@@ -100,6 +110,16 @@ pub(super) fn cases() -> Vec<Case> {
         in_file("checkpoint.keep=0", "checkpoint.keep = 0: must be at least 1"),
         in_file("metrics.every=0", "metrics.every = 0: must be at least 1"),
         in_file("init.from=nowhere", "[init] from brings its own configuration; remove the [model] section"),
+        written(
+            "sizes for a model that brings its own",
+            RUN.split_once("[model]")
+                .map(|(head, tail)| {
+                    format!("{head}[init]\nfrom = \"m\"\n[data]{}", tail.split_once("[data]").unwrap().1)
+                })
+                .unwrap(),
+            &["[init] from brings its own configuration; leave out --set model.…", "max_position_embeddings"],
+        )
+        .set("model.max_position_embeddings=512"),
         written(
             "no source of text",
             RUN.replace("path = \"text.txt\"\n", ""),

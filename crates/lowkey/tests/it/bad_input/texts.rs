@@ -59,7 +59,7 @@ pub(super) fn cases() -> Vec<Case> {
             .says(&["text.txt", "sha256 is", "expects 0000", "fetch the file again, or correct"]),
         dataset("dataset not UTF-8", "").file("d.toml", b"name = \"caf\xe9\"".to_vec()).says(&["d.toml", "invalid UTF-8 at byte 11"]),
         case("dataset missing", &["data", "prepare", "absent.toml"]).says(&["cannot read absent.toml", "No such file"]),
-        case("text missing", &["data", "prepare", "absent.txt"]).says(&["cannot open absent.txt", "no such file"]),
+        case("text missing", &["data", "prepare", "absent.txt"]).says(&["cannot read absent.txt", "No such file"]),
         unreadable("bad JSONL line", "jsonl", "a.jsonl", "{\"text\":\"x\"}\n{oops\n", &["line 2: not valid JSON"]),
         unreadable("JSONL without the field", "jsonl", "a.jsonl", "{\"body\":\"x\"}\n", &["line 1: no field \"text\"", "[\"body\"]", "set `field`"]),
         unreadable("cut gzip", "text", "a.txt.gz", CUT_GZIP.to_vec(), &["cannot read"]),
@@ -69,7 +69,7 @@ pub(super) fn cases() -> Vec<Case> {
         unreadable("empty Parquet", "parquet", "a.parquet", "", &["not a readable Parquet file"]),
         unreadable("latin-1 text", "text", "a.txt", b"caf\xe9 au lait".to_vec(), &["invalid UTF-8 at byte 3", "convert the file to UTF-8"]),
         unreadable("empty text", "text", "a.txt", "", &["text"]),
-        case("text of one token", &["train", "run.toml", "--out", "new"]).file("text.txt", "a").says(&["text.txt", "no text for training", "add text"]),
+        case("text of one token", &["train", "run.toml", "--out", "new"]).file("text.txt", "a").says(&["train.tokens", "too few for seq_len"]),
         tokenizer("broken tokenizer", "{\"version\":", &["not valid JSON"]),
         tokenizer("not a tokenizer", "{\"version\":\"1.0\"}", &["not a tokenizer.json"]),
         tokenizer("tokenizer a list", "[]", &["not a tokenizer.json"]),
@@ -126,7 +126,7 @@ pub(super) fn cases() -> Vec<Case> {
             })
             .code(0)
             .says(&["preparing the corpus", "done"])
-            .may_change(&["prepared/chars/train.tokens", "prepared/chars/manifest.json"])
+            .may_change(&["prepared/chars/train.tokens", "prepared/chars/manifest.json", "prepared/chars/lowkey.json"])
             .then(&["data", "info", "prepared/chars"]);
         cases.push(mended);
     }
