@@ -151,7 +151,8 @@ def compare(llama, ours, prompt, count, tie):
     tokens = llama.tokens(prompt)
     if len(tokens) != ours["prompt_tokens"]:
         return f"the prompt has {len(tokens)} tokens in llama.cpp, {ours['prompt_tokens']} here", None
-    if llama.whole(tokens) != prompt:
+    # A tokenizer of SentencePiece's kind reads a text with a space before it.
+    if llama.whole(tokens) not in (prompt, " " + prompt):
         return f"the prompt's tokens read {llama.whole(tokens)!r}", None
     ids, rows = llama.greedy(tokens, count)
     margin = min(float(np.diff(np.partition(row, -2)[-2:])[0]) for row in rows)
