@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_infer::Form;
-use lowkey_model::{Attention, CausalLm, FusedMla, Mla};
+use lowkey_model::{Attention, AttentionConfig, CausalLm, FusedMla, Mla};
 
 use crate::certificate::{
     Bounds, Certificate, Evidence, JSON, MARKDOWN, ProductEvidence, SourceFiles, TensorError, WeightEvidence,
@@ -59,6 +59,11 @@ pub struct Options {
 pub fn export(source: &Source, options: &Options, device: &Device, observe: Observer) -> Result<Certificate> {
     let Options { target, out, overwrite, form, text, bounds, .. } = options;
     check_text(text, &source.model)?;
+    if target.to == Layout::Gguf && out.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf")) {
+        let folder = out.with_extension("");
+        let why = format!("names a folder, in which {GGUF} and its certificate will lie; use {}", folder.display());
+        return Err(Error::setting("out", out.display(), why));
+    }
     if form.is_some() && target.to != Layout::Fused {
         return Err(Error::setting("form", form.map_or_else(String::new, |f| f.to_string()), "belongs to --to fused"));
     }
@@ -75,7 +80,8 @@ pub fn export(source: &Source, options: &Options, device: &Device, observe: Obse
     observe(Progress { doing: "writing", done: 0, of: 0 });
     let notes = write(source, options, &plan, staging.dir())?;
     let evidence = gather(staging.dir(), target, &source.model, text, device, observe)?;
-    let failures = evidence.failures(bounds);
+    let mut failures = header_failures(staging.dir(), target, source)?;
+    failures.extend(evidence.failures(bounds));
     if !failures.is_empty() {
         return Err(Error::Broken { failures });
     }
@@ -164,7 +170,11 @@ pub(crate) fn gather(
         Layout::Gguf => {
             let model = gguf::read_model(&dir.join(GGUF), device)?;
             let weights = weight_errors(&gguf::as_stored(source)?, &model)?;
-            (weights, Vec::new(), Candidate { model, fused: Vec::new(), form: Form::Absorbed })
+            let form = match model.config.attention {
+                AttentionConfig::Mla(_) => Form::Absorbed,
+                AttentionConfig::Grouped(_) => Form::Auto,
+            };
+            (weights, Vec::new(), Candidate { model, fused: Vec::new(), form })
         }
         _ => {
             let (source, mut model) = (canonical(source)?, CausalLm::load(dir, device)?);
@@ -183,6 +193,15 @@ pub(crate) fn gather(
     let logits = compare_logits(source, &candidate, text, device, observe)?;
     let greedy = compare_greedy(source, &candidate, text, device, observe)?;
     Ok(Evidence { weights, products, logits, greedy })
+}
+
+/// In what a GGUF's keys, its tokenizer among them, and the types of its tensors differ from what its source gives.
+fn header_failures(dir: &Path, target: &Target, source: &Source) -> Result<Vec<String>> {
+    if target.to != Layout::Gguf {
+        return Ok(Vec::new());
+    }
+    let differs = gguf::differences(&dir.join(GGUF), &source.model, source.tokenizer.as_ref(), target.tensor_type()?)?;
+    Ok(differs.into_iter().map(|line| format!("{GGUF}: {line}")).collect())
 }
 
 /// The worst of each layer's tensors.
@@ -385,6 +404,9 @@ pub fn verify(dir: &Path, source: Option<&Source>, device: &Device, observe: Obs
     };
     check_text(&certificate.text, reference)?;
     let evidence = gather(dir, &certificate.target, reference, &certificate.text, device, observe)?;
+    if let Some(source) = source {
+        failures.extend(header_failures(dir, &certificate.target, source)?);
+    }
     failures.extend(evidence.failures(&certificate.bounds));
     Ok(Verdict { certificate, evidence: Some(evidence), failures, notes })
 }

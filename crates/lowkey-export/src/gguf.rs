@@ -3,12 +3,13 @@
 //! **The container** is GGUF version 3, little-endian: [`Gguf`] reads it ([`read`]), [`write_container`] writes it. The
 //! reader maps the file and trusts nothing in it.
 //!
-//! **Models** are written by [`write()`] under llama.cpp's architecture `deepseek2` in its latent (absorbed) layout, and read back by
-//! [`read_model`], so that the model inside the file can be compared with its source. What the architecture cannot express is
-//! refused by name; what it expresses elsewhere (a scale on the latent, YaRN's factor on cosines and sines, a rotation of halves) is
-//! folded into the weights, which costs at most one rounding per value.
+//! **Models** are written by [`write()`] under an architecture of llama.cpp's: MLA as `deepseek2` in its latent (absorbed) layout,
+//! other attention as `llama`, `qwen2` or `qwen3`. [`read_model`] reads them back, so that the model inside the file can be compared
+//! with its source, and [`differences`] compares everything before the weights. What the architecture cannot express is refused
+//! by name; what `deepseek2` expresses elsewhere (a scale on the latent, YaRN's factor on cosines and sines, a rotation of halves)
+//! is folded into the weights, which costs at most one rounding per value.
 //!
-//! | quantity | in the file |
+//! | quantity of MLA | in the file |
 //! |---|---|
 //! | token ids | those of the tokenizer, which is embedded |
 //! | ε of all norms | `attention.layer_norm_rms_epsilon`, 1e-6 always |
@@ -17,27 +18,33 @@
 //!
 //! Source: llama.cpp of November 2026, whose loader and graph were read and whose logits agree with lowkey's.
 
+mod architecture;
 mod deepseek2;
+mod grouped;
 mod metadata;
 mod pre_tokenizer;
 mod read;
+mod rope;
+mod sentence_piece;
 mod tensor_type;
 mod tokenizer;
 mod weights;
 mod write;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::Tokenizer;
+use lowkey_files::printable;
 use lowkey_model::{AttentionConfig, CausalLm, Parameter};
 
 use crate::error::{Error, Result};
+use architecture::Architecture;
 pub use metadata::{Array, Metadata, Value};
 pub use read::{Gguf, TensorInfo};
 pub use tensor_type::TensorType;
-use weights::{Change, Plan, join_kv_b, plan};
+use weights::{Change, Origin, Plan, join_kv_b, plan, undone};
 pub use write::write_container;
 
 const MAGIC: [u8; 4] = *b"GGUF";
@@ -65,6 +72,14 @@ pub struct Summary {
     pub notes: Vec<String>,
 }
 
+/// A file before its weights: what [`write()`] is going to write.
+struct Outline {
+    metadata: Metadata,
+    plans: Vec<Plan>,
+    tensors: Vec<TensorInfo>,
+    notes: Vec<String>,
+}
+
 /// Writes a model as a GGUF file that llama.cpp loads. Matrices are stored in `kind`, vectors always in f32. The file appears whole
 /// or not at all.
 ///
@@ -75,11 +90,37 @@ pub struct Summary {
 /// [`Error::Unsupported`] naming the property of the model or of its tokenizer that the format has no way to say, or the tensor
 /// with a value that `kind` cannot hold, with the mend; [`Error::Io`] where the file cannot be written.
 pub fn write(path: &Path, model: &CausalLm, tokenizer: Option<&Tokenizer>, kind: TensorType) -> Result<Summary> {
+    // What llama.cpp has no way to cut is written whole, with weights of zero for what was cut.
+    let model = &model.with_whole_latents();
+    let Outline { metadata, plans, tensors, notes } = outline(path, model, tokenizer, kind)?;
+    let fallen = |info: &&TensorInfo| info.shape.len() > 1 && info.kind != kind;
+    let fallbacks = tensors.iter().filter(fallen).map(|info| info.name.clone()).collect();
+    let parameters: HashMap<String, Parameter> =
+        model.parameters().into_iter().map(|parameter| (parameter.name.clone(), parameter)).collect();
+    let mut plans = plans.iter();
+    let bytes = write_container(path, &metadata, &tensors, &mut |info| {
+        // One plan for each description, in the same order.
+        let plan = plans.next().ok_or_else(|| Error::file(path, "more tensors than planned"))?;
+        let (source, change) = match &plan.origin {
+            Origin::Given(values) => return Ok(values.clone()),
+            Origin::Parameter(source, change) => (source, change),
+        };
+        let parameter =
+            parameters.get(source).ok_or_else(|| Error::file(path, format!("the model has no tensor {source}")))?;
+        let values = parameter.value.clone().try_into_vec_as::<f32>();
+        let values = values.map_err(|e| Error::file(path, format!("{} cannot be read back: {e:?}", info.name)))?;
+        Ok(change.apply(values, &parameter.shape))
+    })?;
+    Ok(Summary { bytes, tensors: tensors.len(), kind, fallbacks, notes })
+}
+
+/// Everything but the weights of the file that a model is written to.
+fn outline(path: &Path, model: &CausalLm, tokenizer: Option<&Tokenizer>, kind: TensorType) -> Result<Outline> {
     let config = &model.config;
-    let mla = deepseek2::expressible(config)?;
+    let architecture = Architecture::of(config)?;
     let mut notes = Vec::new();
     let mut metadata = Metadata::default();
-    deepseek2::metadata(config, mla, &mut metadata)?;
+    architecture.metadata(config, &mut metadata)?;
     metadata.set("general.type", "model");
     if let Some(name) = path.file_stem().and_then(|name| name.to_str()) {
         metadata.set("general.name", name);
@@ -96,24 +137,43 @@ pub fn write(path: &Path, model: &CausalLm, tokenizer: Option<&Tokenizer>, kind:
         }
     }
     notes.extend(folds(model));
-    let plans = plan(config, mla);
-    let tensors: Vec<TensorInfo> = plans.iter().map(|plan| info(plan, kind)).collect();
-    let fallen = |info: &&TensorInfo| info.shape.len() > 1 && info.kind != kind;
-    let fallbacks = tensors.iter().filter(fallen).map(|info| info.name.clone()).collect();
-    let parameters: HashMap<String, Parameter> =
-        model.parameters().into_iter().map(|parameter| (parameter.name.clone(), parameter)).collect();
-    let mut plans = plans.iter();
-    let bytes = write_container(path, &metadata, &tensors, &mut |info| {
-        // One plan for each description, in the same order.
-        let plan = plans.next().ok_or_else(|| Error::file(path, "more tensors than planned"))?;
-        let parameter = parameters
-            .get(&plan.source)
-            .ok_or_else(|| Error::file(path, format!("the model has no tensor {}", plan.source)))?;
-        let values = parameter.value.clone().try_into_vec_as::<f32>();
-        let values = values.map_err(|e| Error::file(path, format!("{} cannot be read back: {e:?}", info.name)))?;
-        Ok(plan.change.apply(values, parameter.shape.last().copied().unwrap_or(1)))
-    })?;
-    Ok(Summary { bytes, tensors: tensors.len(), kind, fallbacks, notes })
+    let plans = plan(config, architecture);
+    let planned: HashSet<&str> = plans.iter().filter_map(|plan| Some(plan.parameter()?.0)).collect();
+    if let Some(left) = model.parameters().into_iter().find(|parameter| !planned.contains(parameter.name.as_str())) {
+        let (name, architecture) = (left.name, architecture.name());
+        return Err(Error::unsupported("GGUF", format!("{name}: {architecture} has no place for it; use --to hf")));
+    }
+    let tensors = plans.iter().map(|plan| info(plan, kind)).collect();
+    Ok(Outline { metadata, plans, tensors, notes })
+}
+
+/// In what a file differs from the one that [`write()`] makes of the same, weights aside: a line for each key, for the first
+/// differing element of each list, and for each tensor's name, shape and type. Empty where nothing does.
+///
+/// # Errors
+/// As [`Gguf::open`] and [`write()`].
+pub fn differences(
+    path: &Path,
+    model: &CausalLm,
+    tokenizer: Option<&Tokenizer>,
+    kind: TensorType,
+) -> Result<Vec<String>> {
+    let file = Gguf::open(path)?;
+    let expected = outline(path, &model.with_whole_latents(), tokenizer, kind)?;
+    let mut lines = file.metadata().differences(&expected.metadata);
+    let mut found: HashMap<&str, &TensorInfo> = file.tensors().map(|info| (info.name.as_str(), info)).collect();
+    for info in &expected.tensors {
+        match found.remove(info.name.as_str()) {
+            Some(other) if other == info => {}
+            Some(TensorInfo { shape, kind, .. }) => lines.push(format!(
+                "tensor {} is {shape:?} in {kind}, its source gives {:?} in {}",
+                info.name, info.shape, info.kind
+            )),
+            None => lines.push(format!("tensor {} is missing", info.name)),
+        }
+    }
+    lines.extend(found.into_keys().map(|name| format!("tensor {} is none of its source's", printable(name))));
+    Ok(lines)
 }
 
 fn info(plan: &Plan, kind: TensorType) -> TensorInfo {
@@ -150,21 +210,23 @@ fn folds(model: &CausalLm) -> Vec<String> {
 /// # Errors
 /// [`Error::Unsupported`] as [`write()`], [`Error::Device`] where a tensor cannot be read back.
 pub fn as_stored(model: &CausalLm) -> Result<CausalLm> {
-    let mla = deepseek2::expressible(&model.config)?;
-    let changes: HashMap<String, Change> = plan(&model.config, mla)
-        .into_iter()
-        .filter(|plan| matches!(plan.change, Change::Scale(_) | Change::Rotated { .. }))
-        .map(|plan| (plan.source, plan.change))
+    let model = model.with_whole_latents();
+    let plans = plan(&model.config, Architecture::of(&model.config)?);
+    let changes: HashMap<&str, Change> = plans
+        .iter()
+        .filter_map(Plan::parameter)
+        .filter(|(_, change)| matches!(change, Change::Scale(_) | Change::Rotated { .. }))
         .collect();
     let values = model.parameters().into_iter().map(|Parameter { name, shape, value, .. }| {
-        let Some(change) = changes.get(&name) else { return Ok(value) };
+        let Some(change) = changes.get(name.as_str()) else { return Ok(value) };
         let device = value.device();
         let values = value.try_into_vec_as::<f32>().map_err(|e| Error::device(&name, e))?;
-        let changed = change.apply(values, shape.last().copied().unwrap_or(1));
+        let changed = change.apply(values, &shape);
         let len = changed.len();
         Ok(Tensor::from_data(TensorData::new(changed, [len]), &device))
     });
-    Ok(model.clone().with_values(values.collect::<Result<_>>()?))
+    let values = values.collect::<Result<_>>()?;
+    Ok(model.with_values(values))
 }
 
 /// Opens a GGUF file: its keys and tensors, checked against its size.
@@ -176,62 +238,46 @@ pub fn read(path: &Path) -> Result<Gguf> {
 }
 
 /// The model inside a file that [`write()`] made, or another in the same layout, with its weights as f32. What was folded into the
-/// weights stays there: the configuration says `rope_interleave = true` and `latent_scale = false`, and YaRN's factor on cosines
-/// and sines is 1.
+/// weights of MLA stays there: the configuration says `rope_interleave = true` and `latent_scale = false`, and YaRN's factor on
+/// cosines and sines is 1.
 ///
 /// # Errors
 /// [`Error::File`] naming the key or the tensor that is missing, unexpected or of another shape.
 pub fn read_model(path: &Path, device: &Device) -> Result<CausalLm> {
     let file = Gguf::open(path)?;
     let refuse = |why: String| Error::file(path, why);
-    let config = deepseek2::config(file.metadata(), file.tensor("output.weight").is_none()).map_err(refuse)?;
-    let AttentionConfig::Mla(mla) = &config.attention else {
-        return Err(refuse("not a model with latent attention".into()));
-    };
+    let config = Architecture::config(&file).map_err(refuse)?;
+    let architecture = Architecture::named(&file, &config).ok_or_else(|| refuse("no architecture".into()))?;
     // A file has less than one layer per tensor: what it claims must not decide how much is planned.
     if config.num_hidden_layers > file.tensors().len() {
         return Err(refuse(format!("{} layers in {} tensors", config.num_hidden_layers, file.tensors().len())));
     }
-    let plans = plan(&config, mla);
-    let shapes: HashMap<&str, &[usize]> =
-        file.tensors().map(|info| (info.name.as_str(), info.shape.as_slice())).collect();
-    for Plan { name, shape, .. } in &plans {
-        match shapes.get(name.as_str()) {
-            Some(found) if found == shape => {}
-            Some(found) => return Err(refuse(format!("tensor {name} has the shape {found:?}, expected {shape:?}"))),
-            None => return Err(refuse(format!("tensor {name} is missing"))),
+    let plans = plan(&config, architecture);
+    check_tensors(&file, &plans).map_err(refuse)?;
+    let mut parts: HashMap<&str, Vec<(&str, Change)>> = HashMap::new();
+    for plan in &plans {
+        if let Some((parameter, change)) = plan.parameter() {
+            parts.entry(parameter).or_default().push((plan.name.as_str(), change));
         }
     }
-    let known: std::collections::HashSet<&str> = plans.iter().map(|plan| plan.name.as_str()).collect();
-    if let Some(info) = file.tensors().find(|info| !known.contains(info.name.as_str())) {
-        return Err(refuse(format!("tensor {} is not part of this model", info.name)));
-    }
     let missing = |name: &str| refuse(format!("tensor {name} is missing"));
+    let stored = |name: &str| file.values(name).ok_or_else(|| missing(name));
+    let values =
+        |Parameter { name, shape, .. }: &Parameter| match (parts.get(name.as_str()).map(Vec::as_slice), architecture) {
+            (Some([(keys, Change::Keys { .. }), (values, _)]), Architecture::Deepseek2(mla)) => {
+                Ok(join_kv_b(&stored(keys)?, &stored(values)?, mla))
+            }
+            (Some([(part, change)]), _) => Ok(undone(*change, stored(part)?, shape)),
+            _ => Err(missing(name)),
+        };
     let mut failure = None;
     let mut model = CausalLm::init(&config, 0, device);
-    let sources: HashMap<&str, &str> = plans.iter().map(|plan| (plan.source.as_str(), plan.name.as_str())).collect();
     model.update(|parameters| {
-        let value = |parameter: Parameter| {
-            let values = match parameter.name.strip_suffix("self_attn.kv_b_proj.weight") {
-                Some(layer) => {
-                    let layer = layer.replace("model.layers.", "blk.");
-                    let part = |name: &str| {
-                        let name = format!("{layer}{name}.weight");
-                        file.values(&name).ok_or_else(|| missing(&name))
-                    };
-                    part("attn_k_b").and_then(|keys| Ok(join_kv_b(&keys, &part("attn_v_b")?, mla)))
-                }
-                None => sources
-                    .get(parameter.name.as_str())
-                    .and_then(|name| file.values(name))
-                    .ok_or_else(|| missing(&parameter.name)),
-            };
-            match values {
-                Ok(values) => Tensor::from_data(TensorData::new(values, parameter.value.dims()), device),
-                Err(error) => {
-                    failure.get_or_insert(error);
-                    parameter.value
-                }
+        let value = |parameter: Parameter| match values(&parameter) {
+            Ok(values) => Tensor::from_data(TensorData::new(values, parameter.value.dims()), device),
+            Err(error) => {
+                failure.get_or_insert(error);
+                parameter.value
             }
         };
         parameters.into_iter().map(value).collect()
@@ -239,6 +285,31 @@ pub fn read_model(path: &Path, device: &Device) -> Result<CausalLm> {
     match failure {
         Some(failure) => Err(failure),
         None => Ok(model),
+    }
+}
+
+/// Whether a file has the planned tensors and no other, and what follows from its keys as it follows.
+fn check_tensors(file: &Gguf, plans: &[Plan]) -> std::result::Result<(), String> {
+    let shapes: HashMap<&str, &[usize]> =
+        file.tensors().map(|info| (info.name.as_str(), info.shape.as_slice())).collect();
+    for Plan { name, shape, origin } in plans {
+        match shapes.get(name.as_str()) {
+            Some(found) if found == shape => {}
+            Some(found) => {
+                return Err(format!("tensor {name} has the shape {found:?}, expected {shape:?}"));
+            }
+            None => return Err(format!("tensor {name} is missing")),
+        }
+        if let Origin::Given(values) = origin
+            && file.values(name).as_ref() != Some(values)
+        {
+            return Err(format!("tensor {name} is not what the keys under lowkey.rope. give"));
+        }
+    }
+    let known: HashSet<&str> = plans.iter().map(|plan| plan.name.as_str()).collect();
+    match file.tensors().find(|info| !known.contains(info.name.as_str())) {
+        Some(info) => Err(format!("tensor {} is not part of this model", printable(&info.name))),
+        None => Ok(()),
     }
 }
 

@@ -284,12 +284,14 @@ fn what_forbids_a_form_is_named() {
     }
     let folder = Folder::new();
     let source = source(&folder, &grouped(true, 4), 2);
-    for to in ["absorbed", "fused", "gguf"] {
+    for to in ["absorbed", "fused"] {
         let options = options(&source, folder.file(to), to, "f32");
         assert!(matches!(export(&source, &options, &device(), &mut |_| {}), Err(Error::Unsupported { .. })), "{to}");
     }
-    // A plain Hugging Face directory takes any attention that transformers knows.
+    // A plain Hugging Face directory takes any attention that transformers knows, and a GGUF most.
     exported(&source, &folder.file("hf"), "hf", "f32");
+    exported(&source, &folder.file("gguf"), "gguf", "f32");
+    assert_eq!(verdict(&folder.file("gguf"), Some(&source)).failures, [""; 0]);
     let partial = random_model(&grouped(false, 2), 1);
     assert!(canonical(&partial).unwrap_err().to_string().contains("partial_rotary_factor"));
     let none = random_model(&config_with(|_, m| m.qk_rope_head_dim = 0), 1);

@@ -1,5 +1,9 @@
 //! Typed values and the ordered list of keys that a GGUF file begins with.
 
+use std::collections::{HashMap, HashSet};
+
+use lowkey_files::printable;
+
 /// A metadata value. The number before each kind is its code in the file.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
@@ -115,6 +119,22 @@ impl Metadata {
         self.0.is_empty()
     }
 
+    /// A line for each key in which this differs from what was expected, and of a list the first differing element.
+    pub(super) fn differences(&self, expected: &Self) -> Vec<String> {
+        let mut lines = Vec::new();
+        let ours: HashMap<&str, &Value> = self.iter().collect();
+        for (key, value) in expected.iter() {
+            match ours.get(key) {
+                None => lines.push(format!("the key {key} is missing")),
+                Some(found) => lines.extend(found.difference(value).map(|how| format!("{key}{how}"))),
+            }
+        }
+        let theirs: HashSet<&str> = expected.iter().map(|(key, _)| key).collect();
+        let more = self.iter().filter(|(key, _)| !theirs.contains(key));
+        lines.extend(more.map(|(key, _)| format!("the key {} is none that its source gives", printable(key))));
+        lines
+    }
+
     /// From pairs that are known to have distinct keys.
     pub(super) fn from_distinct(pairs: Vec<(String, Value)>) -> Self {
         Self(pairs)
@@ -136,6 +156,43 @@ pub(super) mod code {
     pub(in super::super) const U64: u32 = 10;
     pub(in super::super) const I64: u32 = 11;
     pub(in super::super) const F64: u32 = 12;
+}
+
+impl Value {
+    /// How a value differs from what was expected; `None` where it does not.
+    fn difference(&self, expected: &Self) -> Option<String> {
+        macro_rules! lists {
+            ($($kind:ident),*) => {
+                match (self, expected) {
+                    $((Self::Array(Array::$kind(found)), Self::Array(Array::$kind(expected))) => {
+                        let at = found.iter().zip(expected).position(|(a, b)| a != b);
+                        Some(match at {
+                            Some(at) => {
+                                let (found, expected) = (shown(&found[at]), shown(&expected[at]));
+                                format!("[{at}] is {found}, its source gives {expected}")
+                            }
+                            None => format!(" has {} elements, its source gives {}", found.len(), expected.len()),
+                        })
+                    })*
+                    (Self::Array(_), _) | (_, Self::Array(_)) => Some(" is of another type than its source gives".into()),
+                    _ => Some(format!(" is {}, its source gives {}", shown(self), shown(expected))),
+                }
+            };
+        }
+        if self == expected {
+            return None;
+        }
+        lists!(U8, I8, U16, I16, U32, I32, F32, Bool, String, U64, I64, F64)
+    }
+}
+
+/// A value in at most a line; Debug formatting escapes what a terminal would act on.
+fn shown(value: &impl std::fmt::Debug) -> String {
+    let text = format!("{value:?}");
+    match text.char_indices().nth(100) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }
 
 macro_rules! into_value {

@@ -118,12 +118,12 @@ pub(super) fn pre_tokenizer(json: &Value, notes: &mut Vec<String>) -> Result<Pre
     Ok(pre)
 }
 
-fn kind(step: &Value) -> &str {
+pub(super) fn kind(step: &Value) -> &str {
     step.get("type").and_then(Value::as_str).unwrap_or_default()
 }
 
 /// The steps of a component that may be a sequence of them; none for null.
-fn flatten<'a>(step: &'a Value, parts: &str) -> Vec<&'a Value> {
+pub(super) fn flatten<'a>(step: &'a Value, parts: &str) -> Vec<&'a Value> {
     match step {
         Value::Null => Vec::new(),
         step if kind(step) == "Sequence" => step

@@ -118,6 +118,7 @@ impl Layout {
             headers.push(header);
         }
         let start = padded(cursor.at, alignment);
+        check_padding(bytes, cursor.at..start)?;
         let mut end = start;
         let mut tensors = Vec::with_capacity(headers.len());
         for (info, size, offset) in headers {
@@ -130,12 +131,21 @@ impl Layout {
             })?;
             tensors.push((info, end..last));
             end = padded(last, alignment);
+            check_padding(bytes, last..end)?;
         }
         if end != bytes.len() {
             let found = bytes.len();
             return Err(format!("the tensors end at byte {end}, but the file has {found} bytes; copy it again"));
         }
         Ok(Self { metadata, tensors })
+    }
+}
+
+/// What fills a gap is zero, where the file has it at all: that it ends too early is said otherwise.
+fn check_padding(bytes: &[u8], gap: std::ops::Range<usize>) -> std::result::Result<(), String> {
+    match bytes.get(gap.clone()).into_iter().flatten().position(|byte| *byte != 0) {
+        Some(at) => Err(format!("byte {} fills a gap and is not zero: the file is damaged", gap.start + at)),
+        None => Ok(()),
     }
 }
 

@@ -1,9 +1,12 @@
 //! What the tests of this module share: small models in which no value is the initial one.
 
 mod container;
+mod grouped;
+mod header;
 mod models;
 mod quantised;
 mod reference;
+mod sentence_piece;
 mod tokenizers;
 
 use std::path::PathBuf;

@@ -1,7 +1,8 @@
 //! A tokenizer in the keys `tokenizer.ggml.*`.
 //!
-//! Everything is written as llama.cpp's kind `gpt2`: byte-level BPE, in which each byte of a text is first written as one
-//! character. What then holds in llama.cpp, for prompts that are valid UTF-8:
+//! Byte-level vocabularies are written as llama.cpp's kind `gpt2`, in which each byte of a text is first written as one character;
+//! those in SentencePiece's manner (`▁` for a space, `<0x0A>` for a byte) as its kind `llama`, see [`super::sentence_piece`]. What
+//! then holds in llama.cpp, for prompts that are valid UTF-8:
 //!
 //! * **bytes** – tokens are the 256 characters, with no merge: the same ids as here.
 //! * **BPE** – the vocabulary, the merges and the name of the pre-tokenizer's pattern: the same ids as here. A pattern that
@@ -19,6 +20,7 @@ use serde_json::Value;
 
 use super::metadata::Metadata;
 use super::pre_tokenizer::{Pre, pre_tokenizer, unsupported};
+use super::sentence_piece;
 use crate::error::Result;
 
 /// `llama_token_type`
@@ -29,11 +31,11 @@ const UNUSED: i32 = 5;
 
 /// A vocabulary in llama.cpp's terms.
 #[derive(Default)]
-struct Vocabulary {
+pub(super) struct Vocabulary {
     /// By id: spelling and type.
-    tokens: Vec<Option<(String, i32)>>,
+    pub(super) tokens: Vec<Option<(String, i32)>>,
     /// `left right`, the first to apply first.
-    merges: Vec<String>,
+    pub(super) merges: Vec<String>,
 }
 
 /// Writes the keys of `tokenizer` for a model of the given configuration, and appends to `notes` what a user should know.
@@ -56,21 +58,27 @@ pub(super) fn embed(
             tokenizer.vocab_size()
         )));
     }
+    let pieces = json.pointer("/model/byte_fallback").and_then(Value::as_bool) == Some(true);
     let (pre, vocabulary) = match tokenizer.name() {
-        "chars" => (Pre::Gpt2, characters(tokenizer)),
+        "chars" => (Pre::Gpt2.name(), characters(tokenizer)),
+        "bpe" if pieces => {
+            check_model(&json)?;
+            let vocabulary = vocabulary(tokenizer, &json, rows)?;
+            (sentence_piece::PRE, sentence_piece::embed(vocabulary, &json, rows, out, notes)?)
+        }
         "bytes" | "bpe" => {
             check_model(&json)?;
-            (pre_tokenizer(&json, notes)?, byte_level(tokenizer, &json, rows)?)
+            (pre_tokenizer(&json, notes)?.name(), vocabulary(tokenizer, &json, rows)?)
         }
         other => {
             return Err(unsupported(format!(
-                "its tokenizer is of the kind {other}, and only byte-level BPE is embedded; use --to hf, or export without a \
+                "its tokenizer is of the kind {other}, and only BPE is embedded; use --to hf, or export without a \
                  tokenizer"
             )));
         }
     };
-    out.set("tokenizer.ggml.model", "gpt2");
-    out.set("tokenizer.ggml.pre", pre.name());
+    out.set("tokenizer.ggml.model", if pieces { "llama" } else { "gpt2" });
+    out.set("tokenizer.ggml.pre", pre);
     let (mut texts, mut types, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
     let mut tokens = vocabulary.tokens;
     tokens.resize(rows, None);
@@ -91,7 +99,9 @@ pub(super) fn embed(
     }
     out.set("tokenizer.ggml.tokens", texts);
     out.set("tokenizer.ggml.token_type", types);
-    out.set("tokenizer.ggml.merges", vocabulary.merges);
+    if !pieces {
+        out.set("tokenizer.ggml.merges", vocabulary.merges);
+    }
     special_tokens(tokenizer, config, out, notes)?;
     if let Some(template) = chat_template(tokenizer) {
         out.set("tokenizer.chat_template", template);
@@ -129,10 +139,10 @@ fn check_model(json: &Value) -> Result<()> {
         Some(Value::Number(number)) => number.as_f64() == Some(0.0),
         Some(_) => false,
     };
-    for key in ["dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"] {
+    for key in ["dropout", "continuing_subword_prefix", "end_of_word_suffix"] {
         if !plain(model.get(key)) {
             return Err(unsupported(format!(
-                "its tokenizer.json has model.{key} = {}, which is not byte-level BPE; use --to hf, or export without a tokenizer",
+                "its tokenizer.json has model.{key} = {}, which llama.cpp does not have; use --to hf, or export without a tokenizer",
                 model.get(key).unwrap_or(&Value::Null)
             )));
         }
@@ -140,8 +150,8 @@ fn check_model(json: &Value) -> Result<()> {
     Ok(())
 }
 
-/// Vocabulary, added tokens and merges of a byte-level `tokenizer.json`.
-fn byte_level(tokenizer: &Tokenizer, json: &Value, rows: usize) -> Result<Vocabulary> {
+/// Vocabulary, added tokens and merges of a `tokenizer.json`.
+fn vocabulary(tokenizer: &Tokenizer, json: &Value, rows: usize) -> Result<Vocabulary> {
     let malformed = |what: &str| unsupported(format!("its tokenizer.json has no usable {what}"));
     let mut vocabulary = Vocabulary::default();
     let mut place = |id: Option<u64>, text: &str, kind: i32| -> Result<()> {
@@ -175,7 +185,7 @@ fn byte_level(tokenizer: &Tokenizer, json: &Value, rows: usize) -> Result<Vocabu
             },
             _ => None,
         };
-        // Byte-level texts hold no space, so that the one between the two is the only one.
+        // No token that is merged holds a space, so that the one between the two is the only one.
         vocabulary
             .merges
             .push(text.filter(|text| text.matches(' ').count() == 1).ok_or_else(|| malformed("model.merges"))?);

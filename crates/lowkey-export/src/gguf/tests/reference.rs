@@ -29,6 +29,6 @@ fn reference_checkpoints_compute_the_same_or_are_refused() {
         }
     }
     refused.sort();
-    assert_eq!(refused, ["src_llama_gqa", "src_qwen2_bias", "src_qwen3_gqa", "v3_attn_bias", "v3_eps"]);
-    assert!(same.len() >= 9, "{same:?}");
+    assert_eq!(refused, ["v3_attn_bias", "v3_eps"]);
+    assert!(same.len() >= 12, "{same:?}");
 }

@@ -13,21 +13,21 @@ const SAMPLES: [&str; 4] = [
 ];
 
 /// What is embedded for a model with this many rows, and the notes.
-fn embedded(tokenizer: &Tokenizer, rows: usize) -> Result<(Metadata, Vec<String>)> {
+pub(super) fn embedded(tokenizer: &Tokenizer, rows: usize) -> Result<(Metadata, Vec<String>)> {
     let config = config_with(|c, _| (c.vocab_size, c.bos_token_id, c.eos_token_id) = (rows, None, Vec::new()));
     let (mut metadata, mut notes) = (Metadata::default(), Vec::new());
     tokenizer::embed(tokenizer, &config, &mut metadata, &mut notes)?;
     Ok((metadata, notes))
 }
 
-fn texts(metadata: &Metadata, key: &str) -> Vec<String> {
+pub(super) fn texts(metadata: &Metadata, key: &str) -> Vec<String> {
     match metadata.get(key) {
         Some(Value::Array(Array::String(texts))) => texts.clone(),
         other => panic!("{key}: {other:?}"),
     }
 }
 
-fn types(metadata: &Metadata) -> Vec<i32> {
+pub(super) fn types(metadata: &Metadata) -> Vec<i32> {
     match metadata.get("tokenizer.ggml.token_type") {
         Some(Value::Array(Array::I32(types))) => types.clone(),
         other => panic!("{other:?}"),
