@@ -47,7 +47,8 @@ pub struct DatasetConfig {
     pub origin: PathBuf,
 }
 
-/// Where text comes from. Text and JSONL files are decompressed by the extensions `.gz` and `.zst`.
+/// Where text comes from. Text and JSONL files are decompressed by the endings `.gz` and `.zst`, in any case. A file may have any
+/// size; a JSONL line, and a text in a Parquet file, have at most 256 MiB.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Source {
@@ -80,7 +81,7 @@ pub enum Source {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         url: Option<String>,
     },
-    /// One JSON object a line.
+    /// One JSON object a line; where the text is null there is no document.
     Jsonl {
         /// Files or glob patterns.
         paths: Vec<String>,
@@ -88,7 +89,7 @@ pub enum Source {
         #[serde(default = "text_field")]
         field: String,
     },
-    /// One row a document.
+    /// One row a document; where the text is null there is none.
     Parquet {
         /// Files or glob patterns.
         paths: Vec<String>,
