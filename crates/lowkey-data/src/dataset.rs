@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::documents::{self, Format};
 use crate::error::{Error, Result};
+use crate::hub::{check_file, check_repo, check_revision};
 use crate::tasks::Task;
 use crate::tokenizer::Tokenizer;
 
@@ -33,6 +34,10 @@ pub struct DatasetConfig {
     /// How it becomes tokens.
     #[serde(default)]
     pub tokenizer: TokenizerConfig,
+    /// Whether documents get the special tokens that the tokenizer puts around a text, such as `<s>`; absent: they do, unless
+    /// the tokenizer comes from a model that was trained without. Tokenizers built from the text have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub add_special_tokens: Option<bool>,
     /// What is held out for validation. A storybook and a task have validation examples of their own and take no split.
     #[serde(default)]
     pub split: Split,
@@ -249,6 +254,7 @@ impl DatasetConfig {
             license: String::new(),
             source: Source::Text { paths: vec![text.to_owned()], separator: None, url: None },
             tokenizer: TokenizerConfig::default(),
+            add_special_tokens: None,
             split: Split::default(),
             sha256: BTreeMap::new(),
             base: PathBuf::new(),
@@ -262,12 +268,19 @@ impl DatasetConfig {
         Self { tokenizer, ..self }
     }
 
-    /// Where the tokens of this dataset lie: beside its file, in a folder for each tokenizer that is not its own.
+    /// Where the tokens of this dataset lie: beside its file, in a folder for each tokenizer that is not its own, and for tokens
+    /// without the special ones around a text.
     pub fn prepared_dir(&self, tokenizer: Option<&Tokenizer>) -> PathBuf {
-        let name = match tokenizer {
-            Some(own) => format!("{}-{}", self.name, own.fingerprint().chars().take(8).collect::<String>()),
-            None => self.name.clone(),
+        let (mut name, plain) = match tokenizer {
+            Some(own) => (
+                format!("{}-{}", self.name, own.fingerprint().chars().take(8).collect::<String>()),
+                own.omits_special_tokens(),
+            ),
+            None => (self.name.clone(), self.add_special_tokens == Some(false)),
         };
+        if plain {
+            name += "-plain";
+        }
         // A text file that is a dataset by itself has paths from the current folder.
         let base =
             if self.base.as_os_str().is_empty() { self.origin.parent().unwrap_or(&self.base) } else { &self.base };
@@ -348,16 +361,14 @@ impl DatasetConfig {
                     return refuse("source.paths is empty: name at least one file or pattern".to_owned());
                 }
             }
-            Source::Hub { repo, files, format, field, separator, .. } => {
-                let part = |part: &str| !part.is_empty() && part != "." && part != "..";
-                if !repo.split('/').all(part) || repo.split('/').count() > 2 {
-                    return refuse(format!("source.repo = {repo:?} is not of the form owner/name"));
-                }
+            Source::Hub { repo, revision, files, format, field, separator } => {
+                check_repo(repo).or_else(|why| refuse(format!("source.repo = {why}")))?;
+                check_revision(revision).or_else(|why| refuse(format!("source.revision = {why}")))?;
                 if files.is_empty() {
                     return refuse("source.files is empty: name at least one file of the repository".to_owned());
                 }
-                if let Some(file) = files.iter().find(|file| !file.split('/').all(part)) {
-                    return refuse(format!("source.files: {file:?} is not a path inside the repository"));
+                for file in files {
+                    check_file(file).or_else(|why| refuse(format!("source.files: {why}")))?;
                 }
                 if *format == HubFormat::Text && field.is_some() {
                     return refuse("source.field has no meaning for format = \"text\": remove it".to_owned());

@@ -137,6 +137,14 @@ pub enum Error {
         /// Checksum of those that would take their place.
         found: String,
     },
+    /// A JSON file of a model directory does not parse, or a key's value cannot be used.
+    #[error("{}: {message}", path.display())]
+    Model {
+        /// The file.
+        path: PathBuf,
+        /// The key, what is wrong with it and how to mend it.
+        message: String,
+    },
     /// A file could not be fetched from the hub.
     #[error("hub dataset {repo}, file {file}, revision {revision}, from {endpoint}: {message}")]
     Hub {

@@ -18,7 +18,8 @@
 //! * [`Sampler`] is a pure function from (seed, step) to a [`Batch`]: a resumed run needs no sampler state.
 //!   [`validation_batches`] walks a held-out shard once, in order, with every target exactly once.
 //! * [`Tokenizer`] covers a built-in byte vocabulary, character vocabularies, byte-level BPE trained here, and any
-//!   Hugging Face `tokenizer.json`; [`TextStream`] turns ids back into text one at a time.
+//!   Hugging Face `tokenizer.json`; [`TextStream`] turns ids back into text one at a time. [`Generation`] is what a model's
+//!   files say about generating with it, above all which tokens end a text.
 //! * [`tasks`] are procedural examples that each ask for one ability, of tokens or of real vectors; they are made while a
 //!   run goes and have no shard.
 //! * [`storybook`] is a procedural corpus of known entropy, and [`oracle_documents`] gives its true log-probability
@@ -34,6 +35,7 @@
 mod dataset;
 mod documents;
 mod error;
+mod generation;
 mod hub;
 mod oracle;
 mod prepare;
@@ -45,7 +47,8 @@ mod tokenizer;
 
 pub use dataset::{DatasetConfig, HubFormat, Source, Split, SplitBy, TokenizerConfig};
 pub use error::{Error, Result};
-pub use hub::HubConfig;
+pub use generation::Generation;
+pub use hub::{HubConfig, Patience};
 pub use oracle::{OracleDocument, oracle_documents};
 pub use prepare::{
     Expected, Manifest, Observer, Prepared, Progress, SourceFile, SplitSummary, open, prepare, prepare_expecting,

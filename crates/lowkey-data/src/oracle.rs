@@ -63,12 +63,18 @@ pub fn oracle_documents(
         if at != story.text.len() {
             return Ok(None);
         }
-        if let (Some(eos), Some(log_prob), Some(class)) =
-            (tokenizer.eos_id(), story.log_probs.get(at), story.classes.get(at))
-        {
-            ids.push(eos);
-            log_probs.push(*log_prob);
+        let (Some(ended), Some(class)) = (story.log_probs.get(at), story.classes.get(at)) else { return Ok(None) };
+        // Tokens that always stand around a text are certain; its end comes with the first of those after it.
+        for (i, id) in tokenizer.text_end().into_iter().enumerate() {
+            ids.push(id);
+            log_probs.push(if i == 0 { *ended } else { 0.0 });
             classes.push(*class);
+        }
+        if let Some(first) = classes.first().copied() {
+            let start = tokenizer.text_start();
+            ids.splice(0..0, start.iter().copied());
+            log_probs.splice(0..0, vec![0.0; start.len()]);
+            classes.splice(0..0, vec![first; start.len()]);
         }
         documents.push(OracleDocument { ids, log_probs, classes });
     }

@@ -65,6 +65,9 @@ pub struct Manifest {
     pub vocab_size: usize,
     /// The id that ends a document.
     pub eos_id: Option<u32>,
+    /// Whether documents have special tokens around them ([`Tokenizer::adds_special_tokens`]).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub special_tokens: bool,
     /// The training split.
     pub train: SplitSummary,
     /// The held-out split.
@@ -219,21 +222,30 @@ fn prepare_from(
         }
         (TokenizerConfig::Chars | TokenizerConfig::Bpe { .. }, None) => None,
     };
+    // From here on it is known whether documents have special tokens: what is trained on these tokens records it.
+    let given = given.map(|tokenizer| {
+        let add = config.add_special_tokens.or(Some(!tokenizer.omits_special_tokens()));
+        tokenizer.with_special_tokens(add)
+    });
     let fingerprint = fingerprint(config, &files, given.as_ref());
     // What does not open is damaged, and is made again.
-    let ready = || {
-        let same = read_manifest(out).is_ok_and(|manifest| manifest.fingerprint == fingerprint);
-        same.then(|| open(out).ok()).flatten()
-    };
-    if let Some(prepared) = ready() {
+    let ready = || -> Result<Option<Prepared>> {
+        if !read_manifest(out).is_ok_and(|manifest| manifest.fingerprint == fingerprint) {
+            return Ok(None);
+        }
+        let Ok(prepared) = open(out) else { return Ok(None) };
         compare(out, expected, &prepared.manifest.train, &prepared.manifest.validation)?;
+        // The same ids, but perhaps another chat template beside them.
+        let tokenizer = given.clone().unwrap_or_else(|| prepared.tokenizer.clone());
+        Ok(Some(Prepared { tokenizer, ..prepared }))
+    };
+    if let Some(prepared) = ready()? {
         return Ok(prepared);
     }
 
     let staging = folder::begin(out, watch)?;
     // Whoever held the lock before may have made the very folder.
-    if let Some(prepared) = ready() {
-        compare(out, expected, &prepared.manifest.train, &prepared.manifest.validation)?;
+    if let Some(prepared) = ready()? {
         return Ok(prepared);
     }
     let corpus = Corpus::new(config, &files, watch)?;
@@ -252,6 +264,7 @@ fn prepare_from(
         tokenizer_sha256: tokenizer.fingerprint(),
         vocab_size: tokenizer.vocab_size(),
         eos_id: tokenizer.eos_id(),
+        special_tokens: tokenizer.adds_special_tokens(),
         train: summary(&Shard::open(&train)?),
         validation: summary(&Shard::open(&validation)?),
         files,
@@ -259,7 +272,7 @@ fn prepare_from(
     compare(out, expected, &manifest.train, &manifest.validation)?;
     lowkey_files::write_json(&staging.dir().join(folder::MANIFEST), &manifest)?;
     folder::commit(staging)?;
-    open(out)
+    Ok(Prepared { tokenizer, ..open(out)? })
 }
 
 /// Refuses tokens that are not those expected.
@@ -279,7 +292,7 @@ fn compare(out: &Path, expected: Option<&Expected>, train: &SplitSummary, valida
 /// Opens a folder that [`prepare`] made, and checks that its parts belong together.
 pub fn open(dir: &Path) -> Result<Prepared> {
     let manifest = read_manifest(dir)?;
-    let tokenizer = Tokenizer::from_model_dir(dir)?;
+    let tokenizer = Tokenizer::from_model_dir(dir)?.with_special_tokens(Some(manifest.special_tokens));
     let part = |name: &str, expected: &SplitSummary| {
         let shard = Shard::open(&dir.join(name))?;
         if summary(&shard) != *expected || shard.vocab_size() != manifest.vocab_size {
@@ -374,7 +387,12 @@ fn hash_file(path: &Path, each: &mut dyn FnMut() -> Result<()>) -> Result<(u64, 
 /// Hash of all that decides the tokens. A tokenizer built from the text is decided by its settings and the text.
 fn fingerprint(config: &DatasetConfig, files: &[SourceFile], tokenizer: Option<&Tokenizer>) -> String {
     let tokenizer = match tokenizer {
-        Some(tokenizer) => format!("{} {:?}", tokenizer.fingerprint(), tokenizer.eos_id()),
+        Some(tokenizer) => {
+            let (start, end) = (tokenizer.text_start(), tokenizer.text_end());
+            let plain = start.is_empty() && end.iter().eq(&tokenizer.eos_id());
+            let around = if plain { String::new() } else { format!(" {start:?} {end:?}") };
+            format!("{} {:?}{around}", tokenizer.fingerprint(), tokenizer.eos_id())
+        }
         None => match config.tokenizer {
             TokenizerConfig::Bpe { .. } => format!("{:?} {BPE_FORMAT}", config.tokenizer),
             _ => format!("{:?}", config.tokenizer),

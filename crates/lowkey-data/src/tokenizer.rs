@@ -5,6 +5,7 @@
 //! a `tokenizer.json` that transformers loads to the same ids, and are recognised when such a file is read back.
 
 mod build;
+mod special;
 mod stream;
 mod vet;
 mod words;
@@ -23,6 +24,7 @@ use tokenizers::tokenizer::Tokenizer as HfTokenizer;
 use crate::documents;
 use crate::error::{Error, Result};
 pub use build::byte_character;
+use special::{Around, RECORD, named};
 pub use stream::TextStream;
 pub(crate) use words::WordCounts;
 
@@ -50,6 +52,9 @@ pub struct Tokenizer {
     companions: Arc<[(String, String)]>,
     vocabulary: Arc<Vocabulary>,
     eos: Option<u32>,
+    around: Around,
+    /// Whether `around` is added; where nobody has said, it is.
+    special: Option<bool>,
 }
 
 #[derive(Clone)]
@@ -152,7 +157,7 @@ impl Tokenizer {
             }
         }
         tokenizer.companions = companions.into();
-        for name in ["tokenizer_config.json", "generation_config.json", "config.json"] {
+        for name in [COMPANIONS[0], "generation_config.json", "config.json"] {
             let path = dir.join(name);
             if !path.is_file() {
                 continue;
@@ -160,6 +165,11 @@ impl Tokenizer {
             let text = read_text(&path)?;
             let config: Value = serde_json::from_str(&text)
                 .map_err(|e| Error::tokenizer(path.display().to_string(), format!("not valid JSON: {e}")))?;
+            if name == COMPANIONS[0] {
+                let id = |key: &str| named(&config, key).and_then(|token| tokenizer.token_to_id(token));
+                tokenizer.around = tokenizer.around.clone().configured(&config, id);
+                tokenizer.special = config.get(RECORD).and_then(Value::as_bool);
+            }
             if let Some(id) = tokenizer.declared_eos(&config) {
                 tokenizer.eos = Some(id);
                 break;
@@ -170,12 +180,7 @@ impl Tokenizer {
 
     /// The end-of-document id that a configuration names, if this vocabulary has it.
     fn declared_eos(&self, config: &Value) -> Option<u32> {
-        let token = match config.get("eos_token") {
-            Some(Value::String(token)) => Some(token.as_str()),
-            Some(Value::Object(token)) => token.get("content").and_then(Value::as_str),
-            _ => None,
-        };
-        if let Some(id) = token.and_then(|token| self.token_to_id(token)) {
+        if let Some(id) = named(config, "eos_token").and_then(|token| self.token_to_id(token)) {
             return Some(id);
         }
         let id = match config.get("eos_token_id")? {
@@ -203,7 +208,8 @@ impl Tokenizer {
         // Some files carry the truncation and padding of the run that saved them. A corpus must not be cut by them.
         hf.with_padding(None);
         hf.with_truncation(None).map_err(|e| Error::tokenizer(origin, e))?;
-        // It would place special tokens, which is not asked of it here, and it can repeat a text as often as it likes.
+        let around = guarded(origin, || Around::of_post_processor(&hf))?;
+        // Where its tokens stand is decided here and not text by text: a corpus is encoded in parts, a prompt has no end.
         hf.with_post_processor(None::<PostProcessorWrapper>);
         let (tokens, bytewise) = build::entries(&hf).map_err(|e| Error::tokenizer(origin, e))?;
         let added = hf.get_added_tokens_decoder();
@@ -212,16 +218,71 @@ impl Tokenizer {
             added.get(&id).is_some_and(|token| token.special).then_some(id)
         });
         let pair = HfPair { special: hf, ordinary: OnceLock::new(), growth };
-        Ok(Self::assemble(Model::Hf(Arc::new(pair)), json, tokens, bytewise, eos))
+        Ok(Self { around, ..Self::assemble(Model::Hf(Arc::new(pair)), json, tokens, bytewise, eos) })
     }
 
     fn assemble(model: Model, json: String, tokens: Vec<Entry>, bytewise: bool, eos: Option<u32>) -> Self {
         let vocabulary = Arc::new(Vocabulary { tokens, bytewise });
-        Self { model, json: json.into(), companions: Arc::new([]), vocabulary, eos }
+        let (companions, around) = (Arc::new([]), Around::default());
+        Self { model, json: json.into(), companions, vocabulary, eos, around, special: None }
+    }
+
+    /// The same tokenizer, with the special tokens that belong around a text (`<s>` before it, say) or without; `None` leaves
+    /// it as it is, which is with them unless its model was trained without.
+    #[must_use]
+    pub fn with_special_tokens(mut self, add: Option<bool>) -> Self {
+        self.special = add.or(self.special);
+        self
+    }
+
+    /// Whether it puts special tokens around a text.
+    pub fn adds_special_tokens(&self) -> bool {
+        !self.around.is_empty() && self.special != Some(false)
+    }
+
+    /// Whether it could, and was told not to.
+    pub fn omits_special_tokens(&self) -> bool {
+        !self.around.is_empty() && self.special == Some(false)
+    }
+
+    /// Whether it adds special tokens only because its own files say so, and not because its model is known to have been
+    /// trained with them.
+    pub fn special_tokens_are_assumed(&self) -> bool {
+        !self.around.is_empty() && self.special.is_none()
+    }
+
+    /// What every text begins with: a token such as `<s>`, or nothing.
+    pub fn text_start(&self) -> &[u32] {
+        if self.special == Some(false) { &[] } else { &self.around.before }
+    }
+
+    /// What the tokenizer puts after a text. Documents end with it, prompts do not: it would stand before their continuation.
+    pub fn after_text(&self) -> &[u32] {
+        if self.special == Some(false) { &[] } else { &self.around.after }
+    }
+
+    /// What ends a whole document: [`Tokenizer::after_text`], and the end-of-document token if it is not the last of it already.
+    pub fn text_end(&self) -> Vec<u32> {
+        let mut end = self.after_text().to_vec();
+        if end.last() != self.eos.as_ref() {
+            end.extend(self.eos);
+        }
+        end
+    }
+
+    /// Token ids of a text that is to be continued: [`Tokenizer::text_start`], then [`Tokenizer::encode`]. A prompt that spells
+    /// its beginning out, as rendered chat templates do, is not given a second one, which no model has seen.
+    ///
+    /// What the tokenizer puts after a text is left out, although transformers adds it here, too: it would stand between the
+    /// prompt and its continuation, and a model goes on after an end with another text.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.encode(text)?;
+        let start = self.text_start();
+        Ok(if ids.starts_with(start) { ids } else { [start, &ids].concat() })
     }
 
     /// Token ids of `text`. No token is added, and a special token spelled out in the text becomes its id, as in
-    /// transformers: this is for prompts and rendered chat templates.
+    /// transformers without special tokens: this is for a part of a text. [`Tokenizer::encode_prompt`] is for a prompt.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         if let Model::Hf(pair) = &self.model {
             return self.run(pair, &pair.special, text);
@@ -308,11 +369,21 @@ impl Tokenizer {
             && !self.vocabulary.bytewise
         {
             let known = |id: &u32| !matches!(self.vocabulary.get(*id), Entry::Unused);
-            let mut text = String::new();
+            // Some decoders fail on a text of no token, which special ones alone are.
+            let join = |ids: &[u32]| match ids.iter().all(|id| matches!(self.vocabulary.get(*id), Entry::Special)) {
+                true => Ok(String::new()),
+                false => guarded(self.name(), || pair.special.decode(ids, true)),
+            };
+            let (mut text, mut seen) = (String::new(), Vec::new());
             for chunk in ids.chunk_by(|a, b| known(a) && known(b)) {
                 if chunk.first().is_some_and(known) {
-                    let part = guarded(self.name(), || pair.special.decode(chunk, true))?;
-                    text.push_str(&part);
+                    // Most decoders have a rule for the first token of a text, which is not that of a chunk.
+                    let before = join(&seen)?;
+                    seen.extend_from_slice(chunk);
+                    match join(&seen)?.strip_prefix(&before) {
+                        Some(part) => text.push_str(part),
+                        None => text.push_str(&join(chunk)?),
+                    }
                 } else {
                     text.push(char::REPLACEMENT_CHARACTER);
                 }
@@ -322,6 +393,16 @@ impl Tokenizer {
         let mut bytes = Vec::with_capacity(ids.len());
         ids.iter().for_each(|&id| self.vocabulary.append(id, &mut bytes));
         Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Text of `ids` where they go on from `before`: what is appended to the text of `before`, space and all.
+    pub fn decode_after(&self, before: &[u32], ids: &[u32]) -> Result<String> {
+        let mut stream = self.stream(before);
+        let mut text = String::new();
+        for &id in ids {
+            text.push_str(&stream.push(id)?);
+        }
+        Ok(text + &stream.finish()?)
     }
 
     /// For every id the number of text bytes that it stands for; special tokens count 0.
@@ -389,14 +470,16 @@ impl Tokenizer {
         write_atomically(&dir.join(COMPANIONS[0]), self.config_json()?.as_bytes())
     }
 
-    /// `tokenizer_config.json`: the one that came with the tokenizer, if it names our end-of-document token, else one
-    /// made to name it. It may have been declared in a file that is not saved here.
+    /// `tokenizer_config.json`: the one that came with the tokenizer, if it names our end-of-document token and says whether
+    /// documents had special tokens around them (where it can have any, and this is known), else one made to say so.
     fn config_json(&self) -> Result<String> {
+        let record = if self.around.is_empty() { None } else { self.special };
         let given = self.companions.iter().find(|(name, _)| name == COMPANIONS[0]);
         let mut config = match given {
             Some((_, text)) => {
                 let config: Value = serde_json::from_str(text).map_err(|e| Error::tokenizer(COMPANIONS[0], e))?;
-                if self.eos.is_none() || self.declared_eos(&config) == self.eos {
+                let recorded = record.is_none() || config.get(RECORD).and_then(Value::as_bool) == record;
+                if recorded && (self.eos.is_none() || self.declared_eos(&config) == self.eos) {
                     return Ok(text.clone());
                 }
                 config
@@ -412,6 +495,13 @@ impl Tokenizer {
         };
         if let (Some(eos), Some(config)) = (eos, config.as_object_mut()) {
             config.insert("eos_token".to_owned(), Value::String(eos));
+        }
+        if let (Some(record), Some(config)) = (record, config.as_object_mut()) {
+            config.insert(RECORD.to_owned(), Value::Bool(record));
+            for key in ["add_bos_token", "add_eos_token"].into_iter().filter(|_| !record) {
+                // For transformers, which knows no such record.
+                config.insert(key.to_owned(), Value::Bool(false));
+            }
         }
         Ok(build::pretty(&config))
     }
@@ -432,9 +522,9 @@ impl Tokenizer {
         self.companions.iter().find(|(known, _)| known == name).map(|(_, text)| text.as_str())
     }
 
-    /// An incremental detokenizer.
-    pub fn stream(&self) -> TextStream {
-        TextStream::new(self.clone())
+    /// An incremental detokenizer of what comes after `before`.
+    pub fn stream(&self, before: &[u32]) -> TextStream {
+        TextStream::new(self.clone(), before)
     }
 }
 
@@ -481,7 +571,7 @@ fn guarded<T, E: fmt::Display>(origin: &str, run: impl FnOnce() -> std::result::
 const LARGEST_FILE: u64 = 1 << 30;
 
 /// The text of a regular file.
-fn read_text(path: &Path) -> Result<String> {
+pub(crate) fn read_text(path: &Path) -> Result<String> {
     Ok(lowkey_files::read_text(path, LARGEST_FILE)?)
 }
 

@@ -113,7 +113,7 @@ fn write(source: &Source, options: &Options, plan: &[LayerPlan], dir: &Path) -> 
     }
     let model = canonical(&source.model)?;
     let dtype = target.weight_dtype()?;
-    hf::write(dir, &model, tokenizer, &source.dir, dtype, *max_shard_bytes)?;
+    hf::write(dir, &model, tokenizer, &source.generation, dtype, *max_shard_bytes)?;
     files::write_file(&dir.join("README.md"), card::card(source, &model, target).as_bytes())?;
     match target.to {
         Layout::Absorbed => {

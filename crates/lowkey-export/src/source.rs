@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
-use lowkey_data::Tokenizer;
+use lowkey_data::{Generation, Tokenizer};
 use lowkey_model::{Attention, AttentionConfig, CausalLm, Family, weight_files};
 
 use crate::error::{Error, Result};
@@ -30,6 +30,8 @@ pub struct Source {
     pub model: CausalLm,
     /// Its tokenizer, where it has one.
     pub tokenizer: Option<Tokenizer>,
+    /// How it is to generate, as its files say.
+    pub generation: Generation,
     /// The files that the model was read from, with their hashes.
     pub files: Vec<FileHash>,
 }
@@ -40,16 +42,19 @@ impl Source {
     /// # Errors
     /// [`Error::Model`] and [`Error::Data`] from its readers, [`Error::Io`] where a file cannot be hashed.
     pub fn open(dir: &Path, device: &Device) -> Result<Self> {
-        let model = CausalLm::load(dir, device)?;
+        let mut model = CausalLm::load(dir, device)?;
         let tokenizer = match dir.join("tokenizer.json").is_file() {
             true => Some(Tokenizer::from_model_dir(dir)?),
             false => None,
         };
+        let generation = Generation::from_model_dir(dir, tokenizer.as_ref())?;
+        // Whatever is made of it is to stop where it does.
+        model.config.eos_token_id.clone_from(&generation.ends);
         let described = DESCRIPTIONS.iter().map(|name| dir.join(name)).filter(|path| path.is_file());
         let index = Some(dir.join("model.safetensors.index.json")).filter(|path| path.is_file());
         let paths = described.chain(index).chain(weight_files(dir)?);
         let files = paths.map(|path| files::hash(&path)).collect::<Result<_>>()?;
-        Ok(Self { dir: dir.to_path_buf(), model, tokenizer, files })
+        Ok(Self { dir: dir.to_path_buf(), model, tokenizer, generation, files })
     }
 }
 

@@ -344,3 +344,27 @@ fn damage_is_no_perfection() {
     let model = random_model(&config_with(|_, _| {}), 1);
     assert_eq!(model.forward(ids_tensor(&[1, 2], 1, 2, &device())).dims(), [1, 2, 29]);
 }
+
+#[test]
+fn an_export_ends_at_every_token_that_its_source_ends_at() {
+    let folder = Folder::new();
+    let dir = folder.file("model");
+    let config = config_with(|c, _| (c.vocab_size, c.eos_token_id) = (257, vec![7]));
+    random_model(&config, 3).save(&dir, WeightDtype::F32, usize::MAX).unwrap();
+    lowkey_data::Tokenizer::bytes().save(&dir).unwrap();
+    let settings = r#"{"eos_token_id": [46, 7], "temperature": 0.6, "pad_token_id": 2}"#;
+    fs::write(dir.join("generation_config.json"), settings).unwrap();
+    let source = Source::open(&dir, &device()).unwrap();
+    // The tokenizer's own comes first, as in llama.cpp's converter.
+    assert_eq!(source.model.config.eos_token_id, [256, 7, 46]);
+    exported(&source, &folder.file("gguf"), "gguf", "f32");
+    let file = gguf::read(&folder.file("gguf/model.gguf")).unwrap();
+    let id = |key: &str| file.metadata().integer(&format!("tokenizer.ggml.{key}_token_id"));
+    assert_eq!(["eos", "eot", "eom"].map(id), [Some(256), Some(7), Some(46)]);
+    exported(&source, &folder.file("hf"), "hf", "f32");
+    let text = fs::read_to_string(folder.file("hf/generation_config.json")).unwrap();
+    let written: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(written["eos_token_id"], serde_json::json!([256, 7, 46]));
+    assert_eq!((&written["temperature"], &written["pad_token_id"]), (&serde_json::json!(0.6), &serde_json::json!(2)));
+    assert_eq!(Source::open(&folder.file("hf"), &device()).unwrap().generation.ends, source.generation.ends);
+}

@@ -26,6 +26,7 @@ mod mark;
 mod names;
 mod owned;
 mod read;
+mod room;
 mod staging;
 mod write;
 
@@ -36,6 +37,7 @@ pub use mark::{Kind, MARK, Mark};
 pub use names::{is_plain_name, printable, printable_lines};
 pub use owned::Owned;
 pub use read::{open, read, read_text};
+pub use room::room;
 pub use staging::{Replace, Staging, recover};
 pub use write::{
     NewFile, append, copy, create_dir, link, output, remove, remove_dir, rename, sweep, sync_dir, write, write_json,

@@ -1,41 +1,83 @@
-//! What the runs left behind, as figures.
+//! What the runs left behind, as figures, and whether they may be held against each other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use lowkey_train::{Metrics, checkpoint};
+use lowkey_files as files;
+use lowkey_train::{Metrics, RunConfig};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::expand::Expanded;
-use crate::experiment::{Better, Experiment};
+use crate::expand::{Expanded, Run};
+use crate::experiment::Better;
+use crate::kept::objections;
 use crate::quantised::QUANTISED;
 use crate::study::{RunResult, Study};
 
 /// Figures of a finished run, by the training loop.
 const EVALUATION: &str = "evaluation.json";
 
+/// What a run was made with, by the training loop.
+const ENVIRONMENT: &str = "environment.json";
+
+/// Bytes of a run's file that are read.
+const LARGEST: u64 = 1 << 30;
+
+/// The evaluation of the run in a folder, where all its steps are taken: a file that holds no loss is none.
+pub(crate) fn evaluation(out: &Path) -> Option<Value> {
+    let evaluation = read_json(&out.join(EVALUATION)).ok()?;
+    evaluation.get("loss")?.as_f64().is_some_and(f64::is_finite).then_some(evaluation)
+}
+
 /// Whether all steps of the run in a folder are taken.
 pub(crate) fn finished(out: &Path) -> bool {
-    out.join(EVALUATION).is_file()
+    evaluation(out).is_some()
+}
+
+/// A finished run, and what its figures rest on.
+struct Collected<'a> {
+    run: &'a Run,
+    name: String,
+    evaluation: Value,
+    environment: Value,
 }
 
 impl Expanded {
-    /// Gathers the finished runs under `out`.
+    /// Gathers the finished runs under `out`, and what speaks against a verdict from them.
     ///
     /// # Errors
-    /// [`Error::File`] for a run's file that is not what it should be.
+    /// [`Error::Experiment`] for a metric that no run has; [`Error::File`] for a run's file that is not what it should be.
     pub fn collect(&self, out: &Path) -> Result<Study> {
         let experiment = &self.experiment;
-        let mut runs = Vec::new();
-        for run in self.runs(out, None)? {
-            if finished(&run.out) {
-                let evaluation = read_json(&run.out.join(EVALUATION))?;
-                let (metrics, spectra) = (metrics(&run.out, &evaluation)?, spectra(&evaluation));
-                let curve = curve(&run.out.join("metrics.jsonl"))?;
-                runs.push(RunResult { arm: run.arm, seed: run.seed, metrics, curve, spectra });
+        let all = self.runs(out, None)?;
+        let mut collected = Vec::new();
+        for run in &all {
+            if let Some(evaluation) = evaluation(&run.out) {
+                let environment = read_json(&run.out.join(ENVIRONMENT)).unwrap_or_default();
+                let name = format!("{}/seed-{}", self.arms[run.arm].name, run.seed);
+                collected.push(Collected { run, name, evaluation, environment });
             }
         }
+        let mut runs = Vec::new();
+        for Collected { run, evaluation, .. } in &collected {
+            let (metrics, spectra) = (metrics(&run.out, evaluation)?, spectra(evaluation));
+            let curve = curve(&run.out.join("metrics.jsonl"))?;
+            runs.push(RunResult { arm: run.arm, seed: run.seed, metrics, curve, spectra });
+        }
+        let there: BTreeSet<&String> = runs.iter().flat_map(|run| run.metrics.keys()).collect();
+        if !runs.is_empty() && !there.contains(&experiment.metric) {
+            let there: Vec<&str> = there.into_iter().map(String::as_str).collect();
+            let why = format!("metric = {:?}: no run has it; there are {}", experiment.metric, there.join(", "));
+            return Err(Error::experiment(&experiment.origin, why));
+        }
+        let (mut objections, mut notes) = if runs.is_empty() {
+            Default::default()
+        } else {
+            (objections(out, self)?, builds(&collected).into_iter().collect::<Vec<_>>())
+        };
+        notes.extend(self.far_apart());
+        objections.extend(self.other_settings(&collected)?);
+        self.texts(&collected, &mut objections, &mut notes);
         Ok(Study {
             name: experiment.name.clone(),
             question: experiment.question.clone(),
@@ -48,41 +90,139 @@ impl Expanded {
             arms: self.arms.clone(),
             runs,
             seeds: experiment.seeds.clone(),
-            rule_changed: rule_changed(out, experiment)?,
+            objections,
+            notes,
         })
     }
-}
 
-/// What decides, as it stood when the first run of a folder began.
-const RULE: &str = "rule.json";
-
-/// Keeps the rule beside the runs, where none is kept yet: what is written before the runs can then be told from what is written after.
-pub(crate) fn keep_rule(out: &Path, experiment: &Experiment) -> Result<()> {
-    let path = out.join(RULE);
-    if path.exists() {
-        return Ok(());
+    /// Arms that could not be made equal to the baseline in what was to be equal.
+    fn far_apart(&self) -> Option<String> {
+        /// Of the baseline's, relative.
+        const MOST: f64 = 0.05;
+        let unmatched = |name: &str| self.experiment.arms.iter().any(|arm| arm.name == name && arm.unmatched);
+        let far = |arm: &crate::study::Arm| {
+            let mismatch = arm.mismatch.filter(|mismatch| mismatch.abs() > MOST && !unmatched(&arm.name))?;
+            Some(format!("{} ({:+.1} %)", arm.name, mismatch * 100.0))
+        };
+        let far: Vec<String> = self.arms.iter().filter_map(far).collect();
+        (!far.is_empty()).then(|| format!("Not equal to the baseline in what was to be matched: {}.", several(&far)))
     }
-    std::fs::create_dir_all(out).map_err(|e| Error::file(out, e.to_string()))?;
-    Ok(checkpoint::write_file(&path, rule_text(experiment).as_bytes())?)
-}
 
-fn rule_text(experiment: &Experiment) -> String {
-    let what =
-        serde_json::json!({ "rule": experiment.rule, "metric": experiment.metric, "baseline": experiment.baseline });
-    what.to_string() + "\n"
-}
-
-fn rule_changed(out: &Path, experiment: &Experiment) -> Result<bool> {
-    let path = out.join(RULE);
-    if !path.is_file() {
-        return Ok(false);
+    /// Runs that were made with other settings than the experiment and its run file now say.
+    fn other_settings(&self, collected: &[Collected]) -> Result<Option<String>> {
+        let mut others = Vec::new();
+        for Collected { run, name, .. } in collected {
+            match other_section(&run.out, &self.config(run)?)? {
+                Some(section) => others.push(format!("{name} ([{section}])")),
+                None if !run.out.join(RUN_FILE).is_file() => others.push(format!("{name} (no {RUN_FILE})")),
+                None => {}
+            }
+        }
+        Ok((!others.is_empty()).then(|| {
+            format!(
+                "runs were made with other settings than the experiment and its run file now say: {}",
+                several(&others)
+            )
+        }))
     }
-    let kept = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e.to_string()))?;
-    Ok(kept != rule_text(experiment))
+
+    /// Whether what is compared was trained and judged on the same text.
+    fn texts(&self, collected: &[Collected], objections: &mut Vec<String>, notes: &mut Vec<String>) {
+        let settings = |run: &Run, names: fn(&str) -> bool| -> String {
+            let own = self.arms[run.arm].settings.iter().filter(|(key, _)| names(key));
+            own.map(|(key, value)| format!("{key} = {value}")).collect::<Vec<_>>().join(", ")
+        };
+        let other_text: fn(&str) -> bool = |key| key == "data" || key == "data.dataset" || key.starts_with("init");
+        let other_view: fn(&str) -> bool = |key| key.starts_with("data") || key.starts_with("init");
+        let trained = |c: &Collected| c.environment.get("data_sha256").and_then(Value::as_str).map(str::to_string);
+        let held_out = |c: &Collected| c.environment.get("held_out_sha256").and_then(Value::as_str).map(str::to_string);
+        let are_hashed = collected.iter().all(|c| held_out(c).is_some());
+        let judged = |c: &Collected| {
+            let part = |key| c.evaluation.get(key).and_then(Value::as_u64);
+            let counted = || part("tokens").map(|n| format!("{n} tokens of {} bytes", part("bytes").unwrap_or(0)));
+            if are_hashed { held_out(c) } else { counted() }
+        };
+        let unknown: Vec<String> = collected.iter().filter(|c| trained(c).is_none()).map(|c| c.name.clone()).collect();
+        if !unknown.is_empty() {
+            let which = several(&unknown);
+            objections.push(format!("{ENVIRONMENT} does not say which text these were trained on: {which}"));
+        }
+        type Told<'a> = (&'a dyn Fn(&Collected) -> Option<String>, fn(&str) -> bool, &'static str);
+        let kinds: [Told; 2] = [(&trained, other_text, "trained"), (&judged, other_view, "judged")];
+        for (told, names, done) in kinds {
+            // What an arm sets of its text itself is part of the question, and no accident.
+            let mut texts: BTreeMap<String, BTreeMap<String, Vec<String>>> = BTreeMap::new();
+            for c in collected {
+                if let Some(text) = told(c) {
+                    texts.entry(settings(c.run, names)).or_default().entry(text).or_default().push(c.name.clone());
+                }
+            }
+            for by_text in texts.values().filter(|by_text| by_text.len() > 1) {
+                let parts: Vec<String> =
+                    by_text.iter().map(|(text, runs)| format!("{} ({})", several(runs), first(text))).collect();
+                objections.push(format!(
+                    "runs were {done} on different text: {}; remove those of the wrong one and sweep again",
+                    parts.join(" against ")
+                ));
+            }
+            let distinct: BTreeSet<&String> = texts.values().flat_map(BTreeMap::keys).collect();
+            if done == "trained" && texts.len() > 1 && distinct.len() > 1 {
+                let sets: Vec<&str> = texts.keys().filter(|set| !set.is_empty()).map(String::as_str).collect();
+                notes
+                    .push(format!("Arms are trained on different text, as they say themselves ({}).", sets.join("; ")));
+            }
+        }
+    }
+}
+
+/// The beginning of a hash, or all of what is short.
+fn first(text: &str) -> String {
+    if text.len() >= 40 { text.chars().take(12).collect() } else { text.to_string() }
+}
+
+/// Some names of many.
+fn several(names: &[String]) -> String {
+    const MOST: usize = 4;
+    match names.len().saturating_sub(MOST) {
+        0 => names.join(", "),
+        more => format!("{} and {more} more", names[..MOST].join(", ")),
+    }
+}
+
+/// Says so where runs were made by different versions of lowkey.
+fn builds(collected: &[Collected]) -> Option<String> {
+    let mut builds: BTreeMap<String, usize> = BTreeMap::new();
+    for c in collected {
+        let part = |key| c.environment.get(key).and_then(Value::as_str).unwrap_or("unknown");
+        *builds.entry(format!("{} ({})", part("lowkey"), part("commit"))).or_default() += 1;
+    }
+    let told: Vec<String> = builds.iter().map(|(build, runs)| format!("{build}: {runs}")).collect();
+    (builds.len() > 1).then(|| {
+        format!(
+            "Runs were made by different versions of lowkey, and what these differ in may be part of the differences below: {}.",
+            told.join(", ")
+        )
+    })
+}
+
+/// A run's settings, by the training loop.
+const RUN_FILE: &str = "run.toml";
+
+/// The first section in which the run that a folder holds differs from `config`; none where it holds no run.
+pub(crate) fn other_section(out: &Path, config: &RunConfig) -> Result<Option<String>> {
+    let path = out.join(RUN_FILE);
+    let text = match files::read_text(&path, LARGEST) {
+        Ok(text) => text,
+        Err(e) if e.is_missing() => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    let read = |text: &str| toml::from_str::<toml::Table>(text).map_err(|e| Error::file(&path, e.to_string()));
+    let (earlier, now) = (read(&text)?, read(&config.to_toml()?)?);
+    Ok(now.keys().chain(earlier.keys()).find(|key| now.get(*key) != earlier.get(*key)).cloned())
 }
 
 pub(crate) fn read_json(path: &Path) -> Result<Value> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e.to_string()))?;
+    let text = files::read_text(path, LARGEST)?;
     serde_json::from_str(&text).map_err(|e| Error::file(path, format!("{e}; remove it to run this again")))
 }
 
@@ -119,7 +259,7 @@ fn metrics(out: &Path, evaluation: &Value) -> Result<BTreeMap<String, f64>> {
         }
     }
     let quantised = out.join(QUANTISED);
-    if quantised.is_file() {
+    if quantised.exists() {
         let quantised = read_json(&quantised)?;
         put("int8.val_loss".into(), quantised.get("int8"));
         put("int4.val_loss".into(), quantised.get("int4"));
@@ -132,9 +272,14 @@ fn metrics(out: &Path, evaluation: &Value) -> Result<BTreeMap<String, f64>> {
     Ok(found)
 }
 
-/// Steps and held-out losses of `metrics.jsonl`.
+/// Steps and held-out losses of `metrics.jsonl`; none where it has been removed.
 fn curve(path: &Path) -> Result<Vec<(u64, f64)>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e.to_string()))?;
+    let bytes = match files::read(path, LARGEST) {
+        Ok(bytes) => bytes,
+        Err(e) if e.is_missing() => return Ok(Vec::new()),
+        Err(e) => return Err(e.into()),
+    };
+    let text = String::from_utf8_lossy(&bytes);
     let lines = text.lines().filter_map(|line| serde_json::from_str::<Metrics>(line).ok());
     Ok(lines.filter_map(|line| Some((line.step, line.val_loss?))).collect())
 }

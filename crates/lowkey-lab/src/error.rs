@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use lowkey_files::{printable, printable_lines};
+
 /// Errors of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// An experiment file that is not what it must be.
-    #[error("{}: {why}", path.display())]
+    #[error("{}: {}", printable(&path.to_string_lossy()), printable_lines(why))]
     Experiment {
         /// The file.
         path: PathBuf,
@@ -15,13 +17,16 @@ pub enum Error {
         why: String,
     },
     /// A file or folder that cannot be read or written, or does not hold what it should.
-    #[error("{}: {why}", path.display())]
+    #[error("{}: {}", printable(&path.to_string_lossy()), printable_lines(why))]
     File {
         /// The file.
         path: PathBuf,
         /// What is wrong.
         why: String,
     },
+    /// From writing or reading files.
+    #[error(transparent)]
+    Files(#[from] lowkey_files::Error),
     /// From the training loop.
     #[error(transparent)]
     Train(#[from] lowkey_train::Error),

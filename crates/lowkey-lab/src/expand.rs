@@ -1,15 +1,15 @@
 //! From an experiment file to its arms and runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use lowkey_infer::CacheDtype;
 use lowkey_model::ModelConfig;
-use lowkey_train::{RunConfig, RunOptions, planned_model};
+use lowkey_train::{Passes, RunConfig, RunOptions, planned_model};
 
 use crate::error::{Error, Result};
-use crate::experiment::{Experiment, Matched, Matching, is_name};
-use crate::study::Arm;
+use crate::experiment::{Experiment, MOST_MATCHED, Matched, Matching, is_name};
+use crate::study::{Arm, Rule};
 
 /// Bytes of a cached number in the reports.
 const F32: usize = 4;
@@ -54,14 +54,10 @@ struct Costs {
 
 impl Costs {
     fn of(&self, quantity: Matched) -> f64 {
-        let training = &self.config.training;
         match quantity {
             Matched::Parameters => self.model.parameter_count().total as f64,
             Matched::CacheBytes => (self.model.cache_numbers() * F32) as f64,
-            Matched::TrainingFlops => {
-                let tokens = training.steps as f64 * (training.batch_size * self.config.data.seq_len) as f64;
-                tokens * self.model.train_flops_per_token(self.config.data.seq_len)
-            }
+            Matched::TrainingFlops => Passes::new(&self.config, &self.model).flops(),
         }
     }
 }
@@ -77,10 +73,9 @@ impl Expanded {
     pub fn new(experiment: Experiment) -> Result<Self> {
         let refuse = |why: String| Error::experiment(&experiment.origin, why);
         let drafts = drafts(&experiment)?;
-        for (i, draft) in drafts.iter().enumerate() {
-            if drafts[..i].iter().any(|other| other.name == draft.name) {
-                return Err(refuse(format!("two arms have the name {:?}", draft.name)));
-            }
+        let mut taken = BTreeSet::new();
+        if let Some(draft) = drafts.iter().find(|draft| !taken.insert(draft.name.as_str())) {
+            return Err(refuse(format!("two arms have the name {:?}", draft.name)));
         }
         let names = || drafts.iter().map(|draft| draft.name.as_str()).collect::<Vec<_>>().join(", ");
         let baseline = drafts
@@ -114,6 +109,9 @@ impl Expanded {
                 _ => None,
             };
             arms.push(arm(&experiment, draft, &overrides[i], &found, mismatch));
+        }
+        if let Some(why) = unjudged(&experiment, &arms) {
+            return Err(refuse(why));
         }
         Ok(Self { arms, baseline, overrides, experiment })
     }
@@ -150,6 +148,27 @@ impl Expanded {
             format!("training.threads={}", experiment.threads),
         ];
         Ok(RunConfig::load(&experiment.base_path(), &[&self.overrides[run.arm][..], &own].concat())?)
+    }
+}
+
+/// Why a rule could never decide anything about these arms.
+fn unjudged(experiment: &Experiment, arms: &[Arm]) -> Option<String> {
+    let with_x = arms.iter().filter(|arm| arm.x.is_some()).count();
+    match &experiment.rule {
+        Rule::Margin { .. } if arms.len() < 2 => {
+            Some("rule: the baseline is the only arm, and nothing is compared".into())
+        }
+        Rule::Knee { .. } | Rule::Theory { .. } if with_x == 0 => {
+            Some("rule: no arm has an x; name the key that it comes from (x = \"model.kv_lora_rank\")".into())
+        }
+        Rule::Elastic { arm, .. } => {
+            let elastic = arms.iter().find(|other| other.name == *arm)?;
+            elastic
+                .elastic_ranks
+                .is_empty()
+                .then(|| format!("rule: arm {arm} has no narrower ranks to judge; give it \"model.elastic.ranks\""))
+        }
+        _ => None,
     }
 }
 
@@ -202,7 +221,8 @@ fn assignments(settings: &[(String, toml::Value)]) -> Vec<String> {
 
 fn costs(experiment: &Experiment, overrides: &[String]) -> std::result::Result<Costs, String> {
     let base = experiment.base_path();
-    let config = RunConfig::load(&base, overrides).map_err(|e| e.to_string())?;
+    let threads = format!("training.threads={}", experiment.threads);
+    let config = RunConfig::load(&base, &[overrides, &[threads]].concat()).map_err(|e| e.to_string())?;
     let options = RunOptions {
         run_file: base,
         out: PathBuf::new(),
@@ -220,13 +240,16 @@ fn arm(experiment: &Experiment, draft: &Draft, overrides: &[String], costs: &Cos
         Some((key.to_string(), value.trim_matches('"').to_string()))
     };
     let settings: BTreeMap<String, String> = overrides.iter().filter_map(setting).collect();
-    let axis = |key: &String| settings.get(key).and_then(|value| value.parse().ok());
+    let axis = |key: &String| settings.get(key).and_then(|value| value.parse().ok()).filter(|x: &f64| x.is_finite());
+    let passes = Passes::new(&costs.config, &costs.model);
     Arm {
         name: draft.name.clone(),
         x: draft.x.or_else(|| experiment.x.as_ref().and_then(axis)),
         settings,
         parameters: costs.model.parameter_count().total,
-        train_flops_per_token: costs.model.train_flops_per_token(costs.config.data.seq_len),
+        train_flops_per_token: passes.mean_flops_per_token(),
+        training_flops: passes.flops(),
+        elastic_ranks: costs.model.elastic_ranks(),
         cache_bytes_per_token: costs.model.cache_numbers() * F32,
         int8_bytes_per_token: CacheDtype::Int8.bytes_per_token(&costs.model),
         decode_tokens_per_s: Vec::new(),
@@ -272,18 +295,29 @@ fn matched(
         return nearest(&matching.values);
     }
     let step = matching.multiple_of;
+    let most = MOST_MATCHED / step;
+    // What cannot be a run at a small value (fewer steps than its warm-up) is too little of it.
+    let mut refused: Option<String> = None;
+    let mut is_less = |value: u64| match at(value * step) {
+        Ok(found) => found < target,
+        Err(why) => {
+            refused.get_or_insert(why);
+            true
+        }
+    };
     let (mut low, mut high) = (1u64, 1u64);
     // Doubled until it is too much, then halved.
-    while at(high * step)? < target {
-        low = high;
-        high *= 2;
-        if high * step > 1 << 24 {
-            return Err(format!("no {} up to {} is enough to match", matching.with, high * step));
+    while is_less(high) {
+        if high == most {
+            let why = refused.map_or_else(String::new, |why| format!(" ({why})"));
+            return Err(format!("no {} up to {} is enough to match{why}", matching.with, most * step));
         }
+        low = high;
+        high = (2 * high).min(most);
     }
     while high - low > 1 {
         let middle = low + (high - low) / 2;
-        if at(middle * step)? < target { low = middle } else { high = middle }
+        if is_less(middle) { low = middle } else { high = middle }
     }
     nearest(&[low * step, high * step])
 }
@@ -316,6 +350,15 @@ mod tests {
         let heads = |value: u64| if value == 3 { Err("3 does not divide 4".into()) } else { Ok(value as f64) };
         assert_eq!(matched(&matching(&[1, 2, 3, 4], 1), 3.4, heads), Ok(4));
         assert_eq!(matched(&matching(&[3], 1), 3.4, heads), Err("3 does not divide 4".into()));
+        // Too little to be a run is too little; what never is a run says why.
+        let warmed_up = |value: u64| if value < 6 { Err("below the warm-up".into()) } else { Ok(value as f64) };
+        for target in [6.0, 7.0, 40.0, 1000.0] {
+            assert_eq!(matched(&matching(&[], 1), target, warmed_up), Ok(target as u64));
+        }
+        assert_eq!(matched(&matching(&[], 1), 2.0, warmed_up), Ok(6));
+        let never = matched(&matching(&[], 8), 9.0, |_| Err("unknown field `rank`".into())).unwrap_err();
+        assert!(never.contains("unknown field `rank`"), "{never}");
+        assert!(matched(&matching(&[], 1 << 24), 9e9, |value| Ok(value as f64)).is_err());
         assert!(matched(&matching(&[], 1), 1e12, |value| Ok(value as f64)).unwrap_err().contains("no model.inter"));
     }
 }

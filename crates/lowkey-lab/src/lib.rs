@@ -55,6 +55,10 @@ mod error;
 mod expand;
 mod experiment;
 mod fit;
+#[cfg(test)]
+mod fixtures;
+mod kept;
+mod markup;
 mod page;
 mod plot;
 mod quantised;
@@ -62,6 +66,7 @@ mod run;
 mod stats;
 mod study;
 mod summary;
+mod verdict;
 
 pub use error::{Error, Result};
 pub use expand::{Expanded, Run};

@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use crate::fit::PowerLaw;
+use crate::markup::html as escaped;
 use crate::plot::{Plot, Point, Series, Style, short};
 use crate::stats::Mean;
 use crate::study::{Arm, Study};
-use crate::summary::{ArmSummary, Summary, line};
+use crate::summary::{ArmSummary, Summary};
+use crate::verdict::line;
 
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#111}\
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}.question{font-size:1.1rem;color:#333}\
@@ -34,9 +36,10 @@ pub(crate) fn page(study: &Study, summary: &Summary) -> String {
     }
     let _ = write!(
         out,
-        "</ul></div>\n<p>Rule, as written before the runs: <code>{}</code>. {} of {} runs are finished. Intervals are Student's \
-         at {} % over seeds; differences are to {} in pairs of the same seed; <em>detectable</em> is the true difference that \
+        "</ul></div>\n<p>{}: <code>{}</code>. {} of {} runs are finished. Intervals are Student's \
+         at {} % over seeds, each for itself; differences are to {} in pairs of the same seed; <em>detectable</em> is the true difference that \
          would be found in four of five repetitions.</p>\n",
+        study.rule_is(),
         escaped(&serde_json::to_string(&study.rule).unwrap_or_default()),
         summary.finished,
         summary.planned,
@@ -56,10 +59,6 @@ pub(crate) fn page(study: &Study, summary: &Summary) -> String {
     ];
     out += &sections.into_iter().flatten().collect::<String>();
     out + "</body>\n</html>\n"
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
@@ -86,7 +85,7 @@ fn plus_minus(mean: Option<Mean>, sign: bool) -> String {
 
 fn arms_table(study: &Study, summary: &Summary) -> String {
     let number = |x: Option<f64>| x.map_or_else(|| "—".into(), |x| format!("{x:.4}"));
-    let rows = summary.arms.iter().map(|ArmSummary { arm, metric, difference }| {
+    let rows = summary.arms.iter().map(|ArmSummary { arm, metric, difference, .. }| {
         vec![
             arm.name.clone(),
             metric.map_or(0, |m| m.n).to_string(),
@@ -191,11 +190,23 @@ impl Drawing<'_> {
             let steps = (0..=60).map(|i| least * (most / least).powf(f64::from(i) / 60.0));
             let points = steps.map(|x| Point::new(x, law.at(x))).collect();
             series.push(Series { name: "L∞ + a·r^−α".into(), look: 0, style: Style::Dashed, points });
-            let ((a, b), (c, d)) = (law.floor_interval, law.exponent_interval);
+            let interval = |found: Option<(f64, f64)>, digits: usize| {
+                found.map_or_else(String::new, |(low, high)| format!(" ({low:.digits$} to {high:.digits$})"))
+            };
+            let told = match law.floor_interval {
+                Some(_) => "95 % by resampling seeds".to_string(),
+                None if law.seeds == 1 => "no interval from one seed".to_string(),
+                None if law.seeds == 2 => "no interval from two seeds".to_string(),
+                None => "no interval, as many a resample of the seeds follows no such law".to_string(),
+            };
             let _ = write!(
                 caption,
-                " Fit: L∞ = {:.4} ({a:.4} to {b:.4}), a = {:.3}, α = {:.2} ({c:.2} to {d:.2}); 95 % by resampling seeds.",
-                law.floor, law.factor, law.exponent
+                " Fit: L∞ = {:.4}{}, a = {:.3}, α = {:.2}{}; {told}.",
+                law.floor,
+                interval(law.floor_interval, 4),
+                law.factor,
+                law.exponent,
+                interval(law.exponent_interval, 2)
             );
         }
         let mut plot = self.plot(&self.axis(), &study.metric, series);
@@ -343,7 +354,7 @@ impl Drawing<'_> {
         });
         Some(format!(
             "<h2>By class of token: what recall costs</h2>\n{}<p>Nats per token above the true entropy: of the baseline itself, and \
-             of the others the paired difference to it; * where its interval excludes 0. Classes that ask for what stands far \
+             of the others the paired difference to it; * where its interval excludes 0, each for itself, so that of twenty such marks one may be chance. Classes that ask for what stands far \
              above (name, detail, fact, answer) against those that do not (syntax, agreement) are the tax on recall.</p>\n",
             table(&header, rows)
         ))

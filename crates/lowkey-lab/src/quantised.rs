@@ -29,7 +29,7 @@ const INT4: f64 = 7.0;
 /// whether there are such figures now, or can be none.
 pub(crate) fn quantise(out: &Path, config: &RunConfig, expanded: &Expanded) -> Result<bool> {
     let path = out.join(QUANTISED);
-    if path.is_file() && read_json(&path)?.get("int4").is_some() {
+    if read_json(&path).is_ok_and(|found| found.get("int4").is_some()) {
         return Ok(true);
     }
     let Some(dir) = checkpoint::newest(&out.join("checkpoints"))? else { return Ok(false) };
@@ -48,7 +48,7 @@ pub(crate) fn quantise(out: &Path, config: &RunConfig, expanded: &Expanded) -> R
         documents.iter().map(|document| &document.ids[..]).filter(|ids| ids.len() > 1).collect();
     let int8 = loss(&documents, &dir, &device, |rows| in_int8(&model, rows, &device))?;
     let int4 = loss(&documents, &dir, &device, |rows| Ok(rounded_pass(&model, rows, INT4, &device)))?;
-    checkpoint::write_file(&path, json!({ "int8": int8, "int4": int4 }).to_string().as_bytes())?;
+    lowkey_files::write(&path, json!({ "int8": int8, "int4": int4 }).to_string().as_bytes())?;
     Ok(true)
 }
 

@@ -1,19 +1,26 @@
 //! Running what is not finished, several runs at a time.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
-use lowkey_train::{Event as TrainEvent, RunConfig, RunOptions, train};
+use lowkey_files::{self as files, Kind, Lock, Owned};
+use lowkey_train::{Event as TrainEvent, Held, RunConfig, RunOptions, train};
 
-use crate::collect::{finished, keep_rule};
+use crate::collect::{finished, other_section};
 use crate::error::{Error, Result};
 use crate::expand::{Expanded, Run};
+use crate::kept::{KEPT, is_kept, keep};
 use crate::quantised::quantise;
 
 /// How to run a sweep.
 #[derive(Clone, Debug)]
 pub struct SweepOptions {
+    /// Folder of the runs, the one that they were listed for.
+    pub out: PathBuf,
+    /// Which part of the runs these are, of how many; several machines may share a folder.
+    pub shard: Option<(usize, usize)>,
     /// Runs at a time.
     pub jobs: usize,
     /// Facts for each run's `environment.json`.
@@ -80,8 +87,9 @@ pub struct Outcome {
 /// same bits.
 ///
 /// # Errors
-/// [`Error::File`] where a folder holds a run with other settings; [`Error::Train`] for a corpus that cannot be prepared. A run that
-/// fails is no error of the sweep: it is in the outcome.
+/// [`Error::File`] where a folder holds a run with other settings, or another process runs this sweep; [`Error::Files`] where it holds
+/// what lowkey did not make; [`Error::Experiment`] for a corpus that holds nothing out; [`Error::Train`] for one that cannot be
+/// prepared. A run that fails is no error of the sweep: it is in the outcome.
 pub fn sweep(
     expanded: &Expanded,
     runs: &[Run],
@@ -90,18 +98,17 @@ pub fn sweep(
     observe: &mut dyn FnMut(Event),
 ) -> Result<Outcome> {
     let configs = runs.iter().map(|run| expanded.config(run)).collect::<Result<Vec<_>>>()?;
+    for (run, config) in runs.iter().zip(&configs) {
+        check_folder(&run.out, config)?;
+    }
+    let _lock = claim(expanded, options)?;
     let mut open = Vec::new();
     for (i, (run, config)) in runs.iter().zip(&configs).enumerate() {
-        check_folder(&run.out, config)?;
         if finished(&run.out) && (!expanded.experiment.quantised || quantise(&run.out, config, expanded)?) {
             observe(Event::Skipped { run: i });
         } else {
             open.push(i);
         }
-    }
-    // `out/arm/seed-n`, for each run.
-    if let Some(out) = runs.first().and_then(|run| run.out.parent()?.parent()) {
-        keep_rule(out, &expanded.experiment)?;
     }
     let mut outcome = Outcome { finished: runs.len() - open.len(), ..Outcome::default() };
     prepare(expanded, &open, runs, &configs, observe)?;
@@ -141,6 +148,39 @@ pub fn sweep(
     Ok(outcome)
 }
 
+/// Marks the folder as this experiment's and writes down what decides it, before anything runs; the lock keeps out whoever would run
+/// the same part of it.
+fn claim(expanded: &Expanded, options: &SweepOptions) -> Result<Lock> {
+    /// Longer than another part of the sweep takes to do the same.
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let out = &options.out;
+    let names: Vec<&str> = expanded.arms.iter().map(|arm| arm.name.as_str()).chain([KEPT]).collect();
+    let begun = expanded.runs(out, None)?.iter().filter(|run| run.out.join("run.toml").exists()).count();
+    let started = Instant::now();
+    let owned = loop {
+        match Owned::claim(out, Kind::Study, &names, is_kept(out)) {
+            Ok(owned) => break owned,
+            Err(files::Error::Refused { path, .. })
+                if path.file_name().is_some_and(|name| name == ".lock") && started.elapsed() < PATIENCE =>
+            {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(e) => return Err(e.into()),
+        }
+    };
+    keep(out, expanded, begun)?;
+    let (i, n) = options.shard.unwrap_or((0, 1));
+    let lock = files::lock(&out.join(format!(".sweep-{i}-of-{n}.lock"))).map_err(|e| match e {
+        files::Error::Refused { path, why } => Error::file(
+            path,
+            format!("{why}; a lowkey lab run of these runs holds it, and goes on: this one has changed nothing"),
+        ),
+        e => e.into(),
+    })?;
+    drop(owned);
+    Ok(lock)
+}
+
 /// Reads each corpus once, before several runs would do so at a time.
 fn prepare(
     expanded: &Expanded,
@@ -160,7 +200,20 @@ fn prepare(
         }
         observe(Event::Preparing);
         let options = run_options(expanded, &runs[*i].out, serde_json::Map::new());
-        lowkey_train::setup(config, &options, &mut |_| {})?;
+        let setup = lowkey_train::setup(config, &options, &mut |_| {})?;
+        let nothing = match &setup.data.held {
+            Held::Batches(batches) => batches.is_empty(),
+            Held::Documents(documents) => documents.is_empty(),
+            Held::Examples(_) => false,
+        };
+        if nothing {
+            let why = format!(
+                "{} holds no text out, and a study judges its arms by text that none was trained on: give the dataset a \
+                 split.validation_fraction above 0, or a validation source",
+                setup.data.name
+            );
+            return Err(Error::experiment(&expanded.experiment.origin, why));
+        }
         seen.push(corpus);
     }
     Ok(())
@@ -173,20 +226,13 @@ fn run_options(expanded: &Expanded, out: &Path, environment: serde_json::Map<Str
 
 /// A folder that holds a run of other settings is not touched.
 fn check_folder(out: &Path, config: &RunConfig) -> Result<()> {
-    let path = out.join("run.toml");
-    if !path.is_file() {
-        return Ok(());
-    }
-    let read = |text: String| toml::from_str::<toml::Table>(&text).map_err(|e| Error::file(&path, e.to_string()));
-    let earlier = read(std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e.to_string()))?)?;
-    let now = read(config.to_toml()?)?;
-    match now.keys().chain(earlier.keys()).find(|key| now.get(*key) != earlier.get(*key)) {
+    match other_section(out, config)? {
         Some(section) => {
             let why = format!(
                 "[{section}] is not what the experiment now says; remove the folder to run it anew, or sweep into another \
                  folder with --out DIR"
             );
-            Err(Error::file(path, why))
+            Err(Error::file(out.join("run.toml"), why))
         }
         None => Ok(()),
     }

@@ -46,6 +46,65 @@ impl Mean {
     pub fn interval(&self) -> Option<(f64, f64)> {
         self.half.map(|half| (self.mean - half, self.mean + half))
     }
+
+    /// The interval of another confidence, where there is one.
+    pub(crate) fn interval_at(&self, confidence: f64) -> Option<(f64, f64)> {
+        let half =
+            StudentsT::new(0.0, 1.0, (self.n - 1) as f64).ok()?.inverse_cdf(0.5 + confidence / 2.0) * self.error()?;
+        Some((self.mean - half, self.mean + half))
+    }
+
+    /// Standard error.
+    fn error(&self) -> Option<f64> {
+        Some(self.sd? / (self.n as f64).sqrt())
+    }
+
+    /// How probable a mean as high as this, or higher, is where the truth is `value`; absent for one seed.
+    fn above(&self, value: f64) -> Option<f64> {
+        let error = self.error()?;
+        let apart = self.mean - value;
+        if error == 0.0 {
+            // All seeds agree to the last bit.
+            return Some(if apart > 0.0 { 0.0 } else { 1.0 });
+        }
+        Some(StudentsT::new(0.0, 1.0, (self.n - 1) as f64).ok()?.sf(apart / error))
+    }
+
+    /// The same of minus the mean.
+    fn mirrored(&self) -> Self {
+        Self { mean: -self.mean, ..*self }
+    }
+
+    /// p-value of the claim that the truth lies outside of ±`margin`, on the side of the mean: two-sided.
+    pub(crate) fn p_outside(&self, margin: f64) -> Option<f64> {
+        let (above, below) = (self.above(margin)?, self.mirrored().above(margin)?);
+        Some((2.0 * above.min(below)).min(1.0))
+    }
+
+    /// p-value of the claim that the truth lies within ±`margin`: two one-sided tests (Schuirmann 1987), of which both have to
+    /// hold. At 1 − confidence that is the interval of 2·confidence − 1 within the margin.
+    pub(crate) fn p_within(&self, margin: f64) -> Option<f64> {
+        let error = self.error()?;
+        if error == 0.0 {
+            return Some(if self.mean.abs() <= margin { 0.0 } else { 1.0 });
+        }
+        let from_below = Self { mean: margin - self.mean, ..*self }.above(0.0)?;
+        let from_above = Self { mean: margin + self.mean, ..*self }.above(0.0)?;
+        Some(from_below.max(from_above))
+    }
+}
+
+/// p-values of several claims, made larger so that each can be held against the level that *any* of them may be wrong at (Holm
+/// 1979): whatever the claims have to do with each other.
+pub(crate) fn holm(p: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..p.len()).collect();
+    order.sort_by(|a, b| p[*a].total_cmp(&p[*b]));
+    let (mut adjusted, mut largest) = (vec![1.0; p.len()], 0.0f64);
+    for (before, i) in order.into_iter().enumerate() {
+        largest = largest.max((p.len() - before) as f64 * p[i]).min(1.0);
+        adjusted[i] = largest;
+    }
+    adjusted
 }
 
 #[cfg(test)]
@@ -93,6 +152,31 @@ mod tests {
             .count();
         let power = found as f64 / 8000.0;
         assert!((0.74..0.84).contains(&power), "{power}");
+    }
+
+    #[test]
+    fn tests_agree_with_their_intervals() {
+        for sample in samples(3, 6, 0.02, 0.05).take(400) {
+            let mean = Mean::of(&sample, 0.95).unwrap();
+            let (low, high) = mean.interval().unwrap();
+            let outside = low > 0.03 || high < -0.03;
+            assert_eq!(mean.p_outside(0.03).unwrap() < 0.05, outside, "{mean:?}");
+            let (low, high) = mean.interval_at(0.9).unwrap();
+            assert_eq!(mean.p_within(0.05).unwrap() < 0.05, low > -0.05 && high < 0.05, "{mean:?}");
+        }
+        let same = Mean::of(&[0.01, 0.01, 0.01], 0.95).unwrap();
+        assert_eq!((same.p_within(0.02), same.p_outside(0.02)), (Some(0.0), Some(1.0)));
+        assert_eq!((same.p_within(0.005), same.p_outside(0.005)), (Some(1.0), Some(0.0)));
+        let one = Mean::of(&[0.01], 0.95).unwrap();
+        assert_eq!((one.p_within(0.02), one.p_outside(0.02), one.interval_at(0.9)), (None, None, None));
+    }
+
+    #[test]
+    fn the_steps_of_holm_are_known() {
+        let close = |a: Vec<f64>, b: [f64; 4]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12);
+        assert!(close(holm(&[0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02]));
+        assert_eq!(holm(&[0.7]), [0.7]);
+        assert!(close(holm(&[1.0, 0.0, 0.9, 1.0]), [1.0, 0.0, 1.0, 1.0]));
     }
 
     #[test]

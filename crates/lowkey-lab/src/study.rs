@@ -29,8 +29,11 @@ pub struct Study {
     pub runs: Vec<RunResult>,
     /// Seeds of each arm, finished or not.
     pub seeds: Vec<u64>,
-    /// Whether the rule is another one than when the first run began.
-    pub rule_changed: bool,
+    /// What speaks against any verdict, each the end of a sentence: what decides is not what it was when the runs began, or the
+    /// runs cannot be held against each other.
+    pub objections: Vec<String>,
+    /// What a reader has to know beside the verdict.
+    pub notes: Vec<String>,
 }
 
 /// One set of settings.
@@ -44,8 +47,12 @@ pub struct Arm {
     pub x: Option<f64>,
     /// Parameters.
     pub parameters: usize,
-    /// Operations of training on one token.
+    /// Operations of training on one token, in all passes, as a mean over the steps of the run.
     pub train_flops_per_token: f64,
+    /// Operations of the whole run.
+    pub training_flops: f64,
+    /// Narrower ranks that an elastic latent is trained at, too.
+    pub elastic_ranks: Vec<usize>,
     /// Bytes of cache per token in f32, all layers.
     pub cache_bytes_per_token: usize,
     /// The same with the cache in int8.

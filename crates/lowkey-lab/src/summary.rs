@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
-use lowkey_train::checkpoint::write_file;
+use lowkey_files as files;
 use serde::Serialize;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::markup;
 use crate::page::page;
-use crate::stats::Mean;
+use crate::stats::{Mean, holm};
 use crate::study::{Arm, Rule, Study};
 
 /// What all seeds of an arm say.
@@ -21,6 +22,11 @@ pub struct ArmSummary {
     pub metric: Option<Mean>,
     /// Its difference to the baseline, seed by seed; absent for the baseline, and where no seed is finished in both.
     pub difference: Option<Mean>,
+    /// Margin rule: p-value of the claim that the difference lies outside of the margin, by Holm's correction for all arms; absent
+    /// until every seed is finished.
+    pub p_differs: Option<f64>,
+    /// The same of the claim that it lies within: two one-sided tests.
+    pub p_equal: Option<f64>,
 }
 
 /// A study in numbers.
@@ -34,12 +40,19 @@ pub struct Summary {
     pub planned: usize,
     /// What the rule says, in sentences.
     pub verdict: Vec<String>,
+    /// Why there is no verdict, where something speaks against any.
+    pub objections: Vec<String>,
 }
 
 impl Study {
     /// The share that intervals hold the truth in.
     pub(crate) fn confidence(&self) -> f64 {
         self.rule.confidence()
+    }
+
+    /// What the rule may be called: written beforehand only where nothing speaks against it.
+    pub(crate) fn rule_is(&self) -> &'static str {
+        if self.objections.is_empty() && !self.runs.is_empty() { "Rule, as written before the runs" } else { "Rule" }
     }
 
     /// The metric of an arm by seed.
@@ -68,163 +81,77 @@ impl Study {
                     arm: arm.clone(),
                     metric: Mean::of(&all, self.confidence()),
                     difference: Mean::of(&pairs, self.confidence()).filter(|_| i != self.baseline),
+                    p_differs: None,
+                    p_equal: None,
                 }
             })
             .collect();
+        let mut arms = arms;
+        self.judge(&mut arms);
         let (finished, planned) = (self.runs.len(), self.arms.len() * self.seeds.len());
         let mut verdict = self.verdict(&arms);
-        if self.rule_changed {
-            let changed = "The rule, the metric or the baseline is not what it was when the first run began.";
-            verdict.insert(0, changed.into());
-        }
         if finished < planned {
             verdict.insert(0, format!("Preliminary: {finished} of {planned} runs are finished."));
         }
-        Summary { arms, finished, planned, verdict }
-    }
-
-    fn verdict(&self, arms: &[ArmSummary]) -> Vec<String> {
-        match &self.rule {
-            Rule::Margin { margin, .. } => arms.iter().filter_map(|arm| self.against_margin(arm, *margin)).collect(),
-            Rule::Knee { percent, .. } => vec![self.knee(arms, *percent)],
-            Rule::Theory { name, percent, .. } => self.against_theory(arms, name, *percent),
-            Rule::Elastic { arm, percent, .. } => self.elastic(arm, *percent),
+        if self.objections.is_empty() && finished > 0 && matches!(self.rule, Rule::Margin { .. }) {
+            verdict.push(self.on_many());
         }
+        verdict.extend(self.notes.iter().cloned());
+        Summary { arms, finished, planned, verdict, objections: self.objections.clone() }
     }
 
-    /// Positive where worse.
-    fn worse_by(&self, difference: f64) -> f64 {
-        if self.lower_is_better { difference } else { 0.0 - difference }
-    }
-
-    fn against_margin(&self, arm: &ArmSummary, margin: f64) -> Option<String> {
-        let difference = arm.difference?;
-        let (baseline, name) = (&self.arms[self.baseline].name, &arm.arm.name);
-        let Some((low, high)) = difference.interval() else {
-            return Some(format!("{name}: one seed only, which decides nothing."));
+    /// Gives each arm of which all seeds are finished its p-values against the margin, corrected for all arms that the experiment has:
+    /// those that are not finished yet could still say anything.
+    fn judge(&self, arms: &mut [ArmSummary]) {
+        let Rule::Margin { margin, .. } = self.rule else { return };
+        let compared: Vec<usize> = (0..arms.len()).filter(|i| *i != self.baseline).collect();
+        let complete = |arm: &ArmSummary| arm.difference.filter(|difference| difference.n == self.seeds.len());
+        let of = |p: fn(&Mean, f64) -> Option<f64>| -> Vec<Option<f64>> {
+            let own: Vec<Option<f64>> = compared.iter().map(|i| p(&complete(&arms[*i])?, margin)).collect();
+            let adjusted = holm(&own.iter().map(|p| p.unwrap_or(1.0)).collect::<Vec<_>>());
+            own.iter().zip(adjusted).map(|(own, adjusted)| own.map(|_| adjusted)).collect()
         };
-        let (a, b) = (self.worse_by(low), self.worse_by(high));
-        let (low, high) = (a.min(b), a.max(b));
-        let what = if high < -margin {
-            "better"
-        } else if low > margin {
-            "worse"
-        } else if -margin <= low && high <= margin {
-            "equal within the margin"
-        } else {
-            "undecided"
-        };
-        let detectable = difference.detectable.map_or_else(String::new, |d| format!(", detectable {d:.4}"));
-        Some(format!(
-            "{name} against {baseline}: {what} (worse by {low:+.4} to {high:+.4}, margin {margin}{detectable})."
-        ))
-    }
-
-    /// The smallest x that is nearly as good as the best.
-    pub(crate) fn knee(&self, arms: &[ArmSummary], percent: f64) -> String {
-        let with_x = || arms.iter().filter_map(|arm| Some((arm.arm.x?, &arm.arm.name, arm.metric?)));
-        let best = with_x().min_by(|a, b| self.worse_by(a.2.mean).total_cmp(&self.worse_by(b.2.mean)));
-        let Some((best_x, best_name, best)) = best else { return "No arm with an x is finished.".into() };
-        let allowed = (best.mean.abs() * percent / 100.0).max(best.sd.unwrap_or(0.0));
-        let near = with_x().filter(|(_, _, mean)| self.worse_by(mean.mean) - self.worse_by(best.mean) <= allowed);
-        let (x, name, mean) = near.min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or((best_x, best_name, best));
-        format!(
-            "The smallest x within {percent} % or one standard deviation of the best is {x} ({name}: {:.4}); the best is {best_x} \
-             ({best_name}: {:.4}).",
-            mean.mean, best.mean
-        )
-    }
-
-    /// An elastic arm's figures at its prefixes: rank, seed and value.
-    pub(crate) fn prefixes(&self, arm: usize) -> BTreeMap<usize, BTreeMap<u64, f64>> {
-        let mut found: BTreeMap<usize, BTreeMap<u64, f64>> = BTreeMap::new();
-        for run in self.runs.iter().filter(|run| run.arm == arm) {
-            for (name, value) in &run.metrics {
-                let rank = name.strip_prefix("rank.").and_then(|rest| rest.strip_suffix(&format!(".{}", self.metric)));
-                if let Some(rank) = rank.and_then(|rank| rank.parse().ok()) {
-                    found.entry(rank).or_default().insert(run.seed, *value);
-                }
-            }
+        let (differs, equal) = (of(Mean::p_outside), of(Mean::p_within));
+        for ((i, differs), equal) in compared.into_iter().zip(differs).zip(equal) {
+            (arms[i].p_differs, arms[i].p_equal) = (differs, equal);
         }
-        found
-    }
-
-    fn elastic(&self, name: &str, percent: f64) -> Vec<String> {
-        let Some(elastic) = self.arms.iter().position(|arm| arm.name == name) else { return Vec::new() };
-        let mut at_ranks = self.prefixes(elastic);
-        if let Some(whole) = self.arms[elastic].x {
-            at_ranks.insert(whole as usize, self.values(elastic));
-        }
-        let mut holds = true;
-        let mut said = Vec::new();
-        for (rank, values) in at_ranks {
-            let at_rank = |arm: &Arm| arm.x.is_some_and(|x| x as usize == rank) && arm.name != name;
-            let Some(arm) = self.arms.iter().position(at_rank) else { continue };
-            let dedicated = self.values(arm);
-            let pairs: Vec<f64> = values.iter().filter_map(|(seed, v)| Some(v - dedicated.get(seed)?)).collect();
-            let of_dedicated = Mean::of(&dedicated.values().copied().collect::<Vec<_>>(), self.confidence());
-            let (Some(difference), Some(mean)) = (Mean::of(&pairs, self.confidence()), of_dedicated) else { continue };
-            let sd = mean.sd.unwrap_or(0.0);
-            let within = self.worse_by(difference.mean) <= (mean.mean.abs() * percent / 100.0).max(sd);
-            holds &= within;
-            said.push(format!(
-                "rank {rank}: {:+.4}{} against {} ({:.4}, sd {sd:.4}), {:+.2} %: {}.",
-                difference.mean,
-                difference.half.map_or_else(String::new, |half| format!(" ± {half:.4}")),
-                self.arms[arm].name,
-                mean.mean,
-                difference.mean / mean.mean * 100.0,
-                if within { "holds" } else { "misses" },
-            ));
-        }
-        let all = if holds { "is" } else { "is not" };
-        said.insert(
-            0,
-            format!("{name} {all} within {percent} % or one standard deviation of the dedicated arms at every rank."),
-        );
-        said
-    }
-
-    fn against_theory(&self, arms: &[ArmSummary], name: &str, percent: f64) -> Vec<String> {
-        let Some(theory) = self.theory.iter().find(|theory| theory.name == name) else { return Vec::new() };
-        let mut holds = true;
-        let mut said: Vec<String> = arms
-            .iter()
-            .filter_map(|arm| {
-                let (x, mean) = (arm.arm.x?, arm.metric?);
-                let expected = line(&theory.points, x)?;
-                let apart = (mean.mean / expected - 1.0) * 100.0;
-                let within = apart.abs() <= percent;
-                holds &= within;
-                let word = if within { "within" } else { "NOT within" };
-                Some(format!(
-                    "{}: {:.4} where {name} says {expected:.4}, {apart:+.2} %, {word} {percent} %.",
-                    arm.arm.name, mean.mean
-                ))
-            })
-            .collect();
-        let all = if holds { "holds" } else { "does not hold" };
-        said.insert(0, format!("{name} {all} within {percent} % at {} points.", said.len()));
-        said
     }
 }
 
-/// The height of a broken line at `x`; `None` outside of it.
-pub(crate) fn line(points: &[(f64, f64)], x: f64) -> Option<f64> {
-    let pair = points.windows(2).find(|pair| pair[0].0 <= x && x <= pair[1].0)?;
-    let [(x0, y0), (x1, y1)] = pair else { return None };
-    Some(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
-}
+/// The three reports, with how each begins that lowkey has written and what it holds.
+const REPORTS: [(&str, &str, &str); 3] = [
+    ("results.csv", "arm,seed,x,parameters,train_flops_per_token,", ""),
+    ("table.md", "# ", "\n| arm | x | n | "),
+    ("report.html", "<!doctype html>", "<div class=\"verdict\">"),
+];
+
+/// Bytes of a report that is to be replaced which are read.
+const LARGEST: u64 = 256 << 20;
 
 /// Writes `results.csv`, `table.md` and `report.html`, which depend on the study alone: not on how long it took, where, or how often it was resumed.
 ///
 /// # Errors
-/// [`crate::Error::Train`] where a file cannot be written.
+/// [`Error::File`] where a file of such a name is there that is no such report, and nothing is written; [`Error::Files`] where one
+/// cannot be written.
 pub fn report(study: &Study, dir: &Path) -> Result<Summary> {
+    for (name, begins, holds) in REPORTS {
+        let path = dir.join(name);
+        let is_ours = |text: &str| text.starts_with(begins) && text.contains(holds);
+        match files::read(&path, LARGEST) {
+            Ok(bytes) if is_ours(&String::from_utf8_lossy(&bytes)) => {}
+            Ok(_) => {
+                let why = "is no report of lowkey's and would be replaced: move it away, or give another --out";
+                return Err(Error::file(path, why));
+            }
+            Err(e) if e.is_missing() => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
     let summary = study.summary();
-    write_file(&dir.join("results.csv"), csv(study).as_bytes())?;
-    write_file(&dir.join("table.md"), markdown(study, &summary).as_bytes())?;
-    write_file(&dir.join("report.html"), page(study, &summary).as_bytes())?;
+    let texts = [csv(study), markdown(study, &summary), page(study, &summary)];
+    for ((name, ..), text) in REPORTS.iter().zip(texts) {
+        files::write(&dir.join(name), text.as_bytes())?;
+    }
     Ok(summary)
 }
 
@@ -234,13 +161,14 @@ fn csv(study: &Study) -> String {
     let fixed =
         ["arm", "seed", "x", "parameters", "train_flops_per_token", "cache_bytes_per_token", "steps", "mismatch"];
     let header = fixed.iter().map(|name| (*name).to_string());
-    let header = header.chain(keys.iter().map(|key| quoted(key))).chain(metrics.iter().map(|name| quoted(name)));
+    let header =
+        header.chain(keys.iter().map(|key| markup::csv(key))).chain(metrics.iter().map(|name| markup::csv(name)));
     let mut out = header.collect::<Vec<_>>().join(",") + "\n";
     let number = |x: Option<f64>| x.map_or_else(String::new, |x| x.to_string());
     for run in &study.runs {
         let Some(arm) = study.arms.get(run.arm) else { continue };
         let mut cells = vec![
-            quoted(&arm.name),
+            markup::csv(&arm.name),
             run.seed.to_string(),
             number(arm.x),
             arm.parameters.to_string(),
@@ -249,32 +177,30 @@ fn csv(study: &Study) -> String {
             arm.steps.to_string(),
             number(arm.mismatch),
         ];
-        cells.extend(keys.iter().map(|key| arm.settings.get(*key).map_or_else(String::new, |value| quoted(value))));
+        cells
+            .extend(keys.iter().map(|key| arm.settings.get(*key).map_or_else(String::new, |value| markup::csv(value))));
         cells.extend(metrics.iter().map(|name| number(run.metrics.get(*name).copied())));
         out += &(cells.join(",") + "\n");
     }
     out
 }
 
-/// A cell of a CSV file (RFC 4180).
-fn quoted(text: &str) -> String {
-    if text.contains([',', '"', '\n', '\r']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.into() }
-}
-
 fn markdown(study: &Study, summary: &Summary) -> String {
-    let mut out = format!("# {}\n\n{}\n\n", study.name, study.question);
+    let text = markup::markdown;
+    let mut out = format!("# {}\n\n{}\n\n", text(&study.name), text(&study.question));
     for sentence in &summary.verdict {
-        let _ = writeln!(out, "- {sentence}");
+        let _ = writeln!(out, "- {}", text(sentence));
     }
-    let (metric, percent) = (&study.metric, study.confidence() * 100.0);
+    let (metric, percent) = (text(&study.metric), study.confidence() * 100.0);
     let _ = write!(
         out,
-        "\nRule, as written before the runs: `{}`. Intervals are Student's at {percent} % over seeds; differences are to \
-         {} in pairs of the same seed.\n\n\
+        "\n{}: `{}`. Intervals are Student's at {percent} % over seeds, each for itself; differences are to {} in pairs of the \
+         same seed.\n\n\
          | arm | x | n | {metric} | sd | difference | detectable | parameters | mismatch | cache B/token |\n\
          |---|---|---|---|---|---|---|---|---|---|\n",
-        serde_json::to_string(&study.rule).unwrap_or_default(),
-        study.arms[study.baseline].name
+        study.rule_is(),
+        markup::json_in_backticks(&serde_json::to_string(&study.rule).unwrap_or_default()),
+        text(&study.arms[study.baseline].name)
     );
     let optional = |x: Option<f64>| x.map_or_else(|| "—".into(), |x| format!("{x:.4}"));
     let with_half = |mean: Option<Mean>, sign: bool| match mean {
@@ -284,11 +210,11 @@ fn markdown(study: &Study, summary: &Summary) -> String {
             if sign { format!("{:+.4}{half}", mean.mean) } else { format!("{:.4}{half}", mean.mean) }
         }
     };
-    for ArmSummary { arm, metric, difference } in &summary.arms {
+    for ArmSummary { arm, metric, difference, .. } in &summary.arms {
         let _ = writeln!(
             out,
             "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
-            arm.name,
+            text(&arm.name),
             arm.x.map_or_else(|| "—".into(), |x| x.to_string()),
             metric.map_or(0, |m| m.n),
             with_half(*metric, false),
@@ -303,5 +229,7 @@ fn markdown(study: &Study, summary: &Summary) -> String {
     out
 }
 
+#[cfg(test)]
+mod stored;
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use lowkey_data::Tokenizer;
+use lowkey_data::{Generation, Tokenizer};
 use lowkey_files::{Kind, Replace, Staging, copy, create_dir, printable, read, read_text, remove_dir, rename, sweep};
 use lowkey_model::{CHECKSUMS, CausalLm, Parameter, WeightDtype, write_checksums};
 pub use lowkey_model::{has_checksums, verify};
@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
 use crate::optimizer::{Optimizer, ParameterState};
 
-const TRAINER: &str = "trainer.json";
+pub(crate) const TRAINER: &str = "trainer.json";
 const OPTIMIZER: &str = "trainer.safetensors";
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
 /// Largest `trainer.json`: a few lines, and one for each kernel that was chosen.
@@ -95,13 +95,14 @@ impl Checkpoints {
         &self,
         model: &CausalLm,
         tokenizer: Option<&Tokenizer>,
+        generation: &Generation,
         optimizer: &Optimizer,
         state: &TrainerState,
     ) -> Result<PathBuf> {
         let target = self.dir.join(step_name(state.step));
         // Whatever stands there is a checkpoint of the same step; files of others that were put into it are taken along.
         let staging = Staging::begin(&target, Kind::Model, Replace::Vouched)?;
-        write(staging.dir(), model, tokenizer, optimizer, state)?;
+        write(staging.dir(), model, tokenizer, generation, optimizer, state)?;
         if target.is_dir() {
             take_along(&target, staging.dir())?;
         }
@@ -326,6 +327,7 @@ fn write(
     dir: &Path,
     model: &CausalLm,
     tokenizer: Option<&Tokenizer>,
+    generation: &Generation,
     optimizer: &Optimizer,
     state: &TrainerState,
 ) -> Result<()> {
@@ -333,14 +335,7 @@ fn write(
     if let Some(tokenizer) = tokenizer {
         tokenizer.save(dir)?;
     }
-    let generation = json!({
-        "bos_token_id": model.config.bos_token_id,
-        // null where there is none: an empty list would stop transformers' own generation.
-        "eos_token_id": (!model.config.eos_token_id.is_empty()).then_some(&model.config.eos_token_id),
-        "do_sample": true,
-        "temperature": 0.8,
-    });
-    write_json(&dir.join("generation_config.json"), &generation)?;
+    write_json(&dir.join("generation_config.json"), &generation.to_json())?;
     write_states(&dir.join(OPTIMIZER), model, optimizer)?;
     Ok(write_json(&dir.join(TRAINER), &json!(state))?)
 }

@@ -1,15 +1,80 @@
-//! Which ranks a step trains besides the whole one.
+//! Which passes a step takes, and what a run of them costs.
 //!
-//! The sandwich rule of slimmable networks (Yu & Huang, arXiv 1903.05134, section 3.1): every step trains the widest and the
-//! narrowest, which bound all others, and draws from those between. A step costs as many passes however many ranks there are
-//! ([`lowkey_model::ModelConfig::train_passes`]).
+//! A step trains the whole width; of a model whose latent is elastic, from a share of the run on, narrower ranks as well. Which
+//! ones follows the sandwich rule of slimmable networks (Yu & Huang, arXiv 1903.05134, section 3.1): every step trains the widest
+//! and the narrowest, which bound all others, and draws from those between. A step costs as many passes however many ranks there
+//! are. Whoever needs to know what a step or a run costs asks here, where the training loop asks what to do.
 
+use lowkey_model::ModelConfig;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::run_config::RunConfig;
+
+/// The passes that each step of a run takes.
+#[derive(Clone, Debug)]
+pub struct Passes {
+    /// Ranks below the whole one, ascending.
+    ranks: Vec<usize>,
+    /// The first step that trains them.
+    from: u64,
+    steps: u64,
+    seed: u64,
+    /// Tokens of a step.
+    tokens: f64,
+    /// Operations of one pass over one token.
+    per_token: f64,
+}
+
+impl Passes {
+    /// Those of a run with the given model.
+    pub fn new(config: &RunConfig, model: &ModelConfig) -> Self {
+        let training = &config.training;
+        Self {
+            ranks: model.elastic_ranks(),
+            from: (training.elastic_start * training.steps as f64).ceil() as u64,
+            steps: training.steps,
+            seed: config.run.seed,
+            tokens: training.batch_size as f64 * config.data.seq_len as f64,
+            per_token: model.pass_flops_per_token(config.data.seq_len),
+        }
+    }
+
+    /// Ranks of a step's passes beside the whole one.
+    pub(crate) fn narrow(&self, step: u64) -> Vec<usize> {
+        if step >= self.from { narrow_ranks(&self.ranks, self.seed, step) } else { Vec::new() }
+    }
+
+    /// Passes of a step once the narrower ranks have joined.
+    fn most(&self) -> usize {
+        1 + narrow_ranks(&self.ranks, self.seed, 0).len()
+    }
+
+    /// Passes of all steps.
+    fn in_all(&self) -> f64 {
+        let alone = self.from.min(self.steps);
+        alone as f64 + (self.steps - alone) as f64 * self.most() as f64
+    }
+
+    /// Floating-point operations of a step over one token, all its passes together.
+    pub(crate) fn flops_per_token(&self, step: u64) -> f64 {
+        (1 + self.narrow(step).len()) as f64 * self.per_token
+    }
+
+    /// The same as a mean over the steps of the run.
+    pub fn mean_flops_per_token(&self) -> f64 {
+        self.per_token * self.in_all() / self.steps.max(1) as f64
+    }
+
+    /// Floating-point operations of the whole run.
+    pub fn flops(&self) -> f64 {
+        self.per_token * self.tokens * self.in_all()
+    }
+}
+
 /// The ranks of a step's further passes: of `ranks`, ascending, the first and one of the others. The same for the same seed and
 /// step, so that a resumed run draws what the uninterrupted one does.
-pub(crate) fn narrow_ranks(ranks: &[usize], seed: u64, step: u64) -> Vec<usize> {
+fn narrow_ranks(ranks: &[usize], seed: u64, step: u64) -> Vec<usize> {
     let Some((narrowest, between)) = ranks.split_first() else { return Vec::new() };
     let mut drawn = vec![*narrowest];
     if !between.is_empty() {
@@ -39,5 +104,23 @@ mod tests {
         }
         // Four standard deviations of a third of 600.
         assert!(counts.iter().all(|count| (154..=246).contains(count)), "{counts:?}");
+    }
+
+    #[test]
+    fn a_run_costs_what_its_steps_cost_one_by_one() {
+        for ranks in [vec![], vec![4], vec![4, 8], vec![4, 8, 16]] {
+            for (steps, start) in [(1, 0.3), (10, 0.3), (33, 0.3), (100, 0.3), (100, 0.0), (100, 0.999), (7, 1.0)] {
+                let from = (start * steps as f64).ceil() as u64;
+                let passes = Passes { ranks: ranks.clone(), from, steps, seed: 5, tokens: 6.0, per_token: 2.0 };
+                // The narrower ranks join at that share of the run, not a step before.
+                for step in 0..steps {
+                    let joined = step as f64 >= start * steps as f64;
+                    assert_eq!(!passes.narrow(step).is_empty(), joined && !ranks.is_empty(), "{step} of {steps}");
+                }
+                let one_by_one: f64 = (0..steps).map(|step| 6.0 * passes.flops_per_token(step)).sum();
+                assert_eq!(passes.flops(), one_by_one, "{ranks:?} {steps} {start}");
+                assert!((passes.mean_flops_per_token() * 6.0 * steps as f64 / one_by_one - 1.0).abs() < 1e-12);
+            }
+        }
     }
 }

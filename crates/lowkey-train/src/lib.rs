@@ -45,6 +45,7 @@ mod train;
 mod workers;
 
 pub use checkpoint::{Checkpoints, TrainerState};
+pub use elastic::Passes;
 pub use error::{Error, Result};
 pub use evaluate::{ClassEvaluation, Evaluation, Held, LatentHealth, RankEvaluation, evaluate};
 pub use loss_scale::LossScale;
@@ -58,7 +59,7 @@ pub use run_config::{
     RunConfig, RunSection, SchedulerKind, SchedulerSection, TrainingSection,
 };
 pub use run_data::RunData;
-pub use setup::{Setup, device, devices, planned_model, setup};
+pub use setup::{Setup, device, devices, planned_model, setup, special_tokens_note};
 pub use tensorboard::EventWriter;
 pub use train::{Event, Outcome, RunOptions, train};
 pub use workers::{StepGradients, Workers, available_threads, ceiling, matmul_ceiling, memory};

@@ -3,6 +3,7 @@
 use lowkey_model::{ModelConfig, ParameterCount};
 use serde::Serialize;
 
+use crate::elastic::Passes;
 use crate::run_config::RunConfig;
 
 /// The figures of a run, from the configuration alone but for the measured matrix-product rate.
@@ -16,7 +17,7 @@ pub struct Plan {
     pub block_parameters: usize,
     /// Of the attentions alone.
     pub attention_parameters: usize,
-    /// Floating-point operations to train on one token, at all widths that a step trains.
+    /// Floating-point operations to train on one token, at all widths that a step trains, as a mean over the steps of the run.
     pub train_flops_per_token: f64,
     /// Bytes per cached token in bf16 with full keys and values.
     pub cache_bytes_expanded: usize,
@@ -50,22 +51,28 @@ impl Plan {
         let seq = config.data.seq_len;
         let tokens_per_step = config.training.batch_size * seq;
         let tokens = config.training.steps.saturating_mul(tokens_per_step as u64);
-        let train_flops_per_token = model.train_flops_per_token(seq);
-        let flops = train_flops_per_token * tokens as f64;
+        let passes = Passes::new(config, model);
+        let flops = passes.flops();
         Self {
             attention: model.attention_name(),
             parameters: total,
             block_parameters: blocks,
             attention_parameters: attention,
-            train_flops_per_token,
+            train_flops_per_token: passes.mean_flops_per_token(),
             cache_bytes_expanded: expanded * model.num_hidden_layers * CACHE_BYTES,
             cache_bytes_latent: model.cache_numbers() * CACHE_BYTES,
             tokens_per_step,
             tokens,
-            train_bytes: model.train_bytes(config.micro_batch_size(), seq, config.threads(), config.training.recompute),
+            train_bytes: train_bytes(config, model, config.threads()),
             flops,
             matmul_flops_per_s,
             seconds: flops / (matmul_flops_per_s * EXPECTED_MFU),
         }
     }
+}
+
+/// Estimated peak bytes of a run on so many threads of one device.
+pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usize) -> usize {
+    let (rows, seq, recompute) = (config.rows_of_a_pass(), config.data.seq_len, config.training.recompute);
+    model.train_bytes(rows, seq, threads, recompute, config.training.batch_size)
 }

@@ -96,6 +96,10 @@ pub struct DataSection {
     /// How documents fill a sequence; absent: whole documents where there are several, a stream where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub packing: Option<Packing>,
+    /// Whether documents and prompts get the special tokens that the tokenizer puts around a text, such as `<s>`; absent: as the
+    /// dataset file says, else they do, unless the model of `[init]` was trained without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub add_special_tokens: Option<bool>,
     /// Whether attention stops at document bounds.
     #[serde(default = "yes")]
     pub mask_documents: bool,

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use lowkey_data::tasks::{RowLayout, StepBatch, TaskCorpus};
 use lowkey_data::{
-    DatasetConfig, Observer, OracleDocument, Packing, Prepared, Sampler, Shard, Tokenizer, oracle_documents, prepare,
-    validation_batches,
+    DatasetConfig, Generation, Observer, OracleDocument, Packing, Prepared, Sampler, Shard, Tokenizer,
+    oracle_documents, prepare, validation_batches,
 };
 
 use crate::error::{Error, Result};
@@ -18,6 +18,8 @@ use crate::run_config::DataSection;
 pub struct RunData {
     /// What the ids mean; none where there are no tokens.
     pub tokenizer: Option<Tokenizer>,
+    /// How the model is to generate; what a user wrote beside the model of `[init]` stays in force.
+    pub generation: Generation,
     /// Rows of an embedding that fits: tokens of the vocabulary, or numbers of an input vector.
     pub vocab_size: usize,
     /// Where training batches come from.
@@ -67,11 +69,13 @@ pub fn dataset(section: &DataSection, run_file: &Path) -> Result<DatasetConfig> 
             Error::file(path, why)
         })
     };
-    match (&section.dataset, &section.path) {
-        (Some(dataset), _) => Ok(DatasetConfig::load(&find(dataset)?)?),
-        (None, Some(path)) => Ok(DatasetConfig::from_text_file(&find(path)?)?),
-        (None, None) => Err(Error::config("data.dataset", "(absent)", "set it to a dataset file")),
-    }
+    let mut dataset = match (&section.dataset, &section.path) {
+        (Some(dataset), _) => DatasetConfig::load(&find(dataset)?)?,
+        (None, Some(path)) => DatasetConfig::from_text_file(&find(path)?)?,
+        (None, None) => return Err(Error::config("data.dataset", "(absent)", "set it to a dataset file")),
+    };
+    dataset.add_special_tokens = section.add_special_tokens.or(dataset.add_special_tokens);
+    Ok(dataset)
 }
 
 /// Where a dataset's tokens are kept: beside its file, or in the run's folder for a plain text file.
@@ -111,6 +115,7 @@ pub fn open(
     };
     Ok(RunData {
         vocab_size: tokenizer.vocab_size(),
+        generation: Generation::new(Some(&tokenizer)),
         tokenizer: Some(tokenizer),
         train: TrainSource::Shard(Arc::new(train), packing),
         held,
@@ -126,6 +131,7 @@ pub fn open_task(corpus: TaskCorpus, name: &str, section: &DataSection, rows: us
     let layout = layout(&corpus, section)?;
     Ok(RunData {
         tokenizer: corpus.tokenizer().cloned(),
+        generation: Generation::new(corpus.tokenizer()),
         vocab_size: corpus.width(),
         held: Held::Examples(corpus.held(layout, rows)),
         train: TrainSource::Task(Arc::new(corpus)),

@@ -1,20 +1,25 @@
 //! From a run file to a model, a corpus and a device that fit together.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 
 use burn::tensor::{DType, Device};
 use lowkey_data::tasks::TaskCorpus;
-use lowkey_data::{DatasetConfig, Tokenizer, TokenizerConfig};
+use lowkey_data::{DatasetConfig, Generation, Tokenizer, TokenizerConfig};
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::is_cpu;
 use lowkey_model::ModelConfig;
 
+use crate::checkpoint;
 use crate::error::{Error, Result};
 use crate::replicas::check_kinds;
 use crate::run_config::{RunConfig, RunSection};
 use crate::run_data::{self, RunData};
 use crate::train::{Event, RunOptions};
 use crate::workers::memory;
+
+/// What a saved model samples at where nobody has said otherwise.
+const SAVED_TEMPERATURE: f64 = 0.8;
 
 /// The device that a run file names.
 ///
@@ -95,28 +100,66 @@ pub struct Setup {
 /// # Errors
 /// Everything that is wrong with the run file, the corpus or the model directory of `[init]`.
 pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(Event)) -> Result<Setup> {
-    let dataset = run_data::dataset(&config.data, &options.run_file)?;
+    let mut dataset = run_data::dataset(&config.data, &options.run_file)?;
     if let Some(corpus) = TaskCorpus::new(&dataset)? {
         return task_setup(config, &dataset, corpus);
     }
-    let own_tokenizer = match &config.init {
-        Some(init) => Some(Tokenizer::from_model_dir(&init.from)?),
-        None => None,
+    dataset.add_special_tokens = match dataset.add_special_tokens {
+        None if options.resume => begun_with_special_tokens(&options.out)?,
+        given => given,
     };
+    let mut own_tokenizer = None;
+    let mut earlier = None;
+    if let Some(init) = &config.init {
+        let tokenizer = Tokenizer::from_model_dir(&init.from)?;
+        if dataset.add_special_tokens.is_none() {
+            earlier = special_tokens_note(&init.from, &tokenizer, "data.add_special_tokens = false");
+        }
+        own_tokenizer = Some(tokenizer.with_special_tokens(dataset.add_special_tokens));
+    }
     let dir = run_data::prepared_dir(&dataset, &config.data, &options.out, own_tokenizer.as_ref());
-    let data =
+    let mut data =
         run_data::open(&dataset, &config.data, config.micro_batch_size(), &dir, own_tokenizer, &mut |progress| {
             observe(Event::Preparing(progress));
             ControlFlow::Continue(())
         })?;
-    let (mut model, notes) = resolve_model(config, data.vocab_size)?;
+    let (mut model, mut notes) = resolve_model(config, data.vocab_size)?;
+    notes.extend(earlier);
+    if let Some(init) = &config.init {
+        data.generation = Generation::from_model_dir(&init.from, data.tokenizer.as_ref())?;
+    }
+    data.generation = data.generation.or_sampling(SAVED_TEMPERATURE);
+    model.eos_token_id.clone_from(&data.generation.ends);
+    model.bos_token_id = model.bos_token_id.or(data.generation.begin);
     if let Some(tokenizer) = &data.tokenizer {
-        if model.eos_token_id.is_empty() {
-            model.eos_token_id = tokenizer.eos_id().into_iter().collect();
-        }
         check_prompts(&config.eval.prompts, tokenizer, &model)?;
     }
     Ok(Setup { model, data, notes })
+}
+
+/// Whether the newest checkpoint of a run says that its documents have special tokens around them; they have none where it says
+/// nothing, as runs that were begun before there was such a record. `None` where there is no checkpoint, or nothing to add.
+fn begun_with_special_tokens(run: &Path) -> Result<Option<bool>> {
+    let Some(newest) = checkpoint::newest(&run.join("checkpoints"))? else { return Ok(None) };
+    if !newest.join("tokenizer.json").is_file() {
+        return Ok(None);
+    }
+    let tokenizer = Tokenizer::from_model_dir(&newest)?;
+    let plain = tokenizer.omits_special_tokens() || tokenizer.special_tokens_are_assumed();
+    Ok((plain || tokenizer.adds_special_tokens()).then_some(!plain))
+}
+
+/// What to tell about a model that was trained here before it was recorded whether documents have special tokens around them:
+/// they had none. `instead` is what leaves them out again.
+pub fn special_tokens_note(model: &Path, tokenizer: &Tokenizer, instead: &str) -> Option<String> {
+    let trained_here = model.join(checkpoint::TRAINER).is_file();
+    (trained_here && tokenizer.special_tokens_are_assumed()).then(|| {
+        format!(
+            "{} does not say whether it was trained with the special tokens that its tokenizer puts around a text, so they \
+             are added; earlier versions trained without: {instead} leaves them out",
+            model.display()
+        )
+    })
 }
 
 /// [`setup`] for a task: nothing is prepared, there is no text to go on with, and a model to start from must have been made for
@@ -145,7 +188,11 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
         }
     }
     let (model, notes) = resolve_model(config, corpus.width())?;
-    let data = run_data::open_task(corpus, &dataset.name, &config.data, config.micro_batch_size())?;
+    let mut data = run_data::open_task(corpus, &dataset.name, &config.data, config.micro_batch_size())?;
+    if let Some(init) = &config.init {
+        data.generation = Generation::from_model_dir(&init.from, data.tokenizer.as_ref())?;
+    }
+    data.generation = data.generation.or_sampling(SAVED_TEMPERATURE);
     Ok(Setup { model, data, notes })
 }
 
@@ -202,7 +249,7 @@ pub fn planned_model(config: &RunConfig, options: &RunOptions) -> Result<(ModelC
 fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig) -> Result<()> {
     for prompt in prompts {
         let refuse = |why: String| Err(Error::config("eval.prompts", format!("{prompt:?}"), why));
-        match tokenizer.encode(prompt) {
+        match tokenizer.encode_prompt(prompt) {
             Err(e) => return refuse(e.to_string()),
             Ok(ids) if ids.is_empty() => return refuse("has no token to go on from; remove it".into()),
             Ok(ids) if ids.len() >= model.max_position_embeddings => {
@@ -217,8 +264,8 @@ fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig)
 
 /// Refuses a run that this machine cannot hold, before an allocation fails and takes the process with it.
 pub(crate) fn check_memory(config: &RunConfig, model: &ModelConfig, replicas: usize) -> Result<()> {
-    let (rows, seq, threads) = (config.rows_of_a_pass(), config.data.seq_len, config.threads());
-    let needed = replicas * model.train_bytes(rows, seq, threads.div_ceil(replicas), config.training.recompute);
+    let each = crate::plan::train_bytes(config, model, config.threads().div_ceil(replicas));
+    let needed = replicas.saturating_mul(each);
     let lower = "the model's sizes, training.micro_batch_size or data.seq_len";
     check_bytes("training", needed, lower, model)
 }

@@ -18,7 +18,7 @@ use lowkey_model::{CausalLm, ModelConfig, Parameter};
 use serde_json::json;
 
 use crate::checkpoint::{self, Checkpoints, TrainerState, write_file, write_json};
-use crate::elastic::narrow_ranks;
+use crate::elastic::Passes;
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::metrics::{Metrics, MetricsFile};
@@ -168,6 +168,8 @@ struct Queued {
     step: u64,
     tokens: u64,
     lr: f64,
+    /// Operations over one token, in all its passes.
+    flops_per_token: f64,
 }
 
 fn settings<'a>(config: &RunConfig, narrow: &'a [usize]) -> StepSettings<'a> {
@@ -192,6 +194,7 @@ struct Run<'a> {
     /// The step of the newest checkpoint.
     saved: Option<u64>,
     plan: Plan,
+    passes: Passes,
     metrics: Option<MetricsFile>,
     events: Option<EventWriter>,
     /// Time of earlier sessions.
@@ -262,6 +265,7 @@ impl<'a> Run<'a> {
         // Before anything is multiplied, as the first use of a shape chooses its kernel.
         choose_kernels(state.kernels.clone());
         let plan = Plan::new(config, &first.model.config, ceiling(threads, &devices, config.training.dtype)?);
+        let passes = Passes::new(config, &first.model.config);
         if config.training.dtype == Precision::F16 {
             state.loss_scale.get_or_insert_default();
         }
@@ -279,6 +283,7 @@ impl<'a> Run<'a> {
             saved: resume.map(|_| state.step),
             state,
             plan,
+            passes,
             metrics: None,
             events: None,
             started: Instant::now(),
@@ -324,7 +329,7 @@ impl<'a> Run<'a> {
         }
         let started = Instant::now();
         let step = self.state.step;
-        let narrow = self.narrow(step);
+        let narrow = self.passes.narrow(step);
         settings(self.config, &narrow).warm_up(&self.replicas, &self.batches.batch(step)?)?;
         observe(Event::WarmedUp { seconds: started.elapsed().as_secs_f64() });
         Ok(())
@@ -380,46 +385,41 @@ impl<'a> Run<'a> {
         Ok(Outcome { step: self.state.step, evaluation: Some(evaluation) })
     }
 
-    /// Ranks at which a step trains beside the whole one.
-    fn narrow(&self, step: u64) -> Vec<usize> {
-        let config = self.config;
-        if step as f64 >= config.training.elastic_start * config.training.steps as f64 {
-            narrow_ranks(&self.replicas.main().model.config.elastic_ranks(), config.run.seed, step)
-        } else {
-            Vec::new()
-        }
-    }
-
     /// Queues an optimiser step; on the CPU, takes it.
     fn queue(&mut self) -> Result<()> {
         let config = self.config;
         let step = self.state.step;
         let batch = self.ahead.next()?;
         let lr = config.lr_scheduler.rate(step, config.training.steps, config.optimizer.lr);
-        let narrow = self.narrow(step);
+        let narrow = self.passes.narrow(step);
         let scale = self.state.loss_scale.as_mut();
         let taken = settings(config, &narrow).step(&mut self.replicas, &batch, step, lr, scale)?;
         self.state.step += 1;
         self.state.tokens += taken.targets as u64;
-        self.queued.push_back(Queued { taken, step: self.state.step, tokens: self.state.tokens, lr });
+        let flops_per_token = self.passes.flops_per_token(step);
+        self.queued.push_back(Queued { taken, step: self.state.step, tokens: self.state.tokens, lr, flops_per_token });
         Ok(())
     }
 
     /// Waits until fewer than `most` steps are queued, and returns the figures of the newest of those waited for; those before it are
     /// reported.
     fn settle(&mut self, most: usize, observe: &mut dyn FnMut(Event)) -> Result<Option<Metrics>> {
-        let (mut known, mut targets, mut refused) = (Vec::new(), 0, None);
+        let (mut known, mut targets, mut flops, mut refused) = (Vec::new(), 0, 0.0, None);
         while refused.is_none() && self.queued.len() >= most.max(1) {
-            let Some(Queued { taken, step, tokens, lr }) = self.queued.pop_front() else { break };
+            let Some(Queued { taken, step, tokens, lr, flops_per_token }) = self.queued.pop_front() else { break };
             let more = taken.targets;
             match taken.wait(&self.replicas.main().model) {
                 Ok(judgement) => known.push((judgement, step, tokens, lr)),
                 Err(error) => refused = Some(error),
             }
             targets += more;
+            flops += more as f64 * flops_per_token;
         }
         // Several may be over by the time that the first is asked for: they share its time.
-        let tokens_per_s = targets as f64 / self.counted.elapsed().as_secs_f64();
+        let elapsed = self.counted.elapsed().as_secs_f64();
+        let (tokens_per_s, flops_per_s) = (targets as f64 / elapsed, flops / elapsed);
+        // What the run itself reaches is a rate that this machine has: the ceiling was measured in a busy moment.
+        self.plan.matmul_flops_per_s = self.plan.matmul_flops_per_s.max(flops_per_s);
         self.counted = Instant::now();
         self.state.time_s = self.earlier_s + self.started.elapsed().as_secs_f64();
         let figures = |(judgement, step, tokens, lr): (Judgement, u64, u64, f64)| Metrics {
@@ -430,7 +430,7 @@ impl<'a> Run<'a> {
             lr,
             grad_norm: judgement.norm,
             tokens_per_s,
-            mfu: tokens_per_s * self.plan.train_flops_per_token / self.plan.matmul_flops_per_s,
+            mfu: flops_per_s / self.plan.matmul_flops_per_s,
             epoch: self.batches.epoch(step),
             ..Metrics::default()
         };
@@ -467,7 +467,7 @@ impl<'a> Run<'a> {
         let Some(tokenizer) = &self.data.tokenizer else { return Ok(()) };
         let Replica { model, device, .. } = self.replicas.main();
         for prompt in &section.prompts {
-            let ids = tokenizer.encode(prompt)?;
+            let ids = tokenizer.encode_prompt(prompt)?;
             let room = model.config.max_position_embeddings.saturating_sub(ids.len());
             let generate_config = GenerateConfig {
                 max_new_tokens: section.sample_tokens.min(room),
@@ -482,7 +482,7 @@ impl<'a> Run<'a> {
             };
             let device = device.clone().without_autodiff();
             let out = generate(model, &ids, &generate_config, &device, &mut |_| ControlFlow::Continue(()))?;
-            let text = tokenizer.decode(&out.ids)?;
+            let text = tokenizer.decode_after(&ids, &out.ids)?;
             observe(Event::Sample { prompt, text: &text });
         }
         Ok(())
@@ -513,7 +513,8 @@ impl<'a> Run<'a> {
             });
         }
         self.state.kernels = chosen_kernels();
-        let path = self.checkpoints.save(model, self.data.tokenizer.as_ref(), optimizer, &self.state)?;
+        let RunData { tokenizer, generation, .. } = &self.data;
+        let path = self.checkpoints.save(model, tokenizer.as_ref(), generation, optimizer, &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });
         Ok(())

@@ -225,20 +225,24 @@ pub fn memory() -> Option<u64> {
 /// The rate, in floating-point operations per second, at which `threads` threads multiply f32 matrices of 512 × 512, or a GPU
 /// larger ones of `precision`: what a model's own products hardly exceed.
 ///
-/// Measured in about a third of a second, best of several rounds.
+/// Best of rounds that go on until none has been better for a while, a third of a second on an idle machine: on one that others
+/// use, too, a few rounds may all fall into a busy moment, and a model would seem faster than its own products.
 ///
 /// # Errors
 /// [`Error::Io`] where the operating system gives no thread, [`Error::Device`] where a GPU fails.
 pub fn matmul_ceiling(threads: usize, device: &Device, precision: Precision) -> Result<f64> {
     const SIZE: usize = 512;
+    const ROUNDS: usize = 60;
+    /// Rounds without a better one that end it.
+    const IN_VAIN: usize = 7;
     if !is_cpu(device) {
         return gpu_ceiling(&device.clone().without_autodiff(), precision);
     }
     let workers = Workers::new(threads, threads)?;
     let lanes: Vec<usize> = (0..threads).collect();
     let device = device.clone().without_autodiff();
-    let mut best: f64 = 0.0;
-    for _ in 0..8 {
+    let (mut best, mut in_vain) = (0.0f64, 0);
+    for _ in 0..ROUNDS {
         let started = std::time::Instant::now();
         workers.map(&lanes, |_| {
             let a = Tensor::<2>::ones([SIZE, SIZE], &device);
@@ -247,7 +251,12 @@ pub fn matmul_ceiling(threads: usize, device: &Device, precision: Precision) -> 
             }
         });
         let flops = (threads * 8) as f64 * 2.0 * (SIZE as f64).powi(3);
-        best = best.max(flops / started.elapsed().as_secs_f64());
+        let rate = flops / started.elapsed().as_secs_f64();
+        in_vain = if rate > 1.01 * best { 0 } else { in_vain + 1 };
+        best = best.max(rate);
+        if in_vain == IN_VAIN {
+            break;
+        }
     }
     Ok(best)
 }

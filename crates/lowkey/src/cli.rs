@@ -176,28 +176,32 @@ pub(crate) struct GenerateArguments {
     /// File with the text to continue
     #[arg(long, value_name = "FILE")]
     pub(crate) prompt_file: Option<PathBuf>,
-    /// Most tokens to add
-    #[arg(long, default_value_t = 200)]
-    pub(crate) max_new_tokens: usize,
-    /// 0 takes the most likely token; higher is more varied
-    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
-    pub(crate) temperature: f64,
-    /// Choose among the K most likely tokens only
+    /// Most tokens to add [default: 200, or as many as the model has room for]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_new_tokens: Option<usize>,
+    /// 0 takes the most likely token; higher is more varied [default: as the model's generation_config.json says, else 0.8]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub(crate) temperature: Option<f64>,
+    /// Choose among the K most likely tokens only [default: as generation_config.json says, else all]
     #[arg(long, value_name = "K")]
     pub(crate) top_k: Option<usize>,
-    /// Choose among the fewest tokens that together have probability P
+    /// Choose among the fewest tokens that together have probability P [default: as generation_config.json says, else 1]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) top_p: Option<f64>,
-    /// Above 1: make tokens that have occurred less likely
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
-    pub(crate) repetition_penalty: f64,
+    /// Above 1: make tokens that have occurred less likely [default: as generation_config.json says, else 1]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub(crate) repetition_penalty: Option<f64>,
     /// Seed of the random choice
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// End at this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub(crate) stop: Vec<String>,
-    /// Do not end at the model's end-of-text token
+    /// Begin the prompt with the special tokens that the tokenizer puts before a text, such as <s>, or not [default: as the model
+    /// was trained, else as its tokenizer does]
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) add_special_tokens: Option<bool>,
+    /// Do not end at the model's end-of-text tokens
     #[arg(long)]
     pub(crate) ignore_eos: bool,
     /// How attention is computed over the latent cache: auto, expanded, absorbed or fused
@@ -226,6 +230,10 @@ pub(crate) struct EvalArguments {
     /// The held-out split, or all of the text
     #[arg(long, default_value = "validation", value_parser = ["validation", "all"])]
     pub(crate) split: String,
+    /// Put around documents the special tokens that the tokenizer puts around a text, such as <s>, or not [default: as the model
+    /// was trained, else as its tokenizer does]
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) add_special_tokens: Option<bool>,
     /// Tokens per sequence [default: the model's longest, at most 2048]
     #[arg(long, value_name = "N")]
     pub(crate) seq_len: Option<usize>,

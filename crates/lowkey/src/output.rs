@@ -3,7 +3,7 @@
 //! A command whose work is what it prints ends where nobody can read it. One whose work is files, a training run above all,
 //! goes on without its display ([`work_goes_on`]).
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use lowkey_files::printable_lines;
@@ -32,9 +32,10 @@ pub(crate) fn say(text: &str) {
     write(&printable_lines(text), "\n");
 }
 
-/// Writes generated text to standard output as it is, without a line end, at once.
+/// Writes text that a model or a user made up to standard output, without a line end, at once. A terminal would obey the control
+/// characters in it, so it is shown them; a file or a pipe gets every byte as it is.
 pub(crate) fn stream(text: &str) {
-    write(text, "");
+    if std::io::stdout().is_terminal() { write(&printable_lines(text), "") } else { write(text, "") }
 }
 
 fn write(text: &str, end: &str) {
@@ -72,6 +73,19 @@ pub(crate) fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
         Ok(()) => Ok(()),
         Err(e) if e.kind() == ErrorKind::BrokenPipe => std::panic::resume_unwind(Box::new(OutputFailed::Closed)),
         Err(e) => anyhow::bail!("standard output could not be written: {e}"),
+    }
+}
+
+/// A word of a command line that a shell takes as it stands.
+pub(crate) fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_./:,=+@%".contains(c);
+    let harmless = |c: char| plain(c) || " !?;'()<>|&*#~".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else if word.chars().all(harmless) && !word.contains('!') {
+        format!("\"{word}\"")
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
     }
 }
 
@@ -150,6 +164,20 @@ mod tests {
         assert_eq!(duration(59.4), "59 s");
         assert_eq!(duration(61.0), "1 min 01 s");
         assert_eq!(duration(4020.0), "1 h 07 min");
+    }
+
+    #[test]
+    fn a_shell_takes_a_word_as_it_stands() {
+        for (word, expected) in [
+            ("runs/a/best", "runs/a/best"),
+            ("", "\"\""),
+            ("my runs/best", "\"my runs/best\""),
+            ("it's", "\"it's\""),
+            ("$HOME `x`", "'$HOME `x`'"),
+            ("say \"it's!\"", "'say \"it'\\''s!\"'"),
+        ] {
+            assert_eq!(quoted(word), expected);
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lowkey_files::printable_lines;
 use lowkey_train::{ClassEvaluation, Evaluation, Event, Metrics, Plan};
 
 use crate::output::{bytes, complain, count, duration, pairs, say, table};
@@ -268,7 +269,12 @@ fn class_row(class: &ClassEvaluation) -> Vec<String> {
 }
 
 fn indented(prompt: &str, text: &str) -> String {
-    format!("{prompt}{text}").lines().map(|line| format!("    | {line}")).collect::<Vec<_>>().join("\n")
+    // What a model makes up is no command for a terminal.
+    printable_lines(&format!("{prompt}{text}"))
+        .lines()
+        .map(|line| format!("    | {line}"))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// Shows the preparation of a corpus outside a run: a line at once for what it waits for, and one every few seconds for what it

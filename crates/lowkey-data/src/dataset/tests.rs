@@ -50,6 +50,9 @@ fn mistakes_are_named() {
         ),
         (&format!("{hub}repo = \"../b\"\nfiles = [\"x\"]"), "", "source.repo"),
         (&format!("{hub}repo = \"a/b\"\nfiles = [\"../x\"]"), "", "source.files"),
+        (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\\\\y\"]"), "", "source.files"),
+        (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\"]\nrevision = \"../../x\""), "", "source.revision"),
+        (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\"]\nrevision = \"/x\""), "", "source.revision"),
         (&format!("{hub}repo = \"a/b\"\nfiles = []"), "", "source.files is empty"),
         (&format!("{hub}repo = \"a/b\"\nfiles = [\"x\"]\nfield = \"f\""), "", "source.field"),
     ] {

@@ -29,6 +29,8 @@ enum Side {
 struct Item {
     side: Side,
     text: String,
+    /// Whether the text is a document from its start.
+    begins: bool,
     /// Whether the text is a document to its end. Of a text cut in two neither part is: the head does not end where it
     /// is cut, and the end of the tail is one that training never shows.
     whole: bool,
@@ -107,16 +109,16 @@ impl<'a> Corpus<'a> {
     /// All documents with their split.
     fn items(&self) -> Box<dyn Iterator<Item = Result<Item>> + Send + 'a> {
         if let Source::Storybook { seed, documents, validation_documents } = self.config.source {
-            let item = |side, text| Ok(Item { side, text, whole: true, last: true });
+            let item = |side, text| Ok(Item { side, text, begins: true, whole: true, last: true });
             let train = (0..documents).map(move |i| item(Side::Train, training_story(seed, i).text));
             let held = (0..validation_documents).map(move |i| item(Side::Validation, validation_story(seed, i).text));
             return Box::new(train.chain(held));
         }
         if let Heads::Characters(_) = self.heads {
             return Box::new(self.pieces().map(|piece| {
-                let (_, Piece { text, ends, tail, .. }) = piece?;
+                let (_, Piece { text, begins, ends, tail }) = piece?;
                 let side = if tail { Side::Validation } else { Side::Train };
-                Ok(Item { side, text, whole: false, last: ends })
+                Ok(Item { side, text, begins: begins && !tail, whole: false, last: ends })
             }));
         }
         let split = self.config.split.clone();
@@ -133,7 +135,7 @@ impl<'a> Corpus<'a> {
                 SplitBy::Documents => (mix(index) as f64) < split.validation_fraction * 18_446_744_073_709_551_616.0,
             };
             let side = if held { Side::Validation } else { Side::Train };
-            Ok(Item { side, text, whole: ends, last: ends })
+            Ok(Item { side, text, begins, whole: ends, last: ends })
         }))
     }
 
@@ -178,12 +180,13 @@ impl<'a> Corpus<'a> {
         let mut train = ShardWriter::create(train, tokenizer.vocab_size())?;
         let mut validation = ShardWriter::create(validation, tokenizer.vocab_size())?;
         let mut items = self.items();
+        let end = tokenizer.text_end();
         loop {
             let (mut texts, mut rest, mut bytes) = (Vec::new(), Vec::new(), 0);
             for item in items.by_ref() {
                 let item = item?;
                 bytes += item.text.len();
-                rest.push((item.side, item.whole, item.last));
+                rest.push((item.side, item.begins, item.whole, item.last));
                 texts.push(item.text);
                 if bytes >= CHUNK_BYTES {
                     break;
@@ -193,9 +196,12 @@ impl<'a> Corpus<'a> {
                 break;
             }
             let encoded = tokenizer.encode_documents(&texts)?;
-            for ((mut ids, text), (side, whole, last)) in encoded.into_iter().zip(&texts).zip(rest) {
+            for ((mut ids, text), (side, begins, whole, last)) in encoded.into_iter().zip(&texts).zip(rest) {
+                if begins {
+                    ids.splice(0..0, tokenizer.text_start().iter().copied());
+                }
                 if whole {
-                    ids.extend(tokenizer.eos_id());
+                    ids.extend(&end);
                 }
                 let writer = if side == Side::Train { &mut train } else { &mut validation };
                 writer.extend(&ids, text.len() as u64)?;

@@ -494,3 +494,68 @@ fn a_hub_source_is_fetched_and_prepared() {
     assert_eq!(texts(&prepared, &prepared.validation), ["last"]);
     assert_eq!(prepared.manifest.files[0].name, "data/a.jsonl");
 }
+
+/// Words between white space, `<s>` before a text and `</s>` after it.
+const FRAMED: &str = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[
+    {"id":0,"content":"<unk>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true},
+    {"id":1,"content":"<s>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true},
+    {"id":2,"content":"</s>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],
+    "normalizer":null,"pre_tokenizer":{"type":"WhitespaceSplit"},"post_processor":{"type":"TemplateProcessing",
+    "single":[{"SpecialToken":{"id":"<s>","type_id":0}},{"Sequence":{"id":"A","type_id":0}},{"SpecialToken":{"id":"</s>","type_id":0}}],
+    "pair":[{"Sequence":{"id":"A","type_id":0}},{"Sequence":{"id":"B","type_id":1}}],
+    "special_tokens":{"<s>":{"id":"<s>","ids":[1],"tokens":["<s>"]},"</s>":{"id":"</s>","ids":[2],"tokens":["</s>"]}}},
+    "decoder":null,"model":{"type":"WordLevel","vocab":{"<unk>":0,"<s>":1,"</s>":2,"a":3,"b":4},"unk_token":"<unk>"}}"#;
+
+fn ids(shard: &Shard) -> Vec<u32> {
+    let mut all = Vec::new();
+    shard.copy_range(0..shard.len(), &mut all).unwrap();
+    all
+}
+
+#[test]
+fn documents_begin_and_end_as_the_tokenizer_frames_a_text() {
+    let lines = "{\"text\":\"a\"}\n{\"text\":\"b a\"}\n{\"text\":\"b\"}\n";
+    let toml = JSONL.to_owned() + "[tokenizer]\nkind = \"file\"\npath = \"t.json\"\n";
+    let fixture = Fixture::new(&[("a.jsonl", lines.as_bytes()), ("t.json", FRAMED.as_bytes())], &toml);
+    let prepared = fixture.prepare().unwrap();
+    // The end that the tokenizer adds is the document's own, once.
+    assert_eq!(ids(&prepared.train), [1, 3, 2]);
+    assert_eq!(ids(&prepared.validation), [1, 4, 3, 2, 1, 4, 2]);
+    assert!(prepared.manifest.special_tokens && prepared.tokenizer.adds_special_tokens());
+    let again = open(&fixture.out()).unwrap();
+    assert_eq!((again.tokenizer.text_start(), again.tokenizer.special_tokens_are_assumed()), (&[1][..], false));
+
+    // Who wants none has none, in other tokens under another fingerprint.
+    let plain = DatasetConfig { add_special_tokens: Some(false), ..fixture.config() };
+    let plain = prepare(&plain, &fixture.out(), None, &mut go_on).unwrap();
+    assert_eq!((ids(&plain.train), ids(&plain.validation)), (vec![3, 2], vec![4, 3, 2, 4, 2]));
+    assert_ne!(plain.manifest.fingerprint, prepared.manifest.fingerprint);
+    assert!(open(&fixture.out()).unwrap().tokenizer.omits_special_tokens());
+    // A folder from before there was the choice says nothing of it, and its documents have none.
+    assert!(!std::fs::read_to_string(fixture.out().join("manifest.json")).unwrap().contains("special_tokens\": true"));
+}
+
+#[test]
+fn a_tokenizer_that_frames_nothing_keeps_its_fingerprint() {
+    let fixture = Fixture::new(&[("a.jsonl", LINES.as_bytes())], JSONL);
+    let fingerprints = [None, Some(true), Some(false)].map(|add_special_tokens| {
+        let config = DatasetConfig { add_special_tokens, ..fixture.config() };
+        prepare(&config, &fixture.out(), None, &mut go_on).unwrap().manifest.fingerprint
+    });
+    assert!(fingerprints.iter().all(|fingerprint| *fingerprint == fingerprints[0]));
+}
+
+#[test]
+fn the_held_out_tail_of_a_text_is_no_beginning() {
+    let toml = "[source]\nkind = \"text\"\npaths = [\"a.txt\"]\n[split]\nvalidation_fraction = 0.5\n[tokenizer]\nkind = \"file\"\npath = \"t.json\"\n";
+    let fixture = Fixture::new(&[("a.txt", b"a b b a "), ("t.json", FRAMED.as_bytes())], toml);
+    let prepared = fixture.prepare().unwrap();
+    assert_eq!((ids(&prepared.train), ids(&prepared.validation)), (vec![1, 3, 4], vec![4, 3]));
+    // All of it is a whole document.
+    let whole = DatasetConfig {
+        split: crate::Split { validation_fraction: 0.0, by: crate::SplitBy::Tail },
+        ..fixture.config()
+    };
+    let prepared = prepare(&whole, &fixture.out(), None, &mut go_on).unwrap();
+    assert_eq!(ids(&prepared.train), [1, 3, 4, 4, 3, 2]);
+}

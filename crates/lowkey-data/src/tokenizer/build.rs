@@ -93,7 +93,9 @@ pub(super) fn recognise(json: &Value) -> Option<Known> {
         && end.get("id")?.as_u64()? == vocab.len() as u64
         && end.get("special")?.as_bool()?
         && ["single_word", "lstrip", "rstrip"].iter().all(|key| is_false(end, key));
-    if !ours || !null(json.get("normalizer")) {
+    // The byte level's own only moves offsets; any other adds tokens.
+    let adds = !null(json.get("post_processor")) && kind("post_processor") != Some("ByteLevel");
+    if !ours || adds || !null(json.get("normalizer")) {
         return None;
     }
     match model.get("type")?.as_str()? {

@@ -7,9 +7,12 @@ use crate::error::Result;
 /// at most four bytes, so at most four byte-fallback tokens; past that the text is broken and is shown as it is.
 const MOST_HELD: usize = 4;
 
-/// An incremental detokenizer: what it has returned so far, and [`TextStream::finish`], is what
-/// [`Tokenizer::decode`] gives for all the ids, yet no part ends inside a character. (Where a SentencePiece vocabulary
-/// spells bytes that are not UTF-8, the two may count the U+FFFD differently.)
+/// An incremental detokenizer of a continuation: the text of what stood before, what this has returned so far, and
+/// [`TextStream::finish`] are together what [`Tokenizer::decode`] gives for all the ids, yet no part ends inside a character.
+/// (Where a SentencePiece vocabulary spells bytes that are not UTF-8, the two may count the U+FFFD differently.)
+///
+/// Most decoders treat the first token of a text in a way of their own: Metaspace and Strip drop the space that stands before
+/// it, WordPiece puts none there. So text is taken as the difference that an id makes to the ids before it, never by itself.
 pub struct TextStream {
     tokenizer: Tokenizer,
     /// Bytes of an unfinished character, for a tokenizer whose ids are bytes.
@@ -20,8 +23,13 @@ pub struct TextStream {
 }
 
 impl TextStream {
-    pub(super) fn new(tokenizer: Tokenizer) -> Self {
-        Self { tokenizer, bytes: Vec::new(), ids: Vec::new(), shown: 0 }
+    pub(super) fn new(tokenizer: Tokenizer, before: &[u32]) -> Self {
+        let mut stream = Self { tokenizer, bytes: Vec::new(), ids: Vec::new(), shown: 0 };
+        if !stream.joins_bytes() {
+            stream.ids.extend_from_slice(before);
+            stream.shown = before.len();
+        }
+        stream
     }
 
     /// Takes the next id and returns the text that it completes; often empty.
@@ -36,23 +44,22 @@ impl TextStream {
         if text.is_empty() || (text.ends_with(char::REPLACEMENT_CHARACTER) && held <= MOST_HELD) {
             return Ok(String::new());
         }
-        // What was shown last stays as context: such a decoder treats the first token of a text differently.
-        self.ids.drain(..self.shown);
+        // What was shown last stays as context, and with it what precedes it where it is but space: at the beginning of a text a
+        // decoder would drop that.
+        if !text.trim().is_empty() {
+            self.ids.drain(..self.shown);
+        }
         self.shown = self.ids.len();
         Ok(text)
     }
 
-    /// Returns what is still held back, an unfinished character as U+FFFD, and starts afresh.
-    pub fn finish(&mut self) -> String {
-        let text = if self.joins_bytes() {
-            String::from_utf8_lossy(&self.bytes).into_owned()
-        } else {
-            self.unshown().unwrap_or_default()
-        };
+    /// Returns what is still held back, an unfinished character as U+FFFD, and starts afresh with nothing before.
+    pub fn finish(&mut self) -> Result<String> {
+        let text = if self.joins_bytes() { String::from_utf8_lossy(&self.bytes).into_owned() } else { self.unshown()? };
         self.bytes.clear();
         self.ids.clear();
         self.shown = 0;
-        text
+        Ok(text)
     }
 
     fn joins_bytes(&self) -> bool {

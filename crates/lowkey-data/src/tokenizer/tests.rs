@@ -1,3 +1,6 @@
+mod decoding;
+mod special;
+
 use super::*;
 use crate::sampler::mix;
 
@@ -204,7 +207,7 @@ fn a_stream_adds_up_to_the_decoded_text_and_never_splits_a_character() {
     for tokenizer in [Tokenizer::bytes(), chars(), bpe(), sentencepiece()] {
         for text in SAMPLES {
             let ids = tokenizer.encode(text).unwrap();
-            let mut stream = tokenizer.stream();
+            let mut stream = tokenizer.stream(&[]);
             let mut whole = String::new();
             for &id in &ids {
                 let part = stream.push(id).unwrap();
@@ -212,28 +215,28 @@ fn a_stream_adds_up_to_the_decoded_text_and_never_splits_a_character() {
                 whole += &part;
             }
             assert_eq!(whole, tokenizer.decode(&ids).unwrap(), "{tokenizer:?}");
-            assert_eq!(stream.finish(), "");
+            assert_eq!(stream.finish().unwrap(), "");
         }
     }
 }
 
 #[test]
 fn a_stream_holds_back_and_then_gives_up() {
-    let mut stream = Tokenizer::bytes().stream();
+    let mut stream = Tokenizer::bytes().stream(&[]);
     assert_eq!([0xF0, 0x9F, 0xA6].map(|id| stream.push(id).unwrap()), ["", "", ""]);
     assert_eq!(stream.push(0x80).unwrap(), "🦀");
     assert_eq!(stream.push(0xC3).unwrap(), "");
     assert_eq!(stream.push(65).unwrap(), "\u{FFFD}A");
     assert_eq!(stream.push(0xE2).unwrap(), "");
-    assert_eq!((stream.finish(), stream.finish()), ("\u{FFFD}".to_owned(), String::new()));
+    assert_eq!((stream.finish().unwrap(), stream.finish().unwrap()), ("\u{FFFD}".to_owned(), String::new()));
 
     let tokenizer = sentencepiece();
     let byte = |byte: u8| tokenizer.token_to_id(&format!("<0x{byte:02X}>")).unwrap();
-    let mut stream = tokenizer.stream();
+    let mut stream = tokenizer.stream(&[]);
     let broken: String = std::iter::repeat_n(byte(0xFF), 12).map(|id| stream.push(id).unwrap()).collect();
     assert!(!broken.is_empty() && broken.chars().all(|c| c == char::REPLACEMENT_CHARACTER));
     let more: String = tokenizer.encode("ab").unwrap().iter().map(|&id| stream.push(id).unwrap()).collect();
-    assert!((more + &stream.finish()).ends_with("ab"), "text after broken bytes must appear");
+    assert!((more + &stream.finish().unwrap()).ends_with("ab"), "text after broken bytes must appear");
 }
 
 #[test]
@@ -241,9 +244,9 @@ fn streams_of_random_bytes_equal_the_decoded_whole() {
     let tokenizer = Tokenizer::bytes();
     for seed in 0..200u64 {
         let ids: Vec<u32> = (0..40).map(|i| (mix(seed * 100 + i) % 300) as u32).collect();
-        let mut stream = tokenizer.stream();
+        let mut stream = tokenizer.stream(&[]);
         let mut text: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
-        text += &stream.finish();
+        text += &stream.finish().unwrap();
         assert_eq!(text, tokenizer.decode(&ids).unwrap());
     }
 }

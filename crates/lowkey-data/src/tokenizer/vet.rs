@@ -31,6 +31,9 @@ const LONGEST_AFFIX: usize = 64;
 /// vocabularies say 100.
 const LONGEST_WORD: u64 = 1 << 10;
 
+/// How many special tokens a template may put around a text. Published ones put up to three there.
+const MOST_AROUND: usize = 256;
+
 /// Refuses what would make the parser, or the tokenizer that it makes, take more memory than the file accounts for, or
 /// read past the end of a token. Returns how many times longer the strings of the file can make a text.
 pub(super) fn vet(json: &Value) -> Result<usize, String> {
@@ -43,7 +46,8 @@ pub(super) fn vet(json: &Value) -> Result<usize, String> {
                  classes counted {CLASS} times and repetitions written out)"
             ));
         }
-        charsmap(node)
+        charsmap(node)?;
+        template(node)
     })?;
     let encoding = grows(json, &["normalizer", "pre_tokenizer"])?;
     grows(json, &["decoder"])?;
@@ -190,6 +194,26 @@ fn words(model: &Value) -> Result<(), String> {
         }
         _ => Ok(()),
     }
+}
+
+/// A template may name the text as often as it likes, and so may the next one in a sequence.
+fn template(node: &Value) -> Result<(), String> {
+    if node.get("type").and_then(Value::as_str) != Some("TemplateProcessing") {
+        return Ok(());
+    }
+    let pieces = node.get("single").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    if pieces.iter().filter(|piece| piece.get("Sequence").is_some()).count() != 1 {
+        return Err("its post_processor leaves the text out or repeats it".to_owned());
+    }
+    let special = |piece: &Value| {
+        let name = piece.pointer("/SpecialToken/id").and_then(Value::as_str)?;
+        Some(node.get("special_tokens")?.get(name)?.get("ids")?.as_array()?.len())
+    };
+    let added = pieces.iter().filter_map(special).fold(0usize, usize::saturating_add);
+    if added > MOST_AROUND {
+        return Err(format!("its post_processor puts {added} tokens around a text, more than {MOST_AROUND}"));
+    }
+    Ok(())
 }
 
 /// The second part of each merge loses the prefix of word-internal tokens. The parser cuts off as many bytes without a

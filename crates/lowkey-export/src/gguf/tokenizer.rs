@@ -92,7 +92,7 @@ pub(super) fn embed(
     out.set("tokenizer.ggml.tokens", texts);
     out.set("tokenizer.ggml.token_type", types);
     out.set("tokenizer.ggml.merges", vocabulary.merges);
-    special_tokens(tokenizer, config, &json, out, notes)?;
+    special_tokens(tokenizer, config, out, notes)?;
     if let Some(template) = chat_template(tokenizer) {
         out.set("tokenizer.chat_template", template);
     }
@@ -183,11 +183,11 @@ fn byte_level(tokenizer: &Tokenizer, json: &Value, rows: usize) -> Result<Vocabu
     Ok(vocabulary)
 }
 
-/// Which tokens begin and end a text, and whether prompts are given one.
+/// Which tokens begin and end a text, and whether prompts are given one. llama.cpp stops at the three ends that it has keys for,
+/// and besides at tokens that are spelled as the ends of well-known models are (`<|im_end|>`, `</s>` and some twenty more).
 fn special_tokens(
     tokenizer: &Tokenizer,
     config: &ModelConfig,
-    json: &Value,
     out: &mut Metadata,
     notes: &mut Vec<String>,
 ) -> Result<()> {
@@ -205,70 +205,25 @@ fn special_tokens(
     if ends.len() > 3 {
         notes.push(format!("of {} end-of-text tokens only the first 3 can be written: {:?}", ends.len(), &ends[..3]));
     }
-    let added = added_by_post_processor(json.get("post_processor").unwrap_or(&Value::Null))?;
-    let id = |token: &String| {
-        tokenizer
-            .token_to_id(token)
-            .ok_or_else(|| unsupported(format!("its post-processor adds {token:?}, which its vocabulary lacks")))
-    };
-    let begins = added.before.iter().map(id).collect::<Result<Vec<u32>>>()?;
-    let closes = added.after.iter().map(id).collect::<Result<Vec<u32>>>()?;
+    let (begins, closes) = (tokenizer.text_start(), tokenizer.after_text());
     if begins.len() > 1 || closes.len() > 1 || closes.iter().any(|id| *id != end) {
         return Err(unsupported(format!(
-            "its post-processor adds {:?} before and {:?} after a text; llama.cpp adds one token that begins and one that ends \
-             a text at most",
-            added.before, added.after
+            "its post-processor adds the tokens {begins:?} before and {closes:?} after a text; llama.cpp knows one token that \
+             begins and one that ends a text at most"
         )));
     }
     // A text begins where the last one ended, unless there is a token for it.
     let begin = begins.first().copied().or(config.bos_token_id).unwrap_or(end);
     out.set("tokenizer.ggml.bos_token_id", begin);
     out.set("tokenizer.ggml.add_bos_token", !begins.is_empty());
-    out.set("tokenizer.ggml.add_eos_token", !closes.is_empty());
-    if !begins.is_empty() || !closes.is_empty() {
-        notes.push(
-            "prompts are given the tokens that the tokenizer's post-processor adds; lowkey generate adds none".into(),
-        );
+    // llama.cpp would set it after a prompt, and its programs that generate refuse a model that asks for this.
+    out.set("tokenizer.ggml.add_eos_token", false);
+    if !closes.is_empty() {
+        let note = "the tokenizer's post-processor adds an end after a text, which is not written: it would stand between a prompt \
+                    and its continuation";
+        notes.push(note.into());
     }
     Ok(())
-}
-
-/// Tokens around a single text.
-#[derive(Debug, Default)]
-struct Added {
-    before: Vec<String>,
-    after: Vec<String>,
-}
-
-fn added_by_post_processor(json: &Value) -> Result<Added> {
-    let kind = json.get("type").and_then(Value::as_str);
-    match kind {
-        None | Some("ByteLevel") => Ok(Added::default()),
-        Some("Sequence") => {
-            let mut all = Added::default();
-            for part in json.get("processors").and_then(Value::as_array).into_iter().flatten() {
-                let part = added_by_post_processor(part)?;
-                all.before.splice(0..0, part.before);
-                all.after.extend(part.after);
-            }
-            Ok(all)
-        }
-        Some("TemplateProcessing") => {
-            let mut all = Added::default();
-            let mut text_seen = false;
-            for piece in json.get("single").and_then(Value::as_array).into_iter().flatten() {
-                match piece.pointer("/SpecialToken/id").and_then(Value::as_str) {
-                    Some(token) if text_seen => all.after.push(token.to_owned()),
-                    Some(token) => all.before.push(token.to_owned()),
-                    None => text_seen = true,
-                }
-            }
-            Ok(all)
-        }
-        Some(other) => {
-            Err(unsupported(format!("its tokenizer has a post-processor {other}, which llama.cpp does not know")))
-        }
-    }
 }
 
 /// The chat template that came with the tokenizer: its own file, or the entry of `tokenizer_config.json`, the default one

@@ -8,6 +8,8 @@ fn study() -> Study {
         x,
         parameters: 1000,
         train_flops_per_token: 6000.0,
+        training_flops: 6e7,
+        elastic_ranks: Vec::new(),
         cache_bytes_per_token: bytes,
         int8_bytes_per_token: bytes / 4 + 8,
         decode_tokens_per_s: vec![(512, 1234.5)],
@@ -24,7 +26,9 @@ fn study() -> Study {
     ];
     let runs = (0..5).flat_map(|arm| {
         (1..=3).map(move |seed| {
-            let loss = 0.4 - 0.03 * arm as f64 + 0.001 * seed as f64;
+            // A power law over the rank, which doubles from arm to arm.
+            let rank = 2f64.powi(arm as i32 + 1);
+            let loss = if arm == 0 { 0.4 } else { 0.2 + 0.4 * rank.powf(-0.5) } + 0.001 * seed as f64;
             let metrics = [
                 ("gap", loss),
                 ("val_loss", loss + 1.0),
@@ -55,7 +59,8 @@ fn study() -> Study {
         arms,
         runs: runs.collect(),
         seeds: vec![1, 2, 3],
-        rule_changed: false,
+        objections: Vec::new(),
+        notes: Vec::new(),
     }
 }
 
@@ -96,4 +101,15 @@ fn a_page_of_nothing_yet_says_so() {
     assert!(page.contains("Preliminary: 0 of 15") && page.contains("</html>"), "{page}");
     // Drawn from the first rank to the last, although its corners lie outside.
     assert!(page.contains(">line</text>") || page.contains(">\nline\n</text>"), "{page}");
+}
+
+#[test]
+fn a_fit_of_one_seed_gives_no_interval() {
+    let mut study = study();
+    let whole = page(&study, &study.summary());
+    assert!(whole.contains("95 % by resampling seeds") && !whole.contains("no interval"), "{whole}");
+    study.seeds.truncate(1);
+    study.runs.retain(|run| run.seed == 1);
+    let page = page(&study, &study.summary());
+    assert!(page.contains("no interval from one seed") && !page.contains("by resampling seeds"), "{page}");
 }

@@ -1,65 +1,5 @@
 use super::*;
-use crate::study::{RunResult, Theory};
-
-fn study(rule: Rule, figures: &[(&str, Option<f64>, &[f64])]) -> Study {
-    let arm = |(name, x, _): &(&str, Option<f64>, &[f64])| Arm {
-        name: (*name).into(),
-        settings: BTreeMap::from([("model.note".into(), "a, \"b\"".into())]),
-        x: *x,
-        parameters: 10,
-        train_flops_per_token: 1.5,
-        cache_bytes_per_token: 8,
-        int8_bytes_per_token: 4,
-        decode_bytes: Vec::new(),
-        decode_tokens_per_s: Vec::new(),
-        steps: 3,
-        mismatch: Some(0.01),
-    };
-    let runs = figures.iter().enumerate().flat_map(|(arm, (_, _, values))| {
-        values.iter().enumerate().map(move |(seed, value)| RunResult {
-            arm,
-            seed: seed as u64,
-            metrics: BTreeMap::from([("gap".to_string(), *value)]),
-            curve: Vec::new(),
-            spectra: Vec::new(),
-        })
-    });
-    Study {
-        name: "planted".into(),
-        question: "Is it found?".into(),
-        rule,
-        baseline: 0,
-        metric: "gap".into(),
-        lower_is_better: true,
-        x: None,
-        theory: vec![Theory { name: "line".into(), points: vec![(0.0, 1.0), (10.0, 0.0)] }],
-        arms: figures.iter().map(arm).collect(),
-        runs: runs.collect(),
-        seeds: vec![0, 1, 2, 3],
-        rule_changed: false,
-    }
-}
-
-#[test]
-fn the_margin_rule_tells_better_worse_equal_and_undecided_apart() {
-    let rule = Rule::Margin { margin: 0.05, confidence: 0.95 };
-    let study = study(
-        rule,
-        &[
-            ("base", None, &[1.0, 2.0, 3.0, 4.0]),
-            ("better", None, &[0.80, 1.81, 2.79, 3.80]),
-            ("worse", None, &[1.20, 2.21, 3.19, 4.20]),
-            ("equal", None, &[1.01, 1.99, 3.0, 4.01]),
-            ("noisy", None, &[0.5, 2.5, 3.5, 3.6]),
-        ],
-    );
-    let verdict = study.summary().verdict;
-    let words = ["better (", "worse (", "equal within the margin (", "undecided ("];
-    assert_eq!(verdict.len(), words.len(), "{verdict:?}");
-    for (sentence, word) in verdict.iter().zip(words) {
-        assert!(sentence.contains(word), "{sentence}");
-    }
-}
+use crate::fixtures::study;
 
 /// Where seeds differ far more than arms, pairs still tell the arms apart; unpaired means could not.
 #[test]
@@ -71,28 +11,6 @@ fn differences_are_taken_in_pairs() {
     assert!((difference.mean + 0.1).abs() < 1e-9 && difference.half.unwrap() < 0.02, "{difference:?}");
     assert!(summary.arms[1].metric.unwrap().half.unwrap() > 1.0);
     assert!(summary.arms[0].difference.is_none());
-}
-
-#[test]
-fn a_knee_is_the_smallest_that_is_near_the_best() {
-    let rule = Rule::Knee { percent: 5.0, confidence: 0.95 };
-    let arms: &[(&str, Option<f64>, &[f64])] =
-        &[("base", None, &[0.5]), ("r4", Some(4.0), &[2.0]), ("r8", Some(8.0), &[1.03]), ("r16", Some(16.0), &[1.0])];
-    let summary = study(rule, arms).summary();
-    assert!(summary.verdict[0].starts_with("Preliminary: 4 of 16"), "{:?}", summary.verdict);
-    assert!(summary.verdict[1].contains("is 8 (r8: 1.0300); the best is 16"), "{:?}", summary.verdict);
-}
-
-#[test]
-fn a_theory_holds_or_names_where_it_does_not() {
-    let rule = || Rule::Theory { name: "line".into(), percent: 5.0, confidence: 0.95 };
-    let close = study(rule(), &[("r2", Some(2.0), &[0.81]), ("r5", Some(5.0), &[0.49])]).summary().verdict;
-    assert!(close.iter().any(|sentence| sentence == "line holds within 5 % at 2 points."), "{close:?}");
-    let far = study(rule(), &[("r2", Some(2.0), &[0.81]), ("r5", Some(5.0), &[0.6])]).summary().verdict;
-    assert!(far.iter().any(|sentence| sentence.starts_with("line does not hold")), "{far:?}");
-    assert!(far.iter().any(|sentence| sentence.contains("r5") && sentence.contains("NOT within")), "{far:?}");
-    let outside = study(rule(), &[("r20", Some(20.0), &[0.81])]).summary().verdict;
-    assert!(outside.iter().any(|sentence| sentence.ends_with("at 0 points.")), "{outside:?}");
 }
 
 #[test]
@@ -112,4 +30,46 @@ fn tables_are_the_study_alone_and_quote_what_must_be() {
     assert_eq!(lines.len(), 4);
     assert!(lines[0].ends_with("mismatch,model.note,gap"), "{}", lines[0]);
     assert_eq!(lines[3], "r4,0,4,10,1.5,8,3,0.01,\"a, \"\"b\"\"\",1.5");
+}
+
+#[test]
+fn what_lowkey_did_not_write_is_not_replaced() {
+    let rule = Rule::Margin { margin: 0.05, confidence: 0.95 };
+    let mut study = study(rule, &[("base", None, &[1.0, 2.0]), ("r4", Some(4.0), &[1.5, 2.5])]);
+    for name in ["results.csv", "table.md", "report.html"] {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join(name);
+        std::fs::write(&own, "# mine\n").unwrap();
+        let why = report(&study, dir.path()).unwrap_err().to_string();
+        assert!(why.contains(name) && why.contains("no report of lowkey's"), "{why}");
+        assert_eq!(std::fs::read_to_string(&own).unwrap(), "# mine\n");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing else was written");
+    }
+    // Its own it does replace: with a verdict, without one, and of nothing yet.
+    let dir = tempfile::tempdir().unwrap();
+    report(&study, dir.path()).unwrap();
+    study.objections.push("it was a dream".into());
+    report(&study, dir.path()).unwrap();
+    study.runs.clear();
+    report(&study, dir.path()).unwrap();
+    report(&study, dir.path()).unwrap();
+}
+
+#[test]
+fn names_are_neither_markup_nor_formulas() {
+    let rule = Rule::Theory { name: "a`<b>`".into(), percent: 5.0, confidence: 0.95 };
+    let mut study = study(rule, &[("=cmd()", Some(2.0), &[0.8]), ("*r*", Some(5.0), &[0.5])]);
+    study.theory[0].name = "a`<b>`".into();
+    study.question = "<script>alert(1)</script> \u{1b}[2J | why?".into();
+    let dir = tempfile::tempdir().unwrap();
+    report(&study, dir.path()).unwrap();
+    let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    let (csv, table, page) = (read("results.csv"), read("table.md"), read("report.html"));
+    assert!(csv.lines().nth(1).unwrap().starts_with("'=cmd(),0,"), "{csv}");
+    assert!(table.contains("&lt;script&gt;") && table.contains("\\|") && !table.contains("<script"), "{table}");
+    assert!(table.contains("| \\*r\\* | 5 |") && table.contains("a\\u0060<b>\\u0060"), "{table}");
+    assert!(page.contains("&lt;script&gt;") && !page.contains("<script"));
+    for text in [&csv, &table, &page] {
+        assert!(!text.contains('\u{1b}'));
+    }
 }

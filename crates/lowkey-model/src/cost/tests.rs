@@ -1,6 +1,8 @@
 use burn::tensor::Device;
 
+use crate::ModelSection;
 use crate::fixtures::{self, scrambled};
+use crate::gradients::Recompute;
 
 #[test]
 fn the_count_is_that_of_the_model() {
@@ -40,6 +42,55 @@ fn operations_grow_with_the_context_by_the_attention_alone() {
     // Two layers, three heads, N + R + V = 18 multiply-adds per pair, two operations each; training is three times that.
     let per_key = 2.0 * 2.0 * 3.0 * 18.0;
     assert_eq!(config.forward_flops_per_token(11) - config.forward_flops_per_token(10), per_key);
-    assert_eq!(config.train_flops_per_token(10), 3.0 * config.forward_flops_per_token(10));
-    assert_eq!(config.train_flops_per_token(10), config.causal_train_flops_per_token(20));
+    assert_eq!(config.pass_flops_per_token(10), 3.0 * config.forward_flops_per_token(10));
+    assert_eq!(config.pass_flops_per_token(10), config.causal_pass_flops_per_token(20));
+}
+
+/// Peaks in MiB of runs of ten steps with two evaluations and checkpoints, bytes as tokens, as Linux counted them.
+#[test]
+fn the_memory_that_is_planned_is_near_what_runs_took() {
+    // Width, heads, of the feed-forward layer, of the latent.
+    let (small, middle) = ([128, 4, 352, 64], [256, 8, 704, 64]);
+    let (large, tiny) = ([512, 8, 1408, 128], [32, 2, 64, 16]);
+    let (whole, block) = (Recompute::None, Recompute::Block);
+    // Model, layers, narrower ranks; sequences of a pass and of a batch, their length; threads; what is computed again.
+    type Case<'a> = ([usize; 4], usize, &'a [usize], [usize; 3], usize, Recompute, f64);
+    let cases: &[Case] = &[
+        (small, 4, &[], [8, 8, 256], 2, whole, 231.0),
+        (small, 4, &[], [8, 8, 256], 1, whole, 175.0),
+        (small, 4, &[], [2, 8, 256], 2, whole, 199.0),
+        (small, 4, &[], [8, 8, 256], 2, block, 175.0),
+        (small, 4, &[8, 16, 32], [8, 8, 256], 2, whole, 229.0),
+        (small, 4, &[8, 16, 32], [8, 8, 256], 2, block, 205.0),
+        (small, 4, &[], [32, 32, 256], 2, whole, 411.0),
+        (small, 4, &[], [2, 2, 1024], 2, whole, 223.0),
+        (small, 12, &[], [8, 8, 256], 2, whole, 373.0),
+        (middle, 6, &[], [8, 8, 256], 2, whole, 391.0),
+        (middle, 6, &[], [8, 8, 256], 2, block, 317.0),
+        (middle, 6, &[16, 32], [8, 8, 256], 2, whole, 457.0),
+        (large, 6, &[], [4, 4, 128], 2, whole, 629.0),
+        (large, 6, &[], [16, 16, 128], 2, whole, 631.0),
+        (large, 12, &[], [2, 2, 256], 2, whole, 1219.0),
+        (tiny, 1, &[], [4, 4, 64], 2, whole, 94.0),
+    ];
+    let mut apart = Vec::new();
+    for (sizes, layers, ranks, [rows, batch, seq], threads, recompute, peak) in cases {
+        let [hidden, heads, intermediate, latent] = sizes;
+        let mut section = serde_json::json!({
+            "attention": "mla", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "intermediate_size": intermediate, "kv_lora_rank": latent, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+        });
+        if !ranks.is_empty() {
+            section["elastic"] = serde_json::json!({ "ranks": ranks });
+        }
+        let section: ModelSection = serde_json::from_value(section).unwrap();
+        let (config, _) = section.resolve(257, *seq).unwrap();
+        let planned = config.train_bytes(*rows, *seq, *threads, *recompute, *batch) as f64 / f64::from(1 << 20);
+        let off = planned / peak - 1.0;
+        assert!(off.abs() < 0.15, "{planned:.0} for {peak}: {sizes:?} {layers} {rows} {recompute:?}");
+        apart.push(off.abs());
+    }
+    let mean = apart.iter().sum::<f64>() / apart.len() as f64;
+    assert!(mean < 0.08, "{mean}");
 }

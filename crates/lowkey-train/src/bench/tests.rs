@@ -12,7 +12,7 @@ fn parameters_and_operations_of_the_shapes_are_those_agreed_on() {
     {
         let config = Shape::named(name).unwrap().config(seq).unwrap();
         assert_eq!(config.parameter_count().total, parameters, "{name}");
-        assert_eq!(config.causal_train_flops_per_token(seq), operations, "{name}");
+        assert_eq!(config.causal_pass_flops_per_token(seq), operations, "{name}");
     }
 }
 

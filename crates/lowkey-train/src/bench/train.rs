@@ -113,7 +113,7 @@ pub struct TrainFigures {
     pub tokens_per_s_min: f64,
     /// Of the shortest step.
     pub tokens_per_s_max: f64,
-    /// Operations per token, see [`lowkey_model::ModelConfig::causal_train_flops_per_token`].
+    /// Operations per token, see [`lowkey_model::ModelConfig::causal_pass_flops_per_token`].
     pub flops_per_token: f64,
     /// Their product: operations of the model per second.
     pub model_flops_per_s: f64,
@@ -162,7 +162,7 @@ impl Session {
         check_precision(options.dtype, &device)?;
         check_bytes(
             "training",
-            config.train_bytes(batch, seq, threads, options.recompute),
+            config.train_bytes(batch, seq, threads, options.recompute, 0),
             "the shape, the batch or the length",
             &config,
         )?;
@@ -288,7 +288,7 @@ pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> 
     let Spread { median, min, max } = Spread::milliseconds(&times);
     let (batch, seq, config) = (session.batch, session.seq, &session.replica().model.config);
     let rate = |ms: f64| (batch * seq) as f64 / ms * 1e3;
-    let flops_per_token = config.causal_train_flops_per_token(seq);
+    let flops_per_token = config.causal_pass_flops_per_token(seq);
     let model_flops_per_s = rate(median) * flops_per_token;
     Ok(TrainFigures {
         what: "train",

@@ -30,7 +30,9 @@ impl Bench {
     }
 
     fn save(&self, checkpoints: &Checkpoints, step: u64, best: Option<u64>) -> PathBuf {
-        checkpoints.save(&self.model, Some(&self.tokenizer), &self.optimizer, &state(step, best)).unwrap()
+        let generation = Generation::new(Some(&self.tokenizer));
+        let state = state(step, best);
+        checkpoints.save(&self.model, Some(&self.tokenizer), &generation, &self.optimizer, &state).unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {

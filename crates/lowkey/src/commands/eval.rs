@@ -22,7 +22,7 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
         let model = super::read_at(super::load_model(&arguments.model, &device)?, arguments.kv_rank)?;
         return report(arguments, &on_task(arguments, &model, &corpus, &device)?);
     }
-    let tokenizer = Tokenizer::from_model_dir(&arguments.model)?;
+    let tokenizer = super::open_tokenizer(&arguments.model, arguments.add_special_tokens)?;
     let model = super::read_at(super::load_model(&arguments.model, &device)?, arguments.kv_rank)?;
     let longest = model.config.max_position_embeddings;
     let seq_len = arguments.seq_len.unwrap_or(longest.min(2048));
@@ -43,6 +43,8 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
         );
     }
     let mut dataset = dataset;
+    // It is the model's way to read a text that is measured.
+    dataset.add_special_tokens = None;
     let all = arguments.split == "all";
     if all && matches!(dataset.source, Source::Storybook { .. }) {
         let why = "--split all: a storybook has no end; its held-out stories are --split validation";

@@ -3,14 +3,16 @@
 use std::ops::ControlFlow;
 
 use anyhow::Context;
-use lowkey_data::Tokenizer;
+use lowkey_data::{Generation, Tokenizer};
 use lowkey_infer::{CacheDtype, Finish, Form, GenerateConfig, SamplingConfig, Weights};
-use lowkey_model::CausalLm;
 use serde_json::json;
 
 use super::WrongUse;
 use crate::cli::GenerateArguments;
 use crate::output::{bytes, complain, say, say_json, stream};
+
+/// Tokens to add where nobody says how many.
+const NEW_TOKENS: usize = 200;
 
 pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let form: Form = arguments.decode.parse().map_err(|e| WrongUse(format!("--decode {}: {e}", arguments.decode)))?;
@@ -25,37 +27,34 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
         return Err(WrongUse("--stop \"\": an empty text would stop before the first token".into()).into());
     }
     let device = super::open_device(&arguments.device)?;
-    let tokenizer = Tokenizer::from_model_dir(&arguments.model)?;
+    let tokenizer = super::open_tokenizer(&arguments.model, arguments.add_special_tokens)?;
     let whole = super::load_model(&arguments.model, &device)?;
+    let declared = Generation::from_model_dir(&arguments.model, Some(&tokenizer))?;
     // Weights that were fused are of the whole latent.
     let fused = match arguments.kv_rank {
         None => super::export::fused_weights(&arguments.model, &whole, &device)?,
         Some(_) => Vec::new(),
     };
     let model = super::read_at(whole, arguments.kv_rank)?;
-    let mut ids = tokenizer.encode(&prompt).map_err(|e| WrongUse(format!("the prompt cannot be encoded: {e}")))?;
+    let mut ids =
+        tokenizer.encode_prompt(&prompt).map_err(|e| WrongUse(format!("the prompt cannot be encoded: {e}")))?;
     if ids.is_empty() {
         // With nothing to continue, a text begins where the last one ended.
-        let start = model.config.bos_token_id.or(tokenizer.eos_id());
+        let start = declared.begin.or(tokenizer.eos_id());
         ids.push(start.ok_or_else(|| WrongUse("this model has no token that begins a text; give --prompt".into()))?);
     }
-    let eos = if arguments.ignore_eos { Vec::new() } else { end_tokens(&model, &tokenizer) };
+    let limit = model.config.max_position_embeddings;
+    // What nobody asked for is no reason to refuse; that there is no room at all is.
+    let room = limit.saturating_sub(ids.len()).max(1);
     let config = GenerateConfig {
-        max_new_tokens: arguments.max_new_tokens,
-        sampling: SamplingConfig {
-            temperature: arguments.temperature,
-            top_k: arguments.top_k,
-            top_p: arguments.top_p,
-            repetition_penalty: arguments.repetition_penalty,
-            seed: arguments.seed,
-            ..SamplingConfig::default()
-        },
+        max_new_tokens: arguments.max_new_tokens.unwrap_or(NEW_TOKENS.min(room)),
+        sampling: sampling(arguments, &declared),
         form,
         cache_dtype,
-        eos,
+        eos: if arguments.ignore_eos { Vec::new() } else { declared.ends },
         ..GenerateConfig::default()
     };
-    let mut writer = Writer::new(&tokenizer, &arguments.stop, !arguments.json);
+    let mut writer = Writer::new(&tokenizer, &ids, &arguments.stop, !arguments.json);
     // Not before the first token: a message about a refused request stands alone.
     let mut unprinted = (!arguments.json).then_some(prompt.as_str());
     let mut failure = None;
@@ -70,11 +69,14 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     if let Some(failure) = failure {
         return Err(failure.into());
     }
-    let stopped = writer.finish();
+    let text = writer.finish()?;
     let seconds = out.decode.as_secs_f64();
     // The first token comes with the prefill.
     let rate = out.ids.len().saturating_sub(1) as f64 / seconds.max(1e-9);
+    let full = arguments.max_new_tokens.is_none() && room < NEW_TOKENS && out.finish == Finish::Length;
+    let full = full.then(|| format!("note: no more: prompt and text fill the model's {limit} positions"));
     if arguments.json {
+        full.iter().for_each(|note| complain(note));
         let finish = match out.finish {
             Finish::Length => "length",
             Finish::Eos => "eos",
@@ -82,7 +84,7 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
         };
         return say_json(&json!({
             "prompt": prompt,
-            "text": stopped,
+            "text": text,
             "ids": out.ids,
             "finish": finish,
             "prompt_tokens": out.prompt_tokens,
@@ -93,15 +95,20 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
         }));
     }
     say("");
+    full.iter().for_each(|note| complain(note));
     complain(&format!("[{} tokens, {rate:.0} tokens/s, cache {}]", out.ids.len(), bytes(out.cache_bytes)));
     Ok(())
 }
 
-fn end_tokens(model: &CausalLm, tokenizer: &Tokenizer) -> Vec<u32> {
-    if model.config.eos_token_id.is_empty() {
-        tokenizer.eos_id().into_iter().collect()
-    } else {
-        model.config.eos_token_id.clone()
+/// How tokens are chosen: as the options say, where there is none as the model's files say, else at a temperature of 0.8.
+fn sampling(arguments: &GenerateArguments, declared: &Generation) -> SamplingConfig {
+    SamplingConfig {
+        temperature: arguments.temperature.or(declared.temperature).unwrap_or(0.8),
+        top_k: arguments.top_k.or(declared.top_k),
+        top_p: arguments.top_p.or(declared.top_p),
+        min_p: declared.min_p,
+        repetition_penalty: arguments.repetition_penalty.or(declared.repetition_penalty).unwrap_or(1.0),
+        seed: arguments.seed,
     }
 }
 
@@ -112,22 +119,30 @@ struct Writer<'a> {
     print: bool,
     text: String,
     printed: usize,
+    stopped: bool,
 }
 
 impl<'a> Writer<'a> {
-    fn new(tokenizer: &Tokenizer, stop: &'a [String], print: bool) -> Self {
-        Self { tokens: tokenizer.stream(), stop, print, text: String::new(), printed: 0 }
+    /// For what comes after the prompt, whose text stands already.
+    fn new(tokenizer: &Tokenizer, prompt: &[u32], stop: &'a [String], print: bool) -> Self {
+        Self { tokens: tokenizer.stream(prompt), stop, print, text: String::new(), printed: 0, stopped: false }
     }
 
     fn push(&mut self, id: u32) -> lowkey_data::Result<ControlFlow<()>> {
-        self.text += &self.tokens.push(id)?;
+        let more = self.tokens.push(id)?;
+        Ok(self.append(&more))
+    }
+
+    fn append(&mut self, more: &str) -> ControlFlow<()> {
+        self.text += more;
         if let Some(at) = self.stop.iter().filter_map(|stop| self.text.find(stop.as_str())).min() {
             self.text.truncate(at);
             self.print_to(at);
-            return Ok(ControlFlow::Break(()));
+            self.stopped = true;
+            return ControlFlow::Break(());
         }
         self.print_to(self.text.len() - self.undecided());
-        Ok(ControlFlow::Continue(()))
+        ControlFlow::Continue(())
     }
 
     /// Bytes at the end that are the beginning of a stop text.
@@ -146,10 +161,14 @@ impl<'a> Writer<'a> {
         self.printed = self.printed.max(end);
     }
 
-    /// Prints what was held back and returns the whole text.
-    fn finish(mut self) -> String {
+    /// Prints what was held back, an unfinished character included, and returns the whole text.
+    fn finish(mut self) -> lowkey_data::Result<String> {
+        if !self.stopped {
+            let rest = self.tokens.finish()?;
+            let _ = self.append(&rest);
+        }
         self.print_to(self.text.len());
-        self.text
+        Ok(self.text)
     }
 }
 

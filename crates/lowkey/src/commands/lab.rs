@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lowkey_files::{printable, printable_lines};
 use lowkey_kernels::Precision;
 use lowkey_lab::{Event, Expanded, Experiment, Run, SweepOptions, sweep};
 use lowkey_train::{EXPECTED_MFU, available_threads, matmul_ceiling};
@@ -42,7 +43,7 @@ fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
     let runs = expanded.runs(&out, shard)?;
     let seconds = seconds(&expanded, &runs)?;
     if !arguments.json {
-        say(&describe(&expanded, &runs, seconds));
+        say(&printable_lines(&describe(&expanded, &runs, seconds)));
     }
     let budget = &experiment.budget;
     if let Some(most) = budget.runs.filter(|most| runs.len() > *most) {
@@ -68,7 +69,7 @@ fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
     })
     .context("cannot watch for Ctrl-C")?;
     let jobs = arguments.jobs.unwrap_or_else(|| (available_threads() / experiment.threads).max(1));
-    let options = SweepOptions { jobs, environment: super::train::environment() };
+    let options = SweepOptions { out, shard, jobs, environment: super::train::environment() };
     let mut view = View::new(&expanded, &runs, !arguments.json);
     let outcome = sweep(&expanded, &runs, &options, &interrupt, &mut |event| view.show(&event));
     view.bar.finish_and_clear();
@@ -78,10 +79,11 @@ fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
         say_json(&json!({ "finished": outcome.finished, "failed": failed, "left": outcome.left }))?;
     } else {
         for (i, why) in &outcome.failed {
-            complain(&format!("failed: {}: {why}", runs[*i].out.display()));
+            complain(&printable_lines(&format!("failed: {}: {why}", runs[*i].out.display())));
         }
         let (done, all) = (outcome.finished, runs.len());
-        let file = arguments.experiment.display();
+        let file = arguments.experiment.to_string_lossy();
+        let file = printable(&file);
         match (outcome.left, outcome.failed.len()) {
             (0, 0) => say(&format!("{done} of {all} runs are finished. Next: lowkey lab report {file}")),
             (left, failed) => say(&format!("{done} of {all} runs are finished, {failed} failed, {left} are left")),
@@ -93,12 +95,7 @@ fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
 /// Estimated seconds of the runs, one after the other.
 fn seconds(expanded: &Expanded, runs: &[Run]) -> anyhow::Result<f64> {
     let ceiling = matmul_ceiling(expanded.experiment.threads, &burn::tensor::Device::flex(), Precision::F32)?;
-    let mut flops = 0.0;
-    for run in runs {
-        let config = expanded.config(run)?;
-        let tokens = config.training.steps as f64 * (config.training.batch_size * config.data.seq_len) as f64;
-        flops += tokens * expanded.arms[run.arm].train_flops_per_token;
-    }
+    let flops: f64 = runs.iter().map(|run| expanded.arms[run.arm].training_flops).sum();
     Ok(flops / (ceiling * EXPECTED_MFU))
 }
 
@@ -152,7 +149,7 @@ impl<'a> View<'a> {
 
     fn line(&self, text: &str) {
         if self.lines {
-            self.bar.suspend(|| say(text));
+            self.bar.suspend(|| say(&printable_lines(text)));
         }
     }
 
@@ -203,7 +200,7 @@ fn report(arguments: &LabReportArguments) -> anyhow::Result<()> {
         };
         expanded.measure_decoding(&mut study, &runs, &arguments.decode, &mut observe)?;
     }
-    std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    lowkey_files::create_dir(&dir)?;
     let summary = lowkey_lab::report(&study, &dir)?;
     if arguments.json {
         return say_json(&summary);
@@ -221,8 +218,8 @@ fn report(arguments: &LabReportArguments) -> anyhow::Result<()> {
             vec![row.arm.name.clone(), n.to_string(), mean(row.metric), mean(row.difference)]
         })
         .collect();
-    say(&format!("{}\n{}", study.question, summary.verdict.join("\n")));
-    say(&table(&["arm", "n", &study.metric, "difference"], &rows));
-    say(&format!("written: {}", dir.join("report.html").display()));
+    say(&printable_lines(&format!("{}\n{}", study.question, summary.verdict.join("\n"))));
+    say(&printable_lines(&table(&["arm", "n", &study.metric, "difference"], &rows)));
+    say(&printable_lines(&format!("written: {}", dir.join("report.html").display())));
     Ok(())
 }

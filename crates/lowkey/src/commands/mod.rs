@@ -17,6 +17,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use burn::tensor::Device;
+use lowkey_data::Tokenizer;
 use lowkey_model::{AttentionConfig, CausalLm, ModelDir};
 
 use crate::cli::{Arguments, Command, DataCommand, DeviceArgument, LabCommand};
@@ -43,6 +44,17 @@ fn open_device(argument: &DeviceArgument) -> anyhow::Result<Device> {
 /// Loads a model directory; one that carries checksums only if they match.
 fn load_model(dir: &Path, device: &Device) -> anyhow::Result<CausalLm> {
     Ok(ModelDir::open(dir)?.load(device)?)
+}
+
+/// The tokenizer of a model directory, with the special tokens around a text or without as the command line says.
+fn open_tokenizer(dir: &Path, add_special_tokens: Option<bool>) -> anyhow::Result<Tokenizer> {
+    let tokenizer = Tokenizer::from_model_dir(dir)?;
+    if add_special_tokens.is_none()
+        && let Some(note) = lowkey_train::special_tokens_note(dir, &tokenizer, "--add-special-tokens false")
+    {
+        complain(&format!("note: {note}"));
+    }
+    Ok(tokenizer.with_special_tokens(add_special_tokens))
 }
 
 /// The model with only the first `rank` numbers of each latent read.

@@ -34,7 +34,9 @@ pub(crate) fn find(
 ) -> anyhow::Result<Result<Prepared, String>> {
     match (tokenizer, data) {
         (Some(tokenizer), Some(path)) => {
-            let dataset = super::data::dataset(path)?;
+            let mut dataset = super::data::dataset(path)?;
+            // It is the model's way to read a text that counts here.
+            dataset.add_special_tokens = None;
             let dir = tempfile::tempdir()?;
             let own = Some(tokenizer.clone());
             Ok(Ok(prepare(&dataset, dir.path(), own, &mut Preparation::new().observer())?))
@@ -59,7 +61,10 @@ fn of_run(model: &Path, tokenizer: Option<&Tokenizer>) -> Result<Prepared, Strin
         if config.data.dataset.is_none() {
             return Ok(lowkey_data::open(&run.join("data"))?);
         }
-        let dataset = run_data::dataset(&config.data, &file)?;
+        let mut dataset = run_data::dataset(&config.data, &file)?;
+        if tokenizer.omits_special_tokens() {
+            dataset.add_special_tokens = Some(false);
+        }
         let own = config.init.is_some().then(|| tokenizer.clone());
         let dir = run_data::prepared_dir(&dataset, &config.data, &run, own.as_ref());
         Ok(prepare(&dataset, &dir, own, &mut Preparation::new().observer())?)

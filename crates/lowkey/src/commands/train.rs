@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
+use lowkey_data::Tokenizer;
 use lowkey_train::{Plan, RunConfig, RunOptions, ceiling, planned_model};
 use serde_json::json;
 
 use crate::cli::{PlanArguments, RunFileArguments, TrainArguments};
-use crate::output::{complain, say, say_json};
+use crate::output::{complain, quoted, say, say_json};
 use crate::progress::{View, plan_text};
 
 pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
@@ -46,20 +47,38 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
         say(&match (&config.data.dataset, evaluation.accuracy.or(evaluation.mse)) {
             // A task has no text to go on with.
             (Some(dataset), Some(_)) => {
-                format!("\ndone. Measure it again: lowkey eval {} --data {}", best.display(), dataset.display())
+                format!("\ndone. Measure it again: lowkey eval {} --data {}", path(&best), path(dataset))
             }
-            _ => format!("\ndone. Try it: lowkey generate {} --prompt \"...\"", best.display()),
+            _ => format!("\ndone. Try it: {}", generating(&config, &best)),
         });
         return Ok(ExitCode::SUCCESS);
     }
-    let out = file.out.map(|dir| format!(" --out {}", dir.display())).unwrap_or_default();
-    let set: String = file.overrides.iter().map(|expression| format!(" --set '{expression}'")).collect();
+    let out = file.out.map(|dir| format!(" --out {}", path(&dir))).unwrap_or_default();
+    let set: String = file.overrides.iter().map(|expression| format!(" --set {}", quoted(expression))).collect();
     say(&format!(
         "stopped after step {}. Go on with: lowkey train {}{set}{out} --resume",
         outcome.step,
-        file.run.display()
+        path(&file.run)
     ));
     Ok(ExitCode::FAILURE)
+}
+
+/// A command that shows what a run has made, and that works as it stands: with a prompt of the run, else one that its tokenizer
+/// can read, else none.
+fn generating(config: &RunConfig, best: &Path) -> String {
+    let readable = |prompt: &&str| {
+        let Ok(tokenizer) = Tokenizer::from_model_dir(best) else { return false };
+        let read = tokenizer.encode(prompt).and_then(|ids| tokenizer.decode(&ids));
+        read.is_ok_and(|text| text.trim() == *prompt)
+    };
+    let own = config.eval.prompts.first().map(String::as_str);
+    let prompt = own.or_else(|| ["The", "the", "a"].into_iter().find(readable));
+    let prompt = prompt.map(|prompt| format!(" --prompt {}", quoted(prompt)));
+    format!("lowkey generate {}{}", path(best), prompt.unwrap_or_default())
+}
+
+fn path(path: &Path) -> String {
+    quoted(&path.display().to_string())
 }
 
 pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {

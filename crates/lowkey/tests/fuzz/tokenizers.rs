@@ -213,7 +213,7 @@ impl Target for Tokenizers {
         // What it makes of a text may be an error, but no more than that.
         for ids in [tokenizer.encode(TEXT), tokenizer.encode_ordinary(TEXT)].into_iter().flatten() {
             let _ = tokenizer.decode(&ids);
-            let mut stream = tokenizer.stream();
+            let mut stream = tokenizer.stream(&[]);
             ids.iter().for_each(|id| drop(stream.push(*id)));
         }
         let _ = tokenizer.decode(&[0, 1, size as u32, u32::MAX]);

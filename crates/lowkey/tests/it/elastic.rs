@@ -41,3 +41,27 @@ fn a_checkpoint_is_evaluated_run_cut_and_exported_at_any_of_its_ranks() {
     let (code, _, message) = lowkey(&["convert", text(&model), "--kv-rank", "3", "--kv-rank-budget", "50%"]);
     assert!(code == 2 && message.contains("cannot be used with"), "{message}");
 }
+
+/// Narrower ranks join at a share of the run: before, a step takes one pass, and after it three.
+#[test]
+fn the_utilisation_of_a_step_counts_the_passes_that_it_took() {
+    let run = best_of("elastic-passes", &["model.elastic.ranks=[2, 5]"]).ancestors().nth(2).unwrap().to_path_buf();
+    let read = |file: &str| std::fs::read_to_string(run.join(file)).unwrap();
+    let environment: serde_json::Value = serde_json::from_str(&read("environment.json")).unwrap();
+    let ceiling = environment["matmul_flops_per_s"].as_f64().unwrap();
+    let per_token: Vec<f64> = read("metrics.jsonl")
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|line| line["mfu"].as_f64().unwrap() * ceiling / line["tokens_per_s"].as_f64().unwrap())
+        .collect();
+    // Three steps, of which 30 % is not one.
+    let passes: Vec<f64> = per_token.iter().map(|flops| flops / per_token[0]).collect();
+    assert_eq!(passes.len(), 3);
+    assert!(passes.iter().zip([1.0, 3.0, 3.0]).all(|(found, right)| (found - right).abs() < 1e-6), "{passes:?}");
+    // The plan is the sum of the same.
+    let plan = &environment["plan"];
+    let of_plan = plan["train_flops_per_token"].as_f64().unwrap() / per_token[0];
+    assert!((of_plan - 7.0 / 3.0).abs() < 1e-6, "{of_plan}");
+    let all = plan["flops"].as_f64().unwrap() / (plan["tokens"].as_f64().unwrap() * per_token[0]);
+    assert!((all - 7.0 / 3.0).abs() < 1e-6, "{all}");
+}

@@ -175,11 +175,191 @@ fn shards_are_the_whole_and_share_nothing() {
     succeed(&[&arguments[..], &["--decode", "16,24"]].concat());
     let page = fs::read_to_string(runs.join("report.html")).unwrap();
     assert!(page.contains("Decoded tokens per second") && page.contains("<th>at 24</th>"), "{page}");
-    assert!(!page.contains("is not what it was when"), "{page}");
+    assert!(page.contains("Rule, as written before the runs") && !page.contains("No verdict"), "{page}");
+}
 
-    // A rule that was made up afterwards is called that.
-    fs::write(&experiment, EXPERIMENT.replace("margin = 0.01", "margin = 9.0")).unwrap();
-    assert!(succeed(&arguments).contains("The rule, the metric or the baseline is not what it was"));
+/// What decides is written down when the runs begin, and nothing that was changed since decides anything.
+#[test]
+fn a_rule_that_changed_after_the_runs_voids_the_verdict() {
+    let dir = folder();
+    let experiment = dir.path().join("experiment.toml");
+    let runs = dir.path().join("runs");
+    whole(dir.path(), "runs");
+    let arguments = ["lab", "report", text(&experiment), "--runs", text(&runs), "--out", text(&runs)];
+    let told = succeed(&arguments);
+    assert!(told.contains("kv_lora_rank-8 against mha") && !told.contains("No verdict"), "{told}");
+    for (from, to, says) in [
+        ("margin = 0.01", "margin = 9.0", "rule.margin was 0.01, is 9.0"),
+        ("margin = 0.01", "margin = 0.01\nconfidence = 0.8", "rule.confidence was 0.95, is 0.8"),
+        ("seeds = [1, 2]", "seeds = [1]", "seeds was [1,2], is [1]"),
+        ("metric = \"gap\"", "metric = \"val_loss\"", "metric was \"gap\", is \"val_loss\""),
+        ("baseline = \"mha\"", "baseline = \"kv_lora_rank-8\"", "baseline was \"mha\", is \"kv_lora_rank-8\""),
+        ("values = [2, 8]", "values = [2]", "arms.kv_lora_rank-8.x was 8.0, and is gone"),
+        ("metric = \"gap\"", "metric = \"max_logit\"\nbetter = \"higher\"", "better was \"lower\", is \"higher\""),
+        (
+            "[match]",
+            "[[theory]]\nname = \"late\"\npoints = [[0.0, 1.0], [9.0, 0.0]]\n\n[match]",
+            "theory.late was not there",
+        ),
+    ] {
+        fs::write(&experiment, EXPERIMENT.replacen(from, to, 1)).unwrap();
+        let told = succeed(&arguments);
+        assert!(told.contains("No verdict: what decides is not what it was") && told.contains(says), "{to}: {told}");
+        assert!(!told.contains(" against mha: "), "{to}: {told}");
+    }
+    // The run file decides, too.
+    fs::write(&experiment, EXPERIMENT).unwrap();
+    fs::write(dir.path().join("run.toml"), RUN.replace("lr = 1e-2", "lr = 2e-2")).unwrap();
+    let told = succeed(&arguments);
+    assert!(
+        told.contains("No verdict: runs were made with other settings") && told.contains("([optimizer])"),
+        "{told}"
+    );
+    fs::write(dir.path().join("run.toml"), RUN).unwrap();
+    // Nor is it known of runs beside which nothing was kept, or only later.
+    fs::remove_file(runs.join("rule.json")).unwrap();
+    let told = succeed(&arguments);
+    assert!(told.contains("No verdict: nothing beside the runs (rule.json) says"), "{told}");
+    succeed(&["lab", "run", text(&experiment), "--out", text(&runs)]);
+    let told = succeed(&arguments);
+    assert!(told.contains("first written down when there were 6 runs already"), "{told}");
+    let page = fs::read_to_string(runs.join("report.html")).unwrap();
+    assert!(!page.contains("as written before the runs") && page.contains("No verdict"), "{page}");
+}
+
+/// One arm is run again on a text that has changed: what differs then need not come from the arms.
+#[test]
+fn arms_on_other_text_are_not_compared() {
+    let dir = folder();
+    let book = dir.path().join("book.toml");
+    let experiment = dir.path().join("experiment.toml");
+    let runs = dir.path().join("runs");
+    whole(dir.path(), "runs");
+    fs::write(&book, BOOK.replace("documents = 200", "documents = 190")).unwrap();
+    fs::remove_dir_all(runs.join("kv_lora_rank-2")).unwrap();
+    succeed(&["lab", "run", text(&experiment), "--out", text(&runs)]);
+    let arguments = ["lab", "report", text(&experiment), "--runs", text(&runs), "--out", text(&runs), "--json"];
+    let verdict = json(&arguments)["verdict"].to_string();
+    assert!(verdict.contains("No verdict: runs were trained on different text: "), "{verdict}");
+    assert!(verdict.contains("kv_lora_rank-2/seed-1, kv_lora_rank-2/seed-2 ("), "{verdict}");
+    assert!(!verdict.contains("against mha:"), "{verdict}");
+    // Back on the one text it is compared again. What another version of lowkey made is, too, and that is said.
+    fs::write(&book, BOOK).unwrap();
+    fs::remove_dir_all(runs.join("kv_lora_rank-2")).unwrap();
+    succeed(&["lab", "run", text(&experiment), "--out", text(&runs)]);
+    let environment = runs.join("mha/seed-1/environment.json");
+    let mut made: serde_json::Value = serde_json::from_slice(&fs::read(&environment).unwrap()).unwrap();
+    made["commit"] = "0000000".into();
+    fs::write(&environment, made.to_string()).unwrap();
+    let verdict = json(&arguments)["verdict"].to_string();
+    assert!(verdict.contains("against mha:") && !verdict.contains("No verdict"), "{verdict}");
+    assert!(verdict.contains("made by different versions") && verdict.contains("(0000000): 1"), "{verdict}");
+    // An evaluation that holds no loss is none, and its run is not finished.
+    for empty in ["", "{}", "[1]"] {
+        fs::write(runs.join("mha/seed-2/evaluation.json"), empty).unwrap();
+        let told = json(&arguments);
+        assert_eq!((&told["finished"], &told["planned"]), (&5.into(), &6.into()), "{empty}");
+    }
+    succeed(&["lab", "run", text(&experiment), "--out", text(&runs)]);
+    assert_eq!(json(&arguments)["finished"], 6);
+}
+
+#[test]
+fn a_metric_that_no_run_has_is_refused_with_those_there_are() {
+    let dir = folder();
+    let experiment = dir.path().join("experiment.toml");
+    let runs = dir.path().join("runs");
+    whole(dir.path(), "runs");
+    fs::write(&experiment, EXPERIMENT.replace("\"gap\"", "\"class.nobody.gap\"")).unwrap();
+    let (code, _, message) = lowkey(&["lab", "report", text(&experiment), "--runs", text(&runs)]);
+    assert_eq!(code, 2, "{message}");
+    assert!(
+        message.contains("metric = \"class.nobody.gap\": no run has it; there are bits_per_byte, class."),
+        "{message}"
+    );
+}
+
+/// A step of an elastic run costs one pass, and three once its narrower ranks have joined.
+#[test]
+fn an_elastic_arm_gets_the_steps_that_cost_as_much() {
+    let dir = folder();
+    let experiment = dir.path().join("experiment.toml");
+    let run = RUN.replace("steps = 40", "steps = 100").replace("[eval]", "[lr_scheduler]\nwarmup_steps = 5\n\n[eval]");
+    fs::write(dir.path().join("run.toml"), run).unwrap();
+    let elastic = EXPERIMENT
+        .replace(
+            "by = \"parameters\"\nwith = \"model.intermediate_size\"",
+            "by = \"training_flops\"\nwith = \"training.steps\"",
+        )
+        .replace("baseline = \"mha\"", "baseline = \"mla\"")
+        .replace(
+            "name = \"mha\"\nset = { \"model.attention\" = \"mha\" }",
+            "name = \"mla\"\n\n[[arms]]\nname = \"elastic\"\nset = { \"model.elastic.ranks\" = [2, 4] }",
+        );
+    fs::write(&experiment, elastic).unwrap();
+    let plan = json(&["lab", "run", text(&experiment), "--dry-run", "--json"]);
+    let arms = plan["arms"].as_array().unwrap();
+    assert_eq!((&arms[0]["steps"], &arms[1]["name"]), (&100.into(), &"elastic".into()));
+    // 13 steps of one pass and 29 of three are the 100 passes of the others.
+    assert_eq!((&arms[1]["steps"], &arms[1]["mismatch"]), (&42.into(), &0.0.into()), "{}", arms[1]);
+    assert_eq!(arms[0]["training_flops"], arms[1]["training_flops"]);
+}
+
+#[test]
+fn two_sweeps_of_the_same_runs_do_not_disturb_each_other() {
+    let dir = folder();
+    let experiment = dir.path().join("experiment.toml");
+    let runs = dir.path().join("runs");
+    let arguments = ["lab", "run", text(&experiment), "--out", text(&runs)];
+    let mut first = Command::new(env!("CARGO_BIN_EXE_lowkey"))
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while steps_logged(&runs) == 0 && first.try_wait().unwrap().is_none() {
+        assert!(started.elapsed() < Duration::from_secs(60), "the sweep does not advance");
+        sleep(Duration::from_millis(1));
+    }
+    let (code, _, message) = lowkey(&arguments);
+    assert_eq!(code, 1, "{message}");
+    assert!(message.contains("another process holds this") && message.contains("has changed nothing"), "{message}");
+    assert!(first.wait().unwrap().success());
+    assert_eq!(report(dir.path(), &runs), whole(dir.path(), "calm"));
+    let hidden: Vec<_> = fs::read_dir(&runs).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(hidden.iter().all(|name| !name.to_string_lossy().starts_with('.')), "{hidden:?}");
+}
+
+#[test]
+fn what_lowkey_did_not_make_is_not_replaced_by_a_study() {
+    let dir = folder();
+    let experiment = dir.path().join("experiment.toml");
+    let runs = dir.path().join("runs");
+    fs::create_dir_all(runs.join("mha")).unwrap();
+    fs::write(runs.join("mha/notes.txt"), "mine").unwrap();
+    let (code, _, message) = lowkey(&["lab", "run", text(&experiment), "--out", text(&runs)]);
+    assert!(code == 1 && message.contains("mha: is there, and lowkey did not write it"), "{message}");
+    assert_eq!(fs::read_dir(&runs).unwrap().count(), 1);
+    fs::remove_dir_all(&runs).unwrap();
+    fs::write(dir.path().join("results.csv"), "a,b\n1,2\n").unwrap();
+    let (code, _, message) = lowkey(&["lab", "report", text(&experiment), "--runs", text(&runs)]);
+    assert!(code == 1 && message.contains("results.csv: is no report of lowkey's"), "{message}");
+    assert_eq!(fs::read_to_string(dir.path().join("results.csv")).unwrap(), "a,b\n1,2\n");
+    assert!(!dir.path().join("table.md").exists());
+}
+
+#[test]
+fn a_study_without_held_out_text_is_refused() {
+    let dir = folder();
+    fs::write(dir.path().join("text.txt"), "one two three four five six seven\n".repeat(400)).unwrap();
+    let book =
+        "name = \"text\"\n\n[source]\nkind = \"text\"\npaths = [\"text.txt\"]\n\n[split]\nvalidation_fraction = 0.0\n";
+    fs::write(dir.path().join("book.toml"), book).unwrap();
+    let experiment = dir.path().join("experiment.toml");
+    fs::write(&experiment, EXPERIMENT.replace("\"gap\"", "\"val_loss\"").replace("quantised = true", "")).unwrap();
+    let (code, _, message) = lowkey(&["lab", "run", text(&experiment), "--out", text(&dir.path().join("runs"))]);
+    assert!(code != 0 && message.contains("validation_fraction"), "{message}");
 }
 
 #[test]

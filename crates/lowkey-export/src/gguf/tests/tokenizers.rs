@@ -258,12 +258,26 @@ fn what_the_post_processor_adds_is_written() {
     let (metadata, notes) = with(json!([special("<s>"), text, special("</s>")])).unwrap();
     assert_eq!(metadata.integer("tokenizer.ggml.bos_token_id"), Some(257));
     assert_eq!(metadata.get("tokenizer.ggml.add_bos_token"), Some(&Value::Bool(true)));
-    assert_eq!(metadata.get("tokenizer.ggml.add_eos_token"), Some(&Value::Bool(true)));
+    // Between a prompt and its continuation there is no end.
+    assert_eq!(metadata.get("tokenizer.ggml.add_eos_token"), Some(&Value::Bool(false)));
     assert!(notes.iter().any(|note| note.contains("post-processor")), "{notes:?}");
     let (metadata, _) = with(json!([text])).unwrap();
     assert_eq!(metadata.get("tokenizer.ggml.add_bos_token"), Some(&Value::Bool(false)));
     for single in [json!([special("<s>"), special("<s>"), text]), json!([text, special("<s>")])] {
         assert!(with(single).unwrap_err().to_string().contains("post-processor"));
+    }
+}
+
+#[test]
+fn prompts_begin_as_the_model_was_trained() {
+    // As DeepSeek's files have it: no post-processor adds the beginning, the configuration does.
+    let (folder, _) = hugging_face(|_| ());
+    let config = json!({ "eos_token": "</s>", "bos_token": "<s>", "add_bos_token": true });
+    std::fs::write(folder.file("tokenizer_config.json"), config.to_string()).unwrap();
+    let tokenizer = Tokenizer::from_model_dir(folder.0.path()).unwrap();
+    for (add, begins) in [(None, true), (Some(true), true), (Some(false), false)] {
+        let (metadata, _) = embedded(&tokenizer.clone().with_special_tokens(add), 300).unwrap();
+        assert_eq!(metadata.get("tokenizer.ggml.add_bos_token"), Some(&Value::Bool(begins)), "{add:?}");
     }
 }
 

@@ -6,6 +6,11 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
+/// Where a run keeps its best checkpoint.
+const BEST: &str = "run/checkpoints/best";
+/// The one shard of the model `split`.
+pub(super) const SHARD: &str = "model-00001-of-00001.safetensors";
+
 /// A run file whose run takes a tenth of a second.
 pub(super) const RUN: &str = r#"[run]
 name = "tiny"
@@ -47,8 +52,32 @@ paths = ["text.txt"]
 kind = "chars"
 "#;
 
-/// A folder with `text.txt`, `run.toml`, `chars.toml`, the run `run` on bytes, the run `chars` on characters, and the
-/// shards `prepared`.
+/// An experiment of two runs.
+const EXPERIMENT: &str = r#"name = "tiny"
+question = "Does it run?"
+base = "run.toml"
+seeds = [1]
+metric = "val_loss"
+baseline = "a"
+[rule]
+kind = "margin"
+margin = 0.01
+[[arms]]
+name = "a"
+set = { "model.kv_lora_rank" = 4 }
+[[arms]]
+name = "b"
+set = { "model.kv_lora_rank" = 8 }
+"#;
+
+/// A dataset file on one file of text.
+pub(super) fn source(kind: &str, path: &str) -> String {
+    format!("name = \"d\"\n[source]\nkind = \"{kind}\"\npaths = [\"{path}\"]\n")
+}
+
+/// A folder with `text.txt`, `run.toml`, `chars.toml`, the run `run` on bytes, the run `chars` on characters, the shards
+/// `prepared`, what was made of the run (`model` without checksums, `split` in a shard, `exported`, `gguf`, `converted`),
+/// the experiment `exp.toml` with its runs `lab`, and a small file of each further kind.
 pub(super) struct Fixture {
     root: TempDir,
 }
@@ -63,16 +92,47 @@ impl Fixture {
         fs::write(dir.join("text.txt"), text.join(" ")).unwrap();
         fs::write(dir.join("run.toml"), RUN).unwrap();
         fs::write(dir.join("chars.toml"), CHARACTERS).unwrap();
+        let (head, rest) = RUN.split_once("[model]").unwrap();
+        let ids: Vec<u8> = [1i64, 2].into_iter().flat_map(i64::to_le_bytes).collect();
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::I64, vec![1, 2], &ids).unwrap();
+        let tokens = format!("{}[tokenizer]\nkind = \"file\"\npath = \"t.json\"\n", source("text", "text.txt"));
+        for (name, text) in [
+            ("exp.toml", EXPERIMENT.to_owned()),
+            ("tune.toml", format!("{head}[init]\nfrom = \"model\"\n[data]{}", rest.split_once("[data]").unwrap().1)),
+            ("data-run.toml", RUN.replace("path = \"text.txt\"", "dataset = \"d.toml\"")),
+            ("d.toml", source("text", "text.txt")),
+            ("lines.toml", source("jsonl", "a.jsonl")),
+            ("gz.toml", source("jsonl", "a.jsonl.gz")),
+            ("zst.toml", source("text", "a.txt.zst")),
+            ("table.toml", source("parquet", "a.parquet")),
+            ("tokens.toml", tokens),
+            ("a.jsonl", "{\"text\":\"one two\"}\n".repeat(40)),
+            ("prompt.txt", "the".to_owned()),
+        ] {
+            fs::write(dir.join(name), text).unwrap();
+        }
+        fs::write(dir.join("ids.safetensors"), safetensors::serialize([("input_ids", view)], None).unwrap()).unwrap();
         fs::write(dir.join("chars-run.toml"), RUN.replace("path = \"text.txt\"", "dataset = \"chars.toml\"")).unwrap();
         for arguments in [
             &["train", "run.toml", "--out", "run"][..],
             &["train", "chars-run.toml", "--out", "chars"],
             &["data", "prepare", "chars.toml", "--out", "prepared"],
+            &["export", BEST, "--to", "fused", "--form", "fused", "--out", "exported"],
+            &["export", BEST, "--to", "gguf", "--out", "gguf"],
+            &["convert", BEST, "--data", "text.txt", "--kv-rank-budget", "50%", "--out", "converted"],
+            &["lab", "run", "exp.toml", "--out", "lab"],
         ] {
             let output = Command::new(env!("CARGO_BIN_EXE_lowkey")).args(arguments).current_dir(dir).output().unwrap();
             assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         }
-        Self { root }
+        let fixture = Self { root };
+        fixture.give_model("run", fixture.root());
+        let split = fixture.root().join("split");
+        copy(&fixture.root().join("model"), &split);
+        fs::rename(split.join("model.safetensors"), split.join(SHARD)).unwrap();
+        fs::write(split.join("model.safetensors.index.json"), index(&split.join(SHARD)).to_string()).unwrap();
+        copy(&fixture.root().join("prepared/tokenizer.json"), &fixture.root().join("t.json"));
+        fixture
     }
 
     pub(super) fn root(&self) -> &Path {
@@ -109,6 +169,15 @@ fn copy(from: &Path, to: &Path) {
     } else {
         fs::copy(from, to).unwrap();
     }
+}
+
+/// The index of a model whose tensors lie in one shard.
+pub(super) fn index(shard: &Path) -> serde_json::Value {
+    let bytes = fs::read(shard).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let map: serde_json::Map<String, serde_json::Value> =
+        tensors.names().into_iter().map(|name| (name.to_string(), SHARD.into())).collect();
+    serde_json::json!({ "weight_map": map })
 }
 
 /// Changes a file's bytes in place.

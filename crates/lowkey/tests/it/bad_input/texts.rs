@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::fixture::{edit, edit_json};
+use super::fixture::{edit, edit_json, source};
 use super::{Case, case};
 
 /// `lowkey data prepare d.toml` on this dataset file, whose keys are right.
@@ -14,10 +14,6 @@ fn dataset(name: &str, text: &str) -> Case {
 /// The same with a wrong key or value. Wrong use.
 fn wrong(name: &str, text: &str, fragments: &[&str]) -> Case {
     dataset(name, text).code(2).says(&["d.toml"]).says(fragments)
-}
-
-fn source(kind: &str, file: &str) -> String {
-    format!("name = \"d\"\n[source]\nkind = \"{kind}\"\npaths = [\"{file}\"]\n")
 }
 
 /// A dataset of one damaged or unusable file.
