@@ -52,7 +52,8 @@ pub struct DatasetConfig {
     pub origin: PathBuf,
 }
 
-/// Where text comes from. Text and JSONL files are decompressed by the extensions `.gz` and `.zst`.
+/// Where text comes from. Text and JSONL files are decompressed by the endings `.gz` and `.zst`, in any case. A file may have any
+/// size; a JSONL line, and a text in a Parquet file, have at most 256 MiB.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Source {
@@ -85,7 +86,7 @@ pub enum Source {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         url: Option<String>,
     },
-    /// One JSON object a line.
+    /// One JSON object a line; where the text is null there is no document.
     Jsonl {
         /// Files or glob patterns.
         paths: Vec<String>,
@@ -93,7 +94,7 @@ pub enum Source {
         #[serde(default = "text_field")]
         field: String,
     },
-    /// One row a document.
+    /// One row a document; where the text is null there is none.
     Parquet {
         /// Files or glob patterns.
         paths: Vec<String>,
@@ -267,8 +268,8 @@ impl DatasetConfig {
         Self { tokenizer, ..self }
     }
 
-    /// Where the tokens of this dataset lie: beside its file, in a folder for each tokenizer that is not its own,
-    /// and for each way to treat special tokens.
+    /// Where the tokens of this dataset lie: beside its file, in a folder for each tokenizer that is not its own, and for tokens
+    /// without the special ones around a text.
     pub fn prepared_dir(&self, tokenizer: Option<&Tokenizer>) -> PathBuf {
         let (mut name, plain) = match tokenizer {
             Some(own) => (

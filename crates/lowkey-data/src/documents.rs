@@ -7,7 +7,6 @@ mod columns;
 mod jsonl;
 mod kind;
 mod open;
-
 mod pieces;
 mod text;
 

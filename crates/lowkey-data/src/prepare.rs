@@ -228,12 +228,16 @@ fn prepare_from(
         tokenizer.with_special_tokens(add)
     });
     let fingerprint = fingerprint(config, &files, given.as_ref());
-    // What does not open is damaged, and is made again. The ids are the same, but perhaps another chat template lies beside them.
+    // What does not open is damaged, and is made again.
     let ready = || -> Result<Option<Prepared>> {
-        let same = read_manifest(out).is_ok_and(|manifest| manifest.fingerprint == fingerprint);
-        let Some(prepared) = same.then(|| open(out).ok()).flatten() else { return Ok(None) };
+        if !read_manifest(out).is_ok_and(|manifest| manifest.fingerprint == fingerprint) {
+            return Ok(None);
+        }
+        let Ok(prepared) = open(out) else { return Ok(None) };
         compare(out, expected, &prepared.manifest.train, &prepared.manifest.validation)?;
-        Ok(Some(Prepared { tokenizer: given.clone().unwrap_or(prepared.tokenizer), ..prepared }))
+        // The same ids, but perhaps another chat template beside them.
+        let tokenizer = given.clone().unwrap_or_else(|| prepared.tokenizer.clone());
+        Ok(Some(Prepared { tokenizer, ..prepared }))
     };
     if let Some(prepared) = ready()? {
         return Ok(prepared);
