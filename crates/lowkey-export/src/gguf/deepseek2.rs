@@ -33,6 +33,9 @@ pub(super) fn expressible(config: &ModelConfig) -> Result<&MlaConfig> {
     if mla.attention_bias {
         return refuse("attention_bias = true: the architecture has no biases; use --to hf".into());
     }
+    if config.mlp_bias {
+        return refuse("mlp_bias = true: the architecture has no biases; use --to hf".into());
+    }
     if config.rms_norm_eps != EPS {
         return refuse(format!(
             "rms_norm_eps = {}: llama.cpp uses one ε for all norms, and those of the latents have {EPS}; train with \
@@ -221,6 +224,7 @@ pub(super) fn config(metadata: &Metadata, tied: bool) -> std::result::Result<Mod
         rope: rope(metadata)?,
         rms_norm_eps: EPS,
         tie_word_embeddings: tied,
+        mlp_bias: false,
         initializer_range: None,
         family: Family::DeepseekV3,
         bos_token_id: token("bos_token_id"),
