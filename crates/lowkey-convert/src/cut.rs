@@ -9,11 +9,12 @@ use lowkey_model::{Attention, CausalLm, TokenBatch};
 use crate::allocation::{Curve, allocate, grid};
 use crate::basis::{Basis, fold, rotate};
 use crate::error::{Error, Result};
-use crate::matrix::{to_mat, to_tensor, trace};
+use crate::matrix::{check_finite, to_mat, to_tensor, trace};
 use crate::moments::{attentions, check_text, measure, readers};
 use crate::{Observer, Progress};
 
-/// Share of the mean variance that a fit adds to each kept direction.
+/// Share of the mean variance that a fit adds to each kept direction: far above what rounding in f64 leaves of a direction that no
+/// token uses, so that a latent of which a part is unused has a fit as well.
 const RIDGE: f64 = 1e-9;
 
 /// A model with its latents rotated so that every prefix is the best of its width: the same function as before, to rounding.
@@ -45,8 +46,9 @@ impl Rotated {
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a model without latents or with latents that are cut already, [`Error::Text`] for a text that it
-    /// cannot read, [`Error::Decomposition`] for numbers that are not finite.
+    /// cannot read, [`Error::NotFinite`] for a weight that is no number.
     pub fn new(model: &CausalLm, text: &[Vec<u32>], device: &Device, observe: Observer) -> Result<Self> {
+        check_finite(model)?;
         let model = fold(model)?;
         let moments = measure(&model, text, device, observe)?;
         let (mut bases, mut latents) = (Vec::new(), Vec::new());
@@ -134,7 +136,8 @@ impl Rotated {
 
 /// F `[L, r]` with W·F the readers' best fit to the first `r` coordinates z of c: E\[c zᵀ\] E\[z zᵀ\]⁻¹.
 fn fit(latent: &Mat<f64>, rank: usize, layer: usize) -> Result<Mat<f64>> {
-    let ridge = RIDGE * trace(latent) / latent.nrows().max(1) as f64;
+    // Above 0 even where the latent is 0 throughout: there, anything fits.
+    let ridge = (RIDGE * trace(latent) / latent.nrows().max(1) as f64).max(f64::MIN_POSITIVE);
     let kept = Mat::from_fn(rank, rank, |i, j| latent[(i, j)] + if i == j { ridge } else { 0.0 });
     let failed = |_| Error::Decomposition { layer, what: "the kept part of the latent" };
     let solved = kept.llt(Side::Lower).map_err(failed)?.solve(latent.subrows(0, rank).to_owned());

@@ -28,8 +28,24 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
-    /// Numbers without a decomposition: not finite, or a solver that did not converge.
-    #[error("layer {layer}: {what} has no decomposition; the weights or the text hold numbers that are not finite")]
+    /// A weight that is NaN or infinite.
+    #[error("{tensor} holds {value}; a model whose weights are not finite computes nothing: take an older checkpoint")]
+    NotFinite {
+        /// The parameter.
+        tensor: String,
+        /// The first such number in it.
+        value: f32,
+    },
+    /// Numbers that overflowed on the way through the model.
+    #[error("layer {layer}: {what} overflows on this text, although every weight is finite: the model does not compute")]
+    Overflow {
+        /// Index of the layer.
+        layer: usize,
+        /// The matrix.
+        what: &'static str,
+    },
+    /// A solver that did not converge.
+    #[error("layer {layer}: no decomposition of {what} was found, although its numbers are finite; report this")]
     Decomposition {
         /// Index of the layer.
         layer: usize,

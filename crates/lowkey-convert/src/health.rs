@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::basis::{Basis, fold};
 use crate::error::{Error, Result};
-use crate::matrix::{Origin, eigen, rows, singular_values, to_mat};
+use crate::matrix::{Origin, check_finite, eigen, rows, singular_values, to_mat};
 use crate::moments::{Moments, attentions, measure, readers};
 use crate::{Observer, Progress};
 
@@ -75,7 +75,7 @@ pub struct LayerHealth {
 ///
 /// # Errors
 /// [`Error::Unsupported`] for a model without latents, [`Error::Text`] for a text that it cannot read, [`Error::Setting`] for an
-/// `energy` outside (0, 1), [`Error::Decomposition`] for weights that are not finite.
+/// `energy` outside (0, 1), [`Error::NotFinite`] for a weight that is no number.
 pub fn health(
     model: &CausalLm,
     text: &[Vec<u32>],
@@ -87,6 +87,7 @@ pub fn health(
         let why = "a share of the readout: above 0 and below 1".into();
         return Err(Error::Setting { field: "energy", value: energy.to_string(), why });
     }
+    check_finite(model)?;
     let model = fold(model)?;
     let moments = measure(&model, text, device, observe)?;
     let layers = attentions(&model, "a spectrum")?;
@@ -130,7 +131,7 @@ pub fn health(
 /// Each `[batch, seq, L]`.
 ///
 /// # Errors
-/// [`Error::Decomposition`] for latents that are not finite.
+/// [`Error::Overflow`] for latents that are not finite.
 pub fn latent_spectra(latents: Vec<Tensor<3>>) -> Result<Vec<Vec<f64>>> {
     let spectra = latents.into_iter().enumerate().map(|(layer, latent)| {
         let [batch, seq, width] = latent.dims();

@@ -30,6 +30,7 @@ pub use allocation::Curve;
 pub use cut::{Reduction, Rotated, loss};
 pub use error::{Error, Result};
 pub use health::{LayerHealth, Spectrum, effective_rank, health, latent_spectra};
+pub use matrix::check_finite;
 
 /// How far a long computation has come.
 #[derive(Clone, Copy, Debug)]

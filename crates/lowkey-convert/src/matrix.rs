@@ -2,6 +2,7 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use faer::{Mat, Side};
+use lowkey_model::CausalLm;
 
 use crate::error::{Error, Result};
 
@@ -15,6 +16,11 @@ pub(crate) struct Origin {
 impl Origin {
     fn failed(self) -> Error {
         Error::Decomposition { layer: self.layer, what: self.what }
+    }
+
+    fn check_finite(self, matrix: &Mat<f64>) -> Result<()> {
+        let finite = (0..matrix.ncols()).all(|j| (0..matrix.nrows()).all(|i| matrix[(i, j)].is_finite()));
+        if finite { Ok(()) } else { Err(Error::Overflow { layer: self.layer, what: self.what }) }
     }
 }
 
@@ -36,9 +42,7 @@ pub(crate) fn to_tensor(matrix: &Mat<f64>, dtype: DType, device: &Device) -> Ten
 /// Eigenvalues of a symmetric matrix, largest first, and the eigenvectors as columns in that order. Negative values, which only
 /// rounding makes of a matrix of moments, come as 0.
 pub(crate) fn eigen(matrix: &Mat<f64>, origin: Origin) -> Result<(Vec<f64>, Mat<f64>)> {
-    if !finite(matrix) {
-        return Err(origin.failed());
-    }
+    origin.check_finite(matrix)?;
     let found = matrix.self_adjoint_eigen(Side::Lower).map_err(|_| origin.failed())?;
     let n = matrix.nrows();
     let (values, vectors) = (found.S().column_vector(), found.U());
@@ -48,9 +52,7 @@ pub(crate) fn eigen(matrix: &Mat<f64>, origin: Origin) -> Result<(Vec<f64>, Mat<
 
 /// Singular values, largest first.
 pub(crate) fn singular_values(matrix: &Mat<f64>, origin: Origin) -> Result<Vec<f64>> {
-    if !finite(matrix) {
-        return Err(origin.failed());
-    }
+    origin.check_finite(matrix)?;
     matrix.singular_values().map_err(|_| origin.failed())
 }
 
@@ -64,6 +66,17 @@ pub(crate) fn rows(matrix: &Mat<f64>, from: usize, to: usize) -> Mat<f64> {
     matrix.subrows(from, to - from).to_owned()
 }
 
-fn finite(matrix: &Mat<f64>) -> bool {
-    (0..matrix.ncols()).all(|j| (0..matrix.nrows()).all(|i| matrix[(i, j)].is_finite()))
+/// Checks that every weight of a model is a number.
+///
+/// # Errors
+/// [`Error::NotFinite`] naming the first parameter that holds NaN or an infinity.
+pub fn check_finite(model: &CausalLm) -> Result<()> {
+    for parameter in model.parameters() {
+        let values = parameter.value.try_into_vec_as::<f32>();
+        let values = values.map_err(|e| Error::Device { what: "a weight", why: format!("{e:?}") })?;
+        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+            return Err(Error::NotFinite { tensor: parameter.name, value: *value });
+        }
+    }
+    Ok(())
 }

@@ -106,13 +106,13 @@ impl Sums {
         let latent = mla.latent(x.clone(), rope);
         let c_kv = latent.c_kv().squeeze_dim::<2>(0);
         let [seq, _] = c_kv.dims();
-        self.mean += to_mat(c_kv.clone().sum_dim(0), "a mean")?;
-        self.latent += to_mat(c_kv.clone().transpose().matmul(c_kv), "moments of a latent")?;
+        let columns = to_mat(c_kv, "a latent")?;
+        self.mean += Mat::from_fn(1, columns.ncols(), |_, j| columns.col(j).sum());
+        self.latent += squares(&columns);
         let queries = mla.queries(x, rope).squeeze_dim::<3>(0).swap_dims(0, 1);
         let q_nope = queries.clone().narrow(2, 0, nope);
-        let moments = q_nope.clone().swap_dims(1, 2).matmul(q_nope.clone());
         for (head, sum) in self.queries.iter_mut().enumerate() {
-            *sum += to_mat(moments.clone().narrow(0, head, 1).squeeze_dim::<2>(0), "moments of queries")?;
+            *sum += squares(&to_mat(q_nope.clone().narrow(0, head, 1).squeeze_dim::<2>(0), "queries")?);
         }
         let (keys, _) = mla.expand(latent);
         let keys = keys.squeeze_dim::<3>(0).swap_dims(1, 2);
@@ -135,6 +135,12 @@ impl Sums {
             rope_share: if all > 0.0 { self.rope / all } else { 0.0 },
         }
     }
+}
+
+/// xᵀx. In f64, whatever the model computes in: the moments of a latent that does not use all its directions have eigenvalues of 0,
+/// and sums of products that were rounded to f32 would turn them negative.
+fn squares(x: &Mat<f64>) -> Mat<f64> {
+    x.transpose() * x
 }
 
 /// Σ over heads and queries of the variance of `scores [H, seq, seq]` over the keys that a query sees: a softmax knows nothing of

@@ -41,6 +41,7 @@ fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig 
         rope: RopeConfig::default(),
         rms_norm_eps: 1e-6,
         tie_word_embeddings: false,
+        mlp_bias: false,
         initializer_range: None,
         family: Family::Lowkey,
         bos_token_id: None,
@@ -210,6 +211,43 @@ fn what_nobody_reads_is_cut_without_loss() {
     assert!(distance(&logits(&narrow, &ids), &logits(&too_narrow, &ids)) > 1e-2);
 }
 
+/// Every model with a latent wider than its hidden state has such latents, and training makes others.
+#[test]
+fn a_latent_of_which_a_part_is_unused_is_cut_at_every_budget() {
+    let wide = model(&config(|_, m| m.kv_lora_rank = 19), 3);
+    let mut low = model(&config(|_, m| m.kv_lora_rank = 16), 4);
+    let mut nothing = model(&config(|_, _| {}), 5);
+    for (layer, block) in low.model.layers.iter_mut().enumerate() {
+        let Attention::Mla(mla) = &mut block.self_attn else { unreachable!() };
+        let weight = to_mat(mla.kv_a_proj_with_mqa.weight.val(), "kv_a").unwrap();
+        let used = random(layer as u64 + 7, 16, 4) * random(layer as u64 + 70, 4, 14);
+        let weight = Mat::from_fn(20, 14, |i, j| if i < 16 { used[(i, j)] } else { weight[(i, j)] });
+        mla.kv_a_proj_with_mqa.weight =
+            Param::from_tensor(matrix::to_tensor(&weight, burn::tensor::DType::F32, &device()));
+    }
+    let Attention::Mla(mla) = &mut nothing.model.layers[1].self_attn else { unreachable!() };
+    mla.kv_a_proj_with_mqa.weight = Param::from_tensor(mla.kv_a_proj_with_mqa.weight.val() * 0.0);
+    let text = text(4, 60);
+    for (name, model, used) in [("wider than d", wide, 14), ("of rank 4", low, 4), ("of rank 0", nothing, 9)] {
+        let rotated = Rotated::new(&model, &text, &device(), &mut |_| {}).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let full = model.config.kv_ranks()[0];
+        let whole = loss(&model, &text, &device()).unwrap();
+        for rank in 1..=full {
+            let cut = rotated.cut(&[rank; 3], &device()).unwrap_or_else(|e| panic!("{name}, {rank}: {e}"));
+            let cost = loss(&cut, &text, &device()).unwrap() - whole;
+            assert!(cost.is_finite() && (rank < used || cost.abs() < 1e-4), "{name}, {rank}: {cost}");
+        }
+        for budget in [3, 7, 2 * full, 3 * full] {
+            let cut = rotated.cut_to(budget, &text, &device(), &mut |_| {}).unwrap();
+            assert!(cut.loss_after.is_finite() && cut.ranks.iter().sum::<usize>() == budget, "{name}, {budget}");
+        }
+        let layers = health(&model, &text, 0.999, &device(), &mut |_| {}).unwrap();
+        assert!(layers.iter().all(|layer| layer.recommended_rank <= used), "{name}");
+        let recommended: Vec<usize> = layers.iter().map(|layer| layer.recommended_rank).collect();
+        rotated.cut(&recommended, &device()).unwrap();
+    }
+}
+
 /// With a wider prefix the fitted readers see more, and at the full width all: the order of the cuts on the very text that they were
 /// fitted to.
 #[test]
@@ -271,7 +309,15 @@ fn what_cannot_be_is_refused() {
     let mut broken = narrow.clone();
     let Attention::Mla(mla) = &mut broken.model.layers[1].self_attn else { unreachable!() };
     mla.kv_b_proj.weight = Param::from_tensor(mla.kv_b_proj.weight.val() * f32::NAN);
-    refused(&broken, &text(1, 9), "layer 1");
+    refused(&broken, &text(1, 9), "layers.1.self_attn.kv_b_proj.weight holds NaN");
+    // No latent depends on it: nothing that is decomposed would show it.
+    let mut broken = narrow.clone();
+    broken.model.norm.weight = Param::from_tensor(broken.model.norm.weight.val() * f32::INFINITY);
+    refused(&broken, &text(1, 9), "model.norm.weight holds");
+    let mut broken = narrow.clone();
+    let Attention::Mla(mla) = &mut broken.model.layers[1].self_attn else { unreachable!() };
+    mla.kv_a_layernorm.weight = Param::from_tensor(mla.kv_a_layernorm.weight.val() * 1e38);
+    refused(&broken, &text(1, 9), "layer 1: ");
     let rotated = Rotated::new(&narrow, &text(2, 30), &device(), &mut |_| {}).unwrap();
     for (ranks, fragment) in [(&[9, 9][..], "3 layers"), (&[9, 0, 9], "layer 1"), (&[9, 9, 10], "layer 2")] {
         let message = rotated.cut(ranks, &device()).unwrap_err().to_string();

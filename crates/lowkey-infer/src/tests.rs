@@ -49,6 +49,7 @@ fn config(heads: usize, attention: AttentionConfig) -> ModelConfig {
         rope: RopeConfig { rope_theta: 500.0, ..RopeConfig::default() },
         rms_norm_eps: 1e-5,
         tie_word_embeddings: false,
+        mlp_bias: false,
         initializer_range: Some(0.35),
         family: Family::Lowkey,
         bos_token_id: None,

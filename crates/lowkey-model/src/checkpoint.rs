@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 use crate::model::CausalLm;
 use crate::params::Parameter;
 
+mod stored;
+
 const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 pub(crate) const CONFIG: &str = "config.json";
@@ -84,8 +86,11 @@ struct Weights {
     files: Vec<(PathBuf, Mmap)>,
     /// tensor name → (file, dtype, shape, byte range)
     tensors: BTreeMap<String, Entry>,
+    /// Whether it is a model without an output head ([`stored::settle_names`]).
+    base: bool,
 }
 
+#[derive(Clone)]
 struct Entry {
     file: usize,
     dtype: Dtype,
@@ -94,15 +99,17 @@ struct Entry {
 }
 
 impl Weights {
-    fn open(dir: &Path) -> Result<Self> {
-        let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new() };
+    fn open(dir: &Path, config: &ModelConfig) -> Result<Self> {
+        let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new(), base: false };
+        let mut aliases = BTreeMap::new();
         for path in weight_files(dir)? {
-            weights.add(path)?;
+            weights.add(path, &mut aliases)?;
         }
+        weights.base = stored::settle_names(&mut weights.tensors, aliases, config.tie_word_embeddings);
         Ok(weights)
     }
 
-    fn add(&mut self, path: PathBuf) -> Result<()> {
+    fn add(&mut self, path: PathBuf, aliases: &mut BTreeMap<String, String>) -> Result<()> {
         let file = open(&path)?;
         // SAFETY: the mapping is read-only; a file that another process truncates meanwhile is outside what a reader of
         // checkpoints can guard against, and checkpoints are replaced by rename, never rewritten in place.
@@ -113,6 +120,9 @@ impl Weights {
                 format!("not a readable safetensors file ({e}); it may be cut short: fetch or save it again"),
             )
         })?;
+        if let Ok((_, header)) = SafeTensors::read_metadata(&map) {
+            aliases.extend(header.metadata().clone().unwrap_or_default());
+        }
         let start = map.as_ptr() as usize;
         for (name, view) in parsed.tensors() {
             let at = view.data().as_ptr() as usize - start;
@@ -144,6 +154,10 @@ impl Weights {
         CausalLm::build(&first_layers, device, &mut |name, shape| {
             used.insert(name.to_string());
             match self.tensors.get(name) {
+                None if self.base && name == "lm_head.weight" => missing.push(format!(
+                    "{name} (the files hold a base model, saved without its output head: save the model that has one, or \
+                     set tie_word_embeddings = true where the embedding is its head)"
+                )),
                 None => missing.push(name.to_string()),
                 Some(entry) if entry.shape != shape => {
                     mismatched.push(format!("{name}: expected {shape:?}, found {:?}", entry.shape));
@@ -174,16 +188,8 @@ impl Weights {
 
     fn values(&self, name: &str, entry: &Entry) -> Result<Vec<f32>> {
         let (path, map) = &self.files[entry.file];
-        let bytes = &map[entry.range.clone()];
-        let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-        match entry.dtype {
-            Dtype::F32 => Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
-            Dtype::BF16 => Ok(pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect()),
-            Dtype::F16 => Ok(pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect()),
-            other => {
-                Err(Error::file(path, format!("tensor {name} has dtype {other:?}; only F32, BF16 and F16 are read")))
-            }
-        }
+        stored::decode(entry.dtype, &map[entry.range.clone()])
+            .map_err(|why| Error::file(path, format!("tensor {name} {why}")))
     }
 }
 
@@ -219,6 +225,14 @@ pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(names.into_iter().map(|name| dir.join(name)).collect())
 }
 
+/// Compares the names and shapes of the tensors in `dir` with those that `config` asks for; no value is read.
+///
+/// # Errors
+/// As [`CausalLm::load`].
+pub fn check_weights(dir: &Path, config: &ModelConfig) -> Result<()> {
+    Weights::open(dir, config)?.check(dir, config, &Device::flex())
+}
+
 impl CausalLm {
     /// Loads a Hugging Face directory; weights become f32.
     ///
@@ -235,7 +249,7 @@ impl CausalLm {
     /// # Errors
     /// As [`CausalLm::load`].
     pub fn load_with(dir: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
-        let weights = Weights::open(dir)?;
+        let weights = Weights::open(dir, config)?;
         weights.check(dir, config, device)?;
         let mut failure = None;
         let model = Self::build(config, device, &mut |name, _| {

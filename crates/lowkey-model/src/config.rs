@@ -131,6 +131,8 @@ pub struct ModelConfig {
     pub rms_norm_eps: f64,
     /// Whether the output head is the embedding matrix.
     pub tie_word_embeddings: bool,
+    /// Biases on the three projections of every feed-forward layer.
+    pub mlp_bias: bool,
     /// Standard deviation of the initial matrices, where one is fixed for all.
     pub initializer_range: Option<f64>,
     /// Which `model_type` the configuration came from or is written as.
@@ -248,6 +250,7 @@ impl ModelSection {
             rope: self.rope_parameters.clone(),
             rms_norm_eps: self.rms_norm_eps,
             tie_word_embeddings: self.tie_word_embeddings,
+            mlp_bias: false,
             initializer_range: self.initializer_range,
             family: Family::Lowkey,
             bos_token_id: None,
@@ -345,8 +348,14 @@ impl ModelConfig {
             {
                 Family::Lowkey
             }
+            // Of the two with latents only DeepSeek-V2 has such biases, and it rotates pairs.
+            AttentionConfig::Mla(mla) if self.mlp_bias => match mla.rope_interleave {
+                true => Family::DeepseekV2,
+                false => Family::Lowkey,
+            },
             AttentionConfig::Mla(_) => Family::DeepseekV3,
             AttentionConfig::Grouped(g) if g.rotary_dim != g.head_dim => Family::Lowkey,
+            AttentionConfig::Grouped(g) if self.mlp_bias && (g.qk_norm || g.qkv_bias != g.o_bias) => Family::Lowkey,
             AttentionConfig::Grouped(g) => match (g.qk_norm, g.qkv_bias, g.o_bias) {
                 (false, bias, o_bias) if bias == o_bias => Family::Llama,
                 (false, true, false) => Family::Qwen2,
@@ -361,7 +370,7 @@ impl ModelConfig {
         match (self.family, &self.attention) {
             (Family::Lowkey, _) => true,
             (Family::DeepseekV2, AttentionConfig::Mla(mla)) => {
-                mla.rope_interleave && self.natural_family() == Family::DeepseekV3
+                mla.rope_interleave && self.natural_family() != Family::Lowkey
             }
             (family, _) => family == self.natural_family(),
         }

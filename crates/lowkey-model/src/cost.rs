@@ -50,7 +50,7 @@ impl ModelConfig {
             }
         };
         let attention = layers * attention - self.cut_weights();
-        let blocks = attention + layers * (3 * d * self.intermediate_size + 2 * d) + d;
+        let blocks = attention + layers * (3 * d * self.intermediate_size + self.mlp_biases() + 2 * d) + d;
         let tables = self.vocab_size * d * if self.tie_word_embeddings { 1 } else { 2 };
         ParameterCount { total: blocks + tables, blocks, attention }
     }
@@ -105,7 +105,12 @@ impl ModelConfig {
                 biases(g.qkv_bias, qkv) + biases(g.o_bias, d) + biases(g.qk_norm, 2 * g.head_dim)
             }
         };
-        self.num_hidden_layers * (attention + 2 * d) + d
+        self.num_hidden_layers * (attention + self.mlp_biases() + 2 * d) + d
+    }
+
+    /// Numbers of the biases of one feed-forward layer.
+    fn mlp_biases(&self) -> usize {
+        if self.mlp_bias { 2 * self.intermediate_size + self.hidden_size } else { 0 }
     }
 
     /// Multiply-adds per token between one query and `keys` keys, all layers and heads, expanded form.
@@ -191,6 +196,8 @@ impl ModelConfig {
         };
         // The stream before each half and its norm; gate and up.
         let block = attention + 3 * self.hidden_size + 2 * self.intermediate_size;
+        // With biases the steps of the feed-forward layer run one by one, and each keeps its arguments.
+        let block = block + if self.mlp_bias { 3 * self.intermediate_size } else { 0 };
         let kept = match recompute {
             Recompute::None => self.num_hidden_layers * block,
             Recompute::Block => self.num_hidden_layers * self.hidden_size + block,

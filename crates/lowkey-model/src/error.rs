@@ -1,6 +1,10 @@
 //! What can go wrong between a file and a model.
+//!
+//! Names and values in these messages are a stranger's; what would steer a terminal is shown escaped.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use lowkey_files::{printable, printable_lines};
 
 /// Why a configuration or a model directory was refused.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +29,7 @@ pub enum Error {
         why: String,
     },
     /// A file of a model directory is not what it should be.
-    #[error("{}: {why}", path.display())]
+    #[error("{}: {why}", shown(path))]
     File {
         /// The file.
         path: PathBuf,
@@ -33,7 +37,7 @@ pub enum Error {
         why: String,
     },
     /// A file could not be read or written.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {reason}", shown(path))]
     Io {
         /// The file.
         path: PathBuf,
@@ -41,7 +45,7 @@ pub enum Error {
         reason: std::io::Error,
     },
     /// The tensors of a checkpoint do not fit the model that its configuration describes.
-    #[error("{}: the weights do not fit config.json\n{}", path.display(), report(missing, unexpected, mismatched))]
+    #[error("{}: the weights do not fit config.json\n{}", shown(path), report(missing, unexpected, mismatched))]
     Tensors {
         /// The model directory.
         path: PathBuf,
@@ -54,6 +58,10 @@ pub enum Error {
     },
 }
 
+fn shown(path: &Path) -> String {
+    printable(&path.display().to_string()).into_owned()
+}
+
 fn report(missing: &[String], unexpected: &[String], mismatched: &[String]) -> String {
     // A configuration of another model misses hundreds; the first ones tell which.
     const SHOWN: usize = 12;
@@ -62,7 +70,7 @@ fn report(missing: &[String], unexpected: &[String], mismatched: &[String]) -> S
         if !names.is_empty() {
             let more = if names.len() > SHOWN { ", …" } else { "" };
             let shown = names[..names.len().min(SHOWN)].join(", ");
-            lines.push(format!("  {label} ({}): {shown}{more}", names.len()));
+            lines.push(format!("  {label} ({}): {}{more}", names.len(), printable(&shown)));
         }
     }
     lines.join("\n")
@@ -80,11 +88,12 @@ fn shortened(mut text: String) -> String {
 
 impl Error {
     pub(crate) fn config(key: &'static str, value: &(impl ToString + ?Sized), why: impl Into<String>) -> Self {
-        Self::Config { key, value: shortened(value.to_string()), why: why.into() }
+        let value = shortened(printable(&value.to_string()).into_owned());
+        Self::Config { key, value, why: printable(&why.into()).into_owned() }
     }
 
     pub(crate) fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {
-        Self::File { path: path.into(), why: why.into() }
+        Self::File { path: path.into(), why: printable_lines(&why.into()).into_owned() }
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>, reason: std::io::Error) -> Self {

@@ -56,6 +56,7 @@ pub(crate) fn config(attention: AttentionConfig) -> ModelConfig {
         rope: RopeConfig::default(),
         rms_norm_eps: 1e-5,
         tie_word_embeddings: false,
+        mlp_bias: false,
         initializer_range: None,
         family: Family::Lowkey,
         bos_token_id: None,
@@ -85,7 +86,15 @@ pub(crate) fn every_kind() -> Vec<(&'static str, ModelConfig)> {
     v2.family = Family::DeepseekV2;
     let mut llama_by_another_name = grouped_with(|_| ());
     llama_by_another_name.family = Family::Lowkey;
+    let mlp_bias = |config: ModelConfig| {
+        let config = ModelConfig { mlp_bias: true, ..config };
+        ModelConfig { family: config.natural_family(), ..config }
+    };
     vec![
+        ("MLA, feed-forward biases", mlp_bias(mla_with(|_| ()))),
+        ("MLA in halves, feed-forward biases", mlp_bias(mla_with(|m| m.rope_interleave = false))),
+        ("MHA, feed-forward biases", mlp_bias(grouped_with(|_| ()))),
+        ("Qwen3's norms, feed-forward biases", mlp_bias(grouped_with(|g| g.qk_norm = true))),
         ("MLA", mla_with(|_| ())),
         ("MLA as DeepSeek-V2", v2),
         ("MLA with query latent", mla_with(|m| m.q_lora_rank = Some(8))),

@@ -69,14 +69,18 @@ impl ModelConfig {
             num_hidden_layers: keys.need("num_hidden_layers")?,
             num_attention_heads: heads,
             intermediate_size: keys.need("intermediate_size")?,
-            max_position_embeddings: keys.need("max_position_embeddings")?,
+            max_position_embeddings: match (keys.size("max_position_embeddings")?, longest_by_default(family)) {
+                (Some(longest), _) | (None, Some(longest)) => longest,
+                (None, None) => keys.need("max_position_embeddings")?,
+            },
             attention,
             rope: rope(&keys)?,
             rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or_else(default_eps),
             tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
+            mlp_bias: keys.flag("mlp_bias")?.unwrap_or(false),
             initializer_range: keys.number("initializer_range")?,
             family,
-            bos_token_id: keys.get("bos_token_id", "a token id", token_id)?,
+            bos_token_id: keys.get("bos_token_id", "a token id", token_ids)?.unwrap_or_default().first().copied(),
             eos_token_id: keys.get("eos_token_id", "a token id or a list of them", token_ids)?.unwrap_or_default(),
         };
         config.check()?;
@@ -161,6 +165,9 @@ impl ModelConfig {
             Family::DeepseekV3 => extend(&mut out, experts("sigmoid", "noaux_tc", true)),
             _ => {}
         }
+        if self.mlp_bias {
+            extend(&mut out, json!({ "mlp_bias": true }));
+        }
         // Left out where it is not fixed: transformers refuses null here.
         if let Some(range) = self.initializer_range {
             extend(&mut out, json!({ "initializer_range": range }));
@@ -203,8 +210,9 @@ fn extend(target: &mut Value, more: Value) {
 }
 
 fn refuse_unsupported(keys: &Keys, family: Family) -> Result<()> {
+    // The same function by its two names.
     if let Some(act) = keys.text("hidden_act")?
-        && act != "silu"
+        && !["silu", "swish"].contains(&act)
     {
         return Err(Error::config("hidden_act", act, "only \"silu\" (SwiGLU) is implemented"));
     }
@@ -215,10 +223,13 @@ fn refuse_unsupported(keys: &Keys, family: Family) -> Result<()> {
             "quantised checkpoints are not read; convert it to bf16, f16 or f32 first",
         ));
     }
-    if keys.flag("mlp_bias")?.unwrap_or(false) {
-        return Err(Error::config("mlp_bias", &true, "biases in the feed-forward layers are not implemented"));
+    if keys.flag("mlp_bias")?.unwrap_or(false)
+        && !matches!(family, Family::Llama | Family::DeepseekV2 | Family::Lowkey)
+    {
+        let why = "transformers knows biases in the feed-forward layers of llama and deepseek_v2 only; leave the key out";
+        return Err(Error::config("mlp_bias", &true, why));
     }
-    if keys.flag("use_sliding_window")?.unwrap_or(false) {
+    if slides(keys, family)? {
         return Err(Error::config("use_sliding_window", &true, "sliding-window attention is not implemented"));
     }
     let dense_by_default = match family {
@@ -240,6 +251,35 @@ fn refuse_unsupported(keys: &Keys, family: Family) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// What transformers takes for `max_position_embeddings` where the file does not say.
+fn longest_by_default(family: Family) -> Option<usize> {
+    match family {
+        Family::DeepseekV2 | Family::Llama => Some(2048),
+        Family::DeepseekV3 => Some(4096),
+        Family::Qwen2 | Family::Qwen3 => Some(32_768),
+        Family::Lowkey => None,
+    }
+}
+
+/// Whether some layer sees less than all that came before: files often carry the keys of a window that is not used.
+fn slides(keys: &Keys, family: Family) -> Result<bool> {
+    let asked = keys.flag("use_sliding_window")?.unwrap_or(false);
+    if !asked || !matches!(family, Family::Qwen2 | Family::Qwen3) {
+        return Ok(false);
+    }
+    // Absent it is transformers' default, null is none.
+    let window = match keys.0.get("sliding_window") {
+        Some(Value::Null) => return Ok(false),
+        _ => keys.size("sliding_window")?.unwrap_or(4096),
+    };
+    let longest = keys.size("max_position_embeddings")?.or(longest_by_default(family)).unwrap_or(usize::MAX);
+    let layers = match keys.0.get("layer_types") {
+        Some(Value::Array(types)) => types.iter().any(|kind| kind == "sliding_attention"),
+        _ => keys.size("max_window_layers")?.unwrap_or(28) < keys.need("num_hidden_layers")?,
+    };
+    Ok(layers && window < longest)
 }
 
 fn mla(keys: &Keys, family: Family, heads: usize) -> Result<AttentionConfig> {
@@ -337,6 +377,11 @@ fn rope(keys: &Keys) -> Result<RopeConfig> {
     }
     // DeepSeek and Qwen files carry keys of other rope types; those that no type here uses are dropped.
     map.retain(|key, value| !value.is_null() && KNOWN_ROPE_KEYS.contains(&key.as_str()));
+    if let Some(original) = map.get_mut("original_max_position_embeddings")
+        && let Some(positions) = whole(original)
+    {
+        *original = json!(positions);
+    }
     let map = Value::Object(map);
     RopeConfig::deserialize(&map).map_err(|e| Error::config("rope_parameters", &map, e.to_string()))
 }
@@ -356,15 +401,20 @@ const KNOWN_ROPE_KEYS: [&str; 12] = [
     "high_freq_factor",
 ];
 
-fn token_id(value: &Value) -> Option<u32> {
-    value.as_u64().and_then(|id| u32::try_from(id).ok())
+/// A whole number that is written with a point, as Python does after a division.
+fn whole(value: &Value) -> Option<u64> {
+    let number = value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..=1e15).contains(x))?;
+    Some(number as u64)
 }
 
+/// One token id or several; a negative one, by which many files say "none", is none.
 fn token_ids(value: &Value) -> Option<Vec<u32>> {
-    match value {
-        Value::Array(ids) => ids.iter().map(token_id).collect(),
-        id => token_id(id).map(|id| vec![id]),
-    }
+    let each = match value {
+        Value::Array(ids) => ids.as_slice(),
+        one => std::slice::from_ref(one),
+    };
+    let given = each.iter().filter(|id| id.as_i64().is_none_or(|id| id >= 0));
+    given.map(|id| u32::try_from(id.as_u64()?).ok()).collect()
 }
 
 /// Typed access to the keys of a JSON object; `null` counts as absent.

@@ -57,7 +57,7 @@ mod params;
 mod pass;
 mod rope;
 
-pub use checkpoint::{WeightDtype, weight_files};
+pub use checkpoint::{WeightDtype, check_weights, weight_files};
 pub use checksums::{CHECKSUMS, has_checksums, verify, write_checksums};
 pub use config::{
     AttentionConfig, AttentionKind, ElasticSection, Family, GroupedConfig, MlaConfig, ModelConfig, ModelSection,

@@ -1,6 +1,7 @@
 //! The decoder: embedding, pre-norm blocks, final norm, output head.
 
 use burn::module::Module;
+use burn::tensor::activation::silu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowkey_kernels::{LossSum, Mask, MlpWeights, gated_mlp};
 
@@ -154,6 +155,12 @@ impl Block {
     /// The second half: `x + mlp(norm(x))`, `[batch, seq, d]`.
     pub(crate) fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
         let (norm, mlp) = (&self.post_attention_layernorm, &self.mlp);
+        if mlp.gate_proj.bias.is_some() {
+            // The fused kernel knows no biases; few models have them.
+            let normed = norm.forward(x.clone());
+            let gate = silu(mlp.gate_proj.forward(normed.clone()));
+            return mlp.down_proj.add_to(x, gate * mlp.up_proj.forward(normed));
+        }
         let weights = MlpWeights {
             norm: norm.weight.val(),
             gate: mlp.gate_proj.weight.val(),
@@ -205,9 +212,9 @@ impl CausalLm {
                     },
                     post_attention_layernorm: RmsNorm::build(b, &part("post_attention_layernorm"), d, eps),
                     mlp: Mlp {
-                        gate_proj: Linear::build(b, &part("mlp.gate_proj"), d, f, false),
-                        up_proj: Linear::build(b, &part("mlp.up_proj"), d, f, false),
-                        down_proj: Linear::build(b, &part("mlp.down_proj"), f, d, false),
+                        gate_proj: Linear::build(b, &part("mlp.gate_proj"), d, f, config.mlp_bias),
+                        up_proj: Linear::build(b, &part("mlp.up_proj"), d, f, config.mlp_bias),
+                        down_proj: Linear::build(b, &part("mlp.down_proj"), f, d, config.mlp_bias),
                     },
                 }
             })

@@ -26,6 +26,9 @@ pub(super) fn expressible(config: &ModelConfig, mla: &MlaConfig) -> Result<()> {
     if mla.attention_bias {
         return refuse("attention_bias = true: the architecture has no biases; use --to hf".into());
     }
+    if config.mlp_bias {
+        return refuse("mlp_bias = true: the architecture has no biases; use --to hf".into());
+    }
     if config.rms_norm_eps != EPS {
         return refuse(format!(
             "rms_norm_eps = {}: llama.cpp uses one ε for all norms, and those of the latents have {EPS}; train with \

@@ -45,6 +45,7 @@ pub(crate) fn config_with(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig))
         rope: RopeConfig::default(),
         rms_norm_eps: 1e-6,
         tie_word_embeddings: false,
+        mlp_bias: false,
         initializer_range: None,
         family: Family::Lowkey,
         bos_token_id: Some(3),

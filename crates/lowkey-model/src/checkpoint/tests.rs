@@ -277,6 +277,124 @@ fn other_dtypes_are_refused() {
 }
 
 #[test]
+fn wide_and_narrow_numbers_are_read_as_what_they_are() {
+    let model = model(16);
+    for (dtype, encode, exact) in [
+        (Dtype::F64, (|x: f32| f64::from(x).to_le_bytes().to_vec()) as fn(f32) -> Vec<u8>, true),
+        (Dtype::F8_E5M2, |x| vec![f16::from_f32(x).to_le_bytes()[1]], false),
+    ] {
+        let dir = saved(&model, ALL_IN_ONE);
+        let path = dir.path().join(SINGLE);
+        let mut tensors = read_tensors(&path);
+        for tensor in &mut tensors {
+            let numbers = tensor.3.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+            tensor.3 = numbers.flat_map(encode).collect();
+            tensor.1 = dtype;
+        }
+        write_tensors(&path, &tensors);
+        let loaded = load(dir.path()).unwrap();
+        for (before, after) in model.parameters().into_iter().zip(loaded.parameters()) {
+            let expected: Vec<f32> = match exact {
+                true => values(before.value),
+                // Cut to the upper byte of an f16.
+                false => {
+                    let cut = |x: f32| f16::from_bits(f16::from_f32(x).to_bits() & 0xff00).to_f32();
+                    values(before.value).into_iter().map(cut).collect()
+                }
+            };
+            assert_eq!(values(after.value), expected, "{dtype:?} {}", before.name);
+        }
+    }
+}
+
+/// Rewrites the tensors of a model directory, with entries for the header's table of metadata.
+fn rewrite(dir: &Path, metadata: &[(&str, &str)], change: impl FnOnce(&mut Vec<Stored>)) {
+    let path = dir.join(SINGLE);
+    let mut tensors = read_tensors(&path);
+    change(&mut tensors);
+    let views = tensors.iter().map(|(n, d, s, b)| (n.as_str(), TensorView::new(*d, s.clone(), b).unwrap()));
+    let metadata = metadata.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+    std::fs::write(&path, safetensors::serialize(views, Some(metadata)).unwrap()).unwrap();
+}
+
+fn rename(tensors: &mut [Stored], from: &str, to: &str) {
+    tensors.iter_mut().find(|tensor| tensor.0 == from).unwrap().0 = to.into();
+}
+
+/// `safetensors.torch.save_model` stores what is shared once, under either name.
+#[test]
+fn a_matrix_that_is_stored_once_for_two_names_is_found_under_both() {
+    let tied = ModelConfig { tie_word_embeddings: true, ..fixtures::mla_with(|_| ()) };
+    let tied = scrambled(&tied, 21, &Device::flex());
+    for metadata in [&[][..], &[("model.embed_tokens.weight", "lm_head.weight")], &[("format", "pt")]] {
+        let dir = saved(&tied, ALL_IN_ONE);
+        rewrite(dir.path(), metadata, |t| rename(t, "model.embed_tokens.weight", "lm_head.weight"));
+        assert_eq!(bits(&load(dir.path()).unwrap()), bits(&tied), "{metadata:?}");
+    }
+    let dir = saved(&tied, ALL_IN_ONE);
+    rewrite(dir.path(), &[("lm_head.weight", "model.embed_tokens.weight")], |_| ());
+    assert_eq!(bits(&load(dir.path()).unwrap()), bits(&tied));
+    // Untied by its configuration, shared in its file: two parameters of the same values.
+    let untied = scrambled(&fixtures::mla_with(|_| ()), 21, &Device::flex());
+    let dir = saved(&untied, ALL_IN_ONE);
+    rewrite(dir.path(), &[("lm_head.weight", "model.embed_tokens.weight")], |t| {
+        t.retain(|tensor| tensor.0 != "lm_head.weight");
+    });
+    let loaded = load(dir.path()).unwrap();
+    let head = values(loaded.lm_head.as_ref().unwrap().weight.val());
+    assert_eq!(head, values(untied.model.embed_tokens.weight.val()));
+    // An alias of nothing is nothing.
+    let dir = saved(&untied, ALL_IN_ONE);
+    rewrite(dir.path(), &[("lm_head.weight", "elsewhere")], |t| t.retain(|tensor| tensor.0 != "lm_head.weight"));
+    assert!(matches!(load_error(dir.path()), Error::Tensors { missing, .. } if missing == ["lm_head.weight"]));
+}
+
+#[test]
+fn a_base_model_loads_where_its_head_is_its_embedding() {
+    let bare = |tensors: &mut Vec<Stored>| {
+        tensors.retain(|tensor| tensor.0 != "lm_head.weight");
+        tensors.iter_mut().for_each(|tensor| tensor.0 = tensor.0.strip_prefix("model.").unwrap().into());
+    };
+    let tied = ModelConfig { tie_word_embeddings: true, ..fixtures::grouped_with(|_| ()) };
+    let tied = scrambled(&tied, 22, &Device::flex());
+    let dir = saved(&tied, ALL_IN_ONE);
+    rewrite(dir.path(), &[], bare);
+    assert_eq!(bits(&load(dir.path()).unwrap()), bits(&tied));
+    let dir = saved(&model(22), ALL_IN_ONE);
+    rewrite(dir.path(), &[], bare);
+    let error = load_error(dir.path()).to_string();
+    assert!(error.contains("lm_head.weight (the files hold a base model") && !error.contains("unexpected"), "{error}");
+}
+
+#[test]
+fn a_name_from_a_file_does_not_reach_the_terminal_raw() {
+    let dir = saved(&model(22), ALL_IN_ONE);
+    rewrite(dir.path(), &[], |t| rename(t, "lm_head.weight", "x\u{1b}[2K\nOK all checksums match"));
+    let error = load_error(dir.path()).to_string();
+    assert!(error.contains("OK all checksums match") && !error.contains('\u{1b}'), "{error}");
+    assert!(error.lines().all(|line| !line.starts_with("OK")), "{error}");
+    let path = dir.path().join(CONFIG);
+    let config = std::fs::read_to_string(&path).unwrap().replace("deepseek_v3", "\\u001b[2K\\nfine");
+    std::fs::write(&path, config).unwrap();
+    let error = load_error(dir.path()).to_string();
+    assert!(error.contains("fine") && !error.contains('\u{1b}') && error.lines().count() == 1, "{error}");
+}
+
+#[test]
+fn weights_are_compared_with_the_configuration_without_being_read() {
+    let model = model(22);
+    let dir = saved(&model, ALL_IN_ONE);
+    check_weights(dir.path(), &model.config).unwrap();
+    let path = dir.path().join(SINGLE);
+    let whole = std::fs::read(&path).unwrap();
+    for len in [3, 40, whole.len() - 1] {
+        std::fs::write(&path, &whole[..len]).unwrap();
+        let error = check_weights(dir.path(), &model.config).unwrap_err().to_string();
+        assert!(error.contains("cut short"), "{len}: {error}");
+    }
+}
+
+#[test]
 fn a_tensor_in_two_shards_is_refused() {
     let dir = saved(&model(17), 1500);
     let shards: Vec<PathBuf> = weight_files(dir.path()).unwrap();

@@ -142,9 +142,7 @@ fn what_is_not_implemented_is_refused() {
         ("model_type", json!("minicpm3")),
         ("model_type", json!("qwen3_moe")),
         ("quantization_config", json!({ "quant_method": "fp8" })),
-        ("mlp_bias", json!(true)),
         ("hidden_act", json!("gelu")),
-        ("use_sliding_window", json!(true)),
         ("first_k_dense_replace", json!(1)),
         ("head_dim", json!(11)),
         ("num_key_value_heads", json!(1)),
@@ -154,13 +152,12 @@ fn what_is_not_implemented_is_refused() {
     }
     for (key, value) in [
         ("quantization_config", json!({})),
-        ("mlp_bias", json!(true)),
         ("hidden_act", json!("relu")),
-        ("use_sliding_window", json!(true)),
         ("num_key_value_heads", json!(2)),
     ] {
         assert_eq!(refused(&with(llama.clone(), key, value)), key);
     }
+    assert_eq!(refused(&with(mla.clone(), "mlp_bias", json!(true))), "mlp_bias");
     // Absent, the key means experts: from layer 0 in V2, from layer 3 in V3.
     assert_eq!(refused(&without(v2.clone(), "first_k_dense_replace")), "first_k_dense_replace");
     assert!(
@@ -197,12 +194,13 @@ fn missing_keys_are_named() {
         "num_hidden_layers",
         "num_attention_heads",
         "intermediate_size",
-        "max_position_embeddings",
     ];
     for key in shared {
         assert_eq!(refused(&without(mla.clone(), key)), key);
         assert_eq!(refused(&without(llama.clone(), key)), key);
     }
+    let lowkey = written(&fixtures::mla_with(|m| m.latent_scale = true));
+    assert_eq!(refused(&without(lowkey, "max_position_embeddings")), "max_position_embeddings");
     for key in ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"] {
         assert_eq!(refused(&without(mla.clone(), key)), key);
     }
@@ -231,7 +229,7 @@ fn wrong_types_are_named() {
         ("bos_token_id", json!(1u64 << 40)),
         ("eos_token_id", json!("</s>")),
         ("eos_token_id", json!([1, "</s>"])),
-        ("eos_token_id", json!(-1)),
+        ("eos_token_id", json!(1.5)),
     ] {
         assert_eq!(refused(&with(mla.clone(), key, value)), key);
     }
@@ -309,4 +307,78 @@ fn a_file_without_an_end_is_not_read() {
     std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
     let message = ModelConfig::read(&path).unwrap_err().to_string();
     assert!(message.contains("config.json: is not a regular file"), "{message}");
+}
+
+#[test]
+fn what_transformers_takes_is_taken() {
+    let from = |map: &Map<String, Value>| ModelConfig::from_json(map).unwrap();
+    let plain = fixtures::grouped_with(|_| ());
+    let llama = written(&plain);
+    assert_eq!(from(&with(llama.clone(), "hidden_act", json!("swish"))), plain);
+    // Of a family without windows the key says nothing.
+    assert_eq!(from(&with(llama.clone(), "use_sliding_window", json!(true))), plain);
+    for (ids, expected) in [
+        (json!(-1), vec![]),
+        (json!([-1, 7]), vec![7]),
+        (json!([]), vec![]),
+        (json!([5, 6]), vec![5, 6]),
+    ] {
+        assert_eq!(from(&with(llama.clone(), "eos_token_id", ids.clone())).eos_token_id, expected, "{ids}");
+    }
+    assert_eq!(from(&with(llama.clone(), "bos_token_id", json!(-1))).bos_token_id, None);
+    for (model_type, longest) in [("llama", 2048), ("qwen2", 32768), ("qwen3", 32768)] {
+        let map = with(without(llama.clone(), "max_position_embeddings"), "model_type", json!(model_type));
+        assert_eq!(from(&map).max_position_embeddings, longest, "{model_type}");
+    }
+    let mla = written(&fixtures::mla_with(|_| ()));
+    for (model_type, longest) in [("deepseek_v2", 2048), ("deepseek_v3", 4096)] {
+        let map = with(without(mla.clone(), "max_position_embeddings"), "model_type", json!(model_type));
+        assert_eq!(from(&map).max_position_embeddings, longest, "{model_type}");
+    }
+    let yarn = ModelConfig { rope: fixtures::yarn(), ..fixtures::mla_with(|_| ()) };
+    let mut map = without(written(&yarn), "rope_scaling");
+    map["rope_parameters"]["original_max_position_embeddings"] = json!(16.0);
+    assert_eq!(from(&map), yarn);
+    map["rope_parameters"]["original_max_position_embeddings"] = json!(16.5);
+    assert_eq!(refused(&map), "rope_parameters");
+}
+
+#[test]
+fn a_window_is_refused_only_where_it_hides_something() {
+    let mut qwen = written(&fixtures::grouped_with(|g| g.qkv_bias = true));
+    qwen.insert("use_sliding_window".into(), json!(true));
+    assert_eq!(qwen["model_type"], "qwen2");
+    let taken = |keys: &[(&str, Value)]| {
+        let mut map = qwen.clone();
+        map.extend(keys.iter().map(|(key, value)| (key.to_string(), value.clone())));
+        match ModelConfig::from_json(&map) {
+            Ok(_) => true,
+            Err(Error::Config { key: "use_sliding_window", .. }) => false,
+            other => panic!("{other:?}"),
+        }
+    };
+    // Two layers of 128 positions; windows begin at layer 28 unless the file says otherwise.
+    assert!(taken(&[]) && taken(&[("max_window_layers", json!(2)), ("sliding_window", json!(16))]));
+    assert!(!taken(&[("max_window_layers", json!(1)), ("sliding_window", json!(16))]));
+    assert!(taken(&[("max_window_layers", json!(1)), ("sliding_window", json!(128))]));
+    assert!(taken(&[("max_window_layers", json!(0)), ("sliding_window", Value::Null)]));
+    let types = |last: &str| ("layer_types", json!(["full_attention", last]));
+    assert!(taken(&[types("full_attention"), ("max_window_layers", json!(0)), ("sliding_window", json!(16))]));
+    assert!(!taken(&[types("sliding_attention"), ("sliding_window", json!(16))]));
+}
+
+#[test]
+fn feed_forward_biases_are_those_of_the_families_that_have_them() {
+    let with_bias = |map: Map<String, Value>| with(map, "mlp_bias", json!(true));
+    let config = |map: Map<String, Value>| ModelConfig::from_json(&map).unwrap();
+    let llama = config(with_bias(written(&fixtures::grouped_with(|_| ()))));
+    assert!(llama.mlp_bias && llama.family == Family::Llama && llama.natural_family() == Family::Llama);
+    let v2 = ModelConfig { family: Family::DeepseekV2, ..fixtures::mla_with(|_| ()) };
+    let v2 = config(with_bias(written(&v2)));
+    assert!(v2.mlp_bias && v2.family == Family::DeepseekV2 && v2.natural_family() == Family::DeepseekV2);
+    assert_eq!(written(&v2)["mlp_bias"], true);
+    assert!(!written(&fixtures::mla_with(|_| ())).contains_key("mlp_bias"));
+    for other in [fixtures::mla_with(|_| ()), fixtures::grouped_with(|g| g.qk_norm = true)] {
+        assert_eq!(refused(&with_bias(written(&other))), "mlp_bias");
+    }
 }
