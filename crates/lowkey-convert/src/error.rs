@@ -37,7 +37,9 @@ pub enum Error {
         value: f32,
     },
     /// Numbers that overflowed on the way through the model.
-    #[error("layer {layer}: {what} overflows on this text, although every weight is finite: the model does not compute")]
+    #[error(
+        "layer {layer}: {what} overflows on this text, although every weight is finite: the model does not compute"
+    )]
     Overflow {
         /// Index of the layer.
         layer: usize,

@@ -223,10 +223,10 @@ fn refuse_unsupported(keys: &Keys, family: Family) -> Result<()> {
             "quantised checkpoints are not read; convert it to bf16, f16 or f32 first",
         ));
     }
-    if keys.flag("mlp_bias")?.unwrap_or(false)
-        && !matches!(family, Family::Llama | Family::DeepseekV2 | Family::Lowkey)
+    if keys.flag("mlp_bias")?.unwrap_or(false) && !matches!(family, Family::Llama | Family::DeepseekV2 | Family::Lowkey)
     {
-        let why = "transformers knows biases in the feed-forward layers of llama and deepseek_v2 only; leave the key out";
+        let why =
+            "transformers knows biases in the feed-forward layers of llama and deepseek_v2 only; leave the key out";
         return Err(Error::config("mlp_bias", &true, why));
     }
     if slides(keys, family)? {

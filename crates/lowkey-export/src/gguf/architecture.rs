@@ -148,6 +148,7 @@ impl Keys<'_> {
             rope,
             rms_norm_eps: self.number("attention.layer_norm_rms_epsilon").unwrap_or_default(),
             tie_word_embeddings: self.file.tensor("output.weight").is_none(),
+            mlp_bias: false,
             initializer_range: None,
             family: Family::Lowkey,
             bos_token_id: token("bos_token_id"),

@@ -67,9 +67,9 @@ pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
         // The upper half of an f16.
         Dtype::F8_E5M2 => Ok(bytes.iter().map(|b| f16::from_bits(u16::from(*b) << 8).to_f32()).collect()),
         Dtype::F8_E4M3 => Ok(bytes.iter().map(|b| e4m3(*b)).collect()),
-        other => {
-            Err(format!("has dtype {other:?}; only F32, BF16, F16, F64, F8_E4M3 and F8_E5M2 are read: save it in one of them"))
-        }
+        other => Err(format!(
+            "has dtype {other:?}; only F32, BF16, F16, F64, F8_E4M3 and F8_E5M2 are read: save it in one of them"
+        )),
     }
 }
 

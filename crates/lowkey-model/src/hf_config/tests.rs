@@ -150,11 +150,9 @@ fn what_is_not_implemented_is_refused() {
         assert_eq!(refused(&with(mla.clone(), key, value.clone())), key);
         assert_eq!(refused(&with(v2.clone(), key, value)), key);
     }
-    for (key, value) in [
-        ("quantization_config", json!({})),
-        ("hidden_act", json!("relu")),
-        ("num_key_value_heads", json!(2)),
-    ] {
+    for (key, value) in
+        [("quantization_config", json!({})), ("hidden_act", json!("relu")), ("num_key_value_heads", json!(2))]
+    {
         assert_eq!(refused(&with(llama.clone(), key, value)), key);
     }
     assert_eq!(refused(&with(mla.clone(), "mlp_bias", json!(true))), "mlp_bias");
@@ -187,14 +185,8 @@ fn null_counts_as_absent() {
 fn missing_keys_are_named() {
     let mla = written(&fixtures::mla_with(|_| ()));
     let llama = written(&fixtures::grouped_with(|_| ()));
-    let shared = [
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-    ];
+    let shared =
+        ["model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"];
     for key in shared {
         assert_eq!(refused(&without(mla.clone(), key)), key);
         assert_eq!(refused(&without(llama.clone(), key)), key);
@@ -271,7 +263,7 @@ fn each_family_keeps_its_own_rules() {
 
 #[test]
 fn both_spellings_of_every_reference_case_are_one_configuration() {
-    for case in fixtures::dense_cases().into_iter().flatten() {
+    for case in fixtures::dense_cases() {
         let new = ModelConfig::read(&case.join("config.json")).unwrap();
         let old = ModelConfig::read(&case.join("config_legacy.json")).unwrap();
         assert_eq!(new, old, "{}", case.display());
@@ -317,12 +309,9 @@ fn what_transformers_takes_is_taken() {
     assert_eq!(from(&with(llama.clone(), "hidden_act", json!("swish"))), plain);
     // Of a family without windows the key says nothing.
     assert_eq!(from(&with(llama.clone(), "use_sliding_window", json!(true))), plain);
-    for (ids, expected) in [
-        (json!(-1), vec![]),
-        (json!([-1, 7]), vec![7]),
-        (json!([]), vec![]),
-        (json!([5, 6]), vec![5, 6]),
-    ] {
+    for (ids, expected) in
+        [(json!(-1), vec![]), (json!([-1, 7]), vec![7]), (json!([]), vec![]), (json!([5, 6]), vec![5, 6])]
+    {
         assert_eq!(from(&with(llama.clone(), "eos_token_id", ids.clone())).eos_token_id, expected, "{ids}");
     }
     assert_eq!(from(&with(llama.clone(), "bos_token_id", json!(-1))).bos_token_id, None);

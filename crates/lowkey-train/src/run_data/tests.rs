@@ -28,6 +28,7 @@ fn held_out_documents_are_no_longer_than_a_sequence() {
         seq_len,
         packing: None,
         mask_documents: true,
+        add_special_tokens: None,
     };
     let documents = |seq_len: usize| match opened(&section(seq_len), &run, 4).held {
         Held::Documents(documents) => documents,

@@ -179,15 +179,15 @@ mod tests {
     fn run(stop: &[&str], text: &str) -> (String, bool) {
         let stop: Vec<String> = stop.iter().map(|s| (*s).to_string()).collect();
         let tokenizer = Tokenizer::bytes();
-        let mut writer = Writer::new(&tokenizer, &stop, false);
+        let mut writer = Writer::new(&tokenizer, &[], &stop, false);
         for id in tokenizer.encode(text).unwrap() {
             if writer.push(id).unwrap().is_break() {
-                return (writer.finish(), true);
+                return (writer.finish().unwrap(), true);
             }
             // What is printed never holds a part of a stop text that then comes true.
             assert!(stop.iter().all(|s| !writer.text[..writer.printed].contains(s.as_str())));
         }
-        (writer.finish(), false)
+        (writer.finish().unwrap(), false)
     }
 
     #[test]

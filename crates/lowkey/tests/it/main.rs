@@ -16,6 +16,7 @@ mod interrupted;
 mod lab;
 mod output;
 mod reference;
+mod reference_text;
 mod resume;
 mod tasks;
 mod text;

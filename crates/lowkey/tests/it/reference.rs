@@ -1,10 +1,11 @@
 //! Agreement with transformers on small random checkpoints: logits, losses, hidden states, every gradient, AdamW
 //! trajectories and greedy continuations.
 //!
-//! The checkpoints and what transformers computes for them lie outside the project (`../shared/reference/cases` from its
-//! root). Where that folder is absent the test says so and passes: the crates' own tests hold the mathematics to finite
-//! differences and to independent formulas.
+//! The checkpoints, and what transformers computes for them, are part of the project (`tests/reference`, with the script that makes
+//! them). A second judge, made by another script, is asked where it lies beside the project (`../shared/reference/cases`).
 
+use std::collections::BTreeMap;
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -15,20 +16,48 @@ use lowkey_train::{Optimizer, OptimizerKind, OptimizerSection, Update, clip_fact
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-/// Dense MLA checkpoints, and Llama, Qwen2 and Qwen3 ones.
-const DENSE_CASES: usize = 14;
+/// Checkpoints of the project: fifteen with MLA, and four of Llama, Qwen2 and Qwen3.
+const CASES: usize = 19;
+
+/// Those of the second judge that are dense and of a family that is implemented.
+const SECOND_CASES: usize = 14;
 
 /// Those of which a GPU takes more steps than are known from transformers: without and with a query latent, and grouped queries.
-const LONGER: [&str; 3] = ["v2_dense_noqlora", "v3_yarn", "src_llama_gqa"];
+const LONGER: [&str; 3] = ["v2_plain", "v3_yarn", "llama_gqa"];
 
-/// The folder of the cases; none where it is absent, which is said.
-pub(crate) fn cases_dir() -> Option<PathBuf> {
+/// Where the project keeps its checkpoints and tokenizers.
+pub(crate) fn own() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/reference")
+}
+
+fn folders(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+    let mut found: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).filter(|path| path.is_dir()).collect();
+    found.sort();
+    found
+}
+
+/// The project's cases.
+pub(crate) fn own_cases() -> Vec<PathBuf> {
+    let found = folders(&own().join("cases"));
+    assert_eq!(found.len(), CASES, "{found:?}");
+    found
+}
+
+/// Those of the second judge; none where it is absent.
+fn second_cases() -> Vec<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/reference/cases");
-    if dir.is_dir() {
-        return Some(dir);
-    }
-    println!("no reference cases at {}: nothing compared", dir.display());
-    None
+    if dir.is_dir() { folders(&dir) } else { Vec::new() }
+}
+
+/// The cases of both judges.
+pub(crate) fn cases() -> Vec<PathBuf> {
+    own_cases().into_iter().chain(second_cases()).collect()
+}
+
+/// Says on standard error itself, which the test harness does not keep to itself, how much was compared.
+pub(crate) fn announce(text: &str) {
+    writeln!(std::io::stderr(), "{text}").unwrap();
 }
 
 /// A tensor of ids of a case, and its shape.
@@ -127,19 +156,22 @@ impl Batch {
 }
 
 #[test]
-fn every_dense_case_agrees_with_transformers() {
-    let Some(dir) = cases_dir() else { return };
-    let mut cases: Vec<PathBuf> =
-        std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
-    cases.sort();
+fn every_case_agrees_with_transformers() {
     let device = lowkey_kernels::device::open(&crate::gpu::name().unwrap_or("cpu".into())).unwrap().autodiff();
-    let mut ran = Vec::new();
-    for path in cases {
+    for path in own_cases() {
         let case = Case::open(path);
+        let model = CausalLm::load(&case.dir, &device).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        check(&case, model, &device);
+    }
+    announce(&format!("reference: {CASES} checkpoints of the project compared with transformers"));
+    let second = second_cases();
+    let mut compared = Vec::new();
+    for path in &second {
+        let case = Case::open(path.clone());
         match CausalLm::load(&case.dir, &device) {
             Ok(model) => {
                 check(&case, model, &device);
-                ran.push(case.name);
+                compared.push(case.name);
             }
             Err(e) => {
                 let message = e.to_string();
@@ -149,7 +181,71 @@ fn every_dense_case_agrees_with_transformers() {
             }
         }
     }
-    assert_eq!(ran.len(), DENSE_CASES, "{ran:?}");
+    if !second.is_empty() {
+        assert_eq!(compared.len(), SECOND_CASES, "{compared:?}");
+        announce(&format!("reference: {SECOND_CASES} checkpoints of a second judge compared with transformers"));
+    }
+}
+
+/// The sums that were written when the cases were made, by name.
+fn sums() -> BTreeMap<String, String> {
+    let text = std::fs::read_to_string(own().join("SHA256SUMS")).unwrap();
+    let pair = |line: &str| {
+        let (sum, name) = line.split_once("  ").unwrap();
+        (name.to_string(), sum.to_string())
+    };
+    text.lines().map(pair).collect()
+}
+
+#[test]
+fn the_cases_are_those_that_were_made() {
+    fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { walk(&path, found) } else { found.push(path) }
+        }
+    }
+    let mut files = Vec::new();
+    for part in ["cases", "tokenizers"] {
+        walk(&own().join(part), &mut files);
+    }
+    let name = |path: &Path| path.strip_prefix(own()).unwrap().to_string_lossy().replace('\\', "/");
+    let found: BTreeMap<String, String> =
+        files.iter().map(|path| (name(path), lowkey_files::sha256(path).unwrap())).collect();
+    let sums = sums();
+    assert!(sums.len() > 5 * CASES, "{}", sums.len());
+    let other = sums.iter().find(|(name, sum)| found.get(*name) != Some(sum));
+    assert_eq!(other, None, "this file is not the one that was made");
+    assert_eq!(found.len(), sums.len(), "a file that is not listed");
+}
+
+/// The comparison notices one bit of one weight, wherever it lies.
+#[test]
+fn one_altered_bit_of_a_checkpoint_is_noticed() {
+    let device = lowkey_kernels::device::open("cpu").unwrap().autodiff();
+    let case = own().join("cases/v3_qlora");
+    let bytes = std::fs::read(case.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let mut noticed = 0;
+    for (name, view) in tensors.tensors() {
+        let dir = tempfile::tempdir().unwrap();
+        let copy = dir.path().join("case");
+        std::fs::create_dir(&copy).unwrap();
+        for file in ["config.json", "case.json", "expected.safetensors"] {
+            std::fs::copy(case.join(file), copy.join(file)).unwrap();
+        }
+        let mut altered = bytes.clone();
+        let at = view.data().as_ptr() as usize - bytes.as_ptr() as usize + view.data().len() / 8 * 4;
+        // The lowest bit of the exponent: the number is doubled or halved.
+        altered[at + 2] ^= 0x80;
+        std::fs::write(copy.join("model.safetensors"), altered).unwrap();
+        let case = Case::open(copy);
+        let model = CausalLm::load(&case.dir, &device).unwrap();
+        let agrees = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(&case, model, &device)));
+        assert!(agrees.is_err(), "a bit of {name} has changed, and nothing was noticed");
+        noticed += 1;
+    }
+    assert!(noticed > 20, "{noticed}");
 }
 
 fn check(case: &Case, model: CausalLm, device: &Device) {

@@ -121,12 +121,13 @@ fn fine_tuned(from: &Path, out: &str, data: &str, steps: usize) -> PathBuf {
 fn a_continuation_keeps_the_space_before_its_first_word() {
     let (_, printed) = fixture();
     assert!(printed.contains("| The cat sat on a mat"), "in a run's samples:\n{printed}");
-    let found = greedy(&model(), &["--prompt", "The cat"]);
+    let model = model();
+    let found = greedy(&model, &["--prompt", "The cat"]);
     assert_eq!(found["text"], " sat on a mat .");
-    let plain = ["generate", text(&model()), "--prompt", "The cat", "--temperature", "0", "--max-new-tokens", "4"];
+    let plain = ["generate", text(&model), "--prompt", "The cat", "--temperature", "0", "--max-new-tokens", "4"];
     assert_eq!(succeed(&plain).trim_end(), "The cat sat on a mat");
     // A stop text may begin with that space.
-    let stopped = greedy(&model(), &["--prompt", "The cat", "--stop", " sat"]);
+    let stopped = greedy(&model, &["--prompt", "The cat", "--stop", " sat"]);
     assert_eq!((&stopped["text"], &stopped["finish"]), (&json!(""), &json!("stop")));
 }
 

@@ -114,6 +114,15 @@ pub(super) fn cases() -> Vec<Case> {
     cases.extend(checksums("a number for a hash", |table| table["model.safetensors"] = 5.into()));
     cases.extend(checksums("another hash", |table| table["model.safetensors"] = "0".repeat(64).into()));
     cases.extend(checksums("no hash", |table| table["model.safetensors"] = "zz".into()));
+    for file in ["../text.txt", "/etc/hostname", "/dev/zero", "a/../../text.txt", "", ".", "a\\b", "\u{1b}[2J"] {
+        cases.extend(named(file));
+    }
+    cases.extend(checksums("is empty", |table| *table = json!({})));
+    for file in ["config.json", "model.safetensors", "tokenizer.json", "trainer.json"] {
+        cases.extend(checksums(&format!("does not list {file}"), move |table| {
+            table.as_object_mut().unwrap().remove(file);
+        }));
+    }
     for to in [json!(""), json!("."), json!(".."), json!("/etc/hostname"), json!("/dev/zero"), json!("../text.txt")] {
         cases.extend(moved(to));
     }
