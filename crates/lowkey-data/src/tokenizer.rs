@@ -462,7 +462,7 @@ impl Tokenizer {
     /// Writes `tokenizer.json` and `tokenizer_config.json` into `dir`, and what else came with the tokenizer from a
     /// model's folder; each file appears whole or not at all.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        lowkey_files::create_dir(dir)?;
         write_atomically(&dir.join("tokenizer.json"), self.json.as_bytes())?;
         for (name, text) in self.companions.iter().filter(|(name, _)| name != COMPANIONS[0]) {
             write_atomically(&dir.join(name), text.as_bytes())?;

@@ -1,10 +1,14 @@
 //! The shape of the workspace: which crate may import which, how long files may grow, and what may not stand anywhere.
 
+mod code;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
+
+use code::Source;
 
 /// What every crate may import: files are files on each floor.
 const GROUND: &str = "lowkey-files";
@@ -59,20 +63,83 @@ fn dependencies(package: &Value) -> BTreeSet<String> {
     all.iter().filter(|d| d["kind"].is_null()).map(|d| d["name"].as_str().unwrap().to_string()).collect()
 }
 
-fn sources() -> Vec<(PathBuf, String)> {
-    fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
-        for entry in std::fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                walk(&path, found);
-            } else if path.extension().is_some_and(|e| e == "rs") {
-                found.push(path);
+/// The product's sources.
+fn sources() -> Vec<Source> {
+    let found = code::sources(&root().join("crates"));
+    assert!(found.len() > 150, "only {} files", found.len());
+    found
+}
+
+/// What may stand in no crate but one: marks, the crates that may have them, and what it would mean.
+struct Rule {
+    marks: &'static [&'static str],
+    allowed: &'static [&'static str],
+    meaning: &'static str,
+}
+
+const RULES: &[Rule] = &[
+    Rule {
+        marks: &["println!(", "eprintln!(", "print!(", "eprint!(", "dbg!("],
+        allowed: &["lowkey"],
+        meaning: "prints",
+    },
+    Rule {
+        marks: &[
+            "burn_flex",
+            "burn_cubecl",
+            "cubecl",
+            "into_primitive",
+            "from_primitive",
+            "TensorPrimitive",
+            "FloatTensor<",
+            "IntTensor<",
+            "backend::Backend",
+        ],
+        allowed: &["lowkey-kernels"],
+        meaning: "touches a primitive of a backend",
+    },
+    Rule {
+        marks: &[
+            "fs::rename(",
+            "fs::remove_file(",
+            "fs::remove_dir",
+            "fs::write(",
+            "fs::copy(",
+            "fs::create_dir",
+            "fs::hard_link(",
+            "fs::symlink(",
+            "File::create",
+            "File::options(",
+            "OpenOptions",
+            "AtomicWriteFile",
+        ],
+        allowed: &["lowkey-files"],
+        meaning: "writes, renames or removes what lowkey-files should",
+    },
+];
+
+/// What a source breaks.
+fn broken(source: &Source) -> Vec<String> {
+    let package = source.package();
+    let mut faults = Vec::new();
+    for rule in RULES.iter().filter(|rule| !rule.allowed.contains(&package.as_str())) {
+        for (i, line) in source.code.lines().enumerate() {
+            // `eprintln!(` holds `println!(`, and `MyFile::create` is no `File::create`.
+            let stands = |mark: &&&str| {
+                line.match_indices(**mark).any(|(at, _)| {
+                    let before = line[..at].chars().next_back();
+                    !before.is_some_and(|c| c.is_alphanumeric() || c == '_')
+                })
+            };
+            if let Some(mark) = rule.marks.iter().find(stands) {
+                faults.push(format!("{}:{}: {} ({mark})", source.path.display(), i + 1, rule.meaning));
             }
         }
     }
-    let mut paths = Vec::new();
-    walk(&root().join("crates"), &mut paths);
-    paths.into_iter().map(|path| (path.clone(), std::fs::read_to_string(path).unwrap())).collect()
+    if source.lines > MOST_LINES {
+        faults.push(format!("{} has {} lines beside its tests", source.path.display(), source.lines));
+    }
+    faults
 }
 
 #[test]
@@ -102,24 +169,40 @@ fn each_absence_that_a_crate_was_drawn_for_holds() {
         assert!(name != "lowkey-model" && name != "lowkey-infer" || !has("tokenizers"), "{name} knows text");
         assert!(name == "lowkey-kernels" || !has("burn-flex"), "{name} knows a backend");
     }
-    for (path, text) in sources() {
-        let library =
-            !path.components().any(|c| c.as_os_str() == "lowkey") && path.components().any(|c| c.as_os_str() == "src");
-        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
-        let is_test = path.file_name().is_some_and(|name| name == "tests.rs")
-            || path.components().any(|c| c.as_os_str() == "tests");
-        if library && !is_test {
-            assert!(!code.contains("println!(") && !code.contains("eprintln!("), "{} prints", path.display());
-        }
-    }
 }
 
 #[test]
-fn no_file_outgrows_one_sitting() {
-    for (path, text) in sources() {
-        let lines = text.lines().take_while(|line| !line.starts_with("#[cfg(test)]")).count();
-        assert!(lines <= MOST_LINES, "{} has {lines} lines before its tests", path.display());
+fn each_source_keeps_to_what_its_crate_was_drawn_for() {
+    let faults: Vec<String> = sources().iter().flat_map(broken).collect();
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// The check itself can fail.
+#[test]
+fn a_planted_offence_is_found() {
+    let planted = |package: &str, text: &str| {
+        let (code, lines) = code::product(text);
+        broken(&Source { path: Path::new("crates").join(package).join("src/x.rs"), code, lines })
+    };
+    for (text, meaning) in [
+        ("fn f() { println!(\"x\"); }", "prints"),
+        ("#[cfg(test)]\nuse a;\nfn f() { eprintln!(\"x\"); }", "prints"),
+        ("use burn_flex::FlexTensor;", "primitive"),
+        ("fn f(t: T) { t.into_primitive(); }", "primitive"),
+        ("#[cfg(test)]\nmod tests;\nfn f() { std::fs::rename(a, b); }", "lowkey-files"),
+        ("fn f() { std::fs::File::create(a); }", "lowkey-files"),
+        (&"\n".repeat(MOST_LINES + 1), "lines"),
+    ] {
+        let faults = planted("lowkey-train", text);
+        assert!(faults.len() == 1 && faults[0].contains(meaning), "{text}: {faults:?}");
     }
+    for text in
+        ["// println!(\"x\")", "#[cfg(test)]\nmod tests { fn f() { println!(); } }", "fn f() { NewFile::create(a); }"]
+    {
+        assert_eq!(planted("lowkey-train", text), Vec::<String>::new(), "{text}");
+    }
+    assert!(planted("lowkey", "fn f() { println!(); }").is_empty());
+    assert!(planted("lowkey-files", "fn f() { std::fs::rename(a, b); }").is_empty());
 }
 
 #[test]
