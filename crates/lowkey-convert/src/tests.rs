@@ -317,7 +317,7 @@ fn what_cannot_be_is_refused() {
     let mut broken = narrow.clone();
     let Attention::Mla(mla) = &mut broken.model.layers[1].self_attn else { unreachable!() };
     mla.kv_a_layernorm.weight = Param::from_tensor(mla.kv_a_layernorm.weight.val() * 1e38);
-    refused(&broken, &text(1, 9), "layer 1: ");
+    refused(&broken, &text(1, 9), "overflows on this text");
     let rotated = Rotated::new(&narrow, &text(2, 30), &device(), &mut |_| {}).unwrap();
     for (ranks, fragment) in [(&[9, 9][..], "3 layers"), (&[9, 0, 9], "layer 1"), (&[9, 9, 10], "layer 2")] {
         let message = rotated.cut(ranks, &device()).unwrap_err().to_string();

@@ -447,5 +447,7 @@ fn other_source(expected: &SourceFiles, found: &Source) -> Vec<String> {
             printable(&file.name)
         )
     };
-    expected.files.iter().filter(differs).map(line).collect()
+    // Both ways: a certificate that leaves files out says nothing of them.
+    let unnamed = found.files.iter().filter(|file| expected.files.iter().all(|named| named.name != file.name));
+    expected.files.iter().filter(differs).chain(unnamed).map(line).collect()
 }

@@ -79,6 +79,9 @@ pub fn canonical(model: &CausalLm) -> Result<CausalLm> {
     }
     if model.config.family == Family::Lowkey {
         let why = match &model.config.attention {
+            AttentionConfig::Mla(mla) if model.config.mlp_bias && !mla.rope_interleave => {
+                "no transformers class with latents has biases in its feed-forward layers and rotates halves"
+            }
             AttentionConfig::Mla(_) => {
                 "qk_rope_head_dim = 0, which transformers reads as \"not given\"; train with at least 2 rotated dimensions"
             }

@@ -23,6 +23,7 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
     }
     let source = ModelDir::open(&arguments.model)?;
     let model = source.load(&device)?;
+    lowkey_convert::check_finite(&model)?;
     let (budget, prefix) = match (&arguments.kv_rank_budget, arguments.kv_rank) {
         (Some(asked), _) => (budget(asked, &model)?, None),
         (None, rank) => {

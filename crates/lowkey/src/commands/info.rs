@@ -6,7 +6,7 @@ use anyhow::bail;
 use burn::tensor::Device;
 use lowkey_convert::Spectrum;
 use lowkey_data::Tokenizer;
-use lowkey_model::{AttentionConfig, MlaConfig, ModelConfig, weight_files};
+use lowkey_model::{AttentionConfig, MlaConfig, ModelConfig, check_weights, weight_files};
 use lowkey_train::{Metrics, checkpoint};
 use serde_json::json;
 
@@ -99,6 +99,7 @@ fn carried(readout: &[f64], rank: usize) -> f64 {
 fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
     let config = ModelConfig::read(&path.join("config.json"))?;
     let files = weight_files(path)?;
+    check_weights(path, &config)?;
     let size = files.iter().map(|file| Ok(std::fs::metadata(file)?.len())).sum::<std::io::Result<u64>>()?;
     let (parameters, cache) = (config.parameter_count(), config.cache_width());
     let whole = if checkpoint::has_checksums(path) {

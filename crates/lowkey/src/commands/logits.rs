@@ -26,6 +26,14 @@ pub(crate) fn logits(arguments: &LogitsArguments) -> anyhow::Result<()> {
         .forward(ids_tensor(&ids, rows, seq, &device))
         .try_into_vec_as::<f32>()
         .map_err(|e| anyhow::anyhow!("the logits cannot be read back: {e:?}"))?;
+    let lost = logits.iter().filter(|x| !x.is_finite()).count();
+    if lost > 0 {
+        bail!(
+            "{}: {lost} of {} logits are not finite, and nothing is written: the model's weights are damaged, or too large",
+            arguments.model.display(),
+            logits.len()
+        );
+    }
     let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
     let view = TensorView::new(Dtype::F32, vec![rows, seq, vocab], &bytes)?;
     let file = safetensors::serialize([("logits", view)], None::<HashMap<String, String>>)?;
