@@ -116,7 +116,7 @@ impl Fixture {
         for arguments in [
             &["train", "run.toml", "--out", "run"][..],
             &["train", "chars-run.toml", "--out", "chars"],
-            &["data", "prepare", "chars.toml", "--out", "prepared"],
+            &["data", "prepare", "chars.toml", "--out", "shards"],
             &["export", BEST, "--to", "fused", "--form", "fused", "--out", "exported"],
             &["export", BEST, "--to", "gguf", "--out", "gguf"],
             &["convert", BEST, "--data", "text.txt", "--kv-rank-budget", "50%", "--out", "converted"],
@@ -125,6 +125,9 @@ impl Fixture {
             let output = Command::new(env!("CARGO_BIN_EXE_lowkey")).args(arguments).current_dir(dir).output().unwrap();
             assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         }
+        // The run on characters has put shards of its own below a folder of this name.
+        fs::remove_dir_all(dir.join("prepared")).unwrap();
+        fs::rename(dir.join("shards"), dir.join("prepared")).unwrap();
         let fixture = Self { root };
         fixture.give_model("run", fixture.root());
         let split = fixture.root().join("split");
