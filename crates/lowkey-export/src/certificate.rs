@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use lowkey_files::{FileHash, read, read_text, sha256, write};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::evidence::{Greedy, LogitEvidence, Text};
-use crate::files::{FileHash, hash, write_file};
 use crate::markdown::markdown;
 use crate::plan::LayerPlan;
 use crate::target::Target;
@@ -16,6 +16,9 @@ pub(crate) const JSON: &str = "certificate.json";
 
 /// File name of the one that people read.
 pub(crate) const MARKDOWN: &str = "CERTIFICATE.md";
+
+/// Largest certificate that is read: it holds the text that was compared.
+const LARGEST: u64 = 256 << 20;
 
 /// Version of the layout below.
 const FORMAT: u32 = 1;
@@ -184,7 +187,7 @@ impl Certificate {
     /// [`Error::Io`] and [`Error::File`] where there is none or it is damaged.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(JSON);
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+        let text = read_text(&path, LARGEST)?;
         let certificate: Self = serde_json::from_str(&text)
             .map_err(|e| Error::file(&path, format!("is no certificate ({e}); export the model again")))?;
         if certificate.format != FORMAT {
@@ -201,19 +204,101 @@ impl Certificate {
         // A line for each part: token ids one to a line would be pages.
         let lines: Vec<String> =
             value.as_object().into_iter().flatten().map(|(key, value)| format!("  \"{key}\": {value}")).collect();
-        write_file(&path, format!("{{\n{}\n}}\n", lines.join(",\n")).as_bytes())?;
-        write_file(&dir.join(MARKDOWN), markdown(self, &hash(&path)?.sha256).as_bytes())
+        write(&path, format!("{{\n{}\n}}\n", lines.join(",\n")).as_bytes())?;
+        Ok(write(&dir.join(MARKDOWN), markdown(self, &sha256(&path)?).as_bytes())?)
     }
 
     /// Whether the page beside this certificate is the one that was written with it, to the byte of both.
     pub(crate) fn has_its_page(&self, dir: &Path) -> Result<bool> {
         let page = dir.join(MARKDOWN);
-        let text = std::fs::read(&page).map_err(|e| Error::io(&page, e))?;
-        Ok(text == markdown(self, &hash(&dir.join(JSON))?.sha256).as_bytes())
+        let text = read(&page, LARGEST)?;
+        Ok(text == markdown(self, &sha256(&dir.join(JSON))?).as_bytes())
     }
 }
 
+impl Bounds {
+    /// A line for each bound that demands less than `usual`.
+    pub(crate) fn laxer_than(&self, usual: &Self) -> Vec<String> {
+        let figures = [
+            ("weight_max", self.weight_max, usual.weight_max),
+            ("weight_rms", self.weight_rms, usual.weight_rms),
+            ("logit", self.logit, usual.logit),
+            ("kl", self.kl, usual.kl),
+            ("perplexity", self.perplexity, usual.perplexity),
+            ("1 - top1", 1.0 - self.top1, 1.0 - usual.top1),
+        ];
+        // Written so that NaN is laxer than anything.
+        let laxer = figures.into_iter().filter(|(_, found, usual)| !(found <= usual));
+        let mut lines: Vec<String> = laxer
+            .map(|(name, found, usual)| format!("the certificate allows {name} ≤ {found:.1e}; usual is {usual:.1e}"))
+            .collect();
+        if usual.greedy && !self.greedy {
+            lines.push("the certificate does not ask for the same greedy continuations, as is usual".into());
+        }
+        lines
+    }
+}
+
+/// Whether two figures are the same measurement, as far as two machines round alike: by a share of the larger, or both too small
+/// to tell from rounding.
+fn same(recorded: f64, found: f64, share: f64, noise: f64) -> bool {
+    let most = recorded.abs().max(found.abs());
+    recorded == found || (recorded - found).abs() <= share * most || most <= noise
+}
+
 impl Evidence {
+    /// A line for each figure of this, the recorded evidence, that is not what is found now. Without the source its weights are not
+    /// at hand, nor is what was measured on it.
+    pub(crate) fn contradictions(&self, found: &Self, with_source: bool) -> Vec<String> {
+        // Errors of tensors are exact but for the order of a sum; those of logits are made of rounding, which differs between
+        // processors and numbers of threads.
+        const TENSOR: f64 = 1e-2;
+        const ROUNDING: f64 = 0.9;
+        const PERPLEXITY: f64 = 1e-4;
+        let mut lines = Vec::new();
+        let mut compare = |what: String, recorded: f64, found: f64, share: f64, noise: f64| {
+            if !same(recorded, found, share, noise) {
+                lines.push(format!("{what}: the certificate records {recorded:.4e}, found now {found:.4e}"));
+            }
+        };
+        let (l, f) = (&self.logits, &found.logits);
+        compare("positions compared".into(), l.positions as f64, f.positions as f64, 0.0, 0.0);
+        compare("the export's perplexity".into(), l.perplexity_export, f.perplexity_export, PERPLEXITY, 0.0);
+        if with_source {
+            compare("the source's perplexity".into(), l.perplexity_source, f.perplexity_source, PERPLEXITY, 0.0);
+            compare("largest difference of logits".into(), l.max_abs, f.max_abs, ROUNDING, 1e-4);
+            compare("relative error of the logits".into(), l.max_relative, f.max_relative, ROUNDING, 1e-5);
+            compare("mean KL divergence".into(), l.mean_kl, f.mean_kl, ROUNDING, 1e-8);
+            // Two positions may be ties.
+            let ties = 2.0 / l.positions.max(1) as f64;
+            compare("share of the same top tokens".into(), l.top1_agreement, f.top1_agreement, ties, 0.0);
+            let parts = |evidence: &Self| -> Vec<(String, TensorError)> {
+                let weights = evidence.weights.iter().map(|w| (format!("weights of {}", w.part), w.error));
+                weights.chain(evidence.products.iter().map(|p| (p.tensor.clone(), p.error))).collect()
+            };
+            let (recorded, now) = (parts(self), parts(found));
+            let names =
+                |parts: &[(String, TensorError)]| parts.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+            if names(&recorded) == names(&now) {
+                for ((name, recorded), (_, now)) in recorded.into_iter().zip(now) {
+                    compare(format!("{name}: largest relative error"), recorded.max, now.max, TENSOR, 1e-12);
+                    compare(format!("{name}: RMS relative error"), recorded.rms, now.rms, TENSOR, 1e-12);
+                }
+            } else {
+                lines.push("the certificate speaks of other tensors than there are".into());
+            }
+        }
+        if self.greedy.len() != found.greedy.len() {
+            lines.push(format!("greedy continuations: {} recorded, {} found", self.greedy.len(), found.greedy.len()));
+        }
+        for (i, (recorded, now)) in self.greedy.iter().zip(&found.greedy).enumerate() {
+            if recorded.prompt != now.prompt || recorded.export != now.export {
+                lines.push(format!("greedy continuation {}: not the tokens that the certificate records", i + 1));
+            }
+        }
+        lines
+    }
+
     /// A line for each figure that is worse than what is demanded.
     pub fn failures(&self, bounds: &Bounds) -> Vec<String> {
         let mut failures = Vec::new();

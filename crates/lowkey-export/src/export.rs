@@ -5,15 +5,16 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
+use lowkey_files::{FileHash, Kind, is_plain_name, printable};
 use lowkey_infer::Form;
-use lowkey_model::{Attention, AttentionConfig, CausalLm, FusedMla, Mla};
+use lowkey_model::{Attention, AttentionConfig, CausalLm, FusedMla, Mla, NewModelDir};
 
 use crate::certificate::{
     Bounds, Certificate, Evidence, JSON, MARKDOWN, ProductEvidence, SourceFiles, TensorError, WeightEvidence,
 };
 use crate::error::{Error, Result};
 use crate::evidence::{Candidate, Text, compare_greedy, compare_logits};
-use crate::files::{self, Staging};
+use crate::files;
 use crate::plan::{LayerForm, LayerPlan, PlanSettings, latent_attention, plan};
 use crate::products::{self, prefix};
 use crate::side::{self, Exact};
@@ -27,8 +28,16 @@ pub const ABSORBED: &str = "absorbed.safetensors";
 /// Side file with the fused products.
 pub const FUSED: &str = "fused.safetensors";
 
+/// The model card.
+const CARD: &str = "README.md";
+
 /// The weights of a GGUF export.
 pub const GGUF: &str = "model.gguf";
+
+/// What no figure of a certificate speaks of.
+const NOT_COVERED: [&str; 1] =
+    ["not measured: chat templates, settings for generation, positions past the compared text, and reading \
+                                 by other programs"];
 
 /// What to export and what to demand of it.
 #[derive(Clone, Debug)]
@@ -76,20 +85,22 @@ pub fn export(source: &Source, options: &Options, device: &Device, observe: Obse
         }
         Layout::Hf | Layout::Gguf => Vec::new(),
     };
-    let staging = Staging::new(out, *overwrite)?;
+    let staging = NewModelDir::begin(out, Kind::Export, *overwrite, &source.dir)?;
     observe(Progress { doing: "writing", done: 0, of: 0 });
-    let notes = write(source, options, &plan, staging.dir())?;
+    let mut notes = write(source, options, &plan, &staging)?;
     let evidence = gather(staging.dir(), target, &source.model, text, device, observe)?;
     let mut failures = header_failures(staging.dir(), target, source)?;
     failures.extend(evidence.failures(bounds));
     if !failures.is_empty() {
         return Err(Error::Broken { failures });
     }
-    let files = SourceFiles { name: files::name(&source.dir), files: source.files.clone() };
+    let files = SourceFiles { name: files::name(source.dir.path()), files: source.files.clone() };
     let mut certificate = Certificate::new(target.clone(), files, *bounds, evidence, text.clone());
+    notes.extend(NOT_COVERED.map(String::from));
     certificate.plan = plan;
     certificate.notes = notes;
-    certificate.outputs = files::list(staging.dir())?.iter().map(|path| files::hash(path)).collect::<Result<_>>()?;
+    let hash = |name: &String| files::hash_of(staging.dir(), name);
+    certificate.outputs = files::list(staging.dir())?.iter().map(hash).collect::<Result<_>>()?;
     certificate.write(staging.dir())?;
     staging.commit()?;
     Ok(certificate)
@@ -107,7 +118,8 @@ fn check_text(text: &Text, model: &CausalLm) -> Result<()> {
 }
 
 /// Writes the files and says what a user should know of them.
-fn write(source: &Source, options: &Options, plan: &[LayerPlan], dir: &Path) -> Result<Vec<String>> {
+fn write(source: &Source, options: &Options, plan: &[LayerPlan], staging: &NewModelDir) -> Result<Vec<String>> {
+    let dir = staging.dir();
     let Options { target, max_shard_bytes, .. } = options;
     let tokenizer = source.tokenizer.as_ref();
     if target.to == Layout::Gguf {
@@ -120,16 +132,19 @@ fn write(source: &Source, options: &Options, plan: &[LayerPlan], dir: &Path) -> 
     let model = canonical(&source.model)?;
     let dtype = target.weight_dtype()?;
     hf::write(dir, &model, tokenizer, &source.generation, dtype, *max_shard_bytes)?;
-    files::write_file(&dir.join("README.md"), card::card(source, &model, target).as_bytes())?;
+    // Templates that no file of the tokenizer names, and the tokenizer's other spellings.
+    staging.carry(&source.dir)?;
+    lowkey_files::write(&dir.join(CARD), card::card(source, &model, target).as_bytes())?;
+    let made_from = side::made_from(&model, dtype)?;
     match target.to {
         Layout::Absorbed => {
             let tensors = layers(&model).map(|(i, mla)| products::split(i, mla));
-            side::write(&dir.join(ABSORBED), flat(tensors), dtype)?;
+            side::write(&dir.join(ABSORBED), flat(tensors), dtype, &made_from)?;
         }
         Layout::Fused if plan.iter().any(|layer| layer.form == LayerForm::Fused) => {
             let fused = |i: &usize| plan.get(*i).is_some_and(|layer| layer.form == LayerForm::Fused);
             let tensors = layers(&model).filter(|(i, _)| fused(i)).map(|(i, mla)| products::fuse(i, mla));
-            side::write(&dir.join(FUSED), flat(tensors), dtype)?;
+            side::write(&dir.join(FUSED), flat(tensors), dtype, &made_from)?;
         }
         Layout::Fused => {
             return Ok(vec!["the plan fuses no layer: there is no side file, and --form fused makes one".into()]);
@@ -241,6 +256,7 @@ fn error_of(name: &str, found: Tensor<1>, exact: Tensor<1>) -> Result<TensorErro
 fn absorb(dir: &Path, source: &CausalLm, model: &mut CausalLm, device: &Device) -> Result<Vec<ProductEvidence>> {
     let path = dir.join(ABSORBED);
     let mut tensors = side::read(&path)?;
+    side::check_origin(&path, model)?;
     let mut evidence = Vec::new();
     let exact: Vec<[Exact; 2]> = layers(source).map(|(i, mla)| products::split(i, mla)).collect::<Result<_>>()?;
     for (block, [uk, uv]) in model.model.layers.iter_mut().zip(exact) {
@@ -285,7 +301,7 @@ pub fn fused_layers(model: &CausalLm, device: &Device) -> Result<Vec<Option<Fuse
 ///
 /// # Errors
 /// [`Error::Unsupported`] where the model has no latent, [`Error::Io`] where there is no such file, [`Error::File`] where it does
-/// not fit the model.
+/// not fit the model, or was multiplied from other weights than the model's.
 pub fn load_fused(dir: &Path, model: &CausalLm, device: &Device) -> Result<Vec<Option<FusedMla>>> {
     latent_attention(&model.config)?;
     let path = dir.join(FUSED);
@@ -305,6 +321,7 @@ pub fn load_fused(dir: &Path, model: &CausalLm, device: &Device) -> Result<Vec<O
         fused.push(Some(FusedMla { query: tensor(&query, of_query)?, output: tensor(&output, of_output)? }));
     }
     side::nothing_left(&path, &tensors)?;
+    side::check_origin(&path, model)?;
     Ok(fused)
 }
 
@@ -347,31 +364,39 @@ pub fn verify(dir: &Path, source: Option<&Source>, device: &Device, observe: Obs
     let (mut failures, mut notes) = (Vec::new(), Vec::new());
     for expected in &certificate.outputs {
         observe(Progress { doing: "hashing", done: 0, of: 0 });
-        let path = dir.join(&expected.name);
-        if files::name(&path) != expected.name {
-            failures.push(format!("{}: no file name; the certificate has been changed", expected.name));
-        } else if !path.is_file() {
-            failures.push(format!("{}: is missing", expected.name));
+        let name = printable(&expected.name);
+        if !expected.name.split('/').all(is_plain_name) {
+            failures.push(format!("{name}: no file name; the certificate has been changed"));
+            continue;
+        }
+        let changed = match files::hash_of(dir, &expected.name) {
+            Ok(found) if found == *expected => continue,
+            Ok(found) => format!(
+                "SHA-256 is {}, the certificate says {}: the file has changed since the export",
+                found.sha256,
+                printable(&expected.sha256)
+            ),
+            Err(e) if !dir.join(&expected.name).exists() => format!("is missing ({e})"),
+            Err(e) => e.to_string(),
+        };
+        // A model card is there to be edited, and computes nothing.
+        if expected.name == CARD {
+            notes.push(format!("{name}: {changed}"))
         } else {
-            let found = files::hash(&path)?;
-            if found != *expected {
-                failures.push(format!(
-                    "{}: SHA-256 is {}, the certificate says {}: the file has changed since the export",
-                    expected.name, found.sha256, expected.sha256
-                ));
-            }
+            failures.push(format!("{name}: {changed}"))
         }
     }
-    for path in files::list(dir)? {
-        let name = files::name(&path);
+    for name in files::list(dir)? {
         let known = [JSON, MARKDOWN].contains(&name.as_str()) || certificate.outputs.iter().any(|f| f.name == name);
-        let loaded = [".safetensors", ".json", ".gguf", ".bin"].iter().any(|end| name.ends_with(end));
+        let loaded = [".safetensors", ".json", ".gguf", ".bin", ".jinja"].iter().any(|end| name.ends_with(end));
+        let shown = printable(&name);
         match (known, loaded) {
             (true, _) => {}
-            (false, true) => failures.push(format!("{name}: is no part of the export, and engines may load it")),
-            (false, false) => notes.push(format!("{name} is no part of the export")),
+            (false, true) => failures.push(format!("{shown}: is no part of the export, and engines may load it")),
+            (false, false) => notes.push(format!("{shown} is no part of the export")),
         }
     }
+    notes.extend(certificate.bounds.laxer_than(&certificate.target.bounds()));
     if !certificate.has_its_page(dir)? {
         failures.push(format!("{MARKDOWN} and {JSON}: one is not the one that was written with the other"));
     }
@@ -407,15 +432,20 @@ pub fn verify(dir: &Path, source: Option<&Source>, device: &Device, observe: Obs
     if let Some(source) = source {
         failures.extend(header_failures(dir, &certificate.target, source)?);
     }
+    failures.extend(certificate.evidence.contradictions(&evidence, source.is_some()));
     failures.extend(evidence.failures(&certificate.bounds));
     Ok(Verdict { certificate, evidence: Some(evidence), failures, notes })
 }
 
 /// The files that differ from those the export was made of.
 fn other_source(expected: &SourceFiles, found: &Source) -> Vec<String> {
-    let differs = |file: &&files::FileHash| !found.files.contains(file);
-    let line = |file: &files::FileHash| {
-        format!("source {}: {} is not the file that the export was made of", found.dir.display(), file.name)
+    let differs = |file: &&FileHash| !found.files.contains(file);
+    let line = |file: &FileHash| {
+        format!(
+            "source {}: {} is not the file that the export was made of",
+            found.dir.path().display(),
+            printable(&file.name)
+        )
     };
     expected.files.iter().filter(differs).map(line).collect()
 }

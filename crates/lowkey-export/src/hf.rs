@@ -6,7 +6,6 @@ use lowkey_data::{Generation, Tokenizer};
 use lowkey_model::{CausalLm, WeightDtype};
 
 use crate::error::Result;
-use crate::files::write_json;
 
 /// Writes weights, configuration, tokenizer and generation settings.
 ///
@@ -27,5 +26,5 @@ pub(crate) fn write(
     if let Some(tokenizer) = tokenizer {
         tokenizer.save(dir)?;
     }
-    write_json(&dir.join("generation_config.json"), &generation.to_json())
+    Ok(lowkey_files::write_json(&dir.join("generation_config.json"), &generation.to_json())?)
 }

@@ -55,7 +55,7 @@ pub use certificate::{Bounds, Certificate, Evidence, ProductEvidence, SourceFile
 pub use error::{Error, Result};
 pub use evidence::{Greedy, LogitEvidence, Text};
 pub use export::{ABSORBED, FUSED, GGUF, Options, Verdict, export, fused_layers, load_fused, verify};
-pub use files::FileHash;
+pub use lowkey_files::FileHash;
 pub use plan::{FormCost, LayerForm, LayerPlan, PlanSettings, plan};
 pub use source::{Source, canonical};
 pub use target::{Layout, Target};

@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 
+use lowkey_files::FileHash;
+
 use crate::certificate::{Certificate, JSON, TensorError};
-use crate::files::FileHash;
 use crate::plan::{LayerForm, LayerPlan};
 use crate::target::Layout;
 

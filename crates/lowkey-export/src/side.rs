@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use half::{bf16, f16};
-use lowkey_model::WeightDtype;
+use lowkey_model::{CausalLm, Parameter, WeightDtype};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::files::write_file;
 
 /// A tensor in double precision, before it is rounded once.
 #[derive(Clone, Debug)]
@@ -26,11 +26,46 @@ pub(crate) struct Stored {
     pub(crate) values: Vec<f32>,
 }
 
-/// Rounds tensors once, from f64 to `dtype`, and writes them as one file.
+/// The key of a side file's metadata that says which weights it was multiplied from.
+const MADE_FROM: &str = "lowkey.made_from";
+
+/// SHA-256 of the weights that side files are multiplied from, as a file of the given format holds them: the projections of all
+/// attention layers.
+///
+/// # Errors
+/// [`Error::Device`] where a tensor cannot be read back.
+pub(crate) fn made_from(model: &CausalLm, dtype: WeightDtype) -> Result<String> {
+    let projections = ["q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "o_proj.weight"];
+    let mut hash = Sha256::new();
+    for Parameter { name, shape, value, .. } in model.parameters() {
+        if !projections.iter().any(|end| name.ends_with(&format!(".self_attn.{end}"))) {
+            continue;
+        }
+        hash.update(format!("{name} {shape:?}\n"));
+        let values = value.try_into_vec_as::<f32>().map_err(|e| Error::device(&name, e))?;
+        for x in values {
+            let stored = match dtype {
+                WeightDtype::F32 => x,
+                WeightDtype::Bf16 => bf16::from_f32(x).to_f32(),
+                WeightDtype::F16 => f16::from_f32(x).to_f32(),
+            };
+            hash.update(stored.to_le_bytes());
+        }
+    }
+    Ok(lowkey_files::hex(&hash.finalize()))
+}
+
+/// Rounds tensors once, from f64 to `dtype`, and writes them as one file, with the [sum](made_from) of the weights that they were
+/// multiplied from.
 ///
 /// # Errors
 /// [`Error::File`] where a finite value does not fit `dtype`, [`Error::Io`] where the file cannot be written.
-pub(crate) fn write(path: &Path, tensors: impl Iterator<Item = Result<Exact>>, dtype: WeightDtype) -> Result<()> {
+pub(crate) fn write(
+    path: &Path,
+    tensors: impl Iterator<Item = Result<Exact>>,
+    dtype: WeightDtype,
+    made_from: &str,
+) -> Result<()> {
     let mut encoded = Vec::new();
     for tensor in tensors {
         let Exact { name, shape, values } = tensor?;
@@ -49,9 +84,11 @@ pub(crate) fn write(path: &Path, tensors: impl Iterator<Item = Result<Exact>>, d
         .iter()
         .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(format, shape.clone(), bytes)?)))
         .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
-        .and_then(|views| safetensors::serialize(views, None::<HashMap<String, String>>))
+        .and_then(|views| {
+            safetensors::serialize(views, Some(HashMap::from([(MADE_FROM.to_owned(), made_from.to_owned())])))
+        })
         .map_err(|e| Error::file(path, format!("cannot be encoded: {e}")))?;
-    write_file(path, &bytes)
+    Ok(lowkey_files::write(path, &bytes)?)
 }
 
 /// Little-endian bytes; `Err` with a finite value that would become an infinity.
@@ -84,7 +121,7 @@ fn encode(values: &[f64], dtype: WeightDtype) -> std::result::Result<Vec<u8>, f6
 /// # Errors
 /// [`Error::File`] where it is damaged or holds a tensor that is not F32, BF16 or F16, [`Error::Io`] where it cannot be read.
 pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    let bytes = lowkey_files::read(path, u64::MAX)?;
     let parsed = SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::file(path, format!("not a readable safetensors file ({e}); export it again")))?;
     let mut tensors = BTreeMap::new();
@@ -120,6 +157,27 @@ pub(crate) fn take(
             Err(Error::file(path, format!("tensor {name} has shape {:?}, config.json asks for {shape:?}", found.shape)))
         }
         Some(found) => Ok(found.values),
+    }
+}
+
+/// Whether a side file was multiplied from the weights of `model`, as it lies beside it.
+///
+/// # Errors
+/// [`Error::File`] where it was not, or does not say.
+pub(crate) fn check_origin(path: &Path, model: &CausalLm) -> Result<()> {
+    let bytes = lowkey_files::read(path, u64::MAX)?;
+    let (_, header) = SafeTensors::read_metadata(&bytes)
+        .map_err(|e| Error::file(path, format!("not a readable safetensors file ({e}); export it again")))?;
+    let mend = "export the model again, or remove this file: the weights beside it are complete without it";
+    match header.metadata().as_ref().and_then(|metadata| metadata.get(MADE_FROM)) {
+        None => {
+            let why = format!("does not say which weights it was multiplied from, as earlier versions left it; {mend}");
+            Err(Error::file(path, why))
+        }
+        Some(sum) if *sum != made_from(model, WeightDtype::F32)? => {
+            Err(Error::file(path, format!("was multiplied from other weights than those beside it; {mend}")))
+        }
+        Some(_) => Ok(()),
     }
 }
 

@@ -1,31 +1,20 @@
 //! The model that is exported.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::{Generation, Tokenizer};
-use lowkey_model::{Attention, AttentionConfig, CausalLm, Family, weight_files};
+use lowkey_files::FileHash;
+use lowkey_model::{Attention, AttentionConfig, CausalLm, Family, ModelDir};
 
 use crate::error::{Error, Result};
-use crate::files::{self, FileHash};
-
-/// Files beside the weights that say what a model is.
-const DESCRIPTIONS: [&str; 7] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-];
 
 /// A model directory, opened.
 #[derive(Debug)]
 pub struct Source {
-    /// The folder.
-    pub dir: PathBuf,
+    /// The folder, in which everything below was found.
+    pub dir: ModelDir,
     /// Its model, in f32 on a device.
     pub model: CausalLm,
     /// Its tokenizer, where it has one.
@@ -40,21 +29,23 @@ impl Source {
     /// Reads a Hugging Face model directory.
     ///
     /// # Errors
-    /// [`Error::Model`] and [`Error::Data`] from its readers, [`Error::Io`] where a file cannot be hashed.
+    /// [`Error::Model`] and [`Error::Data`] from its readers, [`Error::File`] where it changes while it is read.
     pub fn open(dir: &Path, device: &Device) -> Result<Self> {
-        let mut model = CausalLm::load(dir, device)?;
-        let tokenizer = match dir.join("tokenizer.json").is_file() {
-            true => Some(Tokenizer::from_model_dir(dir)?),
+        let dir = ModelDir::open(dir)?;
+        let before = dir.stamps()?;
+        let mut model = dir.load(device)?;
+        let tokenizer = match dir.path().join("tokenizer.json").is_file() {
+            true => Some(Tokenizer::from_model_dir(dir.path())?),
             false => None,
         };
-        let generation = Generation::from_model_dir(dir, tokenizer.as_ref())?;
+        let generation = Generation::from_model_dir(dir.path(), tokenizer.as_ref())?;
         // Whatever is made of it is to stop where it does.
         model.config.eos_token_id.clone_from(&generation.ends);
-        let described = DESCRIPTIONS.iter().map(|name| dir.join(name)).filter(|path| path.is_file());
-        let index = Some(dir.join("model.safetensors.index.json")).filter(|path| path.is_file());
-        let paths = described.chain(index).chain(weight_files(dir)?);
-        let files = paths.map(|path| files::hash(&path)).collect::<Result<_>>()?;
-        Ok(Self { dir: dir.to_path_buf(), model, tokenizer, generation, files })
+        let files = dir.hashes()?;
+        if dir.stamps()? != before {
+            return Err(Error::file(dir.path(), "has changed while it was read; try again when nobody writes it"));
+        }
+        Ok(Self { dir, model, tokenizer, generation, files })
     }
 }
 

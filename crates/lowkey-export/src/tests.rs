@@ -170,13 +170,20 @@ fn one_changed_byte_is_caught() {
         exported(&source, &out, to, "f32");
         for entry in fs::read_dir(&out).unwrap() {
             let path = entry.unwrap().path();
+            if path.ends_with(lowkey_files::MARK) {
+                // It says who made the folder; nothing that computes reads it.
+                continue;
+            }
             let whole = fs::read(&path).unwrap();
             for at in [0, whole.len() / 3, whole.len() / 2, whole.len() - 2] {
                 let mut bytes = whole.clone();
                 bytes[at] ^= 1;
                 fs::write(&path, &bytes).unwrap();
-                let caught =
-                    verify(&out, Some(&source), &device(), &mut |_| {}).map_or(true, |v| !v.failures.is_empty());
+                let caught = verify(&out, Some(&source), &device(), &mut |_| {}).map_or(true, |v| {
+                    // A model card is there to be edited: that is noticed, and no failure.
+                    let card = path.ends_with("README.md") && v.notes.iter().any(|note| note.contains("README.md"));
+                    !v.failures.is_empty() || card
+                });
                 assert!(caught, "{}: byte {at}", path.display());
             }
             fs::write(&path, &whole).unwrap();
@@ -202,12 +209,101 @@ fn a_weight_that_is_wrong_shows_in_the_figures() {
         bytes[at] ^= 0x81;
         fs::write(&path, &bytes).unwrap();
         for output in &mut certificate.outputs {
-            *output = files::hash(&out.join(&output.name)).unwrap();
+            *output = files::hash_of(&out, &output.name).unwrap();
         }
         certificate.write(&out).unwrap();
         let failures = verdict(&out, Some(&source)).failures.join("\n");
         assert!(failures.contains("relative error"), "{to}: {failures}");
     }
+}
+
+/// A certificate can be written anew as a whole; what it says is measured again.
+#[test]
+fn a_recorded_figure_that_is_not_found_again_is_named() {
+    let folder = Folder::new();
+    let source = source(&folder, &config_with(|_, _| {}), 2);
+    for (to, dtype) in [("hf", "bf16"), ("fused", "f32")] {
+        let out = folder.file(to);
+        let honest = exported(&source, &out, to, dtype);
+        assert!(verdict(&out, Some(&source)).failures.is_empty());
+        type Change = fn(&mut Certificate);
+        let changes: [(&str, Change); 6] = [
+            ("perplexity", |c| {
+                c.evidence.logits.perplexity_source /= 8.0;
+                c.evidence.logits.perplexity_export /= 8.0;
+            }),
+            ("positions compared", |c| c.evidence.logits.positions += 1),
+            ("weights of layer 1", |c| c.evidence.weights.last_mut().unwrap().error.max += 1e-9),
+            ("weights of", |c| c.evidence.weights[0].error.rms += 1e-9),
+            ("greedy continuation 1", |c| c.evidence.greedy[0].export[0] ^= 1),
+            ("share of the same top tokens", |c| c.evidence.logits.top1_agreement = 0.5),
+        ];
+        for (what, change) in changes {
+            let mut forged = honest.clone();
+            change(&mut forged);
+            forged.write(&out).unwrap();
+            let failures = verdict(&out, Some(&source)).failures.join("\n");
+            assert!(failures.contains(what), "{to}, {what}: {failures}");
+        }
+        let mut lax = honest.clone();
+        lax.bounds.kl = 1.0;
+        lax.write(&out).unwrap();
+        let found = verdict(&out, Some(&source));
+        assert!(found.failures.is_empty(), "{:?}", found.failures);
+        assert!(found.notes.iter().any(|note| note.contains("allows kl ≤ 1.0e0")), "{:?}", found.notes);
+        // Without the source there is still the export's own.
+        let mut forged = honest.clone();
+        forged.evidence.logits.perplexity_export *= 1.01;
+        forged.write(&out).unwrap();
+        assert!(verdict(&out, None).failures.join("\n").contains("the export's perplexity"));
+    }
+}
+
+#[test]
+fn a_side_file_of_other_weights_is_refused() {
+    let folder = Folder::new();
+    let source = source(&folder, &config_with(|_, _| {}), 2);
+    for dtype in ["f32", "bf16"] {
+        let out = folder.file(dtype);
+        exported(&source, &out, "fused", dtype);
+        let load = || load_fused(&out, &CausalLm::load(&out, &device()).unwrap(), &device());
+        load().unwrap();
+        // Another checkpoint of the same shape takes its place.
+        let other = random_model(&source.model.config, 5);
+        other.save(&out, WeightDtype::F32, usize::MAX).unwrap();
+        let why = load().map(|_| ()).unwrap_err().to_string();
+        assert!(why.contains("fused.safetensors") && why.contains("other weights"), "{why}");
+    }
+    // What an earlier version wrote says nothing of its origin.
+    let out = folder.file("earlier");
+    exported(&source, &out, "fused", "f32");
+    let path = out.join(FUSED);
+    let bytes = fs::read(&path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let bare = safetensors::serialize(tensors.tensors(), None).unwrap();
+    fs::write(&path, bare).unwrap();
+    let why = load_fused(&out, &source.model, &device()).map(|_| ()).unwrap_err().to_string();
+    assert!(why.contains("does not say which weights"), "{why}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_certificate_that_is_no_file_is_refused_at_once() {
+    let folder = Folder::new();
+    let source = source(&folder, &config_with(|_, _| {}), 2);
+    let out = folder.file("out");
+    exported(&source, &out, "hf", "f32");
+    for name in ["certificate.json", "CERTIFICATE.md"] {
+        let path = out.join(name);
+        let kept = fs::read(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        let why = verify(&out, None, &device(), &mut |_| {}).map(|_| ()).unwrap_err().to_string();
+        assert!(why.contains(name) && why.contains("not a regular file"), "{why}");
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, kept).unwrap();
+    }
+    assert!(verdict(&out, None).failures.is_empty());
 }
 
 #[test]
@@ -237,8 +333,15 @@ fn only_exports_are_replaced() {
     options.overwrite = true;
     export(&source, &options, &device(), &mut |_| {}).unwrap();
     assert!(out.join(ABSORBED).is_file());
-    options.out = source.dir.clone();
-    assert!(refused(&options).contains("no certificate.json"));
+    options.out = source.dir.path().to_path_buf();
+    assert!(refused(&options).contains("the model that is read"));
+    options.out = folder.file("mine");
+    fs::create_dir(&options.out).unwrap();
+    fs::write(options.out.join("certificate.json"), "{}").unwrap();
+    assert!(refused(&options).contains("no lowkey.json"));
+    options.out = out.clone();
+    fs::write(out.join("id_rsa"), "key").unwrap();
+    assert!(refused(&options).contains("id_rsa: was not written by lowkey"));
     options.text.sequences[0][0] = 29;
     assert!(refused(&options).contains("tokens below 29"));
 }

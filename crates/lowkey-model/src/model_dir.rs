@@ -1,6 +1,8 @@
 //! A model directory as one thing: opened once, or written aside and put in its place whole.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use burn::tensor::Device;
 use lowkey_files::{FileHash, Kind, Replace, Staging, copy, create_dir, hash, recover, write_json};
@@ -113,6 +115,26 @@ impl ModelDir {
             names.sort();
         }
         Ok(names)
+    }
+
+    /// Names, lengths and times of all files in the folder: two that are equal were taken of the same files.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the folder cannot be read.
+    pub fn stamps(&self) -> Result<Vec<(OsString, u64, Option<SystemTime>)>> {
+        let fail = |e| Error::io(&self.path, e);
+        let stamp = |entry: std::io::Result<std::fs::DirEntry>| {
+            let entry = entry?;
+            let found = entry.metadata()?;
+            Ok((entry.file_name(), found.len(), found.modified().ok()))
+        };
+        let mut stamps = std::fs::read_dir(&self.path)
+            .map_err(fail)?
+            .map(stamp)
+            .collect::<std::io::Result<Vec<_>>>()
+            .map_err(fail)?;
+        stamps.sort();
+        Ok(stamps)
     }
 
     /// Every file that the model consists of, with its hash: configuration, weights, and [companions](Self::companions).

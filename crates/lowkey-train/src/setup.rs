@@ -104,15 +104,16 @@ pub fn setup(config: &RunConfig, options: &RunOptions, observe: &mut dyn FnMut(E
     setup_run(config, options, None, &AtomicBool::new(false), observe)
 }
 
-/// [`setup`] for a run that may have `begun`: with other data than it began with it does not go on, and its own stay as they are.
-/// `interrupt` ends the preparation of a corpus.
+/// [`setup`] for a run that may have `begun`, with a checkpoint and its state: with other data than it began with it does not go
+/// on, and its own stay as they are. `interrupt` ends the preparation of a corpus.
 pub(crate) fn setup_run(
     config: &RunConfig,
     options: &RunOptions,
-    begun: Option<&TrainerState>,
+    begun: Option<(&Path, &TrainerState)>,
     interrupt: &AtomicBool,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Setup> {
+    let (checkpoint, begun) = begun.unzip();
     let mut dataset = run_data::dataset(&config.data, &options.run_file)?;
     if let Some(corpus) = TaskCorpus::new(&dataset)? {
         let setup = task_setup(config, &dataset, corpus)?;
@@ -121,9 +122,9 @@ pub(crate) fn setup_run(
         }
         return Ok(setup);
     }
-    dataset.add_special_tokens = match dataset.add_special_tokens {
-        None if options.resume => begun_with_special_tokens(&options.out)?,
-        given => given,
+    dataset.add_special_tokens = match (dataset.add_special_tokens, checkpoint) {
+        (None, Some(checkpoint)) => begun_with_special_tokens(checkpoint)?,
+        (given, _) => given,
     };
     let mut own_tokenizer = None;
     let mut earlier = None;
@@ -161,14 +162,13 @@ pub(crate) fn setup_run(
     Ok(Setup { model, data, notes })
 }
 
-/// Whether the newest checkpoint of a run says that its documents have special tokens around them; they have none where it says
-/// nothing, as runs that were begun before there was such a record. `None` where there is no checkpoint, or nothing to add.
-fn begun_with_special_tokens(run: &Path) -> Result<Option<bool>> {
-    let Some(newest) = checkpoint::newest(&run.join("checkpoints"))? else { return Ok(None) };
-    if !newest.join("tokenizer.json").is_file() {
+/// Whether a checkpoint says that the documents of its run have special tokens around them; they have none where it says nothing,
+/// as runs that were begun before there was such a record. `None` where there is nothing to add.
+fn begun_with_special_tokens(checkpoint: &Path) -> Result<Option<bool>> {
+    if !checkpoint.join("tokenizer.json").is_file() {
         return Ok(None);
     }
-    let tokenizer = Tokenizer::from_model_dir(&newest)?;
+    let tokenizer = Tokenizer::from_model_dir(checkpoint)?;
     let plain = tokenizer.omits_special_tokens() || tokenizer.special_tokens_are_assumed();
     Ok((plain || tokenizer.adds_special_tokens()).then_some(!plain))
 }

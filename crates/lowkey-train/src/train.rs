@@ -147,10 +147,10 @@ pub fn train(
     };
     let config = &resume::resolve(config, options, earlier.as_ref())?;
     let crowded = check_threads(config, &devices)?;
-    let begun = earlier.as_ref().map(|earlier| &earlier.state);
+    let begun = found.as_deref().zip(earlier.as_ref().map(|earlier| &earlier.state));
     let Setup { model: model_config, data, notes } = match setup_run(config, options, begun, interrupt, observe) {
         Err(Error::Data(lowkey_data::Error::Stopped)) => {
-            let step = begun.map_or(0, |state| state.step);
+            let step = begun.map_or(0, |(_, state)| state.step);
             return Ok(Outcome { step, finished: false, evaluation: None });
         }
         setup => setup?,

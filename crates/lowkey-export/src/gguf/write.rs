@@ -3,7 +3,7 @@
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use atomic_write_file::AtomicWriteFile;
+use lowkey_files::NewFile;
 
 use super::metadata::{Array, Metadata, Value, code};
 use super::read::{TensorInfo, padded};
@@ -25,7 +25,7 @@ pub fn write_container(
 ) -> Result<u64> {
     let header = header(metadata, tensors).map_err(|why| Error::file(path, why))?;
     let io = |source| Error::io(path, source);
-    let mut file = BufWriter::with_capacity(1 << 20, AtomicWriteFile::open(path).map_err(io)?);
+    let mut file = BufWriter::with_capacity(1 << 20, NewFile::create(path)?);
     let mut written = header.len();
     file.write_all(&header).map_err(io)?;
     for info in tensors {
@@ -48,8 +48,7 @@ pub fn write_container(
         written = end;
     }
     let file = file.into_inner().map_err(|e| io(e.into_error()))?;
-    file.sync_all().map_err(io)?;
-    file.commit().map_err(io)?;
+    file.commit()?;
     Ok(written as u64)
 }
 

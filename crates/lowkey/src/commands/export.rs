@@ -9,7 +9,6 @@ use lowkey_export::{
     Bounds, Certificate, Evidence, FUSED, LayerForm, LayerPlan, Options, Progress, Source, Target, Text,
 };
 use lowkey_model::{CausalLm, FusedMla, ModelConfig};
-use lowkey_train::checkpoint;
 use serde_json::json;
 
 use super::{WrongUse, text};
@@ -97,9 +96,6 @@ fn wrong_use(error: lowkey_export::Error) -> anyhow::Error {
 
 /// A model directory; one that carries checksums only if they match.
 fn open(dir: &Path) -> anyhow::Result<Source> {
-    if checkpoint::has_checksums(dir) {
-        checkpoint::verify(dir)?;
-    }
     Ok(Source::open(dir, &Device::flex())?)
 }
 
@@ -111,7 +107,7 @@ fn default_out(model: &Path, to: &str) -> PathBuf {
 /// Held-out text of `--data`, else of the run that the model belongs to, else random tokens, which is said.
 fn certificate_text(data: Option<&Path>, source: &Source) -> anyhow::Result<Text> {
     let config = &source.model.config;
-    Ok(match text::find(data, &source.dir, source.tokenizer.as_ref())? {
+    Ok(match text::find(data, source.dir.path(), source.tokenizer.as_ref())? {
         Ok(prepared) => held_out(&prepared, config)?,
         Err(why) => {
             complain(&format!("note: {why}; the certificate uses random tokens unless --data gives a text"));

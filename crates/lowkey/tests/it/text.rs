@@ -271,6 +271,7 @@ fn a_fine_tuned_model_ends_where_its_documents_ended() {
     let found = greedy(&tuned, &["--prompt", "The cat"]);
     assert_eq!((&found["text"], &found["finish"]), (&json!(" sat on a mat ."), &json!("eos")));
     // Programs that look at its generation_config.json alone would stop there, too.
+    fs::remove_file(tuned.join("checksums.json")).unwrap();
     edit(&tuned.join("tokenizer_config.json"), |config| config["eos_token"] = json!("</s>"));
     edit(&tuned.join("config.json"), |config| config["eos_token_id"] = json!(END));
     assert_eq!(greedy(&tuned, &["--prompt", "The cat"])["finish"], "eos");

@@ -116,7 +116,7 @@ impl Fixture {
         for arguments in [
             &["train", "run.toml", "--out", "run"][..],
             &["train", "chars-run.toml", "--out", "chars"],
-            &["data", "prepare", "chars.toml", "--out", "shards"],
+            &["data", "prepare", "chars.toml", "--out", "tokens"],
             &["export", BEST, "--to", "fused", "--form", "fused", "--out", "exported"],
             &["export", BEST, "--to", "gguf", "--out", "gguf"],
             &["convert", BEST, "--data", "text.txt", "--kv-rank-budget", "50%", "--out", "converted"],
@@ -125,9 +125,9 @@ impl Fixture {
             let output = Command::new(env!("CARGO_BIN_EXE_lowkey")).args(arguments).current_dir(dir).output().unwrap();
             assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         }
-        // The run on characters has put shards of its own below a folder of this name.
+        // The run has put its own folder into this one.
         fs::remove_dir_all(dir.join("prepared")).unwrap();
-        fs::rename(dir.join("shards"), dir.join("prepared")).unwrap();
+        fs::rename(dir.join("tokens"), dir.join("prepared")).unwrap();
         let fixture = Self { root };
         fixture.give_model("run", fixture.root());
         let split = fixture.root().join("split");
