@@ -151,7 +151,8 @@ impl Tokenizer {
         let mut companions = Vec::new();
         for name in COMPANIONS {
             let path = dir.join(name);
-            if path.is_file() {
+            // What is there and is no file is refused.
+            if path.symlink_metadata().is_ok() {
                 let text = read_text(&path)?;
                 companions.push((name.to_owned(), text));
             }
@@ -159,7 +160,7 @@ impl Tokenizer {
         tokenizer.companions = companions.into();
         for name in [COMPANIONS[0], "generation_config.json", "config.json"] {
             let path = dir.join(name);
-            if !path.is_file() {
+            if path.symlink_metadata().is_err() {
                 continue;
             }
             let text = read_text(&path)?;

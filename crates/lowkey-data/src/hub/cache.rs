@@ -73,16 +73,16 @@ impl Cache {
         loop {
             match files::lock(&path) {
                 Ok(lock) => return Ok(lock),
-                Err(files::Error::Refused { .. }) if since.elapsed() < patience => {
+                Err(files::Error::Held { .. }) if since.elapsed() < patience => {
                     std::thread::sleep(LOOK.min(patience));
                     let now = self.arrived(etag);
                     if now != arrived {
                         (since, arrived) = (Instant::now(), now);
                     }
                 }
-                Err(files::Error::Refused { path, why }) => {
-                    let path = files::printable(&path.to_string_lossy()).into_owned();
-                    return Err(Fault::Final(format!("{path} {why}")));
+                // What holds it too long, or bears its name, is no fault of the disk.
+                Err(e @ (files::Error::Held { .. } | files::Error::Refused { .. })) => {
+                    return Err(Fault::Final(e.to_string()));
                 }
                 Err(e) => return Err(self.disk(&e)),
             }
@@ -119,7 +119,7 @@ impl Cache {
                 match files::write(&reference, described.commit.as_bytes()) {
                     Ok(()) => break,
                     // Another process fetches another file of the same revision.
-                    Err(files::Error::Refused { .. }) if patience > 0 => patience -= 1,
+                    Err(files::Error::Held { .. }) if patience > 0 => patience -= 1,
                     Err(e) => return Err(self.disk(&e)),
                 }
                 std::thread::sleep(LOOK / 5);

@@ -159,7 +159,7 @@ impl<'a> Corpus<'a> {
             }
         }
         if bytes == 0 {
-            return Err(self.empty("the source holds no text; check its paths"));
+            return Err(self.no_text());
         }
         match bpe {
             Some(vocab_size) => {
@@ -231,7 +231,7 @@ impl<'a> Corpus<'a> {
         let wanted = self.format.is_some() && self.config.split.validation_fraction > 0.0;
         let by_documents = self.config.split.by == SplitBy::Documents;
         match (train.tokens(), validation.tokens()) {
-            (0, 0) => Err(self.empty("the source holds no text; check its paths")),
+            (0, 0) => Err(self.no_text()),
             (0, _) => Err(self.empty(&format!(
                 "the split leaves none of {documents} documents for training{uncut}; add text, or lower \
                  split.validation_fraction"
@@ -267,6 +267,14 @@ impl<'a> Corpus<'a> {
             }
         }
         Ok(())
+    }
+
+    /// All files are there, and empty.
+    fn no_text(&self) -> Error {
+        let names: Vec<&str> = self.files.iter().take(3).map(|file| file.name.as_str()).collect();
+        let more = if self.files.len() > names.len() { " …" } else { "" };
+        let named = if names.is_empty() { String::new() } else { format!(" ({}{more})", names.join(", ")) };
+        self.empty(&format!("the source holds no text; check its paths{named}"))
     }
 
     fn empty(&self, message: &str) -> Error {

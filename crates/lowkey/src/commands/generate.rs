@@ -2,7 +2,6 @@
 
 use std::ops::ControlFlow;
 
-use anyhow::Context;
 use lowkey_data::{Generation, Tokenizer};
 use lowkey_infer::{CacheDtype, Finish, Form, GenerateConfig, SamplingConfig, Weights};
 use serde_json::json;
@@ -13,6 +12,8 @@ use crate::output::{bytes, complain, say, say_json, stream};
 
 /// Tokens to add where nobody says how many.
 const NEW_TOKENS: usize = 200;
+/// No context is longer than a prompt of so many bytes.
+const LONGEST_PROMPT: u64 = 1 << 28;
 
 pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let form: Form = arguments.decode.parse().map_err(|e| WrongUse(format!("--decode {}: {e}", arguments.decode)))?;
@@ -20,7 +21,7 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let cache_dtype: CacheDtype = arguments.cache_dtype.parse().map_err(wrong)?;
     let prompt = match (&arguments.prompt, &arguments.prompt_file) {
         (Some(prompt), _) => prompt.clone(),
-        (None, Some(path)) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
+        (None, Some(path)) => lowkey_files::read_text(path, LONGEST_PROMPT)?,
         (None, None) => String::new(),
     };
     if arguments.stop.iter().any(String::is_empty) {

@@ -100,7 +100,10 @@ fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
     let config = ModelConfig::read(&path.join("config.json"))?;
     let files = weight_files(path)?;
     check_weights(path, &config)?;
-    let size = files.iter().map(|file| Ok(std::fs::metadata(file)?.len())).sum::<std::io::Result<u64>>()?;
+    let mut size = 0;
+    for file in &files {
+        size += lowkey_files::open(file)?.metadata()?.len();
+    }
     let (parameters, cache) = (config.parameter_count(), config.cache_width());
     let whole = if checkpoint::has_checksums(path) {
         checkpoint::verify(path)?;
@@ -178,8 +181,11 @@ fn cut(mla: &MlaConfig) -> String {
     format!("; latents cut to {least}..{most}, {} in all", ranks.iter().sum::<usize>())
 }
 
+/// A line for each of a hundred million steps.
+const LONGEST_METRICS: u64 = 1 << 36;
+
 fn run_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
-    let text = std::fs::read_to_string(path.join("metrics.jsonl"))?;
+    let text = lowkey_files::read_text(&path.join("metrics.jsonl"), LONGEST_METRICS)?;
     let lines: Vec<Metrics> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let Some(last) = lines.last() else { bail!("{}: metrics.jsonl holds no step yet", path.display()) };
     let evaluated = lines.iter().filter(|m| m.val_loss.is_some());

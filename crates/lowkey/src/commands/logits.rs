@@ -42,9 +42,12 @@ pub(crate) fn logits(arguments: &LogitsArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Bytes of a file of ids; each takes eight, and its logits far more.
+const MOST_IDS: u64 = 1 << 30;
+
 fn read_ids(path: &Path) -> anyhow::Result<(Vec<u32>, [usize; 2])> {
     let name = || path.display().to_string();
-    let bytes = std::fs::read(path).with_context(name)?;
+    let bytes = lowkey_files::read(path, MOST_IDS)?;
     let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("{}: not a safetensors file", name()))?;
     let view = tensors.tensor("input_ids").with_context(|| format!("{}: no tensor input_ids", name()))?;
     let (Dtype::I64, [rows, seq]) = (view.dtype(), view.shape()) else {
