@@ -240,6 +240,8 @@ fn prepare_from(
         Ok(Some(Prepared { tokenizer, ..prepared }))
     };
     if let Some(prepared) = ready()? {
+        // What a process left that was killed when this stood already.
+        lowkey_files::recover(out)?;
         return Ok(prepared);
     }
 

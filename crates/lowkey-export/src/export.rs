@@ -369,21 +369,17 @@ pub fn verify(dir: &Path, source: Option<&Source>, device: &Device, observe: Obs
             failures.push(format!("{name}: no file name; the certificate has been changed"));
             continue;
         }
-        let changed = match files::hash_of(dir, &expected.name) {
-            Ok(found) if found == *expected => continue,
-            Ok(found) => format!(
-                "SHA-256 is {}, the certificate says {}: the file has changed since the export",
+        match files::hash_of(dir, &expected.name) {
+            Ok(found) if found == *expected => {}
+            // A model card is there to be edited, and computes nothing.
+            Ok(_) if expected.name == CARD => notes.push(format!("{name} has been edited since the export")),
+            Ok(found) => failures.push(format!(
+                "{name}: SHA-256 is {}, the certificate says {}: the file has changed since the export",
                 found.sha256,
                 printable(&expected.sha256)
-            ),
-            Err(e) if !dir.join(&expected.name).exists() => format!("is missing ({e})"),
-            Err(e) => e.to_string(),
-        };
-        // A model card is there to be edited, and computes nothing.
-        if expected.name == CARD {
-            notes.push(format!("{name}: {changed}"))
-        } else {
-            failures.push(format!("{name}: {changed}"))
+            )),
+            Err(e) if !dir.join(&expected.name).exists() => failures.push(format!("{name}: is missing ({e})")),
+            Err(e) => failures.push(e.to_string()),
         }
     }
     for name in files::list(dir)? {

@@ -32,7 +32,7 @@ pub fn open(path: &Path) -> Result<File> {
 
 fn check(path: &Path, found: &fs::Metadata) -> Result<()> {
     if found.is_dir() {
-        return Err(Error::refused(path, "is a folder, not a file"));
+        return Err(Error::refused(path, "is not a regular file: it is a folder"));
     }
     if !found.is_file() {
         return Err(Error::refused(path, "is not a regular file (a pipe, a device or a socket): it is not read"));

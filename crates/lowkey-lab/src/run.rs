@@ -160,9 +160,7 @@ fn claim(expanded: &Expanded, options: &SweepOptions) -> Result<Lock> {
     let owned = loop {
         match Owned::claim(out, Kind::Study, &names, is_kept(out)) {
             Ok(owned) => break owned,
-            Err(files::Error::Refused { path, .. })
-                if path.file_name().is_some_and(|name| name == ".lock") && started.elapsed() < PATIENCE =>
-            {
+            Err(e) if e.is_held() && started.elapsed() < PATIENCE => {
                 std::thread::sleep(Duration::from_millis(50));
             }
             Err(e) => return Err(e.into()),
@@ -171,9 +169,12 @@ fn claim(expanded: &Expanded, options: &SweepOptions) -> Result<Lock> {
     keep(out, expanded, begun)?;
     let (i, n) = options.shard.unwrap_or((0, 1));
     let lock = files::lock(&out.join(format!(".sweep-{i}-of-{n}.lock"))).map_err(|e| match e {
-        files::Error::Refused { path, why } => Error::file(
+        files::Error::Held { path } => Error::file(
             path,
-            format!("{why}; a lowkey lab run of these runs holds it, and goes on: this one has changed nothing"),
+            format!(
+                "{}; a lowkey lab run of these runs holds it, and goes on: this one has changed nothing",
+                files::HELD
+            ),
         ),
         e => e.into(),
     })?;

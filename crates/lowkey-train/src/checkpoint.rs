@@ -179,6 +179,8 @@ impl Checkpoints {
         if !self.dir.join(name).exists() {
             return Ok(());
         }
+        // What an earlier version left when it was killed.
+        remove_dir(&self.dir.join(".tmp-best"))?;
         #[cfg(unix)]
         {
             if best.symlink_metadata().is_ok_and(|kind| kind.is_dir()) {

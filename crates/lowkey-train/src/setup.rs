@@ -192,7 +192,7 @@ fn check_same_task(begun: &TrainerState, data: &RunData, dataset: &DatasetConfig
     if begun.data == data.checksum() && held {
         return Ok(());
     }
-    let why = "the task is not the one this run began with; restore the file, or start a new run with --out DIR";
+    let why = "the examples of this task are not those this run began with; restore the file, or start a new run with --out DIR";
     Err(Error::file(&dataset.origin, why))
 }
 

@@ -174,7 +174,8 @@ mod tests {
             let bytes = tokenizer.token_bytes(**id);
             bytes.contains(&b'\n') && bytes.len() > 1
         });
-        assert!(joined.count() >= 150, "line ends and the indentation behind them should be tokens");
+        // Two in each round: a line end with eight blanks, and three with four.
+        assert!(joined.count() >= 100, "line ends and the indentation behind them should be tokens");
     }
 
     #[test]
@@ -187,7 +188,8 @@ mod tests {
         // The whole line as one word takes minutes.
         assert!(started.elapsed().as_secs() < 30, "{:?}", started.elapsed());
         assert_eq!(tokenizer.vocab_size(), 300);
-        assert!(tokenizer.token_to_id("ACGT").is_some() || tokenizer.token_to_id("GA").is_some());
+        let ids = tokenizer.encode(&dna[..3000]).unwrap();
+        assert!(ids.len() < 1800, "{} tokens for 3,000 letters", ids.len());
     }
 
     #[test]

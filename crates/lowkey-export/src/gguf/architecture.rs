@@ -146,7 +146,10 @@ impl Keys<'_> {
             max_position_embeddings: self.need("context_length")?,
             attention,
             rope,
-            rms_norm_eps: self.number("attention.layer_norm_rms_epsilon").unwrap_or_default(),
+            rms_norm_eps: self
+                .number("attention.layer_norm_rms_epsilon")
+                .filter(|eps| *eps > 0.0)
+                .ok_or("attention.layer_norm_rms_epsilon must be above 0: it is the rms_norm_eps of the model")?,
             tie_word_embeddings: self.file.tensor("output.weight").is_none(),
             mlp_bias: false,
             initializer_range: None,

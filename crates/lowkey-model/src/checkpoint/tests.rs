@@ -194,16 +194,20 @@ fn a_save_that_fails_leaves_the_old_checkpoint_whole() {
 }
 
 #[test]
-fn a_half_replaced_directory_does_not_load() {
+fn what_cannot_be_replaced_is_found_before_anything_is_touched() {
     let dir = saved(&model(12), 1500);
-    // A file in the way of the second rename: a directory cannot be replaced by a file.
+    let config = std::fs::read(dir.path().join("config.json")).unwrap();
+    // A folder in the place of the second shard.
     let victim = dir.path().join(files(dir.path()).into_iter().filter(|f| is_shard(f)).nth(1).unwrap());
     std::fs::remove_file(&victim).unwrap();
     std::fs::create_dir_all(victim.join("x")).unwrap();
-    assert!(model(13).save(dir.path(), WeightDtype::F32, 1500).is_err());
+    let error = model(13).save(dir.path(), WeightDtype::F32, 1500).unwrap_err().to_string();
+    assert!(error.contains(&*victim.to_string_lossy()), "{error}");
     std::fs::remove_dir_all(&victim).unwrap();
+    assert_eq!(std::fs::read(dir.path().join("config.json")).unwrap(), config);
     let error = load_error(dir.path());
-    assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("config.json")), "{error}");
+    assert!(matches!(&error, Error::Io { path, .. } if *path == victim), "{error}");
+    assert!(files(dir.path()).iter().all(|name| !name.starts_with('.')));
 }
 
 #[test]

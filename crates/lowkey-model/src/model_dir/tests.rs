@@ -2,10 +2,11 @@ use std::fs;
 
 use super::*;
 use crate::checksums::{CHECKSUMS, write_checksums};
-use crate::fixtures::mla_model;
+use crate::config::AttentionConfig;
+use crate::fixtures;
 
 fn saved(dir: &Path) -> CausalLm {
-    let model = mla_model();
+    let model = CausalLm::init(&fixtures::config(AttentionConfig::Mla(fixtures::mla())), 1, &Device::flex());
     model.save(dir, WeightDtype::F32, usize::MAX).unwrap();
     model
 }

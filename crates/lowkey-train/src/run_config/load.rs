@@ -28,7 +28,7 @@ impl RunConfig {
         for expression in overrides {
             set(&mut table, expression)?;
         }
-        if table.contains_key("init") && table.contains_key("model") {
+        if table.get("init").is_some_and(|init| init.get("from").is_some()) && table.contains_key("model") {
             return Err(two_models(written));
         }
         // Straight from the text where that is all, so that a message can point at line and column.

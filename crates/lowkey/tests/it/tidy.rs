@@ -65,7 +65,7 @@ fn dependencies(package: &Value) -> BTreeSet<String> {
 
 /// The product's sources.
 fn sources() -> Vec<Source> {
-    let found = code::sources(&root().join("crates"));
+    let found = code::sources(&root().join("crates").canonicalize().unwrap());
     assert!(found.len() > 150, "only {} files", found.len());
     found
 }

@@ -178,7 +178,7 @@ const ROWS: &[Row] = &[
     ("exported/tokenizer.json", VERIFY, &[NO_FILE, WRONG]),
     ("exported/tokenizer_config.json", VERIFY, &[NO_FILE, WRONG]),
     ("exported/generation_config.json", VERIFY, &[NO_FILE, WRONG]),
-    ("exported/README.md", VERIFY, &[NO_FILE, WRONG]),
+    ("exported/README.md", VERIFY, &[NO_FILE, &[Missing]]),
     ("exported/fused.safetensors", VERIFY, &[NO_FILE, WRONG]),
     ("gguf/certificate.json", VERIFY_GGUF, &[WRONG, &[Device, Socket, Folder, Dangling, Circle]]),
     ("gguf/CERTIFICATE.md", VERIFY_GGUF, &[WRONG, &[Device, Socket, Folder, Dangling, Circle]]),
@@ -191,7 +191,7 @@ const ROWS: &[Row] = &[
     (
         "exported/certificate.json",
         "export run/checkpoints/best --to fused --out exported --overwrite",
-        &[NO_FILE, &[Missing]],
+        &[NO_FILE, &[Cut, Empty, Latin, Garbage]],
     ),
     (
         "converted/convert.json",

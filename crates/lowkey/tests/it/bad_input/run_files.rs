@@ -39,7 +39,7 @@ pub(super) fn cases() -> Vec<Case> {
             &["missing field"],
         ),
         case("run file missing", &["train", "absent.toml"]).says(&["absent.toml", "No such file"]),
-        case("run file a folder", &["train", "."]).says(&[".: is a folder, not a file"]),
+        case("run file a folder", &["train", "."]).says(&[".: is not a regular file: it is a folder"]),
         case("run file without end", &["train", "/dev/zero"]).says(&["/dev/zero: is not a regular file"]),
         case("no run file", &["train"]).code(2).says(&["<RUN>", "--help"]),
         case("unknown flag", &["train", "run.toml", "--steps", "3"]).code(2).says(&["--steps", "--help"]),

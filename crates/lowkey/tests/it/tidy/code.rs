@@ -15,9 +15,9 @@ pub(super) struct Source {
 impl Source {
     /// The crate that it belongs to.
     pub(super) fn package(&self) -> String {
-        let mut parts = self.path.components().map(|part| part.as_os_str().to_string_lossy());
-        parts.by_ref().find(|part| part == "crates");
-        parts.next().unwrap_or_default().into_owned()
+        let parts: Vec<_> = self.path.components().map(|part| part.as_os_str().to_string_lossy()).collect();
+        let crates = parts.iter().rposition(|part| part == "crates");
+        crates.and_then(|at| parts.get(at + 1)).map(|part| part.to_string()).unwrap_or_default()
     }
 }
 
