@@ -60,7 +60,7 @@ fn title(source: &Source) -> String {
     let full = source.dir.path();
     let last = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
     let run = full.parent().filter(|dir| dir.ends_with("checkpoints")).and_then(Path::parent);
-    run.and_then(last).or_else(|| last(&full)).unwrap_or_else(|| "model".into())
+    run.and_then(last).or_else(|| last(full)).unwrap_or_else(|| "model".into())
 }
 
 fn summary(config: &ModelConfig) -> String {

@@ -197,7 +197,7 @@ pub(crate) struct GenerateArguments {
     /// End at this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub(crate) stop: Vec<String>,
-    /// Begin the prompt with the special tokens that the tokenizer puts before a text, such as <s>, or not [default: as the model
+    /// Begin the prompt with the special tokens that the tokenizer puts before a text, such as `<s>`, or not [default: as the model
     /// was trained, else as its tokenizer does]
     #[arg(long, value_name = "BOOL")]
     pub(crate) add_special_tokens: Option<bool>,
@@ -230,7 +230,7 @@ pub(crate) struct EvalArguments {
     /// The held-out split, or all of the text [default: validation of a dataset file, all of a text file]
     #[arg(long, value_parser = ["validation", "all"])]
     pub(crate) split: Option<String>,
-    /// Put around documents the special tokens that the tokenizer puts around a text, such as <s>, or not [default: as the model
+    /// Put around documents the special tokens that the tokenizer puts around a text, such as `<s>`, or not [default: as the model
     /// was trained, else as its tokenizer does]
     #[arg(long, value_name = "BOOL")]
     pub(crate) add_special_tokens: Option<bool>,

@@ -57,7 +57,7 @@ pub(crate) fn cases() -> Vec<PathBuf> {
 
 /// Says on standard error itself, which the test harness does not keep to itself, how much was compared.
 pub(crate) fn announce(text: &str) {
-    writeln!(std::io::stderr(), "{text}").unwrap();
+    std::io::stderr().write_all(format!("{text}\n").as_bytes()).unwrap();
 }
 
 /// A tensor of ids of a case, and its shape.

@@ -160,7 +160,7 @@ fn a_vocabulary_that_llama_cpp_would_join_otherwise_is_refused() {
                     let at = m.iter().position(|pair| *pair == json!(["t", "he"])).unwrap();
                     let pair = m.remove(at);
                     m.push(pair);
-                })
+                });
             }),
             "at two places",
         ),
@@ -173,7 +173,7 @@ fn a_vocabulary_that_llama_cpp_would_join_otherwise_is_refused() {
         (
             with(|json| {
                 json["pre_tokenizer"] = json!({ "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always",
-                                                     "split": true })
+                                                     "split": true });
             }),
             "cuts texts at every space",
         ),

@@ -58,7 +58,7 @@ pub(super) fn tensor(arguments: &[&str]) -> Case {
 pub(super) fn cases() -> Vec<Case> {
     let hub = |key: &str, value: &str| {
         let mut keys =
-            vec![("repo", "\"a/b\""), ("files", "[\"a.txt\"]"), ("revision", "\"main\""), ("format", "\"text\"")];
+            [("repo", "\"a/b\""), ("files", "[\"a.txt\"]"), ("revision", "\"main\""), ("format", "\"text\"")];
         keys.iter_mut().filter(|(name, _)| *name == key).for_each(|pair| pair.1 = value);
         let keys: String = keys.iter().map(|(name, value)| format!("{name} = {value}\n")).collect();
         dataset(&format!("hub {key}"), &format!("name = \"d\"\n[source]\nkind = \"hub\"\n{keys}"))
