@@ -179,11 +179,12 @@ def make_case(name, out):
     for i, hidden in enumerate(output.hidden_states):
         kept[f"hidden.{i}"] = hidden
     if "latent.0" in kept:
-        # The rotated key is the end of every head's cached key; what transformers caches is the latent for V2, and the rotated key
-        # takes the place of the values.
-        cached = output.past_key_values.layers[0]
-        whole = cached.keys.shape[-1] == model.config.qk_nope_head_dim + model.config.qk_rope_head_dim
-        kept["k_rope.0"] = cached.keys[:, 0, :, model.config.qk_nope_head_dim:] if whole else cached.values[:, 0]
+        # What transformers caches: whole keys, whose ends are the rotated one, or the latent, with the rotated key as its values. No
+        # case has values as wide as rotated keys.
+        cached, config = output.past_key_values.layers[0], model.config
+        assert config.v_head_dim != config.qk_rope_head_dim
+        whole = cached.values.shape[-1] == config.v_head_dim
+        kept["k_rope.0"] = cached.keys[:, 0, :, config.qk_nope_head_dim:] if whole else cached.values[:, 0]
         assert kept["k_rope.0"].shape[-1] == model.config.qk_rope_head_dim, (cached.keys.shape, cached.values.shape)
 
     loss = loss_of(model, ids, ids)

@@ -7,11 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::lock::{Lock, lock};
 use crate::mark::{Kind, MARK, Mark};
-use crate::write::{create_dir, hidden, parent, remove_tree, sync_dir, write_json};
-
-const NEW: &str = ".lowkey-new";
-const OLD: &str = ".lowkey-old";
-const LOCK: &str = ".lowkey-lock";
+use crate::write::{LOCK, NEW, OLD, create_dir, hidden, parent, remove_tree, sync_dir, write_json};
 
 /// What may become of a folder that is there already and holds something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,9 +9,14 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 use crate::lock::{Leftover, Lock};
 use crate::read::{dangling, open};
+use crate::staging::recover;
 
 /// Ends the name of what is being written, `.NAME.lowkey-new`.
-const NEW: &str = ".lowkey-new";
+pub(crate) const NEW: &str = ".lowkey-new";
+/// Ends the name of a folder that is being replaced, where a system cannot exchange two.
+pub(crate) const OLD: &str = ".lowkey-old";
+/// Ends the name of the lock on a folder that is being written.
+pub(crate) const LOCK: &str = ".lowkey-lock";
 
 /// A file that gets its name when it is whole. Dropped before [`NewFile::commit`] it leaves nothing.
 #[derive(Debug)]
@@ -240,8 +245,8 @@ pub(crate) fn remove_tree(path: &Path) -> Result<()> {
     removed.map_err(Error::io("remove", path))
 }
 
-/// Clears away what killed processes left in `dir`: files, folders and links with names of the form `.NAME.lowkey-new` that
-/// nobody holds.
+/// Clears away what killed processes left in `dir`: files, folders, links and locks with the hidden names of this crate that nobody
+/// holds; an old folder that was about to be replaced is put back where nothing bears its name.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -250,19 +255,18 @@ pub fn sweep(dir: &Path) -> Result<()> {
         let entry = entry.map_err(Error::io("read", dir))?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if !name.starts_with('.') || !name.ends_with(NEW) {
-            continue;
-        }
+        let Some(hidden) = name.strip_prefix('.') else { continue };
         let path = entry.path();
-        if path.symlink_metadata().is_ok_and(|found| found.is_file()) {
+        let is_file = path.symlink_metadata().is_ok_and(|found| found.is_file());
+        if hidden.ends_with(NEW) && is_file {
             match Lock::take(&path, Leftover::Any) {
                 Ok(held) => drop(held),
                 // Somebody is writing it.
                 Err(Error::Refused { .. } | Error::Held { .. }) => {}
                 Err(e) => return Err(e),
             }
-        } else {
-            remove_tree(&path)?;
+        } else if let Some(target) = [NEW, OLD, LOCK].iter().find_map(|end| hidden.strip_suffix(end)) {
+            recover(&dir.join(target))?;
         }
     }
     Ok(())

@@ -37,6 +37,8 @@ fn leftovers_are_swept_and_nothing_else() {
     fs::write(dir.path().join(".a.lowkey-new"), "x").unwrap();
     fs::create_dir(dir.path().join(".b.lowkey-new")).unwrap();
     fs::write(dir.path().join(".b.lowkey-new").join("c"), "x").unwrap();
+    // Killed when the folder stood already, and the lock was still there.
+    fs::write(dir.path().join(".e.lowkey-lock"), "").unwrap();
     fs::write(dir.path().join(".c.lowkey-new.txt"), "x").unwrap();
     fs::write(dir.path().join("d.lowkey-new"), "x").unwrap();
     sweep(dir.path()).unwrap();
