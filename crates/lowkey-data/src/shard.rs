@@ -26,7 +26,6 @@ use lowkey_files::NewFile;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::tokenizer::hex;
 
 const MAGIC: &[u8; 8] = b"LOWKEYTK";
 const VERSION: u32 = 1;
@@ -131,7 +130,7 @@ impl Shard {
 
     /// The checksum in its header, in hex: the identity of its content.
     pub fn checksum(&self) -> String {
-        hex(&self.checksum)
+        lowkey_files::hex(&self.checksum)
     }
 
     /// Where document `i` lies among the tokens.

@@ -509,7 +509,7 @@ impl Tokenizer {
 
     /// SHA-256 of the saved `tokenizer.json`, in hex.
     pub fn fingerprint(&self) -> String {
-        hex(&Sha256::digest(self.json.as_bytes()))
+        lowkey_files::hex(&Sha256::digest(self.json.as_bytes()))
     }
 
     /// The `tokenizer.json`, as read or as built.
@@ -579,11 +579,6 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
 /// A text as it is, or in parts where it is longer than `most` bytes.
 fn bounded(text: &str, most: usize) -> Vec<&str> {
     if text.len() <= most { vec![text] } else { documents::parts(text, most.max(1)) }
-}
-
-/// Lower-case hex.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Replaces `path` by `bytes` in one step: a reader sees the old file or the new one.

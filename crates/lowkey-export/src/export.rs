@@ -135,16 +135,15 @@ fn write(source: &Source, options: &Options, plan: &[LayerPlan], staging: &NewMo
     // Templates that no file of the tokenizer names, and the tokenizer's other spellings.
     staging.carry(&source.dir)?;
     lowkey_files::write(&dir.join(CARD), card::card(source, &model, target).as_bytes())?;
-    let made_from = side::made_from(&model, dtype)?;
     match target.to {
         Layout::Absorbed => {
             let tensors = layers(&model).map(|(i, mla)| products::split(i, mla));
-            side::write(&dir.join(ABSORBED), flat(tensors), dtype, &made_from)?;
+            side::write(&dir.join(ABSORBED), flat(tensors), dtype, &side::made_from(&model, dtype)?)?;
         }
         Layout::Fused if plan.iter().any(|layer| layer.form == LayerForm::Fused) => {
             let fused = |i: &usize| plan.get(*i).is_some_and(|layer| layer.form == LayerForm::Fused);
             let tensors = layers(&model).filter(|(i, _)| fused(i)).map(|(i, mla)| products::fuse(i, mla));
-            side::write(&dir.join(FUSED), flat(tensors), dtype, &made_from)?;
+            side::write(&dir.join(FUSED), flat(tensors), dtype, &side::made_from(&model, dtype)?)?;
         }
         Layout::Fused => {
             return Ok(vec!["the plan fuses no layer: there is no side file, and --form fused makes one".into()]);
@@ -255,14 +254,14 @@ fn error_of(name: &str, found: Tensor<1>, exact: Tensor<1>) -> Result<TensorErro
 /// what runs is what the side file holds.
 fn absorb(dir: &Path, source: &CausalLm, model: &mut CausalLm, device: &Device) -> Result<Vec<ProductEvidence>> {
     let path = dir.join(ABSORBED);
-    let mut tensors = side::read(&path)?;
-    side::check_origin(&path, model)?;
+    let mut found = side::read(&path)?;
+    side::check_origin(&path, &found, model)?;
     let mut evidence = Vec::new();
     let exact: Vec<[Exact; 2]> = layers(source).map(|(i, mla)| products::split(i, mla)).collect::<Result<_>>()?;
     for (block, [uk, uv]) in model.model.layers.iter_mut().zip(exact) {
         let Attention::Mla(mla) = &mut block.self_attn else { continue };
         let mut stored = |exact: &Exact| -> Result<Vec<f32>> {
-            let values = side::take(&path, &mut tensors, &exact.name, &exact.shape)?;
+            let values = side::take(&path, &mut found.tensors, &exact.name, &exact.shape)?;
             let error = TensorError::of(values.iter().copied().map(f64::from), exact.values.iter().copied());
             evidence.push(ProductEvidence { tensor: exact.name.clone(), error });
             Ok(values)
@@ -274,7 +273,7 @@ fn absorb(dir: &Path, source: &CausalLm, model: &mut CausalLm, device: &Device) 
         let shape = [dims.heads * (dims.nope + dims.value), dims.rank];
         mla.kv_b_proj.weight = Param::from_tensor(Tensor::from_data(TensorData::new(joined, shape), device));
     }
-    side::nothing_left(&path, &tensors)?;
+    side::nothing_left(&path, &found.tensors)?;
     Ok(evidence)
 }
 
@@ -305,23 +304,23 @@ pub fn fused_layers(model: &CausalLm, device: &Device) -> Result<Vec<Option<Fuse
 pub fn load_fused(dir: &Path, model: &CausalLm, device: &Device) -> Result<Vec<Option<FusedMla>>> {
     latent_attention(&model.config)?;
     let path = dir.join(FUSED);
-    let mut tensors = side::read(&path)?;
+    let mut found = side::read(&path)?;
     let mut fused = Vec::new();
     for (i, mla) in layers(model) {
         let (query, output) = (format!("{}.q_fused.weight", prefix(i)), format!("{}.o_fused.weight", prefix(i)));
-        if !tensors.contains_key(&query) && !tensors.contains_key(&output) {
+        if !found.tensors.contains_key(&query) && !found.tensors.contains_key(&output) {
             fused.push(None);
             continue;
         }
         let [of_query, of_output] = mla.fused_shapes();
         let mut tensor = |name: &str, shape: [usize; 2]| -> Result<Tensor<2>> {
-            let values = side::take(&path, &mut tensors, name, &shape)?;
+            let values = side::take(&path, &mut found.tensors, name, &shape)?;
             Ok(Tensor::from_data(TensorData::new(values, shape), device))
         };
         fused.push(Some(FusedMla { query: tensor(&query, of_query)?, output: tensor(&output, of_output)? }));
     }
-    side::nothing_left(&path, &tensors)?;
-    side::check_origin(&path, model)?;
+    side::nothing_left(&path, &found.tensors)?;
+    side::check_origin(&path, &found, model)?;
     Ok(fused)
 }
 

@@ -19,6 +19,15 @@ pub(crate) struct Exact {
     pub(crate) values: Vec<f64>,
 }
 
+/// A side file, read whole.
+#[derive(Debug)]
+pub(crate) struct Side {
+    /// Its tensors by name; [`take`] takes them out.
+    pub(crate) tensors: BTreeMap<String, Stored>,
+    /// The [sum](made_from) of the weights that it was multiplied from, where it says so.
+    origin: Option<String>,
+}
+
 /// A tensor as it stands in a file.
 #[derive(Clone, Debug)]
 pub(crate) struct Stored {
@@ -120,10 +129,12 @@ fn encode(values: &[f64], dtype: WeightDtype) -> std::result::Result<Vec<u8>, f6
 ///
 /// # Errors
 /// [`Error::File`] where it is damaged or holds a tensor that is not F32, BF16 or F16, [`Error::Io`] where it cannot be read.
-pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
+pub(crate) fn read(path: &Path) -> Result<Side> {
     let bytes = lowkey_files::read(path, u64::MAX)?;
-    let parsed = SafeTensors::deserialize(&bytes)
-        .map_err(|e| Error::file(path, format!("not a readable safetensors file ({e}); export it again")))?;
+    let unreadable = |e| Error::file(path, format!("not a readable safetensors file ({e}); export it again"));
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(unreadable)?;
+    let origin = header.metadata().as_ref().and_then(|metadata| metadata.get(MADE_FROM)).cloned();
+    let parsed = SafeTensors::deserialize(&bytes).map_err(unreadable)?;
     let mut tensors = BTreeMap::new();
     for (name, view) in parsed.tensors() {
         let pairs = || view.data().chunks_exact(2).map(|b| [b[0], b[1]]);
@@ -138,7 +149,7 @@ pub(crate) fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
         };
         tensors.insert(name, Stored { shape: view.shape().to_vec(), values });
     }
-    Ok(tensors)
+    Ok(Side { tensors, origin })
 }
 
 /// Takes a tensor of the given shape out of what [`read`] found.
@@ -164,12 +175,9 @@ pub(crate) fn take(
 ///
 /// # Errors
 /// [`Error::File`] where it was not, or does not say.
-pub(crate) fn check_origin(path: &Path, model: &CausalLm) -> Result<()> {
-    let bytes = lowkey_files::read(path, u64::MAX)?;
-    let (_, header) = SafeTensors::read_metadata(&bytes)
-        .map_err(|e| Error::file(path, format!("not a readable safetensors file ({e}); export it again")))?;
+pub(crate) fn check_origin(path: &Path, side: &Side, model: &CausalLm) -> Result<()> {
     let mend = "export the model again, or remove this file: the weights beside it are complete without it";
-    match header.metadata().as_ref().and_then(|metadata| metadata.get(MADE_FROM)) {
+    match &side.origin {
         None => {
             let why = format!("does not say which weights it was multiplied from, as earlier versions left it; {mend}");
             Err(Error::file(path, why))

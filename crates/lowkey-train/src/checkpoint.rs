@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::{Generation, Tokenizer};
-use lowkey_files::{Kind, Replace, Staging, copy, create_dir, printable, read, read_text, remove_dir, rename, sweep};
+use lowkey_files::{
+    Kind, Replace, Staging, copy, create_dir, printable, read, read_text, remove_dir, rename, sweep, write_json,
+};
 use lowkey_model::{CHECKSUMS, CausalLm, Parameter, WeightDtype, write_checksums};
 pub use lowkey_model::{has_checksums, verify};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
@@ -362,7 +363,7 @@ fn write(
     }
     write_json(&dir.join("generation_config.json"), &generation.to_json())?;
     write_states(&dir.join(OPTIMIZER), model, optimizer)?;
-    write_json(&dir.join(TRAINER), &json!(state))
+    Ok(write_json(&dir.join(TRAINER), state)?)
 }
 
 fn write_states(path: &Path, model: &CausalLm, optimizer: &Optimizer) -> Result<()> {
@@ -383,20 +384,7 @@ fn write_states(path: &Path, model: &CausalLm, optimizer: &Optimizer) -> Result<
         .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
         .and_then(|views| safetensors::serialize(views, None::<HashMap<String, String>>))
         .map_err(|e| Error::file(path, format!("cannot be encoded: {e}")))?;
-    write_file(path, &bytes)
-}
-
-/// Writes a file: whole, or not at all.
-///
-/// # Errors
-/// [`Error::Io`] or [`Error::File`] naming the file.
-pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    Ok(lowkey_files::write(path, bytes)?)
-}
-
-pub(crate) fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).map_err(|e| Error::file(path, e.to_string()))?;
-    write_file(path, (text + "\n").as_bytes())
+    Ok(lowkey_files::write(path, &bytes)?)
 }
 
 fn entries(dir: &Path) -> Result<Vec<PathBuf>> {

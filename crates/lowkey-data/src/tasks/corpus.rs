@@ -10,7 +10,7 @@ use super::{Kind, Task, TokenTask, VectorTask};
 use crate::dataset::{DatasetConfig, Source};
 use crate::error::Result;
 use crate::sampler::Batch;
-use crate::tokenizer::{Tokenizer, hex};
+use crate::tokenizer::Tokenizer;
 
 /// Raised whenever the same keys would give other examples than before.
 const FORMAT: u32 = 1;
@@ -208,7 +208,7 @@ impl TaskCorpus {
                 }
             }
         }
-        hex(&hash.finalize())
+        lowkey_files::hex(&hash.finalize())
     }
 
     /// The words of training example `index` for run seed 0, answers in parentheses; none for vectors.

@@ -1,3 +1,5 @@
+use serde_json::json;
+
 use super::*;
 use crate::fixtures::{bits, model, names, optimizer_section, weight_bits};
 use crate::run_config::OptimizerKind;
