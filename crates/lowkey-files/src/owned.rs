@@ -57,6 +57,25 @@ impl Owned {
         Ok(Self { dir: dir.to_path_buf(), _lock: lock })
     }
 
+    /// Clears away what a killed process left in a folder of this kind, for a command that has nothing else to do there: half-written
+    /// files, in the folders of `below`, too, and the lock. Where there is no such folder, or another process works in it, nothing
+    /// is touched.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn clear(dir: &Path, below: &[&str]) -> Result<()> {
+        if !dir.is_dir() {
+            return Ok(());
+        }
+        let _lock = match lock(&dir.join(LOCK)) {
+            Ok(lock) => lock,
+            Err(Error::Refused { .. } | Error::Held { .. }) => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        sweep(dir)?;
+        below.iter().map(|name| dir.join(name)).filter(|dir| dir.is_dir()).try_for_each(|dir| sweep(&dir))
+    }
+
     /// The folder.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -96,6 +115,25 @@ mod tests {
         let mut left: Vec<_> = fs::read_dir(&foreign).unwrap().map(|e| e.unwrap().file_name()).collect();
         left.sort();
         assert_eq!(left, ["lowkey.json", "notes", "run.toml"]);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_cleared_and_who_works_there_is_let_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        Owned::clear(&run, &["checkpoints"]).unwrap();
+        assert!(!run.exists());
+        let held = Owned::claim(&run, Kind::Run, NAMES, false).unwrap();
+        let half = [run.join(".run.toml.lowkey-new"), run.join("checkpoints/.step-1.lowkey-new")];
+        fs::write(&half[0], "half").unwrap();
+        fs::create_dir_all(&half[1]).unwrap();
+        Owned::clear(&run, &["checkpoints"]).unwrap();
+        assert!(half.iter().all(|path| path.exists()));
+        drop(held);
+        fs::write(run.join(".lock"), "").unwrap();
+        Owned::clear(&run, &["checkpoints"]).unwrap();
+        assert!(!half.iter().any(|path| path.exists()) && !run.join(".lock").exists());
+        assert!(run.join("lowkey.json").exists());
     }
 
     #[cfg(unix)]

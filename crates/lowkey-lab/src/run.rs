@@ -105,6 +105,8 @@ pub fn sweep(
     let mut open = Vec::new();
     for (i, (run, config)) in runs.iter().zip(&configs).enumerate() {
         if finished(&run.out) && (!expanded.experiment.quantised || quantise(&run.out, config, expanded)?) {
+            // It may have been killed after its last file, before it gave up its lock.
+            Owned::clear(&run.out, &["checkpoints"])?;
             observe(Event::Skipped { run: i });
         } else {
             open.push(i);
