@@ -6,6 +6,7 @@ use std::path::Path;
 use lowkey_model::{AttentionConfig, CausalLm, ModelConfig};
 use serde_json::Value;
 
+use crate::markdown::words;
 use crate::source::Source;
 use crate::target::{Layout, Target};
 
@@ -15,7 +16,7 @@ const BF16: usize = 2;
 /// What the model is, how it was trained as far as its folder says, and how to run it.
 pub(crate) fn card(source: &Source, model: &CausalLm, target: &Target) -> String {
     let config = &model.config;
-    let name = title(source);
+    let name = words(&title(source));
     let mut page = format!(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- {}\n- lowkey\n---\n\n# {name}\n\n{}\n",
         if matches!(config.attention, AttentionConfig::Mla(_)) { "mla" } else { "llm" },
@@ -23,13 +24,13 @@ pub(crate) fn card(source: &Source, model: &CausalLm, target: &Target) -> String
     );
     page.push_str("\n## Sizes\n\n| | |\n|---|---|\n");
     for (what, value) in sizes(config, &target.dtype) {
-        let _ = writeln!(page, "| {what} | {value} |");
+        let _ = writeln!(page, "| {what} | {} |", words(&value));
     }
     let facts = training(source.dir.path());
     if !facts.is_empty() {
         page.push_str("\n## Training\n\n| | |\n|---|---|\n");
         for (what, value) in facts {
-            let _ = writeln!(page, "| {what} | {value} |");
+            let _ = writeln!(page, "| {what} | {} |", words(&value));
         }
     }
     page.push_str("\n## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n");

@@ -293,8 +293,10 @@ impl Evidence {
             lines.push(format!("greedy continuations: {} recorded, {} found", self.greedy.len(), found.greedy.len()));
         }
         for (i, (recorded, now)) in self.greedy.iter().zip(&found.greedy).enumerate() {
-            if recorded.prompt != now.prompt || recorded.export != now.export {
-                lines.push(format!("greedy continuation {}: not the tokens that the certificate records", i + 1));
+            let parts = recorded.source.iter().zip(&recorded.export).take_while(|(a, b)| a == b).count();
+            let whole = recorded.source.len() == parts && recorded.export.len() == parts;
+            if recorded.prompt != now.prompt || recorded.agree != parts || recorded.margin.is_some() == whole {
+                lines.push(format!("greedy continuation {}: not what the certificate's text and tokens give", i + 1));
             }
         }
         lines

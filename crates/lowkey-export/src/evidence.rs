@@ -197,6 +197,60 @@ fn continuation(model: &Candidate, prompt: &[u32], new: usize, device: &Device) 
     Ok(generate(weights, prompt, &config, device, &mut |_| ControlFlow::Continue(()))?.ids)
 }
 
+/// A line for each recorded continuation that is not what is found now and not greedy either. Where two tokens are as likely as each
+/// other, to within `tie` of the largest logit, another processor may have taken the other one, and all after it follows.
+pub(crate) fn not_greedy(
+    recorded: &[Greedy],
+    found: &[Greedy],
+    (source, with_source): (&CausalLm, bool),
+    tie: f64,
+    device: &Device,
+) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for (i, (recorded, found)) in recorded.iter().zip(found).enumerate() {
+        let sides = [("export", &recorded.export, &found.export), ("source", &recorded.source, &found.source)];
+        for (whose, recorded_ids, found_ids) in &sides[..if with_source { 2 } else { 1 }] {
+            if recorded_ids == found_ids {
+                continue;
+            }
+            let same = recorded_ids.iter().zip(*found_ids).take_while(|(a, b)| a == b).count();
+            let at = match recorded_ids.len() == found_ids.len() {
+                true => first_not_greedy(source, &found.prompt, recorded_ids, tie, device)?,
+                false => Some(same),
+            };
+            if let Some(at) = at {
+                lines.push(format!(
+                    "greedy continuation {}: token {} of the {whose}'s is not what the certificate records, and no tie",
+                    i + 1,
+                    at + 1
+                ));
+            }
+        }
+    }
+    Ok(lines)
+}
+
+/// The first of `ids` that the model holds for less likely than another one after `prompt` and those before it, by more than `tie`
+/// of the largest logit.
+fn first_not_greedy(model: &CausalLm, prompt: &[u32], ids: &[u32], tie: f64, device: &Device) -> Result<Option<usize>> {
+    let all = [prompt, ids].concat();
+    if all.len() > model.config.max_position_embeddings || all.iter().any(|id| *id as usize >= model.config.vocab_size)
+    {
+        return Ok(Some(0));
+    }
+    let context = model.context(&vec![0; all.len()], all.len(), device);
+    let hidden = model.hidden(ids_tensor(&all, 1, all.len(), device), &context, None);
+    let logits = host(model.logits(hidden.narrow(1, prompt.len() - 1, ids.len())))?;
+    let width = logits.len() / ids.len();
+    let behind = |(logits, id): (&[f32], &u32)| {
+        let top = f64::from(logits[argmax(logits)]);
+        let scale = logits.iter().fold(f64::MIN_POSITIVE, |most, x| most.max(f64::from(x.abs())));
+        // Written so that NaN counts.
+        !((top - f64::from(logits[*id as usize])) / scale <= tie)
+    };
+    Ok(logits.chunks(width).zip(ids).position(behind))
+}
+
 /// How much the model prefers the first token over the second after `ids`, as a share of its largest logit.
 fn margin(model: &CausalLm, ids: &[u32], [a, b]: [u32; 2], device: &Device) -> Result<f64> {
     let context = model.context(&vec![0; ids.len()], ids.len(), device);

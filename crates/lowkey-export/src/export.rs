@@ -13,7 +13,7 @@ use crate::certificate::{
     Bounds, Certificate, Evidence, JSON, MARKDOWN, ProductEvidence, SourceFiles, TensorError, WeightEvidence,
 };
 use crate::error::{Error, Result};
-use crate::evidence::{Candidate, Text, compare_greedy, compare_logits};
+use crate::evidence::{Candidate, Text, compare_greedy, compare_logits, not_greedy};
 use crate::files;
 use crate::plan::{LayerForm, LayerPlan, PlanSettings, latent_attention, plan};
 use crate::products::{self, prefix};
@@ -428,6 +428,10 @@ pub fn verify(dir: &Path, source: Option<&Source>, device: &Device, observe: Obs
         failures.extend(header_failures(dir, &certificate.target, source)?);
     }
     failures.extend(certificate.evidence.contradictions(&evidence, source.is_some()));
+    let recorded = &certificate.evidence.greedy;
+    // The usual bound: the certificate's own may have been made laxer.
+    let tie = certificate.target.bounds().logit;
+    failures.extend(not_greedy(recorded, &evidence.greedy, (reference, source.is_some()), tie, device)?);
     failures.extend(evidence.failures(&certificate.bounds));
     Ok(Verdict { certificate, evidence: Some(evidence), failures, notes })
 }

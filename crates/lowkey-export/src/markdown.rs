@@ -2,11 +2,17 @@
 
 use std::fmt::Write;
 
-use lowkey_files::FileHash;
+use lowkey_files::{FileHash, printable};
 
 use crate::certificate::{Certificate, JSON, TensorError};
 use crate::plan::{LayerForm, LayerPlan};
 use crate::target::Layout;
+
+/// Text from elsewhere (a folder's name, a tensor's, a corpus') as a page shows it: one line that ends no cell, opens no tag and
+/// closes no code.
+pub(crate) fn words(text: &str) -> String {
+    printable(text).replace('&', "&amp;").replace('|', "&#124;").replace('<', "&lt;").replace('`', "'")
+}
 
 /// Everything in [`Certificate`], as Markdown, with the SHA-256 of its file. A pure function of both: verification compares.
 pub(crate) fn markdown(c: &Certificate, sha256: &str) -> String {
@@ -18,7 +24,8 @@ pub(crate) fn markdown(c: &Certificate, sha256: &str) -> String {
     let l = &c.evidence.logits;
     let (to, dtype) = (c.target.to, &c.target.dtype);
     text(&mut page, "# Certificate\n");
-    let made = format!("`{}` was exported to **{to}** in **{dtype}** by lowkey {}.", c.source.name, c.lowkey);
+    let made =
+        format!("`{}` was exported to **{to}** in **{dtype}** by lowkey {}.", words(&c.source.name), words(&c.lowkey));
     text(&mut page, &made);
     text(&mut page, "The figures below were computed from the written files. To compute them again:\n");
     let source = if to == Layout::Gguf { " --source MODEL" } else { "" };
@@ -30,7 +37,7 @@ pub(crate) fn markdown(c: &Certificate, sha256: &str) -> String {
         &mut page,
         &format!(
             "Text: {}; {} positions in sequences of {} tokens.\n",
-            c.text.description,
+            words(&c.text.description),
             l.positions,
             sizes.join(", ")
         ),
@@ -91,13 +98,13 @@ pub(crate) fn markdown(c: &Certificate, sha256: &str) -> String {
         ),
     );
     let row =
-        |name: &str, error: TensorError| [name.to_string(), format!("{:.2e}", error.max), format!("{:.2e}", error.rms)];
+        |name: &str, error: TensorError| [words(name), format!("{:.2e}", error.max), format!("{:.2e}", error.rms)];
     let rows: Vec<_> = c.evidence.weights.iter().map(|w| row(&w.part, w.error)).collect();
     table(&mut page, ["part", "max", "RMS"], &rows);
     if !c.evidence.products.is_empty() {
         text(&mut page, "\n## Split and fused products\n");
         text(&mut page, "Against the same product of the source's weights in f64.\n");
-        let rows: Vec<_> = c.evidence.products.iter().map(|p| row(&format!("`{}`", p.tensor), p.error)).collect();
+        let rows: Vec<_> = c.evidence.products.iter().map(|p| row(&p.tensor, p.error)).collect();
         table(&mut page, ["tensor", "max", "RMS"], &rows);
     }
     if !c.plan.is_empty() {
@@ -110,11 +117,11 @@ pub(crate) fn markdown(c: &Certificate, sha256: &str) -> String {
     }
     if !c.notes.is_empty() {
         text(&mut page, "\n## Notes\n");
-        c.notes.iter().for_each(|note| text(&mut page, &format!("- {note}")));
+        c.notes.iter().for_each(|note| text(&mut page, &format!("- {}", words(note))));
     }
     text(&mut page, "\n## Files\n");
     files(&mut page, "Export", &c.outputs);
-    files(&mut page, &format!("\nSource `{}`", c.source.name), &c.source.files);
+    files(&mut page, &format!("\nSource `{}`", words(&c.source.name)), &c.source.files);
     text(&mut page, &format!("\nToken ids of the text and of the continuations: `{JSON}`, SHA-256 `{sha256}`."));
     page
 }
@@ -147,8 +154,10 @@ fn plan(page: &mut String, plan: &[LayerPlan]) {
 
 fn files(page: &mut String, title: &str, files: &[FileHash]) {
     let _ = writeln!(page, "{title}:\n");
-    let rows: Vec<_> =
-        files.iter().map(|f| [format!("`{}`", f.name), f.bytes.to_string(), format!("`{}`", f.sha256)]).collect();
+    let rows: Vec<_> = files
+        .iter()
+        .map(|f| [format!("`{}`", words(&f.name)), f.bytes.to_string(), format!("`{}`", words(&f.sha256))])
+        .collect();
     table(page, ["file", "bytes", "SHA-256"], &rows);
 }
 

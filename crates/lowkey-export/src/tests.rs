@@ -266,6 +266,55 @@ fn a_recorded_figure_that_is_not_found_again_is_named() {
     }
 }
 
+/// Another processor rounds otherwise, and takes the other one of two tokens that are as likely as each other.
+#[test]
+fn another_token_of_a_tie_is_no_contradiction() {
+    let folder = Folder::new();
+    let config = config_with(|c, _| c.tie_word_embeddings = true);
+    let dir = folder.file("twins");
+    random_model(&config, 4).save(&dir, WeightDtype::F32, usize::MAX).unwrap();
+    // Every second token is the twin of the one before it.
+    let path = dir.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let info = metadata.info("model.embed_tokens.weight").unwrap();
+    let width = info.shape[1] * 4;
+    let from = header + 8 + info.data_offsets.0;
+    for row in (0..info.shape[0] - 1).step_by(2) {
+        bytes.copy_within(from + row * width..from + (row + 1) * width, from + (row + 1) * width);
+    }
+    fs::write(&path, bytes).unwrap();
+    let source = Source::open(&dir, &device()).unwrap();
+    let out = folder.file("hf");
+    let honest = exported(&source, &out, "hf", "f32");
+
+    let mut elsewhere = honest.clone();
+    let greedy = &mut elsewhere.evidence.greedy[0];
+    let even = greedy.export.iter().position(|id| id % 2 == 0 && (*id as usize) + 1 < config.vocab_size).unwrap();
+    greedy.export[even] += 1;
+    (greedy.agree, greedy.margin) = (even, Some(0.0));
+    elsewhere.write(&out).unwrap();
+    for with in [None, Some(&source)] {
+        assert_eq!(verdict(&out, with).failures, Vec::<String>::new());
+    }
+    // Another token is none of a tie; nor is the source's, where the source is at hand.
+    let mut forged = elsewhere.clone();
+    forged.evidence.greedy[0].export[even] = (honest.evidence.greedy[0].export[even] + 2) % 28;
+    forged.write(&out).unwrap();
+    assert!(verdict(&out, None).failures.join("\n").contains("and no tie"));
+    let mut forged = honest;
+    let greedy = &mut forged.evidence.greedy[0];
+    greedy.source[even] = (greedy.source[even] + 2) % 28;
+    (greedy.agree, greedy.margin) = (even, Some(0.0));
+    forged.write(&out).unwrap();
+    assert!(verdict(&out, Some(&source)).failures.join("\n").contains("of the source's is not what"));
+}
+
+#[test]
+fn what_a_folder_is_called_cannot_forge_a_page() {
+    assert_eq!(markdown::words("a|b`<c>\n& d"), "a&#124;b'&lt;c>\\n&amp; d");
+}
+
 #[test]
 fn a_side_file_of_other_weights_is_refused() {
     let folder = Folder::new();

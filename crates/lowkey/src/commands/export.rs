@@ -84,7 +84,8 @@ pub(crate) fn verify(arguments: &VerifyArguments) -> anyhow::Result<ExitCode> {
 
 /// The layers' fused weights, where the model directory holds them.
 pub(crate) fn fused_weights(dir: &Path, model: &CausalLm, device: &Device) -> anyhow::Result<Vec<Option<FusedMla>>> {
-    if dir.join(FUSED).is_file() {
+    // Whatever bears the name is meant to be read: a pipe or a broken link is an error, not an absence.
+    if dir.join(FUSED).symlink_metadata().is_ok() {
         return Ok(lowkey_export::load_fused(dir, model, device)?);
     }
     Ok(Vec::new())

@@ -76,12 +76,13 @@ fn spectrum(arguments: &InfoArguments) -> anyhow::Result<()> {
     let header =
         ["layer", "L", "W_DKV", "W_UK", "W_UV", "latent", "particip.", "position", "half reads", "recommended"];
     let total: usize = layers.iter().map(|l| l.recommended_rank).sum();
+    let data = arguments.data.as_ref().map_or_else(String::new, |path| format!(" --data {}", path.display()));
     let of: usize = layers.iter().map(|l| l.kv_lora_rank).sum();
     say(&format!(
         "{}: effective ranks of the up- and down-projections and of the latents, on {} tokens of {}\n{}\n\n\
          Effective rank: exp of the entropy of the energies. Position: share of the logits' variance that the\n\
          rotated part makes. Half reads: what the best L/2 directions carry of all that is read. Recommended:\n\
-         the fewest that carry {} %, {total} of {of} in all: lowkey convert {} --kv-rank-budget {total}",
+         the fewest that carry {} %, {total} of {of} in all: lowkey convert {}{data} --kv-rank-budget {total}",
         arguments.path.display(),
         calibration.tokens(),
         calibration.name,

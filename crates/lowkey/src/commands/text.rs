@@ -44,22 +44,23 @@ pub(crate) fn find(
         (None, Some(_)) => {
             Err(WrongUse(format!("--data: {} has no tokenizer.json to read it with", model.display())).into())
         }
-        (_, None) => Ok(of_run(model, tokenizer)),
+        (_, None) => of_run(model, tokenizer),
     }
 }
 
-/// The text that the model's run itself used.
-fn of_run(model: &Path, tokenizer: Option<&Tokenizer>) -> Result<Prepared, String> {
+/// The text that the model's run itself used, or why it is not there. Tokens that are there and cannot be read are an error.
+fn of_run(model: &Path, tokenizer: Option<&Tokenizer>) -> anyhow::Result<Result<Prepared, String>> {
     let run = run_dir(model).filter(|run| run.join("run.toml").is_file());
     let (Some(run), Some(tokenizer)) = (run, tokenizer) else {
-        return Err("the model belongs to no run".into());
+        return Ok(Err("the model belongs to no run".into()));
     };
+    let file = run.join("run.toml");
+    let own_tokens = run.join("data");
     let read = || -> anyhow::Result<Prepared> {
-        let file = run.join("run.toml");
         let config = RunConfig::load(&file, &[])?;
         // The tokens of a plain text file lie in the run's own folder; the file may be gone.
         if config.data.dataset.is_none() {
-            return Ok(lowkey_data::open(&run.join("data"))?);
+            return Ok(lowkey_data::open(&own_tokens)?);
         }
         let mut dataset = run_data::dataset(&config.data, &file)?;
         if tokenizer.omits_special_tokens() {
@@ -69,8 +70,15 @@ fn of_run(model: &Path, tokenizer: Option<&Tokenizer>) -> Result<Prepared, Strin
         let dir = run_data::prepared_dir(&dataset, &config.data, &run, own.as_ref());
         Ok(prepare(&dataset, &dir, own, &mut Preparation::new().observer())?)
     };
-    let prepared = read().map_err(|e| format!("the text of its run cannot be read ({e:#})"))?;
-    if prepared.validation.len() < 2 { Err("its run has no held-out text".into()) } else { Ok(prepared) }
+    match read() {
+        Ok(prepared) if prepared.validation.len() < 2 => Ok(Err("its run has no held-out text".into())),
+        Ok(prepared) => Ok(Ok(prepared)),
+        // Tokens that are damaged are no tokens that are gone: whoever measures with others should have said so.
+        Err(e) if own_tokens.symlink_metadata().is_ok() => {
+            Err(e.context("the text of the model's run is damaged; --data FILE takes another"))
+        }
+        Err(e) => Ok(Err(format!("the text of its run cannot be read ({e:#})"))),
+    }
 }
 
 /// What a latent is measured with, and what the result is judged by.

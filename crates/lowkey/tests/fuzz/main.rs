@@ -22,6 +22,7 @@ mod driver;
 mod gguf;
 mod models;
 mod mutate;
+mod records;
 mod tokenizers;
 mod weights;
 
@@ -51,4 +52,19 @@ fn tokenizer() {
 #[test]
 fn gguf() {
     driver::fuzz(&gguf::Gguf);
+}
+
+#[test]
+fn checksums() {
+    driver::fuzz(&records::Checksums);
+}
+
+#[test]
+fn export() {
+    driver::fuzz(&records::Export);
+}
+
+#[test]
+fn prepared() {
+    driver::fuzz(&records::Prepared);
 }

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 
 use crate::commands::{json, lowkey, succeed, text};
+use crate::reference::announce;
 
 /// Words, in the order of their ids; `</s>`, `<|im_end|>` and `<s>` follow.
 const WORDS: [&str; 8] = ["<unk>", "▁The", "▁cat", "▁sat", "▁on", "▁a", "▁mat", "▁."];
@@ -306,9 +307,10 @@ fn a_default_length_is_no_request() {
 fn stories() -> Option<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/reference/real/stories260k");
     if !dir.is_dir() {
-        println!("no checkpoint at {}: nothing compared", dir.display());
+        announce("reference: no pretrained checkpoint of a third judge is here: its story is not compared");
         return None;
     }
+    announce("reference: a pretrained checkpoint of a third judge compared with its documented story");
     Some(dir)
 }
 

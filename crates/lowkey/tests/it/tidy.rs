@@ -79,7 +79,7 @@ struct Rule {
 
 const RULES: &[Rule] = &[
     Rule {
-        marks: &["println!(", "eprintln!(", "print!(", "eprint!(", "dbg!("],
+        marks: &["println!(", "eprintln!(", "print!(", "eprint!(", "dbg!(", "stdout()", "stderr()"],
         allowed: &["lowkey"],
         meaning: "prints",
     },
@@ -87,6 +87,12 @@ const RULES: &[Rule] = &[
         marks: &[
             "burn_flex",
             "burn_cubecl",
+            "burn_wgpu",
+            "burn_cuda",
+            "burn_ndarray",
+            "burn_tch",
+            "burn_candle",
+            "cubek",
             "cubecl",
             "into_primitive",
             "from_primitive",
@@ -100,30 +106,59 @@ const RULES: &[Rule] = &[
     },
     Rule {
         marks: &[
-            "fs::rename(",
-            "fs::remove_file(",
+            "fs::rename",
+            "fs::remove_file",
             "fs::remove_dir",
-            "fs::write(",
-            "fs::copy(",
+            "fs::write",
+            "fs::copy",
             "fs::create_dir",
-            "fs::hard_link(",
-            "fs::symlink(",
+            "fs::hard_link",
+            "fs::soft_link",
+            "fs::symlink",
+            "fs::set_permissions",
             "File::create",
-            "File::options(",
+            "File::options",
             "OpenOptions",
             "AtomicWriteFile",
         ],
         allowed: &["lowkey-files"],
         meaning: "writes, renames or removes what lowkey-files should",
     },
+    Rule {
+        marks: &["tempfile::"],
+        allowed: &["lowkey"],
+        meaning: "writes what is gone afterwards where lowkey-files does not see it",
+    },
 ];
+
+/// The text with `use std::fs::{a, b};` written as `use std::fs::a; use std::fs::b;`, in as many lines.
+fn without_groups(code: &str) -> String {
+    let mut out = String::with_capacity(code.len());
+    let mut rest = code;
+    while let Some(open) = rest.find("::{") {
+        let Some(close) = rest[open..].find(['}', ';']).map(|i| open + i) else { break };
+        let from = rest[..open].rfind(|c: char| !c.is_alphanumeric() && c != '_' && c != ':').map_or(0, |i| i + 1);
+        let (path, group) = (&rest[from..open], &rest[open + 3..close]);
+        out.push_str(&rest[..from]);
+        for name in group.split(',') {
+            let word = name.trim_start();
+            out.push_str(&name[..name.len() - word.len()]);
+            if !word.is_empty() {
+                out.push_str(&format!("{path}::{word};"));
+            }
+        }
+        rest = &rest[close..];
+    }
+    out + rest
+}
 
 /// What a source breaks.
 fn broken(source: &Source) -> Vec<String> {
     let package = source.package();
     let mut faults = Vec::new();
+    let text = without_groups(&source.code);
     for rule in RULES.iter().filter(|rule| !rule.allowed.contains(&package.as_str())) {
-        for (i, line) in source.code.lines().enumerate() {
+        for (i, line) in text.lines().enumerate() {
             // `eprintln!(` holds `println!(`, and `MyFile::create` is no `File::create`.
             let stands = |mark: &&&str| {
                 line.match_indices(**mark).any(|(at, _)| {
@@ -167,7 +202,10 @@ fn each_absence_that_a_crate_was_drawn_for_holds() {
         assert!(name == "lowkey" || !has("clap") && !has("anyhow") && !has("indicatif"), "{name} knows the terminal");
         assert!(name != "lowkey-data" || !has("burn"), "lowkey-data knows a tensor");
         assert!(name != "lowkey-model" && name != "lowkey-infer" || !has("tokenizers"), "{name} knows text");
-        assert!(name == "lowkey-kernels" || !has("burn-flex"), "{name} knows a backend");
+        for backend in ["burn-flex", "burn-cubecl", "burn-wgpu", "burn-cuda", "cubecl", "cubek"] {
+            assert!(name == "lowkey-kernels" || !has(backend), "{name} knows a backend, {backend}");
+        }
+        assert!(name == "lowkey" || !has("tempfile"), "{name} writes where lowkey-files does not see it");
     }
 }
 
@@ -191,6 +229,12 @@ fn a_planted_offence_is_found() {
         ("fn f(t: T) { t.into_primitive(); }", "primitive"),
         ("#[cfg(test)]\nmod tests;\nfn f() { std::fs::rename(a, b); }", "lowkey-files"),
         ("fn f() { std::fs::File::create(a); }", "lowkey-files"),
+        ("use std::fs::rename;", "lowkey-files"),
+        ("use std::fs::{\n    File,\n    rename,\n};", "lowkey-files"),
+        ("use std::{io::Write, fs::{self}};\nfn f() { fs::write(a, b); }", "lowkey-files"),
+        ("fn f() { tempfile::tempdir(); }", "gone afterwards"),
+        ("fn f() { writeln!(std::io::stdout(), \"x\"); }", "prints"),
+        ("use burn_wgpu::Wgpu;", "primitive"),
         (&"\n".repeat(MOST_LINES + 1), "lines"),
     ] {
         let faults = planted("lowkey-train", text);

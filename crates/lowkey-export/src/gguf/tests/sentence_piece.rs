@@ -1,6 +1,8 @@
 //! SentencePiece's BPE in llama.cpp's kind `llama`.
 
 use std::collections::HashMap;
+use std::io::Write;
+use std::path::Path;
 
 use serde_json::{Value as Json, json};
 
@@ -185,15 +187,29 @@ fn a_vocabulary_that_llama_cpp_would_join_otherwise_is_refused() {
     assert!(notes.iter().any(|note| note.contains("<s>") && note.contains("replaced spaces")), "{notes:?}");
 }
 
-/// A real one, where it is there.
+/// The merges of the committed tokenizer were learnt from a text, and leave out pairs that llama.cpp would join.
+#[test]
+fn merges_that_leave_a_pair_out_are_refused() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/reference/tokenizers/llama");
+    let tokenizer = Tokenizer::from_model_dir(&dir).unwrap();
+    let why = embedded(&tokenizer, tokenizer.vocab_size()).map(|_| ()).unwrap_err().to_string();
+    assert!(why.contains("llama.cpp would join"), "{why}");
+}
+
+/// A pretrained one, where it is there; standard error says which.
 #[test]
 fn a_real_sentence_piece_vocabulary_cuts_texts_as_its_source() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/reference/real/stories260k");
-    let Ok(tokenizer) = Tokenizer::from_model_dir(&dir) else {
-        println!("{} is not there: nothing compared", dir.display());
+    let found = dir.is_dir();
+    let said = if found { "compared with its source" } else { "not here, and not compared" };
+    std::io::stderr()
+        .write_all(format!("reference: a pretrained SentencePiece vocabulary: {said}\n").as_bytes())
+        .unwrap();
+    if !found {
         return;
-    };
-    let (metadata, _) = embedded(&tokenizer, 512).unwrap();
+    }
+    let tokenizer = Tokenizer::from_model_dir(&dir).unwrap();
+    let (metadata, _) = embedded(&tokenizer, tokenizer.vocab_size()).unwrap();
     let mut seed = 3;
     let tokens = texts(&metadata, "tokenizer.ggml.tokens");
     for _ in 0..300 {
