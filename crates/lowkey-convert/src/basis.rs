@@ -1,9 +1,8 @@
 //! The basis of a latent in which cutting loses least, and the rotation into it, which changes nothing.
 
-use burn::module::Param;
 use burn::tensor::{Device, Tensor};
 use faer::Mat;
-use lowkey_model::{Attention, AttentionConfig, CausalLm, Linear, MlaDims};
+use lowkey_model::{CausalLm, Linear, MlaDims};
 
 use crate::error::{Error, Result};
 use crate::matrix::{Origin, eigen, to_mat, to_tensor, trace};
@@ -59,7 +58,7 @@ impl Basis {
 /// [`Error::Unsupported`] for a model without latents, or with one that is cut already.
 pub(crate) fn fold(model: &CausalLm) -> Result<CausalLm> {
     attentions(model, "rotating a latent")?;
-    if let AttentionConfig::Mla(mla) = &model.config.attention
+    if let Some(mla) = model.config.attention.latent()
         && mla.kv_cache_ranks.is_some()
     {
         let why = "its latents are cut already, and their order is fixed; convert the model that it was made of".into();
@@ -67,11 +66,11 @@ pub(crate) fn fold(model: &CausalLm) -> Result<CausalLm> {
     }
     let mut model = model.clone();
     for block in &mut model.model.layers {
-        let Attention::Mla(mla) = &mut block.self_attn else { continue };
-        let gain = mla.kv_a_layernorm.weight.val();
-        let scaled = mla.kv_b_proj.weight.val() * gain.clone().unsqueeze_dim::<2>(0);
-        mla.kv_b_proj.weight = Param::from_tensor(scaled);
-        mla.kv_a_layernorm.weight = Param::from_tensor(gain.ones_like());
+        let Some(mla) = block.self_attn.latent_mut() else { continue };
+        let gain = mla.kv_a_layernorm.gain();
+        let scaled = mla.kv_b_proj.matrix() * gain.clone().unsqueeze_dim::<2>(0);
+        mla.kv_b_proj.set_matrix(scaled);
+        mla.kv_a_layernorm.set_gain(gain.ones_like());
     }
     Ok(model)
 }
@@ -81,7 +80,7 @@ pub(crate) fn fold(model: &CausalLm) -> Result<CausalLm> {
 pub(crate) fn rotate(model: &CausalLm, bases: &[Basis], device: &Device) -> Result<CausalLm> {
     let mut model = model.clone();
     for (block, basis) in model.model.layers.iter_mut().zip(bases) {
-        let Attention::Mla(mla) = &mut block.self_attn else { continue };
+        let Some(mla) = block.self_attn.latent_mut() else { continue };
         let MlaDims { rank, .. } = mla.dims;
         let turned = basis.vectors.transpose();
         let turn = |weight: Tensor<2>, what| -> Result<Tensor<2>> {
@@ -91,18 +90,18 @@ pub(crate) fn rotate(model: &CausalLm, bases: &[Basis], device: &Device) -> Resu
             out.subrows_mut(0, rank).copy_from(turned * matrix.subrows(0, rank));
             Ok(to_tensor(&out, dtype, device))
         };
-        let down = turn(mla.kv_a_proj_with_mqa.weight.val(), "kv_a_proj_with_mqa")?;
-        let bias = match &mla.kv_a_proj_with_mqa.bias {
-            Some(bias) => Some(turn(bias.val().unsqueeze_dim::<2>(1), "kv_a_proj_with_mqa.bias")?.squeeze_dim::<1>(1)),
+        let down = turn(mla.kv_a_proj_with_mqa.matrix(), "kv_a_proj_with_mqa")?;
+        let bias = match mla.kv_a_proj_with_mqa.bias() {
+            Some(bias) => Some(turn(bias.unsqueeze_dim::<2>(1), "kv_a_proj_with_mqa.bias")?.squeeze_dim::<1>(1)),
             None => None,
         };
-        let up = to_mat(mla.kv_b_proj.weight.val(), "kv_b_proj")? * &basis.vectors;
+        let up = to_mat(mla.kv_b_proj.matrix(), "kv_b_proj")? * &basis.vectors;
         let up = to_tensor(&up, weight_dtype(&mla.kv_b_proj), device);
-        mla.kv_a_proj_with_mqa.weight = Param::from_tensor(down);
-        mla.kv_a_proj_with_mqa.bias = bias.map(Param::from_tensor);
-        mla.kv_b_proj.weight = Param::from_tensor(up);
+        mla.kv_a_proj_with_mqa.set_matrix(down);
+        mla.kv_a_proj_with_mqa.set_bias(bias);
+        mla.kv_b_proj.set_matrix(up);
     }
-    if let AttentionConfig::Mla(mla) = &mut model.config.attention {
+    if let Some(mla) = model.config.attention.latent_mut() {
         // The prefixes that it was trained at are no longer its first numbers.
         mla.kv_elastic_ranks = None;
     }
@@ -110,5 +109,5 @@ pub(crate) fn rotate(model: &CausalLm, bases: &[Basis], device: &Device) -> Resu
 }
 
 fn weight_dtype(linear: &Linear) -> burn::tensor::DType {
-    linear.weight.val().dtype()
+    linear.matrix().dtype()
 }

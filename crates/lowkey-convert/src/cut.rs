@@ -1,10 +1,9 @@
 //! Cutting a rotated latent: which directions stay in each layer, and the readers fitted to what stays.
 
-use burn::module::Param;
 use burn::tensor::Device;
 use faer::linalg::solvers::Solve;
 use faer::{Mat, Side};
-use lowkey_model::{Attention, CausalLm, TokenBatch};
+use lowkey_model::{CausalLm, TokenBatch};
 
 use crate::allocation::{Curve, allocate, grid};
 use crate::basis::{Basis, fold, rotate};
@@ -80,7 +79,7 @@ impl Rotated {
         let mut model = self.model.clone();
         for (layer, ((block, latent), rank)) in model.model.layers.iter_mut().zip(&self.latents).zip(ranks).enumerate()
         {
-            let (Attention::Mla(mla), full) = (&mut block.self_attn, latent.nrows()) else { continue };
+            let (Some(mla), full) = (block.self_attn.latent_mut(), latent.nrows()) else { continue };
             if !(1..=full).contains(rank) {
                 let why = format!("layer {layer} has directions 1 to {full}");
                 return Err(Error::Setting { field: "rank", value: rank.to_string(), why });
@@ -88,10 +87,10 @@ impl Rotated {
             if *rank == full {
                 continue;
             }
-            let weight = mla.kv_b_proj.weight.val();
+            let weight = mla.kv_b_proj.matrix();
             let fitted = to_mat(weight.clone(), "kv_b_proj")? * fit(latent, *rank, layer)?;
             let padded = Mat::from_fn(fitted.nrows(), full, |i, j| if j < *rank { fitted[(i, j)] } else { 0.0 });
-            mla.kv_b_proj.weight = Param::from_tensor(to_tensor(&padded, weight.dtype(), device));
+            mla.kv_b_proj.set_matrix(to_tensor(&padded, weight.dtype(), device));
         }
         Ok(model)
     }

@@ -97,8 +97,8 @@ pub fn health(
         let MlaDims { heads, nope, value, rank, .. } = mla.dims;
         let spectrum =
             |matrix: &Mat<f64>, what| Ok::<_, Error>(Spectrum::of(singular_values(matrix, Origin { layer, what })?));
-        let down = rows(&to_mat(mla.kv_a_proj_with_mqa.weight.val(), "kv_a_proj_with_mqa")?, 0, rank);
-        let kv_b = to_mat(mla.kv_b_proj.weight.val(), "kv_b_proj")?;
+        let down = rows(&to_mat(mla.kv_a_proj_with_mqa.matrix(), "kv_a_proj_with_mqa")?, 0, rank);
+        let kv_b = to_mat(mla.kv_b_proj.matrix(), "kv_b_proj")?;
         let pick = |skip: usize, width: usize| {
             Mat::from_fn(heads * width, rank, |i, j| kv_b[(i / width * (nope + value) + skip + i % width, j)])
         };

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor};
 use faer::Mat;
-use lowkey_model::{Attention, CausalLm, Mla, MlaDims, RopeTable, Trace, ids_tensor};
+use lowkey_model::{CausalLm, Mla, MlaDims, RopeTable, Trace, ids_tensor};
 
 use crate::error::{Error, Result};
 use crate::matrix::{to_mat, trace};
@@ -36,14 +36,11 @@ struct Sums {
 /// # Errors
 /// [`Error::Unsupported`] where a layer has none.
 pub(crate) fn attentions<'a>(model: &'a CausalLm, what: &'static str) -> Result<Vec<&'a Mla>> {
-    let each = model.model.layers.iter().map(|block| match &block.self_attn {
-        Attention::Mla(mla) => Ok(mla),
-        Attention::Grouped(_) => {
-            let why = format!("{} attention has no latent; only MLA models do", model.config.attention_name());
-            Err(Error::Unsupported { what, why })
-        }
-    });
-    each.collect()
+    let none = || {
+        let why = format!("{} attention has no latent; only MLA models do", model.config.attention_name());
+        Error::Unsupported { what, why }
+    };
+    model.model.layers.iter().map(|block| block.self_attn.latent().ok_or_else(none)).collect()
 }
 
 /// Checks that there is a text, and that the model knows its tokens and positions.
@@ -162,8 +159,8 @@ fn variance(scores: Tensor<3>, heads: usize, seq: usize) -> Result<f64> {
 /// logits and the residual stream see of a latent, `[L, L]`. The two have no common unit; each counts as much as the other.
 pub(crate) fn readers(mla: &Mla, moments: &Moments) -> Result<Mat<f64>> {
     let MlaDims { heads, nope, value, rank, .. } = mla.dims;
-    let kv_b = to_mat(mla.kv_b_proj.weight.val(), "kv_b_proj")?;
-    let w_o = to_mat(mla.o_proj.weight.val(), "o_proj")?;
+    let kv_b = to_mat(mla.kv_b_proj.matrix(), "kv_b_proj")?;
+    let w_o = to_mat(mla.o_proj.matrix(), "o_proj")?;
     let (mut keys, mut values) = (Mat::zeros(rank, rank), Mat::zeros(rank, rank));
     for (head, queries) in (0..heads).zip(&moments.queries) {
         let first = head * (nope + value);

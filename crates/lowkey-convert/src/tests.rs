@@ -1,6 +1,5 @@
 //! Rotations that change nothing, cuts that lose the least, and spectra of matrices that were made to have them.
 
-use burn::module::Param;
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use faer::Mat;
 use lowkey_model::{
@@ -138,11 +137,11 @@ fn a_rotation_changes_nothing() {
         let rotated = Rotated::new(&narrow, &text(3, 40), &device(), &mut |_| {}).unwrap();
         let after = logits(&rotated.model, &ids);
         assert!(distance(&before, &after) < 1e-5, "{name}: {}", distance(&before, &after));
-        let bits = |model: &CausalLm| to_mat(model.model.layers[0].self_attn.o_proj().weight.val(), "o").unwrap();
+        let bits = |model: &CausalLm| to_mat(model.model.layers[0].self_attn.o_proj().matrix(), "o").unwrap();
         assert_eq!(bits(&narrow), bits(&rotated.model), "{name}: what is not the latent's stays");
         let turned = |model: &CausalLm| {
             let Attention::Mla(mla) = &model.model.layers[1].self_attn else { unreachable!() };
-            to_mat(mla.kv_b_proj.weight.val(), "kv_b").unwrap()
+            to_mat(mla.kv_b_proj.matrix(), "kv_b").unwrap()
         };
         assert!((turned(&narrow) - turned(&rotated.model)).norm_max() > 0.1, "{name}: nothing was rotated");
         // What differs in f64 differs in the mathematics.
@@ -189,9 +188,9 @@ fn what_nobody_reads_is_cut_without_loss() {
     let mut narrow = model(&config(|_, _| {}), 5);
     for (layer, block) in narrow.model.layers.iter_mut().enumerate() {
         let Attention::Mla(mla) = &mut block.self_attn else { unreachable!() };
-        let [rows, rank] = mla.kv_b_proj.weight.dims();
+        let [rows, rank] = mla.kv_b_proj.matrix().dims();
         let low = random(layer as u64, rows, 3) * random(70 + layer as u64, 3, rank);
-        mla.kv_b_proj.weight = Param::from_tensor(matrix::to_tensor(&low, burn::tensor::DType::F32, &device()));
+        mla.kv_b_proj.set_matrix(matrix::to_tensor(&low, burn::tensor::DType::F32, &device()));
     }
     let text = text(4, 60);
     for layer in health(&narrow, &text, 0.9999, &device(), &mut |_| {}).unwrap() {
@@ -219,14 +218,13 @@ fn a_latent_of_which_a_part_is_unused_is_cut_at_every_budget() {
     let mut nothing = model(&config(|_, _| {}), 5);
     for (layer, block) in low.model.layers.iter_mut().enumerate() {
         let Attention::Mla(mla) = &mut block.self_attn else { unreachable!() };
-        let weight = to_mat(mla.kv_a_proj_with_mqa.weight.val(), "kv_a").unwrap();
+        let weight = to_mat(mla.kv_a_proj_with_mqa.matrix(), "kv_a").unwrap();
         let used = random(layer as u64 + 7, 16, 4) * random(layer as u64 + 70, 4, 14);
         let weight = Mat::from_fn(20, 14, |i, j| if i < 16 { used[(i, j)] } else { weight[(i, j)] });
-        mla.kv_a_proj_with_mqa.weight =
-            Param::from_tensor(matrix::to_tensor(&weight, burn::tensor::DType::F32, &device()));
+        mla.kv_a_proj_with_mqa.set_matrix(matrix::to_tensor(&weight, burn::tensor::DType::F32, &device()));
     }
     let Attention::Mla(mla) = &mut nothing.model.layers[1].self_attn else { unreachable!() };
-    mla.kv_a_proj_with_mqa.weight = Param::from_tensor(mla.kv_a_proj_with_mqa.weight.val() * 0.0);
+    mla.kv_a_proj_with_mqa.set_matrix(mla.kv_a_proj_with_mqa.matrix() * 0.0);
     let text = text(4, 60);
     for (name, model, used) in [("wider than d", wide, 14), ("of rank 4", low, 4), ("of rank 0", nothing, 9)] {
         let rotated = Rotated::new(&model, &text, &device(), &mut |_| {}).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -308,15 +306,15 @@ fn what_cannot_be_is_refused() {
     refused(&narrow, &[vec![1; 161]], "161 tokens");
     let mut broken = narrow.clone();
     let Attention::Mla(mla) = &mut broken.model.layers[1].self_attn else { unreachable!() };
-    mla.kv_b_proj.weight = Param::from_tensor(mla.kv_b_proj.weight.val() * f32::NAN);
+    mla.kv_b_proj.set_matrix(mla.kv_b_proj.matrix() * f32::NAN);
     refused(&broken, &text(1, 9), "layers.1.self_attn.kv_b_proj.weight holds NaN");
     // No latent depends on it: nothing that is decomposed would show it.
     let mut broken = narrow.clone();
-    broken.model.norm.weight = Param::from_tensor(broken.model.norm.weight.val() * f32::INFINITY);
+    broken.model.norm.set_gain(broken.model.norm.gain() * f32::INFINITY);
     refused(&broken, &text(1, 9), "model.norm.weight holds");
     let mut broken = narrow.clone();
     let Attention::Mla(mla) = &mut broken.model.layers[1].self_attn else { unreachable!() };
-    mla.kv_a_layernorm.weight = Param::from_tensor(mla.kv_a_layernorm.weight.val() * 1e38);
+    mla.kv_a_layernorm.set_gain(mla.kv_a_layernorm.gain() * 1e38);
     refused(&broken, &text(1, 9), "overflows on this text");
     let rotated = Rotated::new(&narrow, &text(2, 30), &device(), &mut |_| {}).unwrap();
     for (ranks, fragment) in [(&[9, 9][..], "3 layers"), (&[9, 0, 9], "layer 1"), (&[9, 9, 10], "layer 2")] {

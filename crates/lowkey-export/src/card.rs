@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use lowkey_model::{AttentionConfig, CausalLm, ModelConfig};
+use lowkey_model::{CausalLm, ModelConfig};
 use serde_json::Value;
 
 use crate::markdown::words;
@@ -19,7 +19,7 @@ pub(crate) fn card(source: &Source, model: &CausalLm, target: &Target) -> String
     let name = words(&title(source));
     let mut page = format!(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- {}\n- lowkey\n---\n\n# {name}\n\n{}\n",
-        if matches!(config.attention, AttentionConfig::Mla(_)) { "mla" } else { "llm" },
+        if config.attention.latent().is_some() { "mla" } else { "llm" },
         summary(config)
     );
     page.push_str("\n## Sizes\n\n| | |\n|---|---|\n");
@@ -66,13 +66,13 @@ fn title(source: &Source) -> String {
 
 fn summary(config: &ModelConfig) -> String {
     let millions = config.parameter_count().total as f64 / 1e6;
-    match &config.attention {
-        AttentionConfig::Mla(mla) => format!(
+    match config.attention.latent() {
+        Some(mla) => format!(
             "A causal language model of {millions:.1} M parameters with Multi-head Latent Attention (DeepSeek-V2, \
              arXiv 2405.04434): each token leaves {} numbers per layer in the cache.",
             mla.kv_lora_rank + mla.qk_rope_head_dim
         ),
-        AttentionConfig::Grouped(_) => {
+        None => {
             format!("A causal language model of {millions:.1} M parameters with {} attention.", config.attention_name())
         }
     }
@@ -87,7 +87,7 @@ fn sizes(config: &ModelConfig, dtype: &str) -> Vec<(&'static str, String)> {
         ("hidden_size", config.hidden_size.to_string()),
         ("num_attention_heads", config.num_attention_heads.to_string()),
     ];
-    if let AttentionConfig::Mla(mla) = &config.attention {
+    if let Some(mla) = config.attention.latent() {
         rows.extend([
             ("kv_lora_rank", mla.kv_lora_rank.to_string()),
             ("q_lora_rank", mla.q_lora_rank.map_or_else(|| "none".into(), |q| q.to_string())),

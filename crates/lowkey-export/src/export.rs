@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_files::{FileHash, Kind, is_plain_name, printable};
 use lowkey_infer::Form;
-use lowkey_model::{Attention, AttentionConfig, CausalLm, FusedMla, Mla, NewModelDir};
+use lowkey_model::{CausalLm, FusedMla, Mla, NewModelDir};
 
 use crate::certificate::{
     Bounds, Certificate, Evidence, JSON, MARKDOWN, ProductEvidence, SourceFiles, TensorError, WeightEvidence,
@@ -155,10 +154,7 @@ fn write(source: &Source, options: &Options, plan: &[LayerPlan], staging: &NewMo
 
 /// The layers with Multi-head Latent Attention and their indices: all of a model's or none.
 fn layers(model: &CausalLm) -> impl Iterator<Item = (usize, &Mla)> {
-    model.model.layers.iter().enumerate().filter_map(|(i, block)| match &block.self_attn {
-        Attention::Mla(mla) => Some((i, mla)),
-        Attention::Grouped(_) => None,
-    })
+    model.model.layers.iter().enumerate().filter_map(|(i, block)| Some((i, block.self_attn.latent()?)))
 }
 
 fn flat(pairs: impl Iterator<Item = Result<[Exact; 2]>>) -> impl Iterator<Item = Result<Exact>> {
@@ -184,10 +180,7 @@ pub(crate) fn gather(
         Layout::Gguf => {
             let model = gguf::read_model(&dir.join(GGUF), device)?;
             let weights = weight_errors(&gguf::as_stored(source)?, &model)?;
-            let form = match model.config.attention {
-                AttentionConfig::Mla(_) => Form::Absorbed,
-                AttentionConfig::Grouped(_) => Form::Auto,
-            };
+            let form = if model.config.attention.latent().is_some() { Form::Absorbed } else { Form::Auto };
             (weights, Vec::new(), Candidate { model, fused: Vec::new(), form })
         }
         _ => {
@@ -259,7 +252,7 @@ fn absorb(dir: &Path, source: &CausalLm, model: &mut CausalLm, device: &Device) 
     let mut evidence = Vec::new();
     let exact: Vec<[Exact; 2]> = layers(source).map(|(i, mla)| products::split(i, mla)).collect::<Result<_>>()?;
     for (block, [uk, uv]) in model.model.layers.iter_mut().zip(exact) {
-        let Attention::Mla(mla) = &mut block.self_attn else { continue };
+        let Some(mla) = block.self_attn.latent_mut() else { continue };
         let mut stored = |exact: &Exact| -> Result<Vec<f32>> {
             let values = side::take(&path, &mut found.tensors, &exact.name, &exact.shape)?;
             let error = TensorError::of(values.iter().copied().map(f64::from), exact.values.iter().copied());
@@ -271,7 +264,7 @@ fn absorb(dir: &Path, source: &CausalLm, model: &mut CausalLm, device: &Device) 
         let heads = w_uk.chunks(dims.nope * dims.rank).zip(w_uv.chunks(dims.value * dims.rank));
         let joined: Vec<f32> = heads.flat_map(|(k, v)| k.iter().chain(v).copied()).collect();
         let shape = [dims.heads * (dims.nope + dims.value), dims.rank];
-        mla.kv_b_proj.weight = Param::from_tensor(Tensor::from_data(TensorData::new(joined, shape), device));
+        mla.kv_b_proj.set_matrix(Tensor::from_data(TensorData::new(joined, shape), device));
     }
     side::nothing_left(&path, &found.tensors)?;
     Ok(evidence)
@@ -285,8 +278,8 @@ fn absorb(dir: &Path, source: &CausalLm, model: &mut CausalLm, device: &Device) 
 pub fn fused_layers(model: &CausalLm, device: &Device) -> Result<Vec<Option<FusedMla>>> {
     let blocks = model.model.layers.iter().enumerate();
     let each = blocks.map(|(i, block)| {
-        let Attention::Mla(mla) = &block.self_attn else { return Ok(None) };
-        let (dtype, shapes) = (mla.o_proj.weight.val().dtype(), mla.fused_shapes());
+        let Some(mla) = block.self_attn.latent() else { return Ok(None) };
+        let (dtype, shapes) = (mla.o_proj.matrix().dtype(), mla.fused_shapes());
         let [query, output] = products::fuse(i, mla)?;
         let tensor = |exact: Exact, shape: [usize; 2]| {
             Tensor::<2>::from_data(TensorData::new(exact.values, shape), (device, dtype))

@@ -37,7 +37,7 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::Tokenizer;
 use lowkey_files::printable;
-use lowkey_model::{AttentionConfig, CausalLm, Parameter};
+use lowkey_model::{CausalLm, Parameter};
 
 use crate::error::{Error, Result};
 use architecture::Architecture;
@@ -187,7 +187,7 @@ fn info(plan: &Plan, kind: TensorType) -> TensorInfo {
 
 /// What the file holds in another place than the model.
 fn folds(model: &CausalLm) -> Vec<String> {
-    let AttentionConfig::Mla(mla) = &model.config.attention else { return Vec::new() };
+    let Some(mla) = model.config.attention.latent() else { return Vec::new() };
     let mut notes = Vec::new();
     if mla.latent_scale {
         notes.push("latent_scale is folded into attn_kv_a_norm".into());

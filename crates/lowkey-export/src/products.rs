@@ -27,15 +27,15 @@ pub(crate) fn fuse(layer: usize, mla: &Mla) -> Result<[Exact; 2]> {
     let MlaDims { heads, nope, rope, value, rank, .. } = mla.dims;
     let (w_uk, w_uv) = up_projections(mla);
     let up = query_up(mla)?;
-    let [_, width] = up.weight.dims();
-    let query = up.weight.val().cast(DType::F64).reshape([heads, nope + rope, width]);
+    let [_, width] = up.matrix().dims();
+    let query = up.matrix().cast(DType::F64).reshape([heads, nope + rope, width]);
     let absorbed = w_uk.swap_dims(1, 2).matmul(query.clone().narrow(1, 0, nope));
     let query = match rope {
         0 => absorbed,
         _ => Tensor::cat(vec![absorbed, query.narrow(1, nope, rope)], 1),
     };
-    let [d, _] = mla.o_proj.weight.dims();
-    let out = mla.o_proj.weight.val().cast(DType::F64).reshape([d, heads, value]).swap_dims(0, 1);
+    let [d, _] = mla.o_proj.matrix().dims();
+    let out = mla.o_proj.matrix().cast(DType::F64).reshape([d, heads, value]).swap_dims(0, 1);
     let output = out.matmul(w_uv).swap_dims(0, 1);
     Ok([
         exact(format!("{}.q_fused.weight", prefix(layer)), vec![heads * (rank + rope), width], query)?,
@@ -57,7 +57,7 @@ pub(crate) fn query_up(mla: &Mla) -> Result<&Linear> {
 /// W_UK `[H, N, L]` and W_UV `[H, V, L]` in f64.
 fn up_projections(mla: &Mla) -> (Tensor<3>, Tensor<3>) {
     let MlaDims { heads, nope, value, rank, .. } = mla.dims;
-    let kv_b = mla.kv_b_proj.weight.val().cast(DType::F64).reshape([heads, nope + value, rank]);
+    let kv_b = mla.kv_b_proj.matrix().cast(DType::F64).reshape([heads, nope + value, rank]);
     (kv_b.clone().narrow(1, 0, nope), kv_b.narrow(1, nope, value))
 }
 

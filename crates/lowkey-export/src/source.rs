@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
-use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::{Generation, Tokenizer};
 use lowkey_files::FileHash;
-use lowkey_model::{Attention, AttentionConfig, CausalLm, Family, ModelDir};
+use lowkey_model::{AttentionConfig, CausalLm, Family, ModelDir};
 
 use crate::error::{Error, Result};
 
@@ -60,18 +59,18 @@ impl Source {
 pub fn canonical(model: &CausalLm) -> Result<CausalLm> {
     let mut model = model.with_whole_latents();
     for block in &mut model.model.layers {
-        if let Attention::Mla(mla) = &mut block.self_attn
+        if let Some(mla) = block.self_attn.latent_mut()
             && mla.dims.latent_scale != 1.0
         {
-            let gain = &mla.kv_a_layernorm.weight.val();
+            let gain = &mla.kv_a_layernorm.gain();
             let values = gain.try_to_vec_as::<f32>().map_err(|e| Error::device("kv_a_layernorm.weight", e))?;
             let scaled = values.iter().map(|x| (f64::from(*x) * mla.dims.latent_scale) as f32).collect();
             let data = TensorData::new(scaled, gain.dims());
-            mla.kv_a_layernorm.weight = Param::from_tensor(Tensor::from_data(data, &gain.device()));
+            mla.kv_a_layernorm.set_gain(Tensor::from_data(data, &gain.device()));
             mla.dims.latent_scale = 1.0;
         }
     }
-    if let AttentionConfig::Mla(mla) = &mut model.config.attention {
+    if let Some(mla) = model.config.attention.latent_mut() {
         mla.latent_scale = false;
     }
     if model.config.family == Family::Lowkey {

@@ -5,7 +5,7 @@ use std::mem;
 use burn::tensor::kind::Basic;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Int, Slice, Tensor};
 use lowkey_kernels::device::is_cpu;
-use lowkey_model::{AttentionConfig, CausalLm, ModelConfig, Stored};
+use lowkey_model::{CacheBuffer, CausalLm, ModelConfig, Stored};
 
 use crate::cache_dtype::CacheDtype;
 use crate::error::{Error, Result};
@@ -61,35 +61,21 @@ fn all_equal(values: &[usize]) -> Option<usize> {
     values.iter().all(|value| *value == first).then_some(first)
 }
 
-/// Heads, and per layer and buffer the width with the part of it that has the first scale.
-fn buffers(config: &ModelConfig) -> (usize, Vec<Vec<(usize, usize)>>) {
-    match &config.attention {
-        AttentionConfig::Mla(mla) => {
-            let width = |rank| vec![(rank + mla.qk_rope_head_dim, rank)];
-            (1, config.kv_ranks().into_iter().map(width).collect())
-        }
-        AttentionConfig::Grouped(g) => {
-            let each = vec![(g.head_dim, g.head_dim); 2];
-            (g.num_key_value_heads, vec![each; config.num_hidden_layers])
-        }
-    }
-}
-
-/// Scales of a token in a buffer of int8.
-fn scales_of(width: usize, split: usize) -> usize {
-    if split < width { 2 } else { 1 }
+/// Scales of a vector in a buffer of int8.
+fn scales_of(buffer: CacheBuffer) -> usize {
+    if buffer.split < buffer.width { 2 } else { 1 }
 }
 
 impl CacheDtype {
     /// Bytes that a token takes in the caches of all layers, scales included, of a model in f32.
     pub fn bytes_per_token(self, config: &ModelConfig) -> usize {
-        let (heads, widths) = buffers(config);
-        let of_buffer = |(width, split): (usize, usize)| match self {
-            Self::F32 => 4 * width,
-            Self::Bf16 | Self::F16 => 2 * width,
-            Self::Int8 => width + 4 * scales_of(width, split),
+        let of_buffer = |buffer: CacheBuffer| match self {
+            Self::F32 => 4 * buffer.width,
+            Self::Bf16 | Self::F16 => 2 * buffer.width,
+            Self::Int8 => buffer.width + 4 * scales_of(buffer),
         };
-        heads * widths.into_iter().flatten().map(of_buffer).sum::<usize>()
+        let all = (0..config.num_hidden_layers).flat_map(|layer| config.attention.cache_buffers(layer));
+        all.map(|buffer| buffer.heads * of_buffer(buffer)).sum()
     }
 }
 
@@ -118,21 +104,26 @@ impl Cache {
         if capacity > limit {
             return Err(Error::Positions { needed: capacity, limit });
         }
-        let (heads, widths) = buffers(&model.config);
-        let (device, of_weights) = (device.clone().inner(), model.model.embed_tokens.weight.val().dtype());
+        let (device, of_weights) = (device.clone().inner(), model.model.embed_tokens.table().dtype());
         // Zeros, not uninitialised memory: a shorter row's empty slots are read with weight 0, and 0·NaN is NaN.
-        let floats = |width, dtype| Tensor::zeros([batch, heads, capacity, width], (&device, dtype));
-        let buffer = |(width, split): (usize, usize)| match dtype {
-            CacheDtype::F32 => Stored::Float(floats(width, of_weights)),
-            CacheDtype::Bf16 | CacheDtype::F16 => Stored::Float(floats(width, stored)),
-            CacheDtype::Int8 => {
-                let codes = Tensor::zeros([batch, heads, capacity, width], (&device, stored));
-                Stored::Int8 { codes, scales: floats(scales_of(width, split), DType::F32), split }
+        let floats = |heads, width, dtype| Tensor::zeros([batch, heads, capacity, width], (&device, dtype));
+        let stored_in = |buffer: CacheBuffer| {
+            let CacheBuffer { heads, width, split } = buffer;
+            match dtype {
+                CacheDtype::F32 => Stored::Float(floats(heads, width, of_weights)),
+                CacheDtype::Bf16 | CacheDtype::F16 => Stored::Float(floats(heads, width, stored)),
+                CacheDtype::Int8 => {
+                    let codes = Tensor::zeros([batch, heads, capacity, width], (&device, stored));
+                    Stored::Int8 { codes, scales: floats(heads, scales_of(buffer), DType::F32), split }
+                }
             }
         };
-        let layer = |widths: Vec<(usize, usize)>| LayerCache { buffers: widths.into_iter().map(buffer).collect() };
+        let layer = |layer: usize| {
+            let buffers = model.config.attention.cache_buffers(layer);
+            LayerCache { buffers: buffers.into_iter().map(stored_in).collect() }
+        };
         Ok(Self {
-            layers: widths.into_iter().map(layer).collect(),
+            layers: (0..model.config.num_hidden_layers).map(layer).collect(),
             lengths: vec![0; batch],
             capacity,
             dtype,

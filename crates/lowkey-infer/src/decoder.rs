@@ -4,9 +4,9 @@ use std::cell::OnceCell;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use lowkey_model::{Attention, Block, CausalLm, FusedMla, KeyValue, Latent, Mask, RopeTable, Stored, ids_tensor};
+use lowkey_model::{Cached, CausalLm, FusedMla, Mask, Seen, ids_tensor};
 
-use crate::cache::{Cache, LayerCache, Span};
+use crate::cache::Cache;
 use crate::cache_dtype::CacheDtype;
 use crate::error::{Error, Result};
 use crate::form::Form;
@@ -44,7 +44,7 @@ impl Decoder {
         form: Form,
         device: &Device,
     ) -> Result<Self> {
-        let model = if model.model.embed_tokens.weight.val().is_autodiff() { model.valid() } else { model.clone() };
+        let model = if model.model.embed_tokens.table().is_autodiff() { model.valid() } else { model.clone() };
         let device = device.clone().inner();
         let cache = Cache::new(&model, batch, capacity, dtype, &device)?;
         Ok(Self { model, cache, form, fused: Vec::new(), device })
@@ -63,10 +63,10 @@ impl Decoder {
         }
         for (i, (fused, block)) in layers.iter().zip(blocks).enumerate() {
             let Some(fused) = fused else { continue };
-            let Attention::Mla(mla) = &block.self_attn else {
+            let Some(mla) = block.self_attn.latent() else {
                 return refuse(format!("layer {i} has no latent attention"));
             };
-            let (expected, dtype) = (mla.fused_shapes(), mla.o_proj.weight.val().dtype());
+            let (expected, dtype) = (mla.fused_shapes(), mla.o_proj.matrix().dtype());
             for (name, weight, expected) in
                 [("query", &fused.query, expected[0]), ("output", &fused.output, expected[1])]
             {
@@ -204,10 +204,15 @@ impl Decoder {
         let offsets = span.common_offset().map_or(span.offsets.clone(), |offset| vec![offset]);
         let positions: Vec<Vec<usize>> = offsets.iter().map(|offset| (*offset..offset + queries).collect()).collect();
         let rope = model.rope_table(&positions, device);
-        let chunk = Chunk { rope, mask: OnceCell::new(), offsets, span: &span, form: *form, device };
+        // Made where a layer asks for it: the absorbed form needs none.
+        let mask = OnceCell::new();
+        let mask = || mask.get_or_init(|| Mask::cached(&offsets, queries, span.filled(), device)).clone();
         let mut x = model.model.embed_tokens.forward(ids_tensor(&ids, rows.len(), queries, device));
         for (i, (block, layer)) in model.model.layers.iter().zip(cache.layers_mut()).enumerate() {
-            x = forward(block, fused.get(i).and_then(Option::as_ref), layer, x, &chunk);
+            let append = &mut |buffer, new| layer.append(buffer, new, &span);
+            let way = form.way(block, fused.get(i).and_then(Option::as_ref), queries, span.filled());
+            let seen = Cached { rope: &rope, append, offsets: &span.offsets, mask: &mask, way };
+            x = block.forward(x, Seen::Cache(seen), None);
         }
         cache.commit(&span);
         Ok(model.model.norm.forward(x))
@@ -235,73 +240,9 @@ pub(crate) fn check_tokens(model: &CausalLm, rows: &[&[u32]]) -> Result<()> {
 
 /// The fused form needs weights for at least one layer of latent attention. Other kinds of attention have only one form.
 pub(crate) fn check_form(model: &CausalLm, form: Form, fused: &[Option<FusedMla>]) -> Result<()> {
-    let latent = model.model.layers.iter().any(|block| matches!(block.self_attn, Attention::Mla(_)));
+    let latent = model.model.layers.iter().any(|block| block.self_attn.latent().is_some());
     if form == Form::Fused && latent && !fused.iter().any(Option::is_some) {
         return Err(Error::NoFused);
     }
     Ok(())
-}
-
-/// What all layers of one chunk share.
-struct Chunk<'a> {
-    rope: RopeTable,
-    /// Made where a layer asks for it: the absorbed form needs none.
-    mask: OnceCell<Mask>,
-    /// One per row, or one for all.
-    offsets: Vec<usize>,
-    span: &'a Span,
-    form: Form,
-    device: &'a Device,
-}
-
-impl Chunk<'_> {
-    fn mask(&self) -> &Mask {
-        let Self { offsets, span, device, .. } = self;
-        self.mask.get_or_init(|| Mask::cached(offsets, span.width(), span.filled(), device))
-    }
-}
-
-/// A block whose attention appends the chunk to its layer's cache and sees everything that lies there.
-///
-/// # Shapes
-/// `[batch, seq, d]` → `[batch, seq, d]`.
-fn forward(block: &Block, fused: Option<&FusedMla>, layer: &mut LayerCache, x: Tensor<3>, chunk: &Chunk) -> Tensor<3> {
-    let Chunk { rope, span, form, .. } = chunk;
-    let normed = block.input_layernorm.forward(x.clone());
-    let heads = match &block.self_attn {
-        Attention::Mla(mla) => {
-            let Latent { both, rank } = mla.latent(normed.clone(), rope);
-            let dtype = both.dtype();
-            // One latent serves all heads: it lies in the cache as a single head.
-            let latents = without_heads(layer.append(0, both.unsqueeze_dim(1), span));
-            if !form.absorbs(&mla.dims, span.width(), span.filled()) {
-                let latent = Latent { both: latents.widen(dtype), rank };
-                mla.attend_expanded(mla.queries(normed, rope), latent, chunk.mask())
-            } else if let Some(fused) = fused.filter(|_| *form != Form::Absorbed) {
-                let queries = mla.fused_queries(fused, normed, rope);
-                return block.finish_fused(x, mla.attend_fused(queries, latents, &span.offsets), fused);
-            } else {
-                mla.attend_absorbed(mla.queries(normed, rope), latents, &span.offsets)
-            }
-        }
-        Attention::Grouped(grouped) => {
-            let new = grouped.key_value(normed.clone(), rope);
-            let queries = grouped.queries(normed, rope);
-            let dtype = new.k.dtype();
-            let k = layer.append(0, new.k, span).widen(dtype);
-            let kv = KeyValue { k, v: layer.append(1, new.v, span).widen(dtype) };
-            grouped.attend(queries, kv, chunk.mask())
-        }
-    };
-    block.finish(x, heads)
-}
-
-/// `[batch, 1, keys, width]` → `[batch, keys, width]`.
-fn without_heads(stored: Stored<4>) -> Stored<3> {
-    match stored {
-        Stored::Float(numbers) => Stored::Float(numbers.squeeze_dim(1)),
-        Stored::Int8 { codes, scales, split } => {
-            Stored::Int8 { codes: codes.squeeze_dim(1), scales: scales.squeeze_dim(1), split }
-        }
-    }
 }

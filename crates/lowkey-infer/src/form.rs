@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use lowkey_model::MlaDims;
+use lowkey_model::{Block, FusedMla, MlaDims, Way};
 
 use crate::error::{Error, Result};
 
@@ -40,6 +40,18 @@ impl Form {
             Self::Auto => absorbed < expanded,
             Self::Expanded => false,
             Self::Absorbed | Self::Fused => true,
+        }
+    }
+}
+
+impl Form {
+    /// How a block attends with `queries` tokens per row to the `keys` tokens of its cache, the new ones among them.
+    pub(crate) fn way<'a>(self, block: &Block, fused: Option<&'a FusedMla>, queries: usize, keys: usize) -> Way<'a> {
+        match (block.self_attn.latent(), fused) {
+            (Some(mla), _) if !self.absorbs(&mla.dims, queries, keys) => Way::Expanded,
+            (Some(_), Some(fused)) if self != Self::Absorbed => Way::Fused(fused),
+            (Some(_), _) => Way::Absorbed,
+            (None, _) => Way::Expanded,
         }
     }
 }

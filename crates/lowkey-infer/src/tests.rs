@@ -135,16 +135,16 @@ fn random_model(config: &ModelConfig, seed: u64) -> CausalLm {
 fn fused(mla: &Mla) -> FusedMla {
     let lowkey_model::MlaDims { heads, nope, rope, value, rank, .. } = mla.dims;
     let wide = |weight: Tensor<2>| weight.cast(FloatDType::F64);
-    let up = mla.q_b_proj.as_ref().or(mla.q_proj.as_ref()).unwrap().weight.val();
+    let up = mla.q_b_proj.as_ref().or(mla.q_proj.as_ref()).unwrap().matrix();
     let dtype = up.dtype();
     let narrow = |product: Tensor<2>| if dtype == DType::F32 { product.cast(FloatDType::F32) } else { product };
     let [_, inner] = up.dims();
-    let [d, _] = mla.o_proj.weight.val().dims();
+    let [d, _] = mla.o_proj.matrix().dims();
     let up = wide(up).reshape([heads, nope + rope, inner]);
-    let kv_b = wide(mla.kv_b_proj.weight.val()).reshape([heads, nope + value, rank]);
+    let kv_b = wide(mla.kv_b_proj.matrix()).reshape([heads, nope + value, rank]);
     let mapped = kv_b.clone().narrow(1, 0, nope).swap_dims(1, 2).matmul(up.clone().narrow(1, 0, nope));
     let query = if rope > 0 { Tensor::cat(vec![mapped, up.narrow(1, nope, rope)], 1) } else { mapped };
-    let out = wide(mla.o_proj.weight.val()).reshape([d, heads, value]).swap_dims(0, 1);
+    let out = wide(mla.o_proj.matrix()).reshape([d, heads, value]).swap_dims(0, 1);
     let output = out.matmul(kv_b.narrow(1, nope, value)).swap_dims(0, 1);
     FusedMla {
         query: narrow(query.reshape([heads * (rank + rope), inner])),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use lowkey_infer::{CacheDtype, Form};
-use lowkey_model::{AttentionConfig, CausalLm};
+use lowkey_model::CausalLm;
 use lowkey_train::bench::{self, DecodeOptions, Subject};
 
 use crate::collect::finished;
@@ -37,10 +37,7 @@ impl Expanded {
             observe(&arm.name);
             let model =
                 CausalLm::load(&run.out.join("checkpoints/best"), &device).map_err(lowkey_train::Error::from)?;
-            let way = match model.config.attention {
-                AttentionConfig::Mla(_) => Form::Absorbed,
-                AttentionConfig::Grouped(_) => Form::Expanded,
-            };
+            let way = if model.config.attention.latent().is_some() { Form::Absorbed } else { Form::Expanded };
             let subject = Subject { name: arm.name.clone(), model, fused: Vec::new() };
             let options = DecodeOptions {
                 batch: 1,

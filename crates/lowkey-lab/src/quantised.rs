@@ -8,7 +8,7 @@ use std::path::Path;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowkey_infer::{CacheDtype, Decoder, Form};
-use lowkey_model::{Attention, AttentionConfig, CausalLm, KeyValue, ids_tensor};
+use lowkey_model::{CausalLm, Seen, ids_tensor};
 use lowkey_train::{Held, RunConfig, RunOptions, checkpoint};
 use serde_json::json;
 
@@ -83,10 +83,7 @@ fn loss(
 
 /// Logits of rows through a cache in int8.
 fn in_int8(model: &CausalLm, rows: &[&[u32]], device: &Device) -> Result<Tensor<3>> {
-    let form = match model.config.attention {
-        AttentionConfig::Mla(_) => Form::Absorbed,
-        AttentionConfig::Grouped(_) => Form::Expanded,
-    };
+    let form = if model.config.attention.latent().is_some() { Form::Absorbed } else { Form::Expanded };
     let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
     let decoder = Decoder::with_cache(model, [rows.len(), longest], CacheDtype::Int8, form, device);
     Ok(decoder.and_then(|mut decoder| decoder.forward(rows)).map_err(lowkey_train::Error::from)?)
@@ -99,30 +96,17 @@ fn rounded_pass(model: &CausalLm, rows: &[&[u32]], most: f64, device: &Device) -
         rows.iter().flat_map(|row| row.iter().copied().chain(std::iter::repeat(0)).take(longest)).collect();
     let context = model.context(&vec![0; ids.len()], longest, device);
     let mut x = model.model.embed_tokens.forward(ids_tensor(&ids, rows.len(), longest, device));
+    let rounded = |x| rounded(x, most);
     for block in &model.model.layers {
-        let normed = block.input_layernorm.forward(x.clone());
-        let heads = match &block.self_attn {
-            Attention::Mla(mla) => {
-                let latent = mla.latent(normed.clone(), &context.rope);
-                let parts = std::iter::once(latent.c_kv()).chain(latent.k_pe()).map(|part| rounded(part, most));
-                let both = Tensor::cat(parts.collect(), 2);
-                mla.attend_absorbed(mla.queries(normed, &context.rope), both, &vec![0; rows.len()])
-            }
-            Attention::Grouped(grouped) => {
-                let KeyValue { k, v } = grouped.key_value(normed.clone(), &context.rope);
-                let kv = KeyValue { k: rounded(k, most), v: rounded(v, most) };
-                grouped.attend_causal(grouped.queries(normed, &context.rope), kv, &context.document_starts)
-            }
-        };
-        x = block.finish(x, heads);
+        x = block.forward(x, Seen::Rounded(&context, &rounded), None);
     }
     model.logits(model.model.norm.forward(x))
 }
 
 /// Each vector along the last axis as whole multiples of its largest number over `most`.
-fn rounded<const D: usize>(x: Tensor<D>, most: f64) -> Tensor<D> {
+fn rounded(x: Tensor<4>, most: f64) -> Tensor<4> {
     // A vector of zeros stays one.
-    let scale = x.clone().abs().max_dim(D - 1).clamp_min(f32::MIN_POSITIVE) / most;
+    let scale = x.clone().abs().max_dim(3).clamp_min(f32::MIN_POSITIVE) / most;
     (x / scale.clone()).round() * scale
 }
 

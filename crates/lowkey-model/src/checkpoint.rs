@@ -16,6 +16,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::model::CausalLm;
 use crate::params::Parameter;
+use crate::tensor::TensorSpec;
 
 mod stored;
 
@@ -151,15 +152,15 @@ impl Weights {
             missing.push(format!("layers {looked_at} to {} (num_hidden_layers)", config.num_hidden_layers - 1));
         }
         let first_layers = ModelConfig { num_hidden_layers: looked_at, ..config.clone() };
-        CausalLm::build(&first_layers, device, &mut |name, shape| {
-            used.insert(name.to_string());
+        CausalLm::build(&first_layers, device, &mut |TensorSpec { name, shape, .. }| {
+            used.insert(name.clone());
             match self.tensors.get(name) {
                 None if self.base && name == "lm_head.weight" => missing.push(format!(
                     "{name} (the files hold a base model, saved without its output head: save the model that has one, or \
                      set tie_word_embeddings = true where the embedding is its head)"
                 )),
                 None => missing.push(name.to_string()),
-                Some(entry) if entry.shape != shape => {
+                Some(entry) if entry.shape != *shape => {
                     mismatched.push(format!("{name}: expected {shape:?}, found {:?}", entry.shape));
                 }
                 Some(_) => {}
@@ -252,7 +253,7 @@ impl CausalLm {
         let weights = Weights::open(dir, config)?;
         weights.check(dir, config, device)?;
         let mut failure = None;
-        let model = Self::build(config, device, &mut |name, _| {
+        let model = Self::build(config, device, &mut |TensorSpec { name, .. }| {
             let Some(entry) = weights.tensors.get(name) else { return Vec::new() };
             weights.values(name, entry).unwrap_or_else(|e| {
                 failure = failure.take().or(Some(e));

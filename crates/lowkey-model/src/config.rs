@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
 use crate::error::{Error, Result};
 use crate::rope::RopeConfig;
 
@@ -108,6 +109,9 @@ pub(crate) fn default_eps() -> f64 {
     1e-6
 }
 
+/// Most of a width: above it the parameter count could overflow, and no machine could hold the model anyway.
+pub(crate) const WIDEST: usize = 1 << 20;
+
 /// A checked model configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -141,58 +145,6 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// Tokens that end a text.
     pub eos_token_id: Vec<u32>,
-}
-
-/// The attention of a block, with its sizes.
-#[derive(Clone, Debug, PartialEq)]
-pub enum AttentionConfig {
-    /// Multi-head Latent Attention.
-    Mla(MlaConfig),
-    /// MHA, GQA or MQA: what differs is the number of key and value heads.
-    Grouped(GroupedConfig),
-}
-
-/// Sizes of Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434 §2.1 and appendix C).
-#[derive(Clone, Debug, PartialEq)]
-pub struct MlaConfig {
-    /// Width Q of the query latent, if queries are compressed.
-    pub q_lora_rank: Option<usize>,
-    /// Width L of the cached latent.
-    pub kv_lora_rank: usize,
-    /// Per-head key width N without position.
-    pub qk_nope_head_dim: usize,
-    /// Width R of the shared rotated key.
-    pub qk_rope_head_dim: usize,
-    /// Per-head value width V.
-    pub v_head_dim: usize,
-    /// Biases on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj`.
-    pub attention_bias: bool,
-    /// Scale the normalised latent by √(d / L).
-    pub latent_scale: bool,
-    /// Rotate adjacent pairs instead of halves.
-    pub rope_interleave: bool,
-    /// Numbers of the latent that each layer caches and reads, at most L; absent: all. The norm of the latent is taken over all L,
-    /// so that a cut is a projection.
-    pub kv_cache_ranks: Option<Vec<usize>>,
-    /// Ranks below L at which the model was trained to be read as well, ascending; absent: none.
-    pub kv_elastic_ranks: Option<Vec<usize>>,
-}
-
-/// Sizes of multi-head, grouped-query and multi-query attention.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GroupedConfig {
-    /// Number G of key and value heads; divides the number of query heads.
-    pub num_key_value_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// How many of its leading components are rotated (even).
-    pub rotary_dim: usize,
-    /// Biases on the query, key and value projections.
-    pub qkv_bias: bool,
-    /// Bias on the output projection.
-    pub o_bias: bool,
-    /// RMSNorm on each query and key head before the rotation.
-    pub qk_norm: bool,
 }
 
 /// The `model_type` of `config.json`.
@@ -342,26 +294,8 @@ impl ModelConfig {
     /// The transformers class that computes this model exactly, or [`Family::Lowkey`] where there is none.
     pub fn natural_family(&self) -> Family {
         match &self.attention {
-            // transformers reads a rotated width of 0 as "not given" and turns something else instead.
-            AttentionConfig::Mla(mla)
-                if mla.latent_scale || mla.qk_rope_head_dim == 0 || mla.kv_cache_ranks.is_some() =>
-            {
-                Family::Lowkey
-            }
-            // Of the two with latents only DeepSeek-V2 has such biases, and it rotates pairs.
-            AttentionConfig::Mla(mla) if self.mlp_bias => match mla.rope_interleave {
-                true => Family::DeepseekV2,
-                false => Family::Lowkey,
-            },
-            AttentionConfig::Mla(_) => Family::DeepseekV3,
-            AttentionConfig::Grouped(g) if g.rotary_dim != g.head_dim => Family::Lowkey,
-            AttentionConfig::Grouped(g) if self.mlp_bias && (g.qk_norm || g.qkv_bias != g.o_bias) => Family::Lowkey,
-            AttentionConfig::Grouped(g) => match (g.qk_norm, g.qkv_bias, g.o_bias) {
-                (false, bias, o_bias) if bias == o_bias => Family::Llama,
-                (false, true, false) => Family::Qwen2,
-                (true, bias, o_bias) if bias == o_bias => Family::Qwen3,
-                _ => Family::Lowkey,
-            },
+            AttentionConfig::Mla(mla) => mla.family(self.mlp_bias),
+            AttentionConfig::Grouped(grouped) => grouped.family(self.mlp_bias),
         }
     }
 
@@ -378,37 +312,22 @@ impl ModelConfig {
 
     /// Numbers of the latent that each layer caches: L, or less where it was cut; nothing without latent attention.
     pub fn kv_ranks(&self) -> Vec<usize> {
-        match &self.attention {
-            AttentionConfig::Mla(mla) => match &mla.kv_cache_ranks {
-                Some(ranks) => ranks.clone(),
-                None => vec![mla.kv_lora_rank; self.num_hidden_layers],
-            },
-            AttentionConfig::Grouped(_) => Vec::new(),
-        }
+        let latent = self.attention.latent();
+        latent.map_or_else(Vec::new, |mla| (0..self.num_hidden_layers).map(|layer| mla.kv_rank(layer)).collect())
     }
 
     /// The ranks, ascending, at which the model was trained to be read besides the one that it is read at.
     pub fn elastic_ranks(&self) -> Vec<usize> {
         let least = self.kv_ranks().into_iter().min().unwrap_or(0);
-        let AttentionConfig::Mla(mla) = &self.attention else { return Vec::new() };
+        let Some(mla) = self.attention.latent() else { return Vec::new() };
         mla.kv_elastic_ranks.iter().flatten().copied().filter(|rank| *rank < least).collect()
-    }
-
-    /// Ascending ranks below the whole.
-    fn check_elastic_ranks(ranks: &[usize], whole: usize) -> Result<()> {
-        let rising = ranks.is_sorted_by(|a, b| a < b);
-        if ranks.is_empty() || !rising || ranks.iter().any(|rank| !(1..whole).contains(rank)) {
-            let why = format!("must rise, from 1 on and below kv_lora_rank = {whole}, which needs no mention");
-            return Err(Error::config("elastic.ranks", &format!("{ranks:?}"), why));
-        }
-        Ok(())
     }
 
     /// One rank for each layer, each within its latent.
     pub(crate) fn check_kv_ranks(&self, ranks: &[usize]) -> Result<()> {
         let layers = self.num_hidden_layers;
         let refuse = |why| Err(Error::config("kv_cache_ranks", &format!("{ranks:?}"), why));
-        let AttentionConfig::Mla(mla) = &self.attention else {
+        let Some(mla) = self.attention.latent() else {
             return refuse(format!("{} attention has no latent to cut", self.attention_name()));
         };
         if ranks.len() != layers {
@@ -429,7 +348,6 @@ impl ModelConfig {
         // Bounds below which the parameter count and the cost model cannot overflow, and above which no machine could hold
         // the model anyway.
         const MOST: usize = 1 << 24;
-        const WIDEST: usize = 1 << 20;
         const DEEPEST: usize = 1 << 12;
         let heads = self.num_attention_heads;
         let sizes = [
@@ -451,46 +369,13 @@ impl ModelConfig {
         {
             return Err(Error::config("initializer_range", &range, "must be a finite number > 0"));
         }
-        let rotary_dim = match &self.attention {
-            AttentionConfig::Mla(mla) => {
-                for (key, size) in [
-                    ("kv_lora_rank", mla.kv_lora_rank),
-                    ("qk_nope_head_dim", mla.qk_nope_head_dim),
-                    ("v_head_dim", mla.v_head_dim),
-                    ("q_lora_rank", mla.q_lora_rank.unwrap_or(1)),
-                ] {
-                    check_size(key, size, WIDEST)?;
-                }
-                even("qk_rope_head_dim", mla.qk_rope_head_dim)?;
-                if let Some(ranks) = &mla.kv_cache_ranks {
-                    self.check_kv_ranks(ranks)?;
-                }
-                if let Some(ranks) = &mla.kv_elastic_ranks {
-                    Self::check_elastic_ranks(ranks, mla.kv_lora_rank)?;
-                }
-                let widest = (mla.qk_nope_head_dim + mla.qk_rope_head_dim).max(mla.v_head_dim);
-                check_heads(heads, widest, WIDEST)?;
-                mla.qk_rope_head_dim
-            }
-            AttentionConfig::Grouped(g) => {
-                check_size("head_dim", g.head_dim, WIDEST)?;
-                check_heads(heads, g.head_dim, WIDEST)?;
-                check_size("num_key_value_heads", g.num_key_value_heads, WIDEST)?;
-                if !heads.is_multiple_of(g.num_key_value_heads) {
-                    return Err(Error::config(
-                        "num_key_value_heads",
-                        &g.num_key_value_heads,
-                        format!("must divide num_attention_heads = {heads}"),
-                    ));
-                }
-                if g.rotary_dim > g.head_dim {
-                    let why = format!("at most the whole head can be rotated, head_dim = {}", g.head_dim);
-                    return Err(Error::config("partial_rotary_factor", &g.rotary_dim, why));
-                }
-                even(if g.rotary_dim == g.head_dim { "head_dim" } else { "partial_rotary_factor" }, g.rotary_dim)?;
-                g.rotary_dim
-            }
-        };
+        match &self.attention {
+            AttentionConfig::Mla(mla) => mla.check(heads)?,
+            AttentionConfig::Grouped(grouped) => grouped.check(heads)?,
+        }
+        if let Some(ranks) = self.attention.latent().and_then(|mla| mla.kv_cache_ranks.as_ref()) {
+            self.check_kv_ranks(ranks)?;
+        }
         if !self.suits_its_family() {
             return Err(Error::config(
                 "model_type",
@@ -498,25 +383,22 @@ impl ModelConfig {
                 format!("does not compute this combination; {} does", self.natural_family().model_type()),
             ));
         }
-        self.rope.check(rotary_dim, self.max_position_embeddings)
+        self.rope.check(self.rotary_dim(), self.max_position_embeddings)
     }
 
     /// Width of the rotated part of a query.
     pub fn rotary_dim(&self) -> usize {
         match &self.attention {
             AttentionConfig::Mla(mla) => mla.qk_rope_head_dim,
-            AttentionConfig::Grouped(g) => g.rotary_dim,
+            AttentionConfig::Grouped(grouped) => grouped.rotary_dim,
         }
     }
 
     /// The factor on q·k: 1/√width, times m² under YaRN with `mscale_all_dim` (MLA only), m = 0.1·mscale_all_dim·ln(factor)+1.
     pub fn softmax_scale(&self) -> f64 {
         match &self.attention {
-            AttentionConfig::Mla(mla) => {
-                let width = (mla.qk_nope_head_dim + mla.qk_rope_head_dim) as f64;
-                self.rope.logit_factor() / width.sqrt()
-            }
-            AttentionConfig::Grouped(g) => 1.0 / (g.head_dim as f64).sqrt(),
+            AttentionConfig::Mla(mla) => mla.softmax_scale(&self.rope),
+            AttentionConfig::Grouped(grouped) => grouped.softmax_scale(),
         }
     }
 
@@ -524,21 +406,19 @@ impl ModelConfig {
     pub fn attention_name(&self) -> String {
         match &self.attention {
             AttentionConfig::Mla(_) => "MLA".into(),
-            AttentionConfig::Grouped(g) if g.num_key_value_heads == self.num_attention_heads => "MHA".into(),
-            AttentionConfig::Grouped(g) if g.num_key_value_heads == 1 => "MQA".into(),
-            AttentionConfig::Grouped(g) => format!("GQA-{}", g.num_key_value_heads),
+            AttentionConfig::Grouped(grouped) => grouped.name(self.num_attention_heads),
         }
     }
 }
 
-fn check_size(key: &'static str, size: usize, most: usize) -> Result<()> {
+pub(crate) fn check_size(key: &'static str, size: usize, most: usize) -> Result<()> {
     if size == 0 || size > most {
         return Err(Error::config(key, &size, format!("must lie between 1 and {most}")));
     }
     Ok(())
 }
 
-fn check_heads(heads: usize, width: usize, most: usize) -> Result<()> {
+pub(crate) fn check_heads(heads: usize, width: usize, most: usize) -> Result<()> {
     if heads.saturating_mul(width) > most {
         let why = format!("{heads} heads of width {width} are more than {most} wide together");
         return Err(Error::config("num_attention_heads", &heads, why));
@@ -546,7 +426,7 @@ fn check_heads(heads: usize, width: usize, most: usize) -> Result<()> {
     Ok(())
 }
 
-fn even(key: &'static str, width: usize) -> Result<()> {
+pub(crate) fn even(key: &'static str, width: usize) -> Result<()> {
     if !width.is_multiple_of(2) || width > 1 << 16 {
         return Err(Error::config(
             key,

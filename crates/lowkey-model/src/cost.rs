@@ -1,6 +1,7 @@
 //! What a configuration costs, before a byte is allocated: parameters, FLOPs and cache bytes.
 
-use crate::config::{AttentionConfig, ModelConfig};
+use crate::attention::AttentionSizes;
+use crate::config::ModelConfig;
 use crate::gradients::Recompute;
 
 /// Parameter counts.
@@ -24,32 +25,15 @@ pub struct CacheWidth {
 }
 
 impl ModelConfig {
+    fn attention_sizes(&self) -> AttentionSizes {
+        self.attention.sizes(self.hidden_size, self.num_attention_heads)
+    }
+
     /// Counts parameters.
     pub fn parameter_count(&self) -> ParameterCount {
-        let (d, heads, layers) = (self.hidden_size, self.num_attention_heads, self.num_hidden_layers);
-        let attention = match &self.attention {
-            AttentionConfig::Mla(m) => {
-                let q_width = heads * (m.qk_nope_head_dim + m.qk_rope_head_dim);
-                let down = m.kv_lora_rank + m.qk_rope_head_dim;
-                let query = match m.q_lora_rank {
-                    Some(q) => d * q + q + q * q_width + if m.attention_bias { q } else { 0 },
-                    None => d * q_width,
-                };
-                let bias = if m.attention_bias { down + d } else { 0 };
-                query
-                    + d * down
-                    + m.kv_lora_rank
-                    + m.kv_lora_rank * heads * (m.qk_nope_head_dim + m.v_head_dim)
-                    + heads * m.v_head_dim * d
-                    + bias
-            }
-            AttentionConfig::Grouped(g) => {
-                let (q, kv) = (heads * g.head_dim, g.num_key_value_heads * g.head_dim);
-                let bias = if g.qkv_bias { q + 2 * kv } else { 0 } + if g.o_bias { d } else { 0 };
-                d * q + 2 * d * kv + q * d + bias + if g.qk_norm { 2 * g.head_dim } else { 0 }
-            }
-        };
-        let attention = layers * attention - self.cut_weights();
+        let (d, layers) = (self.hidden_size, self.num_hidden_layers);
+        let sizes = self.attention_sizes();
+        let attention = layers * (sizes.matrices + sizes.vectors) - self.cut_weights();
         let blocks = attention + layers * (3 * d * self.intermediate_size + self.mlp_biases() + 2 * d) + d;
         let tables = self.vocab_size * d * if self.tie_word_embeddings { 1 } else { 2 };
         ParameterCount { total: blocks + tables, blocks, attention }
@@ -57,7 +41,7 @@ impl ModelConfig {
 
     /// Columns of `kv_b_proj` that are not there because their latents were cut, in all layers.
     fn cut_weights(&self) -> usize {
-        let AttentionConfig::Mla(m) = &self.attention else { return 0 };
+        let Some(m) = self.attention.latent() else { return 0 };
         let cut: usize = self.kv_ranks().iter().map(|rank| m.kv_lora_rank - rank).sum();
         cut * self.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
     }
@@ -92,20 +76,8 @@ impl ModelConfig {
 
     /// Parameters of norms and biases.
     fn vector_weights(&self) -> usize {
-        let (d, heads) = (self.hidden_size, self.num_attention_heads);
-        let biases = |set: bool, width: usize| if set { width } else { 0 };
-        let attention = match &self.attention {
-            AttentionConfig::Mla(m) => {
-                let query = m.q_lora_rank.unwrap_or(0);
-                let down = m.kv_lora_rank + m.qk_rope_head_dim;
-                query + m.kv_lora_rank + biases(m.attention_bias, query + down + d)
-            }
-            AttentionConfig::Grouped(g) => {
-                let qkv = (heads + 2 * g.num_key_value_heads) * g.head_dim;
-                biases(g.qkv_bias, qkv) + biases(g.o_bias, d) + biases(g.qk_norm, 2 * g.head_dim)
-            }
-        };
-        self.num_hidden_layers * (attention + self.mlp_biases() + 2 * d) + d
+        let d = self.hidden_size;
+        self.num_hidden_layers * (self.attention_sizes().vectors + self.mlp_biases() + 2 * d) + d
     }
 
     /// Numbers of the biases of one feed-forward layer.
@@ -115,44 +87,24 @@ impl ModelConfig {
 
     /// Multiply-adds per token between one query and `keys` keys, all layers and heads, expanded form.
     fn attention_products(&self, keys: usize) -> usize {
-        let per_pair = match &self.attention {
-            AttentionConfig::Mla(m) => m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim,
-            AttentionConfig::Grouped(g) => 2 * g.head_dim,
-        };
-        self.num_hidden_layers * self.num_attention_heads * per_pair * keys
+        self.num_hidden_layers * self.attention_sizes().pair * keys
     }
 
     /// Numbers per token and layer that a cache stores.
     pub fn cache_width(&self) -> CacheWidth {
-        match &self.attention {
-            AttentionConfig::Mla(m) => CacheWidth {
-                expanded: self.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim),
-                latent: m.kv_lora_rank + m.qk_rope_head_dim,
-            },
-            AttentionConfig::Grouped(g) => {
-                let width = 2 * g.num_key_value_heads * g.head_dim;
-                CacheWidth { expanded: width, latent: width }
-            }
-        }
+        let sizes = self.attention_sizes();
+        CacheWidth { expanded: sizes.expanded, latent: sizes.cached }
     }
 
     /// Numbers per token that a cache stores for all layers together: Σ(r + R) over layers, of whose latents r ≤ L are kept.
     pub fn cache_numbers(&self) -> usize {
-        match &self.attention {
-            AttentionConfig::Mla(m) => self.kv_ranks().iter().map(|rank| rank + m.qk_rope_head_dim).sum(),
-            AttentionConfig::Grouped(_) => self.cache_width().latent * self.num_hidden_layers,
-        }
+        let of_layer = |layer| self.attention.cache_buffers(layer).iter().map(|b| b.heads * b.width).sum::<usize>();
+        (0..self.num_hidden_layers).map(of_layer).sum()
     }
 
     /// Bytes of the largest single f32 tensor of training: a matrix of weights, or the widest activation of one micro-batch.
     pub fn largest_tensor_bytes(&self, micro_batch: usize, seq: usize) -> usize {
-        let heads = match &self.attention {
-            AttentionConfig::Mla(m) => {
-                self.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim.max(m.v_head_dim))
-            }
-            AttentionConfig::Grouped(g) => self.num_attention_heads * g.head_dim,
-        };
-        let widest = self.hidden_size.max(self.intermediate_size).max(heads);
+        let widest = self.hidden_size.max(self.intermediate_size).max(self.attention_sizes().widest);
         let rows = self.vocab_size.max(self.intermediate_size);
         let numbers = (rows * self.hidden_size).max(micro_batch.saturating_mul(seq).saturating_mul(widest));
         numbers.saturating_mul(4)
@@ -186,16 +138,8 @@ impl ModelConfig {
         const PASSES: f64 = 1.5;
         const KEPT: f64 = 1.5;
         const EVALUATED: f64 = 3.0;
-        let attention = match &self.attention {
-            AttentionConfig::Mla(m) => {
-                // Queries, the output with its log-sum-exp; the latents before their norms.
-                let head = m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim + 1;
-                self.num_attention_heads * head + m.kv_lora_rank + m.qk_rope_head_dim + 2 * m.q_lora_rank.unwrap_or(0)
-            }
-            AttentionConfig::Grouped(g) => (2 * self.num_attention_heads + 2 * g.num_key_value_heads) * g.head_dim,
-        };
         // The stream before each half and its norm; gate and up.
-        let block = attention + 3 * self.hidden_size + 2 * self.intermediate_size;
+        let block = self.attention_sizes().kept + 3 * self.hidden_size + 2 * self.intermediate_size;
         // With biases the steps of the feed-forward layer run one by one, and each keeps its arguments.
         let block = block + if self.mlp_bias { 3 * self.intermediate_size } else { 0 };
         let kept = match recompute {

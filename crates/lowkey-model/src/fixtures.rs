@@ -7,9 +7,11 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-use crate::config::{AttentionConfig, Family, GroupedConfig, MlaConfig, ModelConfig};
+use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
+use crate::config::{Family, ModelConfig};
 use crate::model::CausalLm;
 use crate::rope::{RopeConfig, RopeType};
+use crate::tensor::{Role, TensorSpec};
 
 pub(crate) fn mla() -> MlaConfig {
     MlaConfig {
@@ -148,14 +150,14 @@ pub(crate) fn normal(seed: u64, len: usize) -> Vec<f32> {
 /// A model whose norms and biases are random too: with ones and zeros half of all mistakes would not show.
 pub(crate) fn scrambled(config: &ModelConfig, seed: u64, device: &Device) -> CausalLm {
     let mut tensors = 0;
-    CausalLm::build(config, device, &mut |name, shape| {
+    CausalLm::build(config, device, &mut |TensorSpec { shape, role, .. }| {
         tensors += 1;
         let values = normal(seed * 1000 + tensors, shape.iter().product());
-        match shape {
-            [_, _] if name == "model.embed_tokens.weight" => values,
-            [_, d_in] => values.iter().map(|x| x / (*d_in as f32).sqrt()).collect(),
-            _ if name.ends_with(".bias") => values.iter().map(|x| 0.3 * x).collect(),
-            _ => values.iter().map(|x| 1.0 + 0.3 * x.tanh()).collect(),
+        match role {
+            Role::Embedding => values,
+            Role::Norm => values.iter().map(|x| 1.0 + 0.3 * x.tanh()).collect(),
+            Role::Bias => values.iter().map(|x| 0.3 * x).collect(),
+            Role::Head | Role::Matrix | Role::Residual => values.iter().map(|x| x / (shape[1] as f32).sqrt()).collect(),
         }
     })
 }

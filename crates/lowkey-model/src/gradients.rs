@@ -2,10 +2,12 @@
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor};
-use lowkey_kernels::{LossSum, distill_sum, optim};
+use lowkey_kernels::{LossSum, optim};
 use serde::{Deserialize, Serialize};
 
+use crate::attention::Seen;
 use crate::model::{CausalLm, Context};
+use crate::objective::{Objective, Term};
 use crate::pass::PassBatch;
 
 /// What the backward pass computes again instead of keeping.
@@ -20,28 +22,13 @@ pub enum Recompute {
     Block,
 }
 
-/// What the gradients are those of.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Objective<'a> {
-    /// Factor on the summed loss: one over the targets of the whole step for its mean.
-    pub scale: f64,
-    /// Factor on each squared log-partition of the first pass, see [`lowkey_kernels::Labels::z_loss`]. Further passes have none,
-    /// whatever they learn from.
-    pub z_loss: f64,
-    /// MLA: ranks at which the latent is read in further passes over the batch. The objective is the mean over all passes.
-    pub narrow: &'a [usize],
-    /// Tokens: how much of a further pass's loss is its distance to the first pass ([`distill_sum`]); the rest, and for vectors
-    /// all, is its own.
-    pub distillation: f64,
-}
-
 /// One of the passes of an objective.
-#[derive(Clone)]
 struct Pass<'a> {
-    objective: Objective<'a>,
-    kv_rank: Option<usize>,
+    term: Term,
+    /// Factor on its summed loss.
+    scale: f64,
     /// Hidden states of the first pass, `[rows · seq, d]`, to learn from.
-    teacher: Option<Tensor<2>>,
+    teacher: Option<&'a Tensor<2>>,
 }
 
 /// What a pass gives: its loss outside its graph, the hidden states that it came from, and the gradients.
@@ -80,7 +67,7 @@ fn pull_back(y: Tensor<3>, pull: Tensor<3>) -> Gradients {
 }
 
 impl CausalLm {
-    /// Summed loss of a batch ([`CausalLm::loss`]), and the gradients of `objective.scale` times it, flattened, in the order of
+    /// Summed loss of a batch for the first term ([`CausalLm::loss`]), and the gradients of the objective, flattened, in the order of
     /// [`CausalLm::parameters`].
     ///
     /// The model must record gradients. Both ways of [`Recompute`] give the same numbers, to the order of the sums where several
@@ -93,41 +80,26 @@ impl CausalLm {
         device: &Device,
     ) -> (LossSum, Vec<Tensor<1>>) {
         let batch = batch.into();
-        let passes = 1 + objective.narrow.len();
-        let objective = Objective { scale: objective.scale / passes as f64, ..objective };
+        let scale = objective.scale / objective.terms.len().max(1) as f64;
         let run = |pass: Pass| match recompute {
             Recompute::None => self.at_once(batch, &pass, device),
             Recompute::Block => self.block_by_block(batch, &pass, device),
         };
-        let (loss, teacher, mut gradients) = run(Pass { objective, kv_rank: None, teacher: None });
-        for rank in objective.narrow {
-            let pass = Pass { objective, kv_rank: Some(*rank), teacher: Some(teacher.clone()) };
-            let (_, _, more) = run(pass);
+        let (first, others) = objective.terms.split_first().unwrap_or((&Term::Next { z_loss: 0.0 }, &[]));
+        let (loss, teacher, mut gradients) = run(Pass { term: *first, scale, teacher: None });
+        for term in others {
+            let (_, _, more) = run(Pass { term: *term, scale, teacher: Some(&teacher) });
             gradients = gradients.into_iter().zip(more).map(|(sum, more)| optim::accumulate(sum, vec![more])).collect();
         }
         (loss, gradients)
     }
 
-    /// The loss of a pass from its hidden states `[rows · seq, d]` after the final norm.
-    fn pass_loss(&self, hidden: Tensor<2>, batch: PassBatch, pass: &Pass) -> LossSum {
-        match (&pass.teacher, batch) {
-            (Some(teacher), PassBatch::Tokens(tokens)) if pass.objective.distillation > 0.0 => {
-                let (head, share) = (self.head_weight(), pass.objective.distillation);
-                let nats = distill_sum(hidden, head, teacher.clone(), tokens.targets, share);
-                let targets = tokens.targets.iter().filter(|target| **target >= 0).count();
-                LossSum { z_loss: nats.clone().detach().zeros_like(), nats, targets }
-            }
-            (Some(_), _) => self.loss_of(hidden, batch, 0.0),
-            (None, _) => self.loss_of(hidden, batch, pass.objective.z_loss),
-        }
-    }
-
     /// One graph of everything.
     fn at_once(&self, batch: PassBatch, pass: &Pass, device: &Device) -> Passed {
-        let hidden = self.last_hidden(batch, pass.kv_rank, device, None);
+        let hidden = self.last_hidden(batch, pass.term.kv_rank(), device, None);
         let seen = hidden.clone().detach();
-        let loss = self.pass_loss(hidden, batch, pass);
-        let mut gradients = (loss.nats.clone() * pass.objective.scale).backward();
+        let loss = self.loss_of_term(pass.term, hidden, batch, pass.teacher);
+        let mut gradients = (loss.nats.clone() * pass.scale).backward();
         (plain(loss), seen, take(self, &mut gradients))
     }
 
@@ -140,13 +112,13 @@ impl CausalLm {
     fn block_by_block(&self, batch: PassBatch, pass: &Pass, device: &Device) -> Passed {
         let [rows, seq_len] = batch.dims();
         let (model, inner) = (self.valid(), device.clone().inner());
-        let kv_rank = pass.kv_rank;
+        let kv_rank = pass.term.kv_rank();
         let context = Context { kv_rank, ..model.context(batch.document_starts(), seq_len, &inner) };
         let mut x = model.embed(batch, &inner);
         let mut inputs = Vec::with_capacity(model.model.layers.len());
         for block in &model.model.layers {
             inputs.push(x.clone());
-            x = block.forward(x, &context, None);
+            x = block.forward(x, Seen::Rows(&context), None);
         }
         drop(model);
         let leaf = |x: Tensor<3>| x.autodiff().require_grad();
@@ -156,8 +128,8 @@ impl CausalLm {
         let x = leaf(x);
         let hidden = self.model.norm.forward(x.clone()).reshape([rows * seq_len, self.config.hidden_size]);
         let seen = hidden.clone().detach();
-        let loss = self.pass_loss(hidden, batch, pass);
-        let mut gradients = (loss.nats.clone() * pass.objective.scale).backward();
+        let loss = self.loss_of_term(pass.term, hidden, batch, pass.teacher);
+        let mut gradients = (loss.nats.clone() * pass.scale).backward();
         let loss = plain(loss);
         let mut pull = pulled(x, &mut gradients);
         let (norm, head) = (take(&self.model.norm, &mut gradients), take(&self.lm_head, &mut gradients));
@@ -167,7 +139,7 @@ impl CausalLm {
         let mut blocks = Vec::new();
         for (block, x) in self.model.layers.iter().zip(inputs).rev() {
             let x = leaf(x);
-            let mut gradients = pull_back(block.forward(x.clone(), &context, None), pull);
+            let mut gradients = pull_back(block.forward(x.clone(), Seen::Rows(&context), None), pull);
             pull = pulled(x, &mut gradients);
             blocks.push(take(block, &mut gradients));
         }
@@ -184,6 +156,8 @@ impl CausalLm {
 
 #[cfg(test)]
 mod tests {
+    use lowkey_kernels::distill_sum;
+
     use super::*;
     use crate::IGNORE;
     use crate::TokenBatch;
@@ -207,8 +181,8 @@ mod tests {
             let of_cut = cut.last_hidden(batch.into(), None, &Device::flex(), None);
             assert!(distance(&values(hidden.clone()), &values(of_cut)) < 1e-5, "{kind}");
 
-            let narrow = [rank];
-            let objective = Objective { scale: 1.0, z_loss: 0.0, narrow: &narrow, distillation: 0.0 };
+            let terms = |distillation: f64| [Term::Next { z_loss: 0.0 }, Term::Prefix { rank, distillation }];
+            let objective = Objective { scale: 1.0, terms: &terms(0.0) };
             let (loss, found) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
             let whole = model.loss(batch, 0.0, &device);
             assert_eq!(values(loss.nats), values(whole.nats.clone()), "{kind}: the loss told is that of the whole");
@@ -220,7 +194,7 @@ mod tests {
                 assert!(distance(&found, &expected) <= 3e-6 * size, "{kind}: {}", parameter.name);
             }
             // All of it learnt from the first pass, which learns nothing from the second.
-            let lesson = Objective { distillation: 1.0, ..objective };
+            let lesson = Objective { scale: 1.0, terms: &terms(1.0) };
             let (_, taught) = model.loss_and_gradients(batch, lesson, Recompute::None, &device);
             let hidden = model.last_hidden(batch.into(), Some(rank), &device, None);
             let teacher = model.last_hidden(batch.into(), None, &device, None);
@@ -248,7 +222,9 @@ mod tests {
                 TokenBatch { rows: 2, seq_len: 7, input_ids: &input_ids, targets: &targets, document_starts: &starts };
             let narrow = [least / 2];
             let gradients = |z_loss: f64, narrow: &[usize], distillation: f64| {
-                let objective = Objective { scale: (1 + narrow.len()) as f64, z_loss, narrow, distillation };
+                let narrow = narrow.iter().map(|rank| Term::Prefix { rank: *rank, distillation });
+                let terms: Vec<Term> = std::iter::once(Term::Next { z_loss }).chain(narrow).collect();
+                let objective = Objective { scale: terms.len() as f64, terms: &terms };
                 let (_, gradients) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
                 gradients.into_iter().map(values).collect::<Vec<_>>()
             };
@@ -284,7 +260,9 @@ mod tests {
                 document_starts: &document_starts,
             };
             let narrow: &[usize] = if config.kv_ranks().is_empty() { &[] } else { &[1, 4] };
-            let objective = Objective { scale: 0.1, z_loss: 0.01, narrow, distillation: 0.7 };
+            let narrow = narrow.iter().map(|rank| Term::Prefix { rank: *rank, distillation: 0.7 });
+            let terms: Vec<Term> = std::iter::once(Term::Next { z_loss: 0.01 }).chain(narrow).collect();
+            let objective = Objective { scale: 0.1, terms: &terms };
             let (loss, gradients) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
             let (again, anew) = model.loss_and_gradients(batch, objective, Recompute::Block, &device);
             assert_eq!((values(loss.nats), loss.targets), (values(again.nats), again.targets), "{kind}");

@@ -9,7 +9,8 @@ use lowkey_files::read_text;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::config::{AttentionConfig, Family, GroupedConfig, MlaConfig, ModelConfig, default_eps};
+use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
+use crate::config::{Family, ModelConfig, default_eps};
 use crate::error::{Error, Result};
 use crate::rope::{RopeConfig, RopeType};
 
@@ -180,7 +181,7 @@ impl ModelConfig {
             }
             extend(&mut out, json!({ "rope_scaling": scaling }));
         }
-        if let AttentionConfig::Mla(MlaConfig { kv_elastic_ranks: Some(ranks), .. }) = &self.attention {
+        if let Some(ranks) = self.attention.latent().and_then(|mla| mla.kv_elastic_ranks.as_ref()) {
             // Whole, it is a plain model of its family: programs that do not know the key compute the same.
             extend(&mut out, json!({ "kv_elastic_ranks": ranks }));
         }

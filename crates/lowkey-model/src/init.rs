@@ -21,26 +21,30 @@ use sha2::{Digest, Sha256};
 
 use crate::config::ModelConfig;
 use crate::model::CausalLm;
+use crate::tensor::{Role, TensorSpec};
 
 const EMBEDDING_STD: f64 = 0.02;
 
 impl CausalLm {
     /// A model with random weights; see the [module](crate::init) for the distribution of each tensor.
     pub fn init(config: &ModelConfig, seed: u64, device: &Device) -> Self {
-        Self::build(config, device, &mut |name, shape| initial_values(config, seed, name, shape))
+        Self::build(config, device, &mut |spec| initial_values(config, seed, spec))
     }
 }
 
-fn initial_values(config: &ModelConfig, seed: u64, name: &str, shape: &[usize]) -> Vec<f32> {
-    let len = shape.iter().product();
-    let [_, d_in] = shape else {
-        return vec![if name.ends_with(".bias") { 0.0 } else { 1.0 }; len];
+fn initial_values(config: &ModelConfig, seed: u64, spec: &TensorSpec) -> Vec<f32> {
+    let len = spec.shape.iter().product();
+    let by_fan_in = || spec.shape.last().map_or(1.0, |d_in| (*d_in as f64).powf(-0.5));
+    let std = match spec.role {
+        Role::Norm => return vec![1.0; len],
+        Role::Bias => return vec![0.0; len],
+        Role::Embedding | Role::Head => config.initializer_range.unwrap_or(EMBEDDING_STD),
+        Role::Matrix => config.initializer_range.unwrap_or_else(by_fan_in),
+        Role::Residual => {
+            config.initializer_range.unwrap_or_else(by_fan_in) / (2.0 * config.num_hidden_layers as f64).sqrt()
+        }
     };
-    let table = name == "lm_head.weight" || name == "model.embed_tokens.weight";
-    let std = config.initializer_range.unwrap_or(if table { EMBEDDING_STD } else { (*d_in as f64).powf(-0.5) });
-    let writes_residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
-    let std = if writes_residual { std / (2.0 * config.num_hidden_layers as f64).sqrt() } else { std };
-    let mut rng = stream(seed, name);
+    let mut rng = stream(seed, &spec.name);
     (0..len).map(|_| (std * Distribution::<f64>::sample(&StandardNormal, &mut rng)) as f32).collect()
 }
 

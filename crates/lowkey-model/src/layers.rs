@@ -5,89 +5,141 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use lowkey_kernels::{add_linear, embed, linear, rms_norm};
 
-/// Supplies the values of each parameter by checkpoint name: random ones, or those of a file. No values at all make an empty
-/// tensor, for a model that is about to be refused: nothing as large as a wrong configuration claims is allocated.
+use crate::tensor::{Role, TensorSpec};
+
+/// Supplies the values of each tensor: random ones, or those of a file. No values at all make an empty tensor, for a model that is
+/// about to be refused: nothing as large as a wrong configuration claims is allocated.
 pub(crate) struct Builder<'a> {
     pub(crate) device: &'a Device,
-    pub(crate) fill: &'a mut dyn FnMut(&str, &[usize]) -> Vec<f32>,
+    pub(crate) fill: &'a mut dyn FnMut(&TensorSpec) -> Vec<f32>,
+    /// What has been built, in the order of the module's fields.
+    pub(crate) built: Vec<TensorSpec>,
 }
 
 impl Builder<'_> {
-    fn vector(&mut self, name: &str, len: usize) -> Param<Tensor<1>> {
-        let values = (self.fill)(name, &[len]);
-        let shape = [values.len()];
+    fn tensor<const D: usize>(
+        &mut self,
+        name: String,
+        shape: [usize; D],
+        role: Role,
+        head_rows: Vec<usize>,
+    ) -> Param<Tensor<D>> {
+        let spec = TensorSpec { name, shape: shape.to_vec(), role, head_rows };
+        let values = (self.fill)(&spec);
+        self.built.push(spec);
+        let shape = if values.is_empty() { [0; D] } else { shape };
         Param::from_data(TensorData::new(values, shape), self.device)
     }
 
-    fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Param<Tensor<2>> {
-        let values = (self.fill)(name, &[rows, columns]);
-        let shape = if values.is_empty() { [0, 0] } else { [rows, columns] };
-        Param::from_data(TensorData::new(values, shape), self.device)
+    fn vector(&mut self, name: String, len: usize, role: Role) -> Param<Tensor<1>> {
+        self.tensor(name, [len], role, vec![len])
     }
 }
 
 /// `y = x Wᵀ + b`.
 #[derive(Module, Debug)]
 pub struct Linear {
-    /// `[d_out, d_in]`
-    pub weight: Param<Tensor<2>>,
-    /// `[d_out]`
-    pub bias: Option<Param<Tensor<1>>>,
+    weight: Param<Tensor<2>>,
+    bias: Option<Param<Tensor<1>>>,
 }
 
 impl Linear {
-    pub(crate) fn build(b: &mut Builder, name: &str, d_in: usize, d_out: usize, bias: bool) -> Self {
+    /// A map from `d_in` to `d_out` numbers.
+    pub(crate) fn build(b: &mut Builder, name: &str, [d_in, d_out]: [usize; 2], role: Role, bias: bool) -> Self {
+        Self::build_rows(b, name, d_in, role, vec![d_out], bias)
+    }
+
+    /// Maps from `d_in` numbers to the heads' parts, of so many rows each.
+    pub(crate) fn build_heads(b: &mut Builder, name: &str, d_in: usize, head_rows: Vec<usize>, bias: bool) -> Self {
+        Self::build_rows(b, name, d_in, Role::Matrix, head_rows, bias)
+    }
+
+    fn build_rows(b: &mut Builder, name: &str, d_in: usize, role: Role, head_rows: Vec<usize>, bias: bool) -> Self {
+        let d_out = head_rows.iter().sum();
         Self {
-            weight: b.matrix(&format!("{name}.weight"), d_out, d_in),
-            bias: bias.then(|| b.vector(&format!("{name}.bias"), d_out)),
+            weight: b.tensor(format!("{name}.weight"), [d_out, d_in], role, head_rows),
+            bias: bias.then(|| b.vector(format!("{name}.bias"), d_out, Role::Bias)),
         }
+    }
+
+    /// W `[d_out, d_in]`, as the map applies it: the only way to it, for kernels that take the matrix as for whoever reads it.
+    pub fn matrix(&self) -> Tensor<2> {
+        self.weight.val()
+    }
+
+    /// Puts another matrix in its place.
+    pub fn set_matrix(&mut self, matrix: Tensor<2>) {
+        self.weight = Param::from_tensor(matrix);
+    }
+
+    /// b `[d_out]`, where there is one.
+    pub fn bias(&self) -> Option<Tensor<1>> {
+        self.bias.as_ref().map(Param::val)
+    }
+
+    /// Puts another bias in its place, or none.
+    pub fn set_bias(&mut self, bias: Option<Tensor<1>>) {
+        self.bias = bias.map(Param::from_tensor);
     }
 
     /// `[batch, seq, d_in]` → `[batch, seq, d_out]`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        linear(x, self.weight.val(), self.bias.as_ref().map(Param::val))
+        linear(x, self.matrix(), self.bias())
     }
 
     /// `residual + y`, `residual [batch, seq, d_out]`.
     pub fn add_to(&self, residual: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
-        add_linear(residual, x, self.weight.val(), self.bias.as_ref().map(Param::val))
+        add_linear(residual, x, self.matrix(), self.bias())
     }
 }
 
 /// Root-mean-square norm with a gain.
 #[derive(Module, Debug)]
 pub struct RmsNorm {
-    /// `[d]`
-    pub weight: Param<Tensor<1>>,
+    weight: Param<Tensor<1>>,
     /// Added to the mean square.
     pub eps: f64,
 }
 
 impl RmsNorm {
     pub(crate) fn build(b: &mut Builder, name: &str, width: usize, eps: f64) -> Self {
-        Self { weight: b.vector(&format!("{name}.weight"), width), eps }
+        Self { weight: b.vector(format!("{name}.weight"), width, Role::Norm), eps }
+    }
+
+    /// The gain `[d]`.
+    pub fn gain(&self) -> Tensor<1> {
+        self.weight.val()
+    }
+
+    /// Puts another gain in its place.
+    pub fn set_gain(&mut self, gain: Tensor<1>) {
+        self.weight = Param::from_tensor(gain);
     }
 
     /// `[..., d]` → `[..., d]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        rms_norm(x, self.weight.val(), self.eps)
+        rms_norm(x, self.gain(), self.eps)
     }
 }
 
 /// Token embedding.
 #[derive(Module, Debug)]
 pub struct Embedding {
-    /// `[vocab_size, hidden_size]`
-    pub weight: Param<Tensor<2>>,
+    weight: Param<Tensor<2>>,
 }
 
 impl Embedding {
     pub(crate) fn build(b: &mut Builder, name: &str, rows: usize, width: usize) -> Self {
-        Self { weight: b.matrix(&format!("{name}.weight"), rows, width) }
+        Self { weight: b.tensor(format!("{name}.weight"), [rows, width], Role::Embedding, vec![rows]) }
+    }
+
+    /// The table `[vocab_size, hidden_size]`.
+    pub fn table(&self) -> Tensor<2> {
+        self.weight.val()
     }
 
     /// `[batch, seq]` → `[batch, seq, d]`.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-        embed(self.weight.val(), ids)
+        embed(self.table(), ids)
     }
 }

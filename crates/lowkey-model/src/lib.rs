@@ -36,6 +36,7 @@
 //! | d_h^R | `qk_rope_head_dim` | [`MlaConfig::qk_rope_head_dim`], R | `rope.dimension_count` |
 //! | d_h of v^C | `v_head_dim` | [`MlaConfig::v_head_dim`], V | `attention.value_length_mla` |
 
+mod attention;
 mod checkpoint;
 mod checksums;
 mod config;
@@ -44,35 +45,35 @@ mod decode_cost;
 mod error;
 #[cfg(test)]
 mod fixtures;
-mod fused;
 mod gradients;
-mod grouped;
 mod hf_config;
 pub mod init;
 mod layers;
-mod mla;
 mod model;
 mod model_dir;
+mod objective;
 mod params;
 mod pass;
 mod rope;
+mod tensor;
 
+pub use attention::{
+    Attention, AttentionConfig, CacheBuffer, Cached, FusedMla, Grouped, GroupedConfig, GroupedDims, LATENT_NORM_EPS,
+    Latent, Mla, MlaConfig, Seen, Way,
+};
 pub use checkpoint::{WeightDtype, check_weights, weight_files};
 pub use checksums::{CHECKSUMS, has_checksums, verify, write_checksums};
-pub use config::{
-    AttentionConfig, AttentionKind, ElasticSection, Family, GroupedConfig, MlaConfig, ModelConfig, ModelSection,
-};
+pub use config::{AttentionKind, ElasticSection, Family, ModelConfig, ModelSection};
 pub use cost::{CacheWidth, ParameterCount};
 pub use decode_cost::{AttentionCost, DecodeCosts};
 pub use error::{Error, Result};
-pub use fused::FusedMla;
-pub use gradients::{Objective, Recompute};
-pub use grouped::{Grouped, GroupedDims, KeyValue};
+pub use gradients::Recompute;
 pub use layers::{Embedding, Linear, RmsNorm};
 pub use lowkey_kernels::{IGNORE, LossSum, Mask, MlaDims, Stored};
-pub use mla::{LATENT_NORM_EPS, Latent, Mla};
-pub use model::{Attention, Block, CausalLm, Context, Decoder, Mlp, TokenBatch, Trace, ids_tensor};
+pub use model::{Block, CausalLm, Context, Decoder, Mlp, TokenBatch, Trace, ids_tensor};
 pub use model_dir::{ModelDir, NewModelDir};
+pub use objective::{Objective, Term};
 pub use params::Parameter;
 pub use pass::{PassBatch, VectorRows};
 pub use rope::{RopeConfig, RopeTable, RopeType};
+pub use tensor::{Role, TensorSpec};

@@ -1,17 +1,19 @@
 //! The decoder: embedding, pre-norm blocks, final norm, output head.
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use lowkey_kernels::{LossSum, Mask, MlpWeights, gated_mlp};
+use lowkey_kernels::{LossSum, MlpWeights, gated_mlp};
 
-use crate::config::{AttentionConfig, Family, ModelConfig};
+use crate::attention::{Attention, Seen};
+use crate::config::{Family, ModelConfig};
 use crate::error::{Error, Result};
-use crate::grouped::Grouped;
 use crate::layers::{Builder, Embedding, Linear, RmsNorm};
-use crate::mla::Mla;
 use crate::pass::PassBatch;
 use crate::rope::RopeTable;
+use crate::tensor::{Role, TensorSpec};
 
 /// A causal language model. Field names spell the checkpoint's tensor names.
 #[derive(Module, Debug)]
@@ -23,6 +25,9 @@ pub struct CausalLm {
     /// What it was built from.
     #[module(skip)]
     pub config: ModelConfig,
+    /// What its tensors are, in the order of the fields.
+    #[module(skip)]
+    pub(crate) tensors: Arc<[TensorSpec]>,
 }
 
 /// The part of a [`CausalLm`] below the output head.
@@ -47,16 +52,6 @@ pub struct Block {
     pub post_attention_layernorm: RmsNorm,
     /// The feed-forward layer.
     pub mlp: Mlp,
-}
-
-/// The attention of a block.
-#[derive(Module, Debug)]
-#[expect(clippy::large_enum_variant, reason = "one per layer; a box would stand between every use and the tensors")]
-pub enum Attention {
-    /// Multi-head Latent Attention.
-    Mla(Mla),
-    /// Multi-head, grouped-query or multi-query attention.
-    Grouped(Grouped),
 }
 
 /// SwiGLU feed-forward layer: `down(silu(gate x) · up x)` (arXiv 2002.05202).
@@ -112,91 +107,50 @@ pub struct TokenBatch<'a> {
     pub document_starts: &'a [u32],
 }
 
-impl Attention {
-    /// W_O.
-    pub fn o_proj(&self) -> &Linear {
-        match self {
-            Self::Mla(mla) => &mla.o_proj,
-            Self::Grouped(grouped) => &grouped.o_proj,
-        }
-    }
-}
-
 impl Block {
-    /// One block over a whole sequence: keys and values come from `x` itself.
+    /// One block over a chunk, whose queries see what `seen` says. A report is made of whole rows.
     ///
     /// # Shapes
     /// `[batch, seq, d]` → `[batch, seq, d]`.
-    pub fn forward(&self, x: Tensor<3>, context: &Context, trace: Option<&mut Trace>) -> Tensor<3> {
+    pub fn forward(&self, x: Tensor<3>, seen: Seen, report: Option<&mut Trace>) -> Tensor<3> {
         let normed = self.input_layernorm.forward(x.clone());
-        let looked_at = trace.map(|trace| (trace, normed.clone()));
-        let heads = match &self.self_attn {
-            Attention::Mla(mla) => mla.attend_causal(normed, context),
-            Attention::Grouped(grouped) => {
-                let kv = grouped.key_value(normed.clone(), &context.rope);
-                grouped.attend_causal(grouped.queries(normed, &context.rope), kv, &context.document_starts)
+        let report = match (&seen, report) {
+            (Seen::Rows(context), Some(report)) => {
+                self.self_attn.report(normed.clone(), context, report);
+                Some(report)
             }
+            _ => None,
         };
-        if let Some((trace, normed)) = looked_at {
-            self.look(normed, context, trace);
-            trace.attn_out.push(self.self_attn.o_proj().forward(heads.clone()));
+        let heads = self.self_attn.attend(normed, seen);
+        if let Some(report) = report {
+            report.attn_out.push(self.self_attn.o_proj().forward(heads.values.clone()));
         }
-        self.finish(x, heads)
-    }
-
-    /// From the heads' outputs on: `x + W_O heads`, and the feed-forward layer `+ mlp(norm(…))`.
-    ///
-    /// # Shapes
-    /// `x [batch, seq, d]`, `heads [batch, seq, H·V]` → `[batch, seq, d]`.
-    pub fn finish(&self, x: Tensor<3>, heads: Tensor<3>) -> Tensor<3> {
-        self.feed_forward(self.self_attn.o_proj().add_to(x, heads))
+        self.feed_forward(self.self_attn.add_to(x, heads))
     }
 
     /// The second half: `x + mlp(norm(x))`, `[batch, seq, d]`.
     pub(crate) fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
         let (norm, mlp) = (&self.post_attention_layernorm, &self.mlp);
-        if mlp.gate_proj.bias.is_some() {
+        if mlp.gate_proj.bias().is_some() {
             // The fused kernel knows no biases; few models have them.
             let normed = norm.forward(x.clone());
             let gate = silu(mlp.gate_proj.forward(normed.clone()));
             return mlp.down_proj.add_to(x, gate * mlp.up_proj.forward(normed));
         }
         let weights = MlpWeights {
-            norm: norm.weight.val(),
-            gate: mlp.gate_proj.weight.val(),
-            up: mlp.up_proj.weight.val(),
-            down: mlp.down_proj.weight.val(),
+            norm: norm.gain(),
+            gate: mlp.gate_proj.matrix(),
+            up: mlp.up_proj.matrix(),
+            down: mlp.down_proj.matrix(),
         };
         gated_mlp(x, weights, norm.eps)
-    }
-
-    /// Records what the attention makes of its input before it attends, and the largest of a whole score matrix.
-    fn look(&self, normed: Tensor<3>, context: &Context, trace: &mut Trace) {
-        let [_, seq, _] = normed.dims();
-        let mask = Mask::documents(&context.document_starts, seq, &normed.device());
-        match &self.self_attn {
-            Attention::Mla(mla) => {
-                let latent = mla.latent(normed.clone(), &context.rope);
-                trace.latent.push(latent.c_kv());
-                trace.k_pe.extend(latent.k_pe());
-                trace.max_logit.push(mla.max_logit(mla.queries(normed, &context.rope), latent, &mask));
-            }
-            Attention::Grouped(grouped) => {
-                let kv = grouped.key_value(normed.clone(), &context.rope);
-                trace.max_logit.push(grouped.max_logit(grouped.queries(normed, &context.rope), kv, &mask));
-            }
-        }
     }
 }
 
 impl CausalLm {
-    /// Builds the model with the values that `fill` gives for each tensor name and shape.
-    pub(crate) fn build(
-        config: &ModelConfig,
-        device: &Device,
-        fill: &mut dyn FnMut(&str, &[usize]) -> Vec<f32>,
-    ) -> Self {
-        let b = &mut Builder { device, fill };
+    /// Builds the model with the values that `fill` gives for each tensor.
+    pub(crate) fn build(config: &ModelConfig, device: &Device, fill: &mut dyn FnMut(&TensorSpec) -> Vec<f32>) -> Self {
+        let b = &mut Builder { device, fill, built: Vec::new() };
         let (d, f, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
         let embed_tokens = Embedding::build(b, "model.embed_tokens", config.vocab_size, d);
         let layers = (0..config.num_hidden_layers)
@@ -204,24 +158,21 @@ impl CausalLm {
                 let part = |part: &str| format!("model.layers.{i}.{part}");
                 Block {
                     input_layernorm: RmsNorm::build(b, &part("input_layernorm"), d, eps),
-                    self_attn: match &config.attention {
-                        AttentionConfig::Mla(mla) => Attention::Mla(Mla::build(b, &part("self_attn"), config, mla, i)),
-                        AttentionConfig::Grouped(grouped) => {
-                            Attention::Grouped(Grouped::build(b, &part("self_attn"), config, grouped))
-                        }
-                    },
+                    self_attn: Attention::build(b, &part("self_attn"), config, i),
                     post_attention_layernorm: RmsNorm::build(b, &part("post_attention_layernorm"), d, eps),
                     mlp: Mlp {
-                        gate_proj: Linear::build(b, &part("mlp.gate_proj"), d, f, config.mlp_bias),
-                        up_proj: Linear::build(b, &part("mlp.up_proj"), d, f, config.mlp_bias),
-                        down_proj: Linear::build(b, &part("mlp.down_proj"), f, d, config.mlp_bias),
+                        gate_proj: Linear::build(b, &part("mlp.gate_proj"), [d, f], Role::Matrix, config.mlp_bias),
+                        up_proj: Linear::build(b, &part("mlp.up_proj"), [d, f], Role::Matrix, config.mlp_bias),
+                        down_proj: Linear::build(b, &part("mlp.down_proj"), [f, d], Role::Residual, config.mlp_bias),
                     },
                 }
             })
             .collect();
         let norm = RmsNorm::build(b, "model.norm", d, eps);
-        let lm_head = (!config.tie_word_embeddings).then(|| Linear::build(b, "lm_head", d, config.vocab_size, false));
-        Self { model: Decoder { embed_tokens, layers, norm }, lm_head, config: config.clone() }
+        let head = [d, config.vocab_size];
+        let lm_head = (!config.tie_word_embeddings).then(|| Linear::build(b, "lm_head", head, Role::Head, false));
+        let tensors = std::mem::take(&mut b.built).into();
+        Self { model: Decoder { embed_tokens, layers, norm }, lm_head, config: config.clone(), tensors }
     }
 
     /// The model with layer ℓ caching and reading only the first `ranks[ℓ]` numbers of its latent. The latent is normalised over its
@@ -240,7 +191,7 @@ impl CausalLm {
         }
         let mut model = self.clone();
         for (block, rank) in model.model.layers.iter_mut().zip(ranks) {
-            if let Attention::Mla(mla) = &mut block.self_attn {
+            if let Some(mla) = block.self_attn.latent_mut() {
                 mla.cut(*rank);
             }
         }
@@ -253,18 +204,18 @@ impl CausalLm {
     pub fn with_whole_latents(&self) -> Self {
         let mut model = self.clone();
         for block in &mut model.model.layers {
-            if let Attention::Mla(mla) = &mut block.self_attn {
+            if let Some(mla) = block.self_attn.latent_mut() {
                 mla.widen();
             }
         }
-        if let AttentionConfig::Mla(mla) = &self.config.attention {
+        if let Some(mla) = self.config.attention.latent() {
             model.set_kv_ranks(&vec![mla.kv_lora_rank; self.config.num_hidden_layers]);
         }
         model
     }
 
     fn set_kv_ranks(&mut self, ranks: &[usize]) {
-        if let AttentionConfig::Mla(mla) = &mut self.config.attention {
+        if let Some(mla) = self.config.attention.latent_mut() {
             let cut = ranks.iter().any(|rank| *rank < mla.kv_lora_rank);
             mla.kv_cache_ranks = cut.then(|| ranks.to_vec());
         }
@@ -277,7 +228,7 @@ impl CausalLm {
 
     /// Cosines and sines for the given positions, one row per sequence or one row for all.
     pub fn rope_table(&self, positions: &[Vec<usize>], device: &Device) -> RopeTable {
-        let (config, dtype) = (&self.config, self.model.embed_tokens.weight.val().dtype());
+        let (config, dtype) = (&self.config, self.model.embed_tokens.table().dtype());
         RopeTable::new(&config.rope, config.rotary_dim(), config.max_position_embeddings, positions, (device, dtype))
     }
 
@@ -298,7 +249,7 @@ impl CausalLm {
             if let Some(trace) = trace.as_deref_mut() {
                 trace.hidden.push(x.clone());
             }
-            x = block.forward(x, context, trace.as_deref_mut());
+            x = block.forward(x, Seen::Rows(context), trace.as_deref_mut());
         }
         let x = self.model.norm.forward(x);
         if let Some(trace) = trace {
@@ -349,7 +300,7 @@ impl CausalLm {
 
     /// The output head's matrix, `[vocab, d]`.
     pub(crate) fn head_weight(&self) -> Tensor<2> {
-        self.lm_head.as_ref().map_or_else(|| self.model.embed_tokens.weight.val(), |head| head.weight.val())
+        self.lm_head.as_ref().map_or_else(|| self.model.embed_tokens.table(), |head| head.matrix())
     }
 }
 

@@ -78,7 +78,7 @@ impl CausalLm {
             }
             PassBatch::Vectors(VectorRows { rows, seq_len, input_width, inputs, .. }) => {
                 let x = Tensor::<2>::from_data(TensorData::new(inputs.to_vec(), [rows * seq_len, input_width]), device);
-                let table = self.model.embed_tokens.weight.val().narrow(0, 0, input_width);
+                let table = self.model.embed_tokens.table().narrow(0, 0, input_width);
                 x.matmul(table).reshape([rows, seq_len, self.config.hidden_size])
             }
         }

@@ -5,7 +5,7 @@
 //! and the narrowest, which bound all others, and draws from those between. A step costs as many passes however many ranks there
 //! are. Whoever needs to know what a step or a run costs asks here, where the training loop asks what to do.
 
-use lowkey_model::ModelConfig;
+use lowkey_model::{ModelConfig, Term};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -24,6 +24,8 @@ pub struct Passes {
     tokens: f64,
     /// Operations of one pass over one token.
     per_token: f64,
+    z_loss: f64,
+    distillation: f64,
 }
 
 impl Passes {
@@ -37,12 +39,17 @@ impl Passes {
             seed: config.run.seed,
             tokens: training.batch_size as f64 * config.data.seq_len as f64,
             per_token: model.pass_flops_per_token(config.data.seq_len),
+            z_loss: training.z_loss,
+            distillation: training.distillation,
         }
     }
 
-    /// Ranks of a step's passes beside the whole one.
-    pub(crate) fn narrow(&self, step: u64) -> Vec<usize> {
-        if step >= self.from { narrow_ranks(&self.ranks, self.seed, step) } else { Vec::new() }
+    /// What a step minimises: a term for each of its passes.
+    pub(crate) fn terms(&self, step: u64) -> Vec<Term> {
+        let distillation = self.distillation;
+        let narrow = if step >= self.from { narrow_ranks(&self.ranks, self.seed, step) } else { Vec::new() };
+        let narrow = narrow.into_iter().map(|rank| Term::Prefix { rank, distillation });
+        std::iter::once(Term::Next { z_loss: self.z_loss }).chain(narrow).collect()
     }
 
     /// Passes of a step once the narrower ranks have joined.
@@ -58,7 +65,7 @@ impl Passes {
 
     /// Floating-point operations of a step over one token, all its passes together.
     pub(crate) fn flops_per_token(&self, step: u64) -> f64 {
-        (1 + self.narrow(step).len()) as f64 * self.per_token
+        self.terms(step).len() as f64 * self.per_token
     }
 
     /// The same as a mean over the steps of the run.
@@ -111,11 +118,21 @@ mod tests {
         for ranks in [vec![], vec![4], vec![4, 8], vec![4, 8, 16]] {
             for (steps, start) in [(1, 0.3), (10, 0.3), (33, 0.3), (100, 0.3), (100, 0.0), (100, 0.999), (7, 1.0)] {
                 let from = (start * steps as f64).ceil() as u64;
-                let passes = Passes { ranks: ranks.clone(), from, steps, seed: 5, tokens: 6.0, per_token: 2.0 };
+                let (z_loss, distillation) = (0.0, 0.5);
+                let passes = Passes {
+                    ranks: ranks.clone(),
+                    from,
+                    steps,
+                    seed: 5,
+                    tokens: 6.0,
+                    per_token: 2.0,
+                    z_loss,
+                    distillation,
+                };
                 // The narrower ranks join at that share of the run, not a step before.
                 for step in 0..steps {
                     let joined = step as f64 >= start * steps as f64;
-                    assert_eq!(!passes.narrow(step).is_empty(), joined && !ranks.is_empty(), "{step} of {steps}");
+                    assert_eq!(passes.terms(step).len() > 1, joined && !ranks.is_empty(), "{step} of {steps}");
                 }
                 let one_by_one: f64 = (0..steps).map(|step| 6.0 * passes.flops_per_token(step)).sum();
                 assert_eq!(passes.flops(), one_by_one, "{ranks:?} {steps} {start}");

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use burn::tensor::{Device, Tensor};
 use lowkey_data::{Batch, IGNORE};
 use lowkey_kernels::Precision;
-use lowkey_model::{CausalLm, ModelConfig, ModelSection, Parameter, Recompute};
+use lowkey_model::{CausalLm, ModelConfig, ModelSection, Parameter, Recompute, Term};
 use tempfile::TempDir;
 
 use crate::error::Result;
@@ -72,9 +72,7 @@ pub(crate) fn passes(micro_batch: usize) -> PassSettings<'static> {
     PassSettings {
         micro_batch,
         recompute: Recompute::None,
-        z_loss: 0.0,
-        narrow: &[],
-        distillation: 0.0,
+        terms: &[Term::Next { z_loss: 0.0 }],
         precision: Precision::F32,
         loss_scale: 1.0,
     }

@@ -136,7 +136,7 @@ impl Optimizer {
         for (i, ((parameter, gradient), (state, &weight_decay))) in
             parameters.into_iter().zip(gradients).zip(taken).enumerate()
         {
-            let Parameter { shape, maps, value, .. } = parameter;
+            let Parameter { shape, head_rows, value, .. } = parameter;
             match state {
                 ParameterState::AdamW { m, v } => {
                     let step = AdamWStep { clip, lr, betas, eps, weight_decay, step: steps };
@@ -145,7 +145,7 @@ impl Optimizer {
                 ParameterState::Muon { momentum: buffer } => {
                     let step = MuonStep { clip, lr, momentum, weight_decay, precision };
                     let width = shape.iter().skip(1).product::<usize>();
-                    by_muon.push((i, [value, gradient, buffer], width, maps, step));
+                    by_muon.push((i, [value, gradient, buffer], width, head_rows, step));
                 }
             }
         }

@@ -10,7 +10,7 @@ pub(crate) use check::at_least_one;
 pub use history::EarlierPlan;
 use lowkey_data::Packing;
 use lowkey_kernels::Precision;
-use lowkey_model::{ModelSection, Recompute};
+use lowkey_model::{ModelSection, Recompute, Term};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -360,11 +360,10 @@ impl RunConfig {
         self.training.threads.unwrap_or_else(crate::workers::available_threads)
     }
 
-    /// How a step's gradients are computed, with further passes at the ranks `narrow`.
-    pub(crate) fn passes<'a>(&self, narrow: &'a [usize]) -> PassSettings<'a> {
-        let TrainingSection { recompute, z_loss, distillation, dtype, .. } = self.training;
-        let micro_batch = self.micro_batch_size();
-        PassSettings { micro_batch, recompute, z_loss, narrow, distillation, precision: dtype, loss_scale: 1.0 }
+    /// How the gradients of a step that minimises `terms` are computed.
+    pub(crate) fn passes<'a>(&self, terms: &'a [Term]) -> PassSettings<'a> {
+        let TrainingSection { recompute, dtype, .. } = self.training;
+        PassSettings { micro_batch: self.micro_batch_size(), recompute, terms, precision: dtype, loss_scale: 1.0 }
     }
 
     /// Sequences that a device has in a pass: a share of the batch, where several share it.

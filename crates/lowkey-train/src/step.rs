@@ -181,6 +181,8 @@ struct Decision {
 
 #[cfg(test)]
 mod tests {
+    use lowkey_model::Term;
+
     use super::*;
     use crate::fixtures::{bits, passes, replica, uneven_batch, weight_bits};
     use crate::run_config::OptimizerKind;
@@ -197,8 +199,10 @@ mod tests {
         for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
             let mut replicas = Replicas::new(replica(kind), vec![replica(kind)]);
             let good = StepSettings { passes: passes(4), grad_clip: Some(0.5) };
-            let bad =
-                StepSettings { passes: PassSettings { z_loss: f64::INFINITY, ..passes(4) }, grad_clip: Some(0.5) };
+            let bad = StepSettings {
+                passes: PassSettings { terms: &[Term::Next { z_loss: f64::INFINITY }], ..passes(4) },
+                grad_clip: Some(0.5),
+            };
             let batch = |step| uneven_batch(4, 11, 29, step);
             let mut norms = Vec::new();
             for step in 0..2 {

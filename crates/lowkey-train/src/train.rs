@@ -14,7 +14,7 @@ use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
 use lowkey_kernels::optim::Judgement;
-use lowkey_model::{CausalLm, ModelConfig, Parameter};
+use lowkey_model::{CausalLm, ModelConfig, Parameter, Term};
 use serde_json::json;
 
 use crate::checkpoint::{self, Checkpoints, TrainerState};
@@ -201,8 +201,8 @@ struct Queued {
     flops_per_token: f64,
 }
 
-fn settings<'a>(config: &RunConfig, narrow: &'a [usize]) -> StepSettings<'a> {
-    StepSettings { passes: config.passes(narrow), grad_clip: config.optimizer.grad_clip }
+fn settings<'a>(config: &RunConfig, terms: &'a [Term]) -> StepSettings<'a> {
+    StepSettings { passes: config.passes(terms), grad_clip: config.optimizer.grad_clip }
 }
 
 /// A run in progress.
@@ -356,8 +356,8 @@ impl<'a> Run<'a> {
         }
         let started = Instant::now();
         let step = self.state.step;
-        let narrow = self.passes.narrow(step);
-        settings(self.config, &narrow).warm_up(&self.replicas, &self.batches.batch(step)?)?;
+        let terms = self.passes.terms(step);
+        settings(self.config, &terms).warm_up(&self.replicas, &self.batches.batch(step)?)?;
         observe(Event::WarmedUp { seconds: started.elapsed().as_secs_f64() });
         Ok(())
     }
@@ -434,9 +434,9 @@ impl<'a> Run<'a> {
         let step = self.state.step;
         let batch = self.ahead.next()?;
         let lr = config.rate(step);
-        let narrow = self.passes.narrow(step);
+        let terms = self.passes.terms(step);
         let scale = self.state.loss_scale.as_mut();
-        let taken = settings(config, &narrow).step(&mut self.replicas, &batch, step, lr, scale)?;
+        let taken = settings(config, &terms).step(&mut self.replicas, &batch, step, lr, scale)?;
         self.state.step += 1;
         self.state.tokens += taken.targets as u64;
         let flops_per_token = self.passes.flops_per_token(step);

@@ -10,7 +10,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use lowkey_kernels::device::is_cpu;
 use lowkey_kernels::{Precision, linear, optim, scope};
-use lowkey_model::{CausalLm, Objective, Recompute};
+use lowkey_model::{CausalLm, Objective, Recompute, Term};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -32,12 +32,8 @@ pub struct PassSettings<'a> {
     pub micro_batch: usize,
     /// What the backward pass computes again.
     pub recompute: Recompute,
-    /// Factor on each squared log-partition.
-    pub z_loss: f64,
-    /// Ranks at which the latent is read in further passes.
-    pub narrow: &'a [usize],
-    /// How much of a further pass's loss is its distance to the first pass.
-    pub distillation: f64,
+    /// What is minimised.
+    pub terms: &'a [Term],
     /// What products with weights are computed in, on a GPU.
     pub precision: Precision,
     /// Factor on the gradients.
@@ -171,10 +167,10 @@ impl Workers {
         settings: PassSettings<'_>,
         device: &Device,
     ) -> StepGradients {
-        let PassSettings { micro_batch, recompute, z_loss, narrow, distillation, precision, loss_scale } = settings;
+        let PassSettings { micro_batch, recompute, terms, precision, loss_scale } = settings;
         let targets = batch.target_tokens();
         let scale = loss_scale / targets.max(1) as f64;
-        let objective = Objective { scale, z_loss, narrow, distillation };
+        let objective = Objective { scale, terms };
         let mut losses: Vec<Tensor<1>> = Vec::new();
         let mut total: Vec<Tensor<1>> = Vec::new();
         for from in rows.clone().step_by(micro_batch) {

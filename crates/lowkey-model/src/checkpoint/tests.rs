@@ -1,5 +1,3 @@
-use burn::module::Param;
-
 use super::*;
 use crate::fixtures::{self, scrambled, values};
 use crate::model::ids_tensor;
@@ -99,7 +97,7 @@ fn half_formats_round_once_and_then_stay() {
 fn a_value_beyond_the_format_is_refused_instead_of_becoming_infinite() {
     let mut model = model(4);
     let (norm, device) = (&mut model.model.norm, Device::flex());
-    norm.weight = Param::from_data(burn::tensor::TensorData::new(vec![70_000f32; 12], [12]), &device);
+    norm.set_gain(burn::tensor::Tensor::from_data(burn::tensor::TensorData::new(vec![70_000f32; 12], [12]), &device));
     let dir = tempfile::tempdir().unwrap();
     let error = model.save(dir.path(), WeightDtype::F16, ALL_IN_ONE).unwrap_err().to_string();
     assert!(error.contains("model.norm.weight") && error.contains("70000"), "{error}");
@@ -144,24 +142,24 @@ fn the_header_names_pytorch_as_format() {
 fn strided_parameters_are_saved_in_their_logical_order() {
     let mut model = model(7);
     let head = model.lm_head.as_mut().unwrap();
-    let plain = head.weight.val();
+    let plain = head.matrix();
     let expected = values(plain.clone());
     // The same matrix, stored by columns; and a gain that is a column of a wider matrix.
     let by_columns = burn::tensor::Tensor::<1>::from_data(
         burn::tensor::TensorData::new(values(plain.transpose()), [29 * 12]),
         &Device::flex(),
     );
-    head.weight = Param::from_tensor(by_columns.reshape([12, 29]).transpose());
+    head.set_matrix(by_columns.reshape([12, 29]).transpose());
     let wide = burn::tensor::Tensor::<1>::from_data(
         burn::tensor::TensorData::new((0..36).map(|i| i as f32).collect(), [36]),
         &Device::flex(),
     );
-    model.model.norm.weight = Param::from_tensor(wide.reshape([12, 3]).narrow(1, 1, 1).squeeze_dim::<1>(1));
+    model.model.norm.set_gain(wide.reshape([12, 3]).narrow(1, 1, 1).squeeze_dim::<1>(1));
     let dir = saved(&model, ALL_IN_ONE);
     let loaded = load(dir.path()).unwrap();
-    assert_eq!(values(loaded.lm_head.unwrap().weight.val()), expected);
+    assert_eq!(values(loaded.lm_head.unwrap().matrix()), expected);
     let gain: Vec<f32> = (0..12).map(|i| (3 * i + 1) as f32).collect();
-    assert_eq!(values(loaded.model.norm.weight.val()), gain);
+    assert_eq!(values(loaded.model.norm.gain()), gain);
 }
 
 #[test]
@@ -187,7 +185,10 @@ fn a_save_that_fails_leaves_the_old_checkpoint_whole() {
     let old = model(10);
     let dir = saved(&old, ALL_IN_ONE);
     let mut new = model(11);
-    new.model.norm.weight = Param::from_data(burn::tensor::TensorData::new(vec![1e9f32; 12], [12]), &Device::flex());
+    new.model.norm.set_gain(burn::tensor::Tensor::from_data(
+        burn::tensor::TensorData::new(vec![1e9f32; 12], [12]),
+        &Device::flex(),
+    ));
     assert!(new.save(dir.path(), WeightDtype::F16, 1000).is_err());
     assert_eq!(bits(&load(dir.path()).unwrap()), bits(&old));
     assert_eq!(files(dir.path()), ["config.json", "model.safetensors"]);
@@ -345,8 +346,8 @@ fn a_matrix_that_is_stored_once_for_two_names_is_found_under_both() {
         t.retain(|tensor| tensor.0 != "lm_head.weight");
     });
     let loaded = load(dir.path()).unwrap();
-    let head = values(loaded.lm_head.as_ref().unwrap().weight.val());
-    assert_eq!(head, values(untied.model.embed_tokens.weight.val()));
+    let head = values(loaded.lm_head.as_ref().unwrap().matrix());
+    assert_eq!(head, values(untied.model.embed_tokens.table()));
     // An alias of nothing is nothing.
     let dir = saved(&untied, ALL_IN_ONE);
     rewrite(dir.path(), &[("lm_head.weight", "elsewhere")], |t| t.retain(|tensor| tensor.0 != "lm_head.weight"));

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 
 use super::*;
-use crate::config::AttentionConfig;
+use crate::attention::AttentionConfig;
 use crate::fixtures::{self, values};
 
 fn tensors(model: &CausalLm) -> BTreeMap<String, Vec<f32>> {

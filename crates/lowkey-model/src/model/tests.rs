@@ -2,8 +2,9 @@ use burn::tensor::{Tolerance, activation::softmax};
 use safetensors::{Dtype, SafeTensors};
 
 use super::*;
+use crate::attention::AttentionConfig;
 use crate::fixtures::{self, distance, normal, scrambled, values};
-use crate::{IGNORE, Latent, VectorRows};
+use crate::{IGNORE, Latent, Mask, VectorRows};
 
 fn ids(len: usize, vocab: usize, seed: u64) -> Vec<u32> {
     normal(seed, len).iter().map(|x| (x.abs() * 1e4) as u32 % vocab as u32).collect()
@@ -25,7 +26,10 @@ fn attend(block: &Block, x: Tensor<3>, context: &Context) -> Tensor<3> {
         }
         Attention::Grouped(grouped) => {
             let (kv, q) = (grouped.key_value(x.clone(), &context.rope), grouped.queries(x, &context.rope));
-            [grouped.attend_causal(q.clone(), kv.clone(), &context.document_starts), grouped.attend(q, kv, &mask)]
+            [
+                grouped.attend_causal(q.clone(), kv.clone(), &context.document_starts),
+                grouped.attend_masked(q, kv, &mask),
+            ]
         }
     };
     assert!(distance(&values(causal.clone()), &values(masked)) < 1e-5);

@@ -1,8 +1,8 @@
 use std::fs;
 
 use super::*;
+use crate::attention::AttentionConfig;
 use crate::checksums::{CHECKSUMS, write_checksums};
-use crate::config::AttentionConfig;
 use crate::fixtures;
 
 fn saved(dir: &Path) -> CausalLm {

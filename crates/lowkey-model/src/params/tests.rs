@@ -9,7 +9,7 @@ fn names_and_shapes_are_those_that_the_model_was_built_from_in_one_order() {
     for (kind, config) in fixtures::every_kind() {
         for device in [Device::flex(), Device::flex().autodiff()] {
             let mut asked = Vec::new();
-            let model = CausalLm::build(&config, &device, &mut |name, shape| {
+            let model = CausalLm::build(&config, &device, &mut |TensorSpec { name, shape, .. }| {
                 asked.push((name.to_string(), shape.to_vec()));
                 // Its place in the order, so that a swapped pair of equal shapes shows.
                 vec![asked.len() as f32; shape.iter().product()]
@@ -58,10 +58,10 @@ fn names_are_those_of_hugging_face() {
 fn only_projections_to_heads_stack_several_maps() {
     for (kind, config) in fixtures::every_kind() {
         for parameter in scrambled(&config, 1, &Device::flex()).parameters() {
-            assert_eq!(parameter.maps.iter().sum::<usize>(), parameter.shape[0], "{kind}: {}", parameter.name);
+            assert_eq!(parameter.head_rows.iter().sum::<usize>(), parameter.shape[0], "{kind}: {}", parameter.name);
             let to_heads = ["q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "k_proj.weight", "v_proj.weight"];
             if !to_heads.iter().any(|end| parameter.name.ends_with(end)) {
-                assert_eq!(parameter.maps.len(), 1, "{kind}: {}", parameter.name);
+                assert_eq!(parameter.head_rows.len(), 1, "{kind}: {}", parameter.name);
             }
             let outside = parameter.name.contains("embed_tokens") || parameter.name.contains("lm_head");
             assert_eq!(parameter.is_hidden_matrix(), parameter.is_matrix() && !outside, "{kind}: {}", parameter.name);
@@ -72,7 +72,7 @@ fn only_projections_to_heads_stack_several_maps() {
     });
     let heads = config.num_attention_heads;
     let parameters = scrambled(&config, 1, &Device::flex()).parameters();
-    let maps = |part: &str| parameters.iter().find(|p| p.name.contains(part)).unwrap().maps.clone();
+    let maps = |part: &str| parameters.iter().find(|p| p.name.contains(part)).unwrap().head_rows.clone();
     assert_eq!((maps("q_b_proj"), maps("kv_b_proj")), (vec![10; heads], [6, 10].repeat(heads)));
     assert_eq!((maps("q_a_proj"), maps("down_proj").len()), (vec![8], 1));
 }
@@ -90,7 +90,7 @@ fn putting_the_values_back_changes_nothing() {
             }
             let ids = || ids_tensor(&[3, 1, 4, 1, 5], 1, 5, &device);
             assert_eq!(values(model.forward(ids())), values(same.forward(ids())), "{kind}");
-            let weight = same.model.norm.weight.val();
+            let weight = same.model.norm.gain();
             assert_eq!(weight.is_require_grad(), device.is_autodiff(), "{kind}");
             assert_eq!(weight.gradient_checkpointing_strategy(), device.gradient_checkpointing_strategy(), "{kind}");
         }
@@ -114,7 +114,7 @@ fn an_update_in_place_is_one_with_new_values() {
             for (a, b) in expected.parameters().into_iter().zip(model.parameters()) {
                 assert_eq!((a.name, a.shape, values(a.value)), (b.name, b.shape, values(b.value)), "{kind}");
             }
-            let weight = model.model.norm.weight.val();
+            let weight = model.model.norm.gain();
             assert_eq!(weight.is_require_grad(), device.is_autodiff(), "{kind}");
             assert_eq!(weight.gradient_checkpointing_strategy(), device.gradient_checkpointing_strategy(), "{kind}");
         }
@@ -147,9 +147,9 @@ fn gradients_come_in_the_order_of_the_parameters_and_absent_ones_are_zero() {
         // ∂/∂w of ½·w² is w itself: a gradient in the wrong place shows, whatever its shape.
         let half_square = |w: Tensor<1>| w.square().sum() * 0.5;
         let block = &model.model.layers[1];
-        let loss = half_square(flat(model.model.embed_tokens.weight.val()))
-            + half_square(block.input_layernorm.weight.val())
-            + half_square(flat(block.mlp.up_proj.weight.val()));
+        let loss = half_square(flat(model.model.embed_tokens.table()))
+            + half_square(block.input_layernorm.gain())
+            + half_square(flat(block.mlp.up_proj.matrix()));
         let mut gradients = loss.backward();
         let reached =
             ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"];

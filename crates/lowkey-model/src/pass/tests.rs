@@ -1,7 +1,8 @@
 use super::*;
 use crate::IGNORE;
 use crate::fixtures::{self, distance, normal, scrambled, values};
-use crate::gradients::{Objective, Recompute};
+use crate::gradients::Recompute;
+use crate::objective::{Objective, Term};
 
 /// Two rows of two documents each, of three-number answers to inputs of `width` numbers.
 struct Vectors {
@@ -64,7 +65,7 @@ fn gradients_of_vectors_block_by_block_are_the_gradients() {
     for (kind, config) in fixtures::every_kind() {
         let model = scrambled(&config, 4, &device);
         let vectors = Vectors::new(7, normal(3, 18 * 7));
-        let objective = Objective { scale: 0.1, z_loss: 0.0, narrow: &[], distillation: 0.0 };
+        let objective = Objective { scale: 0.1, terms: &[Term::Next { z_loss: 0.0 }] };
         let (loss, gradients) = model.loss_and_gradients(vectors.rows(), objective, Recompute::None, &device);
         let (again, anew) = model.loss_and_gradients(vectors.rows(), objective, Recompute::Block, &device);
         assert_eq!((values(loss.nats), loss.targets), (values(again.nats), again.targets), "{kind}");

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use lowkey_data::Batch;
 use lowkey_kernels::Precision;
-use lowkey_model::{CausalLm, Parameter, Recompute};
+use lowkey_model::{CausalLm, Parameter, Recompute, Term};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::de::IntoDeserializer;
@@ -210,9 +210,7 @@ impl Session {
             passes: PassSettings {
                 micro_batch: self.batch,
                 recompute: self.recompute,
-                z_loss: 0.0,
-                narrow: &[],
-                distillation: 0.0,
+                terms: &[Term::Next { z_loss: 0.0 }],
                 precision: self.precision,
                 loss_scale: 1.0,
             },

@@ -1,5 +1,5 @@
 use burn::tensor::{Device, TensorData};
-use lowkey_model::{CausalLm, ModelConfig};
+use lowkey_model::{CausalLm, ModelConfig, Role};
 
 use lowkey_kernels::optim::clip_factor;
 
@@ -18,16 +18,17 @@ fn tensor(values: &[f32]) -> Tensor<1> {
 
 /// A matrix, a norm and a bias.
 fn parameters() -> Vec<Parameter> {
-    let parameter = |name: &str, shape: &[usize], values: &[f32]| Parameter {
+    let parameter = |name: &str, role: Role, shape: &[usize], values: &[f32]| Parameter {
         name: name.into(),
         shape: shape.to_vec(),
-        maps: vec![shape[0]],
+        role,
+        head_rows: vec![shape[0]],
         value: tensor(values),
     };
     vec![
-        parameter("q_proj.weight", &[2, 3], &[0.5, -1.0, 2.0, 0.0, 1e-3, -30.0]),
-        parameter("norm.weight", &[3], &[1.0, 0.9, 1.1]),
-        parameter("q_proj.bias", &[2], &[0.0, -0.2]),
+        parameter("q_proj.weight", Role::Matrix, &[2, 3], &[0.5, -1.0, 2.0, 0.0, 1e-3, -30.0]),
+        parameter("norm.weight", Role::Norm, &[3], &[1.0, 0.9, 1.1]),
+        parameter("q_proj.bias", Role::Bias, &[2], &[0.0, -0.2]),
     ]
 }
 
@@ -258,7 +259,8 @@ fn muon_takes_the_published_steps() {
     let parameter = Parameter {
         name: "o_proj.weight".into(),
         shape: vec![7, width],
-        maps: heights.to_vec(),
+        role: Role::Residual,
+        head_rows: heights.to_vec(),
         value: tensor(&start),
     };
     let section = OptimizerSection { momentum: Some(0.9), ..optimizer_section(OptimizerKind::Muon) };

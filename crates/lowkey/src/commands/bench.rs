@@ -3,7 +3,7 @@
 use burn::tensor::Device;
 use lowkey_infer::{CacheDtype, Form};
 use lowkey_kernels::Precision;
-use lowkey_model::{AttentionConfig, Recompute};
+use lowkey_model::Recompute;
 use lowkey_train::bench::{
     self, DecodeFigures, DecodeOptions, DecodeRow, OpFigures, OpsFigures, OpsOptions, Subject, TrainFigures,
     TrainOptions,
@@ -119,9 +119,9 @@ fn decode_subject(arguments: &BenchDecodeArguments) -> anyhow::Result<(Subject, 
             Subject::shape(shape, *batch, positions)?
         }
     };
-    let forms = match subject.model.config.attention {
-        AttentionConfig::Mla(_) => vec![Form::Expanded, Form::Absorbed, Form::Fused],
-        AttentionConfig::Grouped(_) => vec![Form::Expanded],
+    let forms = match subject.model.config.attention.latent() {
+        Some(_) => vec![Form::Expanded, Form::Absorbed, Form::Fused],
+        None => vec![Form::Expanded],
     };
     if let Some(way) = ways.iter().find(|way| !forms.contains(way)) {
         let known: Vec<String> = forms.iter().map(Form::to_string).collect();

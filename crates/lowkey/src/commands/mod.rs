@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
-use lowkey_model::{AttentionConfig, CausalLm, ModelDir};
+use lowkey_model::{CausalLm, ModelDir};
 
 use crate::cli::{Arguments, Command, DataCommand, DeviceArgument, LabCommand};
 use crate::output::{complain, work_goes_on};
@@ -64,7 +64,7 @@ fn read_at(model: CausalLm, rank: Option<usize>) -> anyhow::Result<CausalLm> {
     let narrow = model
         .with_kv_ranks(&vec![rank; config.num_hidden_layers])
         .map_err(|e| WrongUse(format!("--kv-rank {rank}: {e}")))?;
-    if let AttentionConfig::Mla(mla) = &config.attention
+    if let Some(mla) = config.attention.latent()
         && rank < config.kv_ranks().into_iter().min().unwrap_or(0)
         && !mla.kv_elastic_ranks.as_ref().is_some_and(|ranks| ranks.contains(&rank))
     {

@@ -5,10 +5,9 @@
 //! are not read at all. The products have L rows or columns per head where the factors have N or V.
 
 use burn::tensor::Tensor;
-use lowkey_kernels::{MlaDims, Stored, absorbed_attention, add_linear, linear, rotate};
+use lowkey_kernels::{MlaDims, Stored, absorbed_attention, linear, rotate};
 
-use crate::mla::Mla;
-use crate::model::Block;
+use super::Mla;
 use crate::rope::RopeTable;
 
 /// One layer's attention with its up-projections multiplied out.
@@ -24,9 +23,9 @@ impl Mla {
     /// The shapes of [`FusedMla::query`] and [`FusedMla::output`] that go with this layer.
     pub fn fused_shapes(&self) -> [[usize; 2]; 2] {
         let MlaDims { heads, rope, rank, .. } = self.dims;
-        let columns = |up: &crate::layers::Linear| up.weight.val().dims()[1];
+        let columns = |up: &crate::layers::Linear| up.matrix().dims()[1];
         let of_query = self.q_b_proj.as_ref().or(self.q_proj.as_ref()).map_or(0, columns);
-        let [d, _] = self.o_proj.weight.val().dims();
+        let [d, _] = self.o_proj.matrix().dims();
         [[heads * (rank + rope), of_query], [d, heads * rank]]
     }
 
@@ -34,7 +33,7 @@ impl Mla {
     ///
     /// # Shapes
     /// `x [batch, seq, d]` → `[batch, seq, H, L+R]`, the rotated part in half-split order.
-    pub fn fused_queries(&self, fused: &FusedMla, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
+    pub(super) fn fused_queries(&self, fused: &FusedMla, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
         let MlaDims { heads, rope: r, rank, interleave, .. } = self.dims;
         let [batch, seq, _] = x.dims();
         let q = linear(self.query_input(x), fused.query.clone(), None).reshape([batch, seq, heads, rank + r]);
@@ -42,22 +41,11 @@ impl Mla {
     }
 
     /// Attention of queries in latent space over the latents themselves; the weighted sums of latents are the result.
-    /// Query `t` of row `b` sees the tokens `0..=offsets[b] + t`. [`Block::finish_fused`] has yet to follow.
+    /// Query `t` of row `b` sees the tokens `0..=offsets[b] + t`. [`FusedMla::output`] has yet to follow.
     ///
     /// # Shapes
     /// Queries of [`Mla::fused_queries`], latents `[batch, keys ≥ seq, L+R]` → `[batch, seq, H·L]`.
-    pub fn attend_fused(&self, queries: Tensor<4>, latents: impl Into<Stored<3>>, offsets: &[usize]) -> Tensor<3> {
+    pub(super) fn attend_fused(&self, queries: Tensor<4>, latents: Stored<3>, offsets: &[usize]) -> Tensor<3> {
         absorbed_attention(queries, latents, None, offsets, self.dims)
-    }
-}
-
-impl Block {
-    /// [`Block::finish`] from the heads' sums of latents on: `x + W_O W_UV sums`, and the feed-forward layer.
-    ///
-    /// # Shapes
-    /// `x [batch, seq, d]`, `sums [batch, seq, H·L]` → `[batch, seq, d]`.
-    pub fn finish_fused(&self, x: Tensor<3>, sums: Tensor<3>, fused: &FusedMla) -> Tensor<3> {
-        let bias = self.self_attn.o_proj().bias.as_ref().map(burn::module::Param::val);
-        self.feed_forward(add_linear(x, sums, fused.output.clone(), bias))
     }
 }

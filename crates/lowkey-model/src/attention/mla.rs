@@ -1,19 +1,25 @@
 //! Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, §2.1.2 and eqs. 37–47).
 //!
 //! The forward pass is cut where a cache cuts it: [`Mla::latent`] computes what is stored per token, [`Mla::queries`] what
-//! is not, and [`Mla::attend_causal`], [`Mla::attend_expanded`] and [`Mla::attend_absorbed`] are three ways to compute the same
-//! attention from them.
+//! is not, and `attend_causal`, `attend_expanded` and `attend_absorbed` are three ways to compute the same attention from them;
+//! [`FusedMla`](super::FusedMla) has the weights of a fourth.
 
-use burn::module::{Module, Param};
+mod config;
+
+use burn::module::Module;
 use burn::tensor::Tensor;
 use lowkey_kernels::{
     LatentWeights, Mask, MlaDims, Stored, absorbed_attention, attention, latent_attention, rotate, scores,
 };
 
-use crate::config::{MlaConfig, ModelConfig};
+use super::{Cached, Heads, Seen, Way};
+use crate::config::ModelConfig;
 use crate::layers::{Builder, Linear, RmsNorm};
 use crate::model::Context;
 use crate::rope::RopeTable;
+use crate::tensor::Role;
+
+pub use config::MlaConfig;
 
 /// ε of the latent norms: transformers builds them without `rms_norm_eps`, whatever the configuration says.
 pub const LATENT_NORM_EPS: f64 = 1e-6;
@@ -75,19 +81,19 @@ impl Mla {
     pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, mla: &MlaConfig, layer: usize) -> Self {
         let (d, heads) = (config.hidden_size, config.num_attention_heads);
         let (nope, rope, value, rank) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim, mla.kv_lora_rank);
-        let read = mla.kv_cache_ranks.as_ref().and_then(|ranks| ranks.get(layer)).copied().unwrap_or(rank);
-        let q_width = heads * (nope + rope);
+        let read = mla.kv_rank(layer);
         let part = |part: &str| format!("{name}.{part}");
-        let compressed = mla.q_lora_rank;
+        let (compressed, bias) = (mla.q_lora_rank, mla.attention_bias);
+        let queries = vec![nope + rope; heads];
         Self {
-            q_proj: compressed.is_none().then(|| Linear::build(b, &part("q_proj"), d, q_width, false)),
-            q_a_proj: compressed.map(|q| Linear::build(b, &part("q_a_proj"), d, q, mla.attention_bias)),
+            q_proj: compressed.is_none().then(|| Linear::build_heads(b, &part("q_proj"), d, queries.clone(), false)),
+            q_a_proj: compressed.map(|q| Linear::build(b, &part("q_a_proj"), [d, q], Role::Matrix, bias)),
             q_a_layernorm: compressed.map(|q| RmsNorm::build(b, &part("q_a_layernorm"), q, LATENT_NORM_EPS)),
-            q_b_proj: compressed.map(|q| Linear::build(b, &part("q_b_proj"), q, q_width, false)),
-            kv_a_proj_with_mqa: Linear::build(b, &part("kv_a_proj_with_mqa"), d, rank + rope, mla.attention_bias),
+            q_b_proj: compressed.map(|q| Linear::build_heads(b, &part("q_b_proj"), q, queries, false)),
+            kv_a_proj_with_mqa: Linear::build(b, &part("kv_a_proj_with_mqa"), [d, rank + rope], Role::Matrix, bias),
             kv_a_layernorm: RmsNorm::build(b, &part("kv_a_layernorm"), rank, LATENT_NORM_EPS),
-            kv_b_proj: Linear::build(b, &part("kv_b_proj"), read, heads * (nope + value), false),
-            o_proj: Linear::build(b, &part("o_proj"), heads * value, d, mla.attention_bias),
+            kv_b_proj: Linear::build_heads(b, &part("kv_b_proj"), read, [nope, value].repeat(heads), false),
+            o_proj: Linear::build(b, &part("o_proj"), [heads * value, d], Role::Residual, bias),
             dims: MlaDims {
                 heads,
                 nope,
@@ -104,7 +110,7 @@ impl Mla {
 
     /// L: the width that the latent is normalised over, of which a cut latent keeps the first numbers.
     pub fn latent_width(&self) -> usize {
-        let [whole] = self.kv_a_layernorm.weight.dims();
+        let [whole] = self.kv_a_layernorm.gain().dims();
         whole
     }
 
@@ -154,17 +160,51 @@ impl Mla {
         if r > 0 { rotate(q, rope.cos.clone(), rope.sin.clone(), nope, interleave) } else { q }
     }
 
+    /// The heads' outputs for a normalised chunk `[batch, seq, d]`.
+    pub(super) fn attend<'a>(&self, x: Tensor<3>, seen: Seen<'a>) -> Heads<'a> {
+        match seen {
+            Seen::Rows(context) => self.attend_causal(x, context).into(),
+            Seen::Rounded(context, rounded) => {
+                let latent = self.latent(x.clone(), &context.rope);
+                let rounded = |part: Tensor<3>| rounded(part.unsqueeze_dim(1)).squeeze_dim(1);
+                let both = Tensor::cat(std::iter::once(latent.c_kv()).chain(latent.k_pe()).map(rounded).collect(), 2);
+                let [batch, _, _] = both.dims();
+                self.attend_absorbed(self.queries(x, &context.rope), Stored::Float(both), &vec![0; batch]).into()
+            }
+            Seen::Cache(cache) => self.attend_cached(x, cache),
+        }
+    }
+
+    fn attend_cached<'a>(&self, x: Tensor<3>, cache: Cached<'a>) -> Heads<'a> {
+        let Cached { rope, append, offsets, mask, way } = cache;
+        let Latent { both, rank } = self.latent(x.clone(), rope);
+        let dtype = both.dtype();
+        // One latent serves all heads: it lies in the cache as a single head.
+        let latents = without_heads(append(0, both.unsqueeze_dim(1)));
+        match way {
+            Way::Expanded => {
+                let latent = Latent { both: latents.widen(dtype), rank };
+                self.attend_expanded(self.queries(x, rope), latent, &mask()).into()
+            }
+            Way::Absorbed => self.attend_absorbed(self.queries(x, rope), latents, offsets).into(),
+            Way::Fused(fused) => {
+                let queries = self.fused_queries(fused, x, rope);
+                Heads { values: self.attend_fused(queries, latents, offsets), fused: Some(fused) }
+            }
+        }
+    }
+
     /// Attention over whole sequences: query `t` of a row sees the keys of its document up to its own. The form for training:
     /// of keys, values and scores nothing outlives the operation. W_O has yet to follow.
     ///
     /// # Shapes
     /// `x [batch, seq, d]`, document starts of length `batch · seq` → `[batch, seq, H·V]`.
-    pub fn attend_causal(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+    pub(crate) fn attend_causal(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
         let Context { rope, document_starts, kv_rank } = context;
         let queries = self.queries(x.clone(), rope);
         let kv_a = self.kv_a_proj_with_mqa.forward(x);
         let weights = LatentWeights {
-            norm: self.kv_a_layernorm.weight.val(),
+            norm: self.kv_a_layernorm.gain(),
             kv_b: self.whole_kv_b(*kv_rank),
             cos: rope.cos.clone(),
             sin: rope.sin.clone(),
@@ -176,7 +216,7 @@ impl Mla {
     /// `kv_b_proj` over the whole latent, `[H(N+V), L]`: columns of zeros for what was cut, or is not to be read past `rank`.
     /// Normalising and reading are one operation where a model trains, and a zero column reads nothing.
     fn whole_kv_b(&self, rank: Option<usize>) -> Tensor<2> {
-        let weight = self.kv_b_proj.weight.val();
+        let weight = self.kv_b_proj.matrix();
         let ([rows, kept], whole) = (weight.dims(), self.latent_width());
         let read = rank.map_or(kept, |rank| rank.min(kept));
         if read == whole {
@@ -189,14 +229,14 @@ impl Mla {
 
     /// Reads only the first `rank` numbers of the latent from now on; `rank` is at most what is read now.
     pub(crate) fn cut(&mut self, rank: usize) {
-        let weight = self.kv_b_proj.weight.val();
-        self.kv_b_proj.weight = Param::from_tensor(weight.narrow(1, 0, rank));
+        let weight = self.kv_b_proj.matrix();
+        self.kv_b_proj.set_matrix(weight.narrow(1, 0, rank));
         self.dims.rank = rank;
     }
 
     /// Reads the whole latent again, with zeros for what was cut: the same function from a wider cache.
     pub(crate) fn widen(&mut self) {
-        self.kv_b_proj.weight = Param::from_tensor(self.whole_kv_b(None));
+        self.kv_b_proj.set_matrix(self.whole_kv_b(None));
         self.dims.rank = self.latent_width();
     }
 
@@ -222,7 +262,7 @@ impl Mla {
     ///
     /// # Shapes
     /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, H·V]`.
-    pub fn attend_expanded(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<3> {
+    pub(crate) fn attend_expanded(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<3> {
         let (k, v) = self.expand(latent);
         let out = attention(queries.swap_dims(1, 2), k, v, mask, self.dims.scale);
         let [batch, heads, seq, value] = out.dims();
@@ -235,13 +275,28 @@ impl Mla {
     ///
     /// # Shapes
     /// Queries `seq`, latents `[batch, keys ≥ seq, L+R]` → `[batch, seq, H·V]`.
-    pub fn attend_absorbed(&self, queries: Tensor<4>, latents: impl Into<Stored<3>>, offsets: &[usize]) -> Tensor<3> {
-        absorbed_attention(queries, latents, Some(self.kv_b_proj.weight.val()), offsets, self.dims)
+    pub(crate) fn attend_absorbed(
+        &self,
+        queries: Tensor<4>,
+        latents: impl Into<Stored<3>>,
+        offsets: &[usize],
+    ) -> Tensor<3> {
+        absorbed_attention(queries, latents, Some(self.kv_b_proj.matrix()), offsets, self.dims)
     }
 
     /// The largest attention logit, `[1]`: a growing one is the earliest sign of divergence (QK-Clip, arXiv 2507.20534).
-    pub fn max_logit(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<1> {
+    pub(crate) fn max_logit(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<1> {
         let (k, _) = self.expand(latent);
         scores(queries.swap_dims(1, 2), k, mask, self.dims.scale).max()
+    }
+}
+
+/// `[batch, 1, keys, width]` → `[batch, keys, width]`.
+fn without_heads(stored: Stored<4>) -> Stored<3> {
+    match stored {
+        Stored::Float(numbers) => Stored::Float(numbers.squeeze_dim(1)),
+        Stored::Int8 { codes, scales, split } => {
+            Stored::Int8 { codes: codes.squeeze_dim(1), scales: scales.squeeze_dim(1), split }
+        }
     }
 }

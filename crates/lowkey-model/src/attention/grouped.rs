@@ -1,12 +1,18 @@
 //! Multi-head, grouped-query and multi-query attention: the baselines, and the sources of conversions.
 
+mod config;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use lowkey_kernels::{Mask, attention, causal_attention, rotate, scores};
 
-use crate::config::{GroupedConfig, ModelConfig};
+use super::{Cached, Seen};
+use crate::config::ModelConfig;
 use crate::layers::{Builder, Linear, RmsNorm};
 use crate::rope::RopeTable;
+use crate::tensor::Role;
+
+pub use config::GroupedConfig;
 
 /// Attention with `G` key and value heads for `H` query heads (arXiv 2305.13245). Fields carry the checkpoint's names.
 #[derive(Module, Debug)]
@@ -45,7 +51,7 @@ pub struct GroupedDims {
 
 /// What a cache stores per token.
 #[derive(Clone, Debug)]
-pub struct KeyValue {
+pub(crate) struct KeyValue {
     /// `[batch, G, seq, D]`, rotated.
     pub k: Tensor<4>,
     /// `[batch, G, seq, D]`
@@ -59,10 +65,10 @@ impl Grouped {
         let part = |part: &str| format!("{name}.{part}");
         let eps = config.rms_norm_eps;
         Self {
-            q_proj: Linear::build(b, &part("q_proj"), d, heads * head_dim, grouped.qkv_bias),
-            k_proj: Linear::build(b, &part("k_proj"), d, kv_heads * head_dim, grouped.qkv_bias),
-            v_proj: Linear::build(b, &part("v_proj"), d, kv_heads * head_dim, grouped.qkv_bias),
-            o_proj: Linear::build(b, &part("o_proj"), heads * head_dim, d, grouped.o_bias),
+            q_proj: Linear::build_heads(b, &part("q_proj"), d, vec![head_dim; heads], grouped.qkv_bias),
+            k_proj: Linear::build_heads(b, &part("k_proj"), d, vec![head_dim; kv_heads], grouped.qkv_bias),
+            v_proj: Linear::build_heads(b, &part("v_proj"), d, vec![head_dim; kv_heads], grouped.qkv_bias),
+            o_proj: Linear::build(b, &part("o_proj"), [heads * head_dim, d], Role::Residual, grouped.o_bias),
             q_norm: grouped.qk_norm.then(|| RmsNorm::build(b, &part("q_norm"), head_dim, eps)),
             k_norm: grouped.qk_norm.then(|| RmsNorm::build(b, &part("k_norm"), head_dim, eps)),
             dims: GroupedDims {
@@ -75,8 +81,31 @@ impl Grouped {
         }
     }
 
+    /// The heads' outputs `[batch, seq, H·D]` for a normalised chunk `[batch, seq, d]`.
+    pub(super) fn attend(&self, x: Tensor<3>, seen: Seen) -> Tensor<3> {
+        match seen {
+            Seen::Rows(context) => {
+                let kv = self.key_value(x.clone(), &context.rope);
+                self.attend_causal(self.queries(x, &context.rope), kv, &context.document_starts)
+            }
+            Seen::Rounded(context, rounded) => {
+                let KeyValue { k, v } = self.key_value(x.clone(), &context.rope);
+                let kv = KeyValue { k: rounded(k), v: rounded(v) };
+                self.attend_causal(self.queries(x, &context.rope), kv, &context.document_starts)
+            }
+            Seen::Cache(Cached { rope, append, mask, .. }) => {
+                let new = self.key_value(x.clone(), rope);
+                let queries = self.queries(x, rope);
+                let dtype = new.k.dtype();
+                let k = append(0, new.k).widen(dtype);
+                let kv = KeyValue { k, v: append(1, new.v).widen(dtype) };
+                self.attend_masked(queries, kv, &mask())
+            }
+        }
+    }
+
     /// Keys and values of a chunk, `x [batch, seq, d]`.
-    pub fn key_value(&self, x: Tensor<3>, rope: &RopeTable) -> KeyValue {
+    pub(crate) fn key_value(&self, x: Tensor<3>, rope: &RopeTable) -> KeyValue {
         let kv_heads = self.dims.kv_heads;
         let k = self.heads(self.k_proj.forward(x.clone()), kv_heads, self.k_norm.as_ref(), Some(rope));
         let v = self.heads(self.v_proj.forward(x), kv_heads, None, None);
@@ -84,7 +113,7 @@ impl Grouped {
     }
 
     /// Queries of a chunk, `x [batch, seq, d]` → `[batch, H, seq, D]`.
-    pub fn queries(&self, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
+    pub(crate) fn queries(&self, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
         self.heads(self.q_proj.forward(x), self.dims.heads, self.q_norm.as_ref(), Some(rope))
     }
 
@@ -105,21 +134,21 @@ impl Grouped {
 
     /// Attention over whole sequences, `[batch, seq, H·D]`: query `t` of a row sees the keys of its document up to its own. The
     /// form for training: no score outlives its block. W_O has yet to follow.
-    pub fn attend_causal(&self, q: Tensor<4>, kv: KeyValue, document_starts: &[u32]) -> Tensor<3> {
+    pub(crate) fn attend_causal(&self, q: Tensor<4>, kv: KeyValue, document_starts: &[u32]) -> Tensor<3> {
         let GroupedDims { head_dim, scale, .. } = self.dims;
         let kv = Tensor::cat(vec![kv.k.swap_dims(1, 2), kv.v.swap_dims(1, 2)], 3);
         causal_attention(q.swap_dims(1, 2), kv, None, document_starts, head_dim, scale)
     }
 
     /// `[batch, seq, H·D]` from queries of `seq` positions and keys and values of `keys ≥ seq` positions.
-    pub fn attend(&self, q: Tensor<4>, kv: KeyValue, mask: &Mask) -> Tensor<3> {
+    pub(crate) fn attend_masked(&self, q: Tensor<4>, kv: KeyValue, mask: &Mask) -> Tensor<3> {
         let out = attention(q, kv.k, kv.v, mask, self.dims.scale);
         let [batch, heads, seq, head_dim] = out.dims();
         out.swap_dims(1, 2).reshape([batch, seq, heads * head_dim])
     }
 
     /// The largest attention logit, `[1]`.
-    pub fn max_logit(&self, q: Tensor<4>, kv: KeyValue, mask: &Mask) -> Tensor<1> {
+    pub(crate) fn max_logit(&self, q: Tensor<4>, kv: KeyValue, mask: &Mask) -> Tensor<1> {
         scores(q, kv.k, mask, self.dims.scale).max()
     }
 }

@@ -1,0 +1,145 @@
+//! The sizes of Multi-head Latent Attention: rules, counts and costs.
+
+use super::super::config::{AttentionSizes, CacheBuffer};
+use crate::config::{Family, WIDEST, check_heads, check_size, even};
+use crate::decode_cost::{AttentionCost, DecodeCosts};
+use crate::error::{Error, Result};
+use crate::rope::RopeConfig;
+
+/// Sizes of Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434 §2.1 and appendix C).
+#[derive(Clone, Debug, PartialEq)]
+pub struct MlaConfig {
+    /// Width Q of the query latent, if queries are compressed.
+    pub q_lora_rank: Option<usize>,
+    /// Width L of the cached latent.
+    pub kv_lora_rank: usize,
+    /// Per-head key width N without position.
+    pub qk_nope_head_dim: usize,
+    /// Width R of the shared rotated key.
+    pub qk_rope_head_dim: usize,
+    /// Per-head value width V.
+    pub v_head_dim: usize,
+    /// Biases on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj`.
+    pub attention_bias: bool,
+    /// Scale the normalised latent by √(d / L).
+    pub latent_scale: bool,
+    /// Rotate adjacent pairs instead of halves.
+    pub rope_interleave: bool,
+    /// Numbers of the latent that each layer caches and reads, at most L; absent: all. The norm of the latent is taken over all L,
+    /// so that a cut is a projection.
+    pub kv_cache_ranks: Option<Vec<usize>>,
+    /// Ranks below L at which the model was trained to be read as well, ascending; absent: none.
+    pub kv_elastic_ranks: Option<Vec<usize>>,
+}
+
+impl MlaConfig {
+    /// Numbers of the latent that layer `layer` caches and reads: L, or less of one that was cut.
+    pub fn kv_rank(&self, layer: usize) -> usize {
+        self.kv_cache_ranks.as_ref().and_then(|ranks| ranks.get(layer)).copied().unwrap_or(self.kv_lora_rank)
+    }
+
+    /// Checks every size but those of [`MlaConfig::kv_cache_ranks`], which go with the layers.
+    pub(crate) fn check(&self, heads: usize) -> Result<()> {
+        for (key, size) in [
+            ("kv_lora_rank", self.kv_lora_rank),
+            ("qk_nope_head_dim", self.qk_nope_head_dim),
+            ("v_head_dim", self.v_head_dim),
+            ("q_lora_rank", self.q_lora_rank.unwrap_or(1)),
+        ] {
+            check_size(key, size, WIDEST)?;
+        }
+        even("qk_rope_head_dim", self.qk_rope_head_dim)?;
+        if let Some(ranks) = &self.kv_elastic_ranks {
+            Self::check_elastic_ranks(ranks, self.kv_lora_rank)?;
+        }
+        let widest = (self.qk_nope_head_dim + self.qk_rope_head_dim).max(self.v_head_dim);
+        check_heads(heads, widest, WIDEST)
+    }
+
+    /// Ascending ranks below the whole.
+    fn check_elastic_ranks(ranks: &[usize], whole: usize) -> Result<()> {
+        let rising = ranks.is_sorted_by(|a, b| a < b);
+        if ranks.is_empty() || !rising || ranks.iter().any(|rank| !(1..whole).contains(rank)) {
+            let why = format!("must rise, from 1 on and below kv_lora_rank = {whole}, which needs no mention");
+            return Err(Error::config("elastic.ranks", &format!("{ranks:?}"), why));
+        }
+        Ok(())
+    }
+
+    /// The transformers class that computes a model with this attention, [`Family::Lowkey`] where there is none.
+    pub(crate) fn family(&self, mlp_bias: bool) -> Family {
+        // transformers reads a rotated width of 0 as "not given" and turns something else instead.
+        if self.latent_scale || self.qk_rope_head_dim == 0 || self.kv_cache_ranks.is_some() {
+            return Family::Lowkey;
+        }
+        match (mlp_bias, self.rope_interleave) {
+            (false, _) => Family::DeepseekV3,
+            // Of the two with latents only DeepSeek-V2 has such biases, and it rotates pairs.
+            (true, true) => Family::DeepseekV2,
+            (true, false) => Family::Lowkey,
+        }
+    }
+
+    /// 1/√(N+R), times m² under YaRN with `mscale_all_dim`.
+    pub(crate) fn softmax_scale(&self, rope: &RopeConfig) -> f64 {
+        let width = (self.qk_nope_head_dim + self.qk_rope_head_dim) as f64;
+        rope.logit_factor() / width.sqrt()
+    }
+
+    /// One buffer, which all heads share: the latent, and behind it the rotated key.
+    pub(crate) fn cache_buffers(&self, layer: usize) -> Vec<CacheBuffer> {
+        let rank = self.kv_rank(layer);
+        vec![CacheBuffer { heads: 1, width: rank + self.qk_rope_head_dim, split: rank }]
+    }
+
+    pub(crate) fn sizes(&self, d: usize, heads: usize) -> AttentionSizes {
+        let (nope, rope, value, latent) =
+            (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank);
+        let (q_width, down) = (heads * (nope + rope), latent + rope);
+        let query = self.q_lora_rank.map_or(d * q_width, |q| d * q + q * q_width);
+        let q_latent = self.q_lora_rank.unwrap_or(0);
+        let biases = if self.attention_bias { q_latent + down + d } else { 0 };
+        AttentionSizes {
+            matrices: query + d * down + latent * heads * (nope + value) + heads * value * d,
+            vectors: q_latent + latent + biases,
+            pair: heads * (nope + rope + value),
+            expanded: heads * (nope + rope + value),
+            cached: latent + rope,
+            widest: heads * (nope + rope.max(value)),
+            // Queries, the output with its log-sum-exp; the latents before their norms.
+            kept: heads * (nope + rope + value + 1) + latent + rope + 2 * q_latent,
+        }
+    }
+
+    /// [`ModelConfig::decode_costs`](crate::ModelConfig::decode_costs).
+    pub(crate) fn decode_costs(&self, d: usize, heads: usize, layer: usize, context: usize) -> DecodeCosts {
+        let (nope, rope, value, whole) =
+            (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank);
+        let rank = self.kv_rank(layer);
+        // What every form does: the latent, the shared key and the query latent.
+        let shared = d * (whole + rope) + self.q_lora_rank.map_or(0, |q| d * q);
+        let width = self.q_lora_rank.unwrap_or(d);
+        let up = rank * heads * (nope + value);
+        let split = shared + width * heads * (nope + rope) + up + heads * value * d;
+        let fused = shared + width * heads * (rank + rope) + heads * rank * d;
+        let keys_and_values = heads * (nope + rope + value);
+        let cached = context * (rank + rope);
+        let in_latent_space = |weights: usize| AttentionCost {
+            weights,
+            cached,
+            rebuilt: 0,
+            products: weights + context * heads * (2 * rank + rope),
+        };
+        DecodeCosts {
+            expanded: AttentionCost {
+                weights: split,
+                cached,
+                rebuilt: context * keys_and_values,
+                // W_UK and W_UV meet every cached token, the new one among them.
+                products: split - up + context * (up + keys_and_values),
+            },
+            absorbed: Some(in_latent_space(split)),
+            fused: Some(in_latent_space(fused)),
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! What a step minimises: the mean of a list of terms.
+//!
+//! Each term is a pass over the batch, and says what it reads and what it is held against. A new one is a variant here with its
+//! loss, and a line where the run file is read.
+
+use burn::tensor::Tensor;
+use lowkey_kernels::{LossSum, distill_sum};
+
+use crate::model::CausalLm;
+use crate::pass::PassBatch;
+
+/// A term of an [`Objective`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Term {
+    /// The next token, or the answers to vectors, at the whole width.
+    Next {
+        /// Factor on each squared log-partition, see [`lowkey_kernels::Labels::z_loss`].
+        z_loss: f64,
+    },
+    /// The same with no more than the first numbers of each latent.
+    Prefix {
+        /// How many.
+        rank: usize,
+        /// Tokens: how much of the loss is the distance to what the first term's pass predicts ([`distill_sum`]); the rest, and for
+        /// vectors all, is its own.
+        distillation: f64,
+    },
+}
+
+impl Term {
+    /// How much of each latent its pass reads, where not all.
+    pub(crate) fn kv_rank(self) -> Option<usize> {
+        match self {
+            Self::Next { .. } => None,
+            Self::Prefix { rank, .. } => Some(rank),
+        }
+    }
+}
+
+/// What the gradients are taken of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Objective<'a> {
+    /// Factor on the summed loss: one over the targets of the whole step for its mean.
+    pub scale: f64,
+    /// The terms, of which the mean is taken. The loss of the first is the one that is reported, and its pass is the teacher of those
+    /// that learn from another.
+    pub terms: &'a [Term],
+}
+
+impl CausalLm {
+    /// The loss of a term from its pass's hidden states `[rows · seq, d]` after the final norm; `teacher` are those of the first
+    /// term's pass.
+    pub(crate) fn loss_of_term(
+        &self,
+        term: Term,
+        hidden: Tensor<2>,
+        batch: PassBatch,
+        teacher: Option<&Tensor<2>>,
+    ) -> LossSum {
+        match (term, batch, teacher) {
+            (Term::Prefix { distillation, .. }, PassBatch::Tokens(tokens), Some(teacher)) if distillation > 0.0 => {
+                let nats = distill_sum(hidden, self.head_weight(), teacher.clone(), tokens.targets, distillation);
+                let targets = tokens.targets.iter().filter(|target| **target >= 0).count();
+                LossSum { z_loss: nats.clone().detach().zeros_like(), nats, targets }
+            }
+            (Term::Prefix { .. }, ..) => self.loss_of(hidden, batch, 0.0),
+            (Term::Next { z_loss }, ..) => self.loss_of(hidden, batch, z_loss),
+        }
+    }
+}

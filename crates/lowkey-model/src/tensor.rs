@@ -1,0 +1,44 @@
+//! What each tensor of a model is: its name in files, its shape and what it is for.
+
+/// What a tensor does. Initial values, weight decay, the choice of an optimiser and counts go by this, never by a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// The table of token embeddings; the output head, too, where the two are one.
+    Embedding,
+    /// The output head.
+    Head,
+    /// A matrix that reads the residual stream or a latent.
+    Matrix,
+    /// A matrix whose product is added to the residual stream.
+    Residual,
+    /// The gain of a norm.
+    Norm,
+    /// A bias.
+    Bias,
+}
+
+impl Role {
+    /// Whether it is a matrix: what weight decay applies to.
+    pub fn is_matrix(self) -> bool {
+        !matches!(self, Self::Norm | Self::Bias)
+    }
+
+    /// Whether it is a matrix between hidden states: neither the embedding nor the output head.
+    pub fn is_hidden_matrix(self) -> bool {
+        matches!(self, Self::Matrix | Self::Residual)
+    }
+}
+
+/// A tensor of a model before it has values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Its name in a checkpoint, such as `model.layers.0.self_attn.kv_b_proj.weight`.
+    pub name: String,
+    /// Its shape there.
+    pub shape: Vec<usize>,
+    /// What it is for.
+    pub role: Role,
+    /// Rows of each map in it, top to bottom: one per head (MLA's `kv_b_proj`: a key's and a value's) where it projects to heads,
+    /// else one of all rows.
+    pub head_rows: Vec<usize>,
+}
