@@ -8,7 +8,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, Backend, backend_extension};
 
 use crate::block::MlaDims;
-use crate::ops::register;
+use crate::ops::{Parents, Wanted};
 use crate::precision::Precision;
 
 /// Forward operations, dispatched to the backend of their arguments.
@@ -59,13 +59,12 @@ pub(crate) trait BlockGradients: BlockOps {
         x
     }
 
-    /// `(d x, d weight)` of [`BlockOps::project`], `x` and `weight` as [`BlockGradients::rounded`] has them.
+    /// `[d x, d weight]` of [`BlockOps::project`], each where what it takes was kept.
     fn project_grad(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
+        saved: ProjectState<Self>,
         grad: FloatTensor<Self>,
         precision: Precision,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    ) -> [Option<FloatTensor<Self>>; 2];
 
     /// [`BlockOps::gated_mlp`] with the two inner activations, `[batch, seq, f]`, in the format that products read.
     fn gated_mlp_saving(
@@ -75,19 +74,33 @@ pub(crate) trait BlockGradients: BlockOps {
         precision: Precision,
     ) -> [FloatTensor<Self>; 3];
 
-    /// Gradients of `x, norm, gate, up, down`; consumes the inner activations.
+    /// Those gradients of `x, norm, gate, up, down` that are wanted; consumes the inner activations.
     fn gated_mlp_grad(
         saved: MlpState<Self>,
         grad: FloatTensor<Self>,
         eps: f64,
         precision: Precision,
-    ) -> [FloatTensor<Self>; 5];
+        wanted: Wanted<5>,
+    ) -> [Option<FloatTensor<Self>>; 5];
 
     /// [`BlockOps::latent_attention`] with the log-sum-exp of each query's scores, `[batch, H, seq]`.
     fn latent_attention_saving(inputs: LatentInputs<Self>) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// Gradients of `q, kv_a, norm, kv_b`.
-    fn latent_attention_grad(saved: LatentState<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 4];
+    /// Those gradients of `q, kv_a, norm, kv_b` that are wanted.
+    fn latent_attention_grad(
+        saved: LatentState<Self>,
+        grad: FloatTensor<Self>,
+        wanted: Wanted<4>,
+    ) -> [Option<FloatTensor<Self>>; 4];
+}
+
+/// What the forward pass of a projection keeps: of each argument what the gradient of the other takes, where that one is wanted. Both
+/// as [`BlockGradients::rounded`] has them.
+pub(crate) struct ProjectState<B: Backend> {
+    /// Input `[batch, seq, d_in]`, where the weight's gradient is wanted.
+    pub(crate) x: Option<FloatTensor<B>>,
+    /// Weight `[d_out, d_in]`, where the input's is.
+    pub(crate) weight: Option<FloatTensor<B>>,
 }
 
 /// Norm, gate, up and down of a feed-forward layer.
@@ -133,6 +146,24 @@ pub(crate) struct LatentState<B: Backend> {
     pub(crate) out: FloatTensor<B>,
     /// Log-sum-exp of the scores.
     pub(crate) lse: FloatTensor<B>,
+}
+
+impl<B: Backend> ProjectState<B> {
+    fn new(x: &FloatTensor<B>, weight: &FloatTensor<B>, [of_x, of_weight]: Wanted<2>) -> Self {
+        Self { x: of_weight.then(|| x.clone()), weight: of_x.then(|| weight.clone()) }
+    }
+}
+
+impl<B: Backend> Clone for ProjectState<B> {
+    fn clone(&self) -> Self {
+        Self { x: self.x.clone(), weight: self.weight.clone() }
+    }
+}
+
+impl<B: Backend> std::fmt::Debug for ProjectState<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ProjectState").finish_non_exhaustive()
+    }
 }
 
 impl<B: Backend> Clone for MlpState<B> {
@@ -181,12 +212,12 @@ struct Project {
 }
 
 impl<B: BlockGradients> Backward<B, 2> for Project {
-    type State = (FloatTensor<B>, FloatTensor<B>);
+    type State = ProjectState<B>;
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let (d_x, d_weight) = B::project_grad(ops.state.0, ops.state.1, grad, self.precision);
-        register::<B, 2>(grads, ops.parents.map(|node| node.map(|node| node.id)), [d_x, d_weight]);
+        let parents = Parents::of(&ops);
+        parents.register::<B>(grads, B::project_grad(ops.state, grad, self.precision));
     }
 }
 
@@ -196,12 +227,13 @@ struct AddProject {
 }
 
 impl<B: BlockGradients> Backward<B, 3> for AddProject {
-    type State = (FloatTensor<B>, FloatTensor<B>);
+    type State = ProjectState<B>;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let (d_x, d_weight) = B::project_grad(ops.state.0, ops.state.1, grad.clone(), self.precision);
-        register::<B, 3>(grads, ops.parents.map(|node| node.map(|node| node.id)), [grad, d_x, d_weight]);
+        let parents = Parents::of(&ops);
+        let [d_x, d_weight] = B::project_grad(ops.state, grad.clone(), self.precision);
+        parents.register::<B>(grads, [Some(grad), d_x, d_weight]);
     }
 }
 
@@ -216,8 +248,9 @@ impl<B: BlockGradients> Backward<B, 5> for GatedMlp {
 
     fn backward(self, ops: Ops<Self::State, 5>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let gradients = B::gated_mlp_grad(ops.state, grad, self.eps, self.precision);
-        register::<B, 5>(grads, ops.parents.map(|node| node.map(|node| node.id)), gradients);
+        let parents = Parents::of(&ops);
+        let gradients = B::gated_mlp_grad(ops.state, grad, self.eps, self.precision, parents.wanted());
+        parents.register::<B>(grads, gradients);
     }
 }
 
@@ -229,17 +262,21 @@ impl<B: BlockGradients> Backward<B, 4> for LatentAttention {
 
     fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let gradients = B::latent_attention_grad(ops.state, grad);
-        register::<B, 4>(grads, ops.parents.map(|node| node.map(|node| node.id)), gradients);
+        let parents = Parents::of(&ops);
+        let gradients = B::latent_attention_grad(ops.state, grad, parents.wanted());
+        parents.register::<B>(grads, gradients);
     }
 }
 
 impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
+        let wanted = [x.is_tracked(), weight.is_tracked()];
         let prep = Project { precision }.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
         let [x, weight] = [x.into_primitive(), weight.into_primitive()].map(|x| B::rounded(x, precision));
         match prep {
-            OpsKind::Tracked(prep) => prep.finish((x.clone(), weight.clone()), B::project(x, weight, precision)),
+            OpsKind::Tracked(prep) => {
+                prep.finish(ProjectState::new(&x, &weight, wanted), B::project(x, weight, precision))
+            }
             OpsKind::UnTracked(prep) => prep.finish(B::project(x, weight, precision)),
         }
     }
@@ -250,13 +287,15 @@ impl<B: BlockGradients, C: CheckpointStrategy> BlockOps for Autodiff<B, C> {
         weight: FloatTensor<Self>,
         precision: Precision,
     ) -> FloatTensor<Self> {
+        let wanted = [x.is_tracked(), weight.is_tracked()];
         let nodes = [residual.node(), x.node(), weight.node()];
         let prep = AddProject { precision }.prepare::<C>(nodes).compute_bound().stateful();
         let residual = residual.into_primitive();
         let [x, weight] = [x.into_primitive(), weight.into_primitive()].map(|x| B::rounded(x, precision));
         match prep {
             OpsKind::Tracked(prep) => {
-                prep.finish((x.clone(), weight.clone()), B::add_project(residual, x, weight, precision))
+                let saved = ProjectState::new(&x, &weight, wanted);
+                prep.finish(saved, B::add_project(residual, x, weight, precision))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::add_project(residual, x, weight, precision)),
         }

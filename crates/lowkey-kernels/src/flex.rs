@@ -13,7 +13,7 @@ use crate::cpu::attention::{self, Dims};
 use crate::cpu::cross_entropy;
 use crate::cpu::linear::Tokens;
 use crate::cpu::pointwise::{self, Table, Target, Turn};
-use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps};
+use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps, Wanted};
 use crate::precision::Precision;
 
 fn new(shape: impl Into<Vec<usize>>) -> FlexTensor {
@@ -22,6 +22,20 @@ fn new(shape: impl Into<Vec<usize>>) -> FlexTensor {
 
 fn like(tensor: &FlexTensor) -> FlexTensor {
     FlexTensor::empty(tensor.layout().shape().clone(), DType::F32)
+}
+
+/// Room for the gradients that are wanted of some tensors.
+fn wanted_like<const N: usize>(tensors: [&FlexTensor; N], wanted: Wanted<N>) -> [Option<FlexTensor>; N] {
+    std::array::from_fn(|i| wanted[i].then(|| like(tensors[i])))
+}
+
+/// The numbers of a gradient, where it is wanted.
+fn numbers(gradient: &mut Option<FlexTensor>) -> Option<&mut [f32]> {
+    gradient.as_mut().map(FlexTensor::storage_mut)
+}
+
+fn head_gradients([h, weight]: &mut [Option<FlexTensor>; 2]) -> cross_entropy::Gradients<'_> {
+    cross_entropy::Gradients { h: numbers(h), weight: numbers(weight) }
 }
 
 fn dims<const D: usize>(tensor: &FlexTensor) -> [usize; D] {
@@ -115,7 +129,7 @@ impl FusedOps for Flex {
         precision: Precision,
     ) -> FlexTensor {
         // Only where nothing is trained, which is no case to be fast in.
-        Self::distill_sum_saving(h, weight, teacher, targets, share, precision).0
+        Self::distill_sum_saving(h, weight, teacher, targets, share, precision, [false; 2]).0
     }
 }
 
@@ -208,13 +222,14 @@ impl FusedGradients for Flex {
         label_weights: FlexTensor,
         z_loss: f64,
         _: Precision,
-    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        wanted: Wanted<2>,
+    ) -> (FlexTensor, [Option<FlexTensor>; 2]) {
         let (h, weight, label_weights) = (h.to_contiguous(), weight.to_contiguous(), label_weights.to_contiguous());
         let targets = &integers(&targets);
         let inputs = head_inputs(&h, &weight, targets, label_weights.storage(), z_loss);
-        let (mut d_h, mut d_weight) = (like(&h), like(&weight));
-        let sums = cross_entropy::sums_with_gradients(inputs, d_h.storage_mut(), d_weight.storage_mut());
-        (sums_tensor(sums), d_h, d_weight)
+        let mut gradients = wanted_like([&h, &weight], wanted);
+        let sums = cross_entropy::sums_with_gradients(inputs, head_gradients(&mut gradients));
+        (sums_tensor(sums), gradients)
     }
 
     fn distill_sum_saving(
@@ -224,14 +239,15 @@ impl FusedGradients for Flex {
         targets: FlexTensor,
         share: f64,
         _: Precision,
-    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        wanted: Wanted<2>,
+    ) -> (FlexTensor, [Option<FlexTensor>; 2]) {
         let (h, weight, teacher) = (h.to_contiguous(), weight.to_contiguous(), teacher.to_contiguous());
         let targets = &integers(&targets);
         let inputs = head_inputs(&h, &weight, targets, &[], 0.0);
         let lesson = cross_entropy::Lesson { teacher: teacher.storage(), share: share as f32 };
-        let (mut d_h, mut d_weight, mut out) = (like(&h), like(&weight), new([1]));
-        let sum = cross_entropy::lessons_with_gradients(inputs, lesson, d_h.storage_mut(), d_weight.storage_mut());
+        let (mut gradients, mut out) = (wanted_like([&h, &weight], wanted), new([1]));
+        let sum = cross_entropy::lessons_with_gradients(inputs, lesson, head_gradients(&mut gradients));
         out.storage_mut::<f32>()[0] = sum as f32;
-        (out, d_h, d_weight)
+        (out, gradients)
     }
 }

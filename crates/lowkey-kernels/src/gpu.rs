@@ -29,7 +29,7 @@ use cubecl::prelude::{CubeCount, CubeDim};
 
 use self::attention::Attention;
 use self::product::{format, operand, product, rounded_product, transposed};
-use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps};
+use crate::ops::{AttentionShape, AttentionState, FusedGradients, FusedOps, Wanted};
 use crate::precision::Precision;
 
 fn new(like: &CubeTensor, shape: impl Into<Vec<usize>>) -> CubeTensor {
@@ -246,7 +246,7 @@ impl FusedOps for CubeBackend {
         share: f64,
         precision: Precision,
     ) -> CubeTensor {
-        Self::distill_sum_saving(h, weight, teacher, targets, share, precision).0
+        Self::distill_sum_saving(h, weight, teacher, targets, share, precision, [false; 2]).0
     }
 }
 
@@ -308,8 +308,9 @@ impl FusedGradients for CubeBackend {
         label_weights: CubeTensor,
         z_loss: f64,
         precision: Precision,
-    ) -> (CubeTensor, CubeTensor, CubeTensor) {
-        loss::Head::new(h, weight, targets, precision).losses_with_gradients(label_weights, z_loss)
+        wanted: Wanted<2>,
+    ) -> (CubeTensor, [Option<CubeTensor>; 2]) {
+        loss::Head::new(h, weight, targets, precision).losses_with_gradients(label_weights, z_loss, wanted)
     }
 
     fn distill_sum_saving(
@@ -319,7 +320,8 @@ impl FusedGradients for CubeBackend {
         targets: CubeTensor,
         share: f64,
         precision: Precision,
-    ) -> (CubeTensor, CubeTensor, CubeTensor) {
-        loss::Head::new(h, weight, targets, precision).lessons_with_gradients(teacher, share)
+        wanted: Wanted<2>,
+    ) -> (CubeTensor, [Option<CubeTensor>; 2]) {
+        loss::Head::new(h, weight, targets, precision).lessons_with_gradients(teacher, share, wanted)
     }
 }

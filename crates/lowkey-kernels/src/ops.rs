@@ -120,7 +120,7 @@ pub(crate) trait FusedGradients: FusedOps {
         grad: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
-    /// The sums with the gradients of the first: `(sums [2], d h, d weight)`.
+    /// The sums with those gradients of the first that are wanted: `(sums [2], [d h, d weight])`.
     fn cross_entropy_sum_saving(
         h: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -128,9 +128,10 @@ pub(crate) trait FusedGradients: FusedOps {
         label_weights: FloatTensor<Self>,
         z_loss: f64,
         precision: Precision,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+        wanted: Wanted<2>,
+    ) -> (FloatTensor<Self>, [Option<FloatTensor<Self>>; 2]);
 
-    /// [`FusedOps::distill_sum`], and the gradients of the sum: `(sum, d h, d weight)`.
+    /// [`FusedOps::distill_sum`], and those gradients of the sum that are wanted: `(sum, [d h, d weight])`.
     fn distill_sum_saving(
         h: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -138,7 +139,8 @@ pub(crate) trait FusedGradients: FusedOps {
         targets: IntTensor<Self>,
         share: f64,
         precision: Precision,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+        wanted: Wanted<2>,
+    ) -> (FloatTensor<Self>, [Option<FloatTensor<Self>>; 2]);
 }
 
 /// What the forward pass of an attention keeps for its backward pass: no T×T tensor.
@@ -174,15 +176,27 @@ impl<B: Backend> Clone for AttentionState<B> {
     }
 }
 
-/// Hands each parent that is tracked its gradient.
-pub(crate) fn register<B: Backend, const N: usize>(
-    grads: &mut Gradients,
-    parents: [Option<NodeId>; N],
-    gradients: [FloatTensor<B>; N],
-) {
-    for (parent, gradient) in parents.into_iter().zip(gradients) {
-        if let Some(id) = parent {
-            grads.register::<B>(id, gradient);
+/// For each argument of an operation whether its gradient is wanted. A frozen weight costs none.
+pub(crate) type Wanted<const N: usize> = [bool; N];
+
+/// Where the gradients of an operation go.
+pub(crate) struct Parents<const N: usize>([Option<NodeId>; N]);
+
+impl<const N: usize> Parents<N> {
+    pub(crate) fn of<S>(ops: &Ops<S, N>) -> Self {
+        Self(ops.parents.each_ref().map(|node| node.as_ref().map(|node| node.id)))
+    }
+
+    pub(crate) fn wanted(&self) -> Wanted<N> {
+        self.0.map(|parent| parent.is_some())
+    }
+
+    /// Hands each argument that wants one its gradient.
+    pub(crate) fn register<B: Backend>(self, grads: &mut Gradients, gradients: [Option<FloatTensor<B>>; N]) {
+        for (parent, gradient) in self.0.into_iter().zip(gradients) {
+            if let (Some(id), Some(gradient)) = (parent, gradient) {
+                grads.register::<B>(id, gradient);
+            }
         }
     }
 }
@@ -195,8 +209,9 @@ impl<B: FusedGradients> Backward<B, 1> for Embed {
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
+        let parents = Parents::of(&ops);
         let (weight, ids) = ops.state;
-        register::<B, 1>(grads, ops.parents.map(|node| node.map(|node| node.id)), [B::embed_grad(weight, ids, grad)]);
+        parents.register::<B>(grads, [Some(B::embed_grad(weight, ids, grad))]);
     }
 }
 
@@ -210,8 +225,9 @@ impl<B: FusedGradients> Backward<B, 2> for Norm {
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
+        let parents = Parents::of(&ops);
         let (d_x, d_weight) = B::rms_norm_grad(ops.state.0, ops.state.1, grad, self.eps);
-        register::<B, 2>(grads, ops.parents.map(|node| node.map(|node| node.id)), [d_x, d_weight]);
+        parents.register::<B>(grads, [Some(d_x), Some(d_weight)]);
     }
 }
 
@@ -225,12 +241,10 @@ impl<B: FusedGradients> Backward<B, 1> for Rotate {
     type State = (FloatTensor<B>, FloatTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
-        if let Some(node) = x {
-            let (cos, sin) = ops.state;
-            grads.register::<B>(node.id, B::rotate_back(grad, cos, sin, self.from, self.interleaved));
-        }
+        let parents = Parents::of(&ops);
+        let (cos, sin) = ops.state;
+        parents.register::<B>(grads, [Some(B::rotate_back(grad, cos, sin, self.from, self.interleaved))]);
     }
 }
 
@@ -242,8 +256,9 @@ impl<B: FusedGradients> Backward<B, 3> for CausalAttention {
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
+        let parents = Parents::of(&ops);
         let (d_q, d_kv, d_k_pe) = B::causal_attention_grad(ops.state, grad);
-        register::<B, 3>(grads, ops.parents.map(|node| node.map(|node| node.id)), [d_q, d_kv, d_k_pe]);
+        parents.register::<B>(grads, [Some(d_q), Some(d_kv), Some(d_k_pe)]);
     }
 }
 
@@ -251,19 +266,16 @@ impl<B: FusedGradients> Backward<B, 3> for CausalAttention {
 struct CrossEntropy;
 
 impl<B: FusedGradients> Backward<B, 2> for CrossEntropy {
-    type State = (FloatTensor<B>, FloatTensor<B>);
+    type State = [Option<FloatTensor<B>>; 2];
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [h, weight] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
+        let parents = Parents::of(&ops);
         // The gradients of the sum were formed with it: what is left is the factor in front of the sum.
         let factor = B::float_slice(grad, &[Slice::from(0..1)]);
         let factor = B::float_reshape(factor, Shape::new([1, 1]));
-        for (node, gradient) in [(h, ops.state.0), (weight, ops.state.1)] {
-            if let Some(node) = node {
-                grads.register::<B>(node.id, B::float_mul(gradient, factor.clone()));
-            }
-        }
+        let gradients = ops.state.map(|gradient| gradient.map(|gradient| B::float_mul(gradient, factor.clone())));
+        parents.register::<B>(grads, gradients);
     }
 }
 
@@ -330,12 +342,14 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         z_loss: f64,
         precision: Precision,
     ) -> FloatTensor<Self> {
+        let wanted = [h.is_tracked(), weight.is_tracked()];
         let prep = CrossEntropy.prepare::<C>([h.node(), weight.node()]).compute_bound().stateful();
         let [h, weight, labels] = [h, weight, label_weights].map(|tensor| tensor.into_primitive());
         match prep {
             OpsKind::Tracked(prep) => {
-                let (sums, d_h, d_weight) = B::cross_entropy_sum_saving(h, weight, targets, labels, z_loss, precision);
-                prep.finish((d_h, d_weight), sums)
+                let (sums, gradients) =
+                    B::cross_entropy_sum_saving(h, weight, targets, labels, z_loss, precision, wanted);
+                prep.finish(gradients, sums)
             }
             OpsKind::UnTracked(prep) => {
                 prep.finish(B::cross_entropy_sum(h, weight, targets, labels, z_loss, precision))
@@ -360,12 +374,13 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         share: f64,
         precision: Precision,
     ) -> FloatTensor<Self> {
+        let wanted = [h.is_tracked(), weight.is_tracked()];
         let prep = CrossEntropy.prepare::<C>([h.node(), weight.node()]).compute_bound().stateful();
         let [h, weight, teacher] = [h, weight, teacher].map(|tensor| tensor.into_primitive());
         match prep {
             OpsKind::Tracked(prep) => {
-                let (sum, d_h, d_weight) = B::distill_sum_saving(h, weight, teacher, targets, share, precision);
-                prep.finish((d_h, d_weight), sum)
+                let (sum, gradients) = B::distill_sum_saving(h, weight, teacher, targets, share, precision, wanted);
+                prep.finish(gradients, sum)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::distill_sum(h, weight, teacher, targets, share, precision)),
         }

@@ -12,7 +12,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
 use burn::tensor::{Int, Tensor, TensorData};
 
-use crate::ops::register;
+use crate::ops::Parents;
 
 /// Choices of experts in the order of the experts.
 ///
@@ -169,7 +169,8 @@ impl<B: RoutingGradients> Backward<B, 1> for Spread {
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        register::<B, 1>(grads, ops.parents.map(|node| node.map(|node| node.id)), [B::spread_grad(grad, ops.state)]);
+        let parents = Parents::of(&ops);
+        parents.register::<B>(grads, [Some(B::spread_grad(grad, ops.state))]);
     }
 }
 
@@ -181,8 +182,9 @@ impl<B: RoutingGradients> Backward<B, 2> for Collect {
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
+        let parents = Parents::of(&ops);
         let (d_y, d_weights) = B::collect_grad(ops.state, grad);
-        register::<B, 2>(grads, ops.parents.map(|node| node.map(|node| node.id)), [d_y, d_weights]);
+        parents.register::<B>(grads, [Some(d_y), Some(d_weights)]);
     }
 }
 

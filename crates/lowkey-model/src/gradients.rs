@@ -39,7 +39,7 @@ fn plain(loss: LossSum) -> LossSum {
     LossSum { nats: loss.nats.without_autodiff(), z_loss: loss.z_loss.without_autodiff(), targets: loss.targets }
 }
 
-/// Gradients of a module's parameters in its order, flattened.
+/// Gradients of a module's trained parameters in its order, flattened.
 struct TakeGradients<'a> {
     gradients: &'a mut Gradients,
     taken: Vec<Tensor<1>>,
@@ -48,13 +48,16 @@ struct TakeGradients<'a> {
 impl ModuleVisitor for TakeGradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let value = param.val();
+        if !value.is_require_grad() {
+            return;
+        }
         let gradient = value.grad_remove(self.gradients).unwrap_or_else(|| value.without_autodiff().zeros_like());
         let len = gradient.shape().num_elements();
         self.taken.push(gradient.reshape([len]));
     }
 }
 
-/// Takes the gradient of each parameter of `module` (zeros where there is none).
+/// Takes the gradient of each trained parameter of `module` (zeros where there is none).
 fn take<M: Module>(module: &M, gradients: &mut Gradients) -> Vec<Tensor<1>> {
     let mut take = TakeGradients { gradients, taken: Vec::new() };
     module.visit(&mut take);
@@ -68,7 +71,7 @@ fn pull_back(y: Tensor<3>, pull: Tensor<3>) -> Gradients {
 
 impl CausalLm {
     /// Summed loss of a batch for the first term ([`CausalLm::loss`]), and the gradients of the objective, flattened, in the order of
-    /// [`CausalLm::parameters`].
+    /// [`CausalLm::trained_parameters`].
     ///
     /// The model must record gradients. Both ways of [`Recompute`] give the same numbers, to the order of the sums where several
     /// gradients meet.
@@ -103,7 +106,8 @@ impl CausalLm {
         (plain(loss), seen, take(self, &mut gradients))
     }
 
-    /// Takes each parameter's gradient (zeros where there is none), flattened, in the order of [`CausalLm::parameters`].
+    /// Takes each trained parameter's gradient (zeros where there is none), flattened, in the order of
+    /// [`CausalLm::trained_parameters`].
     pub fn take_gradients(&self, gradients: &mut Gradients) -> Vec<Tensor<1>> {
         take(self, gradients)
     }
@@ -143,8 +147,11 @@ impl CausalLm {
             pull = pulled(x, &mut gradients);
             blocks.push(take(block, &mut gradients));
         }
-        let embedded = self.embed(batch, device);
-        let looked_up = take(&self.model.embed_tokens, &mut pull_back(embedded, pull));
+        let embedding = &self.model.embed_tokens;
+        let looked_up = match embedding.table().is_require_grad() {
+            true => take(embedding, &mut pull_back(self.embed(batch, device), pull)),
+            false => Vec::new(),
+        };
         let table = match as_head {
             Some(as_head) => as_head.into_iter().zip(looked_up).map(|(head, looked_up)| head + looked_up).collect(),
             None => looked_up,
@@ -238,6 +245,38 @@ mod tests {
                 for (found, expected) in added(&narrow, distillation).into_iter().zip(&whole) {
                     let size = expected.iter().fold(1e-3f32, |m, x| m.max(x.abs()));
                     assert!(distance(&found, expected) <= 1e-4 * size, "{kind}, distillation {distillation}");
+                }
+            }
+        }
+    }
+
+    /// What is frozen changes nothing for the others, to the last bit, and has no gradient of its own.
+    #[test]
+    fn the_gradients_of_what_is_trained_are_those_of_a_model_that_trains_everything() {
+        let device = Device::flex().autodiff();
+        for (kind, config) in fixtures::every_kind() {
+            let model = scrambled(&config, 4, &device);
+            let input_ids: Vec<u32> = (0..18).map(|i| i * 5 % config.vocab_size as u32).collect();
+            let targets: Vec<i64> = (0..18).map(|i| if i == 7 { IGNORE } else { i * 3 % 7 }).collect();
+            let starts: Vec<u32> = (0..18).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
+            let batch =
+                TokenBatch { rows: 2, seq_len: 9, input_ids: &input_ids, targets: &targets, document_starts: &starts };
+            let objective = Objective { scale: 0.1, terms: &[Term::Next { z_loss: 0.01 }] };
+            for recompute in [Recompute::None, Recompute::Block] {
+                let (loss, all) = model.loss_and_gradients(batch, objective, recompute, &device);
+                let names: Vec<String> = model.parameters().into_iter().map(|p| p.name).collect();
+                for part in ["norm", "kv_b_proj", "v_proj", "o_proj", "up_proj", "down_proj", "embed", "lm_head", ".0."]
+                {
+                    let part = |name: &str| name.contains(part);
+                    if !names.iter().any(|name| part(name)) {
+                        continue;
+                    }
+                    let frozen = model.clone().with_trained(|spec| part(&spec.name));
+                    let (same, found) = frozen.loss_and_gradients(batch, objective, recompute, &device);
+                    assert_eq!(values(loss.nats.clone()), values(same.nats), "{kind}");
+                    let expected: Vec<_> =
+                        all.iter().zip(&names).filter(|(_, name)| part(name)).map(|(g, _)| values(g.clone())).collect();
+                    assert_eq!(found.into_iter().map(values).collect::<Vec<_>>(), expected, "{kind}, {recompute:?}");
                 }
             }
         }

@@ -32,6 +32,13 @@ impl CausalLm {
     }
 }
 
+impl ModelConfig {
+    /// What the tensors of such a model are, in the model's order; none has values.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        CausalLm::build(self, &Device::flex(), &mut |_| Vec::new()).tensors().to_vec()
+    }
+}
+
 fn initial_values(config: &ModelConfig, seed: u64, spec: &TensorSpec) -> Vec<f32> {
     let len = spec.shape.iter().product();
     let by_fan_in = || spec.shape.last().map_or(1.0, |d_in| (*d_in as f64).powf(-0.5));

@@ -24,7 +24,7 @@ impl Builder<'_> {
         role: Role,
         head_rows: Vec<usize>,
     ) -> Param<Tensor<D>> {
-        let spec = TensorSpec { name, shape: shape.to_vec(), role, head_rows };
+        let spec = TensorSpec { name, shape: shape.to_vec(), role, head_rows, trainable: true };
         let values = (self.fill)(&spec);
         self.built.push(spec);
         let shape = if values.is_empty() { [0; D] } else { shape };

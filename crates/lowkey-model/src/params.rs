@@ -20,6 +20,8 @@ pub struct Parameter {
     pub role: Role,
     /// As [`TensorSpec::head_rows`].
     pub head_rows: Vec<usize>,
+    /// Whether it is trained.
+    pub trainable: bool,
     /// The values `[numel]`, outside any autodiff graph.
     pub value: Tensor<1>,
 }
@@ -49,10 +51,10 @@ impl<'a> Flattened<'a> {
 
     fn push<const D: usize>(&mut self, value: Tensor<D>) {
         // A model is built of the tensors that it has: one for each.
-        let Some(TensorSpec { name, role, head_rows, .. }) = self.specs.next().cloned() else { return };
+        let Some(TensorSpec { name, role, head_rows, trainable, .. }) = self.specs.next().cloned() else { return };
         // A cut latent has fewer columns than it was built with.
-        let shape = value.dims().to_vec();
-        self.found.push(Parameter { name, shape, role, head_rows, value: flat(value.without_autodiff()) });
+        let (shape, value) = (value.dims().to_vec(), flat(value.without_autodiff()));
+        self.found.push(Parameter { name, shape, role, head_rows, trainable, value });
     }
 }
 
@@ -62,11 +64,15 @@ impl ModuleVisitor for Flattened<'_> {
     }
 }
 
-/// Takes the values out, and leaves a number in their place that has their shape, device and place in autodiff.
+/// Takes the trained values out, and leaves a number in their place that has their shape, device and place in autodiff.
 struct TakeValues<'a>(Flattened<'a>);
 
 impl ModuleMapper for TakeValues<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if self.0.specs.as_slice().first().is_some_and(|spec| !spec.trainable) {
+            self.0.specs.next();
+            return param;
+        }
         param.map(|old| {
             let stand_in = Tensor::<D>::empty([1; D], &old.device().without_autodiff()).expand(old.dims());
             let stand_in = in_place_of(&old, stand_in);
@@ -76,14 +82,31 @@ impl ModuleMapper for TakeValues<'_> {
     }
 }
 
-struct Replace<I> {
+struct Replace<'a, I> {
     values: I,
+    /// Whether each parameter gets a value.
+    each: Box<dyn Iterator<Item = bool> + 'a>,
 }
 
-impl<I: Iterator<Item = Tensor<1>>> ModuleMapper for Replace<I> {
+impl<I: Iterator<Item = Tensor<1>>> ModuleMapper for Replace<'_, I> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !self.each.next().unwrap_or(false) {
+            return param;
+        }
         let Some(value) = self.values.next() else { return param };
         param.map(|old| in_place_of(&old, value.reshape(old.dims())))
+    }
+}
+
+/// Sets whether each parameter wants a gradient.
+struct RequireGradients<I>(I);
+
+impl<I: Iterator<Item = bool>> ModuleMapper for RequireGradients<I> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.0.next() {
+            Some(wanted) => param.set_require_grad(wanted),
+            None => param,
+        }
     }
 }
 
@@ -111,7 +134,27 @@ impl CausalLm {
         flattened.found
     }
 
-    /// Replaces every value by what `update` makes of them, in the order of [`CausalLm::parameters`].
+    /// The parameters that are trained, in the model's order.
+    pub fn trained_parameters(&self) -> Vec<Parameter> {
+        self.parameters().into_iter().filter(|parameter| parameter.trainable).collect()
+    }
+
+    /// What the tensors are, in the model's order.
+    pub fn tensors(&self) -> &[TensorSpec] {
+        &self.tensors
+    }
+
+    /// The same model, of which only those tensors are trained that `is_trained` says: the others take part in no backward pass but
+    /// as what gradients flow through, and in no step.
+    pub fn with_trained(self, is_trained: impl Fn(&TensorSpec) -> bool) -> Self {
+        let of = |spec: &TensorSpec| TensorSpec { trainable: is_trained(spec), ..spec.clone() };
+        let tensors: Vec<TensorSpec> = self.tensors.iter().map(of).collect();
+        let mut model = self.map(&mut RequireGradients(tensors.iter().map(|spec| spec.trainable)));
+        model.tensors = tensors.into();
+        model
+    }
+
+    /// Replaces each trained value by what `update` makes of them, in the order of [`CausalLm::trained_parameters`].
     ///
     /// Where no clone of the model is left, each tensor is handed over with its only handle and can be changed in place.
     pub fn update(&mut self, update: impl FnOnce(Vec<Parameter>) -> Vec<Tensor<1>>) {
@@ -119,12 +162,13 @@ impl CausalLm {
         let mut take = TakeValues(Flattened::new(&tensors));
         // The assignment ends the old model, and with it the second handle to each value.
         *self = self.clone().map(&mut take);
-        *self = self.clone().with_values(update(take.0.found));
+        let values = update(take.0.found).into_iter();
+        *self = self.clone().map(&mut Replace { values, each: Box::new(tensors.iter().map(|spec| spec.trainable)) });
     }
 
     /// The same model with other values, in the order of [`CausalLm::parameters`].
     pub fn with_values(self, values: Vec<Tensor<1>>) -> Self {
-        self.map(&mut Replace { values: values.into_iter() })
+        self.map(&mut Replace { values: values.into_iter(), each: Box::new(std::iter::repeat(true)) })
     }
 }
 

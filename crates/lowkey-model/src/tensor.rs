@@ -41,4 +41,6 @@ pub struct TensorSpec {
     /// Rows of each map in it, top to bottom: one per head (MLA's `kv_b_proj`: a key's and a value's) where it projects to heads,
     /// else one of all rows.
     pub head_rows: Vec<usize>,
+    /// Whether it is trained: what is frozen costs no gradient and no optimiser's state.
+    pub trainable: bool,
 }

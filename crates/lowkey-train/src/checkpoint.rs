@@ -369,7 +369,7 @@ fn write(
 fn write_states(path: &Path, model: &CausalLm, optimizer: &Optimizer) -> Result<()> {
     let (states, _) = optimizer.state();
     let mut tensors = Vec::new();
-    for (parameter, state) in model.parameters().iter().zip(states) {
+    for (parameter, state) in model.trained_parameters().iter().zip(states) {
         for (kind, tensor) in state.tensors() {
             let values = tensor
                 .try_to_vec_as::<f32>()

@@ -3,6 +3,7 @@
 mod check;
 mod history;
 mod load;
+mod trainable;
 
 use std::path::PathBuf;
 
@@ -238,6 +239,10 @@ pub struct TrainingSection {
     /// join: what is to be told to them has to be known first.
     #[serde(default = "default_elastic_start")]
     pub elastic_start: f64,
+    /// Names of the tensors that are trained, as patterns with `*`, such as `["*norm.weight"]`; absent: all. The others are frozen:
+    /// they keep the values that they have and cost no gradient, no memory of the optimiser and no place on disk for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trainable: Option<Vec<String>>,
     /// What products with weights are computed in: `f32`, or on a GPU `bf16`, or `f16` with dynamic loss scaling. Parameters, their
     /// gradients, norms, softmax, loss and evaluation are f32 in any case.
     #[serde(default)]

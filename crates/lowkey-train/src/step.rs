@@ -72,7 +72,7 @@ fn non_finite(step: u64, rows: u64, fault: Fault, judgement: Judgement, model: &
     let (what, value) = match fault {
         Fault::Loss => ("the loss".to_owned(), judgement.loss),
         Fault::Gradient(i) => {
-            let name = model.parameters().into_iter().nth(i).map_or_else(|| "?".into(), |p| p.name);
+            let name = model.trained_parameters().into_iter().nth(i).map_or_else(|| "?".into(), |p| p.name);
             (format!("the gradient of {name}"), judgement.norm)
         }
         Fault::Norm => ("the norm of all gradients".to_owned(), judgement.norm),

@@ -264,12 +264,13 @@ impl<'a> Run<'a> {
             }
             (None, None) => CausalLm::init(&model_config, config.run.seed, device),
         };
+        let model = config.frozen(model)?;
         let mut state = state.unwrap_or_default();
         (state.data, state.held_out) = (data.checksum(), Some(data.held_checksum()));
         state.newest_is_best = data.held.is_empty();
         let own_threads = if count > 1 { threads_each(threads, count) } else { threads };
         let replica = |model: CausalLm, device: &Device| -> Result<Replica> {
-            let parameters = model.parameters();
+            let parameters = model.trained_parameters();
             let mut optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
             if let Some(dir) = resume {
                 let (_, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, device)?;

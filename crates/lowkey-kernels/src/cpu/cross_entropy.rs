@@ -105,13 +105,41 @@ pub(crate) fn losses(inputs: Inputs) -> Vec<TokenLoss> {
     losses
 }
 
-/// The sums, and the gradients of the objective, `d_h [n, d]` and `d_weight [vocab, d]`.
-pub(crate) fn sums_with_gradients(inputs: Inputs, d_h: &mut [f32], d_weight: &mut [f32]) -> Sums {
-    let (d, vocab, tokens) = (inputs.width, inputs.vocab(), inputs.block());
+/// Gradients of a sum over all tokens, where they are wanted.
+pub(crate) struct Gradients<'a> {
+    /// `[n, d]`
+    pub(crate) h: Option<&'a mut [f32]>,
+    /// `[vocab, d]`
+    pub(crate) weight: Option<&'a mut [f32]>,
+}
+
+impl Gradients<'_> {
+    fn begin(&mut self) {
+        if let Some(weight) = &mut self.weight {
+            weight.fill(0.0);
+        }
+    }
+
+    /// Adds what tokens `from..from+count` bring, whose logits have the gradient `d_logits [count, vocab]`.
+    fn add(&mut self, inputs: Inputs, d_logits: &[f32], from: usize, count: usize) {
+        let (d, vocab) = (inputs.width, inputs.vocab());
+        let p = View::new(d_logits, vocab);
+        if let Some(h) = &mut self.h {
+            product([count, d, vocab], &mut h[from * d..], d, false, p, View::new(inputs.weight, d), 1.0);
+        }
+        if let Some(weight) = &mut self.weight {
+            product([vocab, d, count], weight, d, true, p.t(), View::new(&inputs.h[from * d..], d), 1.0);
+        }
+    }
+}
+
+/// The sums, and the gradients of the objective.
+pub(crate) fn sums_with_gradients(inputs: Inputs, mut gradients: Gradients) -> Sums {
+    let (vocab, tokens) = (inputs.vocab(), inputs.block());
     let n = inputs.targets.len();
     let mut losses = vec![TokenLoss::default(); n];
     let mut logits = vec![0.0; tokens * vocab];
-    d_weight.fill(0.0);
+    gradients.begin();
     for (block, losses) in losses.chunks_mut(tokens).enumerate() {
         let (from, count) = (block * tokens, losses.len());
         inputs.logits(from, count, &mut logits);
@@ -130,9 +158,7 @@ pub(crate) fn sums_with_gradients(inputs: Inputs, d_h: &mut [f32], d_weight: &mu
                 *loss = found;
             });
         });
-        let p = View::new(&logits, vocab);
-        product([count, d, vocab], &mut d_h[from * d..], d, false, p, View::new(inputs.weight, d), 1.0);
-        product([vocab, d, count], d_weight, d, true, p.t(), View::new(&inputs.h[from * d..], d), 1.0);
+        gradients.add(inputs, &logits, from, count);
     }
     inputs.sums(losses.into_iter().enumerate())
 }
@@ -164,13 +190,12 @@ fn row_lesson(student: &mut [f32], teacher: &mut [f32], target: usize, share: f3
     share * apart + (1.0 - share) * (log_z - at_target)
 }
 
-/// `Σ share · KL(teacher ‖ student) + (1 − share) · nats` over the tokens with a target, and its gradients as the student's:
-/// `d_h [n, d]` and `d_weight [vocab, d]`.
-pub(crate) fn lessons_with_gradients(inputs: Inputs, lesson: Lesson, d_h: &mut [f32], d_weight: &mut [f32]) -> f64 {
-    let (d, vocab, tokens) = (inputs.width, inputs.vocab(), inputs.block());
+/// `Σ share · KL(teacher ‖ student) + (1 − share) · nats` over the tokens with a target, and its gradients as the student's.
+pub(crate) fn lessons_with_gradients(inputs: Inputs, lesson: Lesson, mut gradients: Gradients) -> f64 {
+    let (vocab, tokens) = (inputs.vocab(), inputs.block());
     let mut losses = vec![0.0f32; inputs.targets.len()];
     let (mut student, mut teacher) = (vec![0.0; tokens * vocab], vec![0.0; tokens * vocab]);
-    d_weight.fill(0.0);
+    gradients.begin();
     for (block, losses) in losses.chunks_mut(tokens).enumerate() {
         let (from, count) = (block * tokens, losses.len());
         inputs.logits(from, count, &mut student);
@@ -182,9 +207,7 @@ pub(crate) fn lessons_with_gradients(inputs: Inputs, lesson: Lesson, d_h: &mut [
                 Err(_) => student.fill(0.0),
             }
         });
-        let p = View::new(&student, vocab);
-        product([count, d, vocab], &mut d_h[from * d..], d, false, p, View::new(inputs.weight, d), 1.0);
-        product([vocab, d, count], d_weight, d, true, p.t(), View::new(&inputs.h[from * d..], d), 1.0);
+        gradients.add(inputs, &student, from, count);
     }
     losses.into_iter().map(f64::from).sum()
 }

@@ -88,12 +88,12 @@ pub(crate) fn forward(shape: Shape, inputs: Inputs, out: &mut [f32], lse: &mut [
     attention::forward(shape.attention, inputs.attention(shape, &expanded), out, lse);
 }
 
-/// Gradients of [`forward`], laid out as the inputs.
+/// Gradients of [`forward`], laid out as the inputs; that of the matrix where it is wanted.
 pub(crate) struct Gradients<'a> {
     pub(crate) q: &'a mut [f32],
     pub(crate) kv_a: &'a mut [f32],
     pub(crate) norm: &'a mut [f32],
-    pub(crate) kv_b: &'a mut [f32],
+    pub(crate) kv_b: Option<&'a mut [f32]>,
 }
 
 /// Fills `gradients` from what [`forward`] wrote and the gradient of its output.
@@ -107,7 +107,10 @@ pub(crate) fn backward(shape: Shape, inputs: Inputs, saved: attention::Saved, gr
     attention::backward(dims, inputs.attention(shape, &expanded), saved, parts);
     let Expanded { latent, kv } = expanded;
     drop(kv);
-    weight_gradient(&d_kv, shape.latents(&latent), rank, gradients.kv_b);
+    if let Some(kv_b) = gradients.kv_b {
+        weight_gradient(&d_kv, shape.latents(&latent), rank, kv_b);
+    }
+    drop(latent);
     let mut d_latent = vec![0.0; tokens * rank];
     input_gradient(&d_kv, inputs.kv_b, rank, &mut d_latent, false);
     let raw = shape.latents(inputs.kv_a);

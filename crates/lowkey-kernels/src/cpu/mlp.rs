@@ -41,13 +41,13 @@ pub(crate) fn forward(x: &[f32], weights: Weights, gate: &mut [f32], up: &mut [f
     project(Tokens::dense(&inner, f), weights.down, f, out, true);
 }
 
-/// Gradients of [`forward`].
+/// Gradients of [`forward`], those of matrices where they are wanted.
 pub(crate) struct Gradients<'a> {
     pub(crate) x: &'a mut [f32],
     pub(crate) norm: &'a mut [f32],
-    pub(crate) gate: &'a mut [f32],
-    pub(crate) up: &'a mut [f32],
-    pub(crate) down: &'a mut [f32],
+    pub(crate) gate: Option<&'a mut [f32]>,
+    pub(crate) up: Option<&'a mut [f32]>,
+    pub(crate) down: Option<&'a mut [f32]>,
 }
 
 /// Fills `gradients` from that of the output; overwrites `gate` and `up`, the activations that [`forward`] left.
@@ -64,12 +64,19 @@ pub(crate) fn backward(
     let mut inner = vec![0.0; gate.len()];
     input_gradient(d_out, weights.down, f, &mut inner, false);
     swiglu_in_place(gate, up, &mut inner);
-    weight_gradient(d_out, Tokens::dense(&inner, f), f, gradients.down);
+    if let Some(down) = gradients.down {
+        weight_gradient(d_out, Tokens::dense(&inner, f), f, down);
+    }
     drop(inner);
     let mut normed = vec![0.0; x.len()];
-    pointwise::rms_norm(Tokens::dense(x, d), weights.norm, weights.eps, 1.0, &mut normed, d);
-    weight_gradient(gate, Tokens::dense(&normed, d), d, gradients.gate);
-    weight_gradient(up, Tokens::dense(&normed, d), d, gradients.up);
+    if gradients.gate.is_some() || gradients.up.is_some() {
+        pointwise::rms_norm(Tokens::dense(x, d), weights.norm, weights.eps, 1.0, &mut normed, d);
+    }
+    for (d_y, gradient) in [(&*gate, gradients.gate), (&*up, gradients.up)] {
+        if let Some(gradient) = gradient {
+            weight_gradient(d_y, Tokens::dense(&normed, d), d, gradient);
+        }
+    }
     let d_normed = &mut normed;
     input_gradient(gate, weights.gate, d, d_normed, false);
     input_gradient(up, weights.up, d, d_normed, true);

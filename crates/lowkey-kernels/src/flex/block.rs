@@ -3,14 +3,15 @@
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
 
-use super::{dims, integers, like, new};
+use super::{dims, integers, like, new, numbers, wanted_like};
 use crate::block::MlaDims;
-use crate::block_ops::{BlockGradients, BlockOps, LatentInputs, LatentState, MlpState, MlpWeights};
+use crate::block_ops::{BlockGradients, BlockOps, LatentInputs, LatentState, MlpState, MlpWeights, ProjectState};
 use crate::cpu::attention::{Dims, Saved};
 use crate::cpu::latent::{self, Shape};
 use crate::cpu::linear::{Tokens, input_gradient, project, weight_gradient};
 use crate::cpu::mlp;
 use crate::cpu::pointwise::Table;
+use crate::ops::Wanted;
 use crate::precision::Precision;
 
 /// A tensor's memory and how far its rows of the last axis are apart, where all rows have one distance; else a copy that does.
@@ -144,13 +145,22 @@ impl BlockOps for Flex {
 }
 
 impl BlockGradients for Flex {
-    fn project_grad(x: FlexTensor, weight: FlexTensor, grad: FlexTensor, _: Precision) -> (FlexTensor, FlexTensor) {
-        let (rows_of_x, weight, grad) = (rows(&x), weight.to_contiguous(), grad.to_contiguous());
-        let [_, d_in] = dims::<2>(&weight);
-        let (mut d_x, mut d_weight) = (like(&x), like(&weight));
-        input_gradient(grad.storage(), weight.storage(), d_in, d_x.storage_mut(), false);
-        weight_gradient(grad.storage(), tokens(&rows_of_x), d_in, d_weight.storage_mut());
-        (d_x, d_weight)
+    fn project_grad(saved: ProjectState<Self>, grad: FlexTensor, _: Precision) -> [Option<FlexTensor>; 2] {
+        let grad = grad.to_contiguous();
+        let [batch, seq, d_out] = dims::<3>(&grad);
+        let d_x = saved.weight.map(|weight| {
+            let [_, d_in] = dims::<2>(&weight);
+            let mut d_x = new([batch, seq, d_in]);
+            input_gradient(grad.storage(), weight.to_contiguous().storage(), d_in, d_x.storage_mut(), false);
+            d_x
+        });
+        let d_weight = saved.x.map(|x| {
+            let ([.., d_in], x) = (dims::<3>(&x), rows(&x));
+            let mut d_weight = new([d_out, d_in]);
+            weight_gradient(grad.storage(), tokens(&x), d_in, d_weight.storage_mut());
+            d_weight
+        });
+        [d_x, d_weight]
     }
 
     fn gated_mlp_saving(x: FlexTensor, weights: MlpWeights<Self>, eps: f64, _: Precision) -> [FlexTensor; 3] {
@@ -163,24 +173,31 @@ impl BlockGradients for Flex {
         [out, gate, up]
     }
 
-    fn gated_mlp_grad(saved: MlpState<Self>, grad: FlexTensor, eps: f64, _: Precision) -> [FlexTensor; 5] {
+    fn gated_mlp_grad(
+        saved: MlpState<Self>,
+        grad: FlexTensor,
+        eps: f64,
+        _: Precision,
+        wanted: Wanted<5>,
+    ) -> [Option<FlexTensor>; 5] {
         let MlpState { x, weights, inner: [mut gate, mut up] } = saved;
         let (x, grad) = (x.to_contiguous(), grad.to_contiguous());
         let weights = weights.map(|weight| weight.to_contiguous());
-        let mut d_x = like(&x);
-        let mut d = weights.each_ref().map(like);
-        let [norm, d_gate, d_up, down] = &mut d;
+        let (mut d_x, mut d_norm) = (like(&x), like(&weights[0]));
+        let [of_x, of_norm, matrices @ ..] = wanted;
+        let mut d_matrices = wanted_like([&weights[1], &weights[2], &weights[3]], matrices);
+        let [d_gate, d_up, d_down] = &mut d_matrices;
         let gradients = mlp::Gradients {
             x: d_x.storage_mut(),
-            norm: norm.storage_mut(),
-            gate: d_gate.storage_mut(),
-            up: d_up.storage_mut(),
-            down: down.storage_mut(),
+            norm: d_norm.storage_mut(),
+            gate: numbers(d_gate),
+            up: numbers(d_up),
+            down: numbers(d_down),
         };
         let (gate, up) = (gate.storage_mut(), up.storage_mut());
         mlp::backward(x.storage(), mlp_weights(&weights, eps), gate, up, grad.storage(), gradients);
-        let [norm, gate, up, down] = d;
-        [d_x, norm, gate, up, down]
+        let [d_gate, d_up, d_down] = d_matrices;
+        [of_x.then_some(d_x), of_norm.then_some(d_norm), d_gate, d_up, d_down]
     }
 
     fn latent_attention_saving(inputs: LatentInputs<Self>) -> (FlexTensor, FlexTensor) {
@@ -191,20 +208,22 @@ impl BlockGradients for Flex {
         (out, lse)
     }
 
-    fn latent_attention_grad(saved: LatentState<Self>, grad: FlexTensor) -> [FlexTensor; 4] {
+    fn latent_attention_grad(saved: LatentState<Self>, grad: FlexTensor, wanted: Wanted<4>) -> [Option<FlexTensor>; 4] {
         let LatentState { inputs, out, lse } = saved;
         let (arguments, grad) = (LatentArguments::new(inputs), grad.to_contiguous());
         let saved = Saved { out: out.storage(), lse: lse.storage(), d_out: grad.storage() };
         let LatentInputs { q, kv_a, norm, kv_b, .. } = &arguments.inputs;
-        let (mut d_q, mut d_kv_a, mut d_norm, mut d_kv_b) = (like(q), like(kv_a), like(norm), like(kv_b));
+        let (mut d_q, mut d_kv_a, mut d_norm) = (like(q), like(kv_a), like(norm));
+        let [of_q, of_kv_a, of_norm, of_kv_b] = wanted;
+        let [mut d_kv_b] = wanted_like([kv_b], [of_kv_b]);
         let gradients = latent::Gradients {
             q: d_q.storage_mut(),
             kv_a: d_kv_a.storage_mut(),
             norm: d_norm.storage_mut(),
-            kv_b: d_kv_b.storage_mut(),
+            kv_b: numbers(&mut d_kv_b),
         };
         latent::backward(arguments.shape, arguments.slices(), saved, gradients);
-        [d_q, d_kv_a, d_norm, d_kv_b]
+        [of_q.then_some(d_q), of_kv_a.then_some(d_kv_a), of_norm.then_some(d_norm), d_kv_b]
     }
 }
 

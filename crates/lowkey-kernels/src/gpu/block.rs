@@ -12,8 +12,8 @@ use super::{
     reshaped, rms_norm, rms_norm_grad, rotated, rounded_product, transposed,
 };
 use crate::block::MlaDims;
-use crate::block_ops::{BlockGradients, BlockOps, LatentInputs, LatentState, MlpState, MlpWeights};
-use crate::ops::{AttentionShape, AttentionState};
+use crate::block_ops::{BlockGradients, BlockOps, LatentInputs, LatentState, MlpState, MlpWeights, ProjectState};
+use crate::ops::{AttentionShape, AttentionState, Wanted};
 use crate::precision::Precision;
 
 /// All tokens as one tall matrix.
@@ -136,15 +136,15 @@ impl BlockGradients for CubeBackend {
         operand(x, precision)
     }
 
-    fn project_grad(
-        x: CubeTensor,
-        weight: CubeTensor,
-        grad: CubeTensor,
-        precision: Precision,
-    ) -> (CubeTensor, CubeTensor) {
-        let shape = x.meta.shape().to_vec();
-        let [x, weight, grad] = [tall(x), weight, tall(grad)].map(|x| operand(x, precision));
-        (reshaped(product(grad.clone(), weight, precision), shape), product(transposed(grad), x, precision))
+    fn project_grad(saved: ProjectState<Self>, grad: CubeTensor, precision: Precision) -> [Option<CubeTensor>; 2] {
+        let [batch, seq, _] = dims::<3>(&grad);
+        let grad = operand(tall(grad), precision);
+        let d_x = saved.weight.map(|weight| {
+            let [_, d_in] = dims::<2>(&weight);
+            reshaped(product(grad.clone(), operand(weight, precision), precision), [batch, seq, d_in])
+        });
+        let d_weight = saved.x.map(|x| product(transposed(grad), operand(tall(x), precision), precision));
+        [d_x, d_weight]
     }
 
     fn gated_mlp_saving(x: CubeTensor, weights: MlpWeights<Self>, eps: f64, precision: Precision) -> [CubeTensor; 3] {
@@ -157,7 +157,13 @@ impl BlockGradients for CubeBackend {
         [Self::float_add(out, x), gate, up]
     }
 
-    fn gated_mlp_grad(saved: MlpState<Self>, grad: CubeTensor, eps: f64, precision: Precision) -> [CubeTensor; 5] {
+    fn gated_mlp_grad(
+        saved: MlpState<Self>,
+        grad: CubeTensor,
+        eps: f64,
+        precision: Precision,
+        [of_x, of_norm, of_gate, of_up, of_down]: Wanted<5>,
+    ) -> [Option<CubeTensor>; 5] {
         let MlpState { x, weights: [norm, gate_weight, up_weight, down], inner: [gate, up] } = saved;
         let shape = x.meta.shape().to_vec();
         let width = shape[shape.len() - 1];
@@ -177,16 +183,19 @@ impl BlockGradients for CubeBackend {
             act.clone().into_buffer_arg(),
             count(&act),
         );
-        let d_down = product(transposed(rounded), act, precision);
+        let d_down = of_down.then(|| product(transposed(rounded), act, precision));
         let rows = dense(&flat, width, eps);
-        let normed = rms_norm(&flat, &norm, rows, format(precision));
+        let normed = (of_gate || of_up).then(|| rms_norm(&flat, &norm, rows, format(precision)));
         let [gate_weight, up_weight] = [gate_weight, up_weight].map(|x| operand(x, precision));
-        let d_gate = product(transposed(gate.clone()), normed.clone(), precision);
-        let d_up = product(transposed(up.clone()), normed, precision);
+        let of = |d_y: &CubeTensor, wanted: bool| {
+            normed.clone().filter(|_| wanted).map(|x| product(transposed(d_y.clone()), x, precision))
+        };
+        let (d_gate, d_up) = (of(&gate, of_gate), of(&up, of_up));
+        drop(normed);
         let [by_gate, by_up] = [product(gate, gate_weight, precision), product(up, up_weight, precision)];
         let [by_gate, by_up] = [by_gate, by_up].map(into_contiguous);
         let (d_x, d_norm) = rms_norm_grad(&flat, &norm, &by_gate, Some([by_up, d_out]), rows);
-        [reshaped(d_x, shape), d_norm, d_gate, d_up, d_down]
+        [of_x.then(|| reshaped(d_x, shape)), of_norm.then_some(d_norm), d_gate, d_up, d_down]
     }
 
     fn latent_attention_saving(inputs: LatentInputs<Self>) -> (CubeTensor, CubeTensor) {
@@ -195,7 +204,11 @@ impl BlockGradients for CubeBackend {
         Attention::new(&inputs.q, &kv, shape).forward(inputs.q, kv, k_pe, inputs.starts)
     }
 
-    fn latent_attention_grad(saved: LatentState<Self>, grad: CubeTensor) -> [CubeTensor; 4] {
+    fn latent_attention_grad(
+        saved: LatentState<Self>,
+        grad: CubeTensor,
+        [of_q, of_kv_a, of_norm, of_kv_b]: Wanted<4>,
+    ) -> [Option<CubeTensor>; 4] {
         let LatentState { inputs, out, lse } = saved;
         let inputs = contiguous(inputs);
         let [batch, seq, width] = dims::<3>(&inputs.kv_a);
@@ -206,7 +219,7 @@ impl BlockGradients for CubeBackend {
         let [d_q, d_kv, d_pe] = sizes.backward(state, into_contiguous(grad));
         let d_kv = reshaped(d_kv, [batch * seq, dims.heads * (dims.nope + dims.value)]);
         let [d_kv, c_kv, kv_b] = [d_kv, c_kv, kv_b].map(|x| operand(x, precision));
-        let d_kv_b = product(transposed(d_kv.clone()), c_kv, precision);
+        let d_kv_b = of_kv_b.then(|| product(transposed(d_kv.clone()), c_kv, precision));
         let d_c_kv = into_contiguous(product(d_kv, kv_b, precision));
         let (d_latent, d_norm) = rms_norm_grad(&kv_a, &norm, &d_c_kv, None, rows);
         let d_latent = reshaped(d_latent, [batch, seq, dims.rank]);
@@ -218,6 +231,6 @@ impl BlockGradients for CubeBackend {
             d_latent
         };
         debug_assert_eq!(d_kv_a.meta.shape()[2], width);
-        [d_q, d_kv_a, d_norm, d_kv_b]
+        [of_q.then_some(d_q), of_kv_a.then_some(d_kv_a), of_norm.then_some(d_norm), d_kv_b]
     }
 }

@@ -1,13 +1,14 @@
 //! Output head and loss over chunks of tokens: the logits of one chunk exist at a time, beside their gradient in the format of operands.
 
 use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{FloatDType, Slice};
+use burn::tensor::Slice;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::{CubeCount, CubeDim};
 
 use super::{dims, format, new, new_of, of_format, operand, product, reshaped, rows, transposed};
+use crate::ops::Wanted;
 use crate::precision::Precision;
 
 /// Most logits that exist at a time: 256 Mi numbers, 1 GiB. In tests so few that there are many chunks.
@@ -118,26 +119,28 @@ impl Head {
         Losses(joined(parts.collect()))
     }
 
-    /// `(sums [2], d h, d weight)`
+    /// `(sums [2], [d h, d weight])`
     pub(super) fn losses_with_gradients(
         self,
         weights: CubeTensor,
         z_loss: f64,
-    ) -> (CubeTensor, CubeTensor, CubeTensor) {
+        wanted: Wanted<2>,
+    ) -> (CubeTensor, [Option<CubeTensor>; 2]) {
         let weights = into_contiguous(weights);
-        let (losses, d_h, d_weight) =
-            self.backward(|head, range, logits| head.chunk(logits, range, &weights, z_loss, true));
-        (Losses(losses).sum(), d_h, d_weight)
+        let (losses, gradients) =
+            self.backward(wanted, |head, range, logits| head.chunk(logits, range, &weights, z_loss, true));
+        (Losses(losses).sum(), gradients)
     }
 
-    /// `(sum [1], d h, d weight)` of [`crate::distill_sum`].
+    /// `(sum [1], [d h, d weight])` of [`crate::distill_sum`].
     pub(super) fn lessons_with_gradients(
         self,
         teacher: CubeTensor,
         share: f64,
-    ) -> (CubeTensor, CubeTensor, CubeTensor) {
+        wanted: Wanted<2>,
+    ) -> (CubeTensor, [Option<CubeTensor>; 2]) {
         let teacher = into_contiguous(teacher);
-        let (losses, d_h, d_weight) = self.backward(|head, range, logits| {
+        let (losses, gradients) = self.backward(wanted, |head, range, logits| {
             let [n, vocab] = dims::<2>(logits);
             let losses = new(logits, [n]);
             let slopes = new_of(logits, [n, vocab], format(head.precision));
@@ -161,14 +164,15 @@ impl Head {
             (losses, slopes)
         });
         // Along the axis: the sum over all would be one of atomic additions, in an order that changes.
-        (CubeBackend::float_sum_dim(losses, 0), d_h, d_weight)
+        (CubeBackend::float_sum_dim(losses, 0), gradients)
     }
 
-    /// Losses of all chunks, and the gradients that follow from those of the logits.
+    /// Losses of all chunks, and the gradients that are wanted of those that follow from the logits'.
     fn backward(
         &self,
+        [of_h, of_weight]: Wanted<2>,
         step: impl Fn(&Self, (usize, usize), &CubeTensor) -> (CubeTensor, CubeTensor),
-    ) -> (CubeTensor, CubeTensor, CubeTensor) {
+    ) -> (CubeTensor, [Option<CubeTensor>; 2]) {
         let (mut losses, mut d_h, mut d_weight) = (Vec::new(), Vec::new(), None::<CubeTensor>);
         for range in self.chunks() {
             let h = part(&self.h, range.0, range.1);
@@ -177,17 +181,18 @@ impl Head {
             drop(logits);
             losses.push(loss);
             let h = operand(h, self.precision);
-            d_h.push(product(d_logits.clone(), self.weight.clone(), self.precision));
-            let of_weight = product(transposed(d_logits), h, self.precision);
-            d_weight = Some(match d_weight {
-                Some(sum) => CubeBackend::float_add(sum, of_weight),
-                None => of_weight,
-            });
+            if of_h {
+                d_h.push(product(d_logits.clone(), self.weight.clone(), self.precision));
+            }
+            if of_weight {
+                let part = product(transposed(d_logits), h, self.precision);
+                d_weight = Some(match d_weight {
+                    Some(sum) => CubeBackend::float_add(sum, part),
+                    None => part,
+                });
+            }
         }
-        let d_weight = d_weight.unwrap_or_else(|| {
-            CubeBackend::float_zeros(self.weight.meta.shape().clone(), &self.weight.device, FloatDType::F32)
-        });
-        (joined(losses), joined(d_h), d_weight)
+        (joined(losses), [of_h.then(|| joined(d_h)), d_weight])
     }
 }
 

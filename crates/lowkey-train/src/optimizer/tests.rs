@@ -23,6 +23,7 @@ fn parameters() -> Vec<Parameter> {
         shape: shape.to_vec(),
         role,
         head_rows: vec![shape[0]],
+        trainable: true,
         value: tensor(values),
     };
     vec![
@@ -261,6 +262,7 @@ fn muon_takes_the_published_steps() {
         shape: vec![7, width],
         role: Role::Residual,
         head_rows: heights.to_vec(),
+        trainable: true,
         value: tensor(&start),
     };
     let section = OptimizerSection { momentum: Some(0.9), ..optimizer_section(OptimizerKind::Muon) };

@@ -60,6 +60,7 @@ impl RunConfig {
                 "must lie between 0 and 1 (usual: 1e-4)",
             ));
         }
+        self.trainable()?;
         fraction("training.distillation", self.training.distillation)?;
         fraction("training.elastic_start", self.training.elastic_start)?;
         self.check_optimizer()?;

@@ -323,3 +323,25 @@ fn values_on_the_edge_of_a_rule_pass() {
         load(&minimal(), &[expression]).unwrap_or_else(|e| panic!("{expression}: {e}"));
     }
 }
+
+#[test]
+fn what_is_trained_is_named_by_patterns_that_names_match() {
+    let model = || {
+        let (config, _) = toml::from_str::<ModelSection>(MODEL).unwrap().resolve(11, 24).unwrap();
+        lowkey_model::CausalLm::init(&config, 1, &burn::tensor::Device::flex())
+    };
+    assert!(refusal(&minimal(), &["training.trainable=[]"]).contains("nothing would be trained"));
+    assert!(refusal(&minimal(), &["training.trainable=[\"a[b\"]"]).contains("is no pattern"));
+    let config = load(&minimal(), &["training.trainable=[\"*norm.weight\", \"*q_prj*\"]"]).unwrap();
+    let why = config.frozen(model()).map(|_| ()).unwrap_err().to_string();
+    assert!(why.contains("*q_prj*") && why.contains("model.embed_tokens.weight"), "{why}");
+
+    let config = load(&minimal(), &["training.trainable=[\"*norm.weight\"]"]).unwrap();
+    let frozen = config.frozen(model()).unwrap();
+    let trained = frozen.trained_parameters();
+    assert!(!trained.is_empty() && trained.iter().all(|p| p.name.ends_with("norm.weight")));
+    assert_eq!(trained.len(), model().parameters().iter().filter(|p| p.name.ends_with("norm.weight")).count());
+    // Every product with a weight loses the one that would give that weight's gradient.
+    let all = model().config.matrix_weights();
+    assert_eq!(config.frozen_weights(&model().config), all);
+}

@@ -1,0 +1,53 @@
+//! Which tensors of a model a run trains.
+
+use glob::Pattern;
+use lowkey_model::{CausalLm, ModelConfig, Role, TensorSpec};
+
+use super::RunConfig;
+use crate::error::{Error, Result};
+
+/// The key, as messages call it.
+const KEY: &str = "training.trainable";
+
+impl RunConfig {
+    /// The patterns of [`TrainingSection::trainable`](super::TrainingSection::trainable); `None`: everything is trained.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for what is no pattern, or none at all.
+    pub(super) fn trainable(&self) -> Result<Option<Vec<Pattern>>> {
+        let Some(patterns) = &self.training.trainable else { return Ok(None) };
+        if patterns.is_empty() {
+            return Err(Error::config(KEY, "[]", "nothing would be trained; leave the key out to train everything"));
+        }
+        let parsed = |text: &String| {
+            Pattern::new(text).map_err(|e| Error::config(KEY, text, format!("is no pattern of names: {e}")))
+        };
+        patterns.iter().map(parsed).collect::<Result<Vec<_>>>().map(Some)
+    }
+
+    /// The model with everything frozen but what the run trains.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a pattern that no tensor's name matches.
+    pub(crate) fn frozen(&self, model: CausalLm) -> Result<CausalLm> {
+        let Some(patterns) = self.trainable()? else { return Ok(model) };
+        for pattern in &patterns {
+            if !model.tensors().iter().any(|spec| pattern.matches(&spec.name)) {
+                let names: Vec<&str> = model.tensors().iter().map(|spec| spec.name.as_str()).take(4).collect();
+                let why = format!("no tensor of the model has such a name; they are called {}, …", names.join(", "));
+                return Err(Error::config(KEY, pattern.as_str(), why));
+            }
+        }
+        Ok(model.with_trained(|spec| patterns.iter().any(|pattern| pattern.matches(&spec.name))))
+    }
+
+    /// Weights that a backward pass forms no gradient of: two operations less for each and token.
+    pub(crate) fn frozen_weights(&self, model: &ModelConfig) -> usize {
+        let Ok(Some(patterns)) = self.trainable() else { return 0 };
+        let multiplied =
+            |spec: &&TensorSpec| spec.role.is_matrix() && (spec.role != Role::Embedding || model.tie_word_embeddings);
+        let frozen = |spec: &&TensorSpec| !patterns.iter().any(|pattern| pattern.matches(&spec.name));
+        let tensors = model.tensors();
+        tensors.iter().filter(multiplied).filter(frozen).map(|spec| spec.shape.iter().product::<usize>()).sum()
+    }
+}
