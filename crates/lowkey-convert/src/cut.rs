@@ -3,7 +3,7 @@
 use burn::tensor::Device;
 use faer::linalg::solvers::Solve;
 use faer::{Mat, Side};
-use lowkey_model::{CausalLm, TokenBatch};
+use lowkey_model::{CausalLm, Rows};
 
 use crate::allocation::{Curve, allocate, grid};
 use crate::basis::{Basis, fold, rotate};
@@ -154,7 +154,8 @@ pub fn loss(model: &CausalLm, text: &[Vec<u32>], device: &Device) -> Result<f64>
         let (inputs, next) = (&ids[..ids.len() - 1], &ids[1..]);
         let targets: Vec<i64> = next.iter().map(|id| i64::from(*id)).collect();
         let starts = vec![0; inputs.len()];
-        let batch = TokenBatch {
+        let batch = Rows {
+            vectors: None,
             rows: 1,
             seq_len: inputs.len(),
             input_ids: inputs,

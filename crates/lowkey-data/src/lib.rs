@@ -53,6 +53,6 @@ pub use oracle::{OracleDocument, oracle_documents};
 pub use prepare::{
     Expected, Manifest, Observer, Prepared, Progress, SourceFile, SplitSummary, open, prepare, prepare_expecting,
 };
-pub use sampler::{Batch, IGNORE, Packing, Sampler, validation_batches};
+pub use sampler::{Packing, Sampler, validation_batches};
 pub use shard::{Shard, ShardWriter};
 pub use tokenizer::{END_OF_TEXT, TextStream, Tokenizer, byte_character};

@@ -9,15 +9,13 @@ mod permutation;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use lowkey_batch::{Batch, IGNORE};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::shard::Shard;
 use permutation::Permutation;
 pub(crate) use permutation::mix;
-
-/// The target of a position from which nothing is predicted.
-pub const IGNORE: i64 = -100;
 
 /// How rows are cut from the documents.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,75 +31,30 @@ pub enum Packing {
     Documents,
 }
 
-/// Rows for one step, as plain vectors; position (r, t) is index `r * seq_len + t`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Batch {
-    /// Number of rows.
-    pub rows: usize,
-    /// Positions per row.
-    pub seq_len: usize,
-    /// What the model reads. Padding reads id 0.
-    pub input_ids: Vec<u32>,
-    /// What it is to predict: the next token, or [`IGNORE`]. The token that ends a document is a target. In a stream
-    /// the first token of the next document is one, too; with document packing it is not.
-    pub targets: Vec<i64>,
-    /// For each position, the index within its row of the first position of its document: position t may attend to j
-    /// exactly if `document_starts[t] <= j <= t`. Padding forms a document of its own. All 0 without document masks.
-    pub document_starts: Vec<u32>,
-}
-
-impl Batch {
-    pub(crate) fn new(seq_len: usize, rows: usize) -> Self {
-        let size = rows * seq_len;
-        let (input_ids, targets) = (Vec::with_capacity(size), Vec::with_capacity(size));
-        Self { rows: 0, seq_len, input_ids, targets, document_starts: Vec::with_capacity(size) }
+/// Appends the tokens in `range` as positions, each predicting the token after it, if the shard has one. Every
+/// document bound inside starts a new document.
+fn segment(batch: &mut Batch, shard: &Shard, range: Range<usize>, mask: bool) -> Result<()> {
+    let first = batch.column();
+    let mut tokens = Vec::with_capacity(range.len() + 1);
+    shard.copy_range(range.start..range.end + 1, &mut tokens)?;
+    batch.input_ids.extend(&tokens[..range.len().min(tokens.len())]);
+    batch.targets.extend(tokens.iter().skip(1).map(|&token| i64::from(token)));
+    batch.targets.resize(batch.input_ids.len(), IGNORE);
+    if !mask {
+        batch.document_starts.resize(batch.input_ids.len(), 0);
+        return Ok(());
     }
-
-    /// Number of positions from which something is predicted.
-    pub fn target_tokens(&self) -> usize {
-        self.targets.iter().filter(|&&target| target != IGNORE).count()
+    let mut document = shard.document_at(range.start);
+    let mut at = range.start;
+    while at < range.end {
+        let bounds = document.and_then(|i| shard.document_range(i));
+        let end = bounds.map_or(range.end, |bounds| bounds.end.min(range.end));
+        let start = first + (at - range.start);
+        batch.document_starts.resize(batch.document_starts.len() + (end - at), start as u32);
+        at = end;
+        document = document.map(|i| i + 1);
     }
-
-    /// Position within the row being filled.
-    pub(crate) fn column(&self) -> usize {
-        self.input_ids.len() - self.rows * self.seq_len
-    }
-
-    /// Appends the tokens in `range` as positions, each predicting the token after it, if the shard has one. Every
-    /// document bound inside starts a new document.
-    fn segment(&mut self, shard: &Shard, range: Range<usize>, mask: bool) -> Result<()> {
-        let first = self.column();
-        let mut tokens = Vec::with_capacity(range.len() + 1);
-        shard.copy_range(range.start..range.end + 1, &mut tokens)?;
-        self.input_ids.extend(&tokens[..range.len().min(tokens.len())]);
-        self.targets.extend(tokens.iter().skip(1).map(|&token| i64::from(token)));
-        self.targets.resize(self.input_ids.len(), IGNORE);
-        if !mask {
-            self.document_starts.resize(self.input_ids.len(), 0);
-            return Ok(());
-        }
-        let mut document = shard.document_at(range.start);
-        let mut at = range.start;
-        while at < range.end {
-            let bounds = document.and_then(|i| shard.document_range(i));
-            let end = bounds.map_or(range.end, |bounds| bounds.end.min(range.end));
-            let start = first + (at - range.start);
-            self.document_starts.resize(self.document_starts.len() + (end - at), start as u32);
-            at = end;
-            document = document.map(|i| i + 1);
-        }
-        Ok(())
-    }
-
-    /// Pads the row to its end and starts the next one.
-    pub(crate) fn end_row(&mut self, mask: bool) {
-        let start = if mask { self.column() as u32 } else { 0 };
-        self.rows += 1;
-        let size = self.rows * self.seq_len;
-        self.input_ids.resize(size, 0);
-        self.targets.resize(size, IGNORE);
-        self.document_starts.resize(size, start);
-    }
+    Ok(())
 }
 
 /// A part of one document that fits a row: input positions, each of which has a next token in the document.
@@ -234,7 +187,7 @@ impl Sampler {
     /// # Errors
     /// As [`Shard::copy_range`].
     pub fn rows(&self, first: u64, count: usize) -> Result<Batch> {
-        let mut batch = Batch::new(self.seq_len, count);
+        let mut batch = Batch::with_capacity(self.seq_len, count);
         for row in (0..count as u64).map(|i| first.saturating_add(i)) {
             match &self.order {
                 Order::Stream { windows } => self.window(*windows, row, &mut batch)?,
@@ -296,7 +249,7 @@ impl Sampler {
     }
 
     fn segment(&self, batch: &mut Batch, range: Range<usize>) -> Result<()> {
-        batch.segment(&self.shard, range, self.mask_documents)
+        segment(batch, &self.shard, range, self.mask_documents)
     }
 
     /// The epoch that `row` falls in.
@@ -349,12 +302,12 @@ pub fn validation_batches(
     };
     let mut next = 0;
     let batches = std::iter::from_fn(move || {
-        let mut batch = Batch::new(seq_len, batch_size);
+        let mut batch = Batch::with_capacity(seq_len, batch_size);
         while batch.rows < batch_size && next < windows.len() {
             while let Some(piece) = windows.get(next)
                 && batch.column() + piece.len as usize <= seq_len
             {
-                if let Err(error) = batch.segment(shard, piece.range(), mask_documents) {
+                if let Err(error) = segment(&mut batch, shard, piece.range(), mask_documents) {
                     next = windows.len();
                     return Some(Err(error));
                 }

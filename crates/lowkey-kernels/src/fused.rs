@@ -2,12 +2,10 @@
 
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use lowkey_batch::IGNORE;
 
 use crate::ops::{AttentionShape, FusedOps};
 use crate::{precision, reference};
-
-/// The label of a position that has no target, as in PyTorch and Hugging Face.
-pub const IGNORE: i64 = -100;
 
 /// A sum of losses (nats) and how many targets it covers.
 ///

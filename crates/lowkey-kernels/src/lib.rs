@@ -45,7 +45,6 @@ pub use attention::{Mask, attention, scores};
 pub use block::{LatentWeights, MlaDims, MlpWeights, add_linear, gated_mlp, latent_attention, linear};
 pub use cached::{Stored, absorbed_attention};
 pub use fused::{
-    IGNORE, Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, distill_sum, embed, rms_norm,
-    rotate,
+    Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, distill_sum, embed, rms_norm, rotate,
 };
 pub use precision::{Precision, Scope, scope};

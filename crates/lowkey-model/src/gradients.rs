@@ -2,13 +2,13 @@
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor};
+use lowkey_batch::Rows;
 use lowkey_kernels::{LossSum, optim};
 use serde::{Deserialize, Serialize};
 
 use crate::attention::Seen;
 use crate::model::{CausalLm, Context};
 use crate::objective::{Objective, Term};
-use crate::pass::PassBatch;
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,14 +75,13 @@ impl CausalLm {
     ///
     /// The model must record gradients. Both ways of [`Recompute`] give the same numbers, to the order of the sums where several
     /// gradients meet.
-    pub fn loss_and_gradients<'a>(
+    pub fn loss_and_gradients(
         &self,
-        batch: impl Into<PassBatch<'a>>,
+        batch: Rows,
         objective: Objective,
         recompute: Recompute,
         device: &Device,
     ) -> (LossSum, Vec<Tensor<1>>) {
-        let batch = batch.into();
         let scale = objective.scale / objective.terms.len().max(1) as f64;
         let run = |pass: Pass| match recompute {
             Recompute::None => self.at_once(batch, &pass, device),
@@ -98,7 +97,7 @@ impl CausalLm {
     }
 
     /// One graph of everything.
-    fn at_once(&self, batch: PassBatch, pass: &Pass, device: &Device) -> Passed {
+    fn at_once(&self, batch: Rows, pass: &Pass, device: &Device) -> Passed {
         let hidden = self.last_hidden(batch, pass.term.kv_rank(), device, None);
         let seen = hidden.clone().detach();
         let loss = self.loss_of_term(pass.term, hidden, batch, pass.teacher);
@@ -113,11 +112,11 @@ impl CausalLm {
     }
 
     /// Forward without a graph, keeping each block's input; then back from the head, one block's graph at a time.
-    fn block_by_block(&self, batch: PassBatch, pass: &Pass, device: &Device) -> Passed {
-        let [rows, seq_len] = batch.dims();
+    fn block_by_block(&self, batch: Rows, pass: &Pass, device: &Device) -> Passed {
+        let Rows { rows, seq_len, .. } = batch;
         let (model, inner) = (self.valid(), device.clone().inner());
         let kv_rank = pass.term.kv_rank();
-        let context = Context { kv_rank, ..model.context(batch.document_starts(), seq_len, &inner) };
+        let context = Context { kv_rank, ..model.context(batch.document_starts, seq_len, &inner) };
         let mut x = model.embed(batch, &inner);
         let mut inputs = Vec::with_capacity(model.model.layers.len());
         for block in &model.model.layers {
@@ -139,7 +138,7 @@ impl CausalLm {
         let (norm, head) = (take(&self.model.norm, &mut gradients), take(&self.lm_head, &mut gradients));
         // Without a head of its own, the embedding is it.
         let as_head = self.lm_head.is_none().then(|| take(&self.model.embed_tokens, &mut gradients));
-        let context = Context { kv_rank, ..self.context(batch.document_starts(), seq_len, device) };
+        let context = Context { kv_rank, ..self.context(batch.document_starts, seq_len, device) };
         let mut blocks = Vec::new();
         for (block, x) in self.model.layers.iter().zip(inputs).rev() {
             let x = leaf(x);
@@ -167,7 +166,6 @@ mod tests {
 
     use super::*;
     use crate::IGNORE;
-    use crate::TokenBatch;
     use crate::fixtures::{self, distance, scrambled, values};
 
     /// Two passes of two models are what one objective says of one model.
@@ -180,12 +178,18 @@ mod tests {
             let input_ids: Vec<u32> = (0..14).map(|i| i * 5 % config.vocab_size as u32).collect();
             let targets: Vec<i64> = (0..14).map(|i| i * 3 % 7).collect();
             let starts = [0; 14];
-            let batch =
-                TokenBatch { rows: 2, seq_len: 7, input_ids: &input_ids, targets: &targets, document_starts: &starts };
+            let batch = Rows {
+                vectors: None,
+                rows: 2,
+                seq_len: 7,
+                input_ids: &input_ids,
+                targets: &targets,
+                document_starts: &starts,
+            };
             let rank = least / 2;
-            let hidden = model.last_hidden(batch.into(), Some(rank), &device, None);
+            let hidden = model.last_hidden(batch, Some(rank), &device, None);
             let cut = model.valid().with_kv_ranks(&vec![rank; config.num_hidden_layers]).unwrap();
-            let of_cut = cut.last_hidden(batch.into(), None, &Device::flex(), None);
+            let of_cut = cut.last_hidden(batch, None, &Device::flex(), None);
             assert!(distance(&values(hidden.clone()), &values(of_cut)) < 1e-5, "{kind}");
 
             let terms = |distillation: f64| [Term::Next { z_loss: 0.0 }, Term::Prefix { rank, distillation }];
@@ -193,7 +197,7 @@ mod tests {
             let (loss, found) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
             let whole = model.loss(batch, 0.0, &device);
             assert_eq!(values(loss.nats), values(whole.nats.clone()), "{kind}: the loss told is that of the whole");
-            let both = (whole.nats + model.loss_of(hidden, batch.into(), 0.0).nats) * 0.5;
+            let both = (whole.nats + model.loss_of(hidden, batch, 0.0).nats) * 0.5;
             let expected = model.take_gradients(&mut both.backward());
             for ((found, expected), parameter) in found.into_iter().zip(expected).zip(model.parameters()) {
                 let (found, expected) = (values(found), values(expected));
@@ -203,8 +207,8 @@ mod tests {
             // All of it learnt from the first pass, which learns nothing from the second.
             let lesson = Objective { scale: 1.0, terms: &terms(1.0) };
             let (_, taught) = model.loss_and_gradients(batch, lesson, Recompute::None, &device);
-            let hidden = model.last_hidden(batch.into(), Some(rank), &device, None);
-            let teacher = model.last_hidden(batch.into(), None, &device, None);
+            let hidden = model.last_hidden(batch, Some(rank), &device, None);
+            let teacher = model.last_hidden(batch, None, &device, None);
             let head = model.head_weight();
             let apart = distill_sum(hidden, head, teacher, &targets, 1.0);
             let expected = model.take_gradients(&mut ((apart + model.loss(batch, 0.0, &device).nats) * 0.5).backward());
@@ -225,8 +229,14 @@ mod tests {
             let input_ids: Vec<u32> = (0..14).map(|i| i * 5 % config.vocab_size as u32).collect();
             let targets: Vec<i64> = (0..14).map(|i| i * 3 % 7).collect();
             let starts = [0; 14];
-            let batch =
-                TokenBatch { rows: 2, seq_len: 7, input_ids: &input_ids, targets: &targets, document_starts: &starts };
+            let batch = Rows {
+                vectors: None,
+                rows: 2,
+                seq_len: 7,
+                input_ids: &input_ids,
+                targets: &targets,
+                document_starts: &starts,
+            };
             let narrow = [least / 2];
             let gradients = |z_loss: f64, narrow: &[usize], distillation: f64| {
                 let narrow = narrow.iter().map(|rank| Term::Prefix { rank: *rank, distillation });
@@ -259,8 +269,14 @@ mod tests {
             let input_ids: Vec<u32> = (0..18).map(|i| i * 5 % config.vocab_size as u32).collect();
             let targets: Vec<i64> = (0..18).map(|i| if i == 7 { IGNORE } else { i * 3 % 7 }).collect();
             let starts: Vec<u32> = (0..18).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
-            let batch =
-                TokenBatch { rows: 2, seq_len: 9, input_ids: &input_ids, targets: &targets, document_starts: &starts };
+            let batch = Rows {
+                vectors: None,
+                rows: 2,
+                seq_len: 9,
+                input_ids: &input_ids,
+                targets: &targets,
+                document_starts: &starts,
+            };
             let objective = Objective { scale: 0.1, terms: &[Term::Next { z_loss: 0.01 }] };
             for recompute in [Recompute::None, Recompute::Block] {
                 let (loss, all) = model.loss_and_gradients(batch, objective, recompute, &device);
@@ -291,7 +307,8 @@ mod tests {
             let input_ids: Vec<u32> = (0..18).map(|i| i * 5 % config.vocab_size as u32).collect();
             let targets: Vec<i64> = (0..18).map(|i| if i == 7 { IGNORE } else { i * 3 % 7 }).collect();
             let document_starts: Vec<u32> = (0..18).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
-            let batch = TokenBatch {
+            let batch = Rows {
+                vectors: None,
                 rows,
                 seq_len,
                 input_ids: &input_ids,

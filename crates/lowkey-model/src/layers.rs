@@ -5,7 +5,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use lowkey_kernels::{add_linear, embed, linear, rms_norm};
 
-use crate::tensor::{Role, TensorSpec};
+use crate::tensor::{HeadRows, Role, TensorSpec};
 
 /// Supplies the values of each tensor: random ones, or those of a file. No values at all make an empty tensor, for a model that is
 /// about to be refused: nothing as large as a wrong configuration claims is allocated.
@@ -22,7 +22,7 @@ impl Builder<'_> {
         name: String,
         shape: [usize; D],
         role: Role,
-        head_rows: Vec<usize>,
+        head_rows: HeadRows,
     ) -> Param<Tensor<D>> {
         let spec = TensorSpec { name, shape: shape.to_vec(), role, head_rows, trainable: true };
         let values = (self.fill)(&spec);
@@ -32,7 +32,7 @@ impl Builder<'_> {
     }
 
     fn vector(&mut self, name: String, len: usize, role: Role) -> Param<Tensor<1>> {
-        self.tensor(name, [len], role, vec![len])
+        self.tensor(name, [len], role, HeadRows::one(len))
     }
 }
 
@@ -46,16 +46,16 @@ pub struct Linear {
 impl Linear {
     /// A map from `d_in` to `d_out` numbers.
     pub(crate) fn build(b: &mut Builder, name: &str, [d_in, d_out]: [usize; 2], role: Role, bias: bool) -> Self {
-        Self::build_rows(b, name, d_in, role, vec![d_out], bias)
+        Self::build_rows(b, name, d_in, role, HeadRows::one(d_out), bias)
     }
 
     /// Maps from `d_in` numbers to the heads' parts, of so many rows each.
-    pub(crate) fn build_heads(b: &mut Builder, name: &str, d_in: usize, head_rows: Vec<usize>, bias: bool) -> Self {
+    pub(crate) fn build_heads(b: &mut Builder, name: &str, d_in: usize, head_rows: HeadRows, bias: bool) -> Self {
         Self::build_rows(b, name, d_in, Role::Matrix, head_rows, bias)
     }
 
-    fn build_rows(b: &mut Builder, name: &str, d_in: usize, role: Role, head_rows: Vec<usize>, bias: bool) -> Self {
-        let d_out = head_rows.iter().sum();
+    fn build_rows(b: &mut Builder, name: &str, d_in: usize, role: Role, head_rows: HeadRows, bias: bool) -> Self {
+        let d_out = head_rows.total();
         Self {
             weight: b.tensor(format!("{name}.weight"), [d_out, d_in], role, head_rows),
             bias: bias.then(|| b.vector(format!("{name}.bias"), d_out, Role::Bias)),
@@ -130,7 +130,7 @@ pub struct Embedding {
 
 impl Embedding {
     pub(crate) fn build(b: &mut Builder, name: &str, rows: usize, width: usize) -> Self {
-        Self { weight: b.tensor(format!("{name}.weight"), [rows, width], Role::Embedding, vec![rows]) }
+        Self { weight: b.tensor(format!("{name}.weight"), [rows, width], Role::Embedding, HeadRows::one(rows)) }
     }
 
     /// The table `[vocab_size, hidden_size]`.

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use lowkey_batch::Rows;
 use lowkey_kernels::{LossSum, MlpWeights, gated_mlp};
 
 use crate::attention::{Attention, Seen};
 use crate::config::{Family, ModelConfig};
 use crate::error::{Error, Result};
 use crate::layers::{Builder, Embedding, Linear, RmsNorm};
-use crate::pass::PassBatch;
 use crate::rope::RopeTable;
 use crate::tensor::{Role, TensorSpec};
 
@@ -90,21 +90,6 @@ pub struct Trace {
     pub k_pe: Vec<Tensor<3>>,
     /// Largest attention logit of each block, `[1]`.
     pub max_logit: Vec<Tensor<1>>,
-}
-
-/// Token ids, targets and document bounds of one forward pass, as plain numbers.
-#[derive(Clone, Copy, Debug)]
-pub struct TokenBatch<'a> {
-    /// Number of sequences.
-    pub rows: usize,
-    /// Length of each.
-    pub seq_len: usize,
-    /// `[rows · seq_len]`
-    pub input_ids: &'a [u32],
-    /// `[rows · seq_len]`: the token to predict, or [`lowkey_kernels::IGNORE`].
-    pub targets: &'a [i64],
-    /// `[rows · seq_len]`: where in its row the document of this token starts.
-    pub document_starts: &'a [u32],
 }
 
 impl Block {
@@ -273,27 +258,25 @@ impl CausalLm {
 
     /// Summed loss of a batch: of tokens, with `z_loss` times the square of each log-partition ([`LossSum`]), and the logits never
     /// exist whole, in either direction; of vectors, the squared error per number.
-    pub fn loss<'a>(&self, batch: impl Into<PassBatch<'a>>, z_loss: f64, device: &Device) -> LossSum {
-        let batch = batch.into();
+    pub fn loss(&self, batch: Rows, z_loss: f64, device: &Device) -> LossSum {
         self.loss_of(self.last_hidden(batch, None, device, None), batch, z_loss)
     }
 
     /// Loss of each position, `[rows · seq_len]`, 0 where there is no target; no gradient flows through it.
-    pub fn losses<'a>(&self, batch: impl Into<PassBatch<'a>>, device: &Device, trace: Option<&mut Trace>) -> Tensor<1> {
-        let batch = batch.into();
+    pub fn losses(&self, batch: Rows, device: &Device, trace: Option<&mut Trace>) -> Tensor<1> {
         self.losses_of(self.last_hidden(batch, None, device, trace), batch)
     }
 
     /// Hidden states after the final norm, `[rows · seq_len, d]`, of latents read up to `kv_rank` ([`Context::kv_rank`]).
     pub(crate) fn last_hidden(
         &self,
-        batch: PassBatch,
+        batch: Rows,
         kv_rank: Option<usize>,
         device: &Device,
         trace: Option<&mut Trace>,
     ) -> Tensor<2> {
-        let [rows, seq_len] = batch.dims();
-        let context = Context { kv_rank, ..self.context(batch.document_starts(), seq_len, device) };
+        let Rows { rows, seq_len, .. } = batch;
+        let context = Context { kv_rank, ..self.context(batch.document_starts, seq_len, device) };
         let hidden = self.through_blocks(self.embed(batch, device), &context, trace);
         hidden.reshape([rows * seq_len, self.config.hidden_size])
     }

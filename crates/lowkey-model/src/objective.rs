@@ -4,10 +4,10 @@
 //! loss, and a line where the run file is read.
 
 use burn::tensor::Tensor;
+use lowkey_batch::Rows;
 use lowkey_kernels::{LossSum, distill_sum};
 
 use crate::model::CausalLm;
-use crate::pass::PassBatch;
 
 /// A term of an [`Objective`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,14 +54,13 @@ impl CausalLm {
         &self,
         term: Term,
         hidden: Tensor<2>,
-        batch: PassBatch,
+        batch: Rows,
         teacher: Option<&Tensor<2>>,
     ) -> LossSum {
-        match (term, batch, teacher) {
-            (Term::Prefix { distillation, .. }, PassBatch::Tokens(tokens), Some(teacher)) if distillation > 0.0 => {
-                let nats = distill_sum(hidden, self.head_weight(), teacher.clone(), tokens.targets, distillation);
-                let targets = tokens.targets.iter().filter(|target| **target >= 0).count();
-                LossSum { z_loss: nats.clone().detach().zeros_like(), nats, targets }
+        match (term, batch.vectors, teacher) {
+            (Term::Prefix { distillation, .. }, None, Some(teacher)) if distillation > 0.0 => {
+                let nats = distill_sum(hidden, self.head_weight(), teacher.clone(), batch.targets, distillation);
+                LossSum { z_loss: nats.clone().detach().zeros_like(), nats, targets: batch.target_tokens() }
             }
             (Term::Prefix { .. }, ..) => self.loss_of(hidden, batch, 0.0),
             (Term::Next { z_loss }, ..) => self.loss_of(hidden, batch, z_loss),

@@ -18,7 +18,7 @@ pub struct Parameter {
     pub shape: Vec<usize>,
     /// What it is for.
     pub role: Role,
-    /// As [`TensorSpec::head_rows`].
+    /// Rows of each map that is stacked in it, top to bottom.
     pub head_rows: Vec<usize>,
     /// Whether it is trained.
     pub trainable: bool,
@@ -51,7 +51,8 @@ impl<'a> Flattened<'a> {
 
     fn push<const D: usize>(&mut self, value: Tensor<D>) {
         // A model is built of the tensors that it has: one for each.
-        let Some(TensorSpec { name, role, head_rows, trainable, .. }) = self.specs.next().cloned() else { return };
+        let Some(TensorSpec { name, role, head_rows, trainable, .. }) = self.specs.next() else { return };
+        let (name, role, head_rows, trainable) = (name.clone(), *role, head_rows.each(), *trainable);
         // A cut latent has fewer columns than it was built with.
         let (shape, value) = (value.dims().to_vec(), flat(value.without_autodiff()));
         self.found.push(Parameter { name, shape, role, head_rows, trainable, value });

@@ -29,6 +29,33 @@ impl Role {
     }
 }
 
+/// Rows of the maps that are stacked in a tensor, top to bottom: the parts of a head (MLA's `kv_b_proj`: a key's and a value's), as
+/// often as there are heads; or one part of all rows. Not written out, since a configuration may claim any number of heads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeadRows {
+    /// Rows of each part of a head.
+    pub parts: Vec<usize>,
+    /// Number of heads.
+    pub heads: usize,
+}
+
+impl HeadRows {
+    /// One map of all rows.
+    pub fn one(rows: usize) -> Self {
+        Self { parts: vec![rows], heads: 1 }
+    }
+
+    /// All rows together.
+    pub fn total(&self) -> usize {
+        self.parts.iter().sum::<usize>() * self.heads
+    }
+
+    /// The rows of each map.
+    pub fn each(&self) -> Vec<usize> {
+        self.parts.repeat(self.heads)
+    }
+}
+
 /// A tensor of a model before it has values.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
@@ -38,9 +65,8 @@ pub struct TensorSpec {
     pub shape: Vec<usize>,
     /// What it is for.
     pub role: Role,
-    /// Rows of each map in it, top to bottom: one per head (MLA's `kv_b_proj`: a key's and a value's) where it projects to heads,
-    /// else one of all rows.
-    pub head_rows: Vec<usize>,
+    /// The maps that are stacked in it.
+    pub head_rows: HeadRows,
     /// Whether it is trained: what is frozen costs no gradient and no optimiser's state.
     pub trainable: bool,
 }

@@ -4,15 +4,15 @@ mod examples;
 
 use burn::module::Module;
 use burn::tensor::Device;
+use lowkey_batch::{Batch, IGNORE};
 use lowkey_convert::{effective_rank, latent_spectra};
+use lowkey_data::OracleDocument;
 use lowkey_data::storybook::Class;
 use lowkey_data::tasks::HeldExamples;
-use lowkey_data::{Batch, IGNORE, OracleDocument};
 use lowkey_model::{CausalLm, Trace};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::rows::{BatchRef, rows};
 use crate::workers::Workers;
 
 /// What to measure a model on.
@@ -193,7 +193,7 @@ fn evaluate_whole(
         }
     };
     let losses = workers
-        .map(batches, |batch| model.losses(rows(batch, 0, batch.rows), device, None).try_into_vec_as::<f32>())
+        .map(batches, |batch| model.losses(batch.all(), device, None).try_into_vec_as::<f32>())
         .into_iter()
         .collect::<std::result::Result<Vec<_>, _>>()
         .map_err(|e| Error::Device { what: "the losses", why: format!("{e:?}") })?;
@@ -210,7 +210,7 @@ fn evaluate_whole(
         Held::Documents(documents) => by_class(documents, batches, &losses),
         Held::Batches(_) | Held::Examples(_) => Vec::new(),
     };
-    let Looks { max_logit, latents } = look(model, batches.first().map(BatchRef::from), device)?;
+    let Looks { max_logit, latents } = look(model, batches.first(), device)?;
     let gap = (!classes.is_empty()).then(|| {
         let entropy: f64 = classes.iter().map(|c| c.entropy * c.tokens as f64).sum();
         loss - entropy / tokens.max(1) as f64
@@ -240,6 +240,7 @@ fn one_per_row(documents: &[OracleDocument]) -> Batch {
         input_ids: Vec::with_capacity(documents.len() * seq_len),
         targets: Vec::with_capacity(documents.len() * seq_len),
         document_starts: vec![0; documents.len() * seq_len],
+        vectors: None,
     };
     for document in documents {
         let inputs = document.ids.iter().take(document.ids.len().saturating_sub(1)).copied();
@@ -282,10 +283,10 @@ struct Looks {
 }
 
 /// Looks at the first rows of a batch: the largest attention logit, and how the latents spread.
-fn look(model: &CausalLm, batch: Option<BatchRef>, device: &Device) -> Result<Looks> {
+fn look(model: &CausalLm, batch: Option<&Batch>, device: &Device) -> Result<Looks> {
     let Some(batch) = batch else { return Ok(Looks { max_logit: 0.0, latents: Vec::new() }) };
     let mut trace = Trace::default();
-    model.losses(batch.rows(0, batch.count().min(LOOKED_AT)), device, Some(&mut trace));
+    model.losses(batch.rows(0..batch.rows.min(LOOKED_AT)), device, Some(&mut trace));
     let mut max_logit = f64::NEG_INFINITY;
     for logit in trace.max_logit {
         let logit = logit

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use burn::tensor::{Device, Tensor};
-use lowkey_data::{Batch, IGNORE};
+use lowkey_batch::{Batch, IGNORE};
 use lowkey_kernels::Precision;
 use lowkey_model::{CausalLm, ModelConfig, ModelSection, Parameter, Recompute, Term};
 use tempfile::TempDir;
@@ -105,7 +105,7 @@ impl Lcg {
 /// first row has every target and the last one next to none.
 pub(crate) fn uneven_batch(rows: usize, seq_len: usize, vocab: usize, seed: u64) -> Batch {
     let mut random = Lcg(seed);
-    let mut batch = Batch { rows, seq_len, input_ids: Vec::new(), targets: Vec::new(), document_starts: Vec::new() };
+    let mut batch = Batch { rows, seq_len, ..Batch::default() };
     for row in 0..rows {
         let mut start = 0;
         for at in 0..seq_len {

@@ -32,7 +32,6 @@ mod plan;
 mod prefetch;
 mod replicas;
 mod resume;
-mod rows;
 mod run_config;
 pub mod run_data;
 mod schedule;
@@ -53,7 +52,6 @@ pub use lowkey_kernels::optim::clip_factor;
 pub use metrics::{Metrics, MetricsFile};
 pub use optimizer::{Optimizer, ParameterState, Update, global_norm};
 pub use plan::{EXPECTED_MFU, Plan};
-pub use rows::BatchRef;
 pub use run_config::{
     CheckpointSection, DataSection, EarlierPlan, EvalSection, InitSection, MetricsSection, OptimizerKind,
     OptimizerSection, RunConfig, RunSection, SchedulerKind, SchedulerSection, TrainingSection,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use lowkey_data::tasks::StepBatch;
+use lowkey_batch::Batch;
 
 use crate::error::{Error, Result};
 use crate::run_data::TrainBatches;
@@ -14,7 +14,7 @@ const AHEAD: usize = 2;
 /// The batches of consecutive steps, made by a thread of their own.
 #[derive(Debug)]
 pub(crate) struct Prefetch {
-    batches: Receiver<Result<StepBatch>>,
+    batches: Receiver<Result<Batch>>,
 }
 
 impl Prefetch {
@@ -41,7 +41,7 @@ impl Prefetch {
     ///
     /// # Errors
     /// [`Error::Device`] where the thread has died; what it met where the batch cannot be made.
-    pub(crate) fn next(&self) -> Result<StepBatch> {
+    pub(crate) fn next(&self) -> Result<Batch> {
         let ended = |_| Error::Device { what: "a batch", why: "the thread that makes them ended".into() };
         self.batches.recv().map_err(ended)?
     }

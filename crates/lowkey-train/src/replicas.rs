@@ -6,6 +6,7 @@
 
 use burn::tensor::distributed::{ReduceOperation, all_reduce};
 use burn::tensor::{Device, Tensor, TensorData};
+use lowkey_batch::Batch;
 use lowkey_kernels::device::{has_collectives, is_cpu};
 use lowkey_kernels::optim::{self, Gate};
 use lowkey_model::CausalLm;
@@ -13,7 +14,6 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, Update};
-use crate::rows::BatchRef;
 use crate::workers::{PassSettings, StepGradients, Workers};
 
 /// Numbers of a bucket, 64 MiB: long enough that the start of a transfer costs nothing beside it.
@@ -86,11 +86,11 @@ impl Replicas {
     ///
     /// # Errors
     /// [`Error::Device`] where gradients cannot be read back to be added up.
-    pub(crate) fn gradients(&self, batch: BatchRef<'_>, passes: PassSettings<'_>) -> Result<Vec<StepGradients>> {
+    pub(crate) fn gradients(&self, batch: &Batch, passes: PassSettings<'_>) -> Result<Vec<StepGradients>> {
         if let [only] = &self.all[..] {
             return Ok(vec![only.workers.gradients(&only.model, batch, passes, &only.device)]);
         }
-        let (count, rows) = (self.all.len(), batch.count());
+        let (count, rows) = (self.all.len(), batch.rows);
         let own = self.each((0..count).collect(), |replica, i| {
             let share = rows * i / count..rows * (i + 1) / count;
             replica.workers.gradients_of(&replica.model, batch, share, passes, &replica.device)

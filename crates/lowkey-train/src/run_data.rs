@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use lowkey_data::tasks::{RowLayout, StepBatch, TaskCorpus};
+use lowkey_batch::Batch;
+use lowkey_data::tasks::{RowLayout, TaskCorpus};
 use lowkey_data::{
     DatasetConfig, Expected, Generation, Observer, OracleDocument, Packing, Prepared, Sampler, Shard, Tokenizer,
     oracle_documents, prepare, prepare_expecting, validation_batches,
@@ -245,9 +246,9 @@ impl TrainBatches {
     ///
     /// # Errors
     /// [`Error::Data`] where the file of tokens has been changed under the run, or cannot be read.
-    pub fn batch(&self, step: u64) -> Result<StepBatch> {
+    pub fn batch(&self, step: u64) -> Result<Batch> {
         Ok(match self {
-            Self::Shard(sampler) => sampler.batch(step)?.into(),
+            Self::Shard(sampler) => sampler.batch(step)?,
             Self::Task { corpus, layout, batch_size, seed } => corpus.batch(*layout, *batch_size, *seed, step),
         })
     }

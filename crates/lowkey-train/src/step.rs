@@ -1,5 +1,6 @@
 //! One optimiser step: gradients, a check that all is finite, clipping, new weights.
 
+use lowkey_batch::Batch;
 use lowkey_kernels::optim::{Fault, Gate, Judgement, Terms, Verdict, clip_factor};
 use lowkey_model::CausalLm;
 
@@ -7,7 +8,6 @@ use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
 use crate::optimizer::{Update, global_norm};
 use crate::replicas::{Replica, Replicas};
-use crate::rows::BatchRef;
 use crate::workers::{PassSettings, StepGradients};
 
 /// What stays the same from step to step.
@@ -91,16 +91,15 @@ impl StepSettings<'_> {
     ///
     /// # Errors
     /// As [`StepTaken::wait`], for what is known at once.
-    pub(crate) fn step<'a>(
+    pub(crate) fn step(
         &self,
         replicas: &mut Replicas,
-        batch: impl Into<BatchRef<'a>>,
+        batch: &Batch,
         step: u64,
         lr: f64,
         mut scale: Option<&mut LossScale>,
     ) -> Result<StepTaken> {
-        let batch: BatchRef = batch.into();
-        let rows = batch.count() as u64;
+        let rows = batch.rows as u64;
         let (results, decision) = loop {
             let factor = scale.as_ref().map_or(1.0, |scale| scale.factor);
             let passes = PassSettings { loss_scale: factor, ..self.passes };
@@ -135,9 +134,9 @@ impl StepSettings<'_> {
     ///
     /// # Errors
     /// [`Error::Device`].
-    pub(crate) fn warm_up<'a>(&self, replicas: &Replicas, batch: impl Into<BatchRef<'a>>) -> Result<()> {
+    pub(crate) fn warm_up(&self, replicas: &Replicas, batch: &Batch) -> Result<()> {
         // A kernel that could not be compiled is told by what it has left unwritten: the loss is read.
-        for gradients in replicas.gradients(batch.into(), self.passes)? {
+        for gradients in replicas.gradients(batch, self.passes)? {
             gradients.loss()?;
         }
         replicas.finish()

@@ -8,13 +8,13 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use lowkey_batch::Batch;
 use lowkey_kernels::device::is_cpu;
 use lowkey_kernels::{Precision, linear, optim, scope};
 use lowkey_model::{CausalLm, Objective, Recompute, Term};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::rows::BatchRef;
 use crate::run_config::RunConfig;
 
 /// Thread pools among which rows are shared.
@@ -147,22 +147,21 @@ impl Workers {
     /// Loss and gradients of a batch, pass by pass. On a GPU they are queued, not waited for.
     ///
     /// The mean is over the targets of the whole batch: a pass with fewer targets weighs less.
-    pub fn gradients<'a>(
+    pub fn gradients(
         &self,
         model: &CausalLm,
-        batch: impl Into<BatchRef<'a>>,
+        batch: &Batch,
         settings: PassSettings<'_>,
         device: &Device,
     ) -> StepGradients {
-        let batch: BatchRef = batch.into();
-        self.gradients_of(model, batch, 0..batch.count(), settings, device)
+        self.gradients_of(model, batch, 0..batch.rows, settings, device)
     }
 
     /// The part of [`Workers::gradients`] that comes from some of the rows: the parts of all rows add up to it.
     pub(crate) fn gradients_of(
         &self,
         model: &CausalLm,
-        batch: BatchRef<'_>,
+        batch: &Batch,
         rows: Range<usize>,
         settings: PassSettings<'_>,
         device: &Device,
@@ -180,7 +179,7 @@ impl Workers {
             let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
             let results = self.map(&forks, |((from, to), fork)| {
                 let _precision = scope(precision);
-                let (loss, gradients) = fork.loss_and_gradients(batch.rows(*from, *to), objective, recompute, device);
+                let (loss, gradients) = fork.loss_and_gradients(batch.rows(*from..*to), objective, recompute, device);
                 // What is reported is the loss without what only steers the training.
                 ((loss.nats - loss.z_loss).without_autodiff(), gradients)
             });

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use lowkey_batch::{Batch, IGNORE, Vectors};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -9,57 +10,13 @@ use super::draw::{Draw, Side};
 use super::{Kind, Task, TokenTask, VectorTask};
 use crate::dataset::{DatasetConfig, Source};
 use crate::error::Result;
-use crate::sampler::Batch;
 use crate::tokenizer::Tokenizer;
 
 /// Raised whenever the same keys would give other examples than before.
 const FORMAT: u32 = 1;
 
-/// Rows of vectors for one pass; position (r, t) is index `r * seq_len + t`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct VectorBatch {
-    /// Number of rows.
-    pub rows: usize,
-    /// Positions per row.
-    pub seq_len: usize,
-    /// Numbers read at a position.
-    pub input_width: usize,
-    /// Numbers asked for.
-    pub output_width: usize,
-    /// `[rows · seq_len · input_width]`; padding reads zeros.
-    pub inputs: Vec<f32>,
-    /// `[rows · seq_len · output_width]`; zeros where nothing is asked.
-    pub values: Vec<f32>,
-    /// `[rows · seq_len]`: whether a value is asked for here.
-    pub asked: Vec<bool>,
-    /// As [`Batch::document_starts`].
-    pub document_starts: Vec<u32>,
-}
-
-impl VectorBatch {
-    /// Number of positions at which a value is asked for.
-    pub fn target_tokens(&self) -> usize {
-        self.asked.iter().filter(|asked| **asked).count()
-    }
-}
-
-/// What a training step reads.
-#[derive(Debug, Clone, PartialEq)]
-pub enum StepBatch {
-    /// Tokens.
-    Tokens(Batch),
-    /// Vectors.
-    Vectors(VectorBatch),
-}
-
-impl From<Batch> for StepBatch {
-    fn from(batch: Batch) -> Self {
-        Self::Tokens(batch)
-    }
-}
-
 /// Held-out tokens with the class of each answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct AnswerBatch {
     /// The rows.
     pub batch: Batch,
@@ -73,7 +30,7 @@ pub enum HeldExamples {
     /// Tokens, and the names of the classes of answers.
     Tokens(Vec<AnswerBatch>, &'static [&'static str]),
     /// Vectors.
-    Vectors(Vec<VectorBatch>),
+    Vectors(Vec<Batch>),
 }
 
 /// How examples fill the rows of a batch: each row holds as many whole ones as fit, and is padded to its end.
@@ -234,13 +191,13 @@ impl TaskCorpus {
     }
 
     /// The batch of a training step: a pure function of the run's seed and the step's number.
-    pub fn batch(&self, layout: RowLayout, batch_size: usize, seed: u64, step: u64) -> StepBatch {
+    pub fn batch(&self, layout: RowLayout, batch_size: usize, seed: u64, step: u64) -> Batch {
         let per_step = self.per_row(layout.seq_len) * batch_size as u64;
         let first = step.wrapping_mul(per_step);
         let range = first..first.wrapping_add(per_step);
         match self.task.kind() {
-            Kind::Tokens(task) => StepBatch::Tokens(self.tokens(task, layout, Side::Train(seed), range).batch),
-            Kind::Vectors(task) => StepBatch::Vectors(self.vectors(task, layout, Side::Train(seed), range)),
+            Kind::Tokens(task) => self.tokens(task, layout, Side::Train(seed), range).batch,
+            Kind::Vectors(task) => self.vectors(task, layout, Side::Train(seed), range),
         }
     }
 
@@ -264,7 +221,7 @@ impl TaskCorpus {
     fn tokens(&self, task: &dyn TokenTask, layout: RowLayout, side: Side, examples: Range<u64>) -> AnswerBatch {
         let RowLayout { seq_len, mask_documents } = layout;
         let rows = (examples.end - examples.start).div_ceil(self.per_row(seq_len));
-        let mut out = AnswerBatch { batch: Batch::new(seq_len, rows as usize), classes: Vec::new() };
+        let mut out = AnswerBatch { batch: Batch::with_capacity(seq_len, rows as usize), classes: Vec::new() };
         for index in examples {
             let batch = &mut out.batch;
             if batch.column() + self.positions() > seq_len {
@@ -285,39 +242,37 @@ impl TaskCorpus {
         out
     }
 
-    fn vectors(&self, task: &dyn VectorTask, layout: RowLayout, side: Side, examples: Range<u64>) -> VectorBatch {
+    fn vectors(&self, task: &dyn VectorTask, layout: RowLayout, side: Side, examples: Range<u64>) -> Batch {
         let RowLayout { seq_len, mask_documents } = layout;
         let (input_width, output_width) = (task.input_width(), task.output_width());
         let per_row = self.per_row(seq_len);
         let rows = (examples.end - examples.start).div_ceil(per_row) as usize;
         let positions = rows * seq_len;
-        let mut batch = VectorBatch {
-            rows,
-            seq_len,
+        let mut vectors = Vectors {
             input_width,
             output_width,
             inputs: vec![0.0; positions * input_width],
             values: vec![0.0; positions * output_width],
-            asked: vec![false; positions],
-            document_starts: vec![0; positions],
         };
+        let (mut targets, mut document_starts) = (vec![IGNORE; positions], vec![0; positions]);
         for (i, index) in (0..).zip(examples) {
             let example = task.example(&mut Draw::new(self.seed, side, index));
             let (row, place): (u64, u64) = (i / per_row, i % per_row);
             let column = place as usize * self.positions();
             let at = row as usize * seq_len + column;
-            copy(&mut batch.inputs, at * input_width, &example.inputs);
-            copy(&mut batch.values, at * output_width, &example.values);
-            copy(&mut batch.asked, at, &example.asked);
+            copy(&mut vectors.inputs, at * input_width, &example.inputs);
+            copy(&mut vectors.values, at * output_width, &example.values);
+            let asked: Vec<i64> = example.asked.iter().map(|asked| if *asked { 0 } else { IGNORE }).collect();
+            copy(&mut targets, at, &asked);
             if mask_documents {
                 // To the row's end: the next example, or the padding, is told apart below.
-                batch.document_starts[at..(row as usize + 1) * seq_len].fill(column as u32);
+                document_starts[at..(row as usize + 1) * seq_len].fill(column as u32);
                 let end = column + self.positions();
                 let from = (row as usize * seq_len + end).min(positions);
-                batch.document_starts[from..(row as usize + 1) * seq_len].fill(end as u32);
+                document_starts[from..(row as usize + 1) * seq_len].fill(end as u32);
             }
         }
-        batch
+        Batch { rows, seq_len, targets, document_starts, vectors: Some(vectors), ..Batch::default() }
     }
 }
 

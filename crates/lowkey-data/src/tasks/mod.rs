@@ -67,12 +67,12 @@ use serde::{Deserialize, Serialize};
 
 pub use controls::{Dyck, ModularAddition};
 pub use copying::{Copying, Induction};
-pub use corpus::{AnswerBatch, HeldExamples, RowLayout, StepBatch, TaskCorpus, TaskSummary, VectorBatch};
+pub use corpus::{AnswerBatch, HeldExamples, RowLayout, TaskCorpus, TaskSummary};
 use draw::Draw;
 pub use recall::{Mqar, Position, Records};
 pub use vectors::{LinearRecall, MultiKeyMatch};
 
-use crate::sampler::IGNORE;
+use lowkey_batch::IGNORE;
 
 /// A task with its sizes; the keys of `[source.task]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

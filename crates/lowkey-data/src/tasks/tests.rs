@@ -188,8 +188,8 @@ fn an_example_depends_on_seeds_and_number_alone_and_no_two_streams_meet() {
         let batch = |seed: u64, step: u64| corpus.batch(layout, 8, seed, step);
         assert_eq!(batch(1, 7), made(task).batch(layout, 8, 1, 7), "{task}");
         let held = match corpus.held(layout, 8) {
-            HeldExamples::Tokens(mut batches, _) => StepBatch::Tokens(batches.remove(0).batch),
-            HeldExamples::Vectors(mut batches) => StepBatch::Vectors(batches.remove(0)),
+            HeldExamples::Tokens(mut batches, _) => batches.remove(0).batch,
+            HeldExamples::Vectors(mut batches) => batches.remove(0),
         };
         // One record of one symbol and one query: 36 examples in all, which repeat by chance.
         let all = [batch(1, 7), batch(1, 8), batch(2, 7), batch(2, 8), held];
@@ -210,11 +210,7 @@ fn an_example_depends_on_seeds_and_number_alone_and_no_two_streams_meet() {
     // The numbers of a step's examples follow on those of the step before.
     let corpus = made(TASKS[9]);
     let layout = RowLayout { seq_len: 25, mask_documents: true };
-    let (StepBatch::Tokens(first), StepBatch::Tokens(second)) =
-        (corpus.batch(layout, 3, 2, 0), corpus.batch(layout, 3, 2, 1))
-    else {
-        panic!()
-    };
+    let (first, second) = (corpus.batch(layout, 3, 2, 0), corpus.batch(layout, 3, 2, 1));
     assert_eq!(first.input_ids[..11], tokens(&corpus, 0).input_ids);
     assert_eq!(second.input_ids[11..22], tokens(&corpus, 7).input_ids);
 }
@@ -224,7 +220,7 @@ fn rows_hold_whole_examples_and_are_padded() {
     for (mask, expected) in [(true, [0, 11, 22]), (false, [0, 0, 0])] {
         let corpus = made(TASKS[9]);
         let layout = RowLayout { seq_len: 25, mask_documents: mask };
-        let StepBatch::Tokens(batch) = corpus.batch(layout, 3, 2, 0) else { panic!() };
+        let batch = corpus.batch(layout, 3, 2, 0);
         assert_eq!((batch.rows, batch.seq_len, batch.input_ids.len()), (3, 25, 75));
         assert_eq!(batch.target_tokens(), 6 * 8);
         for row in 0..3 {
@@ -245,21 +241,23 @@ fn rows_hold_whole_examples_and_are_padded() {
     for (mask, expected) in [(true, [0, 6, 12]), (false, [0, 0, 0])] {
         let corpus = made(TASKS[0]);
         let layout = RowLayout { seq_len: 14, mask_documents: mask };
-        let StepBatch::Vectors(batch) = corpus.batch(layout, 3, 2, 0) else { panic!() };
-        assert_eq!((batch.rows, batch.seq_len, batch.input_width, batch.output_width), (3, 14, 7, 5));
+        let batch = corpus.batch(layout, 3, 2, 0);
+        let of = batch.vectors.as_ref().unwrap();
+        assert_eq!((batch.rows, batch.seq_len, of.input_width, of.output_width), (3, 14, 7, 5));
         assert_eq!(batch.target_tokens(), 6 * 3);
         for row in 0..3 {
             let wanted: Vec<u32> = (0..14).map(|t| expected[t / 6]).collect();
             assert_eq!(batch.document_starts[row * 14..(row + 1) * 14], wanted);
             let second = vectors(&corpus, 2 * row as u64 + 1);
-            assert_eq!(batch.inputs[(row * 14 + 6) * 7..(row * 14 + 12) * 7], second.inputs);
-            assert_eq!(batch.values[(row * 14 + 6) * 5..(row * 14 + 12) * 5], second.values);
-            assert_eq!(batch.asked[row * 14 + 6..row * 14 + 12], second.asked);
-            assert!(batch.inputs[(row * 14 + 12) * 7..(row + 1) * 14 * 7].iter().all(|x| *x == 0.0));
+            assert_eq!(of.inputs[(row * 14 + 6) * 7..(row * 14 + 12) * 7], second.inputs);
+            assert_eq!(of.values[(row * 14 + 6) * 5..(row * 14 + 12) * 5], second.values);
+            let asked: Vec<bool> = batch.targets[row * 14 + 6..row * 14 + 12].iter().map(|t| *t != IGNORE).collect();
+            assert_eq!(asked, second.asked);
+            assert!(of.inputs[(row * 14 + 12) * 7..(row + 1) * 14 * 7].iter().all(|x| *x == 0.0));
         }
         let HeldExamples::Vectors(held) = corpus.held(layout, 4) else { panic!() };
         assert_eq!(held.iter().map(|batch| batch.rows).collect::<Vec<_>>(), [4, 1]);
-        assert_eq!(held.iter().map(VectorBatch::target_tokens).sum::<usize>(), 10 * 3);
+        assert_eq!(held.iter().map(lowkey_batch::Batch::target_tokens).sum::<usize>(), 10 * 3);
     }
 }
 

@@ -10,7 +10,7 @@ use super::{Cached, Seen};
 use crate::config::ModelConfig;
 use crate::layers::{Builder, Linear, RmsNorm};
 use crate::rope::RopeTable;
-use crate::tensor::Role;
+use crate::tensor::{HeadRows, Role};
 
 pub use config::GroupedConfig;
 
@@ -64,10 +64,11 @@ impl Grouped {
         let (kv_heads, head_dim) = (grouped.num_key_value_heads, grouped.head_dim);
         let part = |part: &str| format!("{name}.{part}");
         let eps = config.rms_norm_eps;
+        let rows = |heads: usize| HeadRows { parts: vec![head_dim], heads };
         Self {
-            q_proj: Linear::build_heads(b, &part("q_proj"), d, vec![head_dim; heads], grouped.qkv_bias),
-            k_proj: Linear::build_heads(b, &part("k_proj"), d, vec![head_dim; kv_heads], grouped.qkv_bias),
-            v_proj: Linear::build_heads(b, &part("v_proj"), d, vec![head_dim; kv_heads], grouped.qkv_bias),
+            q_proj: Linear::build_heads(b, &part("q_proj"), d, rows(heads), grouped.qkv_bias),
+            k_proj: Linear::build_heads(b, &part("k_proj"), d, rows(kv_heads), grouped.qkv_bias),
+            v_proj: Linear::build_heads(b, &part("v_proj"), d, rows(kv_heads), grouped.qkv_bias),
             o_proj: Linear::build(b, &part("o_proj"), [heads * head_dim, d], Role::Residual, grouped.o_bias),
             q_norm: grouped.qk_norm.then(|| RmsNorm::build(b, &part("q_norm"), head_dim, eps)),
             k_norm: grouped.qk_norm.then(|| RmsNorm::build(b, &part("k_norm"), head_dim, eps)),

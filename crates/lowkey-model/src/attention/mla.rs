@@ -17,7 +17,7 @@ use crate::config::ModelConfig;
 use crate::layers::{Builder, Linear, RmsNorm};
 use crate::model::Context;
 use crate::rope::RopeTable;
-use crate::tensor::Role;
+use crate::tensor::{HeadRows, Role};
 
 pub use config::MlaConfig;
 
@@ -84,7 +84,7 @@ impl Mla {
         let read = mla.kv_rank(layer);
         let part = |part: &str| format!("{name}.{part}");
         let (compressed, bias) = (mla.q_lora_rank, mla.attention_bias);
-        let queries = vec![nope + rope; heads];
+        let queries = HeadRows { parts: vec![nope + rope], heads };
         Self {
             q_proj: compressed.is_none().then(|| Linear::build_heads(b, &part("q_proj"), d, queries.clone(), false)),
             q_a_proj: compressed.map(|q| Linear::build(b, &part("q_a_proj"), [d, q], Role::Matrix, bias)),
@@ -92,7 +92,13 @@ impl Mla {
             q_b_proj: compressed.map(|q| Linear::build_heads(b, &part("q_b_proj"), q, queries, false)),
             kv_a_proj_with_mqa: Linear::build(b, &part("kv_a_proj_with_mqa"), [d, rank + rope], Role::Matrix, bias),
             kv_a_layernorm: RmsNorm::build(b, &part("kv_a_layernorm"), rank, LATENT_NORM_EPS),
-            kv_b_proj: Linear::build_heads(b, &part("kv_b_proj"), read, [nope, value].repeat(heads), false),
+            kv_b_proj: Linear::build_heads(
+                b,
+                &part("kv_b_proj"),
+                read,
+                HeadRows { parts: vec![nope, value], heads },
+                false,
+            ),
             o_proj: Linear::build(b, &part("o_proj"), [heads * value, d], Role::Residual, bias),
             dims: MlaDims {
                 heads,

@@ -55,7 +55,8 @@ fn a_packed_row_gives_each_document_what_it_gets_alone() {
         let all = [first.clone(), second.clone()].concat();
         let context = model.context(&starts, seq, &device);
         let packed = model.logits(model.hidden(ids_tensor(&all, 2, seq, &device), &context, None));
-        let batch = TokenBatch { rows: 2, seq_len: seq, input_ids: &all, targets: &targets, document_starts: &starts };
+        let batch =
+            Rows { vectors: None, rows: 2, seq_len: seq, input_ids: &all, targets: &targets, document_starts: &starts };
         let (sum, each) = (model.loss(batch, 0.0, &device), model.losses(batch, &device, None));
         let each = values(each);
         let mut total = 0.0;
@@ -66,7 +67,8 @@ fn a_packed_row_gives_each_document_what_it_gets_alone() {
             let error = distance(&alone, &part);
             assert!(error < 1e-4, "{kind}: the document at {start} of row {row} is off by {error}");
             let document_targets = &targets[row * seq + start..][..length];
-            let batch = TokenBatch {
+            let batch = Rows {
+                vectors: None,
                 rows: 1,
                 seq_len: length,
                 input_ids: document,
@@ -106,7 +108,8 @@ fn the_loss_is_the_negative_log_of_the_probability_of_the_target() {
     let tokens = ids(6, 29, 8);
     let targets = [3, IGNORE, 5, IGNORE, 0, 28];
     let probabilities = values(softmax(model.forward(ids_tensor(&tokens, 1, 6, &device)), 2));
-    let batch = TokenBatch { rows: 1, seq_len: 6, input_ids: &tokens, targets: &targets, document_starts: &[0; 6] };
+    let batch =
+        Rows { vectors: None, rows: 1, seq_len: 6, input_ids: &tokens, targets: &targets, document_starts: &[0; 6] };
     let (sum, each) = (model.loss(batch, 0.0, &device), model.losses(batch, &device, None));
     let mut total = 0.0;
     for (t, (target, got)) in targets.iter().zip(values(each)).enumerate() {
@@ -283,28 +286,26 @@ fn every_gradient_agrees_with_finite_differences() {
         let tokens = ids(14, 29, 24);
         let targets: Vec<i64> =
             ids(14, 29, 25).iter().enumerate().map(|(t, id)| if t == 4 { IGNORE } else { i64::from(*id) }).collect();
-        let batch = TokenBatch { rows: 2, seq_len: 7, input_ids: &tokens, targets: &targets, document_starts: &starts };
-        derivatives_agree(&format!("{kind}, tokens"), &config, batch);
-        let (inputs, answers) = (normal(26, 14 * 5), normal(27, 14 * 3));
-        let asked: Vec<bool> = (0..14).map(|t| t != 4 && t != 11).collect();
-        let rows = VectorRows {
+        let batch = Rows {
+            vectors: None,
             rows: 2,
             seq_len: 7,
-            input_width: 5,
-            output_width: 3,
-            inputs: &inputs,
-            values: &answers,
-            asked: &asked,
+            input_ids: &tokens,
+            targets: &targets,
             document_starts: &starts,
         };
+        derivatives_agree(&format!("{kind}, tokens"), &config, batch);
+        let (inputs, answers) = (normal(26, 14 * 5), normal(27, 14 * 3));
+        let targets: Vec<i64> = (0..14).map(|t| if t == 4 || t == 11 { IGNORE } else { 0 }).collect();
+        let vectors = VectorRows { input_width: 5, output_width: 3, inputs: &inputs, values: &answers };
+        let rows = Rows { vectors: Some(vectors), input_ids: &[], targets: &targets, ..batch };
         derivatives_agree(&format!("{kind}, vectors"), &config, rows);
     }
 }
 
-fn derivatives_agree<'a>(kind: &str, config: &ModelConfig, batch: impl Into<PassBatch<'a>>) {
+fn derivatives_agree(kind: &str, config: &ModelConfig, batch: Rows) {
     const STEP: f32 = 8e-3;
     let (plain, training) = (Device::flex(), Device::flex().autodiff());
-    let batch = batch.into();
     {
         let model = scrambled(config, 23, &training);
         let loss = model.loss(batch, 0.0, &training);
@@ -568,7 +569,8 @@ fn the_reference_cases_come_out_as_transformers_computes_them() {
         let targets: Vec<i64> =
             (0..rows * seq).map(|t| if t % seq == seq - 1 { IGNORE } else { i64::from(tokens[t + 1]) }).collect();
         let starts = vec![0; rows * seq];
-        let batch = TokenBatch { rows, seq_len: seq, input_ids: &tokens, targets: &targets, document_starts: &starts };
+        let batch =
+            Rows { vectors: None, rows, seq_len: seq, input_ids: &tokens, targets: &targets, document_starts: &starts };
         let loss = model.loss(batch, 0.0, &device);
         let mean = loss.nats.into_scalar::<f32>() / loss.targets as f32;
         let loss_error = (mean - expected(&bytes, "loss").unwrap()[0]).abs();

@@ -1,8 +1,9 @@
 use burn::tensor::Device;
 
 use super::*;
+use crate::Rows;
 use crate::fixtures::{self, scrambled, values};
-use crate::model::{TokenBatch, ids_tensor};
+use crate::model::ids_tensor;
 
 #[test]
 fn names_and_shapes_are_those_that_the_model_was_built_from_in_one_order() {
@@ -130,8 +131,14 @@ fn new_values_arrive_and_still_learn() {
     for (parameter, expected) in model.parameters().into_iter().zip(doubled) {
         assert_eq!(values(parameter.value), values(expected));
     }
-    let batch =
-        TokenBatch { rows: 1, seq_len: 3, input_ids: &[1, 2, 3], targets: &[2, 3, 4], document_starts: &[0; 3] };
+    let batch = Rows {
+        vectors: None,
+        rows: 1,
+        seq_len: 3,
+        input_ids: &[1, 2, 3],
+        targets: &[2, 3, 4],
+        document_starts: &[0; 3],
+    };
     let loss = model.loss(batch, 0.0, &device);
     let gradients = model.take_gradients(&mut loss.nats.backward());
     for (gradient, parameter) in gradients.into_iter().zip(model.parameters()) {

@@ -8,7 +8,7 @@ use crate::objective::{Objective, Term};
 struct Vectors {
     inputs: Vec<f32>,
     values: Vec<f32>,
-    asked: Vec<bool>,
+    targets: Vec<i64>,
     starts: Vec<u32>,
 }
 
@@ -16,20 +16,21 @@ impl Vectors {
     fn new(width: usize, inputs: Vec<f32>) -> Self {
         let positions = inputs.len() / width;
         let starts = (0..positions).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
-        Self { inputs, values: normal(91, positions * 3), asked: (0..positions).map(|i| i % 4 != 1).collect(), starts }
+        let targets = (0..positions).map(|i| if i % 4 == 1 { IGNORE } else { 0 }).collect();
+        Self { inputs, values: normal(91, positions * 3), targets, starts }
     }
 
-    fn rows(&self) -> VectorRows<'_> {
-        let positions = self.asked.len();
-        VectorRows {
+    fn rows(&self) -> Rows<'_> {
+        let positions = self.targets.len();
+        let input_width = self.inputs.len() / positions;
+        let vectors = VectorRows { input_width, output_width: 3, inputs: &self.inputs, values: &self.values };
+        Rows {
             rows: positions / 9,
             seq_len: 9,
-            input_width: self.inputs.len() / positions,
-            output_width: 3,
-            inputs: &self.inputs,
-            values: &self.values,
-            asked: &self.asked,
+            input_ids: &[],
+            targets: &self.targets,
             document_starts: &self.starts,
+            vectors: Some(vectors),
         }
     }
 }
@@ -47,7 +48,7 @@ fn a_vector_with_a_single_one_is_a_token() {
         let expected: Vec<f32> = (0..18)
             .map(|i| {
                 let error = (0..3).map(|j| (logits[i * config.vocab_size + j] - vectors.values[i * 3 + j]).powi(2));
-                if vectors.asked[i] { error.sum::<f32>() / 3.0 } else { 0.0 }
+                if vectors.targets[i] == IGNORE { 0.0 } else { error.sum::<f32>() / 3.0 }
             })
             .collect();
         let each = values(model.losses(vectors.rows(), &device, None));
@@ -85,8 +86,14 @@ fn answers_are_the_largest_logits_and_the_same_losses() {
         let input_ids: Vec<u32> = (0..18).map(|i| i * 7 % 29).collect();
         let targets: Vec<i64> = (0..18).map(|i| if i % 5 == 0 { IGNORE } else { i % 11 }).collect();
         let starts: Vec<u32> = (0..18).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
-        let batch =
-            TokenBatch { rows: 2, seq_len: 9, input_ids: &input_ids, targets: &targets, document_starts: &starts };
+        let batch = Rows {
+            vectors: None,
+            rows: 2,
+            seq_len: 9,
+            input_ids: &input_ids,
+            targets: &targets,
+            document_starts: &starts,
+        };
         let context = model.context(&starts, 9, &device);
         let logits = values(model.logits(model.hidden(ids_tensor(&input_ids, 2, 9, &device), &context, None)));
         let largest = |row: &[f32]| (0..row.len()).max_by(|a, b| row[*a].total_cmp(&row[*b])).unwrap() as i64;

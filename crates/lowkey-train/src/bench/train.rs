@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use lowkey_data::Batch;
+use lowkey_batch::Batch;
 use lowkey_kernels::Precision;
 use lowkey_model::{CausalLm, Parameter, Recompute, Term};
 use rand::{RngExt, SeedableRng};
@@ -262,7 +262,7 @@ pub(super) fn random_batch(random: &mut ChaCha8Rng, rows: usize, seq_len: usize,
         input_ids.extend(&tokens[..seq_len]);
         targets.extend(tokens[1..].iter().map(|token| i64::from(*token)));
     }
-    Batch { rows, seq_len, input_ids, targets, document_starts: vec![0; rows * seq_len] }
+    Batch { rows, seq_len, input_ids, targets, document_starts: vec![0; rows * seq_len], vectors: None }
 }
 
 /// Times whole optimiser steps.

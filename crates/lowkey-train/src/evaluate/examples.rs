@@ -1,13 +1,12 @@
 //! Loss and accuracy on the held-out examples of a task.
 
 use burn::tensor::Device;
-use lowkey_data::IGNORE;
-use lowkey_data::tasks::{AnswerBatch, HeldExamples, VectorBatch};
+use lowkey_batch::{Batch, IGNORE};
+use lowkey_data::tasks::{AnswerBatch, HeldExamples};
 use lowkey_model::CausalLm;
 
 use super::{ClassEvaluation, Evaluation, Looks, look};
 use crate::error::{Error, Result};
-use crate::rows::{BatchRef, rows};
 use crate::workers::Workers;
 
 /// Evaluates a model on the examples of a task; both without a graph.
@@ -40,7 +39,7 @@ fn tokens(
 ) -> Result<Evaluation> {
     let unreadable = |why: String| Error::Device { what: "the answers", why };
     let answers = workers.map(batches, |AnswerBatch { batch, .. }| -> Result<(Vec<f32>, Vec<i64>)> {
-        let (losses, best) = model.answers(rows(batch, 0, batch.rows), device);
+        let (losses, best) = model.answers(batch.all(), device);
         let losses = losses.try_into_vec_as::<f32>().map_err(|e| unreadable(format!("{e:?}")))?;
         Ok((losses, best.try_into_vec_as::<i64>().map_err(|e| unreadable(format!("{e:?}")))?))
     });
@@ -72,7 +71,7 @@ fn tokens(
         gap: mean(sum.nats, sum),
         accuracy: Some(mean(sum.right as f64, sum)),
     };
-    let Looks { max_logit, latents } = look(model, batches.first().map(|held| BatchRef::from(&held.batch)), device)?;
+    let Looks { max_logit, latents } = look(model, batches.first().map(|held| &held.batch), device)?;
     Ok(Evaluation {
         loss,
         perplexity: Some(loss.exp()),
@@ -89,11 +88,8 @@ fn tokens(
     })
 }
 
-fn vectors(model: &CausalLm, batches: &[VectorBatch], workers: &Workers, device: &Device) -> Result<Evaluation> {
-    let errors = workers.map(batches, |batch| {
-        let rows = BatchRef::from(batch).rows(0, batch.rows);
-        model.losses(rows, device, None).try_into_vec_as::<f32>()
-    });
+fn vectors(model: &CausalLm, batches: &[Batch], workers: &Workers, device: &Device) -> Result<Evaluation> {
+    let errors = workers.map(batches, |batch| model.losses(batch.all(), device, None).try_into_vec_as::<f32>());
     let (mut total, mut tokens) = (0.0, 0);
     for (batch, errors) in batches.iter().zip(errors) {
         let errors = errors.map_err(|e| Error::Device { what: "the errors", why: format!("{e:?}") })?;
@@ -102,7 +98,7 @@ fn vectors(model: &CausalLm, batches: &[VectorBatch], workers: &Workers, device:
         tokens += batch.target_tokens();
     }
     let mse = total / tokens.max(1) as f64;
-    let Looks { max_logit, latents } = look(model, batches.first().map(BatchRef::from), device)?;
+    let Looks { max_logit, latents } = look(model, batches.first(), device)?;
     Ok(Evaluation {
         loss: mse,
         perplexity: None,

@@ -152,7 +152,7 @@ fn the_largest_logit_is_that_of_the_first_two_rows() {
     let model = sharp_model(&Device::flex());
     let batch = uneven_batch(3, 11, VOCAB, 4);
     let mut trace = Trace::default();
-    model.losses(rows(&batch, 0, 2), &Device::flex(), Some(&mut trace));
+    model.losses(batch.rows(0..2), &Device::flex(), Some(&mut trace));
     let expected = trace.max_logit.into_iter().map(Tensor::into_scalar::<f32>).fold(f32::NEG_INFINITY, f32::max);
     assert_eq!(measure(&model, &Held::Batches(vec![batch])).max_logit, f64::from(expected));
 }

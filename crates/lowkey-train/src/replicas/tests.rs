@@ -37,7 +37,7 @@ fn replicas_have_the_gradients_of_the_whole_batch_each() {
     let batch = uneven_batch(6, 13, VOCAB, 1);
     for count in [2, 3] {
         let replicas = replicas(count, OptimizerKind::AdamW);
-        let found = replicas.gradients((&batch).into(), passes(6)).unwrap();
+        let found = replicas.gradients(&batch, passes(6)).unwrap();
         // The same passes one after the other, which are added up in the same order.
         let main = replicas.main();
         let expected = main.workers.gradients(&main.model, &batch, passes(6 / count), &main.device);
@@ -57,7 +57,7 @@ fn replicas_stay_equal_to_the_last_bit() {
         let mut replicas = replicas(3, kind);
         for step in 0..3 {
             let batch = uneven_batch(3, 11, VOCAB, step);
-            let results = replicas.gradients((&batch).into(), passes(3)).unwrap();
+            let results = replicas.gradients(&batch, passes(3)).unwrap();
             replicas.update(results, vec![None; 3], |_| Update::new(0.7, 1e-2));
         }
         assert!(replicas.agree());

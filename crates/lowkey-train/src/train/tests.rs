@@ -3,8 +3,6 @@ mod going_on;
 
 use std::collections::BTreeMap;
 
-use lowkey_data::tasks::StepBatch;
-
 use super::*;
 use crate::fixtures::{STEPS, TinyRun, names, text, weight_bits};
 use crate::setup::setup;
@@ -361,9 +359,7 @@ fn a_run_can_start_from_a_checkpoint() {
     let config = run.config(&still);
     let Setup { model, data, .. } = setup(&config, &run.options(), &mut |_| {}).unwrap();
     assert_eq!(model, ModelConfig::read(&from.join("config.json")).unwrap());
-    let StepBatch::Tokens(batch) = data.batches(&config.data, 8, 3).unwrap().batch(0).unwrap() else {
-        panic!("a text")
-    };
+    let batch = data.batches(&config.data, 8, 3).unwrap().batch(0).unwrap();
     let model = CausalLm::load(&from, &Device::flex()).unwrap();
     let workers = Workers::new(2, 8).unwrap();
     let lengths = data.tokenizer.unwrap().byte_lengths();

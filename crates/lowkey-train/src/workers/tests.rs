@@ -1,15 +1,14 @@
-use lowkey_data::Batch;
+use lowkey_batch::{Batch, IGNORE};
 use lowkey_model::ModelConfig;
 
 use super::*;
 use crate::fixtures::{bits, model, model_config, passes, uneven_batch, values};
-use crate::rows::rows;
 
 const VOCAB: usize = 29;
 
 /// Loss and gradients of a batch in one pass, without threads.
 fn single_pass(model: &CausalLm, batch: &Batch, device: &Device) -> (f64, Vec<Tensor<1>>) {
-    let loss = model.loss(rows(batch, 0, batch.rows), 0.0, device);
+    let loss = model.loss(batch.all(), 0.0, device);
     let mean = loss.nats / loss.targets as f64;
     let mut gradients = mean.backward();
     (f64::from(mean.into_scalar::<f32>()), model.take_gradients(&mut gradients))
@@ -39,7 +38,7 @@ fn any_number_of_threads_and_passes_gives_the_gradient_of_the_mean_over_all_targ
     let model = model(VOCAB, 16, 5, &device);
     let batch = uneven_batch(5, 13, VOCAB, 1);
     let per_row: Vec<usize> =
-        batch.targets.chunks(13).map(|row| row.iter().filter(|t| **t != lowkey_data::IGNORE).count()).collect();
+        batch.targets.chunks(13).map(|row| row.iter().filter(|t| **t != IGNORE).count()).collect();
     assert!(per_row[0] == 13 && per_row[4] < 8, "targets must be spread unevenly: {per_row:?}");
     let (loss, gradients) = single_pass(&model, &batch, &device);
     for threads in [1, 2, 3] {
@@ -60,14 +59,14 @@ fn a_share_without_targets_adds_nothing() {
     let device = Device::flex().autodiff();
     let model = model(VOCAB, 16, 5, &device);
     let mut batch = uneven_batch(3, 9, VOCAB, 2);
-    batch.targets[9..18].fill(lowkey_data::IGNORE);
+    batch.targets[9..18].fill(IGNORE);
     let (loss, gradients) = single_pass(&model, &batch, &device);
     let found = Workers::new(3, 3).unwrap().gradients(&model, &batch, passes(3), &device);
     assert!((found.loss().unwrap() / loss - 1.0).abs() < 1e-6);
     // So few targets cancel less of the rounding.
     agree("a row without targets", &model, &found.gradients, &gradients, 5e-6);
 
-    batch.targets.fill(lowkey_data::IGNORE);
+    batch.targets.fill(IGNORE);
     let found = Workers::new(2, 3).unwrap().gradients(&model, &batch, passes(3), &device);
     assert_eq!((found.loss().unwrap(), found.targets), (0.0, 0));
     assert!(found.gradients.iter().all(|g| values(g).iter().all(|x| *x == 0.0)));

@@ -168,7 +168,7 @@ fn batches(
     tokenizer: &Tokenizer,
     seq_len: usize,
     all: bool,
-) -> anyhow::Result<Vec<lowkey_data::Batch>> {
+) -> anyhow::Result<Vec<lowkey_batch::Batch>> {
     let dir = tempfile::tempdir()?;
     let prepared = prepare(dataset, dir.path(), Some(tokenizer.clone()), &mut Preparation::new().observer())?;
     let shard = if all { &prepared.train } else { &prepared.validation };

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use lowkey_data::{IGNORE, Packing, Prepared, Shard, Tokenizer, prepare, validation_batches};
+use lowkey_batch::IGNORE;
+use lowkey_data::{Packing, Prepared, Shard, Tokenizer, prepare, validation_batches};
 use lowkey_model::CausalLm;
 use lowkey_train::{RunConfig, run_data};
 

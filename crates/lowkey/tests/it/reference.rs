@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
 use lowkey_infer::{Form, GenerateConfig, generate};
-use lowkey_model::{CausalLm, Family, IGNORE, TokenBatch, Trace, ids_tensor};
+use lowkey_model::{CausalLm, Family, IGNORE, Rows, Trace, ids_tensor};
 use lowkey_train::{Optimizer, OptimizerKind, OptimizerSection, Update, clip_factor, global_norm};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -136,8 +136,9 @@ impl Batch {
         }
     }
 
-    fn tokens(&self) -> TokenBatch<'_> {
-        TokenBatch {
+    fn tokens(&self) -> Rows<'_> {
+        Rows {
+            vectors: None,
             rows: self.rows,
             seq_len: self.seq,
             input_ids: &self.ids,

@@ -16,17 +16,22 @@ const GROUND: &str = "lowkey-files";
 /// Each crate with the crates of this workspace that it may depend on.
 const FLOORS: &[(&str, &[&str])] = &[
     (GROUND, &[]),
-    ("lowkey-kernels", &[]),
-    ("lowkey-data", &[]),
-    ("lowkey-model", &["lowkey-kernels"]),
+    ("lowkey-batch", &[]),
+    ("lowkey-kernels", &["lowkey-batch"]),
+    ("lowkey-data", &["lowkey-batch"]),
+    ("lowkey-model", &["lowkey-batch", "lowkey-kernels"]),
     ("lowkey-infer", &["lowkey-model", "lowkey-kernels"]),
     ("lowkey-convert", &["lowkey-model"]),
     ("lowkey-export", &["lowkey-data", "lowkey-infer", "lowkey-model"]),
-    ("lowkey-train", &["lowkey-convert", "lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-kernels"]),
+    (
+        "lowkey-train",
+        &["lowkey-batch", "lowkey-convert", "lowkey-data", "lowkey-infer", "lowkey-model", "lowkey-kernels"],
+    ),
     ("lowkey-lab", &["lowkey-infer", "lowkey-model", "lowkey-train"]),
     (
         "lowkey",
         &[
+            "lowkey-batch",
             "lowkey-convert",
             "lowkey-data",
             "lowkey-export",
