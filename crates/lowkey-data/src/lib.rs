@@ -15,7 +15,7 @@
 //! * [`prepare`] reads the source once, tokenises it and writes a folder that describes itself; asked again for the
 //!   same thing it only opens what is there. [`open`] reads such a folder.
 //! * [`Shard`] is a checksummed file of token ids with its document bounds, read as it is needed.
-//! * [`Sampler`] is a pure function from (seed, step) to a [`Batch`]: a resumed run needs no sampler state.
+//! * [`Sampler`] is a pure function from (seed, step) to a [`Batch`](lowkey_batch::Batch): a resumed run needs no sampler state.
 //!   [`validation_batches`] walks a held-out shard once, in order, with every target exactly once.
 //! * [`Tokenizer`] covers a built-in byte vocabulary, character vocabularies, byte-level BPE trained here, and any
 //!   Hugging Face `tokenizer.json`; [`TextStream`] turns ids back into text one at a time. [`Generation`] is what a model's
@@ -27,7 +27,7 @@
 //!
 //! # What this crate does not know
 //!
-//! No tensor, no device, no Burn backend: a [`Batch`] is plain vectors, and the only piece of Burn here is the
+//! No tensor, no device, no Burn backend: a [`Batch`](lowkey_batch::Batch) is plain vectors, and the only piece of Burn here is the
 //! `burn_dataset::Dataset` trait, which [`Shard`] implements so that Burn's own loaders can read one. Nothing here
 //! prints; progress is reported through a callback. The environment is read in exactly one place,
 //! [`HubConfig::from_env`].

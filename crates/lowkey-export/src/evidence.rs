@@ -245,8 +245,8 @@ fn first_not_greedy(model: &CausalLm, prompt: &[u32], ids: &[u32], tie: f64, dev
     let behind = |(logits, id): (&[f32], &u32)| {
         let top = f64::from(logits[argmax(logits)]);
         let scale = logits.iter().fold(f64::MIN_POSITIVE, |most, x| most.max(f64::from(x.abs())));
-        // Written so that NaN counts.
-        !((top - f64::from(logits[*id as usize])) / scale <= tie)
+        let apart = (top - f64::from(logits[*id as usize])) / scale;
+        apart.is_nan() || apart > tie
     };
     Ok(logits.chunks(width).zip(ids).position(behind))
 }
