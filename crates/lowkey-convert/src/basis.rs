@@ -58,9 +58,7 @@ impl Basis {
 /// [`Error::Unsupported`] for a model without latents, or with one that is cut already.
 pub(crate) fn fold(model: &CausalLm) -> Result<CausalLm> {
     attentions(model, "rotating a latent")?;
-    if let Some(mla) = model.config.attention.latent()
-        && mla.kv_cache_ranks.is_some()
-    {
+    if model.config.kv_cache_ranks().is_some() {
         let why = "its latents are cut already, and their order is fixed; convert the model that it was made of".into();
         return Err(Error::Unsupported { what: "rotating a latent", why });
     }
@@ -101,10 +99,8 @@ pub(crate) fn rotate(model: &CausalLm, bases: &[Basis], device: &Device) -> Resu
         mla.kv_a_proj_with_mqa.set_bias(bias);
         mla.kv_b_proj.set_matrix(up);
     }
-    if let Some(mla) = model.config.attention.latent_mut() {
-        // The prefixes that it was trained at are no longer its first numbers.
-        mla.kv_elastic_ranks = None;
-    }
+    // The prefixes that it was trained at are no longer its first numbers.
+    model.config.kv_elastic_ranks = None;
     Ok(model)
 }
 

@@ -3,8 +3,8 @@
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use faer::Mat;
 use lowkey_model::{
-    Attention, AttentionConfig, CausalLm, Family, GroupedConfig, MlaConfig, ModelConfig, RopeConfig, RopeType,
-    ids_tensor,
+    Attention, AttentionConfig, CausalLm, Family, GroupedConfig, LayerConfig, Layers, MlaConfig, MlpConfig,
+    ModelConfig, RopeConfig, RopeType, ids_tensor,
 };
 
 use crate::basis::Basis;
@@ -25,29 +25,33 @@ fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig 
         v_head_dim: 7,
         attention_bias: false,
         rope_interleave: true,
-        kv_cache_ranks: None,
-        kv_elastic_ranks: None,
+        kv_cache_rank: None,
         latent_scale: false,
     };
     let mut config = ModelConfig {
         vocab_size: 31,
         hidden_size: 14,
-        num_hidden_layers: 3,
         num_attention_heads: 3,
-        intermediate_size: 20,
         max_position_embeddings: 160,
-        attention: AttentionConfig::Mla(mla.clone()),
+        layers: Layers::equal(
+            LayerConfig {
+                attention: AttentionConfig::Mla(mla.clone()),
+                mlp: MlpConfig { intermediate_size: 20, bias: false },
+            },
+            3,
+        )
+        .unwrap(),
+        kv_elastic_ranks: None,
         rope: RopeConfig::default(),
         rms_norm_eps: 1e-6,
         tie_word_embeddings: false,
-        mlp_bias: false,
         initializer_range: None,
         family: Family::Lowkey,
         bos_token_id: None,
         eos_token_id: vec![],
     };
     change(&mut config, &mut mla);
-    config.attention = AttentionConfig::Mla(mla);
+    config.latents_mut().for_each(|latent| *latent = mla.clone());
     config.family = config.natural_family();
     config
 }
@@ -250,7 +254,7 @@ fn a_latent_of_which_a_part_is_unused_is_cut_at_every_budget() {
 /// fitted to.
 #[test]
 fn what_readers_lose_falls_with_the_rank() {
-    let narrow = model(&config(|c, _| c.num_hidden_layers = 1), 8);
+    let narrow = model(&config(|c, _| c.layers.resize(1).unwrap()), 8);
     let text = text(4, 80);
     let rotated = Rotated::new(&narrow, &text, &device(), &mut |_| {}).unwrap();
     let moments = measure(&rotated.model, &text, &device(), &mut |_| {}).unwrap();
@@ -293,7 +297,7 @@ fn what_cannot_be_is_refused() {
         qk_norm: false,
     };
     let mut other = narrow.config.clone();
-    other.attention = AttentionConfig::Grouped(grouped);
+    other.layers.iter_mut().for_each(|layer| layer.attention = AttentionConfig::Grouped(grouped.clone()));
     other.family = other.natural_family();
     let other = CausalLm::init(&other, 1, &device());
     let refused = |model: &CausalLm, text: &[Vec<u32>], fragment: &str| {

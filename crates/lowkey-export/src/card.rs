@@ -19,7 +19,7 @@ pub(crate) fn card(source: &Source, model: &CausalLm, target: &Target) -> String
     let name = words(&title(source));
     let mut page = format!(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- {}\n- lowkey\n---\n\n# {name}\n\n{}\n",
-        if config.attention.latent().is_some() { "mla" } else { "llm" },
+        if config.attention().latent().is_some() { "mla" } else { "llm" },
         summary(config)
     );
     page.push_str("\n## Sizes\n\n| | |\n|---|---|\n");
@@ -66,7 +66,7 @@ fn title(source: &Source) -> String {
 
 fn summary(config: &ModelConfig) -> String {
     let millions = config.parameter_count().total as f64 / 1e6;
-    match config.attention.latent() {
+    match config.attention().latent() {
         Some(mla) => format!(
             "A causal language model of {millions:.1} M parameters with Multi-head Latent Attention (DeepSeek-V2, \
              arXiv 2405.04434): each token leaves {} numbers per layer in the cache.",
@@ -80,14 +80,14 @@ fn summary(config: &ModelConfig) -> String {
 
 fn sizes(config: &ModelConfig, dtype: &str) -> Vec<(&'static str, String)> {
     let cache = config.cache_width();
-    let per_token = |width: usize| format!("{} bytes in bf16", width * config.num_hidden_layers * BF16);
+    let per_token = |width: usize| format!("{} bytes in bf16", width * config.layers.len() * BF16);
     let mut rows = vec![
         ("weights", dtype.to_string()),
-        ("layers", config.num_hidden_layers.to_string()),
+        ("layers", config.layers.len().to_string()),
         ("hidden_size", config.hidden_size.to_string()),
         ("num_attention_heads", config.num_attention_heads.to_string()),
     ];
-    if let Some(mla) = config.attention.latent() {
+    if let Some(mla) = config.attention().latent() {
         rows.extend([
             ("kv_lora_rank", mla.kv_lora_rank.to_string()),
             ("q_lora_rank", mla.q_lora_rank.map_or_else(|| "none".into(), |q| q.to_string())),

@@ -180,7 +180,7 @@ pub(crate) fn gather(
         Layout::Gguf => {
             let model = gguf::read_model(&dir.join(GGUF), device)?;
             let weights = weight_errors(&gguf::as_stored(source)?, &model)?;
-            let form = if model.config.attention.latent().is_some() { Form::Absorbed } else { Form::Auto };
+            let form = if model.config.attention().latent().is_some() { Form::Absorbed } else { Form::Auto };
             (weights, Vec::new(), Candidate { model, fused: Vec::new(), form })
         }
         _ => {

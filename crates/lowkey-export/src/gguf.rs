@@ -187,7 +187,7 @@ fn info(plan: &Plan, kind: TensorType) -> TensorInfo {
 
 /// What the file holds in another place than the model.
 fn folds(model: &CausalLm) -> Vec<String> {
-    let Some(mla) = model.config.attention.latent() else { return Vec::new() };
+    let Some(mla) = model.config.attention().latent() else { return Vec::new() };
     let mut notes = Vec::new();
     if mla.latent_scale {
         notes.push("latent_scale is folded into attn_kv_a_norm".into());
@@ -249,8 +249,8 @@ pub fn read_model(path: &Path, device: &Device) -> Result<CausalLm> {
     let config = Architecture::config(&file).map_err(refuse)?;
     let architecture = Architecture::named(&file, &config).ok_or_else(|| refuse("no architecture".into()))?;
     // A file has less than one layer per tensor: what it claims must not decide how much is planned.
-    if config.num_hidden_layers > file.tensors().len() {
-        return Err(refuse(format!("{} layers in {} tensors", config.num_hidden_layers, file.tensors().len())));
+    if config.layers.len() > file.tensors().len() {
+        return Err(refuse(format!("{} layers in {} tensors", config.layers.len(), file.tensors().len())));
     }
     let plans = plan(&config, architecture);
     check_tensors(&file, &plans).map_err(refuse)?;

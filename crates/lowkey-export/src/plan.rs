@@ -106,12 +106,12 @@ pub fn plan(config: &ModelConfig, settings: PlanSettings, forced: Option<LayerFo
         order.into_iter().min_by_key(|cost| (cost.bytes_per_token, cost.flops_per_token)).unwrap_or(costs[1]);
     let form = forced.unwrap_or(cheapest.form);
     let layer = |layer| LayerPlan { layer, form, forced: forced.is_some(), costs };
-    Ok((0..config.num_hidden_layers).map(layer).collect())
+    Ok((0..config.layers.len()).map(layer).collect())
 }
 
 /// The sizes of a Multi-head Latent Attention, or why there is nothing to absorb.
 pub(crate) fn latent_attention(config: &ModelConfig) -> Result<&MlaConfig> {
-    match &config.attention {
+    match config.attention() {
         AttentionConfig::Mla(mla) => Ok(mla),
         AttentionConfig::Grouped(grouped) => {
             let why = if grouped.qk_norm {

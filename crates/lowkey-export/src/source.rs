@@ -70,15 +70,15 @@ pub fn canonical(model: &CausalLm) -> Result<CausalLm> {
             mla.dims.latent_scale = 1.0;
         }
     }
-    if let Some(mla) = model.config.attention.latent_mut() {
+    for mla in model.config.latents_mut() {
         mla.latent_scale = false;
     }
     if model.config.family == Family::Lowkey {
         model.config.family = model.config.natural_family();
     }
     if model.config.family == Family::Lowkey {
-        let why = match &model.config.attention {
-            AttentionConfig::Mla(mla) if model.config.mlp_bias && !mla.rope_interleave => {
+        let why = match model.config.attention() {
+            AttentionConfig::Mla(mla) if model.config.mlp().bias && !mla.rope_interleave => {
                 "no transformers class with latents has biases in its feed-forward layers and rotates halves"
             }
             AttentionConfig::Mla(_) => {

@@ -21,7 +21,13 @@ fn zoo() -> Vec<(&'static str, ModelConfig)> {
         ("yarn, mixed", config_with(|c, _| c.rope = yarn(Some(0.7), Some(1.0)))),
         ("yarn, no mscale", config_with(|c, _| c.rope = yarn(None, None))),
         ("latent_scale", config_with(|_, m| m.latent_scale = true)),
-        ("one layer, one head", config_with(|c, _| (c.num_hidden_layers, c.num_attention_heads) = (1, 1))),
+        (
+            "one layer, one head",
+            config_with(|c, _| {
+                c.layers.resize(1).unwrap();
+                c.num_attention_heads = 1;
+            }),
+        ),
     ]
 }
 
@@ -77,7 +83,7 @@ fn every_layout_holds_every_model() {
             assert!(evidence.greedy.iter().all(|g| g.agree == 64), "{name}, {to}: {:?}", evidence.greedy);
             assert!(evidence.logits.max_relative <= 1e-5 && evidence.logits.max_relative > 0.0, "{name}, {to}");
             let products = match to {
-                "absorbed" | "fused" => 2 * config.num_hidden_layers,
+                "absorbed" | "fused" => 2 * config.layers.len(),
                 _ => 0,
             };
             assert_eq!(evidence.products.len(), products, "{name}, {to}");
@@ -409,7 +415,7 @@ fn a_missing_or_foreign_side_tensor_is_named() {
     let out = folder.file("out");
     exported(&source, &out, "fused", "f32");
     let message = |model: &CausalLm| load_fused(&out, model, &device()).unwrap_err().to_string();
-    let fewer = random_model(&config_with(|c, _| c.num_hidden_layers = 1), 1);
+    let fewer = random_model(&config_with(|c, _| c.layers.resize(1).unwrap()), 1);
     assert!(message(&fewer).contains("model.layers.1.self_attn.o_fused.weight"));
     let wider = random_model(&config_with(|_, m| m.kv_lora_rank = 10), 1);
     assert!(message(&wider).contains("has shape [45, 12]"), "{}", message(&wider));
@@ -419,14 +425,9 @@ fn a_missing_or_foreign_side_tensor_is_named() {
 
 fn grouped(qk_norm: bool, rotary_dim: usize) -> ModelConfig {
     let mut config = config_with(|_, _| {});
-    config.attention = AttentionConfig::Grouped(GroupedConfig {
-        num_key_value_heads: 3,
-        head_dim: 4,
-        rotary_dim,
-        qkv_bias: false,
-        o_bias: false,
-        qk_norm,
-    });
+    let grouped =
+        GroupedConfig { num_key_value_heads: 3, head_dim: 4, rotary_dim, qkv_bias: false, o_bias: false, qk_norm };
+    config.layers.iter_mut().for_each(|layer| layer.attention = AttentionConfig::Grouped(grouped.clone()));
     config.rope = RopeConfig::default();
     config.family = config.natural_family();
     config

@@ -5,7 +5,7 @@ use std::mem;
 use burn::tensor::kind::Basic;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Int, Slice, Tensor};
 use lowkey_kernels::device::is_cpu;
-use lowkey_model::{CacheBuffer, CausalLm, ModelConfig, Stored};
+use lowkey_model::{CacheBuffer, CausalLm, LayerConfig, ModelConfig, Stored};
 
 use crate::cache_dtype::CacheDtype;
 use crate::error::{Error, Result};
@@ -74,7 +74,7 @@ impl CacheDtype {
             Self::Bf16 | Self::F16 => 2 * buffer.width,
             Self::Int8 => buffer.width + 4 * scales_of(buffer),
         };
-        let all = (0..config.num_hidden_layers).flat_map(|layer| config.attention.cache_buffers(layer));
+        let all = config.layers.iter().flat_map(|layer| layer.attention.cache_buffers());
         all.map(|buffer| buffer.heads * of_buffer(buffer)).sum()
     }
 }
@@ -118,12 +118,11 @@ impl Cache {
                 }
             }
         };
-        let layer = |layer: usize| {
-            let buffers = model.config.attention.cache_buffers(layer);
-            LayerCache { buffers: buffers.into_iter().map(stored_in).collect() }
+        let layer = |layer: &LayerConfig| LayerCache {
+            buffers: layer.attention.cache_buffers().into_iter().map(stored_in).collect(),
         };
         Ok(Self {
-            layers: (0..model.config.num_hidden_layers).map(layer).collect(),
+            layers: model.config.layers.iter().map(layer).collect(),
             lengths: vec![0; batch],
             capacity,
             dtype,

@@ -7,8 +7,8 @@ mod reference;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use lowkey_model::{
-    Attention, AttentionConfig, CausalLm, Family, FusedMla, GroupedConfig, Mla, MlaConfig, ModelConfig, RopeConfig,
-    RopeType, ids_tensor,
+    Attention, AttentionConfig, CausalLm, Family, FusedMla, GroupedConfig, LayerConfig, Layers, Mla, MlaConfig,
+    MlpConfig, ModelConfig, RopeConfig, RopeType, ids_tensor,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -28,8 +28,7 @@ fn odd_mla() -> MlaConfig {
         attention_bias: false,
         latent_scale: false,
         rope_interleave: true,
-        kv_cache_ranks: None,
-        kv_elastic_ranks: None,
+        kv_cache_rank: None,
     }
 }
 
@@ -41,15 +40,14 @@ fn config(heads: usize, attention: AttentionConfig) -> ModelConfig {
     ModelConfig {
         vocab_size: 53,
         hidden_size: 23,
-        num_hidden_layers: 3,
         num_attention_heads: heads,
-        intermediate_size: 29,
         max_position_embeddings: 192,
-        attention,
+        layers: Layers::equal(LayerConfig { attention, mlp: MlpConfig { intermediate_size: 29, bias: false } }, 3)
+            .unwrap(),
+        kv_elastic_ranks: None,
         rope: RopeConfig { rope_theta: 500.0, ..RopeConfig::default() },
         rms_norm_eps: 1e-5,
         tie_word_embeddings: false,
-        mlp_bias: false,
         initializer_range: Some(0.35),
         family: Family::Lowkey,
         bos_token_id: None,
@@ -61,6 +59,14 @@ fn mla(heads: usize, change: impl FnOnce(&mut MlaConfig)) -> ModelConfig {
     let mut mla = odd_mla();
     change(&mut mla);
     config(heads, AttentionConfig::Mla(mla))
+}
+
+/// With so much of each layer's latent cached.
+fn cut(mut config: ModelConfig, ranks: [usize; 3]) -> ModelConfig {
+    for (mla, rank) in config.latents_mut().zip(ranks) {
+        mla.kv_cache_rank = Some(rank);
+    }
+    config
 }
 
 /// One configuration of every kind.
@@ -98,10 +104,10 @@ fn zoo() -> Vec<(&'static str, ModelConfig)> {
         ("mla, latent_scale", mla(3, |m| m.latent_scale = true)),
         ("mla, R = 0", mla(3, |m| m.qk_rope_head_dim = 0)),
         ("mla, L = 1", mla(3, |m| m.kv_lora_rank = 1)),
-        ("mla, cut", mla(3, |m| m.kv_cache_ranks = Some(vec![5, 3, 19]))),
+        ("mla, cut", cut(mla(3, |_| {}), [5, 3, 19])),
         (
             "mla, cut, q_lora_rank, latent_scale",
-            mla(3, |m| (m.kv_cache_ranks, m.q_lora_rank, m.latent_scale) = (Some(vec![1, 8, 18]), Some(11), true)),
+            cut(mla(3, |m| (m.q_lora_rank, m.latent_scale) = (Some(11), true)), [1, 8, 18]),
         ),
         ("mla, tied", tied(mla(3, |_| {}))),
         ("mha", gqa(|_| {}, 4)),

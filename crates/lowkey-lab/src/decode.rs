@@ -37,7 +37,7 @@ impl Expanded {
             observe(&arm.name);
             let model =
                 CausalLm::load(&run.out.join("checkpoints/best"), &device).map_err(lowkey_train::Error::from)?;
-            let way = if model.config.attention.latent().is_some() { Form::Absorbed } else { Form::Expanded };
+            let way = if model.config.attention().latent().is_some() { Form::Absorbed } else { Form::Expanded };
             let subject = Subject { name: arm.name.clone(), model, fused: Vec::new() };
             let options = DecodeOptions {
                 batch: 1,

@@ -261,12 +261,12 @@ fn arm(experiment: &Experiment, draft: &Draft, overrides: &[String], costs: &Cos
 
 /// Bytes of weights and cache in f32 that a decoded token reads at batch 1.
 fn decode_bytes(model: &ModelConfig, context: usize) -> f64 {
-    let attention = (0..model.num_hidden_layers).map(|layer| {
+    let attention = (0..model.layers.len()).map(|layer| {
         let costs = model.decode_costs(layer, context);
         let cost = costs.absorbed.unwrap_or(costs.expanded);
         cost.weights + cost.cached + cost.rebuilt
     });
-    let rest = 3 * model.hidden_size * model.intermediate_size * model.num_hidden_layers;
+    let rest: usize = model.layers.iter().map(|layer| layer.mlp.matrices(model.hidden_size)).sum();
     let head = model.vocab_size * model.hidden_size;
     ((attention.sum::<usize>() + rest + head) * F32) as f64
 }

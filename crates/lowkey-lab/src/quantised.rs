@@ -83,7 +83,7 @@ fn loss(
 
 /// Logits of rows through a cache in int8.
 fn in_int8(model: &CausalLm, rows: &[&[u32]], device: &Device) -> Result<Tensor<3>> {
-    let form = if model.config.attention.latent().is_some() { Form::Absorbed } else { Form::Expanded };
+    let form = if model.config.attention().latent().is_some() { Form::Absorbed } else { Form::Expanded };
     let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
     let decoder = Decoder::with_cache(model, [rows.len(), longest], CacheDtype::Int8, form, device);
     Ok(decoder.and_then(|mut decoder| decoder.forward(rows)).map_err(lowkey_train::Error::from)?)

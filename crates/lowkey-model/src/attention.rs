@@ -84,9 +84,9 @@ impl From<Tensor<3>> for Heads<'_> {
 }
 
 impl Attention {
-    pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, layer: usize) -> Self {
-        match &config.attention {
-            AttentionConfig::Mla(mla) => Self::Mla(Mla::build(b, name, config, mla, layer)),
+    pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, attention: &AttentionConfig) -> Self {
+        match attention {
+            AttentionConfig::Mla(mla) => Self::Mla(Mla::build(b, name, config, mla)),
             AttentionConfig::Grouped(grouped) => Self::Grouped(Grouped::build(b, name, config, grouped)),
         }
     }

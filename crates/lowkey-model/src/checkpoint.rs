@@ -147,11 +147,12 @@ impl Weights {
         let (mut missing, mut mismatched, mut used) = (Vec::new(), Vec::new(), BTreeSet::new());
         // Of more layers than the files name, one of the first is missing: to look at those is enough to refuse.
         let layers: BTreeSet<&str> = self.tensors.keys().filter_map(|name| layer_of(name)).collect();
-        let looked_at = config.num_hidden_layers.min(layers.len() + 1);
-        if looked_at < config.num_hidden_layers {
-            missing.push(format!("layers {looked_at} to {} (num_hidden_layers)", config.num_hidden_layers - 1));
+        let looked_at = config.layers.len().min(layers.len() + 1);
+        if looked_at < config.layers.len() {
+            missing.push(format!("layers {looked_at} to {} (num_hidden_layers)", config.layers.len() - 1));
         }
-        let first_layers = ModelConfig { num_hidden_layers: looked_at, ..config.clone() };
+        let mut first_layers = config.clone();
+        first_layers.layers.resize(looked_at)?;
         CausalLm::build(&first_layers, device, &mut |TensorSpec { name, shape, .. }| {
             used.insert(name.clone());
             match self.tensors.get(name) {
@@ -169,7 +170,7 @@ impl Weights {
         });
         let mut unexpected = Vec::new();
         for (name, entry) in &self.tensors {
-            let past_the_first = looked_at < config.num_hidden_layers && layer_of(name).is_some();
+            let past_the_first = looked_at < config.layers.len() && layer_of(name).is_some();
             if used.contains(name) || is_derived(name) || past_the_first {
                 continue;
             }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
 use crate::error::{Error, Result};
+use crate::layer_config::{LayerConfig, Layers, MlpConfig};
 use crate::rope::RopeConfig;
 
 /// Which attention a run file asks for. One line turns one into another: keys that the chosen kind does not use may stay.
@@ -119,24 +120,20 @@ pub struct ModelConfig {
     pub vocab_size: usize,
     /// Width d of the residual stream.
     pub hidden_size: usize,
-    /// Number of decoder blocks.
-    pub num_hidden_layers: usize,
     /// Number H of query heads.
     pub num_attention_heads: usize,
-    /// Width of the SwiGLU feed-forward layer.
-    pub intermediate_size: usize,
     /// Longest position the model was made for.
     pub max_position_embeddings: usize,
-    /// The attention of every block.
-    pub attention: AttentionConfig,
+    /// The decoder blocks.
+    pub layers: Layers,
+    /// MLA: ranks below L at which the model was trained to be read as well, ascending; absent: none.
+    pub kv_elastic_ranks: Option<Vec<usize>>,
     /// Frequencies of the rotary embedding.
     pub rope: RopeConfig,
     /// ε of the block and final norms.
     pub rms_norm_eps: f64,
     /// Whether the output head is the embedding matrix.
     pub tie_word_embeddings: bool,
-    /// Biases on the three projections of every feed-forward layer.
-    pub mlp_bias: bool,
     /// Standard deviation of the initial matrices, where one is fixed for all.
     pub initializer_range: Option<f64>,
     /// Which `model_type` the configuration came from or is written as.
@@ -191,18 +188,18 @@ impl ModelSection {
             AttentionKind::Mla => self.mla()?,
             kind => self.grouped(kind)?,
         };
+        let elastic = self.elastic.as_ref().filter(|_| attention.latent().is_some());
+        let mlp = MlpConfig { intermediate_size: self.intermediate_size, bias: false };
         let mut config = ModelConfig {
             vocab_size: self.vocab_size.unwrap_or(vocab_size),
             hidden_size: self.hidden_size,
-            num_hidden_layers: self.num_hidden_layers,
             num_attention_heads: self.num_attention_heads,
-            intermediate_size: self.intermediate_size,
             max_position_embeddings: self.max_position_embeddings.unwrap_or(seq_len),
-            attention,
+            kv_elastic_ranks: elastic.map(|elastic| elastic.ranks.clone()),
+            layers: Layers::equal(LayerConfig { attention, mlp }, self.num_hidden_layers)?,
             rope: self.rope_parameters.clone(),
             rms_norm_eps: self.rms_norm_eps,
             tie_word_embeddings: self.tie_word_embeddings,
-            mlp_bias: false,
             initializer_range: self.initializer_range,
             family: Family::Lowkey,
             bos_token_id: None,
@@ -233,8 +230,7 @@ impl ModelSection {
             attention_bias: self.attention_bias,
             latent_scale: self.latent_scale,
             rope_interleave: self.rope_interleave,
-            kv_cache_ranks: None,
-            kv_elastic_ranks: self.elastic.as_ref().map(|elastic| elastic.ranks.clone()),
+            kv_cache_rank: None,
         };
         let unused = [
             ("num_key_value_heads", self.num_key_value_heads.is_some()),
@@ -293,15 +289,26 @@ fn set_keys(keys: &[(&'static str, bool)]) -> Vec<&'static str> {
 impl ModelConfig {
     /// The transformers class that computes this model exactly, or [`Family::Lowkey`] where there is none.
     pub fn natural_family(&self) -> Family {
-        match &self.attention {
-            AttentionConfig::Mla(mla) => mla.family(self.mlp_bias),
-            AttentionConfig::Grouped(grouped) => grouped.family(self.mlp_bias),
+        let LayerConfig { attention, mlp } = self.layers.shared();
+        match attention {
+            AttentionConfig::Mla(mla) => mla.family(mlp.bias),
+            AttentionConfig::Grouped(grouped) => grouped.family(mlp.bias),
         }
+    }
+
+    /// The attention of every layer, but for how much of its latent each caches.
+    pub fn attention(&self) -> &AttentionConfig {
+        &self.layers.shared().attention
+    }
+
+    /// The feed-forward layer of every layer.
+    pub fn mlp(&self) -> &MlpConfig {
+        &self.layers.shared().mlp
     }
 
     /// Whether the transformers class of this family computes exactly this model.
     fn suits_its_family(&self) -> bool {
-        match (self.family, &self.attention) {
+        match (self.family, self.attention()) {
             (Family::Lowkey, _) => true,
             (Family::DeepseekV2, AttentionConfig::Mla(mla)) => {
                 mla.rope_interleave && self.natural_family() != Family::Lowkey
@@ -312,22 +319,39 @@ impl ModelConfig {
 
     /// Numbers of the latent that each layer caches: L, or less where it was cut; nothing without latent attention.
     pub fn kv_ranks(&self) -> Vec<usize> {
-        let latent = self.attention.latent();
-        latent.map_or_else(Vec::new, |mla| (0..self.num_hidden_layers).map(|layer| mla.kv_rank(layer)).collect())
+        self.layers.iter().filter_map(|layer| layer.attention.latent()).map(MlaConfig::kv_rank).collect()
+    }
+
+    /// The ranks that were chosen layer by layer, where any were: what `kv_cache_ranks` of `config.json` says.
+    pub fn kv_cache_ranks(&self) -> Option<Vec<usize>> {
+        let cut =
+            self.layers.iter().any(|layer| layer.attention.latent().is_some_and(|mla| mla.kv_cache_rank.is_some()));
+        cut.then(|| self.kv_ranks())
+    }
+
+    /// Lets each layer cache and read that much of its latent; `None`: all.
+    pub(crate) fn set_kv_cache_ranks(&mut self, ranks: Option<&[usize]>) {
+        for (i, mla) in self.latents_mut().enumerate() {
+            mla.kv_cache_rank = ranks.and_then(|ranks| ranks.get(i)).copied();
+        }
+    }
+
+    /// The latent attentions of its layers, to be changed.
+    pub fn latents_mut(&mut self) -> impl Iterator<Item = &mut MlaConfig> {
+        self.layers.iter_mut().filter_map(|layer| layer.attention.latent_mut())
     }
 
     /// The ranks, ascending, at which the model was trained to be read besides the one that it is read at.
     pub fn elastic_ranks(&self) -> Vec<usize> {
         let least = self.kv_ranks().into_iter().min().unwrap_or(0);
-        let Some(mla) = self.attention.latent() else { return Vec::new() };
-        mla.kv_elastic_ranks.iter().flatten().copied().filter(|rank| *rank < least).collect()
+        self.kv_elastic_ranks.iter().flatten().copied().filter(|rank| *rank < least).collect()
     }
 
     /// One rank for each layer, each within its latent.
     pub(crate) fn check_kv_ranks(&self, ranks: &[usize]) -> Result<()> {
-        let layers = self.num_hidden_layers;
+        let layers = self.layers.len();
         let refuse = |why| Err(Error::config("kv_cache_ranks", &format!("{ranks:?}"), why));
-        let Some(mla) = self.attention.latent() else {
+        let Some(mla) = self.attention().latent() else {
             return refuse(format!("{} attention has no latent to cut", self.attention_name()));
         };
         if ranks.len() != layers {
@@ -348,14 +372,13 @@ impl ModelConfig {
         // Bounds below which the parameter count and the cost model cannot overflow, and above which no machine could hold
         // the model anyway.
         const MOST: usize = 1 << 24;
-        const DEEPEST: usize = 1 << 12;
         let heads = self.num_attention_heads;
+        let LayerConfig { attention, mlp } = self.layers.shared();
         let sizes = [
             ("vocab_size", self.vocab_size, MOST),
             ("hidden_size", self.hidden_size, WIDEST),
-            ("num_hidden_layers", self.num_hidden_layers, DEEPEST),
             ("num_attention_heads", heads, WIDEST),
-            ("intermediate_size", self.intermediate_size, WIDEST),
+            ("intermediate_size", mlp.intermediate_size, WIDEST),
             ("max_position_embeddings", self.max_position_embeddings, MOST),
         ];
         for (key, size, most) in sizes {
@@ -369,12 +392,19 @@ impl ModelConfig {
         {
             return Err(Error::config("initializer_range", &range, "must be a finite number > 0"));
         }
-        match &self.attention {
+        match attention {
             AttentionConfig::Mla(mla) => mla.check(heads)?,
             AttentionConfig::Grouped(grouped) => grouped.check(heads)?,
         }
-        if let Some(ranks) = self.attention.latent().and_then(|mla| mla.kv_cache_ranks.as_ref()) {
-            self.check_kv_ranks(ranks)?;
+        if !self.layers.alike() {
+            let why = "layers may differ in how much of their latents they cache, and in nothing else";
+            return Err(Error::config("num_hidden_layers", &self.layers.len(), why));
+        }
+        if let Some(ranks) = self.kv_cache_ranks() {
+            self.check_kv_ranks(&ranks)?;
+        }
+        if let (Some(ranks), Some(mla)) = (&self.kv_elastic_ranks, attention.latent()) {
+            mla.check_elastic_ranks(ranks)?;
         }
         if !self.suits_its_family() {
             return Err(Error::config(
@@ -388,7 +418,7 @@ impl ModelConfig {
 
     /// Width of the rotated part of a query.
     pub fn rotary_dim(&self) -> usize {
-        match &self.attention {
+        match self.attention() {
             AttentionConfig::Mla(mla) => mla.qk_rope_head_dim,
             AttentionConfig::Grouped(grouped) => grouped.rotary_dim,
         }
@@ -396,7 +426,7 @@ impl ModelConfig {
 
     /// The factor on q·k: 1/√width, times m² under YaRN with `mscale_all_dim` (MLA only), m = 0.1·mscale_all_dim·ln(factor)+1.
     pub fn softmax_scale(&self) -> f64 {
-        match &self.attention {
+        match self.attention() {
             AttentionConfig::Mla(mla) => mla.softmax_scale(&self.rope),
             AttentionConfig::Grouped(grouped) => grouped.softmax_scale(),
         }
@@ -404,7 +434,7 @@ impl ModelConfig {
 
     /// Short name of the attention for tables: `MLA`, `MHA`, `GQA-2`, `MQA`.
     pub fn attention_name(&self) -> String {
-        match &self.attention {
+        match self.attention() {
             AttentionConfig::Mla(_) => "MLA".into(),
             AttentionConfig::Grouped(grouped) => grouped.name(self.num_attention_heads),
         }

@@ -3,6 +3,7 @@
 use crate::attention::AttentionSizes;
 use crate::config::ModelConfig;
 use crate::gradients::Recompute;
+use crate::layer_config::{LayerConfig, MlpConfig};
 
 /// Parameter counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,24 +27,28 @@ pub struct CacheWidth {
 
 impl ModelConfig {
     fn attention_sizes(&self) -> AttentionSizes {
-        self.attention.sizes(self.hidden_size, self.num_attention_heads)
+        self.attention().sizes(self.hidden_size, self.num_attention_heads)
     }
 
     /// Counts parameters.
     pub fn parameter_count(&self) -> ParameterCount {
-        let (d, layers) = (self.hidden_size, self.num_hidden_layers);
-        let sizes = self.attention_sizes();
-        let attention = layers * (sizes.matrices + sizes.vectors) - self.cut_weights();
-        let blocks = attention + layers * (3 * d * self.intermediate_size + self.mlp_biases() + 2 * d) + d;
+        let d = self.hidden_size;
+        let attention: usize = self.layers.iter().map(|layer| self.attention_parameters(layer)).sum();
+        let rest = |LayerConfig { mlp, .. }: &LayerConfig| mlp.matrices(d) + mlp.biases(d) + 2 * d;
+        let blocks = attention + self.layers.iter().map(rest).sum::<usize>() + d;
         let tables = self.vocab_size * d * if self.tie_word_embeddings { 1 } else { 2 };
         ParameterCount { total: blocks + tables, blocks, attention }
     }
 
-    /// Columns of `kv_b_proj` that are not there because their latents were cut, in all layers.
-    fn cut_weights(&self) -> usize {
-        let Some(m) = self.attention.latent() else { return 0 };
-        let cut: usize = self.kv_ranks().iter().map(|rank| m.kv_lora_rank - rank).sum();
-        cut * self.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
+    /// Of one layer's attention, without the columns of `kv_b_proj` that are not there because its latent was cut.
+    fn attention_parameters(&self, layer: &LayerConfig) -> usize {
+        let heads = self.num_attention_heads;
+        let sizes = layer.attention.sizes(self.hidden_size, heads);
+        let cut = layer
+            .attention
+            .latent()
+            .map_or(0, |mla| (mla.kv_lora_rank - mla.kv_rank()) * heads * (mla.qk_nope_head_dim + mla.v_head_dim));
+        sizes.matrices + sizes.vectors - cut
     }
 
     /// Floating-point operations of one training pass over one token at sequence length `seq`: forward and backward (3×) of every
@@ -77,17 +82,12 @@ impl ModelConfig {
     /// Parameters of norms and biases.
     fn vector_weights(&self) -> usize {
         let d = self.hidden_size;
-        self.num_hidden_layers * (self.attention_sizes().vectors + self.mlp_biases() + 2 * d) + d
-    }
-
-    /// Numbers of the biases of one feed-forward layer.
-    fn mlp_biases(&self) -> usize {
-        if self.mlp_bias { 2 * self.intermediate_size + self.hidden_size } else { 0 }
+        self.layers.len() * (self.attention_sizes().vectors + self.mlp().biases(d) + 2 * d) + d
     }
 
     /// Multiply-adds per token between one query and `keys` keys, all layers and heads, expanded form.
     fn attention_products(&self, keys: usize) -> usize {
-        self.num_hidden_layers * self.attention_sizes().pair * keys
+        self.layers.len() * self.attention_sizes().pair * keys
     }
 
     /// Numbers per token and layer that a cache stores.
@@ -98,14 +98,15 @@ impl ModelConfig {
 
     /// Numbers per token that a cache stores for all layers together: Σ(r + R) over layers, of whose latents r ≤ L are kept.
     pub fn cache_numbers(&self) -> usize {
-        let of_layer = |layer| self.attention.cache_buffers(layer).iter().map(|b| b.heads * b.width).sum::<usize>();
-        (0..self.num_hidden_layers).map(of_layer).sum()
+        let buffers = self.layers.iter().flat_map(|layer| layer.attention.cache_buffers());
+        buffers.map(|buffer| buffer.heads * buffer.width).sum()
     }
 
     /// Bytes of the largest single f32 tensor of training: a matrix of weights, or the widest activation of one micro-batch.
     pub fn largest_tensor_bytes(&self, micro_batch: usize, seq: usize) -> usize {
-        let widest = self.hidden_size.max(self.intermediate_size).max(self.attention_sizes().widest);
-        let rows = self.vocab_size.max(self.intermediate_size);
+        let f = self.mlp().intermediate_size;
+        let widest = self.hidden_size.max(f).max(self.attention_sizes().widest);
+        let rows = self.vocab_size.max(f);
         let numbers = (rows * self.hidden_size).max(micro_batch.saturating_mul(seq).saturating_mul(widest));
         numbers.saturating_mul(4)
     }
@@ -139,15 +140,16 @@ impl ModelConfig {
         const KEPT: f64 = 1.5;
         const EVALUATED: f64 = 3.0;
         // The stream before each half and its norm; gate and up.
-        let block = self.attention_sizes().kept + 3 * self.hidden_size + 2 * self.intermediate_size;
+        let MlpConfig { intermediate_size: f, bias } = *self.mlp();
+        let block = self.attention_sizes().kept + 3 * self.hidden_size + 2 * f;
         // With biases the steps of the feed-forward layer run one by one, and each keeps its arguments.
-        let block = block + if self.mlp_bias { 3 * self.intermediate_size } else { 0 };
+        let block = block + if bias { 3 * f } else { 0 };
         let kept = match recompute {
-            Recompute::None => self.num_hidden_layers * block,
-            Recompute::Block => self.num_hidden_layers * self.hidden_size + block,
+            Recompute::None => self.layers.len() * block,
+            Recompute::Block => self.layers.len() * self.hidden_size + block,
         };
         // What one layer needs while it runs: keys and values or an inner activation, with gradients.
-        let passing = 3 * self.intermediate_size + 4 * self.hidden_size;
+        let passing = 3 * f + 4 * self.hidden_size;
         let (threads, computing) = (threads as f64, threads.min(micro_batch) as f64);
         let parameters = 4.0 * self.parameter_count().total as f64;
         let activations = 4.0 * micro_batch as f64 * seq as f64 * (kept + passing) as f64;

@@ -30,10 +30,13 @@ pub struct DecodeCosts {
 
 impl ModelConfig {
     /// What a token costs in the attention of layer `layer` with `context` tokens in the cache, at batch 1.
+    ///
+    /// # Panics
+    /// Where there is no such layer.
     pub fn decode_costs(&self, layer: usize, context: usize) -> DecodeCosts {
         let (d, heads) = (self.hidden_size, self.num_attention_heads);
-        match &self.attention {
-            AttentionConfig::Mla(mla) => mla.decode_costs(d, heads, layer, context),
+        match &self.layers[layer].attention {
+            AttentionConfig::Mla(mla) => mla.decode_costs(d, heads, context),
             AttentionConfig::Grouped(grouped) => grouped.decode_costs(d, heads, context),
         }
     }

@@ -9,6 +9,7 @@ use rand_distr::{Distribution, StandardNormal};
 
 use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
 use crate::config::{Family, ModelConfig};
+use crate::layer_config::{LayerConfig, Layers, MlpConfig};
 use crate::model::CausalLm;
 use crate::rope::{RopeConfig, RopeType};
 use crate::tensor::{Role, TensorSpec};
@@ -23,8 +24,7 @@ pub(crate) fn mla() -> MlaConfig {
         attention_bias: false,
         latent_scale: false,
         rope_interleave: true,
-        kv_cache_ranks: None,
-        kv_elastic_ranks: None,
+        kv_cache_rank: None,
     }
 }
 
@@ -50,15 +50,14 @@ pub(crate) fn config(attention: AttentionConfig) -> ModelConfig {
     let mut config = ModelConfig {
         vocab_size: 29,
         hidden_size: 12,
-        num_hidden_layers: 2,
         num_attention_heads: 3,
-        intermediate_size: 17,
         max_position_embeddings: 128,
-        attention,
+        layers: Layers::equal(LayerConfig { attention, mlp: MlpConfig { intermediate_size: 17, bias: false } }, 2)
+            .unwrap(),
+        kv_elastic_ranks: None,
         rope: RopeConfig::default(),
         rms_norm_eps: 1e-5,
         tie_word_embeddings: false,
-        mlp_bias: false,
         initializer_range: None,
         family: Family::Lowkey,
         bos_token_id: None,
@@ -80,6 +79,12 @@ pub(crate) fn grouped_with(change: impl FnOnce(&mut GroupedConfig)) -> ModelConf
     config(AttentionConfig::Grouped(attention))
 }
 
+/// With so much of each layer's latent cached.
+fn cut(mut config: ModelConfig, ranks: &[usize]) -> ModelConfig {
+    config.set_kv_cache_ranks(Some(ranks));
+    ModelConfig { family: config.natural_family(), ..config }
+}
+
 /// Configurations that between them use every option of a model, with a name each.
 pub(crate) fn every_kind() -> Vec<(&'static str, ModelConfig)> {
     let tied = ModelConfig { tie_word_embeddings: true, ..mla_with(|_| ()) };
@@ -88,8 +93,8 @@ pub(crate) fn every_kind() -> Vec<(&'static str, ModelConfig)> {
     v2.family = Family::DeepseekV2;
     let mut llama_by_another_name = grouped_with(|_| ());
     llama_by_another_name.family = Family::Lowkey;
-    let mlp_bias = |config: ModelConfig| {
-        let config = ModelConfig { mlp_bias: true, ..config };
+    let mlp_bias = |mut config: ModelConfig| {
+        config.layers.iter_mut().for_each(|layer| layer.mlp.bias = true);
         ModelConfig { family: config.natural_family(), ..config }
     };
     vec![
@@ -111,12 +116,12 @@ pub(crate) fn every_kind() -> Vec<(&'static str, ModelConfig)> {
         ("MLA in halves", mla_with(|m| m.rope_interleave = false)),
         ("MLA with latent scale", mla_with(|m| m.latent_scale = true)),
         ("MLA without rotation", mla_with(|m| m.qk_rope_head_dim = 0)),
-        ("MLA, cut", mla_with(|m| m.kv_cache_ranks = Some(vec![4, 9]))),
+        ("MLA, cut", cut(mla_with(|_| ()), &[4, 9])),
         (
             "MLA with query latent and latent scale, cut",
-            mla_with(|m| (m.q_lora_rank, m.latent_scale, m.kv_cache_ranks) = (Some(8), true, Some(vec![7, 1]))),
+            cut(mla_with(|m| (m.q_lora_rank, m.latent_scale) = (Some(8), true)), &[7, 1]),
         ),
-        ("MLA, elastic", mla_with(|m| m.kv_elastic_ranks = Some(vec![3, 5]))),
+        ("MLA, elastic", ModelConfig { kv_elastic_ranks: Some(vec![3, 5]), ..mla_with(|_| ()) }),
         ("MLA, tied", tied),
         ("MLA, YaRN", with_yarn),
         ("MHA", grouped_with(|_| ())),

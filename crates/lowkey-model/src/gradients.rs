@@ -188,7 +188,7 @@ mod tests {
             };
             let rank = least / 2;
             let hidden = model.last_hidden(batch, Some(rank), &device, None);
-            let cut = model.valid().with_kv_ranks(&vec![rank; config.num_hidden_layers]).unwrap();
+            let cut = model.valid().with_kv_ranks(&vec![rank; config.layers.len()]).unwrap();
             let of_cut = cut.last_hidden(batch, None, &Device::flex(), None);
             assert!(distance(&values(hidden.clone()), &values(of_cut)) < 1e-5, "{kind}");
 

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
 use crate::config::{Family, ModelConfig, default_eps};
 use crate::error::{Error, Result};
+use crate::layer_config::{LayerConfig, Layers, MlpConfig};
 use crate::rope::{RopeConfig, RopeType};
 
 /// Largest `config.json` that is read. Those of published models have a few kilobytes; a tree of JSON takes a hundred times
@@ -64,26 +65,38 @@ impl ModelConfig {
             Family::Lowkey if map.get("kv_lora_rank").is_some_and(|v| !v.is_null()) => mla(&keys, family, heads)?,
             _ => grouped(&keys, family, hidden_size, heads)?,
         };
-        let config = Self {
+        let layer = LayerConfig {
+            attention,
+            mlp: MlpConfig {
+                intermediate_size: keys.need("intermediate_size")?,
+                bias: keys.flag("mlp_bias")?.unwrap_or(false),
+            },
+        };
+        let mut config = Self {
             vocab_size: keys.need("vocab_size")?,
             hidden_size,
-            num_hidden_layers: keys.need("num_hidden_layers")?,
             num_attention_heads: heads,
-            intermediate_size: keys.need("intermediate_size")?,
             max_position_embeddings: match (keys.size("max_position_embeddings")?, longest_by_default(family)) {
                 (Some(longest), _) | (None, Some(longest)) => longest,
                 (None, None) => keys.need("max_position_embeddings")?,
             },
-            attention,
+            kv_elastic_ranks: if layer.attention.latent().is_some() { keys.sizes("kv_elastic_ranks")? } else { None },
+            layers: Layers::equal(layer, keys.need("num_hidden_layers")?)?,
             rope: rope(&keys)?,
             rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or_else(default_eps),
             tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
-            mlp_bias: keys.flag("mlp_bias")?.unwrap_or(false),
             initializer_range: keys.number("initializer_range")?,
             family,
             bos_token_id: keys.get("bos_token_id", "a token id", token_ids)?.unwrap_or_default().first().copied(),
             eos_token_id: keys.get("eos_token_id", "a token id or a list of them", token_ids)?.unwrap_or_default(),
         };
+        if family == Family::Lowkey
+            && config.attention().latent().is_some()
+            && let Some(ranks) = keys.sizes("kv_cache_ranks")?
+        {
+            config.check_kv_ranks(&ranks)?;
+            config.set_kv_cache_ranks(Some(&ranks));
+        }
         config.check()?;
         Ok(config)
     }
@@ -108,8 +121,8 @@ impl ModelConfig {
             "model_type": self.family.model_type(),
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
+            "intermediate_size": self.mlp().intermediate_size,
+            "num_hidden_layers": self.layers.len(),
             "num_attention_heads": self.num_attention_heads,
             "max_position_embeddings": self.max_position_embeddings,
             "hidden_act": "silu",
@@ -128,7 +141,7 @@ impl ModelConfig {
             "dtype": dtype,
             "torch_dtype": dtype,
         });
-        let extra = match &self.attention {
+        let extra = match self.attention() {
             AttentionConfig::Mla(mla) => json!({
                 "q_lora_rank": mla.q_lora_rank,
                 "kv_lora_rank": mla.kv_lora_rank,
@@ -142,7 +155,7 @@ impl ModelConfig {
                 "attention_bias": mla.attention_bias,
                 "rope_interleave": mla.rope_interleave,
                 // All layers dense; the defaults of these keys would make experts of them.
-                "first_k_dense_replace": self.num_hidden_layers,
+                "first_k_dense_replace": self.layers.len(),
                 "num_nextn_predict_layers": 0,
             }),
             AttentionConfig::Grouped(g) => json!({
@@ -166,7 +179,7 @@ impl ModelConfig {
             Family::DeepseekV3 => extend(&mut out, experts("sigmoid", "noaux_tc", true)),
             _ => {}
         }
-        if self.mlp_bias {
+        if self.mlp().bias {
             extend(&mut out, json!({ "mlp_bias": true }));
         }
         // Left out where it is not fixed: transformers refuses null here.
@@ -181,16 +194,16 @@ impl ModelConfig {
             }
             extend(&mut out, json!({ "rope_scaling": scaling }));
         }
-        if let Some(ranks) = self.attention.latent().and_then(|mla| mla.kv_elastic_ranks.as_ref()) {
+        if let Some(ranks) = &self.kv_elastic_ranks {
             // Whole, it is a plain model of its family: programs that do not know the key compute the same.
             extend(&mut out, json!({ "kv_elastic_ranks": ranks }));
         }
         if self.family == Family::Lowkey {
             extend(
                 &mut out,
-                match &self.attention {
+                match self.attention() {
                     AttentionConfig::Mla(mla) => {
-                        json!({ "latent_scale": mla.latent_scale, "kv_cache_ranks": mla.kv_cache_ranks })
+                        json!({ "latent_scale": mla.latent_scale, "kv_cache_ranks": self.kv_cache_ranks() })
                     }
                     AttentionConfig::Grouped(g) => json!({
                         "partial_rotary_factor": g.rotary_dim as f64 / g.head_dim as f64,
@@ -315,8 +328,7 @@ fn mla(keys: &Keys, family: Family, heads: usize) -> Result<AttentionConfig> {
         latent_scale: family == Family::Lowkey && keys.flag("latent_scale")?.unwrap_or(false),
         // DeepSeek-V2 knows no other convention.
         rope_interleave: family == Family::DeepseekV2 || keys.flag("rope_interleave")?.unwrap_or(true),
-        kv_cache_ranks: if family == Family::Lowkey { keys.sizes("kv_cache_ranks")? } else { None },
-        kv_elastic_ranks: keys.sizes("kv_elastic_ranks")?,
+        kv_cache_rank: None,
     }))
 }
 

@@ -48,7 +48,7 @@ fn initial_values(config: &ModelConfig, seed: u64, spec: &TensorSpec) -> Vec<f32
         Role::Embedding | Role::Head => config.initializer_range.unwrap_or(EMBEDDING_STD),
         Role::Matrix => config.initializer_range.unwrap_or_else(by_fan_in),
         Role::Residual => {
-            config.initializer_range.unwrap_or_else(by_fan_in) / (2.0 * config.num_hidden_layers as f64).sqrt()
+            config.initializer_range.unwrap_or_else(by_fan_in) / (2.0 * config.layers.len() as f64).sqrt()
         }
     };
     let mut rng = stream(seed, &spec.name);

@@ -11,6 +11,7 @@ use lowkey_kernels::{LossSum, MlpWeights, gated_mlp};
 use crate::attention::{Attention, Seen};
 use crate::config::{Family, ModelConfig};
 use crate::error::{Error, Result};
+use crate::layer_config::LayerConfig;
 use crate::layers::{Builder, Embedding, Linear, RmsNorm};
 use crate::rope::RopeTable;
 use crate::tensor::{Role, TensorSpec};
@@ -136,19 +137,21 @@ impl CausalLm {
     /// Builds the model with the values that `fill` gives for each tensor.
     pub(crate) fn build(config: &ModelConfig, device: &Device, fill: &mut dyn FnMut(&TensorSpec) -> Vec<f32>) -> Self {
         let b = &mut Builder { device, fill, built: Vec::new() };
-        let (d, f, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
+        let (d, eps) = (config.hidden_size, config.rms_norm_eps);
         let embed_tokens = Embedding::build(b, "model.embed_tokens", config.vocab_size, d);
-        let layers = (0..config.num_hidden_layers)
-            .map(|i| {
+        let layers = config.layers.iter().enumerate();
+        let layers = layers
+            .map(|(i, LayerConfig { attention, mlp })| {
+                let f = mlp.intermediate_size;
                 let part = |part: &str| format!("model.layers.{i}.{part}");
                 Block {
                     input_layernorm: RmsNorm::build(b, &part("input_layernorm"), d, eps),
-                    self_attn: Attention::build(b, &part("self_attn"), config, i),
+                    self_attn: Attention::build(b, &part("self_attn"), config, attention),
                     post_attention_layernorm: RmsNorm::build(b, &part("post_attention_layernorm"), d, eps),
                     mlp: Mlp {
-                        gate_proj: Linear::build(b, &part("mlp.gate_proj"), [d, f], Role::Matrix, config.mlp_bias),
-                        up_proj: Linear::build(b, &part("mlp.up_proj"), [d, f], Role::Matrix, config.mlp_bias),
-                        down_proj: Linear::build(b, &part("mlp.down_proj"), [f, d], Role::Residual, config.mlp_bias),
+                        gate_proj: Linear::build(b, &part("mlp.gate_proj"), [d, f], Role::Matrix, mlp.bias),
+                        up_proj: Linear::build(b, &part("mlp.up_proj"), [d, f], Role::Matrix, mlp.bias),
+                        down_proj: Linear::build(b, &part("mlp.down_proj"), [f, d], Role::Residual, mlp.bias),
                     },
                 }
             })
@@ -193,17 +196,16 @@ impl CausalLm {
                 mla.widen();
             }
         }
-        if let Some(mla) = self.config.attention.latent() {
-            model.set_kv_ranks(&vec![mla.kv_lora_rank; self.config.num_hidden_layers]);
+        if let Some(mla) = self.config.attention().latent() {
+            model.set_kv_ranks(&vec![mla.kv_lora_rank; self.config.layers.len()]);
         }
         model
     }
 
     fn set_kv_ranks(&mut self, ranks: &[usize]) {
-        if let Some(mla) = self.config.attention.latent_mut() {
-            let cut = ranks.iter().any(|rank| *rank < mla.kv_lora_rank);
-            mla.kv_cache_ranks = cut.then(|| ranks.to_vec());
-        }
+        let whole = self.config.attention().latent().map_or(0, |mla| mla.kv_lora_rank);
+        let cut = ranks.iter().any(|rank| *rank < whole);
+        self.config.set_kv_cache_ranks(cut.then_some(ranks));
         let (family, natural) = (self.config.family, self.config.natural_family());
         // Back under the name that it had, where it is a plain model again.
         if natural == Family::Lowkey || family == Family::Lowkey {

@@ -168,7 +168,7 @@ pub fn evaluate(
     let device = device.clone().without_autodiff();
     let mut evaluation = evaluate_whole(&model, held, byte_lengths, workers, &device)?;
     for rank in model.config.elastic_ranks() {
-        let narrow = model.with_kv_ranks(&vec![rank; model.config.num_hidden_layers])?;
+        let narrow = model.with_kv_ranks(&vec![rank; model.config.layers.len()])?;
         let Evaluation { loss, gap, accuracy, .. } = evaluate_whole(&narrow, held, byte_lengths, workers, &device)?;
         evaluation.ranks.push(RankEvaluation { rank, loss, gap, accuracy });
     }

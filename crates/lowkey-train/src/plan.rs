@@ -59,7 +59,7 @@ impl Plan {
             block_parameters: blocks,
             attention_parameters: attention,
             train_flops_per_token: passes.mean_flops_per_token(),
-            cache_bytes_expanded: expanded * model.num_hidden_layers * CACHE_BYTES,
+            cache_bytes_expanded: expanded * model.layers.len() * CACHE_BYTES,
             cache_bytes_latent: model.cache_numbers() * CACHE_BYTES,
             tokens_per_step,
             tokens,

@@ -1,6 +1,8 @@
 //! llama.cpp's architectures: which one computes a configuration, its keys, and the configuration that a file's keys describe.
 
-use lowkey_model::{AttentionConfig, Family, GroupedConfig, MlaConfig, ModelConfig, RopeConfig};
+use lowkey_model::{
+    AttentionConfig, Family, GroupedConfig, LayerConfig, Layers, MlaConfig, MlpConfig, ModelConfig, RopeConfig,
+};
 
 use super::metadata::Metadata;
 use super::{Gguf, deepseek2, grouped};
@@ -24,13 +26,13 @@ impl<'a> Architecture<'a> {
     /// # Errors
     /// [`Error::Unsupported`] naming the property that none of them has, and the mend.
     pub(super) fn of(config: &'a ModelConfig) -> Result<Self> {
-        let layers = config.num_hidden_layers;
+        let layers = config.layers.len();
         if layers > MAX_LAYERS {
             return Err(unsupported(format!(
                 "num_hidden_layers = {layers}: llama.cpp allows {MAX_LAYERS}; use --to hf"
             )));
         }
-        Ok(match &config.attention {
+        Ok(match config.attention() {
             AttentionConfig::Mla(mla) => {
                 deepseek2::expressible(config, mla)?;
                 Self::Deepseek2(mla)
@@ -52,10 +54,10 @@ impl<'a> Architecture<'a> {
         let name = self.name();
         out.set("general.architecture", name);
         for (key, value) in [
-            ("block_count", config.num_hidden_layers),
+            ("block_count", config.layers.len()),
             ("context_length", config.max_position_embeddings),
             ("embedding_length", config.hidden_size),
-            ("feed_forward_length", config.intermediate_size),
+            ("feed_forward_length", config.mlp().intermediate_size),
             ("vocab_size", config.vocab_size),
             ("attention.head_count", config.num_attention_heads),
         ] {
@@ -93,7 +95,7 @@ impl<'a> Architecture<'a> {
 
     /// The architecture that a file names, around the configuration that it describes.
     pub(super) fn named(file: &Gguf, config: &'a ModelConfig) -> Option<Self> {
-        match &config.attention {
+        match config.attention() {
             AttentionConfig::Mla(mla) => Some(Self::Deepseek2(mla)),
             AttentionConfig::Grouped(grouped) => {
                 let kind = grouped::Kind::named(file.metadata().text("general.architecture")?)?;
@@ -137,21 +139,21 @@ impl Keys<'_> {
         let metadata = self.file.metadata();
         let token =
             |key: &str| metadata.integer(&format!("tokenizer.ggml.{key}")).and_then(|id| u32::try_from(id).ok());
+        let mlp = MlpConfig { intermediate_size: self.need("feed_forward_length")?, bias: false };
+        let layers = Layers::equal(LayerConfig { attention, mlp }, self.need("block_count")?);
         let mut config = ModelConfig {
             vocab_size: self.need("vocab_size")?,
             hidden_size: self.need("embedding_length")?,
-            num_hidden_layers: self.need("block_count")?,
             num_attention_heads: self.need("attention.head_count")?,
-            intermediate_size: self.need("feed_forward_length")?,
             max_position_embeddings: self.need("context_length")?,
-            attention,
+            layers: layers.map_err(|e| e.to_string())?,
+            kv_elastic_ranks: None,
             rope,
             rms_norm_eps: self
                 .number("attention.layer_norm_rms_epsilon")
                 .filter(|eps| *eps > 0.0)
                 .ok_or("attention.layer_norm_rms_epsilon must be above 0: it is the rms_norm_eps of the model")?,
             tie_word_embeddings: self.file.tensor("output.weight").is_none(),
-            mlp_bias: false,
             initializer_range: None,
             family: Family::Lowkey,
             bos_token_id: token("bos_token_id"),

@@ -26,7 +26,7 @@ pub(super) fn expressible(config: &ModelConfig, mla: &MlaConfig) -> Result<()> {
     if mla.attention_bias {
         return refuse("attention_bias = true: the architecture has no biases; use --to hf".into());
     }
-    if config.mlp_bias {
+    if config.mlp().bias {
         return refuse("mlp_bias = true: the architecture has no biases; use --to hf".into());
     }
     if config.rms_norm_eps != EPS {
@@ -39,7 +39,7 @@ pub(super) fn expressible(config: &ModelConfig, mla: &MlaConfig) -> Result<()> {
     if mla.qk_rope_head_dim == 0 {
         return refuse("qk_rope_head_dim = 0: the architecture needs a rotated key; use --to hf".into());
     }
-    let layers = config.num_hidden_layers;
+    let layers = config.layers.len();
     if mla.q_lora_rank.is_some() && is_taken_for_lite(layers, config.vocab_size) {
         return refuse(format!(
             "num_hidden_layers = {layers} with q_lora_rank: llama.cpp takes {layers} layers for DeepSeek-V2-Lite and ignores \
@@ -76,7 +76,7 @@ pub(super) fn metadata(config: &ModelConfig, mla: &MlaConfig, out: &mut Metadata
         ("attention.q_lora_rank", mla.q_lora_rank.unwrap_or(0)),
         ("rope.dimension_count", rotated),
         // All layers are dense; the two sizes of experts are required all the same.
-        ("leading_dense_block_count", config.num_hidden_layers),
+        ("leading_dense_block_count", config.layers.len()),
         ("expert_feed_forward_length", 0),
         ("expert_shared_count", 0),
     ] {
@@ -132,8 +132,7 @@ pub(super) fn config(keys: &Keys) -> std::result::Result<ModelConfig, String> {
         attention_bias: false,
         latent_scale: false,
         rope_interleave: true,
-        kv_cache_ranks: None,
-        kv_elastic_ranks: None,
+        kv_cache_rank: None,
     });
     keys.model(attention, read_rope(keys.file.metadata())?)
 }

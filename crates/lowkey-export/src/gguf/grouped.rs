@@ -58,7 +58,7 @@ impl Kind {
                 if qk_norm { "qwen3" } else { "llama" }
             )));
         }
-        if config.mlp_bias {
+        if config.mlp().bias {
             return Err(unsupported("mlp_bias = true: biases of the feed-forward layers are not written; use --to hf"));
         }
         if config.rope.rope_type == RopeType::Yarn {

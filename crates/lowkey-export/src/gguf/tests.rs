@@ -12,7 +12,10 @@ mod tokenizers;
 use std::path::PathBuf;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use lowkey_model::{AttentionConfig, CausalLm, Family, MlaConfig, ModelConfig, RopeConfig, RopeType, ids_tensor};
+use lowkey_model::{
+    AttentionConfig, CausalLm, Family, LayerConfig, Layers, MlaConfig, MlpConfig, ModelConfig, RopeConfig, RopeType,
+    ids_tensor,
+};
 
 use super::*;
 
@@ -27,8 +30,7 @@ pub(crate) fn odd_mla() -> MlaConfig {
         attention_bias: false,
         latent_scale: false,
         rope_interleave: true,
-        kv_cache_ranks: None,
-        kv_elastic_ranks: None,
+        kv_cache_rank: None,
     }
 }
 
@@ -37,22 +39,27 @@ pub(crate) fn config_with(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig))
     let mut config = ModelConfig {
         vocab_size: 29,
         hidden_size: 12,
-        num_hidden_layers: 2,
         num_attention_heads: 3,
-        intermediate_size: 17,
         max_position_embeddings: 128,
-        attention: AttentionConfig::Mla(mla.clone()),
+        layers: Layers::equal(
+            LayerConfig {
+                attention: AttentionConfig::Mla(mla.clone()),
+                mlp: MlpConfig { intermediate_size: 17, bias: false },
+            },
+            2,
+        )
+        .unwrap(),
+        kv_elastic_ranks: None,
         rope: RopeConfig::default(),
         rms_norm_eps: 1e-6,
         tie_word_embeddings: false,
-        mlp_bias: false,
         initializer_range: None,
         family: Family::Lowkey,
         bos_token_id: Some(3),
         eos_token_id: vec![4],
     };
     change(&mut config, &mut mla);
-    config.attention = AttentionConfig::Mla(mla);
+    config.latents_mut().for_each(|latent| *latent = mla.clone());
     config.family = config.natural_family();
     config.check().unwrap();
     config

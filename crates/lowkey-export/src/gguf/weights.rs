@@ -84,7 +84,7 @@ impl Plans {
 
 /// Every tensor of the file, in its order.
 pub(super) fn plan(config: &ModelConfig, architecture: Architecture) -> Vec<Plan> {
-    let (d, vocab, f) = (config.hidden_size, config.vocab_size, config.intermediate_size);
+    let (d, vocab, f) = (config.hidden_size, config.vocab_size, config.mlp().intermediate_size);
     let mut plans = Plans(Vec::new());
     plans.add("token_embd.weight", "model.embed_tokens.weight", &[vocab, d], Change::None);
     if let Architecture::Grouped(Kind::Llama, grouped) = architecture
@@ -93,7 +93,7 @@ pub(super) fn plan(config: &ModelConfig, architecture: Architecture) -> Vec<Plan
         let (name, shape) = (rope::FREQUENCIES.to_owned(), vec![divisors.len()]);
         plans.0.push(Plan { name, shape, origin: Origin::Given(divisors) });
     }
-    for i in 0..config.num_hidden_layers {
+    for i in 0..config.layers.len() {
         plans.weight(i, "attn_norm", "input_layernorm", &[d], Change::None);
         match architecture {
             Architecture::Deepseek2(mla) => latent(config, mla, i, &mut plans),

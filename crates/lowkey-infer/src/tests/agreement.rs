@@ -194,8 +194,8 @@ fn the_cache_is_as_large_as_the_formula_says() {
     let (batch, capacity, layers) = (5, 37, 3);
     for (name, config) in zoo() {
         let model = CausalLm::init(&config, 0, &device);
-        let per_token = match &config.attention {
-            AttentionConfig::Mla(mla) => match &mla.kv_cache_ranks {
+        let per_token = match config.attention() {
+            AttentionConfig::Mla(mla) => match config.kv_cache_ranks() {
                 Some(ranks) => ranks.iter().sum::<usize>() + layers * mla.qk_rope_head_dim,
                 None => layers * (mla.kv_lora_rank + mla.qk_rope_head_dim),
             },

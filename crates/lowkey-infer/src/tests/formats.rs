@@ -33,7 +33,7 @@ fn a_cache_takes_the_bytes_of_its_format() {
     let (device, [batch, capacity, layers]) = (Device::flex(), [5, 37, 3]);
     for (name, config) in zoo() {
         let model = CausalLm::init(&config, 0, &device);
-        let (numbers, scales) = match &config.attention {
+        let (numbers, scales) = match config.attention() {
             AttentionConfig::Mla(mla) => {
                 let ranks: usize = config.kv_ranks().iter().sum();
                 (ranks + layers * mla.qk_rope_head_dim, layers * if mla.qk_rope_head_dim > 0 { 2 } else { 1 })

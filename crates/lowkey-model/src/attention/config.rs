@@ -59,10 +59,10 @@ impl AttentionConfig {
         }
     }
 
-    /// The buffers of the cache of layer `layer`, in the order in which they are appended to.
-    pub fn cache_buffers(&self, layer: usize) -> Vec<CacheBuffer> {
+    /// The buffers of a layer's cache, in the order in which they are appended to.
+    pub fn cache_buffers(&self) -> Vec<CacheBuffer> {
         match self {
-            Self::Mla(mla) => mla.cache_buffers(layer),
+            Self::Mla(mla) => mla.cache_buffers(),
             Self::Grouped(grouped) => grouped.cache_buffers(),
         }
     }

@@ -77,7 +77,7 @@ impl Grouped {
                 kv_heads,
                 head_dim,
                 rotary_dim: grouped.rotary_dim,
-                scale: config.softmax_scale(),
+                scale: grouped.softmax_scale(),
             },
         }
     }

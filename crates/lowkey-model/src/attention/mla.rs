@@ -44,7 +44,7 @@ pub struct Mla {
     /// W_O `[d, HV]`.
     pub o_proj: Linear,
     /// Sizes and scale. Its rank is what is cached and read: L, or r < L of a latent that was cut
-    /// ([`MlaConfig::kv_cache_ranks`]); the norm is over L all the same.
+    /// ([`MlaConfig::kv_cache_rank`]); the norm is over L all the same.
     #[module(skip)]
     pub dims: MlaDims,
 }
@@ -78,10 +78,10 @@ impl Latent {
 }
 
 impl Mla {
-    pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, mla: &MlaConfig, layer: usize) -> Self {
+    pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, mla: &MlaConfig) -> Self {
         let (d, heads) = (config.hidden_size, config.num_attention_heads);
         let (nope, rope, value, rank) = (mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim, mla.kv_lora_rank);
-        let read = mla.kv_rank(layer);
+        let read = mla.kv_rank();
         let part = |part: &str| format!("{name}.{part}");
         let (compressed, bias) = (mla.q_lora_rank, mla.attention_bias);
         let queries = HeadRows { parts: vec![nope + rope], heads };
@@ -106,7 +106,7 @@ impl Mla {
                 rope,
                 value,
                 rank: read,
-                scale: config.softmax_scale(),
+                scale: mla.softmax_scale(&config.rope),
                 latent_scale: if mla.latent_scale { (d as f64 / rank as f64).sqrt() } else { 1.0 },
                 latent_eps: LATENT_NORM_EPS,
                 interleave: mla.rope_interleave,

@@ -48,7 +48,7 @@ fn one_line_turns_one_attention_into_another() {
     assert_eq!(unused, ["num_key_value_heads"]);
     assert_eq!(mla.attention_name(), "MLA");
     assert_eq!((mla.vocab_size, mla.max_position_embeddings, mla.family), (100, 64, Family::DeepseekV3));
-    let AttentionConfig::Mla(sizes) = &mla.attention else { panic!("{mla:?}") };
+    let AttentionConfig::Mla(sizes) = mla.attention() else { panic!("{mla:?}") };
     assert_eq!((sizes.q_lora_rank, sizes.kv_lora_rank, sizes.qk_nope_head_dim), (Some(24), 16, 6));
     assert_eq!((sizes.qk_rope_head_dim, sizes.v_head_dim, sizes.rope_interleave), (4, 10, true));
 
@@ -60,10 +60,11 @@ fn one_line_turns_one_attention_into_another() {
             assert_eq!(unused.remove(0), "num_key_value_heads");
         }
         assert_eq!(unused, latent);
-        let AttentionConfig::Grouped(grouped) = &config.attention else { panic!("{config:?}") };
+        let AttentionConfig::Grouped(grouped) = config.attention() else { panic!("{config:?}") };
         assert_eq!((grouped.num_key_value_heads, grouped.head_dim, grouped.rotary_dim), (kv_heads, 6, 6));
         // What does not belong to the attention is the same in all of them.
-        assert_eq!(ModelConfig { attention: mla.attention.clone(), family: mla.family, ..config }, mla);
+        assert_eq!(config.mlp(), mla.mlp());
+        assert_eq!(ModelConfig { layers: mla.layers.clone(), family: mla.family, ..config }, mla);
     }
 }
 
@@ -85,7 +86,7 @@ fn absent_keys_get_their_defaults() {
     gqa.as_object_mut().unwrap().remove("num_key_value_heads");
     assert_eq!(resolve(gqa).unwrap().0.attention_name(), "GQA-2");
     let (config, _) = resolve(with(full("mha"), "head_dim", json!(10))).unwrap();
-    let AttentionConfig::Grouped(grouped) = &config.attention else { panic!("{config:?}") };
+    let AttentionConfig::Grouped(grouped) = config.attention() else { panic!("{config:?}") };
     assert_eq!((grouped.head_dim, grouped.rotary_dim), (10, 10));
     let (config, _) =
         resolve(with(with(full("mha"), "vocab_size", json!(128)), "max_position_embeddings", json!(7))).unwrap();
@@ -214,8 +215,9 @@ fn more_than_the_whole_head_cannot_be_rotated() {
 #[test]
 fn the_largest_sizes_that_pass_do_not_overflow_the_counts() {
     let mut config = fixtures::mla_with(|m| (m.kv_lora_rank, m.q_lora_rank) = (1 << 20, Some(1 << 20)));
-    (config.vocab_size, config.hidden_size, config.intermediate_size) = (1 << 24, 1 << 20, 1 << 20);
-    (config.num_hidden_layers, config.num_attention_heads) = (1 << 12, 1 << 16);
+    (config.vocab_size, config.hidden_size, config.num_attention_heads) = (1 << 24, 1 << 20, 1 << 16);
+    config.layers.resize(1 << 12).unwrap();
+    config.layers.iter_mut().for_each(|layer| layer.mlp.intermediate_size = 1 << 20);
     config.check().unwrap();
     let exact = {
         let (d, h, layers) = (1u128 << 20, 1u128 << 16, 1u128 << 12);
@@ -235,4 +237,28 @@ fn the_scale_follows_the_width_and_under_yarn_mscale() {
     // Llama's and Qwen's classes know no such factor.
     let grouped = ModelConfig { rope: fixtures::yarn(), ..fixtures::grouped_with(|_| ()) };
     assert!((grouped.softmax_scale() - 1.0 / 6f64.sqrt()).abs() < 1e-15);
+}
+
+#[test]
+fn layers_differ_in_what_they_cache_and_in_nothing_else() {
+    let mut config = fixtures::mla_with(|_| ());
+    config.set_kv_cache_ranks(Some(&[4, 9]));
+    config.family = config.natural_family();
+    config.check().unwrap();
+    assert_eq!((config.kv_ranks(), config.kv_cache_ranks()), (vec![4, 9], Some(vec![4, 9])));
+    config.layers[1].mlp.intermediate_size += 1;
+    assert!(matches!(config.check(), Err(Error::Config { key: "num_hidden_layers", .. })));
+}
+
+#[test]
+fn there_is_no_model_without_layers_nor_one_that_no_machine_holds() {
+    let layer = fixtures::mla_with(|_| ()).layers[0].clone();
+    for count in [0, (1 << 12) + 1, usize::MAX] {
+        assert!(matches!(Layers::equal(layer.clone(), count), Err(Error::Config { key: "num_hidden_layers", .. })));
+    }
+    let mut layers = Layers::equal(layer, 3).unwrap();
+    assert!(layers.resize(0).is_err());
+    layers.resize(1).unwrap();
+    layers.resize(5).unwrap();
+    assert_eq!(layers.len(), 5);
 }

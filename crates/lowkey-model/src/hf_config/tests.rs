@@ -234,15 +234,14 @@ fn wrong_types_are_named() {
 fn each_family_keeps_its_own_rules() {
     let from = |map: Map<String, Value>| ModelConfig::from_json(&map).unwrap();
     let mla = written(&fixtures::mla_with(|m| m.rope_interleave = false));
-    let AttentionConfig::Mla(v2) = from(with(mla.clone(), "model_type", json!("deepseek_v2"))).attention else {
-        panic!()
-    };
+    let latent = |map: Map<String, Value>| from(map).attention().latent().unwrap().clone();
+    let v2 = latent(with(mla.clone(), "model_type", json!("deepseek_v2")));
     assert!(v2.rope_interleave, "DeepSeek-V2 rotates pairs whatever the file says");
-    let AttentionConfig::Mla(v3) = from(with(mla, "latent_scale", json!(true))).attention else { panic!() };
+    let v3 = latent(with(mla, "latent_scale", json!(true)));
     assert!(!v3.rope_interleave && !v3.latent_scale, "transformers knows no latent_scale");
 
     let llama = with(written(&fixtures::grouped_with(|_| ())), "attention_bias", json!(true));
-    let flags = |map: Map<String, Value>| match from(map).attention {
+    let flags = |map: Map<String, Value>| match from(map).attention() {
         AttentionConfig::Grouped(g) => (g.qkv_bias, g.o_bias, g.qk_norm),
         other => panic!("{other:?}"),
     };
@@ -252,7 +251,7 @@ fn each_family_keeps_its_own_rules() {
     // A key of another architecture makes no MLA of a Llama.
     assert_eq!(flags(with(llama.clone(), "kv_lora_rank", json!(4))), (true, true, false));
 
-    let width = |map: Map<String, Value>| match from(map).attention {
+    let width = |map: Map<String, Value>| match from(map).attention() {
         AttentionConfig::Grouped(g) => g.head_dim,
         other => panic!("{other:?}"),
     };
@@ -361,10 +360,10 @@ fn feed_forward_biases_are_those_of_the_families_that_have_them() {
     let with_bias = |map: Map<String, Value>| with(map, "mlp_bias", json!(true));
     let config = |map: Map<String, Value>| ModelConfig::from_json(&map).unwrap();
     let llama = config(with_bias(written(&fixtures::grouped_with(|_| ()))));
-    assert!(llama.mlp_bias && llama.family == Family::Llama && llama.natural_family() == Family::Llama);
+    assert!(llama.mlp().bias && llama.family == Family::Llama && llama.natural_family() == Family::Llama);
     let v2 = ModelConfig { family: Family::DeepseekV2, ..fixtures::mla_with(|_| ()) };
     let v2 = config(with_bias(written(&v2)));
-    assert!(v2.mlp_bias && v2.family == Family::DeepseekV2 && v2.natural_family() == Family::DeepseekV2);
+    assert!(v2.mlp().bias && v2.family == Family::DeepseekV2 && v2.natural_family() == Family::DeepseekV2);
     assert_eq!(written(&v2)["mlp_bias"], true);
     assert!(!written(&fixtures::mla_with(|_| ())).contains_key("mlp_bias"));
     for other in [fixtures::mla_with(|_| ()), fixtures::grouped_with(|g| g.qk_norm = true)] {

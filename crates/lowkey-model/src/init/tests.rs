@@ -3,7 +3,6 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 
 use super::*;
-use crate::attention::AttentionConfig;
 use crate::fixtures::{self, values};
 
 fn tensors(model: &CausalLm) -> BTreeMap<String, Vec<f32>> {
@@ -11,7 +10,10 @@ fn tensors(model: &CausalLm) -> BTreeMap<String, Vec<f32>> {
 }
 
 fn wide(attention: ModelConfig) -> ModelConfig {
-    ModelConfig { vocab_size: 512, hidden_size: 192, num_hidden_layers: 3, intermediate_size: 400, ..attention }
+    let mut config = ModelConfig { vocab_size: 512, hidden_size: 192, ..attention };
+    config.layers.resize(3).unwrap();
+    config.layers.iter_mut().for_each(|layer| layer.mlp.intermediate_size = 400);
+    config
 }
 
 fn mean_and_std(values: &[f32]) -> (f64, f64) {
@@ -98,14 +100,16 @@ fn changing_one_size_leaves_the_other_tensors_alone() {
             assert_eq!(values != other, expected, "{name}");
         }
     };
-    same_but(ModelConfig { intermediate_size: 18, ..base.clone() }, &["mlp."]);
+    let mut wider = base.clone();
+    wider.layers.iter_mut().for_each(|layer| layer.mlp.intermediate_size = 18);
+    same_but(wider, &["mlp."]);
     same_but(ModelConfig { vocab_size: 30, ..base.clone() }, &["embed_tokens", "lm_head"]);
     let mut ranked = base.clone();
-    if let AttentionConfig::Mla(mla) = &mut ranked.attention {
-        mla.kv_lora_rank = 10;
-    }
+    ranked.latents_mut().for_each(|mla| mla.kv_lora_rank = 10);
     same_but(ranked, &["kv_a_", "kv_b_"]);
     // Only the tensors that write to the residual stream know how deep the model is.
-    same_but(ModelConfig { num_hidden_layers: 3, ..base.clone() }, &["o_proj", "down_proj"]);
+    let mut deeper = base.clone();
+    deeper.layers.resize(3).unwrap();
+    same_but(deeper, &["o_proj", "down_proj"]);
     same_but(base.clone(), &[]);
 }

@@ -125,11 +125,12 @@ fn the_loss_is_the_negative_log_of_the_probability_of_the_target() {
 fn absorbed_attention_is_expanded_attention() {
     let device = Device::flex();
     for (kind, config) in fixtures::every_kind() {
-        let AttentionConfig::Mla(sizes) = &config.attention else { continue };
+        if config.attention().latent().is_none() {
+            continue;
+        }
         for latent_scale in [false, true] {
-            let sizes = crate::MlaConfig { latent_scale, ..sizes.clone() };
-            let config =
-                ModelConfig { attention: AttentionConfig::Mla(sizes), family: Family::Lowkey, ..config.clone() };
+            let mut config = ModelConfig { family: Family::Lowkey, ..config.clone() };
+            config.latents_mut().for_each(|mla| mla.latent_scale = latent_scale);
             let model = scrambled(&config, 9, &device);
             let Attention::Mla(mla) = &model.model.layers[0].self_attn else { panic!("{kind}") };
             let x = random(10, [2, 11, 12], &device);
@@ -247,7 +248,7 @@ fn a_trace_changes_nothing_and_holds_every_layer() {
         assert_eq!(values(traced.clone()), values(model.hidden(tokens, &context, None)), "{kind}");
         assert_eq!((trace.hidden.len(), trace.attn_out.len(), trace.max_logit.len()), (3, 2, 2), "{kind}");
         assert_eq!(values(trace.hidden[2].clone()), values(traced), "{kind}");
-        let is_mla = matches!(config.attention, AttentionConfig::Mla(_));
+        let is_mla = config.attention().latent().is_some();
         assert_eq!(trace.latent.len(), if is_mla { 2 } else { 0 }, "{kind}");
         assert_eq!(trace.k_pe.len(), if is_mla && config.rotary_dim() > 0 { 2 } else { 0 }, "{kind}");
     }
@@ -386,7 +387,7 @@ impl<'a> Naive<'a> {
     fn projections(&self, at: &str, x: &[f64], position: usize) -> [Vec<Vec<f64>>; 3] {
         let heads = self.config.num_attention_heads;
         let name = |part: &str| format!("{at}.{part}");
-        match &self.config.attention {
+        match self.config.attention() {
             AttentionConfig::Mla(m) => {
                 let q = match m.q_lora_rank {
                     None => self.linear(&name("q_proj"), x),
@@ -403,7 +404,7 @@ impl<'a> Naive<'a> {
                     let scale = (self.config.hidden_size as f64 / m.kv_lora_rank as f64).sqrt();
                     c_kv.iter_mut().for_each(|c| *c *= scale);
                 }
-                if let Some(ranks) = &m.kv_cache_ranks {
+                if let Some(ranks) = self.config.kv_cache_ranks() {
                     let layer: usize = at.split('.').nth(2).unwrap().parse().unwrap();
                     c_kv.truncate(ranks[layer]);
                 }
@@ -459,7 +460,7 @@ impl<'a> Naive<'a> {
         let (d, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
         let table = &self.weights["model.embed_tokens.weight"].1;
         let mut xs: Vec<Vec<f64>> = tokens.iter().map(|id| table[*id as usize * d..][..d].to_vec()).collect();
-        for layer in 0..self.config.num_hidden_layers {
+        for layer in 0..self.config.layers.len() {
             let name = |part: &str| format!("model.layers.{layer}.{part}");
             let projected: Vec<_> = xs
                 .iter()
@@ -490,7 +491,7 @@ fn the_model_computes_its_equations() {
     for (kind, config) in fixtures::every_kind() {
         // An ε that shows: with the usual one nobody sees which norm uses it.
         let config = ModelConfig { rms_norm_eps: 0.05, ..config };
-        let scale = match (&config.attention, config.rope.mscale_all_dim) {
+        let scale = match (config.attention(), config.rope.mscale_all_dim) {
             (AttentionConfig::Mla(m), None) => 1.0 / ((m.qk_nope_head_dim + m.qk_rope_head_dim) as f64).sqrt(),
             (AttentionConfig::Mla(_), Some(_)) => (0.1 * 0.6 * 4f64.ln() + 1.0).powi(2) / 11f64.sqrt(),
             (AttentionConfig::Grouped(_), _) => 1.0 / 6f64.sqrt(),

@@ -310,7 +310,7 @@ impl Bench<'_> {
 fn step_cost(config: &ModelConfig, batch: usize, context: usize, cached_bytes: f64, way: Form) -> (f64, f64) {
     // Over all layers: weights in place of those of the expanded form, products likewise, and what is rebuilt.
     let (mut plain, mut own, mut products, mut rebuilt) = (0, 0, 0, 0);
-    for layer in 0..config.num_hidden_layers {
+    for layer in 0..config.layers.len() {
         let costs = config.decode_costs(layer, context);
         let cost = match way {
             Form::Expanded => None,

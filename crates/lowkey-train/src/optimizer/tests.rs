@@ -200,7 +200,8 @@ fn any_number_of_threads_takes_the_same_steps() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         // One that a step spreads over threads, too.
         let device = Device::flex();
-        let config = ModelConfig { hidden_size: 160, intermediate_size: 320, ..model_config(29, 16) };
+        let mut config = ModelConfig { hidden_size: 160, ..model_config(29, 16) };
+        config.layers.iter_mut().for_each(|layer| layer.mlp.intermediate_size = 320);
         let mut model = CausalLm::init(&config, 3, &device);
         let mut optimizer = Optimizer::new(&optimizer_section(kind), &model.parameters(), Parameter::is_matrix);
         pool.install(|| {

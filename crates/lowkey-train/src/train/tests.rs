@@ -209,7 +209,7 @@ fn every_prefix_of_an_elastic_latent_learns_and_an_interrupted_run_of_it_goes_on
     // The figure at a rank is that of the model which is cut there.
     let model = CausalLm::load(&unbroken.checkpoint(STEPS), &Device::flex()).unwrap();
     assert_eq!(model.config.elastic_ranks(), [1, 2, 4]);
-    let cut = model.with_kv_ranks(&vec![2; model.config.num_hidden_layers]).unwrap();
+    let cut = model.with_kv_ranks(&vec![2; model.config.layers.len()]).unwrap();
     assert_eq!(cut.config.elastic_ranks(), [1]);
     let told = unbroken.metrics().pop().unwrap().rank_loss.unwrap();
     assert_eq!(told.keys().collect::<Vec<_>>(), ["1", "2", "4"]);

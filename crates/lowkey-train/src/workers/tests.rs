@@ -76,8 +76,9 @@ fn a_share_without_targets_adds_nothing() {
 fn the_same_number_of_threads_gives_the_same_bits() {
     let device = Device::flex().autodiff();
     // Large enough for matrix products that several threads share.
-    let config =
-        ModelConfig { hidden_size: 96, intermediate_size: 640, num_hidden_layers: 1, ..model_config(300, 128) };
+    let mut config = ModelConfig { hidden_size: 96, ..model_config(300, 128) };
+    config.layers.resize(1).unwrap();
+    config.layers.iter_mut().for_each(|layer| layer.mlp.intermediate_size = 640);
     let model = CausalLm::init(&config, 7, &device);
     let batch = uneven_batch(4, 128, 300, 3);
     for (threads, micro_batch) in [(1, 4), (2, 4), (3, 4), (3, 1), (2, 3)] {

@@ -119,7 +119,7 @@ fn decode_subject(arguments: &BenchDecodeArguments) -> anyhow::Result<(Subject, 
             Subject::shape(shape, *batch, positions)?
         }
     };
-    let forms = match subject.model.config.attention.latent() {
+    let forms = match subject.model.config.attention().latent() {
         Some(_) => vec![Form::Expanded, Form::Absorbed, Form::Fused],
         None => vec![Form::Expanded],
     };

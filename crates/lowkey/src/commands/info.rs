@@ -6,7 +6,7 @@ use anyhow::bail;
 use burn::tensor::Device;
 use lowkey_convert::Spectrum;
 use lowkey_data::Tokenizer;
-use lowkey_model::{AttentionConfig, MlaConfig, ModelConfig, check_weights, weight_files};
+use lowkey_model::{AttentionConfig, ModelConfig, check_weights, weight_files};
 use lowkey_train::{Metrics, checkpoint};
 use serde_json::json;
 
@@ -117,7 +117,7 @@ fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
         Err(e) => format!("none ({e})"),
     };
     let latent = config.cache_numbers() * CACHE_BYTES;
-    let expanded = cache.expanded * config.num_hidden_layers * CACHE_BYTES;
+    let expanded = cache.expanded * config.layers.len() * CACHE_BYTES;
     if as_json {
         return say_json(&json!({
             "attention": config.attention_name(),
@@ -131,7 +131,7 @@ fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
             "config": config.to_json("float32"),
         }));
     }
-    let sizes = match &config.attention {
+    let sizes = match config.attention() {
         AttentionConfig::Mla(m) => {
             format!(
                 "MLA: {} heads, kv_lora_rank {}, q_lora_rank {}, nope {} + rope {}, v {}",
@@ -141,7 +141,7 @@ fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
                 m.qk_nope_head_dim,
                 m.qk_rope_head_dim,
                 m.v_head_dim
-            ) + &cut(m)
+            ) + &cut(&config)
         }
         AttentionConfig::Grouped(g) => format!(
             "{}: {} heads over {} key heads of {}, {} rotated",
@@ -159,9 +159,9 @@ fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
             "shape",
             format!(
                 "{} layers, d {}, ffn {}, vocabulary {}{}",
-                config.num_hidden_layers,
+                config.layers.len(),
                 config.hidden_size,
-                config.intermediate_size,
+                config.mlp().intermediate_size,
                 config.vocab_size,
                 if config.tie_word_embeddings { " (tied)" } else { "" }
             ),
@@ -176,8 +176,8 @@ fn model_info(path: &Path, as_json: bool) -> anyhow::Result<()> {
 }
 
 /// What is cached of latents that were cut.
-fn cut(mla: &MlaConfig) -> String {
-    let Some(ranks) = &mla.kv_cache_ranks else { return String::new() };
+fn cut(config: &ModelConfig) -> String {
+    let Some(ranks) = config.kv_cache_ranks() else { return String::new() };
     let (least, most) = (ranks.iter().min().copied().unwrap_or(0), ranks.iter().max().copied().unwrap_or(0));
     format!("; latents cut to {least}..{most}, {} in all", ranks.iter().sum::<usize>())
 }

@@ -62,13 +62,13 @@ fn read_at(model: CausalLm, rank: Option<usize>) -> anyhow::Result<CausalLm> {
     let Some(rank) = rank else { return Ok(model) };
     let config = &model.config;
     let narrow = model
-        .with_kv_ranks(&vec![rank; config.num_hidden_layers])
+        .with_kv_ranks(&vec![rank; config.layers.len()])
         .map_err(|e| WrongUse(format!("--kv-rank {rank}: {e}")))?;
-    if let Some(mla) = config.attention.latent()
+    if let Some(mla) = config.attention().latent()
         && rank < config.kv_ranks().into_iter().min().unwrap_or(0)
-        && !mla.kv_elastic_ranks.as_ref().is_some_and(|ranks| ranks.contains(&rank))
+        && !config.kv_elastic_ranks.as_ref().is_some_and(|ranks| ranks.contains(&rank))
     {
-        let trained = mla.kv_elastic_ranks.as_ref().map_or_else(
+        let trained = config.kv_elastic_ranks.as_ref().map_or_else(
             || "train it with [model.elastic], or narrow it with lowkey convert --kv-rank-budget".into(),
             |ranks| format!("its ranks are {ranks:?} and the whole {}", mla.kv_lora_rank),
         );

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use burn::tensor::Device;
 use lowkey_convert::Rotated;
-use lowkey_model::{AttentionConfig, CausalLm, ids_tensor};
+use lowkey_model::{CausalLm, ids_tensor};
 
 use crate::commands::{best, best_of, json, lowkey, succeed, text};
 
@@ -88,7 +88,7 @@ fn reference_checkpoints_are_rotated_without_a_change() {
     let mut turned = 0;
     for case in crate::reference::cases() {
         let Ok(model) = CausalLm::load(&case, &device) else { continue };
-        if !matches!(model.config.attention, AttentionConfig::Mla(_)) {
+        if model.config.attention().latent().is_none() {
             continue;
         }
         let vocab = model.config.vocab_size as u32;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use lowkey_export::{LayerForm, Options, Source, Target, Text, canonical, export, verify};
-use lowkey_model::{AttentionConfig, CausalLm};
+use lowkey_model::CausalLm;
 
 use crate::commands::{best, json, lowkey, succeed, text};
 use crate::reference::{announce, cases, integers, own_cases};
@@ -115,7 +115,7 @@ fn reference_checkpoints_export_to_every_layout() {
             let certificate = match export(&source, &options, &device, &mut |_| {}) {
                 Ok(certificate) => certificate,
                 Err(e) => {
-                    let mla = matches!(source.model.config.attention, AttentionConfig::Mla(_));
+                    let mla = source.model.config.attention().latent().is_some();
                     let expected = matches!(e, lowkey_export::Error::Unsupported { .. }) && (!mla || to == "gguf");
                     assert!(expected, "{}, {to}: {e}", case.display());
                     println!("{} {to}: {e}", case.display());

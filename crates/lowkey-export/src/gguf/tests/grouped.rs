@@ -18,7 +18,7 @@ fn grouped_with(change: impl FnOnce(&mut ModelConfig, &mut GroupedConfig)) -> Mo
     let mut config =
         ModelConfig { hidden_size: 24, num_attention_heads: 4, rms_norm_eps: 1e-5, ..config_with(|_, _| ()) };
     change(&mut config, &mut grouped);
-    config.attention = AttentionConfig::Grouped(grouped);
+    config.layers.iter_mut().for_each(|layer| layer.attention = AttentionConfig::Grouped(grouped.clone()));
     config.family = config.natural_family();
     config.check().unwrap();
     config
@@ -201,7 +201,7 @@ fn what_no_architecture_computes_is_refused_by_name() {
         (grouped_with(|_, g| (g.qk_norm, g.qkv_bias, g.o_bias) = (true, true, true)), "attention_bias"),
         (grouped_with(|_, g| (g.qk_norm, g.o_bias) = (true, true)), "attention_bias"),
         (grouped_with(|c, g| (c.rope, g.qk_norm) = (llama3(), true)), "llama3"),
-        (grouped_with(|c, _| c.num_hidden_layers = 513), "513"),
+        (grouped_with(|c, _| c.layers.resize(513).unwrap()), "513"),
         (grouped_with(|c, _| c.rope = RopeConfig { factor: Some(0.5), ..yarn(None, None) }), "factor = 0.5"),
         (
             grouped_with(|c, g| {
@@ -232,7 +232,8 @@ fn narrow_formats_hold_grouped_models_too() {
     let path = folder.file("x.gguf");
     // Rows of 32, which are whole blocks.
     let config = grouped_with(|c, g| {
-        (c.hidden_size, c.intermediate_size, g.qk_norm) = (32, 64, true);
+        (c.hidden_size, g.qk_norm) = (32, true);
+        c.layers.iter_mut().for_each(|layer| layer.mlp.intermediate_size = 64);
         (g.head_dim, g.rotary_dim) = (8, 8);
     });
     let model = random_model(&config, 1);

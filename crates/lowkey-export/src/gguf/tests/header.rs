@@ -8,7 +8,10 @@ use crate::{Options, Source, Target, Text, export, verify};
 /// A model of bytes with its tokenizer, as a file; and where its data begin.
 fn written(folder: &Folder) -> (PathBuf, CausalLm, Tokenizer) {
     let path = folder.file("model.gguf");
-    let config = config_with(|c, _| (c.vocab_size, c.eos_token_id, c.num_hidden_layers) = (259, vec![256], 1));
+    let config = config_with(|c, _| {
+        (c.vocab_size, c.eos_token_id) = (259, vec![256]);
+        c.layers.resize(1).unwrap();
+    });
     let (model, tokenizer) = (random_model(&config, 1), Tokenizer::bytes());
     write(&path, &model, Some(&tokenizer), TensorType::F32).unwrap();
     (path, model, tokenizer)

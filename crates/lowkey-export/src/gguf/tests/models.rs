@@ -2,7 +2,7 @@ use super::*;
 
 /// Name, configuration, and whether weights come back to the last bit.
 fn zoo() -> Vec<(&'static str, ModelConfig, bool)> {
-    let layers = |n| config_with(|c, _| c.num_hidden_layers = n);
+    let layers = |n| config_with(|c, _| c.layers.resize(n).unwrap());
     let rope = |rope: RopeConfig| config_with(|c, m| (c.rope, m.q_lora_rank) = (rope, Some(11)));
     vec![
         ("plain", config_with(|_, _| ()), true),
@@ -18,7 +18,7 @@ fn zoo() -> Vec<(&'static str, ModelConfig, bool)> {
         ("1 layer", layers(1), true),
         ("27 layers", layers(27), true),
         ("30 layers", layers(30), true),
-        ("30 layers, q_lora_rank", config_with(|c, m| (c.num_hidden_layers, m.q_lora_rank) = (30, Some(5))), true),
+        ("30 layers, q_lora_rank", lite(30, 5), true),
         ("another base", config_with(|c, _| c.rope.rope_theta = 1.6e6), true),
         ("YaRN, equal mscales", rope(yarn(Some(0.707), Some(0.707))), true),
         ("YaRN, mscale_all_dim 1", rope(yarn(Some(1.0), Some(1.0))), true),
@@ -37,6 +37,14 @@ fn zoo() -> Vec<(&'static str, ModelConfig, bool)> {
         ("latent_scale", config_with(|_, m| m.latent_scale = true), false),
         ("latent_scale, tied", config_with(|c, m| (m.latent_scale, c.tie_word_embeddings) = (true, true)), false),
     ]
+}
+
+/// So many layers with a query latent of that width.
+fn lite(layers: usize, q_lora_rank: usize) -> ModelConfig {
+    config_with(|c, m| {
+        c.layers.resize(layers).unwrap();
+        m.q_lora_rank = Some(q_lora_rank);
+    })
 }
 
 #[test]
@@ -176,14 +184,14 @@ fn what_the_architecture_cannot_express_is_refused_by_name() {
             change(&mut c.rope);
         })
     };
-    let lite = |layers| config_with(|c, m| (c.num_hidden_layers, m.q_lora_rank) = (layers, Some(8)));
+    let lite = |layers| lite(layers, 8);
     for (config, part) in [
         (config_with(|_, m| m.attention_bias = true), "attention_bias"),
         (config_with(|c, _| c.rms_norm_eps = 1e-5), "rms_norm_eps = 0.00001"),
         (config_with(|_, m| m.qk_rope_head_dim = 0), "qk_rope_head_dim"),
         (lite(26), "26 layers"),
         (lite(27), "27 layers"),
-        (config_with(|c, _| c.num_hidden_layers = 513), "513"),
+        (config_with(|c, _| c.layers.resize(513).unwrap()), "513"),
         (rope(|r| (r.beta_fast, r.original_max_position_embeddings) = (Some(1000.0), Some(9000))), "beta_fast = 1000"),
         (rope(|r| (r.beta_slow, r.original_max_position_embeddings) = (Some(20.0), Some(2000))), "beta_slow = 20"),
         (rope(|r| r.factor = Some(0.5)), "factor = 0.5"),
@@ -271,7 +279,7 @@ fn a_file_that_does_not_fit_its_keys_is_refused() {
 fn no_damaged_model_ends_the_program() {
     let folder = Folder::new();
     let path = folder.file("x.gguf");
-    write(&path, &random_model(&config_with(|c, _| c.num_hidden_layers = 1), 1), None, TensorType::F32).unwrap();
+    write(&path, &random_model(&config_with(|c, _| c.layers.resize(1).unwrap()), 1), None, TensorType::F32).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     let mut state = 9;
     for _ in 0..2_000 {

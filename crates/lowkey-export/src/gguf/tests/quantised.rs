@@ -86,7 +86,7 @@ fn rows_that_do_not_divide_into_blocks_fall_back_to_half_precision() {
     let path = folder.file("x.gguf");
     let config = config_with(|config, mla| {
         config.hidden_size = 64;
-        config.intermediate_size = 96;
+        config.layers.iter_mut().for_each(|layer| layer.mlp.intermediate_size = 96);
         (mla.kv_lora_rank, mla.v_head_dim) = (32, 33);
     });
     let model = random_model(&config, 3);

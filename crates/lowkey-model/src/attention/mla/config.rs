@@ -25,20 +25,18 @@ pub struct MlaConfig {
     pub latent_scale: bool,
     /// Rotate adjacent pairs instead of halves.
     pub rope_interleave: bool,
-    /// Numbers of the latent that each layer caches and reads, at most L; absent: all. The norm of the latent is taken over all L,
-    /// so that a cut is a projection.
-    pub kv_cache_ranks: Option<Vec<usize>>,
-    /// Ranks below L at which the model was trained to be read as well, ascending; absent: none.
-    pub kv_elastic_ranks: Option<Vec<usize>>,
+    /// Numbers of the latent that the layer caches and reads, at most L; absent: all. The norm of the latent is taken over all L, so
+    /// that a cut is a projection.
+    pub kv_cache_rank: Option<usize>,
 }
 
 impl MlaConfig {
-    /// Numbers of the latent that layer `layer` caches and reads: L, or less of one that was cut.
-    pub fn kv_rank(&self, layer: usize) -> usize {
-        self.kv_cache_ranks.as_ref().and_then(|ranks| ranks.get(layer)).copied().unwrap_or(self.kv_lora_rank)
+    /// Numbers of the latent that are cached and read: L, or less of one that was cut.
+    pub fn kv_rank(&self) -> usize {
+        self.kv_cache_rank.unwrap_or(self.kv_lora_rank)
     }
 
-    /// Checks every size but those of [`MlaConfig::kv_cache_ranks`], which go with the layers.
+    /// Checks every size but [`MlaConfig::kv_cache_rank`], which goes with the layer.
     pub(crate) fn check(&self, heads: usize) -> Result<()> {
         for (key, size) in [
             ("kv_lora_rank", self.kv_lora_rank),
@@ -49,15 +47,13 @@ impl MlaConfig {
             check_size(key, size, WIDEST)?;
         }
         even("qk_rope_head_dim", self.qk_rope_head_dim)?;
-        if let Some(ranks) = &self.kv_elastic_ranks {
-            Self::check_elastic_ranks(ranks, self.kv_lora_rank)?;
-        }
         let widest = (self.qk_nope_head_dim + self.qk_rope_head_dim).max(self.v_head_dim);
         check_heads(heads, widest, WIDEST)
     }
 
     /// Ascending ranks below the whole.
-    fn check_elastic_ranks(ranks: &[usize], whole: usize) -> Result<()> {
+    pub(crate) fn check_elastic_ranks(&self, ranks: &[usize]) -> Result<()> {
+        let whole = self.kv_lora_rank;
         let rising = ranks.is_sorted_by(|a, b| a < b);
         if ranks.is_empty() || !rising || ranks.iter().any(|rank| !(1..whole).contains(rank)) {
             let why = format!("must rise, from 1 on and below kv_lora_rank = {whole}, which needs no mention");
@@ -69,7 +65,7 @@ impl MlaConfig {
     /// The transformers class that computes a model with this attention, [`Family::Lowkey`] where there is none.
     pub(crate) fn family(&self, mlp_bias: bool) -> Family {
         // transformers reads a rotated width of 0 as "not given" and turns something else instead.
-        if self.latent_scale || self.qk_rope_head_dim == 0 || self.kv_cache_ranks.is_some() {
+        if self.latent_scale || self.qk_rope_head_dim == 0 || self.kv_cache_rank.is_some() {
             return Family::Lowkey;
         }
         match (mlp_bias, self.rope_interleave) {
@@ -87,8 +83,8 @@ impl MlaConfig {
     }
 
     /// One buffer, which all heads share: the latent, and behind it the rotated key.
-    pub(crate) fn cache_buffers(&self, layer: usize) -> Vec<CacheBuffer> {
-        let rank = self.kv_rank(layer);
+    pub(crate) fn cache_buffers(&self) -> Vec<CacheBuffer> {
+        let rank = self.kv_rank();
         vec![CacheBuffer { heads: 1, width: rank + self.qk_rope_head_dim, split: rank }]
     }
 
@@ -112,10 +108,10 @@ impl MlaConfig {
     }
 
     /// [`ModelConfig::decode_costs`](crate::ModelConfig::decode_costs).
-    pub(crate) fn decode_costs(&self, d: usize, heads: usize, layer: usize, context: usize) -> DecodeCosts {
+    pub(crate) fn decode_costs(&self, d: usize, heads: usize, context: usize) -> DecodeCosts {
         let (nope, rope, value, whole) =
             (self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank);
-        let rank = self.kv_rank(layer);
+        let rank = self.kv_rank();
         // What every form does: the latent, the shared key and the query latent.
         let shared = d * (whole + rope) + self.q_lora_rank.map_or(0, |q| d * q);
         let width = self.q_lora_rank.unwrap_or(d);
