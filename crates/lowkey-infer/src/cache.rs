@@ -189,6 +189,27 @@ impl Cache {
         }
     }
 
+    /// Appends the rows of a cache of the same layers, capacity and format.
+    pub(crate) fn join(&mut self, other: Self) {
+        fn join<K: Basic>(mine: &mut Tensor<4, K>, others: Tensor<4, K>) {
+            *mine = Tensor::cat(vec![mine.clone(), others], 0);
+        }
+        let buffers = self.layers.iter_mut().flat_map(|layer| &mut layer.buffers);
+        for (mine, others) in buffers.zip(other.layers.into_iter().flat_map(|layer| layer.buffers)) {
+            match (mine, others) {
+                (Stored::Float(mine), Stored::Float(others)) => join(mine, others),
+                (Stored::Int8 { codes, scales, .. }, Stored::Int8 { codes: more, scales: of_more, .. }) => {
+                    join(codes, more);
+                    join(scales, of_more);
+                }
+                (Stored::Float(_), Stored::Int8 { .. }) | (Stored::Int8 { .. }, Stored::Float(_)) => {
+                    unreachable!("caches of one scheduler have one format")
+                }
+            }
+        }
+        self.lengths.extend(other.lengths);
+    }
+
     /// Keeps the rows at the given indices, in that order, and drops the others.
     pub(crate) fn keep(&mut self, rows: &[usize]) {
         let indices: Vec<i32> = rows.iter().map(|row| *row as i32).collect();

@@ -121,22 +121,12 @@ impl Decoder {
         if chunk == 0 {
             return Err(Error::setting("prefill_chunk", &chunk, "at least 1"));
         }
-        self.check(rows)?;
-        let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
-        let mut last: Vec<Option<Tensor<3>>> = vec![None; rows.len()];
-        for start in (0..longest).step_by(chunk) {
-            let parts: Vec<&[u32]> =
-                rows.iter().map(|row| &row[start.min(row.len())..(start + chunk).min(row.len())]).collect();
-            let hidden = self.advance(&parts)?;
-            let [_, _, width] = hidden.dims();
-            for (row, part) in parts.iter().enumerate() {
-                if !part.is_empty() {
-                    last[row] = Some(hidden.clone().slice([row..row + 1, part.len() - 1..part.len(), 0..width]));
-                }
+        let mut prefill = Prefill::new(self, rows)?;
+        loop {
+            if let Some(logits) = prefill.advance(self, chunk)? {
+                return Ok(logits);
             }
         }
-        // Only the rows' last positions meet the output head, which is the widest matrix of a small model.
-        Ok(self.logits(Tensor::cat(last.into_iter().flatten().collect(), 0)))
     }
 
     /// Appends `rows[b]` to sequence `b` in one chunk and returns the logits that follow every token. Where a row is shorter than
@@ -177,6 +167,11 @@ impl Decoder {
         }
         self.cache.keep(rows);
         Ok(())
+    }
+
+    /// Takes over the sequences of another decoder of the same model, behind its own.
+    pub(crate) fn join(&mut self, other: Self) {
+        self.cache.join(other.cache);
     }
 
     /// Refuses what the model cannot take, so that nothing fails half-way with the cache half-written.
@@ -221,6 +216,46 @@ impl Decoder {
     /// `[batch, 1, d]` → `[batch, vocab]`.
     fn logits(&self, hidden: Tensor<3>) -> Tensor<2> {
         self.model.logits(hidden).squeeze_dim::<2>(1)
+    }
+}
+
+/// Prompts on their way into a decoder, a chunk at a time.
+#[derive(Debug)]
+pub(crate) struct Prefill {
+    rows: Vec<Vec<u32>>,
+    /// Tokens of each row that are read, or would be if it were longer.
+    read: usize,
+    /// The hidden state of each row's last token so far, `[1, 1, d]`.
+    last: Vec<Option<Tensor<3>>>,
+}
+
+impl Prefill {
+    /// # Errors
+    /// As [`Decoder::prefill`].
+    pub(crate) fn new(decoder: &Decoder, rows: &[&[u32]]) -> Result<Self> {
+        decoder.check(rows)?;
+        Ok(Self { rows: rows.iter().map(|row| row.to_vec()).collect(), read: 0, last: vec![None; rows.len()] })
+    }
+
+    /// Reads `chunk` tokens more of each row; after the last of the longest, the logits that follow each row's last token,
+    /// `[batch, vocab]`.
+    pub(crate) fn advance(&mut self, decoder: &mut Decoder, chunk: usize) -> Result<Option<Tensor<2>>> {
+        let (from, to) = (self.read, self.read.saturating_add(chunk));
+        let parts: Vec<&[u32]> = self.rows.iter().map(|row| &row[from.min(row.len())..to.min(row.len())]).collect();
+        let hidden = decoder.advance(&parts)?;
+        let [_, _, width] = hidden.dims();
+        for (row, part) in parts.iter().enumerate() {
+            if !part.is_empty() {
+                self.last[row] = Some(hidden.clone().slice([row..row + 1, part.len() - 1..part.len(), 0..width]));
+            }
+        }
+        self.read = to;
+        if self.rows.iter().any(|row| row.len() > to) {
+            return Ok(None);
+        }
+        // Only the rows' last positions meet the output head, which is the widest matrix of a small model.
+        let last = self.last.iter_mut().filter_map(Option::take).collect();
+        Ok(Some(decoder.logits(Tensor::cat(last, 0))))
     }
 }
 

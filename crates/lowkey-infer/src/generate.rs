@@ -1,16 +1,18 @@
-//! The loop: prefill, sample, step.
+//! Prompts that begin together: the smallest user of the scheduler.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Device;
 use lowkey_model::{CausalLm, FusedMla};
 
 use crate::cache_dtype::CacheDtype;
-use crate::decoder::{Decoder, check_form, check_tokens};
+use crate::decoder::{check_form, check_tokens};
 use crate::error::{Error, Result};
 use crate::form::Form;
-use crate::sampler::{Sampler, SamplingConfig};
+use crate::sampler::SamplingConfig;
+use crate::scheduler::{Request, Scheduler, Slots, Update};
 
 /// What to generate.
 #[derive(Clone, Debug, PartialEq)]
@@ -86,15 +88,6 @@ pub struct Generation {
     pub cache_bytes: usize,
 }
 
-/// A sequence that has not ended.
-struct Live {
-    /// Its index among the prompts.
-    prompt: usize,
-    sampler: Sampler,
-    /// Prompt and continuation.
-    history: Vec<u32>,
-}
-
 /// Continues one prompt. `on_token` sees each new token at once and may break off.
 ///
 /// Everything about the request is checked before anything is computed.
@@ -129,66 +122,57 @@ pub fn generate_batch<'a>(
     device: &Device,
     on_token: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
 ) -> Result<Vec<Generation>> {
-    let weights @ Weights { model, fused } = weights.into();
-    let capacity = check(weights, prompts, config)?;
-    let mut live = Vec::with_capacity(prompts.len());
-    for (prompt, tokens) in prompts.iter().enumerate() {
-        let sampler = Sampler::new(&config.sampling, prompt as u64)?;
-        live.push(Live { prompt, sampler, history: tokens.to_vec() });
+    let weights = weights.into();
+    let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
+    let capacity = longest.saturating_add(config.max_new_tokens);
+    check(weights, prompts, config)?;
+    let slots = Slots {
+        count: prompts.len(),
+        capacity,
+        prefill_chunk: config.prefill_chunk,
+        form: config.form,
+        cache_dtype: config.cache_dtype,
+    };
+    let mut scheduler = Scheduler::new(weights, slots, device)?;
+    let mut rows = BTreeMap::new();
+    for (row, prompt) in prompts.iter().enumerate() {
+        let request = Request {
+            prompt: prompt.to_vec(),
+            max_new_tokens: config.max_new_tokens,
+            sampling: config.sampling.clone(),
+            stream: row as u64,
+            eos: config.eos.clone(),
+        };
+        if let Some(id) = scheduler.admit(request)? {
+            rows.insert(id, row);
+        }
     }
-
-    let start = Instant::now();
-    let mut decoder = Decoder::with_cache(model, [prompts.len(), capacity], config.cache_dtype, config.form, device)?;
-    if !fused.is_empty() {
-        decoder = decoder.with_fused(fused.to_vec())?;
-    }
-    let cache_bytes = decoder.cache().bytes() / prompts.len();
-    let mut logits = to_host(decoder.prefill(prompts, config.prefill_chunk)?)?;
-    let prefill = start.elapsed();
-
-    let start = Instant::now();
     let mut done: Vec<Option<Generation>> = vec![None; prompts.len()];
-    loop {
-        let (mut kept, mut next) = (Vec::new(), Vec::new());
-        let vocab = logits.len() / live.len();
-        for (index, (row, logits)) in live.iter_mut().zip(logits.chunks(vocab)).enumerate() {
-            let token = row.sampler.sample(logits, &row.history)?;
-            let prompt_tokens = prompts[row.prompt].len();
-            let finish = if config.eos.contains(&token) {
-                Some(Finish::Eos)
-            } else {
-                row.history.push(token);
-                let full = row.history.len() - prompt_tokens == config.max_new_tokens;
-                match on_token(row.prompt, token) {
-                    ControlFlow::Break(()) => Some(Finish::Stopped),
-                    ControlFlow::Continue(()) => full.then_some(Finish::Length),
+    let mut stopped = vec![false; prompts.len()];
+    while !scheduler.is_idle() {
+        for (id, update) in scheduler.step()? {
+            let row = rows[&id];
+            match update {
+                Update::Token(token) => {
+                    if on_token(row, token).is_break() {
+                        stopped[row] = true;
+                        done[row] = scheduler.cancel(id);
+                    }
                 }
-            };
-            match finish {
-                Some(finish) => {
-                    let ids = row.history.split_off(prompt_tokens);
-                    let decode = start.elapsed();
-                    done[row.prompt] = Some(Generation { ids, finish, prompt_tokens, prefill, decode, cache_bytes });
+                Update::Ended(generation) => {
+                    // The last token that there is room for may be the one that it is stopped at.
+                    let finish = if stopped[row] { Finish::Stopped } else { generation.finish };
+                    done[row] = Some(Generation { finish, ..generation });
                 }
-                None => {
-                    kept.push(index);
-                    next.push(token);
-                }
+                Update::Failed(e) => return Err(e),
             }
         }
-        if kept.is_empty() {
-            return Ok(done.into_iter().flatten().collect());
-        }
-        if kept.len() < live.len() {
-            decoder.keep(&kept)?;
-            live.retain(|row| done[row.prompt].is_none());
-        }
-        logits = to_host(decoder.step(&next)?)?;
     }
+    Ok(done.into_iter().flatten().collect())
 }
 
-/// Checks a request and returns the slots per row that it needs.
-fn check(Weights { model, fused }: Weights, prompts: &[&[u32]], config: &GenerateConfig) -> Result<usize> {
+/// Checks what a request says before any of it is looked at by itself, so that a row is named by its number.
+fn check(Weights { model, fused }: Weights, prompts: &[&[u32]], config: &GenerateConfig) -> Result<()> {
     let sizes = [
         ("max_new_tokens", config.max_new_tokens),
         ("prefill_chunk", config.prefill_chunk),
@@ -201,17 +185,5 @@ fn check(Weights { model, fused }: Weights, prompts: &[&[u32]], config: &Generat
     }
     config.sampling.check()?;
     check_tokens(model, prompts)?;
-    check_form(model, config.form, fused)?;
-    let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
-    let needed = longest.saturating_add(config.max_new_tokens);
-    let limit = model.config.max_position_embeddings;
-    if needed > limit {
-        return Err(Error::Positions { needed, limit });
-    }
-    Ok(needed)
-}
-
-/// `[batch, vocab]` → the rows one after another.
-fn to_host(logits: Tensor<2>) -> Result<Vec<f32>> {
-    logits.try_into_vec_as::<f32>().map_err(Error::Read)
+    check_form(model, config.form, fused)
 }

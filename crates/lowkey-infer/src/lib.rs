@@ -5,14 +5,15 @@
 //! arXiv 2405.04434 §2.1), for multi-head, grouped-query and multi-query attention 2·G·D. The cache still grows linearly with the
 //! sequence; what MLA shrinks is the width per token.
 //!
-//! **Main types.** [`generate`] and [`generate_batch`] with [`GenerateConfig`] and [`Generation`]: the whole loop.
+//! **Main types.** [`generate`] and [`generate_batch`] with [`GenerateConfig`] and [`Generation`]: prompts that begin together.
+//! [`Scheduler`]: requests that come and go, in slots.
 //! [`Decoder`]: its two moves, [`prefill`](Decoder::prefill) and [`step`](Decoder::step), for callers with a loop of their own.
 //! [`Cache`]: what they fill, in one of the formats of [`CacheDtype`]. [`Form`]: how MLA attention is computed from it. [`Sampler`] with [`SamplingConfig`]: from logits
 //! to a token.
 //!
 //! **Flow.** A prompt's ids go through the model in chunks; each chunk appends to the cache and attends to all that lies there.
 //! The logits of each row's last token come back to the host, a sampler per row picks a token, a callback sees it, and the token
-//! is the next chunk of length one. Rows of a batch may have different lengths: every row starts at slot 0 of the cache, has
+//! is the next chunk of length one; [`Scheduler::step`] is one round of that. Rows of a batch may have different lengths: every row starts at slot 0 of the cache, has
 //! a length and positions of its own, and leaves the batch when it ends, so that a row's result does not depend on its
 //! neighbours.
 //!
@@ -31,6 +32,7 @@ mod error;
 mod form;
 mod generate;
 mod sampler;
+mod scheduler;
 
 pub use cache::Cache;
 pub use cache_dtype::CacheDtype;
@@ -39,6 +41,7 @@ pub use error::{Error, Result};
 pub use form::Form;
 pub use generate::{Finish, GenerateConfig, Generation, Weights, generate, generate_batch};
 pub use sampler::{Sampler, SamplingConfig};
+pub use scheduler::{Request, RequestId, Scheduler, Slots, Update};
 
 #[cfg(test)]
 mod tests;

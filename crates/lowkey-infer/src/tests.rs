@@ -4,6 +4,7 @@ mod agreement;
 mod formats;
 mod generation;
 mod reference;
+mod scheduler;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use lowkey_model::{
