@@ -20,31 +20,38 @@
 //!
 //! **What this crate does not know.** Models, parameters, names, files, text. It is the only crate that knows a backend.
 
-mod attention;
-mod block;
-mod block_ops;
-mod cache_ops;
-mod cached;
+mod autodiff;
+mod cache;
+mod causal_attention;
 mod cpu;
 pub mod device;
 #[cfg(test)]
 mod differences;
+mod embedding;
 #[cfg(test)]
 mod fixtures;
-mod flex;
-mod fused;
 #[cfg(feature = "gpu")]
 mod gpu;
-mod ops;
+mod latent_attention;
+mod linear;
+mod loss;
+mod masked_attention;
+mod mlp;
+mod norm;
 pub mod optim;
 mod precision;
 pub mod reference;
+mod rotary;
 pub mod routing;
 
-pub use attention::{Mask, attention, scores};
-pub use block::{LatentWeights, MlaDims, MlpWeights, add_linear, gated_mlp, latent_attention, linear};
-pub use cached::{Stored, absorbed_attention};
-pub use fused::{
-    Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, distill_sum, embed, rms_norm, rotate,
-};
+pub use cache::{Stored, absorbed_attention};
+pub use causal_attention::causal_attention;
+pub use embedding::embed;
+pub use latent_attention::{LatentWeights, MlaDims, latent_attention};
+pub use linear::{add_linear, linear};
+pub use loss::{Labels, LossSum, cross_entropy_each, cross_entropy_sum, distill_sum};
+pub use masked_attention::{Mask, attention, scores};
+pub use mlp::{MlpWeights, gated_mlp};
+pub use norm::rms_norm;
 pub use precision::{Precision, Scope, scope};
+pub use rotary::rotate;
