@@ -13,7 +13,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{DType, Tensor};
 
 pub use self::arguments::{LatentWeights, MlaDims};
-use self::autodiff::LatentAttentionOps;
+use self::autodiff::{LatentAttentionOps, LatentInputs};
 use crate::causal_attention::starts_tensor;
 use crate::precision;
 
@@ -50,15 +50,15 @@ pub fn latent_attention(
     );
     let starts = starts_tensor(document_starts, [batch, seq], &q.device());
     let LatentWeights { norm, kv_b, cos, sin } = weights;
-    Tensor::from_dispatch(Dispatch::latent_attention(
-        q.into_dispatch(),
-        kv_a.into_dispatch(),
-        norm.into_dispatch(),
-        kv_b.into_dispatch(),
-        cos.into_dispatch(),
-        sin.into_dispatch(),
-        starts.into_dispatch(),
+    Tensor::from_dispatch(Dispatch::latent_attention(LatentInputs {
+        q: q.into_dispatch(),
+        kv_a: kv_a.into_dispatch(),
+        norm: norm.into_dispatch(),
+        kv_b: kv_b.into_dispatch(),
+        cos: cos.into_dispatch(),
+        sin: sin.into_dispatch(),
+        starts: starts.into_dispatch(),
         dims,
-        precision::current(),
-    ))
+        precision: precision::current(),
+    }))
 }

@@ -5,7 +5,7 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, Backend, backend_extension};
+use burn::backend::{Autodiff, Backend, ExtensionType, backend_extension};
 
 use super::arguments::MlaDims;
 use crate::autodiff::{Operands, Parents, Wanted};
@@ -15,18 +15,7 @@ use crate::precision::Precision;
 #[backend_extension(Autodiff, Flex, Cube: cfg(feature = "gpu"))]
 pub(crate) trait LatentAttentionOps: Backend {
     /// Multi-head Latent Attention over whole sequences, `[batch, seq, H·V]`; see [`crate::latent_attention`].
-    #[allow(clippy::too_many_arguments, reason = "the dispatch to a backend takes each tensor by itself")]
-    fn latent_attention(
-        q: FloatTensor<Self>,
-        kv_a: FloatTensor<Self>,
-        norm: FloatTensor<Self>,
-        kv_b: FloatTensor<Self>,
-        cos: FloatTensor<Self>,
-        sin: FloatTensor<Self>,
-        starts: IntTensor<Self>,
-        dims: MlaDims,
-        precision: Precision,
-    ) -> FloatTensor<Self>;
+    fn latent_attention(#[extension_type] inputs: LatentInputs<Self>) -> FloatTensor<Self>;
 }
 
 /// What the backward pass needs from a backend.
@@ -43,6 +32,7 @@ pub(crate) trait LatentAttentionGradients: LatentAttentionOps + Operands {
 }
 
 /// Arguments of a latent attention.
+#[derive(ExtensionType)]
 pub(crate) struct LatentInputs<B: Backend> {
     /// Rotated queries, as [`Operands::rounded`] has them where gradients are recorded.
     pub(crate) q: FloatTensor<B>,
@@ -117,30 +107,19 @@ impl<B: LatentAttentionGradients> Backward<B, 4> for LatentAttention {
 }
 
 impl<B: LatentAttentionGradients, C: CheckpointStrategy> LatentAttentionOps for Autodiff<B, C> {
-    fn latent_attention(
-        q: FloatTensor<Self>,
-        kv_a: FloatTensor<Self>,
-        norm: FloatTensor<Self>,
-        kv_b: FloatTensor<Self>,
-        cos: FloatTensor<Self>,
-        sin: FloatTensor<Self>,
-        starts: IntTensor<Self>,
-        dims: MlaDims,
-        precision: Precision,
-    ) -> FloatTensor<Self> {
+    fn latent_attention(inputs: LatentInputs<Self>) -> FloatTensor<Self> {
+        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
         let nodes = [q.node(), kv_a.node(), norm.node(), kv_b.node()];
         let prep = LatentAttention.prepare::<C>(nodes).compute_bound().stateful();
         let [q, kv_a, norm, kv_b, cos, sin] = [q, kv_a, norm, kv_b, cos, sin].map(|tensor| tensor.into_primitive());
         let [q, kv_b] = [q, kv_b].map(|x| B::rounded(x, precision));
+        let inputs = LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision };
         match prep {
             OpsKind::Tracked(prep) => {
-                let inputs = LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision };
                 let (out, lse) = B::latent_attention_saving(inputs.clone());
                 prep.finish(LatentState { inputs, out: out.clone(), lse }, out)
             }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(B::latent_attention(q, kv_a, norm, kv_b, cos, sin, starts, dims, precision))
-            }
+            OpsKind::UnTracked(prep) => prep.finish(B::latent_attention(inputs)),
         }
     }
 }

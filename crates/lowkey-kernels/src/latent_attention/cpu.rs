@@ -13,7 +13,6 @@ use crate::causal_attention::cpu::{self as attention, Dims, Saved};
 use crate::cpu::linear::{Tokens, input_gradient, project, weight_gradient};
 use crate::cpu::tensors::{dims, integers, like, new, numbers, wanted_like};
 use crate::norm::cpu::{Target, rms_norm, rms_norm_grad};
-use crate::precision::Precision;
 use crate::rotary::cpu::{Table, Turn, rotate};
 
 /// Sizes and factors of one latent attention.
@@ -177,18 +176,8 @@ impl LatentArguments {
 }
 
 impl LatentAttentionOps for Flex {
-    fn latent_attention(
-        q: FlexTensor,
-        kv_a: FlexTensor,
-        norm: FlexTensor,
-        kv_b: FlexTensor,
-        cos: FlexTensor,
-        sin: FlexTensor,
-        starts: FlexTensor,
-        dims: MlaDims,
-        precision: Precision,
-    ) -> FlexTensor {
-        Self::latent_attention_saving(LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision }).0
+    fn latent_attention(inputs: LatentInputs<Self>) -> FlexTensor {
+        Self::latent_attention_saving(inputs).0
     }
 }
 

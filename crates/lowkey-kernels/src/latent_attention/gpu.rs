@@ -13,7 +13,6 @@ use crate::causal_attention::gpu::Attention;
 use crate::gpu::product::{format, operand, product, rounded_projection, transposed};
 use crate::gpu::tensors::{dims, reshaped};
 use crate::norm::gpu::{Rows, rms_norm, rms_norm_grad};
-use crate::precision::Precision;
 use crate::rotary::gpu::{Turn, rotated};
 
 /// What a latent's keys and values are made of, formed anew in each direction.
@@ -59,18 +58,8 @@ fn contiguous(inputs: LatentInputs<CubeBackend>) -> LatentInputs<CubeBackend> {
 }
 
 impl LatentAttentionOps for CubeBackend {
-    fn latent_attention(
-        q: CubeTensor,
-        kv_a: CubeTensor,
-        norm: CubeTensor,
-        kv_b: CubeTensor,
-        cos: CubeTensor,
-        sin: CubeTensor,
-        starts: CubeTensor,
-        dims: MlaDims,
-        precision: Precision,
-    ) -> CubeTensor {
-        Self::latent_attention_saving(LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision }).0
+    fn latent_attention(inputs: LatentInputs<Self>) -> CubeTensor {
+        Self::latent_attention_saving(inputs).0
     }
 }
 
