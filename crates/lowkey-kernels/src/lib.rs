@@ -16,6 +16,17 @@
 //! CubeCL kernels, and what reads a cache is a composition; products of weights are kernels of CubeK and attentions of 16 bits run on
 //! matrix units, the fastest of several being chosen at a shape's first use. Tensors that are not f32 take the [`mod@reference`].
 //!
+//! **Where to find things.** Each operation is one file with its entry and one folder with all else of it: `reference.rs` says it in plain
+//! tensor operations, `autodiff.rs` what a backend has to give and what the backward pass keeps, `cpu.rs` and `gpu.rs` compute it (with
+//! `gpu/kernels.rs` for what runs on the device), `tests.rs` holds them to the reference. What several operations share lies in `cpu`
+//! (products, tiles, rows), `gpu` (products, the choice between kernels, launches) and `autodiff` (whose gradients are wanted); an
+//! operation may use another one's parts, as latent attention uses those of the causal one; no two use each other.
+//!
+//! **To add an operation.** Write `NAME/reference.rs` and list it in [`mod@reference`]. Declare in `NAME/autodiff.rs` a trait of its own
+//! with `#[backend_extension]` for the forward pass, a second one for what the backward pass needs, and the place in autodiff. Implement
+//! both traits in `NAME/cpu.rs` and `NAME/gpu.rs`, give `NAME.rs` the entry with its shapes and source, and export that here. Add
+//! `NAME/tests.rs`, and to `differences` the slopes of its definition.
+//!
 //! **Devices.** [`device::open`] gives a device for a name, [`device::list`] all of them. A GPU has one queue for all threads.
 //!
 //! **What this crate does not know.** Models, parameters, names, files, text. It is the only crate that knows a backend.
