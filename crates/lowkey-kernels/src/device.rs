@@ -2,10 +2,12 @@
 
 #[cfg(any(test, feature = "cuda"))]
 mod cuda;
+pub(crate) mod facts;
 
 use std::collections::BTreeMap;
 
 use burn::tensor::Device;
+pub use facts::{KernelTime, Properties, is_cpu};
 
 /// Names under which this build could open a device, with the Cargo feature that each needs.
 const KINDS: [(&str, &str, bool); 4] = [
@@ -63,44 +65,6 @@ pub struct Found {
     pub properties: Option<Properties>,
     /// Why it cannot be used, if so.
     pub unusable: Option<String>,
-}
-
-/// What a GPU, or what stands in for one, is and can do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Properties {
-    /// The part as it names itself.
-    pub part: String,
-    /// What kernels are compiled for.
-    pub target: String,
-    /// A rasteriser that runs on the CPU.
-    pub software: bool,
-    /// Largest number of bytes in one tensor.
-    pub max_tensor: u64,
-    /// Bytes of shared memory of a cube (block, work group).
-    pub shared_memory: usize,
-    /// Units (threads) of a cube.
-    pub units: u32,
-    /// Units that run in step, at least and at most.
-    pub plane: (u32, u32),
-    /// Tensors of a kernel.
-    pub bindings: u32,
-    /// Formats that can be calculated with.
-    pub dtypes: Vec<&'static str>,
-    /// Formats and sizes of products on matrix units, `bf16 16×16×16`; empty: there are none.
-    pub matrix_units: Vec<String>,
-}
-
-/// What a GPU has spent on one kernel, or on all launches for one purpose.
-#[derive(Clone, Debug, PartialEq)]
-pub struct KernelTime {
-    /// The product with its shape, or the kernel's own name.
-    pub name: String,
-    /// How often it ran.
-    pub launches: usize,
-    /// All launches together, on the device's clock where it has one.
-    pub seconds: f64,
-    /// Floating-point operations of all launches; 0 where they were not counted.
-    pub flops: f64,
 }
 
 /// Runs `job` and tells what each GPU kernel in it took, longest first. `job` has to wait for the device itself.
@@ -168,7 +132,7 @@ pub fn list() -> Vec<Found> {
 pub fn properties(device: &Device) -> Option<Properties> {
     #[cfg(feature = "gpu")]
     if !is_cpu(device) {
-        return crate::gpu::properties(&device.clone().without_autodiff());
+        return crate::gpu::properties::properties(&device.clone().without_autodiff());
     }
     let _ = device;
     None
@@ -178,7 +142,7 @@ pub fn properties(device: &Device) -> Option<Properties> {
 pub fn has_collectives(device: &Device) -> bool {
     #[cfg(feature = "gpu")]
     if !is_cpu(device) {
-        return crate::gpu::has_collectives(&device.clone().without_autodiff());
+        return crate::gpu::properties::has_collectives(&device.clone().without_autodiff());
     }
     let _ = device;
     false
@@ -211,11 +175,6 @@ pub fn choose_kernels(earlier: BTreeMap<String, String>) {
     crate::gpu::tune::choose(earlier);
     #[cfg(not(feature = "gpu"))]
     drop(earlier);
-}
-
-/// Whether tensors of this device lie in the main memory and are worked on by the CPU's kernels.
-pub fn is_cpu(device: &Device) -> bool {
-    *device == Device::flex()
 }
 
 fn automatic() -> Device {
@@ -258,7 +217,7 @@ fn of_kind(kind: &str) -> Vec<Found> {
     let unusable = None::<String>;
     let named = devices.into_vec().into_iter().enumerate().map(|(i, device)| Found {
         name: format!("{kind}:{i}"),
-        properties: crate::gpu::properties(&device),
+        properties: crate::gpu::properties::properties(&device),
         device,
         unusable: unusable.clone(),
     });

@@ -4,6 +4,8 @@ use std::sync::OnceLock;
 
 use burn::tensor::{Device, Distribution, Tensor};
 
+use crate::MlpWeights;
+
 /// The device of all tests, with autodiff: the CPU, or what the environment variable `LOWKEY_TEST_DEVICE` names.
 pub(crate) fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
@@ -23,6 +25,10 @@ pub(crate) fn is_cpu() -> bool {
 
 pub(crate) fn random<const D: usize>(shape: [usize; D], spread: f64) -> Tensor<D> {
     Tensor::random(shape, Distribution::Normal(0.0, spread), &device()).require_grad()
+}
+
+pub(crate) fn mlp(d: usize, f: usize) -> MlpWeights {
+    MlpWeights { norm: random([d], 1.0), gate: random([f, d], 0.5), up: random([f, d], 0.5), down: random([d, f], 0.5) }
 }
 
 pub(crate) fn host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {

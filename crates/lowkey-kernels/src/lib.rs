@@ -16,35 +16,53 @@
 //! CubeCL kernels, and what reads a cache is a composition; products of weights are kernels of CubeK and attentions of 16 bits run on
 //! matrix units, the fastest of several being chosen at a shape's first use. Tensors that are not f32 take the [`mod@reference`].
 //!
+//! **Where to find things.** Each operation is one file with its entry and one folder with all else of it: `reference.rs` says it in plain
+//! tensor operations, `autodiff.rs` what a backend has to give and what the backward pass keeps, `cpu.rs` and `gpu.rs` compute it (with
+//! `gpu/kernels.rs` for what runs on the device), `tests.rs` holds them to the reference. What several operations share lies in `cpu`
+//! (products, tiles, rows), `gpu` (products, the choice between kernels, launches) and `autodiff` (whose gradients are wanted); an
+//! operation may use another one's parts, as latent attention uses those of the causal one; no two use each other.
+//!
+//! **To add an operation.** Write `NAME/reference.rs` and list it in [`mod@reference`]. Declare in `NAME/autodiff.rs` a trait of its own
+//! with `#[backend_extension]` for the forward pass, a second one for what the backward pass needs, and the place in autodiff. Implement
+//! both traits in `NAME/cpu.rs` and `NAME/gpu.rs`, give `NAME.rs` the entry with its shapes and source, and export that here. Add
+//! `NAME/tests.rs`, and to `differences` the slopes of its definition.
+//!
 //! **Devices.** [`device::open`] gives a device for a name, [`device::list`] all of them. A GPU has one queue for all threads.
 //!
 //! **What this crate does not know.** Models, parameters, names, files, text. It is the only crate that knows a backend.
 
-mod attention;
-mod block;
-mod block_ops;
-mod cache_ops;
-mod cached;
+mod autodiff;
+mod cache;
+mod causal_attention;
 mod cpu;
 pub mod device;
 #[cfg(test)]
 mod differences;
+mod embedding;
 #[cfg(test)]
 mod fixtures;
-mod flex;
-mod fused;
 #[cfg(feature = "gpu")]
 mod gpu;
-mod ops;
+mod latent_attention;
+mod linear;
+mod loss;
+mod masked_attention;
+mod mlp;
+mod norm;
 pub mod optim;
 mod precision;
 pub mod reference;
+mod rotary;
 pub mod routing;
 
-pub use attention::{Mask, attention, scores};
-pub use block::{LatentWeights, MlaDims, MlpWeights, add_linear, gated_mlp, latent_attention, linear};
-pub use cached::{Stored, absorbed_attention};
-pub use fused::{
-    Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, distill_sum, embed, rms_norm, rotate,
-};
+pub use cache::{Stored, absorbed_attention};
+pub use causal_attention::causal_attention;
+pub use embedding::embed;
+pub use latent_attention::{LatentWeights, MlaDims, latent_attention};
+pub use linear::{add_linear, linear};
+pub use loss::{Labels, LossSum, cross_entropy_each, cross_entropy_sum, distill_sum};
+pub use masked_attention::{Mask, attention, scores};
+pub use mlp::{MlpWeights, gated_mlp};
+pub use norm::rms_norm;
 pub use precision::{Precision, Scope, scope};
+pub use rotary::rotate;

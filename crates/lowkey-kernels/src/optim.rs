@@ -4,40 +4,19 @@
 //! on how many there are. A tensor that is handed over with its only handle is written in place: nothing of the size of the
 //! model is allocated.
 
-mod flex;
-pub(crate) mod gate;
-pub(crate) mod reference;
+mod cpu;
+mod gate;
+#[cfg(feature = "gpu")]
+mod gpu;
+mod judgement;
+mod reference;
+mod steps;
 
 use burn::tensor::Tensor;
-pub use gate::{Fault, Gate, Judgement, Terms, Verdict, clip_factor};
 use rayon::prelude::*;
 
-use crate::precision::Precision;
-
-/// The numbers of one AdamW step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamWStep {
-    /// Factor on the gradient: 1, or less where its global norm is clipped.
-    pub clip: f64,
-    /// Learning rate of this step.
-    pub lr: f64,
-    /// Decay of the first and second moment.
-    pub betas: [f64; 2],
-    /// ε beside the root of the second moment.
-    pub eps: f64,
-    /// Decoupled decay of the parameter.
-    pub weight_decay: f64,
-    /// Which step this is, counted from 1: the moments are corrected for having begun at zero.
-    pub step: u64,
-}
-
-impl AdamWStep {
-    /// `(1 − β₁ᵗ, √(1 − β₂ᵗ))`
-    pub(crate) fn corrections(&self) -> (f64, f64) {
-        let [beta1, beta2] = self.betas.map(|beta| 1.0 - beta.powf(self.step as f64));
-        (beta1, beta2.sqrt())
-    }
-}
+pub use self::judgement::{Fault, Gate, Judgement, Terms, Verdict, clip_factor};
+pub use self::steps::{AdamWStep, MuonStep};
 
 /// AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2) with PyTorch's order of operations: with g the clipped gradient,
 /// `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`,
@@ -56,15 +35,15 @@ pub fn adamw(
     gate: Option<&Gate>,
 ) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
     same_lengths(&value, [&gradient, &m, &v]);
-    let tensors = match flex::on_cpu([value, gradient, m, v]) {
+    let tensors = match cpu::on_cpu([value, gradient, m, v]) {
         Ok(storage) => {
-            let [value, m, v] = flex::adamw(storage, step).map(flex::tensor);
+            let [value, m, v] = cpu::adamw(storage, step).map(cpu::tensor);
             return (value, m, v);
         }
         Err(tensors) => tensors,
     };
     #[cfg(feature = "gpu")]
-    let tensors = match crate::gpu::optim::adamw(vec![(tensors, step)], gate).map(|mut all| all.pop()) {
+    let tensors = match gpu::adamw(vec![(tensors, step)], gate).map(|mut all| all.pop()) {
         Ok(Some([value, m, v])) => return (value, m, v),
         Ok(None) => unreachable!("one goes in and one comes out"),
         Err(mut all) => all.pop().unwrap_or_else(|| unreachable!("it comes back as it was")).0,
@@ -78,7 +57,7 @@ pub fn adamw(
 /// other; a GPU takes as many in one launch as it has bindings for.
 pub fn adamw_each(all: Vec<([Tensor<1>; 4], AdamWStep)>, gate: Option<&Gate>) -> Vec<[Tensor<1>; 3]> {
     #[cfg(feature = "gpu")]
-    let all = match crate::gpu::optim::adamw(all, gate) {
+    let all = match gpu::adamw(all, gate) {
         Ok(done) => return done,
         Err(all) => all,
     };
@@ -87,32 +66,6 @@ pub fn adamw_each(all: Vec<([Tensor<1>; 4], AdamWStep)>, gate: Option<&Gate>) ->
         [value, m, v]
     };
     all.into_par_iter().with_max_len(1).map(one).collect()
-}
-
-/// Root mean square of a Muon update at learning rate 1: about that of AdamW's (Moonlight, arXiv 2502.16982, section 2.2), so
-/// that its learning rates and decays carry over.
-const MUON_RMS: f64 = 0.2;
-
-/// The numbers of one Muon step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MuonStep {
-    /// Factor on the gradient: 1, or less where its global norm is clipped.
-    pub clip: f64,
-    /// Learning rate of this step.
-    pub lr: f64,
-    /// Decay μ of the momentum buffer.
-    pub momentum: f64,
-    /// Decoupled decay of the parameter.
-    pub weight_decay: f64,
-    /// What products are computed in, on a GPU; five steps of an iteration that corrects itself forgive 16 bits.
-    pub precision: Precision,
-}
-
-impl MuonStep {
-    /// Size of the update of a matrix at learning rate 1.
-    pub(crate) fn scale(rows: usize, columns: usize) -> f64 {
-        MUON_RMS * (rows.max(columns) as f64).sqrt()
-    }
 }
 
 /// Muon (Jordan et al. 2024, <https://kellerjordan.github.io/posts/muon/>) for matrices that stand one below the other: with
@@ -133,9 +86,9 @@ pub fn muon(
 ) -> (Tensor<1>, Tensor<1>) {
     same_lengths(&value, [&gradient, &buffer]);
     assert_eq!(value.dims(), [heights.iter().sum::<usize>() * width], "the blocks are not the whole parameter");
-    match flex::on_cpu([value, gradient, buffer]) {
+    match cpu::on_cpu([value, gradient, buffer]) {
         Ok(storage) => {
-            let [value, buffer] = flex::muon(storage, width, heights, step).map(flex::tensor);
+            let [value, buffer] = cpu::muon(storage, width, heights, step).map(cpu::tensor);
             (value, buffer)
         }
         Err(tensors) => muon_elsewhere(tensors, width, heights, step, gate),
@@ -150,7 +103,7 @@ fn muon_elsewhere(
     step: MuonStep,
     gate: Option<&Gate>,
 ) -> (Tensor<1>, Tensor<1>) {
-    match crate::gpu::optim::muon(tensors, width, heights, step, gate) {
+    match gpu::muon(tensors, width, heights, step, gate) {
         Ok([value, buffer]) => (value, buffer),
         Err(tensors) => {
             let [value, gradient, buffer] = *tensors;
@@ -176,9 +129,9 @@ fn muon_elsewhere(
 /// All `[numel]`.
 pub fn accumulate(first: Tensor<1>, others: Vec<Tensor<1>>) -> Tensor<1> {
     same_lengths(&first, &others);
-    let Some(storage) = flex::all_on_cpu(&others) else { return reference::accumulate(first, others) };
-    match flex::on_cpu([first]) {
-        Ok([first]) => flex::tensor(flex::accumulate(first, &storage)),
+    let Some(storage) = cpu::all_on_cpu(&others) else { return reference::accumulate(first, others) };
+    match cpu::on_cpu([first]) {
+        Ok([first]) => cpu::tensor(cpu::accumulate(first, &storage)),
         Err([first]) => reference::accumulate(first, others),
     }
 }
@@ -186,11 +139,11 @@ pub fn accumulate(first: Tensor<1>, others: Vec<Tensor<1>>) -> Tensor<1> {
 /// `Σ x²` of each tensor `[numel]`, added up in f64; on a GPU parts of it in f32, and all are read back at once.
 pub fn sums_of_squares(tensors: &[Tensor<1>]) -> Vec<f64> {
     #[cfg(feature = "gpu")]
-    if let Some(sums) = crate::gpu::optim::sums_of_squares(tensors) {
+    if let Some(sums) = gpu::sums_of_squares(tensors) {
         return sums;
     }
-    let one = |x: &Tensor<1>| match flex::on_cpu([x.clone()]) {
-        Ok([x]) => flex::sum_of_squares(&x),
+    let one = |x: &Tensor<1>| match cpu::on_cpu([x.clone()]) {
+        Ok([x]) => cpu::sum_of_squares(&x),
         Err([x]) => reference::sum_of_squares(x),
     };
     tensors.par_iter().map(one).collect()
@@ -198,7 +151,7 @@ pub fn sums_of_squares(tensors: &[Tensor<1>]) -> Vec<f64> {
 
 /// Where the numbers of an f32 tensor lie in memory, for checks that nothing is copied; `None` on other devices.
 pub fn address(x: &Tensor<1>) -> Option<usize> {
-    flex::on_cpu([x.clone()]).ok().map(|[x]| flex::address(&x))
+    cpu::on_cpu([x.clone()]).ok().map(|[x]| cpu::address(&x))
 }
 
 fn same_lengths<'a>(first: &Tensor<1>, others: impl IntoIterator<Item = &'a Tensor<1>>) {

@@ -1,7 +1,10 @@
-//! One buffer, several writers.
+//! Work in parallel pieces: how large they are, and one buffer with several writers.
+
+/// Elements per parallel piece: large enough to hide the cost of handing it out.
+pub(crate) const PIECE: usize = 1 << 14;
 
 /// A buffer whose parts are written by several tasks, each its own ranges.
-pub(super) struct Parts<'a> {
+pub(crate) struct Parts<'a> {
     start: *mut f32,
     len: usize,
     buffer: std::marker::PhantomData<&'a mut [f32]>,
@@ -11,7 +14,7 @@ pub(super) struct Parts<'a> {
 unsafe impl Sync for Parts<'_> {}
 
 impl<'a> Parts<'a> {
-    pub(super) fn new(buffer: &'a mut [f32]) -> Self {
+    pub(crate) fn new(buffer: &'a mut [f32]) -> Self {
         Self { start: buffer.as_mut_ptr(), len: buffer.len(), buffer: std::marker::PhantomData }
     }
 
@@ -20,7 +23,7 @@ impl<'a> Parts<'a> {
     /// # Safety
     /// While the returned slice lives, no other range that overlaps it may be asked for.
     #[expect(clippy::mut_from_ref, reason = "tasks write disjoint ranges of one buffer")]
-    pub(super) unsafe fn range(&self, at: usize, len: usize) -> &mut [f32] {
+    pub(crate) unsafe fn range(&self, at: usize, len: usize) -> &mut [f32] {
         assert!(at <= self.len && len <= self.len - at, "range exceeds its buffer");
         // SAFETY: in bounds by the assertion, of a buffer borrowed mutably for longer than `self`, and unaliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }

@@ -6,19 +6,19 @@
 use pulp::Simd;
 
 /// Rows of a tile. Every row count is rounded up to a multiple of it: buffers must have that many rows.
-pub(super) const ROWS: usize = 6;
+pub(crate) const ROWS: usize = 6;
 
 /// Widths are multiples of this many numbers, whatever the processor's vectors hold.
-pub(super) use super::vector::LANES;
+pub(crate) use super::vector::LANES;
 
 /// A buffer of zeros that begins at a cache line.
-pub(super) struct Aligned {
+pub(crate) struct Aligned {
     data: Vec<f32>,
     start: usize,
 }
 
 impl Aligned {
-    pub(super) fn zeros(len: usize) -> Self {
+    pub(crate) fn zeros(len: usize) -> Self {
         let data = vec![0.0f32; len + LANES];
         // A failed alignment only costs speed.
         let start = data.as_ptr().align_offset(64).min(LANES);
@@ -42,25 +42,25 @@ impl std::ops::DerefMut for Aligned {
 
 /// The left factor: number `(row, k)` lies at `row · rows + k · inner`.
 #[derive(Clone, Copy)]
-pub(super) struct Left<'a> {
-    pub(super) data: &'a [f32],
-    pub(super) rows: usize,
-    pub(super) inner: usize,
+pub(crate) struct Left<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) rows: usize,
+    pub(crate) inner: usize,
 }
 
 /// Which part of a tile row to compute, and over which part of the inner dimension.
 #[derive(Clone, Copy)]
-pub(super) struct Extent {
+pub(crate) struct Extent {
     /// Inner dimension `from..to`.
-    pub(super) inner: (usize, usize),
+    pub(crate) inner: (usize, usize),
     /// Columns to compute from column 0, rounded up to [`LANES`].
-    pub(super) columns: usize,
+    pub(crate) columns: usize,
 }
 
 /// `out = A B` or `out += A B` for rows `0..rows` (rounded up to [`ROWS`]), with `B [inner, columns]` in rows `b.1` apart and
 /// `out` in rows `out.1` apart. `extent(first row)` says for each [`ROWS`] rows what of them is wanted.
 #[inline(always)]
-pub(super) fn multiply<S: Simd>(
+pub(crate) fn multiply<S: Simd>(
     simd: S,
     rows: usize,
     a: Left,
@@ -76,7 +76,7 @@ pub(super) fn multiply<S: Simd>(
 /// [`multiply`] in tiles of 8 or [`ROWS`] rows, whichever wastes fewer: buffers must have room for both, and an extent must hold
 /// for 8 rows.
 #[inline(always)]
-pub(super) fn multiply_either<S: Simd>(
+pub(crate) fn multiply_either<S: Simd>(
     simd: S,
     rows: usize,
     a: Left,
@@ -204,7 +204,7 @@ unsafe fn tile<S: Simd, const M: usize, const N: usize>(simd: S, p: Place, accum
 /// Rows come in `a.1` apart, `[rows, lanes, pairs]` sizes, and columns paired: `b[k · lanes + 2c + i]` is number `2k + i` of column
 /// `c`. Two numbers of a row are one broadcast, so that 8 columns fill vectors of 16 lanes and no sum runs across lanes.
 #[inline(always)]
-pub(super) fn paired_products<S: Simd>(
+pub(crate) fn paired_products<S: Simd>(
     simd: S,
     [rows, lanes, pairs]: [usize; 3],
     a: (&[f32], usize),

@@ -1,7 +1,7 @@
 //! Row primitives. All are `inline(always)`: they take the instruction set of the `pulp` dispatch around them.
 
 /// Numbers that a loop takes at a time.
-pub(super) const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// e^x for x ≤ 88, to about 1e-7 relative; below −87 it stays at e^−87, which is 0 beside anything it is added to.
 ///

@@ -5,6 +5,7 @@
 
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, FloatDType, Tensor};
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::ir::{ElemType, FloatKind};
 use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
@@ -20,11 +21,13 @@ use cubek::matmul::multi_level::routines::batch::simple_unit::SimpleUnitSelectio
 use cubek::matmul::routine::BlueprintStrategy::Inferred;
 use cubek::std::InputBinding;
 
-use super::{dims, new_of, profile, tune};
+use super::tensors::{dims, new_of};
+use super::{profile, tune};
+use crate::autodiff::Operands;
 use crate::precision::Precision;
 
 /// The format of a product's operands.
-pub(super) fn format(precision: Precision) -> DType {
+pub(crate) fn format(precision: Precision) -> DType {
     match precision {
         Precision::F32 | Precision::Tf32 => DType::F32,
         Precision::Bf16 => DType::BF16,
@@ -33,12 +36,12 @@ pub(super) fn format(precision: Precision) -> DType {
 }
 
 /// The operand of a product in the format that products are computed in.
-pub(super) fn operand(x: CubeTensor, precision: Precision) -> CubeTensor {
+pub(crate) fn operand(x: CubeTensor, precision: Precision) -> CubeTensor {
     cast(x, format(precision))
 }
 
 /// The tensor in another format; itself where it has it.
-pub(super) fn cast(x: CubeTensor, dtype: DType) -> CubeTensor {
+pub(crate) fn cast(x: CubeTensor, dtype: DType) -> CubeTensor {
     match dtype {
         dtype if dtype == x.dtype => x,
         DType::BF16 => CubeBackend::float_cast(x, FloatDType::BF16),
@@ -47,7 +50,7 @@ pub(super) fn cast(x: CubeTensor, dtype: DType) -> CubeTensor {
     }
 }
 
-pub(super) fn transposed(a: CubeTensor) -> CubeTensor {
+pub(crate) fn transposed(a: CubeTensor) -> CubeTensor {
     CubeBackend::float_swap_dims(a, 0, 1)
 }
 
@@ -136,12 +139,12 @@ fn layout(x: &CubeTensor) -> char {
 }
 
 /// `a · b` of matrices of one format, summed and returned in f32.
-pub(super) fn product(a: CubeTensor, b: CubeTensor, precision: Precision) -> CubeTensor {
+pub(crate) fn product(a: CubeTensor, b: CubeTensor, precision: Precision) -> CubeTensor {
     product_of(a, b, precision, DType::F32)
 }
 
 /// The same, summed in f32 and returned in the format of operands.
-pub(super) fn rounded_product(a: CubeTensor, b: CubeTensor, precision: Precision) -> CubeTensor {
+pub(crate) fn rounded_product(a: CubeTensor, b: CubeTensor, precision: Precision) -> CubeTensor {
     product_of(a, b, precision, format(precision))
 }
 
@@ -190,6 +193,22 @@ fn product_of(a: CubeTensor, b: CubeTensor, precision: Precision, dtype: DType) 
             })
         },
     )
+}
+
+/// `x Wᵀ` of a tall matrix.
+pub(crate) fn projected(x: CubeTensor, weight: CubeTensor, precision: Precision) -> CubeTensor {
+    product(operand(x, precision), transposed(operand(weight, precision)), precision)
+}
+
+/// The same of what is rounded already, rounded for a product that reads it.
+pub(crate) fn rounded_projection(x: CubeTensor, weight: CubeTensor, precision: Precision) -> CubeTensor {
+    into_contiguous(rounded_product(x, transposed(operand(weight, precision)), precision))
+}
+
+impl Operands for CubeBackend {
+    fn rounded(x: CubeTensor, precision: Precision) -> CubeTensor {
+        operand(x, precision)
+    }
 }
 
 /// `a · b` of as many matrices each, in f32 on plain units; `None` where they are not f32 on a GPU.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use cubecl::config::{TypeNameFormatLevel, type_name_format};
 use cubecl::logging::{LaunchObservation, LaunchObserver, ProfileDuration, TimingMethod, TimingRequest};
 
-use crate::device::KernelTime;
+use crate::device::facts::KernelTime;
 
 /// Whether anybody looks.
 static LOOKING: AtomicBool = AtomicBool::new(false);
@@ -20,7 +20,7 @@ thread_local! {
 }
 
 /// Runs `launch`, whose kernels go by the name of what they do, with their floating-point operations.
-pub(super) fn named<R>(purpose: impl FnOnce() -> (String, f64), launch: impl FnOnce() -> R) -> R {
+pub(crate) fn named<R>(purpose: impl FnOnce() -> (String, f64), launch: impl FnOnce() -> R) -> R {
     if !LOOKING.load(Ordering::Relaxed) {
         return launch();
     }

@@ -5,7 +5,7 @@ use burn_cubecl::CubeBackend;
 use cubecl::features::TypeUsage;
 use cubecl::ir::{ElemType, FloatKind};
 
-use crate::device::Properties;
+use crate::device::facts::Properties;
 
 /// Whether devices of this kind add up tensors among themselves here.
 pub(crate) fn has_collectives(device: &Device) -> bool {

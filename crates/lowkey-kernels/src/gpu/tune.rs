@@ -33,18 +33,18 @@ const LAUNCHES: u32 = 3;
 const LONG: Duration = Duration::from_millis(20);
 
 /// Ways by keys that are cheaper to make and to compare than their names: what every step asks for again.
-pub(super) struct Known<K, T>(LazyLock<Mutex<Ways<K, T>>>);
+pub(crate) struct Known<K, T>(LazyLock<Mutex<Ways<K, T>>>);
 
 /// By whether the device is measured, how often choices had been put back, and the key.
 type Ways<K, T> = HashMap<(bool, usize, K), T>;
 
 impl<K: Eq + Hash, T: Clone> Known<K, T> {
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self(LazyLock::new(Mutex::default))
     }
 
     /// The way of a key; chosen where nobody has asked on a device of this kind before.
-    pub(super) fn get(&self, client: &Client, key: K, choose: impl FnOnce() -> T) -> T {
+    pub(crate) fn get(&self, client: &Client, key: K, choose: impl FnOnce() -> T) -> T {
         let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (is_real(client), CHOSEN_ANEW.load(Ordering::Relaxed), key);
         if let Some(way) = lock().get(&key) {
@@ -82,7 +82,7 @@ fn is_real(client: &Client) -> bool {
 }
 
 /// The one of `candidates` that computes `what` fastest within `tolerance` (relative, root mean square) of the first.
-pub(super) fn fastest<T: Clone>(
+pub(crate) fn fastest<T: Clone>(
     client: &Client,
     what: impl FnOnce() -> String,
     tolerance: f64,

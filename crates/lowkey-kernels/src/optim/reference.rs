@@ -3,7 +3,7 @@
 
 use burn::tensor::Tensor;
 
-use super::{AdamWStep, MuonStep};
+use super::steps::{AdamWStep, MuonStep};
 
 /// See [`super::adamw`].
 pub(crate) fn adamw(

@@ -5,6 +5,7 @@ use std::slice::from_ref;
 use burn::tensor::{DType, FloatDType, TensorData};
 
 use super::*;
+use crate::Precision;
 use crate::fixtures::{is_cpu, plain_device};
 
 /// Around one piece, several pieces with a rest, and none.
@@ -138,7 +139,7 @@ fn singular_values(x: &[f32], rows: usize, columns: usize) -> Vec<f64> {
 }
 
 fn orthogonal(mut x: Vec<f32>, rows: usize, columns: usize) -> Vec<f32> {
-    crate::cpu::muon::orthogonalise(&mut x, rows, columns);
+    cpu::muon::orthogonalise(&mut x, rows, columns);
     x
 }
 

@@ -1,3 +1,5 @@
+//! Routings looked at choice by choice, and their gradients.
+
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::{Routing, on_host, route};

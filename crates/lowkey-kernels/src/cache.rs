@@ -1,0 +1,128 @@
+//! What a cache stores, and attention straight from it.
+
+pub(crate) mod autodiff;
+mod cpu;
+pub(crate) mod reference;
+#[cfg(test)]
+mod tests;
+
+use burn::backend::Dispatch;
+use burn::tensor::{DType, FloatDType, Int, IntDType, Tensor, TensorData};
+
+use self::autodiff::CacheOps;
+use crate::device::facts::is_cpu;
+use crate::latent_attention::arguments::MlaDims;
+
+/// Cached vectors in the format that they are stored in.
+#[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one per buffer; a box would stand between every use and the tensors")]
+pub enum Stored<const D: usize> {
+    /// As floating-point numbers of any width, `[.., keys, width]`.
+    Float(Tensor<D>),
+    /// As symmetric 8-bit integers with f32 scales. A vector is cut in two parts, the first `split` numbers and the rest, if
+    /// any, each with a scale of its own: the largest magnitude of the part divided by 127. Number = code · scale, codes are
+    /// −127 to 127. A part of zeros has scale 0, a part with a NaN or an infinity has scale NaN.
+    Int8 {
+        /// `[.., keys, width]`, 8 bits each.
+        codes: Tensor<D, Int>,
+        /// `[.., keys, 2]`, or `[.., keys, 1]` where `split` is the whole width.
+        scales: Tensor<D>,
+        /// Numbers of the first part.
+        split: usize,
+    },
+}
+
+impl<const D: usize> From<Tensor<D>> for Stored<D> {
+    fn from(tensor: Tensor<D>) -> Self {
+        Self::Float(tensor)
+    }
+}
+
+impl<const D: usize> Stored<D> {
+    /// Vectors `[.., keys, width]` as [`Stored::Int8`].
+    pub fn quantise(x: Tensor<D>, split: usize) -> Self {
+        if is_cpu(&x.device()) && x.dtype() == DType::F32 {
+            let (codes, scales) = Dispatch::quantise(x.into_dispatch(), split);
+            return Self::Int8 { codes: Tensor::from_dispatch(codes), scales: Tensor::from_dispatch(scales), split };
+        }
+        let (codes, scales) = reference::quantise(x, split);
+        let (codes, scales) = (codes.cast(IntDType::I8), scales.cast(FloatDType::F32));
+        Self::Int8 { codes, scales, split }
+    }
+
+    /// The vectors as floating-point numbers of the given format; a copy where they are stored in another.
+    pub fn widen(self, dtype: DType) -> Tensor<D> {
+        let half = |dtype| matches!(dtype, DType::BF16 | DType::F16);
+        match self {
+            Self::Float(x) if x.dtype() == dtype => x,
+            Self::Float(x) if is_cpu(&x.device()) && dtype == DType::F32 && half(x.dtype()) => {
+                Tensor::from_dispatch(Dispatch::widen(x.into_dispatch()))
+            }
+            Self::Float(x) => cast(x, dtype),
+            Self::Int8 { codes, scales, split } if is_cpu(&scales.device()) && dtype == DType::F32 => {
+                Tensor::from_dispatch(Dispatch::widen_int8(codes.into_dispatch(), scales.into_dispatch(), split))
+            }
+            Self::Int8 { codes, scales, split } => cast(reference::widen(codes, scales, split), dtype),
+        }
+    }
+}
+
+/// A cast between any two formats of floating-point numbers.
+fn cast<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
+    x.cast(match dtype {
+        DType::F64 => FloatDType::F64,
+        DType::F16 => FloatDType::F16,
+        DType::BF16 => FloatDType::BF16,
+        _ => FloatDType::F32,
+    })
+}
+
+/// Attention of new queries over cached latents, in latent space ("absorbed", arXiv 2405.04434 §2.1.2): `q̃ = W_UKᵀ q_nope`
+/// attends over the latents themselves, and W_UV maps the result. No key and no value of a head ever exists, and each cached
+/// token is read once for all heads, in the format that it is stored in. Without `kv_b`, queries come already mapped and the
+/// result leaves as it is, for weights that have the maps multiplied in ("fused").
+///
+/// Query `t` of row `b` sees the cached tokens `0..=offsets[b] + t`, as far as there are any. No gradient flows through it.
+///
+/// # Shapes
+/// `cache [batch, keys, L+R]` (latent after its norm, then rotated shared key; of [`Stored::Int8`] the first part is the
+/// latent), `offsets` of length `batch`. With `kv_b [H(N+V), L]`: `q [batch, seq, H, N+R]` (rotated) → `[batch, seq, H·V]`.
+/// Without: `q [batch, seq, H, L+R]` → `[batch, seq, H·L]`.
+pub fn absorbed_attention(
+    q: Tensor<4>,
+    cache: impl Into<Stored<3>>,
+    kv_b: Option<Tensor<2>>,
+    offsets: &[usize],
+    dims: MlaDims,
+) -> Tensor<3> {
+    let cache = cache.into();
+    let [batch, _, _, of_query] = q.dims();
+    let [_, keys, width] = match &cache {
+        Stored::Float(latents) => latents.dims(),
+        Stored::Int8 { codes, .. } => codes.dims(),
+    };
+    let expected = if kv_b.is_some() { dims.nope + dims.rope } else { width };
+    assert!(
+        of_query == expected
+            && offsets.len() == batch
+            && offsets.iter().all(|offset| *offset < keys)
+            && width == dims.rank + dims.rope,
+        "absorbed_attention: q {:?}, cache {cache:?}, offsets {offsets:?} do not fit {dims:?}",
+        q.dims(),
+    );
+    if !is_cpu(&q.device()) || q.dtype() != DType::F32 {
+        let cache = cache.widen(q.dtype());
+        return reference::absorbed_attention(q, cache, kv_b, offsets, dims);
+    }
+    let at: Vec<i32> = offsets.iter().map(|offset| *offset as i32).collect();
+    let at = Tensor::<1, Int>::from_data(TensorData::new(at, [batch]), &q.device()).into_dispatch();
+    let kv_b = kv_b.unwrap_or_else(|| Tensor::empty([0, dims.rank], &q.device())).into_dispatch();
+    let q = q.into_dispatch();
+    Tensor::from_dispatch(match cache {
+        Stored::Float(latents) => Dispatch::absorbed_attention(q, latents.into_dispatch(), kv_b, at, dims),
+        Stored::Int8 { codes, scales, .. } => {
+            let (codes, scales) = (codes.into_dispatch(), scales.into_dispatch());
+            Dispatch::absorbed_attention_int8(q, codes, scales, kv_b, at, dims)
+        }
+    })
+}

@@ -1,0 +1,78 @@
+//! Operations on a cache. None has a gradient: a cache is for models that are not in training.
+
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Autodiff, AutodiffBackend, Backend, backend_extension};
+
+use crate::latent_attention::arguments::MlaDims;
+
+/// Operations on [`crate::Stored`], dispatched to the backend of their arguments.
+#[backend_extension(Autodiff, Flex)]
+pub(crate) trait CacheOps: Backend {
+    /// Attention in latent space over floating-point latents; see [`crate::absorbed_attention`]. A `kv_b` without rows stands for
+    /// none: the dispatch takes no optional tensors.
+    fn absorbed_attention(
+        q: FloatTensor<Self>,
+        cache: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self>;
+
+    /// The same over integer latents, whose first part has `dims.rank` numbers.
+    fn absorbed_attention_int8(
+        q: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self>;
+
+    /// Numbers of 16 bits as f32.
+    fn widen(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// Integers with their scales as f32.
+    fn widen_int8(codes: IntTensor<Self>, scales: FloatTensor<Self>, split: usize) -> FloatTensor<Self>;
+
+    /// Codes and scales of f32 numbers.
+    fn quantise(x: FloatTensor<Self>, split: usize) -> (IntTensor<Self>, FloatTensor<Self>);
+}
+
+impl<B: Backend + CacheOps, C: CheckpointStrategy> CacheOps for Autodiff<B, C> {
+    fn absorbed_attention(
+        q: FloatTensor<Self>,
+        cache: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self> {
+        let [q, cache, kv_b] = [q, cache, kv_b].map(|tensor| tensor.into_primitive());
+        Self::from_inner(B::absorbed_attention(q, cache, kv_b, offsets, dims))
+    }
+
+    fn absorbed_attention_int8(
+        q: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self> {
+        let [q, scales, kv_b] = [q, scales, kv_b].map(|tensor| tensor.into_primitive());
+        Self::from_inner(B::absorbed_attention_int8(q, codes, scales, kv_b, offsets, dims))
+    }
+
+    fn widen(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::from_inner(B::widen(x.into_primitive()))
+    }
+
+    fn widen_int8(codes: IntTensor<Self>, scales: FloatTensor<Self>, split: usize) -> FloatTensor<Self> {
+        Self::from_inner(B::widen_int8(codes, scales.into_primitive(), split))
+    }
+
+    fn quantise(x: FloatTensor<Self>, split: usize) -> (IntTensor<Self>, FloatTensor<Self>) {
+        let (codes, scales) = B::quantise(x.into_primitive(), split);
+        (codes, Self::from_inner(scales))
+    }
+}

@@ -1,0 +1,11 @@
+//! What several operations share on the CPU: products, tiles and rows of plain f32 slices, and the way there from a tensor.
+//!
+//! Loops are written so that the compiler vectorises them, and run through `pulp`, which picks the widest instructions that
+//! the processor has when the program runs: one binary serves every machine. Matrix products are those of the `gemm` crate.
+
+pub(crate) mod gemm;
+pub(crate) mod linear;
+pub(crate) mod parts;
+pub(crate) mod tensors;
+pub(crate) mod tile;
+pub(crate) mod vector;

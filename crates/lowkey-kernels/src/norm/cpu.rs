@@ -1,0 +1,109 @@
+//! The norm on the CPU, row by row.
+
+use burn::backend::Flex;
+use burn_flex::FlexTensor;
+use pulp::Arch;
+use rayon::prelude::*;
+
+use super::autodiff::{NormGradients, NormOps};
+use crate::cpu::linear::Tokens;
+use crate::cpu::parts::PIECE;
+use crate::cpu::tensors::{dims, like};
+use crate::cpu::vector::{dot, dot_weighted};
+
+/// `out = x / sqrt(mean(x²) + eps) · weight · factor`, row by row; rows of `out` are `stride` apart.
+pub(crate) fn rms_norm(x: Tokens, weight: &[f32], eps: f32, factor: f32, out: &mut [f32], stride: usize) {
+    let arch = Arch::new();
+    let width = weight.len();
+    let rows = (PIECE / width).max(1);
+    out.par_chunks_mut(rows * stride).enumerate().for_each(|(piece, out)| {
+        arch.dispatch(|| {
+            for (i, out) in out.chunks_mut(stride).enumerate() {
+                let x = x.row(piece * rows + i, width);
+                let inv = factor / (dot(x, x) / width as f32 + eps).sqrt();
+                for (o, (x, w)) in out.iter_mut().zip(x.iter().zip(weight)) {
+                    *o = x * inv * w;
+                }
+            }
+        });
+    });
+}
+
+/// Rows that receive a gradient, `stride` apart.
+pub(crate) struct Target<'a> {
+    pub(crate) data: &'a mut [f32],
+    pub(crate) stride: usize,
+    /// Add to what is there.
+    pub(crate) accumulate: bool,
+}
+
+/// `(d x, d weight)` of [`rms_norm`] from the gradient of its output, whose rows lie side by side. With n = x·inv:
+/// `d x = inv · (w·g − n · mean(w·g·n))`, `d weight = Σ_rows g·n`.
+pub(crate) fn rms_norm_grad(
+    x: Tokens,
+    weight: &[f32],
+    grad: &[f32],
+    eps: f32,
+    factor: f32,
+    d_x: Target,
+    d_weight: &mut [f32],
+) {
+    let arch = Arch::new();
+    let width = weight.len();
+    let rows = (PIECE / width).max(1);
+    let Target { data, stride, accumulate } = d_x;
+    // Partial sums per piece, added in order afterwards: the result does not depend on which thread was first.
+    let partial: Vec<Vec<f32>> = data
+        .par_chunks_mut(rows * stride)
+        .zip(grad.par_chunks(rows * width))
+        .enumerate()
+        .map(|(piece, (d_x, grad))| {
+            let mut sum = vec![0.0; width];
+            arch.dispatch(|| {
+                for (i, (d_x, grad)) in d_x.chunks_mut(stride).zip(grad.chunks_exact(width)).enumerate() {
+                    let x = x.row(piece * rows + i, width);
+                    let inv = 1.0 / (dot(x, x) / width as f32 + eps).sqrt();
+                    let pull = dot_weighted(grad, x, weight) * inv * inv / width as f32;
+                    let inv = inv * factor;
+                    let inputs = x.iter().zip(grad.iter().zip(weight));
+                    for ((d, sum), (x, (g, w))) in d_x.iter_mut().zip(sum.iter_mut()).zip(inputs) {
+                        *sum += g * x * inv;
+                        let new = inv * (g * w - x * pull);
+                        *d = if accumulate { *d + new } else { new };
+                    }
+                }
+            });
+            sum
+        })
+        .collect();
+    d_weight.fill(0.0);
+    for sum in partial {
+        for (d, s) in d_weight.iter_mut().zip(sum) {
+            *d += s;
+        }
+    }
+}
+
+impl NormOps for Flex {
+    fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> FlexTensor {
+        let (x, weight) = (x.to_contiguous(), weight.to_contiguous());
+        let mut out = like(&x);
+        let [width] = dims::<1>(&weight);
+        let rows = Tokens::dense(x.storage(), width);
+        rms_norm(rows, weight.storage(), eps as f32, 1.0, out.storage_mut(), width);
+        out
+    }
+}
+
+impl NormGradients for Flex {
+    fn rms_norm_grad(x: FlexTensor, weight: FlexTensor, grad: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
+        let (x, weight, grad) = (x.to_contiguous(), weight.to_contiguous(), grad.to_contiguous());
+        let (mut d_x, mut d_weight) = (like(&x), like(&weight));
+        let [width] = dims::<1>(&weight);
+        let rows = Tokens::dense(x.storage(), width);
+        let target = Target { data: d_x.storage_mut(), stride: width, accumulate: false };
+        let (grad, d_weight_out) = (grad.storage(), d_weight.storage_mut());
+        rms_norm_grad(rows, weight.storage(), grad, eps as f32, 1.0, target, d_weight_out);
+        (d_x, d_weight)
+    }
+}

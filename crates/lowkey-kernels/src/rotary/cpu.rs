@@ -1,0 +1,129 @@
+//! The rotation on the CPU.
+
+use burn::backend::Flex;
+use burn_flex::FlexTensor;
+use pulp::Arch;
+use rayon::prelude::*;
+
+use super::autodiff::{RotaryGradients, RotaryOps};
+use crate::cpu::parts::PIECE;
+use crate::cpu::tensors::{dims, like};
+
+/// Cosines and sines, `[table rows, half]`; token `t` uses row `t % table rows`.
+#[derive(Clone, Copy)]
+pub(crate) struct Table<'a> {
+    pub(crate) cos: &'a [f32],
+    pub(crate) sin: &'a [f32],
+    /// Pairs that are rotated.
+    pub(crate) half: usize,
+}
+
+/// Which way [`rotate`] turns, and in which order the components lie before and after.
+#[derive(Clone, Copy)]
+pub(crate) enum Turn {
+    /// From halves to halves.
+    Halves,
+    /// From adjacent pairs to halves.
+    Pairs,
+    /// Back: the transposed map of [`Turn::Halves`].
+    HalvesBack,
+    /// Back: the transposed map of [`Turn::Pairs`].
+    PairsBack,
+}
+
+impl Turn {
+    /// The turn from adjacent pairs (`interleaved`) or halves, or the map back.
+    pub(crate) fn new(interleaved: bool, back: bool) -> Self {
+        match (interleaved, back) {
+            (false, false) => Self::Halves,
+            (true, false) => Self::Pairs,
+            (false, true) => Self::HalvesBack,
+            (true, true) => Self::PairsBack,
+        }
+    }
+}
+
+/// Rotates `2·half` components of each head from component `from` on; copies the others.
+///
+/// `x` and `out [tokens, heads, width]`.
+pub(crate) fn rotate(x: &[f32], table: Table, [heads, width, from]: [usize; 3], turn: Turn, out: &mut [f32]) {
+    let Table { cos, sin, half } = table;
+    if half == 0 {
+        out.copy_from_slice(x);
+        return;
+    }
+    let arch = Arch::new();
+    let token = heads * width;
+    let table_rows = cos.len() / half;
+    let per_piece = (PIECE / token).max(1);
+    let pieces = out.par_chunks_mut(per_piece * token).zip(x.par_chunks(per_piece * token)).enumerate();
+    pieces.for_each(|(piece, (out, x))| {
+        arch.dispatch(|| {
+            let tokens = out.chunks_exact_mut(token).zip(x.chunks_exact(token)).enumerate();
+            for (i, (out, x)) in tokens {
+                let row = (piece * per_piece + i) % table_rows * half;
+                let (cos, sin) = (&cos[row..row + half], &sin[row..row + half]);
+                for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                    out[..from].copy_from_slice(&x[..from]);
+                    out[from + 2 * half..].copy_from_slice(&x[from + 2 * half..]);
+                    let part = from..from + 2 * half;
+                    turn_pairs(&x[part.clone()], cos, sin, turn, &mut out[part]);
+                }
+            }
+        });
+    });
+}
+
+#[inline(always)]
+fn turn_pairs(x: &[f32], cos: &[f32], sin: &[f32], turn: Turn, out: &mut [f32]) {
+    let half = cos.len();
+    match turn {
+        Turn::Halves | Turn::HalvesBack => {
+            let sign = if matches!(turn, Turn::Halves) { 1.0 } else { -1.0 };
+            let (a, b) = x.split_at(half);
+            let (out_a, out_b) = out.split_at_mut(half);
+            for i in 0..half {
+                let s = sin[i] * sign;
+                out_a[i] = a[i] * cos[i] - b[i] * s;
+                out_b[i] = a[i] * s + b[i] * cos[i];
+            }
+        }
+        Turn::Pairs => {
+            let (out_a, out_b) = out.split_at_mut(half);
+            for i in 0..half {
+                let (a, b) = (x[2 * i], x[2 * i + 1]);
+                out_a[i] = a * cos[i] - b * sin[i];
+                out_b[i] = a * sin[i] + b * cos[i];
+            }
+        }
+        Turn::PairsBack => {
+            let (a, b) = x.split_at(half);
+            for i in 0..half {
+                out[2 * i] = a[i] * cos[i] + b[i] * sin[i];
+                out[2 * i + 1] = b[i] * cos[i] - a[i] * sin[i];
+            }
+        }
+    }
+}
+
+fn rotated(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, from: usize, turn: Turn) -> FlexTensor {
+    let (x, cos, sin) = (x.to_contiguous(), cos.to_contiguous(), sin.to_contiguous());
+    let [.., heads, width] = dims::<4>(&x);
+    let [.., half] = dims::<4>(&cos);
+    let mut out = like(&x);
+    let table = Table { cos: cos.storage(), sin: sin.storage(), half };
+    rotate(x.storage(), table, [heads, width, from], turn, out.storage_mut());
+    out
+}
+
+impl RotaryOps for Flex {
+    fn rotate(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, from: usize, interleaved: bool) -> FlexTensor {
+        rotated(&x, &cos, &sin, from, Turn::new(interleaved, false))
+    }
+}
+
+impl RotaryGradients for Flex {
+    fn rotate_back(grad: FlexTensor, cos: FlexTensor, sin: FlexTensor, from: usize, interleaved: bool) -> FlexTensor {
+        rotated(&grad, &cos, &sin, from, Turn::new(interleaved, true))
+    }
+}
