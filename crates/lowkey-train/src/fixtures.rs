@@ -10,12 +10,13 @@ use lowkey_model::{CausalLm, ModelConfig, ModelSection, Parameter, Recompute, Te
 use tempfile::TempDir;
 
 use crate::error::Result;
+use crate::event::{Event, Outcome, RunOptions};
 use crate::metrics::Metrics;
 use crate::optimizer::Optimizer;
-use crate::replicas::Replica;
 use crate::run_config::{OptimizerKind, OptimizerSection, RunConfig};
-use crate::train::{Event, Outcome, RunOptions, train};
+use crate::train::train;
 use crate::workers::{PassSettings, Workers};
+use crate::world::Replica;
 
 /// The CPU, or the device that `LOWKEY_TEST_DEVICE` names; records gradients.
 pub(crate) fn test_device() -> Device {

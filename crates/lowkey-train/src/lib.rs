@@ -19,10 +19,12 @@
 //! **What this crate does not know.** The command line, the terminal, how a model computes.
 
 pub mod bench;
+mod buckets;
 pub mod checkpoint;
 mod elastic;
 mod error;
 mod evaluate;
+mod event;
 #[cfg(test)]
 mod fixtures;
 mod loss_scale;
@@ -30,7 +32,6 @@ mod metrics;
 mod optimizer;
 mod plan;
 mod prefetch;
-mod replicas;
 mod resume;
 mod run_config;
 pub mod run_data;
@@ -42,11 +43,13 @@ mod task_runs;
 mod tensorboard;
 mod train;
 mod workers;
+mod world;
 
 pub use checkpoint::{Checkpoints, TrainerState};
 pub use elastic::Passes;
 pub use error::{Error, Result};
 pub use evaluate::{ClassEvaluation, Evaluation, Held, LatentHealth, RankEvaluation, evaluate};
+pub use event::{Event, Outcome, RunOptions};
 pub use loss_scale::LossScale;
 pub use lowkey_kernels::optim::clip_factor;
 pub use metrics::{Metrics, MetricsFile};
@@ -59,5 +62,5 @@ pub use run_config::{
 pub use run_data::RunData;
 pub use setup::{Setup, device, devices, planned_model, setup, special_tokens_note};
 pub use tensorboard::EventWriter;
-pub use train::{Event, Outcome, RunOptions, train};
+pub use train::train;
 pub use workers::{StepGradients, Workers, available_threads, ceiling, check_threads, matmul_ceiling, memory};

@@ -6,9 +6,9 @@ use lowkey_files::{Kind, MARK, Owned};
 
 use crate::checkpoint::{self, TrainerState};
 use crate::error::{Error, Result};
+use crate::event::RunOptions;
 use crate::metrics;
 use crate::run_config::RunConfig;
-use crate::train::RunOptions;
 use crate::workers::available_threads;
 
 /// What a run writes in its folder. The tokens of a text file, in `data`, are marked by who prepares them.

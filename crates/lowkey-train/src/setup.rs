@@ -13,11 +13,11 @@ use lowkey_model::ModelConfig;
 
 use crate::checkpoint::{self, TrainerState};
 use crate::error::{Error, Result};
-use crate::replicas::check_kinds;
+use crate::event::{Event, RunOptions};
 use crate::run_config::{RunConfig, RunSection};
 use crate::run_data::{self, RunData};
-use crate::train::{Event, RunOptions};
 use crate::workers::memory;
+use crate::world::check_kinds;
 
 /// What a saved model samples at where nobody has said otherwise.
 const SAVED_TEMPERATURE: f64 = 0.8;

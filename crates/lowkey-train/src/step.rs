@@ -7,8 +7,8 @@ use lowkey_model::CausalLm;
 use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
 use crate::optimizer::{Update, global_norm};
-use crate::replicas::{Replica, Replicas};
 use crate::workers::{PassSettings, StepGradients};
+use crate::world::{Replica, World};
 
 /// What stays the same from step to step.
 pub(crate) struct StepSettings<'a> {
@@ -49,7 +49,7 @@ impl Outcome {
 }
 
 impl StepTaken {
-    /// Whether nobody has to wait for it.
+    /// Whether the host already knows the outcome.
     pub(crate) fn is_known(&self) -> bool {
         matches!(self.outcome, Outcome::Known(_))
     }
@@ -93,7 +93,7 @@ impl StepSettings<'_> {
     /// As [`StepTaken::wait`], for what is known at once.
     pub(crate) fn step(
         &self,
-        replicas: &mut Replicas,
+        world: &mut World,
         batch: &Batch,
         step: u64,
         lr: f64,
@@ -103,8 +103,8 @@ impl StepSettings<'_> {
         let (results, decision) = loop {
             let factor = scale.as_ref().map_or(1.0, |scale| scale.factor);
             let passes = PassSettings { loss_scale: factor, ..self.passes };
-            let results = replicas.gradients(batch, passes)?;
-            let mut decision = self.decide(replicas, &results, factor, scale.is_some())?;
+            let results = world.gradients(batch, passes)?;
+            let mut decision = self.decide(world, &results, factor, scale.is_some())?;
             if let Some(scale) = scale.as_deref_mut() {
                 let judgement = decision.outcome.wait()?;
                 match judgement.fault {
@@ -123,10 +123,10 @@ impl StepSettings<'_> {
         if let Outcome::Known(judgement) = outcome
             && let Some(fault) = judgement.fault
         {
-            return Err(non_finite(step, rows, fault, judgement, &replicas.main().model));
+            return Err(non_finite(step, rows, fault, judgement, &world.main().model));
         }
         let precision = self.passes.precision;
-        replicas.update(results, gates, |gate| Update { clip, lr, gate, precision });
+        world.update(results, gates, |gate| Update { clip, lr, gate, precision });
         Ok(taken(outcome))
     }
 
@@ -134,26 +134,26 @@ impl StepSettings<'_> {
     ///
     /// # Errors
     /// [`Error::Device`].
-    pub(crate) fn warm_up(&self, replicas: &Replicas, batch: &Batch) -> Result<()> {
+    pub(crate) fn warm_up(&self, world: &World, batch: &Batch) -> Result<()> {
         // A kernel that could not be compiled is told by what it has left unwritten: the loss is read.
-        for gradients in replicas.gradients(batch, self.passes)? {
+        for gradients in world.gradients(batch, self.passes)? {
             gradients.loss()?;
         }
-        replicas.finish()
+        world.finish()
     }
 
     /// Whether the step may be taken: where the gradients lie, if that is a GPU.
     ///
     /// `anew`: whatever was decided before has been dealt with.
-    fn decide(&self, replicas: &Replicas, results: &[StepGradients], factor: f64, anew: bool) -> Result<Decision> {
-        let main = replicas.main();
+    fn decide(&self, world: &World, results: &[StepGradients], factor: f64, anew: bool) -> Result<Decision> {
+        let main = world.main();
         let Some(result) = results.first() else { unreachable!("there is a replica") };
         let terms = Terms { mean: result.mean(), scale: factor, limit: self.grad_clip };
         let judge = |(replica, result): (&Replica, &StepGradients)| {
             let before = if anew { None } else { replica.gate.as_ref() };
             Gate::of(&result.losses, &result.gradients, terms, before)
         };
-        let gates: Vec<Option<Gate>> = replicas.all().iter().zip(results).map(judge).collect();
+        let gates: Vec<Option<Gate>> = world.members().iter().zip(results).map(judge).collect();
         // All of them judge the same sums.
         if let Some(Some(gate)) = gates.first() {
             let verdict = Box::new(gate.ask());
@@ -187,8 +187,8 @@ mod tests {
     use crate::run_config::OptimizerKind;
 
     /// Weights and the optimiser's memory.
-    fn state(replicas: &Replicas) -> Vec<u32> {
-        let Replica { model, optimizer, .. } = replicas.main();
+    fn state(world: &World) -> Vec<u32> {
+        let Replica { model, optimizer, .. } = world.main();
         let states = optimizer.state().0.iter().flat_map(|state| state.tensors()).map(|(_, tensor)| tensor);
         weight_bits(model).into_iter().chain(bits(states)).collect()
     }
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn a_step_that_is_no_number_changes_nothing_and_neither_does_what_was_queued_after_it() {
         for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
-            let mut replicas = Replicas::new(replica(kind), vec![replica(kind)]);
+            let mut world = World::new(replica(kind), vec![replica(kind)]);
             let good = StepSettings { passes: passes(4), grad_clip: Some(0.5) };
             let bad = StepSettings {
                 passes: PassSettings { terms: &[Term::Next { z_loss: f64::INFINITY }], ..passes(4) },
@@ -205,45 +205,45 @@ mod tests {
             let batch = |step| uneven_batch(4, 11, 29, step);
             let mut norms = Vec::new();
             for step in 0..2 {
-                let taken = good.step(&mut replicas, &batch(step), step, 1e-2, None).unwrap();
-                norms.push(taken.wait(&replicas.main().model).unwrap().norm);
+                let taken = good.step(&mut world, &batch(step), step, 1e-2, None).unwrap();
+                norms.push(taken.wait(&world.main().model).unwrap().norm);
             }
             assert!(norms.iter().all(|norm| norm.is_finite() && *norm > 0.5), "{norms:?}");
-            let before = state(&replicas);
-            let model = replicas.main().model.clone();
-            let error = match bad.step(&mut replicas, &batch(2), 2, 1e-2, None) {
+            let before = state(&world);
+            let model = world.main().model.clone();
+            let error = match bad.step(&mut world, &batch(2), 2, 1e-2, None) {
                 // The CPU, which waits for itself.
                 Err(error) => error,
                 Ok(taken) => {
                     assert!(!taken.is_known());
-                    drop(good.step(&mut replicas, &batch(3), 3, 1e-2, None).unwrap());
+                    drop(good.step(&mut world, &batch(3), 3, 1e-2, None).unwrap());
                     taken.wait(&model).unwrap_err()
                 }
             };
             let Error::NonFinite { step, first_row, last_row, value, .. } = error else { panic!("{error}") };
             assert_eq!((step, first_row, last_row), (3, 8, 11));
             assert!(!value.is_finite());
-            assert!(state(&replicas) == before, "{kind:?}: something was written");
-            assert!(replicas.agree());
+            assert!(state(&world) == before, "{kind:?}: something was written");
+            assert!(world.agree());
         }
     }
 
     #[test]
     fn a_step_is_the_same_whether_anybody_waits_for_it() {
         let run = |wait: bool| {
-            let mut replicas = Replicas::new(replica(OptimizerKind::AdamW), Vec::new());
+            let mut world = World::new(replica(OptimizerKind::AdamW), Vec::new());
             let settings = StepSettings { passes: passes(2), grad_clip: Some(0.5) };
             let mut queued = Vec::new();
             for step in 0..5 {
-                let taken = settings.step(&mut replicas, &uneven_batch(4, 11, 29, step), step, 1e-2, None).unwrap();
+                let taken = settings.step(&mut world, &uneven_batch(4, 11, 29, step), step, 1e-2, None).unwrap();
                 if wait {
-                    replicas.finish().unwrap();
+                    world.finish().unwrap();
                 }
                 queued.push(taken);
             }
-            let model = replicas.main().model.clone();
+            let model = world.main().model.clone();
             let judged: Vec<_> = queued.into_iter().map(|taken| taken.wait(&model).unwrap()).collect();
-            (judged, state(&replicas))
+            (judged, state(&world))
         };
         assert!(run(true) == run(false));
     }

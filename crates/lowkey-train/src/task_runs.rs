@@ -11,12 +11,13 @@ use tempfile::TempDir;
 use crate::checkpoint;
 use crate::error::Result;
 use crate::evaluate::{Evaluation, Held};
+use crate::event::{Event, Outcome, RunOptions};
 use crate::fixtures::{names, weight_bits};
 use crate::metrics::Metrics;
 use crate::plan::Plan;
 use crate::run_config::RunConfig;
 use crate::setup::{planned_model, setup};
-use crate::train::{Event, Outcome, RunOptions, train};
+use crate::train::train;
 
 /// For runs of a few steps.
 const NO_WARMUP: &str = "lr_scheduler.warmup_steps=0";

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -21,11 +21,11 @@ use crate::checkpoint::{self, Checkpoints, TrainerState};
 use crate::elastic::Passes;
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
+use crate::event::{Event, Outcome, RunOptions};
 use crate::metrics::{Metrics, MetricsFile};
 use crate::optimizer::{Optimizer, global_norm};
 use crate::plan::Plan;
 use crate::prefetch::Prefetch;
-use crate::replicas::{Replica, Replicas, threads_each};
 use crate::resume::{self, Earlier};
 use crate::run_config::RunConfig;
 use crate::run_data::{RunData, TrainBatches};
@@ -33,83 +33,7 @@ use crate::setup::{Setup, check_memory, check_precision, check_tensors, devices,
 use crate::step::{StepSettings, StepTaken};
 use crate::tensorboard::EventWriter;
 use crate::workers::{Workers, ceiling, check_threads};
-
-/// Where a run writes, and how it starts.
-#[derive(Clone, Debug)]
-pub struct RunOptions {
-    /// The run file, for paths that are relative to it.
-    pub run_file: PathBuf,
-    /// The run's folder.
-    pub out: PathBuf,
-    /// Go on from the newest checkpoint.
-    pub resume: bool,
-    /// Replace a run that is already there.
-    pub overwrite: bool,
-    /// Facts for `environment.json`: version, commit.
-    pub environment: serde_json::Map<String, serde_json::Value>,
-}
-
-/// What a run tells whoever watches it.
-#[derive(Debug)]
-pub enum Event<'a> {
-    /// The corpus is being read.
-    Preparing(lowkey_data::Progress),
-    /// Something worth a line.
-    Note(String),
-    /// All is set; `step` is where it starts.
-    Ready {
-        /// What it will cost.
-        plan: &'a Plan,
-        /// Steps already taken.
-        step: u64,
-    },
-    /// A GPU's kernels are compiled, and the fastest were found.
-    WarmedUp {
-        /// What it took.
-        seconds: f64,
-    },
-    /// A step was taken.
-    Step(&'a Metrics),
-    /// An evaluation ended.
-    Evaluated {
-        /// Steps taken.
-        step: u64,
-        /// Its figures, on the same part of the held-out split each time.
-        evaluation: &'a Evaluation,
-    },
-    /// All steps are taken; the model as it now is.
-    Finished {
-        /// Its figures.
-        evaluation: &'a Evaluation,
-        /// What of the held-out split was measured.
-        on: &'a str,
-    },
-    /// A prompt was continued.
-    Sample {
-        /// The prompt.
-        prompt: &'a str,
-        /// Its continuation.
-        text: &'a str,
-    },
-    /// A checkpoint was written.
-    Saved {
-        /// Its folder.
-        path: &'a Path,
-        /// Whether it has the lowest held-out loss so far.
-        best: bool,
-    },
-}
-
-/// How a run ended.
-#[derive(Debug)]
-pub struct Outcome {
-    /// Steps taken.
-    pub step: u64,
-    /// Whether all steps of the run file are taken; otherwise it was interrupted.
-    pub finished: bool,
-    /// The model on the whole held-out split, where all steps are taken and something is held out.
-    pub evaluation: Option<Evaluation>,
-}
+use crate::world::{Replica, World, threads_each};
 
 /// Trains as the run file says. `interrupt` stops it after the current step, with a checkpoint, or while the corpus is prepared.
 ///
@@ -178,7 +102,7 @@ pub fn train(
     }
     run.open_logs()?;
     run.write_head(found.is_some())?;
-    if let Some(reducer) = run.replicas.reducer() {
+    if let Some(reducer) = run.world.reducer() {
         observe(Event::Note(format!("{} devices; gradients are added up by {reducer}", config.run.devices.len())));
     }
     observe(Event::Ready { plan: &run.plan, step: run.state.step });
@@ -214,7 +138,7 @@ struct Run<'a> {
     /// The same from the next step on, made ahead.
     ahead: Prefetch,
     byte_lengths: Vec<u32>,
-    replicas: Replicas,
+    world: World,
     /// Steps that are queued and not yet waited for, oldest first.
     queued: VecDeque<Queued>,
     checkpoints: Checkpoints,
@@ -303,7 +227,7 @@ impl<'a> Run<'a> {
             batches,
             byte_lengths: data.tokenizer.as_ref().map(Tokenizer::byte_lengths).unwrap_or_default(),
             data,
-            replicas: Replicas::new(first, others),
+            world: World::new(first, others),
             queued: VecDeque::new(),
             checkpoints,
             earlier_s: state.time_s,
@@ -352,13 +276,13 @@ impl<'a> Run<'a> {
 
     /// Compiles a GPU's kernels and finds the fastest ones before the first step, whose time is then that of a step.
     fn warm_up(&mut self, observe: &mut dyn FnMut(Event)) -> Result<()> {
-        if is_cpu(&self.replicas.main().device) || self.state.step >= self.config.training.steps {
+        if is_cpu(&self.world.main().device) || self.state.step >= self.config.training.steps {
             return Ok(());
         }
         let started = Instant::now();
         let step = self.state.step;
         let terms = self.passes.terms(step);
-        settings(self.config, &terms).warm_up(&self.replicas, &self.batches.batch(step)?)?;
+        settings(self.config, &terms).warm_up(&self.world, &self.batches.batch(step)?)?;
         observe(Event::WarmedUp { seconds: started.elapsed().as_secs_f64() });
         Ok(())
     }
@@ -437,7 +361,7 @@ impl<'a> Run<'a> {
         let lr = config.rate(step);
         let terms = self.passes.terms(step);
         let scale = self.state.loss_scale.as_mut();
-        let taken = settings(config, &terms).step(&mut self.replicas, &batch, step, lr, scale)?;
+        let taken = settings(config, &terms).step(&mut self.world, &batch, step, lr, scale)?;
         self.state.step += 1;
         self.state.tokens += taken.targets as u64;
         let flops_per_token = self.passes.flops_per_token(step);
@@ -452,7 +376,7 @@ impl<'a> Run<'a> {
         while refused.is_none() && self.queued.len() >= most.max(1) {
             let Some(Queued { taken, step, tokens, lr, flops_per_token }) = self.queued.pop_front() else { break };
             let more = taken.targets;
-            match taken.wait(&self.replicas.main().model) {
+            match taken.wait(&self.world.main().model) {
                 Ok(judgement) => known.push((judgement, step, tokens, lr)),
                 Err(error) => refused = Some(error),
             }
@@ -494,7 +418,7 @@ impl<'a> Run<'a> {
     }
 
     fn evaluate(&self, held: &Held) -> Result<Evaluation> {
-        let Replica { model, workers, device, .. } = self.replicas.main();
+        let Replica { model, workers, device, .. } = self.world.main();
         let evaluation = evaluate(model, held, &self.byte_lengths, workers, device)?;
         if !evaluation.loss.is_finite() {
             return Err(Error::Diverged {
@@ -510,7 +434,7 @@ impl<'a> Run<'a> {
     fn sample(&self, observe: &mut dyn FnMut(Event)) -> Result<()> {
         let section = &self.config.eval;
         let Some(tokenizer) = &self.data.tokenizer else { return Ok(()) };
-        let Replica { model, device, .. } = self.replicas.main();
+        let Replica { model, device, .. } = self.world.main();
         for prompt in &section.prompts {
             let ids = tokenizer.encode_prompt(prompt)?;
             let room = model.config.max_position_embeddings.saturating_sub(ids.len());
@@ -544,14 +468,14 @@ impl<'a> Run<'a> {
     }
 
     fn save(&mut self, best: bool, observe: &mut dyn FnMut(Event)) -> Result<()> {
-        let Replica { model, optimizer, workers, .. } = self.replicas.main();
+        let Replica { model, optimizer, workers, .. } = self.world.main();
         let (names, values): (Vec<_>, Vec<_>) = model.parameters().into_iter().map(|p| (p.name, p.value)).unzip();
         if let Err((i, value)) = workers.together(|| global_norm(&values)) {
             let what = names.into_iter().nth(i).unwrap_or_default();
             return Err(Error::Diverged { step: self.state.step, what, value, kept: None });
         }
         drop(values);
-        if !self.replicas.agree() {
+        if !self.world.agree() {
             return Err(Error::Device {
                 what: "the same weights from every device",
                 why: "they have drifted apart".into(),

@@ -133,7 +133,7 @@ fn kernels(options: &TrainOptions, mut session: Session, observe: Observer) -> R
             session.run(options.steps, |done| observe(Progress { doing: "steps", done, of: options.steps }))?;
         let (finished, kernels) = profile(|| {
             session.run(options.steps, |done| observe(Progress { doing: "kernels", done, of: options.steps }))?;
-            session.replicas.finish()
+            session.world.finish()
         });
         finished?;
         Ok((Spread::milliseconds(&times).median, kernels))

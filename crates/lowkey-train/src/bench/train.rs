@@ -17,11 +17,11 @@ use super::{MOST_ROUNDS, Observer, Progress};
 use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
 use crate::optimizer::Optimizer;
-use crate::replicas::{Replica, Replicas};
 use crate::run_config::{OptimizerKind, OptimizerSection, at_least_one};
 use crate::setup::{check_bytes, check_precision};
 use crate::step::{StepSettings, StepTaken};
 use crate::workers::{PassSettings, Workers};
+use crate::world::{Replica, World};
 
 /// Seed of weights and tokens.
 const SEED: u64 = 1;
@@ -136,7 +136,7 @@ pub(super) struct Session {
     pub(super) seq: usize,
     pub(super) threads: usize,
     pub(super) optimizer_section: OptimizerSection,
-    pub(super) replicas: Replicas,
+    pub(super) world: World,
     pub(super) recompute: Recompute,
     precision: Precision,
     loss_scale: Option<LossScale>,
@@ -185,7 +185,7 @@ impl Session {
             seq,
             threads,
             optimizer_section,
-            replicas: Replicas::new(Replica { device, model, optimizer, workers, gate: None }, Vec::new()),
+            world: World::new(Replica { device, model, optimizer, workers, gate: None }, Vec::new()),
             recompute: options.recompute,
             precision: options.dtype,
             loss_scale: (options.dtype == Precision::F16).then(LossScale::default),
@@ -196,7 +196,7 @@ impl Session {
 
     /// The only replica.
     pub(super) fn replica(&self) -> &Replica {
-        self.replicas.main()
+        self.world.main()
     }
 
     /// The next step's tokens.
@@ -217,7 +217,7 @@ impl Session {
             grad_clip: self.optimizer_section.grad_clip,
         };
         let lr = self.optimizer_section.lr;
-        let taken = settings.step(&mut self.replicas, batch, self.steps, lr, self.loss_scale.as_mut())?;
+        let taken = settings.step(&mut self.world, batch, self.steps, lr, self.loss_scale.as_mut())?;
         self.steps += 1;
         Ok(taken)
     }
@@ -277,7 +277,7 @@ pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> 
     let ((warm_up_s, times, losses, peak_rss_mb), ceiling) = below_ceiling(threads, &device, options.dtype, || {
         let started = Instant::now();
         let (mut losses, _) = session.run(options.warmup, &mut observe)?;
-        session.replicas.finish()?;
+        session.world.finish()?;
         let warm_up_s = started.elapsed().as_secs_f64();
         let (more, times) = session.run(options.steps, |done| observe(options.warmup + done))?;
         losses.extend(more);

@@ -6,9 +6,9 @@ use crate::run_config::OptimizerKind;
 
 const VOCAB: usize = 29;
 
-/// So many equal replicas.
-fn replicas(count: usize, kind: OptimizerKind) -> Replicas {
-    Replicas::new(replica(kind), (1..count).map(|_| replica(kind)).collect())
+/// A world of `count` equal replicas.
+fn world(count: usize, kind: OptimizerKind) -> World {
+    World::new(replica(kind), (1..count).map(|_| replica(kind)).collect())
 }
 
 #[test]
@@ -36,10 +36,10 @@ fn buckets_hold_what_was_packed() {
 fn replicas_have_the_gradients_of_the_whole_batch_each() {
     let batch = uneven_batch(6, 13, VOCAB, 1);
     for count in [2, 3] {
-        let replicas = replicas(count, OptimizerKind::AdamW);
-        let found = replicas.gradients(&batch, passes(6)).unwrap();
+        let world = world(count, OptimizerKind::AdamW);
+        let found = world.gradients(&batch, passes(6)).unwrap();
         // The same passes one after the other, which are added up in the same order.
-        let main = replicas.main();
+        let main = world.main();
         let expected = main.workers.gradients(&main.model, &batch, passes(6 / count), &main.device);
         let loss = expected.loss().unwrap();
         assert_eq!(found.len(), count);
@@ -54,18 +54,18 @@ fn replicas_have_the_gradients_of_the_whole_batch_each() {
 #[test]
 fn replicas_stay_equal_to_the_last_bit() {
     for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
-        let mut replicas = replicas(3, kind);
+        let mut world = world(3, kind);
         for step in 0..3 {
             let batch = uneven_batch(3, 11, VOCAB, step);
-            let results = replicas.gradients(&batch, passes(3)).unwrap();
-            replicas.update(results, vec![None; 3], |_| Update::new(0.7, 1e-2));
+            let results = world.gradients(&batch, passes(3)).unwrap();
+            world.update(results, vec![None; 3], |_| Update::new(0.7, 1e-2));
         }
-        assert!(replicas.agree());
-        let all: Vec<_> = replicas.all.iter().map(|replica| weight_bits(&replica.model)).collect();
+        assert!(world.agree());
+        let all: Vec<_> = world.members.iter().map(|replica| weight_bits(&replica.model)).collect();
         assert!(all[1..].iter().all(|other| *other == all[0]));
-        let Some(last) = replicas.all.last_mut() else { unreachable!() };
+        let Some(last) = world.members.last_mut() else { unreachable!() };
         last.model.update(|parameters| parameters.into_iter().map(|p| p.value * 1.001).collect());
-        assert!(!replicas.agree(), "a replica has drifted");
+        assert!(!world.agree(), "a replica has drifted");
     }
 }
 

@@ -1,8 +1,15 @@
-//! The model on one device, or on several in step: data parallel training in one machine.
+//! Who trains a model together: one device, or several in step (data parallel training).
 //!
-//! The rows of a batch are dealt to the devices in equal parts. Each computes the gradients of its rows, all are added up once per
-//! step in a few flat buckets, and every device then takes the same step with the same numbers, so that the replicas stay equal to the
-//! last bit and none is ever sent.
+//! A [`World`] deals the rows of a batch to its members, equal parts in their order, a pure function of the number of rows and of
+//! members. Each computes the gradients of its rows, all are added up once per step in a few flat buckets, and every member then takes
+//! the same step with the same numbers, so that the replicas stay equal to the last bit and none is ever sent. The loop above asks for
+//! gradients and hands back an update; it does not know how many members there are. What only one has to do (evaluate, write, speak)
+//! the first one does.
+//!
+//! Today a world is one process. Ranks of several would be another way to add up ([`Reducer`]) and another number of members to deal
+//! to; nothing else here or above depends on where they are.
+
+use std::ops::Range;
 
 use burn::tensor::distributed::{ReduceOperation, all_reduce};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -10,14 +17,11 @@ use lowkey_batch::Batch;
 use lowkey_kernels::device::{has_collectives, is_cpu};
 use lowkey_kernels::optim::{self, Gate};
 use lowkey_model::CausalLm;
-use rayon::prelude::*;
 
+use crate::buckets::{BUCKET, packed, read, sums, unpacked};
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, Update};
 use crate::workers::{PassSettings, StepGradients, Workers};
-
-/// Numbers of a bucket, 64 MiB: long enough that the start of a transfer costs nothing beside it.
-const BUCKET: usize = 1 << 24;
 
 /// The model on one device, with what trains it there.
 #[derive(Debug)]
@@ -34,10 +38,10 @@ pub(crate) struct Replica {
     pub(crate) gate: Option<Gate>,
 }
 
-/// One replica or several. What only one has to do, the first one does.
+/// The members that train together, and how their gradients become one.
 #[derive(Debug)]
-pub(crate) struct Replicas {
-    all: Vec<Replica>,
+pub(crate) struct World {
+    members: Vec<Replica>,
     reducer: Reducer,
 }
 
@@ -50,33 +54,33 @@ enum Reducer {
     Host,
 }
 
-impl Replicas {
+impl World {
     /// `first` and its copies; `others` have the same values.
     pub(crate) fn new(first: Replica, others: Vec<Replica>) -> Self {
-        let mut all = vec![first];
-        all.extend(others);
-        let devices: Vec<&Device> = all.iter().map(|replica| &replica.device).collect();
+        let mut members = vec![first];
+        members.extend(others);
+        let devices: Vec<&Device> = members.iter().map(|replica| &replica.device).collect();
         let distinct = devices.iter().enumerate().all(|(i, device)| !devices[..i].contains(device));
         let collectives = distinct && devices.iter().all(|device| has_collectives(device));
         let by_host = std::env::var_os("LOWKEY_REDUCE").is_some_and(|value| value == "host");
         let reducer = if collectives && !by_host { Reducer::Devices } else { Reducer::Host };
-        Self { all, reducer }
+        Self { members, reducer }
     }
 
-    /// All of them.
-    pub(crate) fn all(&self) -> &[Replica] {
-        &self.all
+    /// Those in this process, in their order.
+    pub(crate) fn members(&self) -> &[Replica] {
+        &self.members
     }
 
     /// The first one.
     pub(crate) fn main(&self) -> &Replica {
-        &self.all[0]
+        &self.members[0]
     }
 
     /// What adds up gradients, in words; none where there is nothing to add.
     pub(crate) fn reducer(&self) -> Option<&'static str> {
         match self.reducer {
-            _ if self.all.len() == 1 => None,
+            _ if self.members.len() == 1 => None,
             Reducer::Devices => Some("the devices among themselves (NCCL)"),
             Reducer::Host => Some("the host"),
         }
@@ -87,13 +91,12 @@ impl Replicas {
     /// # Errors
     /// [`Error::Device`] where gradients cannot be read back to be added up.
     pub(crate) fn gradients(&self, batch: &Batch, passes: PassSettings<'_>) -> Result<Vec<StepGradients>> {
-        if let [only] = &self.all[..] {
+        if let [only] = &self.members[..] {
             return Ok(vec![only.workers.gradients(&only.model, batch, passes, &only.device)]);
         }
-        let (count, rows) = (self.all.len(), batch.rows);
+        let (count, rows) = (self.members.len(), batch.rows);
         let own = self.each((0..count).collect(), |replica, i| {
-            let share = rows * i / count..rows * (i + 1) / count;
-            replica.workers.gradients_of(&replica.model, batch, share, passes, &replica.device)
+            replica.workers.gradients_of(&replica.model, batch, share(rows, i, count), passes, &replica.device)
         });
         self.reduced(own)
     }
@@ -110,7 +113,7 @@ impl Replicas {
         let sums = match self.reducer {
             Reducer::Devices => {
                 let devices: Vec<Device> =
-                    self.all.iter().map(|replica| replica.device.clone().without_autodiff()).collect();
+                    self.members.iter().map(|replica| replica.device.clone().without_autodiff()).collect();
                 self.each(own, |_, own| {
                     let sum = |bucket| all_reduce(bucket, ReduceOperation::Sum, devices.clone()).resolve();
                     packed(own).into_iter().map(sum).collect::<Vec<_>>()
@@ -119,7 +122,7 @@ impl Replicas {
             Reducer::Host => {
                 let parts = self.each(own, |_, own| packed(own).into_iter().map(read).collect::<Result<Vec<_>>>());
                 let sums = sums(parts.into_iter().collect::<Result<_>>()?);
-                self.each(vec![(); self.all.len()], |replica, ()| {
+                self.each(vec![(); self.members.len()], |replica, ()| {
                     let device = replica.device.clone().without_autodiff();
                     let upload = |sum: &Vec<f32>| Tensor::from_data(TensorData::new(sum.clone(), [sum.len()]), &device);
                     sums.iter().map(upload).collect()
@@ -149,7 +152,7 @@ impl Replicas {
             workers.together(|| model.update(|parameters| optimizer.step(parameters, gradients, &update)));
         };
         let work = results.into_iter().zip(gates);
-        match &mut self.all[..] {
+        match &mut self.members[..] {
             [only] => work.for_each(|work| one(only, work)),
             all => std::thread::scope(|scope| {
                 for (replica, work) in all.iter_mut().zip(work) {
@@ -164,7 +167,7 @@ impl Replicas {
     /// # Errors
     /// [`Error::Device`].
     pub(crate) fn finish(&self) -> Result<()> {
-        for replica in &self.all {
+        for replica in &self.members {
             replica.device.sync().map_err(|e| Error::Device { what: "a step", why: format!("{e:?}") })?;
         }
         Ok(())
@@ -172,7 +175,7 @@ impl Replicas {
 
     /// Whether all replicas have the same numbers, as far as their sums of squares tell.
     pub(crate) fn agree(&self) -> bool {
-        let [main, others @ ..] = &self.all[..] else { return true };
+        let [main, others @ ..] = &self.members[..] else { return true };
         if others.is_empty() {
             return true;
         }
@@ -189,13 +192,18 @@ impl Replicas {
         std::thread::scope(|scope| {
             let job = &job;
             let threads: Vec<_> =
-                self.all.iter().zip(items).map(|(replica, item)| scope.spawn(move || job(replica, item))).collect();
+                self.members.iter().zip(items).map(|(replica, item)| scope.spawn(move || job(replica, item))).collect();
             let join = |thread: std::thread::ScopedJoinHandle<'_, R>| {
                 thread.join().unwrap_or_else(|cause| std::panic::resume_unwind(cause))
             };
             threads.into_iter().map(join).collect()
         })
     }
+}
+
+/// The rows of a batch that member `member` of `members` computes.
+fn share(rows: usize, member: usize, members: usize) -> Range<usize> {
+    rows * member / members..rows * (member + 1) / members
 }
 
 /// How many threads each of `count` replicas has of `threads`.
@@ -221,57 +229,6 @@ pub(crate) fn check_kinds(devices: &[Device]) -> Result<()> {
         }
         None => Ok(()),
     }
-}
-
-/// Tensors one after the other in flat buckets of at most `most` numbers, but one tensor at least.
-fn packed(tensors: Vec<Tensor<1>>, most: usize) -> Vec<Tensor<1>> {
-    let (mut buckets, mut open, mut length) = (Vec::new(), Vec::new(), 0);
-    for tensor in tensors {
-        let more = tensor.dims()[0];
-        if length + more > most && !open.is_empty() {
-            buckets.push(Tensor::cat(std::mem::take(&mut open), 0));
-            length = 0;
-        }
-        length += more;
-        open.push(tensor);
-    }
-    if !open.is_empty() {
-        buckets.push(Tensor::cat(open, 0));
-    }
-    buckets
-}
-
-/// The tensors of [`packed`] again.
-fn unpacked(buckets: Vec<Tensor<1>>, lengths: impl Iterator<Item = usize>) -> Vec<Tensor<1>> {
-    let mut buckets = buckets.into_iter();
-    let (mut bucket, mut at) = (None, 0);
-    let mut tensors = Vec::new();
-    for length in lengths {
-        if bucket.as_ref().is_none_or(|bucket: &Tensor<1>| at + length > bucket.dims()[0]) {
-            (bucket, at) = (buckets.next(), 0);
-        }
-        if let Some(bucket) = &bucket {
-            tensors.push(bucket.clone().narrow(0, at, length));
-            at += length;
-        }
-    }
-    tensors
-}
-
-fn read(bucket: Tensor<1>) -> Result<Vec<f32>> {
-    bucket.try_into_vec_as::<f32>().map_err(|e| Error::Device { what: "gradients", why: format!("{e:?}") })
-}
-
-/// The sum of the replicas' buckets, in the order of the replicas.
-fn sums(parts: Vec<Vec<Vec<f32>>>) -> Vec<Vec<f32>> {
-    let mut parts = parts.into_iter();
-    let mut total = parts.next().unwrap_or_default();
-    for part in parts {
-        for (total, part) in total.iter_mut().zip(part) {
-            total.par_iter_mut().zip(part).for_each(|(total, x)| *total += x);
-        }
-    }
-    total
 }
 
 #[cfg(test)]
