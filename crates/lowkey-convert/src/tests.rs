@@ -3,8 +3,11 @@
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use faer::Mat;
 use lowkey_model::{
-    Attention, AttentionConfig, CausalLm, Family, GroupedConfig, MlaConfig, ModelConfig, RopeConfig, RopeType,
+    CausalLm, ModelConfig,
+    attention::{Attention, AttentionConfig, GroupedConfig, MlaConfig},
+    config::Family,
     ids_tensor,
+    rope::{RopeConfig, RopeType},
 };
 
 use crate::basis::Basis;

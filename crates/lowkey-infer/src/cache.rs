@@ -5,7 +5,10 @@ use std::mem;
 use burn::tensor::kind::Basic;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Int, Slice, Tensor};
 use lowkey_kernels::device::is_cpu;
-use lowkey_model::{CacheBuffer, CausalLm, ModelConfig, Stored};
+use lowkey_model::{
+    CausalLm, ModelConfig,
+    attention::{CacheBuffer, Stored},
+};
 
 use crate::cache_dtype::CacheDtype;
 use crate::error::{Error, Result};
@@ -152,11 +155,6 @@ impl Cache {
     /// Number of rows.
     pub fn batch(&self) -> usize {
         self.lengths.len()
-    }
-
-    /// Slots per row.
-    pub fn capacity(&self) -> usize {
-        self.capacity
     }
 
     /// Tokens that each row holds.

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
-use lowkey_model::{CausalLm, FusedMla};
+use lowkey_model::{CausalLm, attention::FusedMla};
 
 use crate::cache_dtype::CacheDtype;
 use crate::decoder::{Decoder, check_form, check_tokens};

@@ -7,8 +7,11 @@ mod reference;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use lowkey_model::{
-    Attention, AttentionConfig, CausalLm, Family, FusedMla, GroupedConfig, Mla, MlaConfig, ModelConfig, RopeConfig,
-    RopeType, ids_tensor,
+    CausalLm, ModelConfig,
+    attention::{Attention, AttentionConfig, FusedMla, GroupedConfig, Mla, MlaConfig},
+    config::Family,
+    ids_tensor,
+    rope::{RopeConfig, RopeType},
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -133,7 +136,7 @@ fn random_model(config: &ModelConfig, seed: u64) -> CausalLm {
 
 /// The products that the fused form attends with, formed in f64.
 fn fused(mla: &Mla) -> FusedMla {
-    let lowkey_model::MlaDims { heads, nope, rope, value, rank, .. } = mla.dims;
+    let lowkey_model::attention::MlaDims { heads, nope, rope, value, rank, .. } = mla.dims;
     let wide = |weight: Tensor<2>| weight.cast(FloatDType::F64);
     let up = mla.q_b_proj.as_ref().or(mla.q_proj.as_ref()).unwrap().matrix();
     let dtype = up.dtype();

@@ -5,8 +5,8 @@
 //! functions and never touches a backend primitive.
 //!
 //! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
-//! [`gated_mlp`], [`cross_entropy_sum`] and [`distill_sum`] for training; [`absorbed_attention`], and [`attention`] with a [`Mask`], for queries
-//! against a cache, which may be [`Stored`] in fewer bits; [`optim`] for updates; [`routing`] for mixtures of experts.
+//! [`gated_mlp`], the [`loss`]es for training; [`cache::absorbed_attention`], and [`cache::attention`] with a [`cache::Mask`], for queries
+//! against a cache, which may be [`cache::Stored`] in fewer bits; [`optim`] for updates; [`routing`] for mixtures of experts.
 //!
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
@@ -37,14 +37,21 @@ mod fused;
 mod gpu;
 mod ops;
 pub mod optim;
-mod precision;
+pub mod precision;
 pub mod reference;
 pub mod routing;
 
-pub use attention::{Mask, attention, scores};
 pub use block::{LatentWeights, MlaDims, MlpWeights, add_linear, gated_mlp, latent_attention, linear};
-pub use cached::{Stored, absorbed_attention};
-pub use fused::{
-    Labels, LossSum, causal_attention, cross_entropy_each, cross_entropy_sum, distill_sum, embed, rms_norm, rotate,
-};
-pub use precision::{Precision, Scope, scope};
+pub use fused::{causal_attention, embed, rms_norm, rotate};
+pub use precision::Precision;
+
+/// Queries against what a cache holds.
+pub mod cache {
+    pub use crate::attention::{Mask, attention, scores};
+    pub use crate::cached::{Stored, absorbed_attention};
+}
+
+/// From the last hidden states to a loss, without a matrix of tokens × vocabulary.
+pub mod loss {
+    pub use crate::fused::{Labels, LossSum, cross_entropy_each, cross_entropy_sum, distill_sum};
+}

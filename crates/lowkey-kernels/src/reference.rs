@@ -48,7 +48,7 @@ pub fn latent_attention(
     causal_attention(q, kv, k_pe, document_starts, nope, scale)
 }
 
-/// See [`crate::absorbed_attention`].
+/// See [`crate::cache::absorbed_attention`].
 pub fn absorbed_attention(
     q: Tensor<4>,
     cache: Tensor<3>,
@@ -84,7 +84,7 @@ pub fn absorbed_attention(
     out.swap_dims(1, 2).reshape([batch, seq, heads * width])
 }
 
-/// Codes, as whole floating-point numbers become integers, and scales of [`crate::Stored::Int8`].
+/// Codes, as whole floating-point numbers become integers, and scales of [`crate::cache::Stored::Int8`].
 pub fn quantise<const D: usize>(x: Tensor<D>, split: usize) -> (Tensor<D, Int>, Tensor<D>) {
     let width = x.dims()[D - 1];
     let parts = [(0, split.min(width)), (split.min(width), width - split.min(width))];
@@ -100,7 +100,7 @@ pub fn quantise<const D: usize>(x: Tensor<D>, split: usize) -> (Tensor<D, Int>, 
     (Tensor::cat(codes, D - 1), Tensor::cat(scales, D - 1))
 }
 
-/// The numbers of [`crate::Stored::Int8`].
+/// The numbers of [`crate::cache::Stored::Int8`].
 pub fn widen<const D: usize>(codes: Tensor<D, Int>, scales: Tensor<D>, split: usize) -> Tensor<D> {
     let width = codes.dims()[D - 1];
     let codes = codes.float();
@@ -169,7 +169,7 @@ pub fn causal_attention(
     out.swap_dims(1, 2).reshape([batch, seq, heads * (width - nope)])
 }
 
-/// `−log softmax(W h)[target]` of each token, 0 where the target is negative. See [`crate::cross_entropy_each`].
+/// `−log softmax(W h)[target]` of each token, 0 where the target is negative. See [`crate::loss::cross_entropy_each`].
 pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let [n] = targets.dims();
     let ignored = targets.clone().lower_elem(0);
@@ -179,7 +179,7 @@ pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, In
     picked.neg().mask_fill(ignored, 0.0f32)
 }
 
-/// `Σ weight · (nats + z_loss · log² Z)` and its second part, `[2]`. See [`crate::cross_entropy_sum`]; `label_weights [n]` or `[1]`.
+/// `Σ weight · (nats + z_loss · log² Z)` and its second part, `[2]`. See [`crate::loss::cross_entropy_sum`]; `label_weights [n]` or `[1]`.
 pub fn cross_entropy_sum(
     h: Tensor<2>,
     weight: Tensor<2>,
@@ -197,7 +197,7 @@ pub fn cross_entropy_sum(
     Tensor::cat(vec![(nats + z.clone()).sum(), z.sum()], 0)
 }
 
-/// `Σ share · KL(softmax(W teacher) ‖ softmax(W h)) + (1 − share) · nats`, `[1]`. See [`crate::distill_sum`].
+/// `Σ share · KL(softmax(W teacher) ‖ softmax(W h)) + (1 − share) · nats`, `[1]`. See [`crate::loss::distill_sum`].
 pub fn distill_sum(
     h: Tensor<2>,
     weight: Tensor<2>,

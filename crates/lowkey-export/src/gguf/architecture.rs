@@ -1,6 +1,11 @@
 //! llama.cpp's architectures: which one computes a configuration, its keys, and the configuration that a file's keys describe.
 
-use lowkey_model::{AttentionConfig, Family, GroupedConfig, MlaConfig, ModelConfig, RopeConfig};
+use lowkey_model::{
+    ModelConfig,
+    attention::{AttentionConfig, GroupedConfig, MlaConfig},
+    config::Family,
+    rope::RopeConfig,
+};
 
 use super::metadata::Metadata;
 use super::{Gguf, deepseek2, grouped};

@@ -12,7 +12,13 @@ mod tokenizers;
 use std::path::PathBuf;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use lowkey_model::{AttentionConfig, CausalLm, Family, MlaConfig, ModelConfig, RopeConfig, RopeType, ids_tensor};
+use lowkey_model::{
+    CausalLm, ModelConfig,
+    attention::{AttentionConfig, MlaConfig},
+    config::Family,
+    ids_tensor,
+    rope::{RopeConfig, RopeType},
+};
 
 use super::*;
 

@@ -2,7 +2,11 @@
 
 use super::*;
 use crate::fixtures::{Leaf, compare, device, host, is_cpu, plain_device, random};
-use crate::{Labels, Precision, cross_entropy_sum, scope};
+use crate::{
+    Precision,
+    loss::{Labels, cross_entropy_sum},
+    precision::scope,
+};
 use burn::tensor::Distribution;
 
 #[test]

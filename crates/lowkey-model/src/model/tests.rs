@@ -3,8 +3,9 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::*;
 use crate::attention::AttentionConfig;
+use crate::attention::{Latent, Mask};
 use crate::fixtures::{self, distance, normal, scrambled, values};
-use crate::{IGNORE, Latent, Mask, VectorRows};
+use lowkey_batch::{IGNORE, VectorRows};
 
 fn ids(len: usize, vocab: usize, seed: u64) -> Vec<u32> {
     normal(seed, len).iter().map(|x| (x.abs() * 1e4) as u32 % vocab as u32).collect()
@@ -127,7 +128,7 @@ fn absorbed_attention_is_expanded_attention() {
     for (kind, config) in fixtures::every_kind() {
         let AttentionConfig::Mla(sizes) = &config.attention else { continue };
         for latent_scale in [false, true] {
-            let sizes = crate::MlaConfig { latent_scale, ..sizes.clone() };
+            let sizes = crate::attention::MlaConfig { latent_scale, ..sizes.clone() };
             let config =
                 ModelConfig { attention: AttentionConfig::Mla(sizes), family: Family::Lowkey, ..config.clone() };
             let model = scrambled(&config, 9, &device);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use burn::tensor::Device;
 use lowkey_convert::Rotated;
-use lowkey_model::{AttentionConfig, CausalLm, ids_tensor};
+use lowkey_model::{CausalLm, attention::AttentionConfig, ids_tensor};
 
 use crate::commands::{best, best_of, json, lowkey, succeed, text};
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use lowkey_export::{LayerForm, Options, Source, Target, Text, canonical, export, verify};
-use lowkey_model::{AttentionConfig, CausalLm};
+use lowkey_export::{Options, Source, Target, Text, export, plan::LayerForm, source::canonical, verify};
+use lowkey_model::{CausalLm, attention::AttentionConfig};
 
 use crate::commands::{best, json, lowkey, succeed, text};
 use crate::reference::{announce, cases, integers, own_cases};
