@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor};
 use faer::Mat;
-use lowkey_model::{CausalLm, Linear, MlaDims};
+use lowkey_model::{CausalLm, attention::MlaDims, layers::Linear};
 
 use crate::error::{Error, Result};
 use crate::matrix::{Origin, eigen, to_mat, to_tensor, trace};

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor};
 use faer::Mat;
-use lowkey_model::{CausalLm, MlaDims};
+use lowkey_model::{CausalLm, attention::MlaDims};
 use serde::Serialize;
 
 use crate::basis::{Basis, fold};

@@ -2,7 +2,13 @@
 
 use burn::tensor::{Device, Tensor};
 use faer::Mat;
-use lowkey_model::{CausalLm, Mla, MlaDims, RopeTable, Trace, ids_tensor};
+use lowkey_model::{
+    CausalLm,
+    attention::{Mla, MlaDims},
+    ids_tensor,
+    model::Trace,
+    rope::RopeTable,
+};
 
 use crate::error::{Error, Result};
 use crate::matrix::{to_mat, trace};

@@ -3,8 +3,11 @@
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use faer::Mat;
 use lowkey_model::{
-    Attention, AttentionConfig, CausalLm, Family, GroupedConfig, LayerConfig, Layers, MlaConfig, MlpConfig,
-    ModelConfig, RopeConfig, RopeType, ids_tensor,
+    CausalLm, ModelConfig,
+    attention::{Attention, AttentionConfig, GroupedConfig, MlaConfig},
+    config::{Family, LayerConfig, Layers, MlpConfig},
+    ids_tensor,
+    rope::{RopeConfig, RopeType},
 };
 
 use crate::basis::Basis;

@@ -102,7 +102,7 @@ pub enum Source {
         #[serde(default = "text_field")]
         column: String,
     },
-    /// Files of a dataset repository on the Hugging Face hub or a mirror of it; see [`crate::HubConfig`].
+    /// Files of a dataset repository on the Hugging Face hub or a mirror of it; see [`crate::hub::HubConfig`].
     Hub {
         /// `owner/name`.
         repo: String,
@@ -260,12 +260,6 @@ impl DatasetConfig {
             base: PathBuf::new(),
             origin: path.to_path_buf(),
         })
-    }
-
-    /// The same corpus under another tokenizer. (One that is loaded already goes to [`crate::prepare`].)
-    #[must_use]
-    pub fn with_tokenizer(self, tokenizer: TokenizerConfig) -> Self {
-        Self { tokenizer, ..self }
     }
 
     /// Where the tokens of this dataset lie: beside its file, in a folder for each tokenizer that is not its own, and for tokens

@@ -10,9 +10,9 @@
 //!                          Sampler(seed, step) ─▶ Batch { input_ids, targets, document_starts }
 //! ```
 //!
-//! * [`DatasetConfig`] is one TOML file that says where a corpus comes from ([`Source`]), how it is cut into tokens
-//!   ([`TokenizerConfig`]) and what is held out ([`Split`]).
-//! * [`prepare`] reads the source once, tokenises it and writes a folder that describes itself; asked again for the
+//! * [`DatasetConfig`] is one TOML file that says where a corpus comes from ([`dataset::Source`]), how it is cut into tokens
+//!   ([`dataset::TokenizerConfig`]) and what is held out ([`dataset::Split`]).
+//! * [`prepare()`] reads the source once, tokenises it and writes a folder that describes itself; asked again for the
 //!   same thing it only opens what is there. [`open`] reads such a folder.
 //! * [`Shard`] is a checksummed file of token ids with its document bounds, read as it is needed.
 //! * [`Sampler`] is a pure function from (seed, step) to a [`Batch`](lowkey_batch::Batch): a resumed run needs no sampler state.
@@ -22,7 +22,7 @@
 //!   files say about generating with it, above all which tokens end a text.
 //! * [`tasks`] are procedural examples that each ask for one ability, of tokens or of real vectors; they are made while a
 //!   run goes and have no shard.
-//! * [`storybook`] is a procedural corpus of known entropy, and [`oracle_documents`] gives its true log-probability
+//! * [`storybook`] is a procedural corpus of known entropy, and [`oracle::oracle_documents`] gives its true log-probability
 //!   per token, which is what a model's loss is compared with.
 //!
 //! # What this crate does not know
@@ -30,29 +30,25 @@
 //! No tensor, no device, no Burn backend: a [`Batch`](lowkey_batch::Batch) is plain vectors, and the only piece of Burn here is the
 //! `burn_dataset::Dataset` trait, which [`Shard`] implements so that Burn's own loaders can read one. Nothing here
 //! prints; progress is reported through a callback. The environment is read in exactly one place,
-//! [`HubConfig::from_env`].
+//! [`hub::HubConfig::from_env`].
 
-mod dataset;
+pub mod dataset;
 mod documents;
 mod error;
 mod generation;
-mod hub;
-mod oracle;
-mod prepare;
+pub mod hub;
+pub mod oracle;
+pub mod prepare;
 mod sampler;
 mod shard;
 pub mod storybook;
 pub mod tasks;
-mod tokenizer;
+pub mod tokenizer;
 
-pub use dataset::{DatasetConfig, HubFormat, Source, Split, SplitBy, TokenizerConfig};
+pub use dataset::DatasetConfig;
 pub use error::{Error, Result};
 pub use generation::Generation;
-pub use hub::{HubConfig, Patience};
-pub use oracle::{OracleDocument, oracle_documents};
-pub use prepare::{
-    Expected, Manifest, Observer, Prepared, Progress, SourceFile, SplitSummary, open, prepare, prepare_expecting,
-};
+pub use prepare::{Prepared, open, prepare};
 pub use sampler::{Packing, Sampler, validation_batches};
-pub use shard::{Shard, ShardWriter};
-pub use tokenizer::{END_OF_TEXT, TextStream, Tokenizer, byte_character};
+pub use shard::Shard;
+pub use tokenizer::{TextStream, Tokenizer};

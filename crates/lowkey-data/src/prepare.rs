@@ -379,7 +379,7 @@ fn hash_file(path: &Path, each: &mut dyn FnMut() -> Result<()>) -> Result<(u64, 
         }
         let length = file.read(&mut buffer).map_err(Error::io("read", path))?;
         if length == 0 {
-            return Ok((bytes, lowkey_files::hex(&hash.finalize())));
+            return Ok((bytes, lowkey_files::hash::hex(&hash.finalize())));
         }
         bytes += length as u64;
         hash.update(&buffer[..length]);
@@ -413,7 +413,7 @@ fn fingerprint(config: &DatasetConfig, files: &[SourceFile], tokenizer: Option<&
             hash.update(validation_story(seed, index).text);
         }
     }
-    lowkey_files::hex(&hash.finalize())
+    lowkey_files::hash::hex(&hash.finalize())
 }
 
 #[cfg(test)]

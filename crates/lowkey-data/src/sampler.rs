@@ -201,15 +201,6 @@ impl Sampler {
         Ok(batch)
     }
 
-    /// Steps in the first epoch, rounded up. With document packing the following ones may differ a little.
-    pub fn batches_per_epoch(&self) -> u64 {
-        let rows = match &self.order {
-            Order::Stream { windows } => *windows,
-            Order::Documents { pieces, plans } => self.plan(pieces, plans, 0).1.rows(),
-        };
-        rows.div_ceil(self.batch_size as u64)
-    }
-
     /// How many epochs have been seen before `step`, as 1.5 for one and a half.
     pub fn epoch(&self, step: u64) -> f64 {
         let row = step.saturating_mul(self.batch_size as u64);

@@ -130,11 +130,11 @@ impl Shard {
 
     /// The checksum in its header, in hex: the identity of its content.
     pub fn checksum(&self) -> String {
-        lowkey_files::hex(&self.checksum)
+        lowkey_files::hash::hex(&self.checksum)
     }
 
     /// Where document `i` lies among the tokens.
-    pub fn document_range(&self, i: usize) -> Option<Range<usize>> {
+    pub(crate) fn document_range(&self, i: usize) -> Option<Range<usize>> {
         let end = *self.offsets.get(i.checked_add(1)?)?;
         Some(*self.offsets.get(i)? as usize..end as usize)
     }
@@ -151,7 +151,7 @@ impl Shard {
     }
 
     /// The document that token `i` belongs to.
-    pub fn document_at(&self, i: usize) -> Option<usize> {
+    pub(crate) fn document_at(&self, i: usize) -> Option<usize> {
         // The last document that starts at or before the token.
         (i < self.tokens).then(|| self.offsets.partition_point(|&offset| offset <= i as u64) - 1)
     }
@@ -160,7 +160,7 @@ impl Shard {
     ///
     /// # Errors
     /// [`Error::Shard`] where the file is no longer what was opened: cut, or written over. [`Error::Io`] from the disk.
-    pub fn copy_range(&self, range: Range<usize>, out: &mut Vec<u32>) -> Result<()> {
+    pub(crate) fn copy_range(&self, range: Range<usize>, out: &mut Vec<u32>) -> Result<()> {
         let end = range.end.min(self.tokens);
         let start = range.start.min(end);
         if start == end {
@@ -318,7 +318,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 }
 
 /// Writes a token file document by document. The file appears at its path only when [`ShardWriter::finish`] succeeds.
-pub struct ShardWriter {
+pub(crate) struct ShardWriter {
     file: BufWriter<NewFile>,
     path: PathBuf,
     width: usize,
@@ -332,7 +332,7 @@ pub struct ShardWriter {
 
 impl ShardWriter {
     /// Starts a file for ids below `vocab_size`.
-    pub fn create(path: &Path, vocab_size: usize) -> Result<Self> {
+    pub(crate) fn create(path: &Path, vocab_size: usize) -> Result<Self> {
         let mut file = NewFile::create(path)?;
         file.write_all(&[0; HEADER]).map_err(Error::io("write", path))?;
         Ok(Self {
@@ -346,13 +346,6 @@ impl ShardWriter {
             hash: Sha256::new(),
             scratch: Vec::new(),
         })
-    }
-
-    /// Appends a document of `tokens` that stands for `bytes` bytes of text. One without tokens is left out.
-    pub fn push(&mut self, tokens: &[u32], bytes: u64) -> Result<()> {
-        self.extend(tokens, bytes)?;
-        self.end_document();
-        Ok(())
     }
 
     /// Appends to a document that goes on until [`ShardWriter::end_document`].
@@ -379,17 +372,17 @@ impl ShardWriter {
     }
 
     /// Tokens written so far.
-    pub fn tokens(&self) -> u64 {
+    pub(crate) fn tokens(&self) -> u64 {
         self.tokens
     }
 
     /// Documents ended so far.
-    pub fn documents(&self) -> u64 {
+    pub(crate) fn documents(&self) -> u64 {
         self.offsets.len() as u64 - 1
     }
 
     /// Writes offsets and header and puts the file in its place.
-    pub fn finish(mut self) -> Result<()> {
+    pub(crate) fn finish(mut self) -> Result<()> {
         self.end_document();
         let mut header = Vec::with_capacity(HEADER);
         header.extend_from_slice(MAGIC);

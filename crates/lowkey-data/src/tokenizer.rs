@@ -263,7 +263,7 @@ impl Tokenizer {
     }
 
     /// What ends a whole document: [`Tokenizer::after_text`], and the end-of-document token if it is not the last of it already.
-    pub fn text_end(&self) -> Vec<u32> {
+    pub(crate) fn text_end(&self) -> Vec<u32> {
         let mut end = self.after_text().to_vec();
         if end.last() != self.eos.as_ref() {
             end.extend(self.eos);
@@ -463,7 +463,7 @@ impl Tokenizer {
     /// Writes `tokenizer.json` and `tokenizer_config.json` into `dir`, and what else came with the tokenizer from a
     /// model's folder; each file appears whole or not at all.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        lowkey_files::create_dir(dir)?;
+        lowkey_files::write::create_dir(dir)?;
         write_atomically(&dir.join("tokenizer.json"), self.json.as_bytes())?;
         for (name, text) in self.companions.iter().filter(|(name, _)| name != COMPANIONS[0]) {
             write_atomically(&dir.join(name), text.as_bytes())?;
@@ -509,7 +509,7 @@ impl Tokenizer {
 
     /// SHA-256 of the saved `tokenizer.json`, in hex.
     pub fn fingerprint(&self) -> String {
-        lowkey_files::hex(&Sha256::digest(self.json.as_bytes()))
+        lowkey_files::hash::hex(&Sha256::digest(self.json.as_bytes()))
     }
 
     /// The `tokenizer.json`, as read or as built.

@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use lowkey_files::{FileHash, read, read_text, sha256, write};
+use lowkey_files::{
+    hash::{FileHash, sha256},
+    read, read_text, write,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Tensor};
 use lowkey_infer::{Decoder, Form, GenerateConfig, Weights, generate};
-use lowkey_model::{CausalLm, FusedMla, ids_tensor};
+use lowkey_model::{CausalLm, attention::FusedMla, ids_tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};

@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use lowkey_files::{FileHash, Kind, is_plain_name, printable};
+use lowkey_files::{hash::FileHash, is_plain_name, mark::Kind, printable};
 use lowkey_infer::Form;
-use lowkey_model::{CausalLm, FusedMla, Mla, NewModelDir};
+use lowkey_model::{
+    CausalLm, NewModelDir,
+    attention::{FusedMla, Mla},
+};
 
 use crate::certificate::{
     Bounds, Certificate, Evidence, JSON, MARKDOWN, ProductEvidence, SourceFiles, TensorError, WeightEvidence,
@@ -22,7 +25,7 @@ use crate::target::{Layout, Target};
 use crate::{Observer, Progress, card, gguf, hf};
 
 /// Side file with W_UK and W_UV.
-pub const ABSORBED: &str = "absorbed.safetensors";
+pub(crate) const ABSORBED: &str = "absorbed.safetensors";
 
 /// Side file with the fused products.
 pub const FUSED: &str = "fused.safetensors";
@@ -31,7 +34,7 @@ pub const FUSED: &str = "fused.safetensors";
 const CARD: &str = "README.md";
 
 /// The weights of a GGUF export.
-pub const GGUF: &str = "model.gguf";
+pub(crate) const GGUF: &str = "model.gguf";
 
 /// What no figure of a certificate speaks of.
 const NOT_COVERED: [&str; 1] =

@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use lowkey_files::{FileHash, MARK, hash};
+use lowkey_files::{
+    hash::{FileHash, hash},
+    mark::MARK,
+};
 
 use crate::error::{Error, Result};
 

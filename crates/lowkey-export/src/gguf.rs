@@ -45,7 +45,7 @@ pub use metadata::{Array, Metadata, Value};
 pub use read::{Gguf, TensorInfo};
 pub use tensor_type::TensorType;
 use weights::{Change, Origin, Plan, join_kv_b, plan, undone};
-pub use write::write_container;
+pub(crate) use write::write_container;
 
 const MAGIC: [u8; 4] = *b"GGUF";
 const VERSION: u32 = 3;
@@ -152,7 +152,7 @@ fn outline(path: &Path, model: &CausalLm, tokenizer: Option<&Tokenizer>, kind: T
 ///
 /// # Errors
 /// As [`Gguf::open`] and [`write()`].
-pub fn differences(
+pub(crate) fn differences(
     path: &Path,
     model: &CausalLm,
     tokenizer: Option<&Tokenizer>,
@@ -209,7 +209,7 @@ fn folds(model: &CausalLm) -> Vec<String> {
 ///
 /// # Errors
 /// [`Error::Unsupported`] as [`write()`], [`Error::Device`] where a tensor cannot be read back.
-pub fn as_stored(model: &CausalLm) -> Result<CausalLm> {
+pub(crate) fn as_stored(model: &CausalLm) -> Result<CausalLm> {
     let model = model.with_whole_latents();
     let plans = plan(&model.config, Architecture::of(&model.config)?);
     let changes: HashMap<&str, Change> = plans

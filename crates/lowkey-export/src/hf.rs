@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use lowkey_data::{Generation, Tokenizer};
-use lowkey_model::{CausalLm, WeightDtype};
+use lowkey_model::{CausalLm, checkpoint::WeightDtype};
 
 use crate::error::Result;
 
 /// Writes weights, configuration, tokenizer and generation settings.
 ///
-/// `model` must be canonical ([`crate::canonical`]).
+/// `model` must be canonical ([`crate::source::canonical`]).
 ///
 /// # Errors
 /// [`Error::Model`] where a value does not fit `dtype`, [`Error::Io`] where a file cannot be written.

@@ -5,11 +5,11 @@
 //! factors elsewhere. Each step is "mathematically equal", and each has gone wrong in practice. This crate writes the files and
 //! then reads them back, runs what it has read beside the source, and writes down how far apart they are.
 //!
-//! **Main types.** [`Source`] (a model directory, opened), [`Target`] (layout and number format), [`export`] with [`Options`],
-//! [`Certificate`] (hashes, [`Bounds`] and [`Evidence`]), [`verify`] with its [`Verdict`], [`plan`](fn@plan) (what each form costs), and
+//! **Main types.** [`Source`] (a model directory, opened), [`Target`] (layout and number format), [`export()`] with [`Options`],
+//! [`Certificate`] (hashes, [`certificate::Bounds`] and [`certificate::Evidence`]), [`verify`] with its [`Verdict`], [`plan::plan`] (what each form costs), and
 //! [`gguf`] (the file format of llama.cpp).
 //!
-//! **Flow.** [`export`] writes into a hidden folder: Hugging Face files, a side file or a GGUF. The evidence is gathered from the
+//! **Flow.** [`export()`] writes into a hidden folder: Hugging Face files, a side file or a GGUF. The evidence is gathered from the
 //! files as they lie there, by the same code that [`verify`] runs; only a folder whose figures keep the bounds gets its name.
 //!
 //! # Layouts
@@ -37,28 +37,26 @@
 //! network. It never prints.
 
 mod card;
-mod certificate;
+pub mod certificate;
 mod error;
-mod evidence;
-mod export;
+pub mod evidence;
+pub mod export;
 mod files;
 pub mod gguf;
 mod hf;
 mod markdown;
-mod plan;
+pub mod plan;
 mod products;
 mod side;
-mod source;
-mod target;
+pub mod source;
+pub mod target;
 
-pub use certificate::{Bounds, Certificate, Evidence, ProductEvidence, SourceFiles, TensorError, WeightEvidence};
+pub use certificate::Certificate;
 pub use error::{Error, Result};
-pub use evidence::{Greedy, LogitEvidence, Text};
-pub use export::{ABSORBED, FUSED, GGUF, Options, Verdict, export, fused_layers, load_fused, verify};
-pub use lowkey_files::FileHash;
-pub use plan::{FormCost, LayerForm, LayerPlan, PlanSettings, plan};
-pub use source::{Source, canonical};
-pub use target::{Layout, Target};
+pub use evidence::Text;
+pub use export::{Options, Verdict, export, verify};
+pub use source::Source;
+pub use target::Target;
 
 /// How far a long operation is.
 #[derive(Clone, Copy, Debug)]
@@ -71,7 +69,7 @@ pub struct Progress {
     pub of: usize,
 }
 
-/// Sees the progress of [`export`] and [`verify`].
+/// Sees the progress of [`export()`] and [`verify`].
 pub type Observer<'a> = &'a mut dyn FnMut(Progress);
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use lowkey_files::{FileHash, printable};
+use lowkey_files::{hash::FileHash, printable};
 
 use crate::certificate::{Certificate, JSON, TensorError};
 use crate::plan::{LayerForm, LayerPlan};

@@ -3,7 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use lowkey_model::{AttentionConfig, DecodeCosts, MlaConfig, ModelConfig};
+use lowkey_model::{
+    ModelConfig,
+    attention::{AttentionConfig, MlaConfig},
+    cost::DecodeCosts,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};

@@ -1,7 +1,10 @@
 //! The products of an attention's projections, formed in f64.
 
 use burn::tensor::{DType, Tensor};
-use lowkey_model::{Linear, Mla, MlaDims};
+use lowkey_model::{
+    attention::{Mla, MlaDims},
+    layers::Linear,
+};
 
 use crate::error::{Error, Result};
 use crate::side::Exact;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use half::{bf16, f16};
-use lowkey_model::{CausalLm, Parameter, WeightDtype};
+use lowkey_model::{CausalLm, Parameter, checkpoint::WeightDtype};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
@@ -61,7 +61,7 @@ pub(crate) fn made_from(model: &CausalLm, dtype: WeightDtype) -> Result<String> 
             hash.update(stored.to_le_bytes());
         }
     }
-    Ok(lowkey_files::hex(&hash.finalize()))
+    Ok(lowkey_files::hash::hex(&hash.finalize()))
 }
 
 /// Rounds tensors once, from f64 to `dtype`, and writes them as one file, with the [sum](made_from) of the weights that they were

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::{Generation, Tokenizer};
-use lowkey_files::FileHash;
-use lowkey_model::{AttentionConfig, CausalLm, Family, ModelDir};
+use lowkey_files::hash::FileHash;
+use lowkey_model::{CausalLm, ModelDir, attention::AttentionConfig, config::Family};
 
 use crate::error::{Error, Result};
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use lowkey_model::WeightDtype;
+use lowkey_model::checkpoint::WeightDtype;
 use serde::{Deserialize, Serialize};
 
 use crate::certificate::Bounds;

@@ -5,9 +5,19 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, FloatDType, Tensor};
 use lowkey_infer::{Decoder, Form};
-use lowkey_model::{AttentionConfig, CausalLm, GroupedConfig, ModelConfig, RopeConfig, WeightDtype, ids_tensor};
+use lowkey_model::{
+    CausalLm, ModelConfig,
+    attention::{AttentionConfig, GroupedConfig},
+    checkpoint::WeightDtype,
+    ids_tensor,
+    rope::RopeConfig,
+};
 
+use crate::certificate::TensorError;
+use crate::export::{ABSORBED, FUSED, GGUF, fused_layers, load_fused};
 use crate::gguf::tests::{Folder, bits, config_with, distance, logits, random_model, yarn};
+use crate::plan::{LayerForm, PlanSettings, plan};
+use crate::source::canonical;
 use crate::*;
 
 /// MLA of every kind that all layouts can hold.
@@ -176,7 +186,7 @@ fn one_changed_byte_is_caught() {
         exported(&source, &out, to, "f32");
         for entry in fs::read_dir(&out).unwrap() {
             let path = entry.unwrap().path();
-            if path.ends_with(lowkey_files::MARK) {
+            if path.ends_with(lowkey_files::mark::MARK) {
                 // It says who made the folder; nothing that computes reads it.
                 continue;
             }

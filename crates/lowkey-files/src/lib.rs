@@ -8,11 +8,11 @@
 //!   the new one under the name.
 //! - **Nothing hidden stays.** What is written aside has a name that follows from its place (`.NAME.lowkey-new`), so that the
 //!   same command clears away what a killed one left. Names drawn at random would pile up for ever.
-//! - **Only what lowkey made is replaced.** A folder that it writes carries a [mark](Mark), `lowkey.json`, which names its
+//! - **Only what lowkey made is replaced.** A folder that it writes carries a [mark](mark::Mark), `lowkey.json`, which names its
 //!   files and their hashes. A folder without one, with a file more, or with a file that somebody has edited since, is not
 //!   lowkey's to remove, whatever it is called ([`Staging::begin`], [`Owned::claim`]).
 //! - **One writer.** Two processes that write the same thing find out by a lock, never by each other's half-written files
-//!   ([`Lock`]). Locks neither follow links nor empty what they find.
+//!   ([`lock::Lock`]). Locks neither follow links nor empty what they find.
 //! - **A name from a file or a peer is no path** until [`is_plain_name`] says so; only regular files are read ([`open`]),
 //!   never a pipe or a device, and never more than the reader allows ([`read()`]); and such a name is shown with its control
 //!   characters escaped ([`printable`]).
@@ -20,25 +20,20 @@
 //! All calls to the system go through the C library, so that a test can stop each of them.
 
 mod error;
-mod hash;
-mod lock;
-mod mark;
+pub mod hash;
+pub mod lock;
+pub mod mark;
 mod names;
 mod owned;
 mod read;
 mod room;
 mod staging;
-mod write;
+pub mod write;
 
-pub use error::{Error, HELD, Result};
-pub use hash::{FileHash, hash, hex, sha256};
-pub use lock::{Lock, lock};
-pub use mark::{Kind, MARK, Mark};
+pub use error::{Error, Result};
 pub use names::{is_plain_name, printable, printable_lines};
 pub use owned::Owned;
 pub use read::{open, read, read_text};
 pub use room::room;
 pub use staging::{Replace, Staging, recover};
-pub use write::{
-    NewFile, append, copy, create_dir, link, output, remove, remove_dir, rename, sweep, sync_dir, write, write_json,
-};
+pub use write::{NewFile, write, write_json};

@@ -8,6 +8,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+pub use crate::error::HELD;
 use crate::error::{Error, Result};
 
 /// A lock that this process holds until it is dropped.

@@ -5,7 +5,11 @@ use std::mem;
 use burn::tensor::kind::Basic;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Int, Slice, Tensor};
 use lowkey_kernels::device::is_cpu;
-use lowkey_model::{CacheBuffer, CausalLm, LayerConfig, ModelConfig, Stored};
+use lowkey_model::{
+    CausalLm, ModelConfig,
+    attention::{CacheBuffer, Stored},
+    config::LayerConfig,
+};
 
 use crate::cache_dtype::CacheDtype;
 use crate::error::{Error, Result};
@@ -151,11 +155,6 @@ impl Cache {
     /// Number of rows.
     pub fn batch(&self) -> usize {
         self.lengths.len()
-    }
-
-    /// Slots per row.
-    pub fn capacity(&self) -> usize {
-        self.capacity
     }
 
     /// Tokens that each row holds.

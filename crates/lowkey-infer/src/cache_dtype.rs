@@ -17,7 +17,7 @@ pub enum CacheDtype {
     F16,
     /// 1 byte each, and 4 for a scale: symmetric integers −127 to 127. Per token and layer the latent has one scale and the
     /// rotated shared key another (MLA), or each head's key and each head's value has one (MHA, GQA, MQA). See
-    /// [`lowkey_model::Stored::Int8`].
+    /// [`lowkey_model::attention::Stored::Int8`].
     Int8,
 }
 

@@ -4,7 +4,11 @@ use std::cell::OnceCell;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use lowkey_model::{Cached, CausalLm, FusedMla, Mask, Seen, ids_tensor};
+use lowkey_model::{
+    CausalLm,
+    attention::{Cached, FusedMla, Mask, Seen},
+    ids_tensor,
+};
 
 use crate::cache::Cache;
 use crate::cache_dtype::CacheDtype;

@@ -3,7 +3,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-use lowkey_model::{Block, FusedMla, MlaDims, Way};
+use lowkey_model::{
+    attention::{FusedMla, MlaDims, Way},
+    model::Block,
+};
 
 use crate::error::{Error, Result};
 
@@ -20,7 +23,7 @@ pub enum Form {
     /// Queries are mapped into the latent space and attend there; keys and values of the heads never exist.
     Absorbed,
     /// As absorbed, with the maps into the latent space and out of it multiplied into the weights around them; layers without
-    /// such weights are absorbed. See [`lowkey_model::FusedMla`].
+    /// such weights are absorbed. See [`lowkey_model::attention::FusedMla`].
     Fused,
 }
 

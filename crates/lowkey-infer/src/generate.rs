@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use burn::tensor::Device;
-use lowkey_model::{CausalLm, FusedMla};
+use lowkey_model::{CausalLm, attention::FusedMla};
 
 use crate::cache_dtype::CacheDtype;
 use crate::decoder::{check_form, check_tokens};

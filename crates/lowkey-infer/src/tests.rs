@@ -8,8 +8,11 @@ mod scheduler;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use lowkey_model::{
-    Attention, AttentionConfig, CausalLm, Family, FusedMla, GroupedConfig, LayerConfig, Layers, Mla, MlaConfig,
-    MlpConfig, ModelConfig, RopeConfig, RopeType, ids_tensor,
+    CausalLm, ModelConfig,
+    attention::{Attention, AttentionConfig, FusedMla, GroupedConfig, Mla, MlaConfig},
+    config::{Family, LayerConfig, Layers, MlpConfig},
+    ids_tensor,
+    rope::{RopeConfig, RopeType},
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -140,7 +143,7 @@ fn random_model(config: &ModelConfig, seed: u64) -> CausalLm {
 
 /// The products that the fused form attends with, formed in f64.
 fn fused(mla: &Mla) -> FusedMla {
-    let lowkey_model::MlaDims { heads, nope, rope, value, rank, .. } = mla.dims;
+    let lowkey_model::attention::MlaDims { heads, nope, rope, value, rank, .. } = mla.dims;
     let wide = |weight: Tensor<2>| weight.cast(FloatDType::F64);
     let up = mla.q_b_proj.as_ref().or(mla.q_proj.as_ref()).unwrap().matrix();
     let dtype = up.dtype();

@@ -9,6 +9,8 @@ mod tests;
 use burn::backend::Dispatch;
 use burn::tensor::{DType, FloatDType, Int, IntDType, Tensor, TensorData};
 
+pub use crate::masked_attention::{Mask, attention, scores};
+
 use self::autodiff::CacheOps;
 use crate::device::facts::is_cpu;
 use crate::latent_attention::arguments::MlaDims;

@@ -5,8 +5,8 @@
 //! functions and never touches a backend primitive.
 //!
 //! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
-//! [`gated_mlp`], [`cross_entropy_sum`] and [`distill_sum`] for training; [`absorbed_attention`], and [`attention`] with a [`Mask`], for queries
-//! against a cache, which may be [`Stored`] in fewer bits; [`optim`] for updates; [`routing`] for mixtures of experts.
+//! [`gated_mlp`], the [`loss`]es for training; [`cache::absorbed_attention`], and [`cache::attention`] with a [`cache::Mask`], for queries
+//! against a cache, which may be [`cache::Stored`] in fewer bits; [`optim`] for updates; [`routing`] for mixtures of experts.
 //!
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
@@ -32,7 +32,7 @@
 //! **What this crate does not know.** Models, parameters, names, files, text. It is the only crate that knows a backend.
 
 mod autodiff;
-mod cache;
+pub mod cache;
 mod causal_attention;
 mod cpu;
 pub mod device;
@@ -45,24 +45,21 @@ mod fixtures;
 mod gpu;
 mod latent_attention;
 mod linear;
-mod loss;
+pub mod loss;
 mod masked_attention;
 mod mlp;
 mod norm;
 pub mod optim;
-mod precision;
+pub mod precision;
 pub mod reference;
 mod rotary;
 pub mod routing;
 
-pub use cache::{Stored, absorbed_attention};
 pub use causal_attention::causal_attention;
 pub use embedding::embed;
 pub use latent_attention::{LatentWeights, MlaDims, latent_attention};
 pub use linear::{add_linear, linear};
-pub use loss::{Labels, LossSum, cross_entropy_each, cross_entropy_sum, distill_sum};
-pub use masked_attention::{Mask, attention, scores};
 pub use mlp::{MlpWeights, gated_mlp};
 pub use norm::rms_norm;
-pub use precision::{Precision, Scope, scope};
+pub use precision::Precision;
 pub use rotary::rotate;

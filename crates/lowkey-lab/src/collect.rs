@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use lowkey_files as files;
-use lowkey_train::{Metrics, RunConfig};
+use lowkey_train::{RunConfig, metrics::Metrics};
 use serde_json::Value;
 
 use crate::error::{Error, Result};

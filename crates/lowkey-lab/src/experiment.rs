@@ -180,7 +180,7 @@ impl Experiment {
     }
 
     /// The run file that arms start from.
-    pub fn base_path(&self) -> PathBuf {
+    pub(crate) fn base_path(&self) -> PathBuf {
         self.origin.parent().unwrap_or(Path::new("")).join(&self.base)
     }
 

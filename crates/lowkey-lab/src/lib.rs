@@ -52,9 +52,9 @@
 mod collect;
 mod decode;
 mod error;
-mod expand;
-mod experiment;
-mod fit;
+pub mod expand;
+pub mod experiment;
+pub mod fit;
 #[cfg(test)]
 mod fixtures;
 mod kept;
@@ -64,15 +64,14 @@ mod plot;
 mod quantised;
 mod run;
 mod stats;
-mod study;
-mod summary;
+pub mod study;
+pub mod summary;
 mod verdict;
 
 pub use error::{Error, Result};
 pub use expand::{Expanded, Run};
-pub use experiment::{ArmSection, Axis, Better, Budget, Experiment, Matched, Matching};
-pub use fit::PowerLaw;
+pub use experiment::Experiment;
 pub use run::{Event, Outcome, SweepOptions, sweep};
 pub use stats::Mean;
-pub use study::{Arm, Rule, RunResult, Study, Theory};
-pub use summary::{ArmSummary, Summary, report};
+pub use study::Study;
+pub use summary::{Summary, report};

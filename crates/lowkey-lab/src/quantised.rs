@@ -8,8 +8,8 @@ use std::path::Path;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowkey_infer::{CacheDtype, Decoder, Form};
-use lowkey_model::{CausalLm, Seen, ids_tensor};
-use lowkey_train::{Held, RunConfig, RunOptions, checkpoint};
+use lowkey_model::{CausalLm, attention::Seen, ids_tensor};
+use lowkey_train::{RunConfig, RunOptions, checkpoint, evaluate::Held};
 use serde_json::json;
 
 use crate::collect::read_json;
@@ -112,7 +112,7 @@ fn rounded(x: Tensor<4>, most: f64) -> Tensor<4> {
 
 #[cfg(test)]
 mod tests {
-    use lowkey_model::ModelSection;
+    use lowkey_model::config::ModelSection;
 
     use super::*;
 

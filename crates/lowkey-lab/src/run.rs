@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use lowkey_files::{self as files, Kind, Lock, Owned};
-use lowkey_train::{Event as TrainEvent, Held, RunConfig, RunOptions, train};
+use lowkey_files::{self as files, Owned, lock::Lock, mark::Kind};
+use lowkey_train::{Event as TrainEvent, RunConfig, RunOptions, evaluate::Held, train};
 
 use crate::collect::{finished, other_section};
 use crate::error::{Error, Result};
@@ -170,12 +170,12 @@ fn claim(expanded: &Expanded, options: &SweepOptions) -> Result<Lock> {
     };
     keep(out, expanded, begun)?;
     let (i, n) = options.shard.unwrap_or((0, 1));
-    let lock = files::lock(&out.join(format!(".sweep-{i}-of-{n}.lock"))).map_err(|e| match e {
+    let lock = files::lock::lock(&out.join(format!(".sweep-{i}-of-{n}.lock"))).map_err(|e| match e {
         files::Error::Held { path } => Error::file(
             path,
             format!(
                 "{}; a lowkey lab run of these runs holds it, and goes on: this one has changed nothing",
-                files::HELD
+                files::lock::HELD
             ),
         ),
         e => e.into(),

@@ -43,7 +43,7 @@ impl Mean {
     }
 
     /// The interval, where there is one.
-    pub fn interval(&self) -> Option<(f64, f64)> {
+    pub(crate) fn interval(&self) -> Option<(f64, f64)> {
         self.half.map(|half| (self.mean - half, self.mean + half))
     }
 

@@ -69,7 +69,7 @@ pub struct Arm {
 
 impl Arm {
     /// Bytes of cache per token in codes of four bits, two to a byte, with the scales of int8.
-    pub fn int4_bytes_per_token(&self) -> usize {
+    pub(crate) fn int4_bytes_per_token(&self) -> usize {
         let numbers = self.cache_bytes_per_token / 4;
         self.int8_bytes_per_token - numbers / 2
     }

@@ -9,12 +9,14 @@ mod mla;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use lowkey_kernels::{Mask, Stored, add_linear};
+use lowkey_kernels::add_linear;
 
 pub(crate) use config::AttentionSizes;
 pub use config::{AttentionConfig, CacheBuffer};
 pub use fused::FusedMla;
 pub use grouped::{Grouped, GroupedConfig, GroupedDims};
+pub use lowkey_kernels::MlaDims;
+pub use lowkey_kernels::cache::{Mask, Stored};
 pub use mla::{LATENT_NORM_EPS, Latent, Mla, MlaConfig};
 
 use crate::config::ModelConfig;

@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use half::{bf16, f16};
-use lowkey_files::{NewFile, create_dir, is_plain_name, open, printable, read_text, remove};
+use lowkey_files::{
+    NewFile, is_plain_name, open, printable, read_text,
+    write::{create_dir, remove},
+};
 use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};

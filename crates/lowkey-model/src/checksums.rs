@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use lowkey_files::{MARK, is_plain_name, printable, read_text, sha256, write_json};
+use lowkey_files::{hash::sha256, is_plain_name, mark::MARK, printable, read_text, write_json};
 
 use crate::checkpoint::weight_files;
 use crate::error::{Error, Result};

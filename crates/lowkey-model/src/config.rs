@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
 use crate::error::{Error, Result};
-use crate::layer_config::{LayerConfig, Layers, MlpConfig};
+pub use crate::layer_config::{LayerConfig, Layers, MlpConfig};
 use crate::rope::RopeConfig;
 
 /// Which attention a run file asks for. One line turns one into another: keys that the chosen kind does not use may stay.

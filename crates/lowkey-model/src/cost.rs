@@ -2,6 +2,7 @@
 
 use crate::attention::AttentionSizes;
 use crate::config::ModelConfig;
+pub use crate::decode_cost::{AttentionCost, DecodeCosts};
 use crate::gradients::Recompute;
 use crate::layer_config::{LayerConfig, MlpConfig};
 

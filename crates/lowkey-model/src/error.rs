@@ -106,7 +106,7 @@ impl From<lowkey_files::Error> for Error {
         match error {
             lowkey_files::Error::Io { path, why, .. } => Self::io(path, why),
             lowkey_files::Error::Refused { path, why } => Self::File { path, why },
-            lowkey_files::Error::Held { path } => Self::file(path, lowkey_files::HELD),
+            lowkey_files::Error::Held { path } => Self::file(path, lowkey_files::lock::HELD),
         }
     }
 }

@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor};
 use lowkey_batch::Rows;
-use lowkey_kernels::{LossSum, optim};
+use lowkey_kernels::{loss::LossSum, optim};
 use serde::{Deserialize, Serialize};
 
 use crate::attention::Seen;
@@ -162,11 +162,11 @@ impl CausalLm {
 
 #[cfg(test)]
 mod tests {
-    use lowkey_kernels::distill_sum;
+    use lowkey_kernels::loss::distill_sum;
 
     use super::*;
-    use crate::IGNORE;
     use crate::fixtures::{self, distance, scrambled, values};
+    use lowkey_batch::IGNORE;
 
     /// Two passes of two models are what one objective says of one model.
     #[test]

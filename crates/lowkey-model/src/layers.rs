@@ -88,7 +88,7 @@ impl Linear {
     }
 
     /// `residual + y`, `residual [batch, seq, d_out]`.
-    pub fn add_to(&self, residual: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
+    pub(crate) fn add_to(&self, residual: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
         add_linear(residual, x, self.matrix(), self.bias())
     }
 }

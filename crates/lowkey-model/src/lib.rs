@@ -4,13 +4,13 @@
 //! or one of its baselines, written so that the equations can be read off the code, and exact enough that a checkpoint of
 //! transformers gives the same logits, gradients and training trajectories here.
 //!
-//! **Main types.** [`ModelConfig`] (checked sizes), [`CausalLm`] (the parameters), [`Attention`] with [`Mla`] and
-//! [`Grouped`], [`RopeConfig`] (frequencies and YaRN), [`Context`] (positions and documents of a forward pass), [`Trace`]
+//! **Main types.** [`ModelConfig`] (checked sizes), [`CausalLm`] (the parameters), [`attention::Attention`] with [`attention::Mla`] and
+//! [`attention::Grouped`], [`rope::RopeConfig`] (frequencies and YaRN), [`model::Context`] (positions and documents of a forward pass), [`model::Trace`]
 //! (intermediate results), [`Parameter`] (a named, flat view for optimisers and files).
 //!
-//! **Flow.** A `[model]` section ([`ModelSection`]) or a `config.json` becomes a [`ModelConfig`];
+//! **Flow.** A `[model]` section ([`config::ModelSection`]) or a `config.json` becomes a [`ModelConfig`];
 //! [`CausalLm::init`] or [`CausalLm::load`] builds the model on a device; [`CausalLm::loss`] trains it,
-//! [`CausalLm::forward`] evaluates it, and the parts of [`Mla`] let a cache stand between latent and attention; [`FusedMla`] holds
+//! [`CausalLm::forward`] evaluates it, and the parts of [`attention::Mla`] let a cache stand between latent and attention; [`attention::FusedMla`] holds
 //! one layer's attention with its up-projections multiplied out, for that use.
 //!
 //! **What this crate does not know.** Text and tokenizers, training loops, optimisers, any file format but Hugging Face's,
@@ -20,62 +20,48 @@
 //!
 //! | paper (arXiv 2405.04434) | Hugging Face tensor | here | GGUF |
 //! |---|---|---|---|
-//! | W^Q | `q_proj.weight` | [`Mla::q_proj`] | `attn_q` |
-//! | W^DQ | `q_a_proj.weight` | [`Mla::q_a_proj`] | `attn_q_a` |
-//! | norm of c^Q | `q_a_layernorm.weight` | [`Mla::q_a_layernorm`] | `attn_q_a_norm` |
-//! | W^UQ, W^QR, rows per head | `q_b_proj.weight` | [`Mla::q_b_proj`] | `attn_q_b` |
-//! | W^DKV, then W^KR | `kv_a_proj_with_mqa.weight` | [`Mla::kv_a_proj_with_mqa`] | `attn_kv_a_mqa` |
-//! | norm of c^KV | `kv_a_layernorm.weight` | [`Mla::kv_a_layernorm`] | `attn_kv_a_norm` |
-//! | W^UK, W^UV, rows per head | `kv_b_proj.weight` | [`Mla::kv_b_proj`] | `attn_k_b` (transposed), `attn_v_b` |
-//! | W^O | `o_proj.weight` | [`Mla::o_proj`] | `attn_output` |
-//! | c^KV_t, cached | — | [`Latent::c_kv`] | — |
-//! | k^R_t, cached | — | [`Latent::k_pe`] | — |
-//! | d_c | `kv_lora_rank` | [`MlaConfig::kv_lora_rank`], L | `attention.kv_lora_rank` |
-//! | d_c′ | `q_lora_rank` | [`MlaConfig::q_lora_rank`], Q | `attention.q_lora_rank` |
-//! | d_h of k^C | `qk_nope_head_dim` | [`MlaConfig::qk_nope_head_dim`], N | `key_length_mla − rope.dimension_count` |
-//! | d_h^R | `qk_rope_head_dim` | [`MlaConfig::qk_rope_head_dim`], R | `rope.dimension_count` |
-//! | d_h of v^C | `v_head_dim` | [`MlaConfig::v_head_dim`], V | `attention.value_length_mla` |
+//! | W^Q | `q_proj.weight` | [`Mla::q_proj`](attention::Mla::q_proj) | `attn_q` |
+//! | W^DQ | `q_a_proj.weight` | [`Mla::q_a_proj`](attention::Mla::q_a_proj) | `attn_q_a` |
+//! | norm of c^Q | `q_a_layernorm.weight` | [`Mla::q_a_layernorm`](attention::Mla::q_a_layernorm) | `attn_q_a_norm` |
+//! | W^UQ, W^QR, rows per head | `q_b_proj.weight` | [`Mla::q_b_proj`](attention::Mla::q_b_proj) | `attn_q_b` |
+//! | W^DKV, then W^KR | `kv_a_proj_with_mqa.weight` | [`Mla::kv_a_proj_with_mqa`](attention::Mla::kv_a_proj_with_mqa) | `attn_kv_a_mqa` |
+//! | norm of c^KV | `kv_a_layernorm.weight` | [`Mla::kv_a_layernorm`](attention::Mla::kv_a_layernorm) | `attn_kv_a_norm` |
+//! | W^UK, W^UV, rows per head | `kv_b_proj.weight` | [`Mla::kv_b_proj`](attention::Mla::kv_b_proj) | `attn_k_b` (transposed), `attn_v_b` |
+//! | W^O | `o_proj.weight` | [`Mla::o_proj`](attention::Mla::o_proj) | `attn_output` |
+//! | c^KV_t, cached | — | [`Latent::c_kv`](attention::Latent::c_kv) | — |
+//! | k^R_t, cached | — | [`Latent::k_pe`](attention::Latent::k_pe) | — |
+//! | d_c | `kv_lora_rank` | [`MlaConfig::kv_lora_rank`](attention::MlaConfig::kv_lora_rank), L | `attention.kv_lora_rank` |
+//! | d_c′ | `q_lora_rank` | [`MlaConfig::q_lora_rank`](attention::MlaConfig::q_lora_rank), Q | `attention.q_lora_rank` |
+//! | d_h of k^C | `qk_nope_head_dim` | [`MlaConfig::qk_nope_head_dim`](attention::MlaConfig::qk_nope_head_dim), N | `key_length_mla − rope.dimension_count` |
+//! | d_h^R | `qk_rope_head_dim` | [`MlaConfig::qk_rope_head_dim`](attention::MlaConfig::qk_rope_head_dim), R | `rope.dimension_count` |
+//! | d_h of v^C | `v_head_dim` | [`MlaConfig::v_head_dim`](attention::MlaConfig::v_head_dim), V | `attention.value_length_mla` |
 
-mod attention;
-mod checkpoint;
-mod checksums;
-mod config;
-mod cost;
+pub mod attention;
+pub mod checkpoint;
+pub mod checksums;
+pub mod config;
+pub mod cost;
 mod decode_cost;
 mod error;
 #[cfg(test)]
 mod fixtures;
 mod gradients;
 mod hf_config;
-pub mod init;
+mod init;
 mod layer_config;
-mod layers;
-mod model;
+pub mod layers;
+pub mod model;
 mod model_dir;
-mod objective;
+pub mod objective;
 mod params;
 mod pass;
-mod rope;
-mod tensor;
+pub mod rope;
+pub mod tensor;
 
-pub use attention::{
-    Attention, AttentionConfig, CacheBuffer, Cached, FusedMla, Grouped, GroupedConfig, GroupedDims, LATENT_NORM_EPS,
-    Latent, Mla, MlaConfig, Seen, Way,
-};
-pub use checkpoint::{WeightDtype, check_weights, weight_files};
-pub use checksums::{CHECKSUMS, has_checksums, verify, write_checksums};
-pub use config::{AttentionKind, ElasticSection, Family, ModelConfig, ModelSection};
-pub use cost::{CacheWidth, ParameterCount};
-pub use decode_cost::{AttentionCost, DecodeCosts};
+pub use config::ModelConfig;
 pub use error::{Error, Result};
 pub use gradients::Recompute;
-pub use layer_config::{LayerConfig, Layers, MlpConfig};
-pub use layers::{Embedding, Linear, RmsNorm};
-pub use lowkey_batch::{IGNORE, Rows, VectorRows};
-pub use lowkey_kernels::{LossSum, Mask, MlaDims, Stored};
-pub use model::{Block, CausalLm, Context, Decoder, Mlp, Trace, ids_tensor};
+pub use lowkey_batch::Rows;
+pub use model::{CausalLm, ids_tensor};
 pub use model_dir::{ModelDir, NewModelDir};
-pub use objective::{Objective, Term};
 pub use params::Parameter;
-pub use rope::{RopeConfig, RopeTable, RopeType};
-pub use tensor::{HeadRows, Role, TensorSpec};

@@ -6,7 +6,7 @@ use burn::module::Module;
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowkey_batch::Rows;
-use lowkey_kernels::{LossSum, MlpWeights, gated_mlp};
+use lowkey_kernels::{MlpWeights, gated_mlp, loss::LossSum};
 
 use crate::attention::{Attention, Seen};
 use crate::config::{Family, ModelConfig};

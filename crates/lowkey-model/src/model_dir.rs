@@ -5,7 +5,14 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use burn::tensor::Device;
-use lowkey_files::{FileHash, Kind, Replace, Staging, copy, create_dir, hash, recover, write_json};
+use lowkey_files::{
+    Replace, Staging,
+    hash::{FileHash, hash},
+    mark::Kind,
+    recover,
+    write::{copy, create_dir},
+    write_json,
+};
 use serde::Serialize;
 
 use crate::checkpoint::{CONFIG, INDEX, WeightDtype, weight_files};

@@ -5,7 +5,8 @@
 
 use burn::tensor::Tensor;
 use lowkey_batch::Rows;
-use lowkey_kernels::{LossSum, distill_sum};
+pub use lowkey_kernels::loss::LossSum;
+use lowkey_kernels::loss::distill_sum;
 
 use crate::model::CausalLm;
 
@@ -14,7 +15,7 @@ use crate::model::CausalLm;
 pub enum Term {
     /// The next token, or the answers to vectors, at the whole width.
     Next {
-        /// Factor on each squared log-partition, see [`lowkey_kernels::Labels::z_loss`].
+        /// Factor on each squared log-partition, see [`lowkey_kernels::loss::Labels::z_loss`].
         z_loss: f64,
     },
     /// The same with no more than the first numbers of each latent.

@@ -6,7 +6,7 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowkey_batch::{IGNORE, Rows, VectorRows};
-use lowkey_kernels::{Labels, LossSum, cross_entropy_each, cross_entropy_sum};
+use lowkey_kernels::loss::{Labels, LossSum, cross_entropy_each, cross_entropy_sum};
 
 use crate::model::{CausalLm, ids_tensor};
 

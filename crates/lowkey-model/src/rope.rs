@@ -167,7 +167,7 @@ impl RopeConfig {
 
     /// The factor on the attention logits: m² with m = 0.1·mscale_all_dim·ln(factor)+1 when positions are scaled and
     /// `mscale_all_dim` is set, else 1.
-    pub fn logit_factor(&self) -> f64 {
+    pub(crate) fn logit_factor(&self) -> f64 {
         match (self.rope_type, truthy(self.mscale_all_dim), self.factor) {
             (RopeType::Default, _, _) | (_, None, _) | (_, _, None) => 1.0,
             (_, Some(mscale), Some(factor)) => yarn_mscale(factor, mscale).powi(2),

@@ -11,10 +11,18 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::{Generation, Tokenizer};
 use lowkey_files::{
-    Kind, Replace, Staging, copy, create_dir, printable, read, read_text, remove_dir, rename, sweep, write_json,
+    Replace, Staging,
+    mark::Kind,
+    printable, read, read_text,
+    write::{copy, create_dir, remove_dir, rename, sweep},
+    write_json,
 };
-use lowkey_model::{CHECKSUMS, CausalLm, Parameter, WeightDtype, write_checksums};
-pub use lowkey_model::{has_checksums, verify};
+pub use lowkey_model::checksums::{has_checksums, verify};
+use lowkey_model::{
+    CausalLm, Parameter,
+    checkpoint::WeightDtype,
+    checksums::{CHECKSUMS, write_checksums},
+};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
@@ -134,7 +142,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// [`Error::Io`] where the folder cannot be changed.
-    pub fn settle(&self, state: &TrainerState) -> Result<()> {
+    pub(crate) fn settle(&self, state: &TrainerState) -> Result<()> {
         let best = state.best_step();
         if let Some(step) = best {
             self.point_best(&step_name(step))?;
@@ -152,7 +160,7 @@ impl Checkpoints {
     pub fn clear(&self) -> Result<()> {
         let best = self.dir.join(BEST);
         match best.symlink_metadata() {
-            Ok(found) if found.is_symlink() => lowkey_files::remove(&best)?,
+            Ok(found) if found.is_symlink() => lowkey_files::write::remove(&best)?,
             Ok(_) => discard(&best)?,
             Err(_) => {}
         }
@@ -188,7 +196,7 @@ impl Checkpoints {
                 // A run that was copied without its links, or comes from a system that has none.
                 discard(&best)?;
             }
-            Ok(lowkey_files::link(name, &best)?)
+            Ok(lowkey_files::write::link(name, &best)?)
         }
         #[cfg(not(unix))]
         {
@@ -289,7 +297,7 @@ pub(crate) fn load_trainer(dir: &Path) -> Result<TrainerState> {
 ///
 /// # Errors
 /// [`Error::File`] naming the file and tensor that do not fit.
-pub fn load_state(
+pub(crate) fn load_state(
     dir: &Path,
     parameters: &[Parameter],
     kinds: &[ParameterState],

@@ -5,7 +5,7 @@
 //! and the narrowest, which bound all others, and draws from those between. A step costs as many passes however many ranks there
 //! are. Whoever needs to know what a step or a run costs asks here, where the training loop asks what to do.
 
-use lowkey_model::{ModelConfig, Term};
+use lowkey_model::{ModelConfig, objective::Term};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

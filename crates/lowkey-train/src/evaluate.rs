@@ -6,10 +6,10 @@ use burn::module::Module;
 use burn::tensor::Device;
 use lowkey_batch::{Batch, IGNORE};
 use lowkey_convert::{effective_rank, latent_spectra};
-use lowkey_data::OracleDocument;
+use lowkey_data::oracle::OracleDocument;
 use lowkey_data::storybook::Class;
 use lowkey_data::tasks::HeldExamples;
-use lowkey_model::{CausalLm, Trace};
+use lowkey_model::{CausalLm, model::Trace};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -153,7 +153,7 @@ fn first_rows<T: Clone>(batches: &[T], most: usize, rows: impl Fn(&T) -> usize) 
 ///
 /// The first token of a document has no context and is not predicted, by the model or by the generator.
 ///
-/// A model that was trained to be read at narrower ranks ([`lowkey_model::ElasticSection`]) is evaluated at each of them as well.
+/// A model that was trained to be read at narrower ranks ([`lowkey_model::config::ElasticSection`]) is evaluated at each of them as well.
 ///
 /// # Errors
 /// [`Error::Device`] where a loss cannot be read back.

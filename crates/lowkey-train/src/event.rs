@@ -25,7 +25,7 @@ pub struct RunOptions {
 #[derive(Debug)]
 pub enum Event<'a> {
     /// The corpus is being read.
-    Preparing(lowkey_data::Progress),
+    Preparing(lowkey_data::prepare::Progress),
     /// Something worth a line.
     Note(String),
     /// All is set; `step` is where it starts.

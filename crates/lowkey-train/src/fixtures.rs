@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use burn::tensor::{Device, Tensor};
 use lowkey_batch::{Batch, IGNORE};
 use lowkey_kernels::Precision;
-use lowkey_model::{CausalLm, ModelConfig, ModelSection, Parameter, Recompute, Term};
+use lowkey_model::{CausalLm, ModelConfig, Parameter, Recompute, config::ModelSection, objective::Term};
 use tempfile::TempDir;
 
 use crate::error::Result;

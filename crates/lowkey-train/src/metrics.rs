@@ -61,7 +61,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Adds an evaluation's figures.
-    pub fn with_evaluation(mut self, evaluation: &Evaluation) -> Self {
+    pub(crate) fn with_evaluation(mut self, evaluation: &Evaluation) -> Self {
         self.val_loss = Some(evaluation.loss);
         self.bits_per_byte = evaluation.bits_per_byte;
         self.accuracy = evaluation.accuracy;
@@ -130,7 +130,7 @@ impl MetricsFile {
         if kept != old || old.is_empty() {
             lowkey_files::write(path, &kept)?;
         }
-        let file = lowkey_files::append(path)?;
+        let file = lowkey_files::write::append(path)?;
         Ok(Self { path: path.to_path_buf(), file })
     }
 

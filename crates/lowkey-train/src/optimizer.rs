@@ -115,7 +115,7 @@ impl Optimizer {
     }
 
     /// Continues from saved states.
-    pub fn restore(&mut self, states: Vec<ParameterState>, steps: u64) {
+    pub(crate) fn restore(&mut self, states: Vec<ParameterState>, steps: u64) {
         self.states = states;
         self.steps = steps;
     }

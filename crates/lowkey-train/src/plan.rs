@@ -1,6 +1,6 @@
 //! What a run will cost, said before it starts.
 
-use lowkey_model::{ModelConfig, ParameterCount};
+use lowkey_model::{ModelConfig, cost::ParameterCount};
 use serde::Serialize;
 
 use crate::elastic::Passes;

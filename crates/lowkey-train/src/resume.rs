@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use lowkey_files::{Kind, MARK, Owned};
+use lowkey_files::{
+    Owned,
+    mark::{Kind, MARK},
+};
 
 use crate::checkpoint::{self, TrainerState};
 use crate::error::{Error, Result};

@@ -11,7 +11,7 @@ pub(crate) use check::at_least_one;
 pub use history::EarlierPlan;
 use lowkey_data::Packing;
 use lowkey_kernels::Precision;
-use lowkey_model::{ModelSection, Recompute, Term};
+use lowkey_model::{Recompute, config::ModelSection, objective::Term};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -72,7 +72,7 @@ pub struct RunSection {
 
 impl RunSection {
     /// The names of the run's devices, as a user reads them.
-    pub fn device_names(&self) -> String {
+    pub(crate) fn device_names(&self) -> String {
         if self.devices.is_empty() { self.device.clone() } else { self.devices.join(", ") }
     }
 }
@@ -372,7 +372,7 @@ impl RunConfig {
     }
 
     /// Sequences that a device has in a pass: a share of the batch, where several share it.
-    pub fn rows_of_a_pass(&self) -> usize {
+    pub(crate) fn rows_of_a_pass(&self) -> usize {
         self.micro_batch_size().min(self.training.batch_size / self.run.devices.len().max(1))
     }
 

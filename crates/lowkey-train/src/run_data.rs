@@ -6,8 +6,11 @@ use std::sync::Arc;
 use lowkey_batch::Batch;
 use lowkey_data::tasks::{RowLayout, TaskCorpus};
 use lowkey_data::{
-    DatasetConfig, Expected, Generation, Observer, OracleDocument, Packing, Prepared, Sampler, Shard, Tokenizer,
-    oracle_documents, prepare, prepare_expecting, validation_batches,
+    DatasetConfig, Generation, Packing, Prepared, Sampler, Shard, Tokenizer,
+    oracle::{OracleDocument, oracle_documents},
+    prepare,
+    prepare::{Expected, Observer, prepare_expecting},
+    validation_batches,
 };
 
 use crate::checkpoint::TrainerState;
@@ -151,7 +154,7 @@ pub fn open(
 ///
 /// # Errors
 /// [`Error::Config`] for a row that is too short for an example, and for keys that have no meaning for a task.
-pub fn open_task(corpus: TaskCorpus, name: &str, section: &DataSection, rows: usize) -> Result<RunData> {
+pub(crate) fn open_task(corpus: TaskCorpus, name: &str, section: &DataSection, rows: usize) -> Result<RunData> {
     let layout = layout(&corpus, section)?;
     Ok(RunData {
         tokenizer: corpus.tokenizer().cloned(),
@@ -223,12 +226,12 @@ impl RunData {
 
 impl RunData {
     /// What a run's held-out figures must be measured on throughout: the checksum of the held-out tokens, or of the task.
-    pub fn held_checksum(&self) -> String {
+    pub(crate) fn held_checksum(&self) -> String {
         self.held_out.clone()
     }
 
     /// What of the held-out split is measured at the end of a run, in words.
-    pub fn held_part(&self) -> String {
+    pub(crate) fn held_part(&self) -> String {
         match (self.cut, &self.held) {
             (Some((all, most)), Held::Documents(documents)) => {
                 let measured: usize = documents.iter().map(|document| targets(&document.ids)).sum();

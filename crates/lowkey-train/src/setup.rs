@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::{DType, Device};
 use lowkey_data::tasks::TaskCorpus;
-use lowkey_data::{DatasetConfig, Generation, Tokenizer, TokenizerConfig};
+use lowkey_data::{DatasetConfig, Generation, Tokenizer, dataset::TokenizerConfig};
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::is_cpu;
 use lowkey_model::ModelConfig;

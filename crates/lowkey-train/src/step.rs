@@ -180,7 +180,7 @@ struct Decision {
 
 #[cfg(test)]
 mod tests {
-    use lowkey_model::Term;
+    use lowkey_model::objective::Term;
 
     use super::*;
     use crate::fixtures::{bits, passes, replica, uneven_batch, weight_bits};

@@ -52,7 +52,7 @@ const SESSION_START: i32 = 1;
 
 /// An open event file.
 #[derive(Debug)]
-pub struct EventWriter {
+pub(crate) struct EventWriter {
     path: PathBuf,
     file: File,
 }
@@ -62,14 +62,14 @@ impl EventWriter {
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::File`] where the file cannot be created.
-    pub fn create(dir: &Path, step: u64) -> Result<Self> {
-        lowkey_files::create_dir(dir)?;
+    pub(crate) fn create(dir: &Path, step: u64) -> Result<Self> {
+        lowkey_files::write::create_dir(dir)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // TensorBoard reads the files of a folder in the order of their names.
         let name =
             format!("events.out.tfevents.{}.{:09}.{}.lowkey", now.as_secs(), now.subsec_nanos(), std::process::id());
         let path = dir.join(name);
-        let file = lowkey_files::append(&path)?;
+        let file = lowkey_files::write::append(&path)?;
         let mut writer = Self { path, file };
         writer.write(&Event { file_version: Some("brain.Event:2".into()), ..writer.event(0) })?;
         writer.write(&Event { session_log: Some(SessionLog { status: SESSION_START }), ..writer.event(step + 1) })?;
@@ -80,7 +80,7 @@ impl EventWriter {
     ///
     /// # Errors
     /// [`Error::Io`] where the file cannot be written.
-    pub fn scalars(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
+    pub(crate) fn scalars(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
         let value =
             values.iter().map(|(tag, value)| Scalar { tag: (*tag).to_string(), simple_value: *value as f32 }).collect();
         self.write(&Event { summary: Some(Summary { value }), ..self.event(step) })

@@ -14,7 +14,7 @@ use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
 use lowkey_kernels::optim::Judgement;
-use lowkey_model::{CausalLm, ModelConfig, Parameter, Term};
+use lowkey_model::{CausalLm, ModelConfig, Parameter, objective::Term};
 use serde_json::json;
 
 use crate::checkpoint::{self, Checkpoints, TrainerState};
@@ -251,7 +251,7 @@ impl<'a> Run<'a> {
         }
         let evaluation = out.join("evaluation.json");
         if self.state.step < self.config.training.steps || self.state.newest_is_best {
-            lowkey_files::remove(&evaluation)?;
+            lowkey_files::write::remove(&evaluation)?;
         }
         Ok(())
     }

@@ -10,8 +10,11 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use lowkey_batch::Batch;
 use lowkey_kernels::device::is_cpu;
-use lowkey_kernels::{Precision, linear, optim, scope};
-use lowkey_model::{CausalLm, Objective, Recompute, Term};
+use lowkey_kernels::{Precision, linear, optim, precision::scope};
+use lowkey_model::{
+    CausalLm, Recompute,
+    objective::{Objective, Term},
+};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -93,7 +96,7 @@ impl Workers {
     }
 
     /// Runs a job in one pool of all threads: for work on the whole model, between passes.
-    pub fn together<R: Send>(&self, job: impl FnOnce() -> R + Send) -> R {
+    pub(crate) fn together<R: Send>(&self, job: impl FnOnce() -> R + Send) -> R {
         match self.all.as_ref().or(self.pools.first()) {
             Some(pool) => pool.install(job),
             None => job(),

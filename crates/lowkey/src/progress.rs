@@ -6,7 +6,12 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lowkey_files::printable_lines;
-use lowkey_train::{ClassEvaluation, Evaluation, Event, Metrics, Plan};
+use lowkey_train::{
+    Event,
+    evaluate::{ClassEvaluation, Evaluation},
+    metrics::Metrics,
+    plan::Plan,
+};
 
 use crate::output::{bytes, complain, count, duration, pairs, say, table};
 
@@ -60,15 +65,17 @@ impl View {
         }
     }
 
-    fn preparing(&mut self, progress: &lowkey_data::Progress) {
+    fn preparing(&mut self, progress: &lowkey_data::prepare::Progress) {
         // Said once: a small corpus is through in a moment.
         if !self.preparing {
             self.preparing = true;
             self.last_line = Some(Instant::now());
             self.line("preparing the corpus");
         }
-        let waits =
-            matches!(progress, lowkey_data::Progress::Fetching { .. } | lowkey_data::Progress::LearningMerges { .. });
+        let waits = matches!(
+            progress,
+            lowkey_data::prepare::Progress::Fetching { .. } | lowkey_data::prepare::Progress::LearningMerges { .. }
+        );
         if waits || self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
             self.last_line = Some(Instant::now());
             self.line(&preparation_line(progress));
@@ -286,11 +293,11 @@ impl Preparation {
     }
 
     /// What `lowkey_data::prepare` tells. Ctrl-C ends the process here, which leaves nothing half-done.
-    pub(crate) fn observer(mut self) -> impl FnMut(lowkey_data::Progress) -> ControlFlow<()> {
+    pub(crate) fn observer(mut self) -> impl FnMut(lowkey_data::prepare::Progress) -> ControlFlow<()> {
         move |progress| {
             let waits = matches!(
                 progress,
-                lowkey_data::Progress::Fetching { .. } | lowkey_data::Progress::LearningMerges { .. }
+                lowkey_data::prepare::Progress::Fetching { .. } | lowkey_data::prepare::Progress::LearningMerges { .. }
             );
             if waits || self.last.elapsed() >= LINE_EVERY {
                 self.last = Instant::now();
@@ -302,8 +309,8 @@ impl Preparation {
 }
 
 /// What the preparation of a corpus is busy with.
-fn preparation_line(progress: &lowkey_data::Progress) -> String {
-    use lowkey_data::Progress as P;
+fn preparation_line(progress: &lowkey_data::prepare::Progress) -> String {
+    use lowkey_data::prepare::Progress as P;
     match progress {
         P::Waiting { dir } => format!("waiting for another process that prepares {}", dir.display()),
         P::Fetching { file } => format!("fetching {file}"),

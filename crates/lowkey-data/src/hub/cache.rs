@@ -64,14 +64,14 @@ impl Cache {
 
     /// Keeps other processes from fetching the same file, or waits for one that does: as long as its file grows, and for
     /// `patience` when it does not.
-    pub(super) fn lock(&self, etag: &str, patience: Duration) -> Result<files::Lock, Fault> {
+    pub(super) fn lock(&self, etag: &str, patience: Duration) -> Result<files::lock::Lock, Fault> {
         let folder = self.root.join(".locks").join(&self.folder);
-        files::create_dir(&folder).map_err(|e| self.disk(&e))?;
-        files::create_dir(&self.at("blobs")).map_err(|e| self.disk(&e))?;
+        files::write::create_dir(&folder).map_err(|e| self.disk(&e))?;
+        files::write::create_dir(&self.at("blobs")).map_err(|e| self.disk(&e))?;
         let path = folder.join(format!("{etag}.lock"));
         let (mut since, mut arrived) = (Instant::now(), self.arrived(etag));
         loop {
-            match files::lock(&path) {
+            match files::lock::lock(&path) {
                 Ok(lock) => return Ok(lock),
                 Err(files::Error::Held { .. }) if since.elapsed() < patience => {
                     std::thread::sleep(LOOK.min(patience));
@@ -101,17 +101,19 @@ impl Cache {
     pub(super) fn point(&self, described: &Described, revision: &str, file: &str) -> Result<PathBuf, Fault> {
         let pointer = self.pointer(&described.commit, file);
         let blob = self.blob(&described.etag);
-        files::create_dir(pointer.parent().unwrap_or(&pointer)).map_err(|e| self.disk(&e))?;
+        files::write::create_dir(pointer.parent().unwrap_or(&pointer)).map_err(|e| self.disk(&e))?;
         if !pointer.is_file() {
             let up = "../".repeat(file.split('/').count() + 1);
             link(&format!("{up}blobs/{}", described.etag), &pointer)
                 // Where there are no links, the file itself takes the place.
-                .or_else(|e| if pointer.symlink_metadata().is_ok() { Err(e) } else { files::rename(&blob, &pointer) })
+                .or_else(|e| {
+                    if pointer.symlink_metadata().is_ok() { Err(e) } else { files::write::rename(&blob, &pointer) }
+                })
                 .map_err(|e| self.disk(&e))?;
         }
         if revision != described.commit {
             let reference = self.at("refs").join(revision);
-            files::create_dir(reference.parent().unwrap_or(&reference)).map_err(|e| self.disk(&e))?;
+            files::write::create_dir(reference.parent().unwrap_or(&reference)).map_err(|e| self.disk(&e))?;
             let is_right =
                 || files::read_text(&reference, LONGEST_REFERENCE).is_ok_and(|held| held == described.commit);
             let mut patience = 100;
@@ -137,7 +139,7 @@ impl Cache {
 
 #[cfg(unix)]
 fn link(target: &str, at: &Path) -> files::Result<()> {
-    files::link(target, at)
+    files::write::link(target, at)
 }
 
 #[cfg(not(unix))]

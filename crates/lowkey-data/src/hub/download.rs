@@ -24,14 +24,14 @@ pub(super) fn fill(
     let disk = |e: files::Error| cache.disk(&e);
     let mut have = length(&partial);
     if described.size.is_some_and(|size| have > size) || !partial.is_file() {
-        files::remove(&partial).map_err(disk)?;
+        files::write::remove(&partial).map_err(disk)?;
         have = 0;
     }
     let resumed = have > 0;
     if described.size.is_none_or(|size| have < size) || !resumed {
         let response = client.get(url, have, described)?;
         let Some(part) = Part::read(&response, have)? else {
-            files::remove(&partial).map_err(disk)?;
+            files::write::remove(&partial).map_err(disk)?;
             return Err(Fault::Passing("the server does not go on where it broke off".to_owned(), None));
         };
         let total = match (described.size, part.total) {
@@ -47,16 +47,16 @@ pub(super) fn fill(
             return Err(cache.disk(&format!("{missing} bytes are still to come, and the disk takes {room}")));
         }
         if part.start == 0 {
-            files::remove(&partial).map_err(disk)?;
+            files::write::remove(&partial).map_err(disk)?;
         }
         receive(client, response, &partial, part.start, total, largest_unannounced, cache)?;
     }
     if let Some(message) = wrong(&partial, &described.etag).map_err(disk)? {
-        files::remove(&partial).map_err(disk)?;
+        files::write::remove(&partial).map_err(disk)?;
         // What lay here from an earlier attempt may be at fault.
         return Err(if resumed { Fault::Passing(message, None) } else { Fault::Final(message) });
     }
-    files::rename(&partial, &cache.blob(&described.etag)).map_err(disk)
+    files::write::rename(&partial, &cache.blob(&described.etag)).map_err(disk)
 }
 
 /// Length of a regular file; 0 for anything else.
@@ -107,7 +107,7 @@ fn receive(
     largest_unannounced: u64,
     cache: &Cache,
 ) -> Result<(), Fault> {
-    let mut file = files::append(partial).map_err(|e| cache.disk(&e))?;
+    let mut file = files::write::append(partial).map_err(|e| cache.disk(&e))?;
     let mut body = response.into_body().into_reader();
     let mut buffer = vec![0; 1 << 17];
     loop {
@@ -121,7 +121,7 @@ fn receive(
         };
         have += arrived as u64;
         if have > total.unwrap_or(largest_unannounced) {
-            files::remove(partial).map_err(|e| cache.disk(&e))?;
+            files::write::remove(partial).map_err(|e| cache.disk(&e))?;
             return Err(Fault::Final(match total {
                 Some(total) => format!("the server sends more than the {total} bytes that the file has"),
                 None => format!(
@@ -151,7 +151,7 @@ fn wrong(path: &Path, etag: &str) -> files::Result<Option<String>> {
         Some(format!("what arrived is not the file: its {kind} is {found}, but the hub names {expected}; try again"))
     };
     Ok(match etag.len() {
-        64 => Some(files::sha256(path)?).filter(|found| *found != expected).and_then(|f| differs("SHA-256", &f)),
+        64 => Some(files::hash::sha256(path)?).filter(|found| *found != expected).and_then(|f| differs("SHA-256", &f)),
         40 => {
             let git = sha1(Sha1::new_with_prefix(format!("blob {}\0", length(path))), path)?;
             if git == expected || sha1(Sha1::new(), path)? == expected { None } else { differs("git hash", &git) }
@@ -167,7 +167,7 @@ fn sha1(mut digest: Sha1, path: &Path) -> files::Result<String> {
         let read =
             file.read(&mut buffer).map_err(|why| files::Error::Io { doing: "read", path: path.to_path_buf(), why })?;
         if read == 0 {
-            return Ok(files::hex(&digest.finalize()));
+            return Ok(files::hash::hex(&digest.finalize()));
         }
         digest.update(&buffer[..read]);
     }

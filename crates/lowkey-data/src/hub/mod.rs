@@ -126,7 +126,7 @@ impl HubConfig {
     }
 
     /// The local copy of one file of a dataset repository, fetched unless the cache has it.
-    pub fn fetch(&self, repo: &str, revision: &str, file: &str) -> Result<PathBuf> {
+    pub(crate) fn fetch(&self, repo: &str, revision: &str, file: &str) -> Result<PathBuf> {
         self.find_or_fetch(repo, revision, file).map_err(|fault| {
             let (Fault::Final(message) | Fault::Passing(message, _)) = fault;
             let shown = |text: &str| files::printable(text).into_owned();

@@ -3,7 +3,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use lowkey_files::{Kind, MARK, Mark, Replace, Staging};
+use lowkey_files::{
+    Replace, Staging,
+    mark::{Kind, MARK, Mark},
+};
 
 use super::{Progress, Watch, read_manifest};
 use crate::error::{Error, Result};
@@ -98,7 +101,7 @@ fn is_ours(dir: &Path) -> Result<()> {
             return refuse(&name, "was not written by lowkey, and would be lost");
         };
         let damaged = !name.ends_with(".tokens") && expected.is_some();
-        if damaged && Some(lowkey_files::sha256(&dir.join(&name))?) != *expected {
+        if damaged && Some(lowkey_files::hash::sha256(&dir.join(&name))?) != *expected {
             return refuse(&name, "has been changed since lowkey wrote it, and would be lost");
         }
     }

@@ -3,6 +3,13 @@ use super::*;
 use crate::hub::tests::{hub, serve};
 use std::io::Write;
 
+impl DatasetConfig {
+    /// The same corpus under another tokenizer.
+    fn with_tokenizer(self, tokenizer: TokenizerConfig) -> Self {
+        Self { tokenizer, ..self }
+    }
+}
+
 /// A folder with a dataset file and the files beside it.
 struct Fixture {
     dir: tempfile::TempDir,
@@ -471,7 +478,7 @@ fn a_storybook_prepares_its_own_splits() {
     let train: Vec<String> = (0..30).map(|i| crate::storybook::story(7, i).text).collect();
     assert_eq!(texts(&prepared, &prepared.train), train);
     assert_eq!(prepared.validation.documents(), 5);
-    let oracle = crate::oracle_documents(&fixture.config(), &prepared.tokenizer, 5).unwrap().unwrap();
+    let oracle = crate::oracle::oracle_documents(&fixture.config(), &prepared.tokenizer, 5).unwrap().unwrap();
     for (i, document) in oracle.iter().enumerate() {
         assert_eq!(Some(&document.ids), prepared.validation.document(i).unwrap().as_ref());
     }
@@ -553,7 +560,7 @@ fn the_held_out_tail_of_a_text_is_no_beginning() {
     assert_eq!((ids(&prepared.train), ids(&prepared.validation)), (vec![1, 3, 4], vec![4, 3]));
     // All of it is a whole document.
     let whole = DatasetConfig {
-        split: crate::Split { validation_fraction: 0.0, by: crate::SplitBy::Tail },
+        split: crate::dataset::Split { validation_fraction: 0.0, by: crate::dataset::SplitBy::Tail },
         ..fixture.config()
     };
     let prepared = prepare(&whole, &fixture.out(), None, &mut go_on).unwrap();

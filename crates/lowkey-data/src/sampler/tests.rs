@@ -1,6 +1,17 @@
 use super::*;
 use crate::shard::tests::shard_of;
 
+impl Sampler {
+    /// Steps in the first epoch, rounded up. With document packing the following ones may differ a little.
+    fn batches_per_epoch(&self) -> u64 {
+        let rows = match &self.order {
+            Order::Stream { windows } => *windows,
+            Order::Documents { pieces, plans } => self.plan(pieces, plans, 0).1.rows(),
+        };
+        rows.div_ceil(self.batch_size as u64)
+    }
+}
+
 /// Documents of the given lengths whose tokens are all different, so that a token tells its place.
 fn numbered(lengths: &[usize]) -> Vec<Vec<u32>> {
     let mut next = 1;

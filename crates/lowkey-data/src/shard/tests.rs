@@ -1,5 +1,14 @@
 use super::*;
 
+impl ShardWriter {
+    /// Appends a document of `tokens` that stands for `bytes` bytes of text. One without tokens is left out.
+    pub(crate) fn push(&mut self, tokens: &[u32], bytes: u64) -> Result<()> {
+        self.extend(tokens, bytes)?;
+        self.end_document();
+        Ok(())
+    }
+}
+
 /// A shard of these documents, and the folder that holds it.
 pub(crate) fn shard_of(documents: &[Vec<u32>], vocab_size: usize) -> (tempfile::TempDir, Shard) {
     let dir = tempfile::tempdir().unwrap();

@@ -165,7 +165,7 @@ impl TaskCorpus {
                 }
             }
         }
-        lowkey_files::hex(&hash.finalize())
+        lowkey_files::hash::hex(&hash.finalize())
     }
 
     /// The words of training example `index` for run seed 0, answers in parentheses; none for vectors.

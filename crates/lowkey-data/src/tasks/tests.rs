@@ -197,7 +197,7 @@ fn an_example_depends_on_seeds_and_number_alone_and_no_two_streams_meet() {
             assert!(all[..i].iter().all(|b| a != b), "{task}");
         }
         let other = load(task).map(|mut config| {
-            if let crate::Source::Task { seed, .. } = &mut config.source {
+            if let crate::dataset::Source::Task { seed, .. } = &mut config.source {
                 *seed += 1;
             }
             TaskCorpus::new(&config).unwrap().unwrap()
@@ -413,5 +413,5 @@ fn a_dataset_file_survives_being_written_and_a_task_has_nothing_to_prepare() {
 }
 
 fn config_is_of_vectors(config: &DatasetConfig) -> bool {
-    matches!(&config.source, crate::Source::Task { task, .. } if task.is_of_vectors())
+    matches!(&config.source, crate::dataset::Source::Task { task, .. } if task.is_of_vectors())
 }

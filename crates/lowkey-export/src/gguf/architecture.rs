@@ -1,7 +1,10 @@
 //! llama.cpp's architectures: which one computes a configuration, its keys, and the configuration that a file's keys describe.
 
 use lowkey_model::{
-    AttentionConfig, Family, GroupedConfig, LayerConfig, Layers, MlaConfig, MlpConfig, ModelConfig, RopeConfig,
+    ModelConfig,
+    attention::{AttentionConfig, GroupedConfig, MlaConfig},
+    config::{Family, LayerConfig, Layers, MlpConfig},
+    rope::RopeConfig,
 };
 
 use super::metadata::Metadata;

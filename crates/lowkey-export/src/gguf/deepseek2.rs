@@ -1,6 +1,10 @@
 //! MLA models in llama.cpp's architecture `deepseek2`: which it can express, and its keys both ways.
 
-use lowkey_model::{AttentionConfig, MlaConfig, ModelConfig, RopeConfig, RopeType};
+use lowkey_model::{
+    ModelConfig,
+    attention::{AttentionConfig, MlaConfig},
+    rope::{RopeConfig, RopeType},
+};
 
 use super::architecture::{Keys, size, unsupported};
 use super::metadata::{Metadata, Value};
@@ -11,7 +15,7 @@ use crate::error::Result;
 pub(super) const ARCH: &str = "deepseek2";
 
 /// The inner norms of llama.cpp take `layer_norm_rms_epsilon` too; those of MLA models always have this one.
-const EPS: f64 = lowkey_model::LATENT_NORM_EPS;
+const EPS: f64 = lowkey_model::attention::LATENT_NORM_EPS;
 
 /// `rope.scaling.yarn_log_multiplier` that leaves the attention logits alone. A 0 would count as absent, and llama.cpp would
 /// then scale them by its own default.

@@ -11,7 +11,11 @@
 //! lowkey rotates halves; for `llama` the rows of `q` and `k` are permuted when they are written, and back when they are read,
 //! which changes no value. A model with Qwen2's biases that `qwen2` cannot hold is written as `llama`, which computes the same.
 
-use lowkey_model::{AttentionConfig, GroupedConfig, ModelConfig, RopeType};
+use lowkey_model::{
+    ModelConfig,
+    attention::{AttentionConfig, GroupedConfig},
+    rope::RopeType,
+};
 
 use super::architecture::{Keys, size, unsupported};
 use super::metadata::Metadata;

@@ -81,7 +81,7 @@ impl Metadata {
     }
 
     /// The value of a key that holds a whole number ≥ 0 of any width.
-    pub fn integer(&self, key: &str) -> Option<u64> {
+    pub(crate) fn integer(&self, key: &str) -> Option<u64> {
         match *self.get(key)? {
             Value::U8(x) => Some(x.into()),
             Value::U16(x) => Some(x.into()),

@@ -58,11 +58,6 @@ impl Gguf {
         &self.path
     }
 
-    /// Size of the file in bytes.
-    pub fn file_bytes(&self) -> usize {
-        self.map.len()
-    }
-
     /// Keys and values.
     pub fn metadata(&self) -> &Metadata {
         &self.layout.metadata

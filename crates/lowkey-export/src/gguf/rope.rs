@@ -6,7 +6,10 @@
 //! | `yarn` | the same and `rope.scaling.original_context_length`; the factor on cosines and sines in `rope.scaling.attn_factor`, where it is not the usual 0.1·ln(factor) + 1 (`deepseek2` has no such key: it is folded into weights) |
 //! | `llama3` | the tensor `rope_freqs.weight`, by which llama.cpp divides each pair's frequency; the parameters behind it, which it does not read, under `lowkey.rope.` |
 
-use lowkey_model::{ModelConfig, RopeConfig, RopeType};
+use lowkey_model::{
+    ModelConfig,
+    rope::{RopeConfig, RopeType},
+};
 
 use super::architecture::{Keys, size, unsupported};
 use super::metadata::{Metadata, Value};

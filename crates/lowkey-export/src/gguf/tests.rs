@@ -13,8 +13,11 @@ use std::path::PathBuf;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_model::{
-    AttentionConfig, CausalLm, Family, LayerConfig, Layers, MlaConfig, MlpConfig, ModelConfig, RopeConfig, RopeType,
+    CausalLm, ModelConfig,
+    attention::{AttentionConfig, MlaConfig},
+    config::{Family, LayerConfig, Layers, MlpConfig},
     ids_tensor,
+    rope::{RopeConfig, RopeType},
 };
 
 use super::*;

@@ -14,7 +14,10 @@
 
 use std::collections::HashSet;
 
-use lowkey_data::{END_OF_TEXT, Tokenizer, byte_character};
+use lowkey_data::{
+    Tokenizer,
+    tokenizer::{END_OF_TEXT, byte_character},
+};
 use lowkey_model::ModelConfig;
 use serde_json::Value;
 

@@ -10,7 +10,10 @@
 //! | latent times √(d/L) (`latent_scale`) | `attn_kv_a_norm` times √(d/L) |
 //! | the rotation of the two halves without a latent | in `llama` the rows of `q` and `k` permuted so that pairs are adjacent |
 
-use lowkey_model::{GroupedConfig, MlaConfig, ModelConfig};
+use lowkey_model::{
+    ModelConfig,
+    attention::{GroupedConfig, MlaConfig},
+};
 
 use super::architecture::Architecture;
 use super::grouped::Kind;

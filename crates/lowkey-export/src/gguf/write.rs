@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 /// # Errors
 /// [`Error::Io`]; [`Error::File`] where a tensor cannot be described or does not have as many values as its shape says;
 /// [`Error::Unsupported`] where a value does not fit its type.
-pub fn write_container(
+pub(crate) fn write_container(
     path: &Path,
     metadata: &Metadata,
     tensors: &[TensorInfo],

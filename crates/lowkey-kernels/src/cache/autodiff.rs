@@ -6,10 +6,10 @@ use burn::backend::{Autodiff, AutodiffBackend, Backend, backend_extension};
 
 use crate::latent_attention::arguments::MlaDims;
 
-/// Operations on [`crate::Stored`], dispatched to the backend of their arguments.
+/// Operations on [`crate::cache::Stored`], dispatched to the backend of their arguments.
 #[backend_extension(Autodiff, Flex)]
 pub(crate) trait CacheOps: Backend {
-    /// Attention in latent space over floating-point latents; see [`crate::absorbed_attention`]. A `kv_b` without rows stands for
+    /// Attention in latent space over floating-point latents; see [`crate::cache::absorbed_attention`]. A `kv_b` without rows stands for
     /// none: the dispatch takes no optional tensors.
     fn absorbed_attention(
         q: FloatTensor<Self>,

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::fixtures::{Leaf, compare, device, host, random};
-use crate::{Labels, cross_entropy_sum};
+use crate::loss::{Labels, cross_entropy_sum};
 use burn::tensor::Tolerance;
 
 struct Attention {

@@ -137,7 +137,7 @@ impl Head {
         (Losses(losses).sum(), gradients)
     }
 
-    /// `(sum [1], [d h, d weight])` of [`crate::distill_sum`].
+    /// `(sum [1], [d h, d weight])` of [`crate::loss::distill_sum`].
     fn lessons_with_gradients(
         self,
         teacher: CubeTensor,

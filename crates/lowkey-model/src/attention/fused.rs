@@ -5,7 +5,11 @@
 //! are not read at all. The products have L rows or columns per head where the factors have N or V.
 
 use burn::tensor::Tensor;
-use lowkey_kernels::{MlaDims, Stored, absorbed_attention, linear, rotate};
+use lowkey_kernels::{
+    MlaDims,
+    cache::{Stored, absorbed_attention},
+    linear, rotate,
+};
 
 use super::Mla;
 use crate::rope::RopeTable;

@@ -4,7 +4,10 @@ mod config;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use lowkey_kernels::{Mask, attention, causal_attention, rotate, scores};
+use lowkey_kernels::{
+    cache::{Mask, attention, scores},
+    causal_attention, rotate,
+};
 
 use super::{Cached, Seen};
 use crate::config::ModelConfig;

@@ -9,7 +9,9 @@ mod config;
 use burn::module::Module;
 use burn::tensor::Tensor;
 use lowkey_kernels::{
-    LatentWeights, Mask, MlaDims, Stored, absorbed_attention, attention, latent_attention, rotate, scores,
+    LatentWeights, MlaDims,
+    cache::{Mask, Stored, absorbed_attention, attention, scores},
+    latent_attention, rotate,
 };
 
 use super::{Cached, Heads, Seen, Way};
@@ -115,7 +117,7 @@ impl Mla {
     }
 
     /// L: the width that the latent is normalised over, of which a cut latent keeps the first numbers.
-    pub fn latent_width(&self) -> usize {
+    pub(crate) fn latent_width(&self) -> usize {
         let [whole] = self.kv_a_layernorm.gain().dims();
         whole
     }

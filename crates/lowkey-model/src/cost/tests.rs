@@ -1,6 +1,6 @@
 use burn::tensor::Device;
 
-use crate::ModelSection;
+use crate::config::ModelSection;
 use crate::fixtures::{self, scrambled};
 use crate::gradients::Recompute;
 

@@ -3,8 +3,9 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::*;
 use crate::attention::AttentionConfig;
+use crate::attention::{Latent, Mask};
 use crate::fixtures::{self, distance, normal, scrambled, values};
-use crate::{IGNORE, Latent, Mask, VectorRows};
+use lowkey_batch::{IGNORE, VectorRows};
 
 fn ids(len: usize, vocab: usize, seed: u64) -> Vec<u32> {
     normal(seed, len).iter().map(|x| (x.abs() * 1e4) as u32 % vocab as u32).collect()

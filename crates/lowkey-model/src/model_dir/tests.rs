@@ -16,12 +16,12 @@ fn a_link_is_followed_once_and_a_dangling_one_is_named() {
     let dir = tempfile::tempdir().unwrap();
     saved(&dir.path().join("step-1"));
     let best = dir.path().join("best");
-    lowkey_files::link("step-1", &best).unwrap();
+    lowkey_files::write::link("step-1", &best).unwrap();
     let opened = ModelDir::open(&best).unwrap();
     saved(&dir.path().join("step-2"));
-    lowkey_files::link("step-2", &best).unwrap();
+    lowkey_files::write::link("step-2", &best).unwrap();
     assert!(opened.path().ends_with("step-1"));
-    lowkey_files::link("step-3", &best).unwrap();
+    lowkey_files::write::link("step-3", &best).unwrap();
     let why = ModelDir::open(&best).unwrap_err().to_string();
     assert!(why.contains("best") && why.contains("link to step-3"), "{why}");
     let why = ModelDir::open(&dir.path().join("step-1/config.json")).unwrap_err().to_string();

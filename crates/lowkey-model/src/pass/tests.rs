@@ -1,8 +1,8 @@
 use super::*;
-use crate::IGNORE;
 use crate::fixtures::{self, distance, normal, scrambled, values};
 use crate::gradients::Recompute;
 use crate::objective::{Objective, Term};
+use lowkey_batch::IGNORE;
 
 /// Two rows of two documents each, of three-number answers to inputs of `width` numbers.
 struct Vectors {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::{Device, Tensor};
 use lowkey_infer::{CacheDtype, Decoder, Form, GenerateConfig, Sampler};
 use lowkey_kernels::Precision;
-use lowkey_model::{CausalLm, FusedMla, ModelConfig};
+use lowkey_model::{CausalLm, ModelConfig, attention::FusedMla};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;

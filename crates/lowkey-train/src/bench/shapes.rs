@@ -1,6 +1,10 @@
 //! The models that are measured.
 
-use lowkey_model::{AttentionKind, ModelConfig, ModelSection, RopeConfig};
+use lowkey_model::{
+    ModelConfig,
+    config::{AttentionKind, ModelSection},
+    rope::RopeConfig,
+};
 
 use crate::error::{Error, Result};
 

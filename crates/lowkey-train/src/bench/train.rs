@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use lowkey_batch::Batch;
 use lowkey_kernels::Precision;
-use lowkey_model::{CausalLm, Parameter, Recompute, Term};
+use lowkey_model::{CausalLm, Parameter, Recompute, objective::Term};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::de::IntoDeserializer;

@@ -22,7 +22,7 @@ impl Bench {
         let mut optimizer = Optimizer::new(&section, &model.parameters(), Parameter::is_matrix);
         for _ in 0..3 {
             let gradients = model.parameters().into_iter().map(|p| p.value * 0.1).collect();
-            optimizer.step(model.parameters(), gradients, &crate::Update::new(1.0, 1e-2));
+            optimizer.step(model.parameters(), gradients, &crate::optimizer::Update::new(1.0, 1e-2));
         }
         Self { dir: tempfile::tempdir().unwrap(), model, optimizer, tokenizer: Tokenizer::bytes() }
     }

@@ -1,5 +1,5 @@
 use burn::tensor::{Device, TensorData};
-use lowkey_model::{CausalLm, ModelConfig, Role};
+use lowkey_model::{CausalLm, ModelConfig, tensor::Role};
 
 use lowkey_kernels::optim::clip_factor;
 

@@ -19,7 +19,7 @@ pub struct EarlierPlan {
 
 impl RunConfig {
     /// The number of steps that the run is planned for when it takes step `step`, counted from 0.
-    pub fn planned_steps(&self, step: u64) -> u64 {
+    pub(crate) fn planned_steps(&self, step: u64) -> u64 {
         let earlier = self.history.iter().find(|plan| step < plan.until);
         earlier.map_or(self.training.steps, |plan| plan.steps)
     }
@@ -31,7 +31,7 @@ impl RunConfig {
 
     /// The first step, counted from 0, that trains an elastic model's narrower ranks as well. Once they have joined they stay, also
     /// where the run is made longer.
-    pub fn narrower_ranks_join(&self) -> u64 {
+    pub(crate) fn narrower_ranks_join(&self) -> u64 {
         let joins = |steps: u64| (self.training.elastic_start * steps as f64).ceil() as u64;
         let mut from = 0;
         for plan in &self.history {

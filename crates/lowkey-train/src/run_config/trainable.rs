@@ -1,7 +1,10 @@
 //! Which tensors of a model a run trains.
 
 use glob::Pattern;
-use lowkey_model::{CausalLm, ModelConfig, Role, TensorSpec};
+use lowkey_model::{
+    CausalLm, ModelConfig,
+    tensor::{Role, TensorSpec},
+};
 
 use super::RunConfig;
 use crate::error::{Error, Result};

@@ -439,7 +439,7 @@ fn the_cpu_trains_in_f32() {
 #[test]
 fn a_device_that_is_not_built_in_is_refused() {
     for name in ["auto", "cpu"] {
-        crate::device(name).unwrap();
+        crate::setup::device(name).unwrap();
     }
     for (name, expected) in [
         ("cuda", "build with `cargo build --release --features cuda`"),
@@ -447,7 +447,7 @@ fn a_device_that_is_not_built_in_is_refused() {
         ("wgpu", "build with `cargo build --release --features wgpu`"),
         ("tpu", "known are auto"),
     ] {
-        let message = crate::device(name).unwrap_err().to_string();
+        let message = crate::setup::device(name).unwrap_err().to_string();
         assert!(message.starts_with("run.device = ") && message.contains(expected), "{message}");
     }
 }

@@ -130,7 +130,7 @@ fn decode_subject(arguments: &BenchDecodeArguments) -> anyhow::Result<(Subject, 
     }
     let ways = if ways.is_empty() { forms } else { ways };
     if ways.contains(&Form::Fused) {
-        subject.fused = lowkey_export::fused_layers(&subject.model, &device)?;
+        subject.fused = lowkey_export::export::fused_layers(&subject.model, &device)?;
     }
     let (contexts, new, batch, threads) = (context.clone(), *new, *batch, *threads);
     Ok((subject, DecodeOptions { batch, contexts, new, ways, cache_dtype, threads }))

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use lowkey_convert::{Reduction, Rotated};
-use lowkey_files::Kind;
-use lowkey_model::{CausalLm, ModelDir, NewModelDir, WeightDtype};
+use lowkey_files::mark::Kind;
+use lowkey_model::{CausalLm, ModelDir, NewModelDir, checkpoint::WeightDtype};
 use serde_json::{Value, json};
 
 use super::{WrongUse, text};

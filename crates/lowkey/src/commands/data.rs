@@ -88,7 +88,7 @@ fn describe(prepared: &Prepared) {
         ("tokenizer", format!("{}, {} tokens", manifest.tokenizer, manifest.vocab_size)),
         ("fingerprint", manifest.fingerprint.chars().take(16).collect()),
     ]));
-    let row = |name: &str, split: &lowkey_data::SplitSummary| {
+    let row = |name: &str, split: &lowkey_data::prepare::SplitSummary| {
         vec![
             name.to_string(),
             split.documents.to_string(),

@@ -22,7 +22,7 @@ pub(crate) fn devices(arguments: &DevicesArguments) -> anyhow::Result<()> {
             None => say(&format!(
                 "{}{mark}\n  {} threads; training, every command, f32 (f64 in tests)",
                 one.name,
-                lowkey_train::available_threads()
+                lowkey_train::workers::available_threads()
             )),
             Some(properties) => say(&format!("{}{mark}\n{}", one.name, described(properties))),
         }

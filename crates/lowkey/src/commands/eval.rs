@@ -5,9 +5,18 @@ use std::path::Path;
 use anyhow::bail;
 use burn::tensor::Device;
 use lowkey_data::tasks::{RowLayout, TaskCorpus};
-use lowkey_data::{DatasetConfig, Packing, Source, SplitBy, Tokenizer, oracle_documents, prepare, validation_batches};
+use lowkey_data::{
+    DatasetConfig, Packing, Tokenizer,
+    dataset::{Source, SplitBy},
+    oracle::oracle_documents,
+    prepare, validation_batches,
+};
 use lowkey_model::CausalLm;
-use lowkey_train::{Evaluation, Held, Workers, evaluate};
+use lowkey_train::{
+    evaluate,
+    evaluate::{Evaluation, Held},
+    workers::Workers,
+};
 use serde::Serialize;
 
 use super::WrongUse;
@@ -81,13 +90,13 @@ fn is_text(data: &Path) -> bool {
 /// Whether the run that a model comes from read this very text, wherever it lay.
 fn was_trained_on(model: &Path, text: &Path) -> bool {
     let prepared = super::text::run_dir(model).and_then(|run| lowkey_data::open(&run.join("data")).ok());
-    let (Some(prepared), Ok(sha256)) = (prepared, lowkey_files::sha256(text)) else { return false };
+    let (Some(prepared), Ok(sha256)) = (prepared, lowkey_files::hash::sha256(text)) else { return false };
     prepared.manifest.files.iter().any(|file| file.sha256 == sha256)
 }
 
 /// Threads for passes over single rows.
 fn workers(device: &Device) -> anyhow::Result<Workers> {
-    let threads = lowkey_train::available_threads();
+    let threads = lowkey_train::workers::available_threads();
     Ok(Workers::for_device(threads, threads, device)?)
 }
 

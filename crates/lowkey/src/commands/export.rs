@@ -6,9 +6,12 @@ use std::process::ExitCode;
 use burn::tensor::Device;
 use lowkey_data::Prepared;
 use lowkey_export::{
-    Bounds, Certificate, Evidence, FUSED, LayerForm, LayerPlan, Options, Progress, Source, Target, Text,
+    Certificate, Options, Progress, Source, Target, Text,
+    certificate::{Bounds, Evidence},
+    export::FUSED,
+    plan::{LayerForm, LayerPlan},
 };
-use lowkey_model::{CausalLm, FusedMla, ModelConfig};
+use lowkey_model::{CausalLm, ModelConfig, attention::FusedMla};
 use serde_json::json;
 
 use super::{WrongUse, text};
@@ -86,7 +89,7 @@ pub(crate) fn verify(arguments: &VerifyArguments) -> anyhow::Result<ExitCode> {
 pub(crate) fn fused_weights(dir: &Path, model: &CausalLm, device: &Device) -> anyhow::Result<Vec<Option<FusedMla>>> {
     // Whatever bears the name is meant to be read: a pipe or a broken link is an error, not an absence.
     if dir.join(FUSED).symlink_metadata().is_ok() {
-        return Ok(lowkey_export::load_fused(dir, model, device)?);
+        return Ok(lowkey_export::export::load_fused(dir, model, device)?);
     }
     Ok(Vec::new())
 }

@@ -6,8 +6,12 @@ use anyhow::bail;
 use burn::tensor::Device;
 use lowkey_convert::Spectrum;
 use lowkey_data::Tokenizer;
-use lowkey_model::{AttentionConfig, ModelConfig, check_weights, weight_files};
-use lowkey_train::{Metrics, checkpoint};
+use lowkey_model::{
+    ModelConfig,
+    attention::AttentionConfig,
+    checkpoint::{check_weights, weight_files},
+};
+use lowkey_train::{checkpoint, metrics::Metrics};
 use serde_json::json;
 
 use super::text;

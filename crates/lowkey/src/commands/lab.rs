@@ -8,7 +8,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lowkey_files::{printable, printable_lines};
 use lowkey_kernels::Precision;
 use lowkey_lab::{Event, Expanded, Experiment, Run, SweepOptions, sweep};
-use lowkey_train::{EXPECTED_MFU, available_threads, matmul_ceiling};
+use lowkey_train::{
+    plan::EXPECTED_MFU,
+    workers::{available_threads, matmul_ceiling},
+};
 use serde_json::json;
 
 use super::WrongUse;
@@ -195,7 +198,7 @@ fn report(arguments: &LabReportArguments) -> anyhow::Result<()> {
         };
         expanded.measure_decoding(&mut study, &runs, &arguments.decode, &mut observe)?;
     }
-    lowkey_files::create_dir(&dir)?;
+    lowkey_files::write::create_dir(&dir)?;
     let summary = lowkey_lab::report(&study, &dir)?;
     if arguments.json {
         return say_json(&summary);

@@ -37,7 +37,7 @@ pub(crate) fn logits(arguments: &LogitsArguments) -> anyhow::Result<()> {
     let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
     let view = TensorView::new(Dtype::F32, vec![rows, seq, vocab], &bytes)?;
     let file = safetensors::serialize([("logits", view)], None::<HashMap<String, String>>)?;
-    lowkey_files::output(&arguments.out, &file)?;
+    lowkey_files::write::output(&arguments.out, &file)?;
     say(&format!("{}: logits [{rows}, {seq}, {vocab}]", arguments.out.display()));
     Ok(())
 }

@@ -50,7 +50,7 @@ fn load_model(dir: &Path, device: &Device) -> anyhow::Result<CausalLm> {
 fn open_tokenizer(dir: &Path, add_special_tokens: Option<bool>) -> anyhow::Result<Tokenizer> {
     let tokenizer = Tokenizer::from_model_dir(dir)?;
     if add_special_tokens.is_none()
-        && let Some(note) = lowkey_train::special_tokens_note(dir, &tokenizer, "--add-special-tokens false")
+        && let Some(note) = lowkey_train::setup::special_tokens_note(dir, &tokenizer, "--add-special-tokens false")
     {
         complain(&format!("note: {note}"));
     }

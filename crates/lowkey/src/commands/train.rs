@@ -6,7 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use lowkey_data::Tokenizer;
-use lowkey_train::{Event, Plan, RunConfig, RunOptions, ceiling, check_threads, planned_model};
+use lowkey_train::{
+    Event, RunConfig, RunOptions,
+    plan::Plan,
+    setup::planned_model,
+    workers::{ceiling, check_threads},
+};
 use serde_json::json;
 
 use crate::cli::{PlanArguments, RunFileArguments, TrainArguments};
@@ -88,7 +93,7 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
     let named = |e| in_run_file(e, &arguments.file.run);
     let config = RunConfig::load(&arguments.file.run, &arguments.file.overrides).map_err(named)?;
     let options = options(&arguments.file, &config);
-    let devices = lowkey_train::devices(&config.run).map_err(named)?;
+    let devices = lowkey_train::setup::devices(&config.run).map_err(named)?;
     let crowded = check_threads(&config, &devices).map_err(named)?;
     let (model, notes) = planned_model(&config, &options).map_err(named)?;
     for note in crowded.iter().chain(&notes) {
@@ -130,7 +135,7 @@ pub(crate) fn environment() -> serde_json::Map<String, serde_json::Value> {
         ("burn", json!("0.22.1")),
         ("os", json!(std::env::consts::OS)),
         ("arch", json!(std::env::consts::ARCH)),
-        ("cores", json!(lowkey_train::available_threads())),
+        ("cores", json!(lowkey_train::workers::available_threads())),
     ];
     environment.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
 }

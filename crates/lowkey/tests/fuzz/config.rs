@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lowkey_model::{ModelConfig, Recompute, WeightDtype};
+use lowkey_model::{ModelConfig, Recompute, checkpoint::WeightDtype};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::Device;
-use lowkey_model::{CausalLm, ModelConfig, WeightDtype};
+use lowkey_model::{CausalLm, ModelConfig, checkpoint::WeightDtype};
 use serde_json::{Value, json};
 
 use crate::driver::{Entry, Input};

@@ -5,8 +5,12 @@ use std::path::Path;
 use burn::tensor::Device;
 use lowkey_data::{DatasetConfig, Packing, validation_batches};
 use lowkey_export::{Options, Source, Text, export, verify};
-use lowkey_files::{Kind, MARK, Mark};
-use lowkey_model::{CHECKSUMS, CausalLm, ModelDir, WeightDtype, write_checksums};
+use lowkey_files::mark::{Kind, MARK, Mark};
+use lowkey_model::{
+    CausalLm, ModelDir,
+    checkpoint::WeightDtype,
+    checksums::{CHECKSUMS, write_checksums},
+};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 

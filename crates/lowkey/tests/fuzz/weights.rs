@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lowkey_model::WeightDtype;
+use lowkey_model::checkpoint::WeightDtype;
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use lowkey_export::{LayerForm, Options, Source, Target, Text, canonical, export, verify};
+use lowkey_export::{Options, Source, Target, Text, export, plan::LayerForm, source::canonical, verify};
 use lowkey_model::CausalLm;
 
 use crate::commands::{best, json, lowkey, succeed, text};

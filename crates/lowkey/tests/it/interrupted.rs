@@ -13,7 +13,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use lowkey_model::{ModelDir, has_checksums};
+use lowkey_model::{ModelDir, checksums::has_checksums};
 use tempfile::TempDir;
 
 /// Calls of each command that are stopped where not all of them are.

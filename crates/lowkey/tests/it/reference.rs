@@ -10,9 +10,14 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
+use lowkey_batch::{IGNORE, Rows};
 use lowkey_infer::{Form, GenerateConfig, generate};
-use lowkey_model::{CausalLm, Family, IGNORE, Rows, Trace, ids_tensor};
-use lowkey_train::{Optimizer, OptimizerKind, OptimizerSection, Update, clip_factor, global_norm};
+use lowkey_kernels::optim::clip_factor;
+use lowkey_model::{CausalLm, config::Family, ids_tensor, model::Trace};
+use lowkey_train::{
+    optimizer::{Optimizer, Update, global_norm},
+    run_config::{OptimizerKind, OptimizerSection},
+};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -212,7 +217,7 @@ fn the_cases_are_those_that_were_made() {
     }
     let name = |path: &Path| path.strip_prefix(own()).unwrap().to_string_lossy().replace('\\', "/");
     let found: BTreeMap<String, String> =
-        files.iter().map(|path| (name(path), lowkey_files::sha256(path).unwrap())).collect();
+        files.iter().map(|path| (name(path), lowkey_files::hash::sha256(path).unwrap())).collect();
     let sums = sums();
     assert!(sums.len() > 5 * CASES, "{}", sums.len());
     let other = sums.iter().find(|(name, sum)| found.get(*name) != Some(sum));

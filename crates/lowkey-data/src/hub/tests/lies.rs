@@ -80,7 +80,7 @@ fn the_token_goes_to_the_endpoint_and_to_nobody_else() {
     let at = format!("{}/signed?a=%22b%22", store.endpoint);
     let server = Server::start(move |request, stream| {
         let size = TEXT.len().to_string();
-        let linked = format!("\"{}\"", lowkey_files::hex(&sha2::Digest::finalize(sha256())));
+        let linked = format!("\"{}\"", lowkey_files::hash::hex(&sha2::Digest::finalize(sha256())));
         let headers = [
             ("Location", at.as_str()),
             ("X-Repo-Commit", "c0ffee"),
@@ -340,7 +340,7 @@ fn a_file_has_the_length_that_was_announced() {
 #[test]
 fn a_file_is_the_one_that_its_hash_names() {
     let other = *b"once upon a time there was a lie";
-    let sha256 = lowkey_files::hex(&sha2::Digest::finalize(sha256()));
+    let sha256 = lowkey_files::hash::hex(&sha2::Digest::finalize(sha256()));
     for (etag, body, kind) in [(sha256.clone(), other, "SHA-256"), (git(TEXT), other, "git hash")] {
         let cache = tempfile::tempdir().unwrap();
         let server = Server::start(move |request, stream| {
@@ -352,7 +352,7 @@ fn a_file_is_the_one_that_its_hash_names() {
         assert!(blobs(cache.path()).is_empty());
     }
     // Some mirrors name files by their plain SHA-1, or in words of their own.
-    let plain = lowkey_files::hex(&sha1::Digest::finalize(sha1::Digest::chain_update(
+    let plain = lowkey_files::hash::hex(&sha1::Digest::finalize(sha1::Digest::chain_update(
         <sha1::Sha1 as sha1::Digest>::new(),
         TEXT,
     )));

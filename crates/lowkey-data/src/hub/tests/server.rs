@@ -91,7 +91,7 @@ pub(crate) fn reply(request: &Request, stream: &mut TcpStream, status: &str, hea
 /// The name that the hub gives a small file.
 pub(crate) fn git(body: &[u8]) -> String {
     let digest = Sha1::new().chain_update(format!("blob {}\0", body.len())).chain_update(body);
-    lowkey_files::hex(&digest.finalize())
+    lowkey_files::hash::hex(&digest.finalize())
 }
 
 /// As the hub sends a small file, or a part of it.

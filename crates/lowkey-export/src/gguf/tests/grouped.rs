@@ -1,6 +1,6 @@
 //! Models without latents, in the architectures `llama`, `qwen2` and `qwen3`.
 
-use lowkey_model::GroupedConfig;
+use lowkey_model::attention::GroupedConfig;
 
 use super::models::altered;
 use super::*;

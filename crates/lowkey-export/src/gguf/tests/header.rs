@@ -100,7 +100,7 @@ fn verify_compares_the_tokenizer_with_the_source() {
     let folder = Folder::new();
     let dir = folder.file("model");
     let (_, model, tokenizer) = written(&folder);
-    model.save(&dir, lowkey_model::WeightDtype::F32, usize::MAX).unwrap();
+    model.save(&dir, lowkey_model::checkpoint::WeightDtype::F32, usize::MAX).unwrap();
     tokenizer.save(&dir).unwrap();
     let mut source = Source::open(&dir, &Device::flex()).unwrap();
     let target = Target::parse("gguf", "f32").unwrap();

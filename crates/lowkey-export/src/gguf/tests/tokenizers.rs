@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use lowkey_data::{END_OF_TEXT, byte_character};
+use lowkey_data::tokenizer::{END_OF_TEXT, byte_character};
 use serde_json::json;
 
 use super::*;

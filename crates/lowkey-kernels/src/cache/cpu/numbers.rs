@@ -101,7 +101,7 @@ pub(crate) fn widen(vectors: Vectors, first: usize, out: &mut [f32]) {
     rows.enumerate().for_each(|(i, out)| arch.dispatch(Share(vectors, first + i * SHARE, out)));
 }
 
-/// Symmetric int8 codes and scales of vectors side by side; see [`crate::Stored::Int8`].
+/// Symmetric int8 codes and scales of vectors side by side; see [`crate::cache::Stored::Int8`].
 pub(crate) fn quantise(x: &[f32], width: usize, split: usize, codes: &mut [i8], scales: &mut [f32]) {
     let parts = Numbers::parts(width, split);
     let vectors = x.chunks_exact(width).zip(codes.chunks_exact_mut(width)).zip(scales.chunks_exact_mut(parts));

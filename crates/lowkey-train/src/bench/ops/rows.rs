@@ -2,7 +2,8 @@
 
 use burn::tensor::{Tensor, module::embedding};
 use lowkey_kernels::{
-    Labels, LatentWeights, MlaDims, MlpWeights, add_linear, cross_entropy_sum, gated_mlp, latent_attention, linear,
+    LatentWeights, MlaDims, MlpWeights, add_linear, gated_mlp, latent_attention, linear,
+    loss::{Labels, cross_entropy_sum},
     optim, rms_norm, rotate,
 };
 use lowkey_model::ids_tensor;

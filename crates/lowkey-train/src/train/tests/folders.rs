@@ -48,7 +48,7 @@ fn what_a_user_adds_to_a_run_stays() {
 fn a_run_from_before_there_were_marks_goes_on() {
     let run = TinyRun::new();
     run.train(&["training.steps=4"]).unwrap();
-    let mark = run.out().join(lowkey_files::MARK);
+    let mark = run.out().join(lowkey_files::mark::MARK);
     std::fs::remove_file(&mark).unwrap();
     let run = run.resumed();
     assert_eq!(run.train(&["training.steps=8"]).unwrap().step, 8);

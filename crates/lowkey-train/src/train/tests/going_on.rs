@@ -45,7 +45,7 @@ fn a_run_made_longer_says_so_and_its_run_file_gives_the_same_bits() {
         assert!(config.rate(11) == 0.0 && config.rate(12) > 0.0);
         let said = ["training.steps was 12 and is 20", &before, &after, "[[history]]"];
         assert!(notes.iter().any(|note| said.iter().all(|part| note.contains(part))), "{notes:?}");
-        assert_eq!(config.history, [crate::EarlierPlan { until: 12, steps: 12 }]);
+        assert_eq!(config.history, [crate::run_config::EarlierPlan { until: 12, steps: 12 }]);
         for (step, metrics) in run.metrics().iter().enumerate() {
             let rate = config.rate(step as u64);
             assert!((metrics.lr - rate).abs() <= rate * 1e-15, "step {step}: {} for {rate}", metrics.lr);
@@ -90,7 +90,7 @@ fn another_history_than_the_runs_own_is_another_run() {
     run.train(&["training.steps=4"]).unwrap();
     let run = run.resumed();
     let mut config = run.config(&["training.steps=8"]);
-    config.history = vec![crate::EarlierPlan { until: 2, steps: 3 }];
+    config.history = vec![crate::run_config::EarlierPlan { until: 2, steps: 3 }];
     let refused = train(&config, &run.options(), &AtomicBool::new(false), &mut |_| {});
     assert!(message(refused).contains("[history] is not what the run began with"));
 }
@@ -140,7 +140,7 @@ fn change_state(checkpoint: &Path, change: impl FnOnce(&mut serde_json::Value)) 
     let (mut state, mut sums) = (read("trainer.json"), read("checksums.json"));
     change(&mut state);
     std::fs::write(checkpoint.join("trainer.json"), state.to_string()).unwrap();
-    sums["trainer.json"] = lowkey_files::sha256(&checkpoint.join("trainer.json")).unwrap().into();
+    sums["trainer.json"] = lowkey_files::hash::sha256(&checkpoint.join("trainer.json")).unwrap().into();
     std::fs::write(checkpoint.join("checksums.json"), sums.to_string()).unwrap();
 }
 

@@ -152,7 +152,7 @@ pub(super) fn cases() -> Vec<Case> {
         resume("checksums right, state wrong", &[])
             .with(each(|dir| {
                 edit_json(&dir.join("trainer.json"), |v| v["step"] = "two".into());
-                let sum = lowkey_files::sha256(&dir.join("trainer.json")).unwrap();
+                let sum = lowkey_files::hash::sha256(&dir.join("trainer.json")).unwrap();
                 edit_json(&dir.join("checksums.json"), |v| v["trainer.json"] = sum.into());
             }))
             .says(&["run/checkpoints/step-000004/trainer.json", "not a trainer's state"]),
