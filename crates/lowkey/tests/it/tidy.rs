@@ -220,6 +220,35 @@ fn each_source_keeps_to_what_its_crate_was_drawn_for() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
+/// What is to stand in one place of the product, and how often: marks, the files, and what a second place would mean.
+const ONCE: &[(&str, &[(&str, usize)], &str)] = &[
+    ("gated_mlp(", &[("lowkey-model/src/model.rs", 1)], "a second forward pass of a block"),
+    ("latent_attention(queries", &[("lowkey-model/src/attention/mla.rs", 1)], "a second way through latent attention"),
+    (".attend(", &[("lowkey-model/src/attention.rs", 2), ("lowkey-model/src/model.rs", 1)], "a second forward pass of a block"),
+    ("weight.val()", &[("lowkey-model/src/layers.rs", 3)], "a way to a weight past its layer, which an adapter would not see"),
+];
+
+/// The files in which a mark stands, and how often, in crates that compute nothing themselves.
+fn places(mark: &str, sources: &[Source]) -> Vec<(String, usize)> {
+    let composing = sources.iter().filter(|source| source.package() != "lowkey-kernels");
+    // What is measured by itself is called by itself.
+    let composing = composing.filter(|source| !source.path.to_string_lossy().contains("/bench/"));
+    let counted = composing.map(|source| (source, source.code.matches(mark).count())).filter(|(_, count)| *count > 0);
+    let name = |source: &Source| source.path.to_string_lossy().rsplit_once("crates/").unwrap().1.to_owned();
+    counted.map(|(source, count)| (name(source), count)).collect()
+}
+
+#[test]
+fn there_is_one_forward_pass_and_one_way_to_a_weight() {
+    let sources = sources();
+    for (mark, expected, meaning) in ONCE {
+        let mut found = places(mark, &sources);
+        found.sort();
+        let expected: Vec<(String, usize)> = expected.iter().map(|(file, count)| (file.to_string(), *count)).collect();
+        assert_eq!(found, expected, "{mark}: {meaning}");
+    }
+}
+
 /// The check itself can fail.
 #[test]
 fn a_planted_offence_is_found() {
