@@ -32,7 +32,7 @@ pub struct DatasetConfig {
     pub license: String,
     /// Where the text comes from.
     pub source: Source,
-    /// How the text becomes tokens. A task brings its own words and takes none.
+    /// How the text becomes tokens. Absent: `kind = "bytes"`. A task brings its own words and takes none.
     #[serde(default)]
     pub tokenizer: TokenizerConfig,
     /// Whether documents get the special tokens that the tokenizer puts around a text, such as `<s>`. Absent: they do, unless the
