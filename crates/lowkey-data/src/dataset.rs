@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::documents::{self, Format};
@@ -17,31 +18,32 @@ const LARGEST_FILE: u64 = 64 << 20;
 /// Held-out examples of a task lie in memory together.
 const MOST_HELD_EXAMPLES: u64 = 1 << 20;
 
-/// One `datasets/*.toml`. Paths in it are relative to the file's folder.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// A dataset file: one TOML file is one corpus. Paths in it are relative to the file's folder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DatasetConfig {
-    /// A short name.
+    /// Name of the dataset: letters, digits, `-`, `_` and `.`. Its tokens are kept in `prepared/NAME` beside the file.
     pub name: String,
-    /// What the corpus is.
+    /// What the corpus is, in a sentence.
     #[serde(default)]
     pub description: String,
-    /// Under which licence its text stands.
+    /// The licence of the text.
     #[serde(default)]
     pub license: String,
     /// Where the text comes from.
     pub source: Source,
-    /// How it becomes tokens.
+    /// How the text becomes tokens. Absent: `kind = "bytes"`. A task brings its own words and takes none.
     #[serde(default)]
     pub tokenizer: TokenizerConfig,
-    /// Whether documents get the special tokens that the tokenizer puts around a text, such as `<s>`; absent: they do, unless
-    /// the tokenizer comes from a model that was trained without. Tokenizers built from the text have none.
+    /// Whether documents get the special tokens that the tokenizer puts around a text, such as `<s>`. Absent: they do, unless the
+    /// tokenizer comes from a model that was trained without. Tokenizers built from the text have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub add_special_tokens: Option<bool>,
-    /// What is held out for validation. A storybook and a task have validation examples of their own and take no split.
+    /// What is held out for validation. A storybook and a task have held-out examples of their own and take no split.
     #[serde(default)]
     pub split: Split,
-    /// Expected SHA-256 in hex by file name (the last part, or the path as the source lists it), checked before use.
+    /// Checksums that the files must have: SHA-256 in 64 hex digits, by the name of a file (its last part, or the path as the source
+    /// lists it).
     #[serde(default)]
     pub sha256: BTreeMap<String, String>,
     /// The folder that relative paths start from.
@@ -54,103 +56,114 @@ pub struct DatasetConfig {
 
 /// Where text comes from. Text and JSONL files are decompressed by the endings `.gz` and `.zst`, in any case. A file may have any
 /// size; a JSONL line, and a text in a Parquet file, have at most 256 MiB.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Source {
-    /// The procedural corpus of [`crate::storybook`], whose entropy is known.
+    /// Short stories that lowkey makes itself, whose entropy is known exactly. Nothing is downloaded.
     Storybook {
         /// Seed of the stories.
         seed: u64,
         /// Number of training stories.
+        #[schemars(range(min = 1))]
         documents: u64,
-        /// Number of validation stories, from a seed of their own.
+        /// Number of held-out stories, from a seed of their own.
         validation_documents: u64,
     },
-    /// A diagnostic task of [`crate::tasks`]: its examples are made while a run goes.
+    /// A diagnostic task: examples that ask for one ability, made while a run goes.
     Task {
         /// Seed of the examples, training and held-out.
         seed: u64,
         /// Number of held-out examples, from a stream of their own.
+        #[schemars(range(min = 1, max = 1_048_576))]
         validation_examples: u64,
         /// Which task, and its sizes.
         task: Task,
     },
-    /// Plain text files: each is one document unless a separator cuts it.
+    /// Plain text files, also compressed as `.gz` or `.zst`. Each is one document unless a separator cuts it.
     Text {
-        /// Files or glob patterns.
+        /// Files, or patterns of names with `*`; relative to the folder of this file.
+        #[schemars(length(min = 1))]
         paths: Vec<String>,
-        /// A string that stands between documents.
+        /// The text that stands between documents. Absent: a file is one document.
+        #[schemars(length(min = 1))]
         #[serde(default, skip_serializing_if = "Option::is_none")]
         separator: Option<String>,
-        /// Where a reader can get the files; shown when they are missing, never fetched.
+        /// Where a reader can get the files. It is shown when they are missing, and never fetched.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         url: Option<String>,
     },
-    /// One JSON object a line; where the text is null there is no document.
+    /// JSONL files, also compressed as `.gz` or `.zst`: one JSON object a line, of at most 256 MiB, is a document. Where its text is
+    /// null there is none.
     Jsonl {
-        /// Files or glob patterns.
+        /// Files, or patterns of names with `*`; relative to the folder of this file.
+        #[schemars(length(min = 1))]
         paths: Vec<String>,
-        /// The field that holds the text.
+        /// The field of the object that holds the text.
         #[serde(default = "text_field")]
         field: String,
     },
-    /// One row a document; where the text is null there is none.
+    /// Parquet files: a row is a document. Where its text is null there is none.
     Parquet {
-        /// Files or glob patterns.
+        /// Files, or patterns of names with `*`; relative to the folder of this file.
+        #[schemars(length(min = 1))]
         paths: Vec<String>,
         /// The column that holds the text.
         #[serde(default = "text_field")]
         column: String,
     },
-    /// Files of a dataset repository on the Hugging Face hub or a mirror of it; see [`crate::hub::HubConfig`].
+    /// Files of a dataset repository on the Hugging Face hub, or on the mirror that `HF_ENDPOINT` names.
     Hub {
-        /// `owner/name`.
+        /// The repository, as `owner/name`.
         repo: String,
-        /// Branch, tag or commit.
+        /// A branch, a tag or a commit.
         #[serde(default = "main_revision")]
         revision: String,
         /// Paths of the files in the repository.
+        #[schemars(length(min = 1))]
         files: Vec<String>,
         /// What the files are.
         format: HubFormat,
-        /// JSONL field or Parquet column, `text` unless given.
+        /// The JSONL field or Parquet column that holds the text. Absent: `text`. Not for plain text.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         field: Option<String>,
-        /// A string that stands between the documents of a text file.
+        /// Plain text alone: the text that stands between documents. Absent: a file is one document.
+        #[schemars(length(min = 1))]
         #[serde(default, skip_serializing_if = "Option::is_none")]
         separator: Option<String>,
     },
 }
 
 /// Format of hub files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum HubFormat {
-    /// Plain text.
+    /// Plain text: a file is a document unless a separator cuts it.
     Text,
-    /// One JSON object a line.
+    /// One JSON object a line is a document.
     Jsonl,
-    /// One row a document.
+    /// A row is a document.
     Parquet,
 }
 
 /// How text becomes tokens.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "lowercase", from = "TokenizerKeys")]
+#[schemars(!from, deny_unknown_fields)]
 pub enum TokenizerConfig {
-    /// [`crate::Tokenizer::bytes`].
+    /// A token is a byte: 256 of them, and one that ends a document.
     #[default]
     Bytes,
-    /// One token per distinct character of the whole corpus, the held-out part included.
+    /// A token is a character: one for each that stands in the corpus, the held-out part included.
     Chars,
-    /// A byte-level BPE trained on the training split.
+    /// A byte-level BPE, trained on what is not held out.
     Bpe {
-        /// Entries at most, the end-of-document token included.
+        /// Most entries, the token that ends a document included.
+        #[schemars(range(min = 257, max = 1_048_576))]
         vocab_size: usize,
     },
-    /// An existing `tokenizer.json`, or a model's folder that has one.
+    /// A `tokenizer.json` that is there already.
     File {
-        /// The file or folder.
+        /// The file, or the folder of a model that has one; relative to the folder of this file.
         path: PathBuf,
     },
 }
@@ -178,27 +191,27 @@ impl From<TokenizerKeys> for TokenizerConfig {
 }
 
 /// What is held out.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Split {
-    /// How much, from 0 to 0.5.
+    /// The share of the text that is held out; 0: nothing.
     #[serde(default = "tenth")]
+    #[schemars(range(min = 0, max = 0.5))]
     pub validation_fraction: f64,
-    /// Which part.
+    /// Which part is held out.
     #[serde(default)]
     pub by: SplitBy,
 }
 
 /// Which part is held out.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum SplitBy {
-    /// The end. A text file that is one document is cut after `int(n * (1 - fraction))` of its `n` characters, each
-    /// file by itself, and neither part gets an end-of-document token: what is cut has no end, or one never trained.
-    /// Where files hold several documents, the last ones are held out, in source order.
+    /// The end: of several documents the last ones, in the order of the source. A text file that is one document is cut by itself, after
+    /// `int(n * (1 - fraction))` of its `n` characters, and neither part gets the token that ends a document.
     #[default]
     Tail,
-    /// Whole documents, by a hash of their index.
+    /// Whole documents, here and there, by a hash of their number. Needs several.
     Documents,
 }
 

@@ -2,21 +2,22 @@
 
 use std::cell::Cell;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The format of the operands of products with weights, on a GPU. Sums, norms, softmax, loss, residual stream, parameters and their
 /// gradients are f32 in any case (Micikevicius et al., arXiv 1710.03740).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// 24 bits of fraction: nothing is rounded.
+    /// 32 bits: nothing is rounded.
     #[default]
     F32,
     /// Numbers stay f32, and NVIDIA's matrix units read 11 bits of their fraction.
     Tf32,
-    /// 8 bits of fraction, and the range of f32.
+    /// 16 bits: 8 bits of fraction, and the range of f32.
     Bf16,
-    /// 11 bits of fraction, numbers from 6e-8 to 65,504: gradients need a scaled loss.
+    /// 16 bits: 11 bits of fraction, numbers from 6e-8 to 65,504. Gradients need a scaled loss, which is done by itself.
     F16,
 }
 

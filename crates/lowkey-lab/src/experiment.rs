@@ -1,59 +1,63 @@
 //! The experiment file: one question, its arms, its seeds, and the rule that decides it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::study::{Rule, Theory};
 
-/// One experiment file (TOML).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// An experiment file: one TOML file is one question, with the runs that answer it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Experiment {
-    /// Its name, also that of its folder of runs.
+    /// Name of the experiment, also of its folder of runs: letters, digits, `-`, `_` and `.`.
     pub name: String,
-    /// What it asks.
+    /// What it asks, in a sentence for the report.
     pub question: String,
-    /// The run file that every arm starts from, relative to this file.
+    /// The run file that every arm starts from; its path is relative to this file.
     pub base: PathBuf,
-    /// Seeds of each arm: of the initial weights and of the order of the data, the same for all arms, so that arms are compared in
-    /// pairs.
+    /// Seeds of the runs: each arm is trained once with each. All arms have the same, so that they are compared in pairs.
+    #[schemars(length(min = 1))]
     pub seeds: Vec<u64>,
-    /// What is compared: `val_loss`, `gap`, `accuracy`, `mse`, `bits_per_byte`, or `class.NAME.gap`, `class.NAME.loss`,
-    /// `class.NAME.accuracy`.
+    /// What is compared: `val_loss` (nats per token), `gap`, `accuracy`, `mse`, `bits_per_byte`, `int8.val_loss`, `int4.val_loss`,
+    /// `max_logit`, `latent_effective_rank`; of a class of tokens `class.NAME.loss`, `class.NAME.gap`, `class.NAME.accuracy`; of a
+    /// narrower rank `rank.R.val_loss`, `rank.R.gap`, `rank.R.accuracy`.
     #[serde(default = "usual_metric")]
     pub metric: String,
-    /// Which way is better.
+    /// Whether a lower or a higher value of `metric` is better.
     #[serde(default)]
     pub better: Better,
-    /// Name of the arm that the others are compared with, and matched to.
+    /// Name of the arm that the others are compared with and made equal to.
     pub baseline: String,
-    /// The key of a run file whose number is the axis of the plots.
+    /// The key of the run file whose number is the horizontal axis of the plots, such as `model.kv_lora_rank`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<String>,
-    /// Threads of each run. Sums are taken in an order that depends on it, so it belongs to the experiment, not to the machine.
+    /// Threads of each run. Sums are taken in an order that depends on their number, so it belongs to the experiment, not to the
+    /// machine.
     #[serde(default = "one")]
+    #[schemars(range(min = 1))]
     pub threads: usize,
-    /// Evaluate finished models with their caches in int8 and int4, too. For corpora whose entropy is known, as their documents stand alone.
+    /// Whether finished models are also measured with their caches in int8 and int4. For corpora whose entropy is known.
     #[serde(default)]
     pub quantised: bool,
-    /// What is made equal between the arms.
+    /// What is made equal between the arms. Absent: nothing.
     #[serde(default, rename = "match", skip_serializing_if = "Option::is_none")]
     pub matching: Option<Matching>,
-    /// Bounds that a sweep is refused above.
+    /// What the experiment may cost. One that would cost more is refused before its first run.
     #[serde(default)]
     pub budget: Budget,
-    /// What decides, written before the first run.
+    /// What decides. It is written before the first run; changed afterwards, there is no verdict.
     pub rule: Rule,
-    /// Arms one by one.
+    /// Arms one by one. At least one arm or axis is needed; all together they may make 4096 arms.
     #[serde(default)]
     pub arms: Vec<ArmSection>,
-    /// Arms as all combinations of values.
+    /// Arms as all combinations of the values of all axes.
     #[serde(default)]
     pub axes: Vec<Axis>,
-    /// Lines that a theory draws.
+    /// Lines that a theory predicts, drawn over the plots.
     #[serde(default)]
     pub theory: Vec<Theory>,
     /// The file this came from.
@@ -62,80 +66,86 @@ pub struct Experiment {
 }
 
 /// Which way a metric is better.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Better {
-    /// A loss.
+    /// For losses.
     #[default]
     Lower,
-    /// An accuracy.
+    /// For accuracies.
     Higher,
 }
 
 /// An arm by name.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ArmSection {
-    /// Its name.
+    /// Name of the arm: letters, digits, `-`, `_` and `.`.
     pub name: String,
-    /// Keys of the run file and their values, such as `"model.attention" = "mha"`.
+    /// Keys of the run file that this arm sets, and their values, such as `"model.attention" = "mha"`.
     #[serde(default)]
+    #[schemars(with = "BTreeMap<String, serde_json::Value>")]
     pub set: toml::Table,
-    /// Where it stands on the axis of the plots; absent: the value of the experiment's `x` key.
+    /// Where the arm stands on the horizontal axis of the plots. Absent: at its value of the key that the experiment's `x` names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x: Option<f64>,
-    /// Leave it as it is, whatever is matched.
+    /// Whether the arm is left as it is where `[match]` makes the others equal.
     #[serde(default)]
     pub unmatched: bool,
 }
 
 /// A key of the run file that takes several values.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Axis {
-    /// The key, such as `model.kv_lora_rank`.
+    /// A key of the run file, such as `model.kv_lora_rank`.
     pub key: String,
-    /// Its values.
+    /// The values that it takes.
+    #[schemars(with = "Vec<serde_json::Value>", length(min = 1))]
     pub values: Vec<toml::Value>,
 }
 
 /// What is made equal to the baseline, by changing one number of each arm.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Matching {
-    /// What.
+    /// What is made equal to the baseline's.
     pub by: Matched,
-    /// The key that is changed, such as `model.intermediate_size` or `training.steps`.
+    /// The key of the run file whose number is changed for that, such as `model.intermediate_size` or `training.steps`.
     pub with: String,
-    /// The values that may be tried; absent: all multiples of `multiple_of`.
+    /// The numbers that may be taken. Absent: all multiples of `multiple_of`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(inner(range(min = 1, max = 16_777_216)))]
     pub values: Vec<u64>,
-    /// The changed number is a multiple of this.
+    /// The number that is changed stays a multiple of this.
     #[serde(default = "one_u64")]
+    #[schemars(range(min = 1, max = 16_777_216))]
     pub multiple_of: u64,
 }
 
 /// A quantity that arms can be matched by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Matched {
-    /// All parameters.
+    /// The number of all parameters.
     Parameters,
-    /// Operations of the whole training.
+    /// The operations of the whole training.
     TrainingFlops,
-    /// Cache bytes per token.
+    /// The bytes that a token takes in the cache.
     CacheBytes,
 }
 
 /// What a sweep may cost.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Budget {
-    /// Most runs.
+    /// Most runs. Absent: any number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub runs: Option<usize>,
-    /// Most hours, as estimated for one machine with one run after the other.
+    /// Most hours, as estimated for one machine that does one run after the other; above 0. Absent: any number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub hours: Option<f64>,
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// An experiment with its results so far.
@@ -93,54 +94,63 @@ pub struct RunResult {
 }
 
 /// A line over the arms' `x`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Theory {
-    /// What to call it.
+    /// What the line is called in plots, and by a rule.
     pub name: String,
-    /// Its corners, by rising `x`.
+    /// Corners of the line, each `[x, y]`, by rising `x`: two at least.
+    #[schemars(length(min = 2))]
     pub points: Vec<(f64, f64)>,
 }
 
 /// What decides an experiment.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Rule {
     /// Each arm against the baseline: better, worse or equal within a margin, by the interval of the paired difference.
     Margin {
-        /// Differences below this do not matter, in the metric's unit.
+        /// Differences below this do not matter; in the unit of `metric`.
+        #[schemars(range(min = 0))]
         margin: f64,
-        /// Of the interval, such as 0.95.
+        /// The share of intervals that are to hold the true value, from 0.5 to below 1.
         #[serde(default = "usual_confidence")]
+        #[schemars(range(min = 0.5), extend("exclusiveMaximum" = 1))]
         confidence: f64,
     },
     /// The smallest `x` whose mean is within `percent` of the best arm's, or within one standard deviation.
     Knee {
-        /// Relative distance to the best mean, in percent.
+        /// How far from the best mean is near enough, in percent of it.
+        #[schemars(range(min = 0))]
         percent: f64,
-        /// Of the intervals, such as 0.95.
+        /// The share of intervals that are to hold the true value, from 0.5 to below 1.
         #[serde(default = "usual_confidence")]
+        #[schemars(range(min = 0.5), extend("exclusiveMaximum" = 1))]
         confidence: f64,
     },
     /// Every arm within `percent` of the theory of that name at its `x`.
     Theory {
-        /// Name of the line.
+        /// Name of a `[[theory]]`.
         name: String,
-        /// Relative distance, in percent.
+        /// How far from the theory is near enough, in percent of it.
+        #[schemars(range(min = 0))]
         percent: f64,
-        /// Of the intervals, such as 0.95.
+        /// The share of intervals that are to hold the true value, from 0.5 to below 1.
         #[serde(default = "usual_confidence")]
+        #[schemars(range(min = 0.5), extend("exclusiveMaximum" = 1))]
         confidence: f64,
     },
     /// Every prefix of an elastic arm's latent against the arm that was trained with a latent of that width: within `percent` of its
     /// mean, or within one standard deviation of its seeds.
     Elastic {
-        /// Name of the arm with `[model.elastic]`.
+        /// Name of the `[[arms]]` that sets `model.elastic.ranks`.
         arm: String,
-        /// Relative distance, in percent.
+        /// How far from the other arm is near enough, in percent of its mean.
+        #[schemars(range(min = 0))]
         percent: f64,
-        /// Of the intervals, such as 0.95.
+        /// The share of intervals that are to hold the true value, from 0.5 to below 1.
         #[serde(default = "usual_confidence")]
+        #[schemars(range(min = 0.5), extend("exclusiveMaximum" = 1))]
         confidence: f64,
     },
 }

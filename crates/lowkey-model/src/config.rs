@@ -1,5 +1,6 @@
 //! What a model is made of: the flat `[model]` section of a run file, and the checked configuration behind it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
@@ -8,7 +9,7 @@ pub use crate::layer_config::{LayerConfig, Layers, MlpConfig};
 use crate::rope::RopeConfig;
 
 /// Which attention a run file asks for. One line turns one into another: keys that the chosen kind does not use may stay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AttentionKind {
     /// Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434 §2.1).
@@ -22,83 +23,95 @@ pub enum AttentionKind {
 }
 
 /// The `[model]` section of a run file: Hugging Face's keys, flat.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSection {
-    /// Kind of attention.
+    /// Kind of attention. Keys of another kind may stand beside it; they have no effect, and are named when the run starts.
     pub attention: AttentionKind,
-    /// Size of the token vocabulary; absent: the tokenizer's.
+    /// Number of different tokens, at least as many as the tokenizer has. Absent: as many.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16_777_216))]
     pub vocab_size: Option<usize>,
-    /// Width d of the residual stream.
+    /// Width of the residual stream: how many numbers stand for a token between blocks.
+    #[schemars(range(min = 1, max = 1_048_576))]
     pub hidden_size: usize,
     /// Number of decoder blocks.
+    #[schemars(range(min = 1, max = 4096))]
     pub num_hidden_layers: usize,
-    /// Number H of query heads.
+    /// Number of query heads.
+    #[schemars(range(min = 1, max = 1_048_576))]
     pub num_attention_heads: usize,
-    /// Key and value heads of GQA; absent: a quarter of the query heads, at least two.
+    /// GQA: number of key and value heads, a divisor of `num_attention_heads`. Absent: a quarter of the query heads, at least two.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_key_value_heads: Option<usize>,
-    /// Width of the SwiGLU feed-forward layer.
+    /// Width of the feed-forward layer (SwiGLU).
+    #[schemars(range(min = 1, max = 1_048_576))]
     pub intermediate_size: usize,
-    /// Longest position; absent: the training sequence length.
+    /// Most tokens that the model reads at once. Absent: `data.seq_len`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16_777_216))]
     pub max_position_embeddings: Option<usize>,
-    /// MLA: width L of the cached latent.
+    /// MLA, needed: width of the latent, the numbers that a layer caches per token beside the rotated key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_lora_rank: Option<usize>,
-    /// MLA: width Q of the query latent; absent: queries come straight from the hidden state.
+    /// MLA: width of the latent that queries come from. Absent: they come straight from the hidden state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub q_lora_rank: Option<usize>,
-    /// MLA: per-head key width N without position.
+    /// MLA, needed: width of the part of each head's key that knows no position.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qk_nope_head_dim: Option<usize>,
-    /// MLA: width R of the rotated key that all heads share.
+    /// MLA, needed: width of the rotated key, which knows the position and which all heads share. An even number; 0: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qk_rope_head_dim: Option<usize>,
-    /// MLA: per-head value width V.
+    /// MLA, needed: width of each head's value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub v_head_dim: Option<usize>,
-    /// MHA, GQA, MQA: head width; absent: `hidden_size / num_attention_heads`.
+    /// MHA, GQA, MQA: width of a head. Absent: `hidden_size` divided by `num_attention_heads`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head_dim: Option<usize>,
-    /// MHA, GQA, MQA: fraction of the head width that is rotated.
+    /// MHA, GQA, MQA: the share of a head that is rotated, which must come to an even width. Absent: all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partial_rotary_factor: Option<f64>,
-    /// MHA, GQA, MQA: RMSNorm on each query and key head before the rotation (Qwen3).
+    /// MHA, GQA, MQA: a norm on each query and key head before the rotation, as in Qwen3.
     #[serde(default)]
     pub qk_norm: bool,
-    /// Biases: on `q_a_proj`, `kv_a_proj_with_mqa`, `o_proj` for MLA; on all four projections otherwise.
+    /// Biases in the attention: with MLA on `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj`, else on all four projections.
     #[serde(default)]
     pub attention_bias: bool,
-    /// MLA: multiply the normalised latent by √(d / kv_lora_rank), so that its read-out does not shrink with the rank.
+    /// MLA: multiply the normalised latent by √(`hidden_size` / `kv_lora_rank`), so that what is read of it does not shrink with its
+    /// width.
     #[serde(default)]
     pub latent_scale: bool,
-    /// MLA: train narrower readings of the latent together with the whole one.
+    /// MLA: train the model so that it can also be read at narrower ranks. Absent: at its whole width alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub elastic: Option<ElasticSection>,
-    /// MLA: rotate adjacent pairs (DeepSeek's convention) instead of the two halves.
+    /// MLA: rotate neighbouring numbers in pairs, as DeepSeek does, instead of those of the two halves.
     #[serde(default = "yes")]
     pub rope_interleave: bool,
-    /// Base frequency and, under YaRN, its parameters.
+    /// How positions are told by rotation, and how far beyond the trained length they go.
     #[serde(default)]
     pub rope_parameters: RopeConfig,
-    /// ε of the block and final norms (the latent norms always use 1e-6).
+    /// A small number that keeps norms from dividing by zero: of the norms of the blocks and the last one. Those of latents use 1e-6.
     #[serde(default = "default_eps")]
+    #[schemars(range(min = 0))]
     pub rms_norm_eps: f64,
-    /// Use the embedding matrix as output head.
+    /// Whether the output head is the embedding matrix instead of a matrix of its own.
     #[serde(default)]
     pub tie_word_embeddings: bool,
-    /// One standard deviation for all matrices; absent: by fan-in (see [`crate::init`]).
+    /// Standard deviation of all random initial matrices (of those that write to the residual stream divided by √(2 · layers)). Absent:
+    /// 0.02 for embedding and head, 1/√(width of the input) for the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub initializer_range: Option<f64>,
 }
 
 /// `[model.elastic]`: one checkpoint of which every prefix of the latent is a model.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ElasticSection {
-    /// Numbers of the latent that are to suffice, ascending and below `kv_lora_rank`, which always does.
+    /// The narrower ranks: how many of the latent's first numbers are to suffice. They rise and lie below `kv_lora_rank`, which needs
+    /// no mention.
+    #[schemars(length(min = 1), inner(range(min = 1)))]
     pub ranks: Vec<usize>,
 }
 

@@ -4,6 +4,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor};
 use lowkey_batch::Rows;
 use lowkey_kernels::{loss::LossSum, optim};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::attention::Seen;
@@ -11,14 +12,14 @@ use crate::model::{CausalLm, Context};
 use crate::objective::{Objective, Term};
 
 /// What the backward pass computes again instead of keeping.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Recompute {
-    /// Nothing but what each operation forms anew by itself.
+    /// Nothing.
     #[default]
     None,
-    /// Each decoder block (Chen et al., arXiv 1604.06174): between the passes only the blocks' inputs are kept. A third more
-    /// arithmetic in the blocks.
+    /// Each decoder block: between the passes only the blocks' inputs are kept. A third more arithmetic in the blocks (Chen et al.,
+    /// arXiv 1604.06174).
     Block,
 }
 

@@ -3,64 +3,66 @@
 //! Su et al., arXiv 2104.09864; YaRN: Peng et al., arXiv 2309.00071, as transformers computes it.
 
 use burn::tensor::{Tensor, TensorCreationOptions, TensorData};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 /// `rope_parameters` of a configuration. Keys that a type does not use may be absent.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RopeConfig {
-    /// Base θ of the geometric frequencies.
+    /// Base of the frequencies, above 0: the larger, the slower the slowest rotation. YaRN needs more than 1.
     #[serde(default = "default_theta")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub rope_theta: f64,
-    /// How positions past the original context are treated.
+    /// How the frequencies are changed to reach beyond the original length.
     #[serde(default)]
     pub rope_type: RopeType,
-    /// Ratio of the extended to the original context.
+    /// Needed unless `rope_type = "default"`: how many times longer the new length is than the original one, above 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub factor: Option<f64>,
-    /// Context length before the extension; absent: `max_position_embeddings`.
+    /// YaRN and Llama 3: the original length in tokens. Absent: `max_position_embeddings`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub original_max_position_embeddings: Option<usize>,
-    /// YaRN: turns per original context above which a frequency is left alone.
+    /// YaRN: a frequency that turns more often than this within the original length is left alone. Absent: 32.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub beta_fast: Option<f64>,
-    /// YaRN: turns per original context below which a frequency is divided by `factor`.
+    /// YaRN: a frequency that turns less often than this within the original length is divided by `factor`. Absent: 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub beta_slow: Option<f64>,
-    /// YaRN: numerator of the factor on cosines and sines.
+    /// YaRN: with `mscale_all_dim`, numerator of the factor on cosines and sines. Absent or 0: that factor follows from `factor`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mscale: Option<f64>,
-    /// YaRN: denominator of that factor, and the scale of the attention logits.
+    /// YaRN: denominator of that factor; with MLA it scales the attention logits as well. Absent or 0: it does neither.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mscale_all_dim: Option<f64>,
-    /// YaRN: the factor on cosines and sines, given outright.
+    /// YaRN: the factor on cosines and sines itself, in place of what `mscale` and `mscale_all_dim` make.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attention_factor: Option<f64>,
-    /// YaRN: whether the bounds of the ramp are rounded to whole dimensions.
+    /// YaRN: whether the ramp between the two kinds of frequencies begins and ends at a whole dimension. Absent: `true`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub truncate: Option<bool>,
-    /// Llama 3: frequencies slower than this are divided by `factor`.
+    /// Llama 3, needed: a frequency that turns less often than this within the original length is divided by `factor`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub low_freq_factor: Option<f64>,
-    /// Llama 3: frequencies faster than this are left alone.
+    /// Llama 3, needed: a frequency that turns more often than this is left alone. Above `low_freq_factor`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub high_freq_factor: Option<f64>,
 }
 
 /// The kinds of position scaling that are implemented.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RopeType {
-    /// θ^(−2i/R).
+    /// They are not changed.
     #[default]
     Default,
-    /// All frequencies divided by `factor`.
+    /// All are divided by `factor`.
     Linear,
-    /// Frequencies interpolated by wavelength (arXiv 2309.00071 §3.2).
+    /// YaRN: slow ones are divided by `factor`, fast ones are left alone, those between in part (arXiv 2309.00071, section 3.2).
     Yarn,
-    /// The wavelength ramp of Llama 3.1.
+    /// The same with the bounds of Llama 3.1.
     Llama3,
 }
 

@@ -12,60 +12,63 @@ pub use history::EarlierPlan;
 use lowkey_data::Packing;
 use lowkey_kernels::Precision;
 use lowkey_model::{Recompute, config::ModelSection, objective::Term};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::workers::PassSettings;
 
-/// A run file, as written and as resolved.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// A run file: one TOML file is one whole run.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
-    /// Name, seed, device.
+    /// The run's name, its seed and what it computes on.
     pub run: RunSection,
-    /// Where the weights come from, if not from a random start.
+    /// A model to start from, for fine-tuning. It brings its own sizes, so that `[model]` must be left out. Absent: random weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<InitSection>,
-    /// The model; absent: that of `init.from`.
+    /// The sizes of the model. The keys have the names that Hugging Face gives them. Needed unless `[init]` is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelSection>,
-    /// The corpus.
+    /// What the model is trained on: exactly one of `dataset` and `path`.
     pub data: DataSection,
-    /// The optimiser.
+    /// How gradients change the weights.
     pub optimizer: OptimizerSection,
-    /// The learning rate over the run.
+    /// How the learning rate changes during the run.
     #[serde(default)]
     pub lr_scheduler: SchedulerSection,
-    /// Steps and batches.
+    /// How long the run is, what one step takes in, and how it is computed.
     pub training: TrainingSection,
-    /// Evaluation and samples.
+    /// When the model is measured on the held-out split, and texts that it writes then.
     #[serde(default)]
     pub eval: EvalSection,
-    /// Checkpoints.
+    /// When the model is saved, and how many of these states are kept.
     #[serde(default)]
     pub checkpoint: CheckpointSection,
-    /// Metrics.
+    /// What is recorded while the run goes.
     #[serde(default)]
     pub metrics: MetricsSection,
-    /// What the run was planned for before it was made longer or shorter; written by a resumed run, so that its `run.toml` trained
-    /// anew gives the same bits.
+    /// Earlier values of `training.steps`, if the run was made longer or shorter when it was resumed. Written by lowkey into the run's
+    /// `run.toml`, so that this file trained anew gives the same weights; not meant to be written by hand.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub history: Vec<EarlierPlan>,
 }
 
 /// `[run]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunSection {
-    /// Name of the run; its folder is `runs/NAME`.
+    /// Name of the run: letters, digits, `-`, `_` and `.`. Its folder is `runs/NAME`.
     pub name: String,
-    /// Seed of the weights, the order of the data and the samples.
+    /// Seed of the random weights, of the order of the data and of the texts written at evaluations.
     #[serde(default)]
     pub seed: u64,
-    /// `auto`, `cpu`, or the name of a GPU backend.
+    /// What to compute on: `auto`, `cpu`, `wgpu`, `vulkan`, `metal` or `cuda`; the last four with `:1` for the second of their kind.
+    /// `auto` takes the first GPU that this build can use, else the CPU.
     #[serde(default = "auto")]
     pub device: String,
-    /// Several devices of one kind, `["cuda:0", "cuda:1"]`, that share the rows of every batch; empty: `device` alone.
+    /// Several devices of one kind that share every batch, such as `["cuda:0", "cuda:1"]`. Instead of `device`, and `batch_size` must
+    /// be a multiple of their number. Absent: `device` alone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<String>,
 }
@@ -82,33 +85,34 @@ fn auto() -> String {
 }
 
 /// `[init]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InitSection {
-    /// A model directory whose weights, configuration and tokenizer the run starts from.
+    /// A Hugging Face model directory, such as a checkpoint. Weights, sizes and tokenizer are taken from it.
     pub from: PathBuf,
 }
 
 /// `[data]`: exactly one of `dataset` and `path`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
-    /// A dataset file.
+    /// A dataset file (TOML).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dataset: Option<PathBuf>,
-    /// A text file as it is: byte tokens, the last tenth held out.
+    /// A plain text file, read as bytes; its last tenth is held out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// Tokens per sequence.
+    /// Length of a training sequence, in tokens.
+    #[schemars(range(min = 1, max = 1_048_576))]
     pub seq_len: usize,
-    /// How documents fill a sequence; absent: whole documents where there are several, a stream where there is one.
+    /// How documents fill a sequence. Absent: `documents` if there are several, `stream` if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub packing: Option<Packing>,
-    /// Whether documents and prompts get the special tokens that the tokenizer puts around a text, such as `<s>`; absent: as the
-    /// dataset file says, else they do, unless the model of `[init]` was trained without.
+    /// Whether documents and prompts get the special tokens that the tokenizer puts around a text, such as `<s>`. Absent: as the
+    /// dataset file says; if it says nothing they do, unless the model of `[init]` was trained without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub add_special_tokens: Option<bool>,
-    /// Whether attention stops at document bounds.
+    /// Whether a token sees only its own document. With `false` it also sees those that stand before it in the sequence.
     #[serde(default = "yes")]
     pub mask_documents: bool,
 }
@@ -118,28 +122,35 @@ fn yes() -> bool {
 }
 
 /// `[optimizer]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OptimizerSection {
-    /// Which optimiser.
+    /// The optimiser.
     #[serde(default)]
     pub kind: OptimizerKind,
-    /// Peak learning rate.
+    /// The highest learning rate of the run, above 0.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub lr: f64,
-    /// `muon`: decay of its momentum; absent: 0.95.
+    /// `kind = "muon"` alone: how much of its momentum stays from one step to the next, from 0 to below 1. Absent: 0.95.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub momentum: Option<f64>,
-    /// AdamW's decay of the first and second moment.
+    /// AdamW's two decay rates, from 0 to below 1: of the mean of the gradient and of the mean of its square. With Muon they hold for
+    /// the weights that are left to AdamW.
     #[serde(default = "default_betas")]
+    #[schemars(extend("items" = { "type": "number", "minimum": 0, "exclusiveMaximum": 1 }))]
     pub betas: [f64; 2],
-    /// AdamW's ε beside the root of the second moment.
+    /// A small number above 0 that keeps AdamW from dividing by zero.
     #[serde(default = "default_adam_eps")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub eps: f64,
-    /// Decoupled decay of matrices; norms and biases are not decayed.
+    /// How much each step shrinks matrices: by this number times the learning rate. Norms and biases are left alone.
     #[serde(default)]
+    #[schemars(range(min = 0))]
     pub weight_decay: f64,
-    /// Largest global norm of the gradient; absent: no clipping.
+    /// A gradient of all weights that is longer than this is shortened to it. Absent: gradients are taken as they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub grad_clip: Option<f64>,
 }
 
@@ -159,7 +170,7 @@ impl OptimizerSection {
 }
 
 /// The optimisers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerKind {
     /// Adam with decoupled weight decay (arXiv 1711.05101).
@@ -171,20 +182,22 @@ pub enum OptimizerKind {
 }
 
 /// `[lr_scheduler]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SchedulerSection {
-    /// Shape after the warm-up.
+    /// What the learning rate does after the warm-up.
     #[serde(default)]
     pub kind: SchedulerKind,
-    /// Steps over which the rate rises from 0 to its peak.
+    /// Steps over which the learning rate rises to `optimizer.lr`; at most `training.steps`.
     #[serde(default)]
     pub warmup_steps: u64,
-    /// `wsd`: the last fraction of the steps, over which the rate falls.
+    /// `kind = "wsd"` alone: the share of all steps, at the end, over which the learning rate falls.
     #[serde(default = "default_decay_fraction")]
+    #[schemars(range(min = 0, max = 1))]
     pub decay_fraction: f64,
-    /// The last rate as a fraction of the peak.
+    /// The last learning rate as a share of `optimizer.lr`. No effect with `kind = "constant"`.
     #[serde(default)]
+    #[schemars(range(min = 0, max = 1))]
     pub min_lr_ratio: f64,
 }
 
@@ -199,57 +212,67 @@ impl Default for SchedulerSection {
 }
 
 /// Shapes of the learning rate.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum SchedulerKind {
-    /// The peak throughout.
+    /// It stays at `optimizer.lr`.
     #[default]
     Constant,
-    /// A straight line from the peak to `min_lr_ratio`.
+    /// It falls along a straight line to `min_lr_ratio`.
     Linear,
-    /// Half a cosine from the peak to `min_lr_ratio` (arXiv 1608.03983).
+    /// It falls along half a cosine to `min_lr_ratio` (arXiv 1608.03983).
     Cosine,
-    /// Warm-up, stable, decay (arXiv 2404.06395): the peak, then a straight line over the last `decay_fraction`.
+    /// Warm-up, stable, decay (arXiv 2404.06395): it stays, then falls along a straight line to `min_lr_ratio` over the last
+    /// `decay_fraction` of the steps.
     Wsd,
 }
 
 /// `[training]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingSection {
-    /// Optimiser steps.
+    /// Number of optimiser steps.
+    #[schemars(range(min = 1, max = 1_099_511_627_776_u64))]
     pub steps: u64,
-    /// Sequences per optimiser step.
+    /// Sequences in one optimiser step. `batch_size` times `data.seq_len` may be at most 67108864 tokens.
+    #[schemars(range(min = 1, max = 1_048_576))]
     pub batch_size: usize,
-    /// Sequences per forward and backward pass; smaller than `batch_size`: gradients are accumulated.
+    /// Sequences in one forward and backward pass. If smaller than `batch_size`, a step sums the gradients of several passes: less
+    /// memory, the same step. Absent: `batch_size`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_048_576))]
     pub micro_batch_size: Option<usize>,
-    /// What the backward pass computes again to save memory: `none`, or `block` for all within a decoder block.
+    /// What the backward pass computes again instead of keeping it, to save memory.
     #[serde(default)]
     pub recompute: Recompute,
-    /// Factor on the square of each position's log-partition, added to the loss that is minimised but not to the one that is
-    /// reported (PaLM, arXiv 2204.02311, section 5: 1e-4); 0: none. Of the pass at the whole width alone, where there are others.
+    /// Factor on the squared log-partition, added to the loss that is minimised but not to the one that is reported (PaLM, arXiv
+    /// 2204.02311, section 5; usual: 1e-4). 0: nothing is added. Must be 0 for tasks of vectors.
     #[serde(default)]
+    #[schemars(range(min = 0, max = 1))]
     pub z_loss: f64,
-    /// A model with `[model.elastic]` ranks: how much of the loss at a narrower rank is its distance to the whole width's
-    /// predictions; the rest is its own. Tasks of vectors learn from their answers alone.
+    /// With `[model.elastic]` alone: the share of a narrower rank's loss that is its distance to what the whole width predicts; the rest
+    /// is its distance to the text. No effect on tasks of vectors.
     #[serde(default = "default_distillation")]
+    #[schemars(range(min = 0, max = 1))]
     pub distillation: f64,
-    /// A model with `[model.elastic]` ranks: the fraction of the steps that train the whole width alone, before the narrower ranks
-    /// join: what is to be told to them has to be known first.
+    /// With `[model.elastic]` alone: the share of all steps, at the beginning, that train the whole width alone before the narrower
+    /// ranks join.
     #[serde(default = "default_elastic_start")]
+    #[schemars(range(min = 0, max = 1))]
     pub elastic_start: f64,
-    /// Names of the tensors that are trained, as patterns with `*`, such as `["*norm.weight"]`; absent: all. The others are frozen:
-    /// they keep the values that they have and cost no gradient, no memory of the optimiser and no place on disk for it.
+    /// Names of the tensors that are trained, as patterns with `*`, such as `["*norm.weight"]`. The others are frozen: they keep their
+    /// values and cost no gradient, no memory of the optimiser and no place on disk for it. Absent: all are trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1))]
     pub trainable: Option<Vec<String>>,
-    /// What products with weights are computed in: `f32`, or on a GPU `bf16`, or `f16` with dynamic loss scaling. Parameters, their
-    /// gradients, norms, softmax, loss and evaluation are f32 in any case.
+    /// What products with weights are computed in; other than `f32` on a GPU alone. Weights, gradients, norms, softmax, loss and
+    /// evaluation are f32 in any case.
     #[serde(default)]
     pub dtype: Precision,
-    /// Threads that share a micro-batch on the CPU; absent: one per core. Part of the run: gradients are summed in a fixed
-    /// order for a given number.
+    /// Threads of the CPU that share a pass. Sums are taken in an order that depends on their number, so that other numbers give
+    /// other last bits. Absent: one per core.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1024))]
     pub threads: Option<usize>,
 }
 
@@ -262,23 +285,27 @@ fn default_elastic_start() -> f64 {
 }
 
 /// `[eval]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EvalSection {
-    /// Steps between evaluations; 0: only at the end.
+    /// Steps from one evaluation to the next. 0: only at the end.
     #[serde(default)]
     pub every: u64,
-    /// Batches of the held-out split per evaluation, always the same ones; the last evaluation of a run covers the split.
+    /// Batches of the held-out split that an evaluation measures, always the same ones. The last evaluation of a run measures the whole
+    /// split.
     #[serde(default = "default_eval_batches")]
+    #[schemars(range(min = 1))]
     pub batches: usize,
-    /// Prompts that are continued at each evaluation.
+    /// Texts that the model continues at each evaluation. Tasks take none.
     #[serde(default)]
     pub prompts: Vec<String>,
-    /// Tokens per continuation.
+    /// Length of a continuation, in tokens.
     #[serde(default = "default_sample_tokens")]
+    #[schemars(range(min = 1, max = 1_048_576))]
     pub sample_tokens: usize,
-    /// Temperature of the continuations.
+    /// Temperature of the continuations: 0 takes the most likely token each time, more is more varied.
     #[serde(default = "default_temperature")]
+    #[schemars(range(min = 0))]
     pub temperature: f64,
 }
 
@@ -307,14 +334,15 @@ impl Default for EvalSection {
 }
 
 /// `[checkpoint]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointSection {
-    /// Steps between checkpoints; 0: only at the end.
+    /// Steps from one checkpoint to the next. 0: only at the end.
     #[serde(default)]
     pub every: u64,
-    /// How many of the latest to keep; the best is kept besides.
+    /// How many of the latest checkpoints to keep. The best one is kept besides.
     #[serde(default = "default_keep")]
+    #[schemars(range(min = 1))]
     pub keep: usize,
 }
 
@@ -329,14 +357,15 @@ impl Default for CheckpointSection {
 }
 
 /// `[metrics]`
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MetricsSection {
-    /// Also write TensorBoard event files.
+    /// Whether to write event files for TensorBoard as well, into the run's folder `tensorboard`.
     #[serde(default)]
     pub tensorboard: bool,
-    /// Steps between lines of `metrics.jsonl`.
+    /// Steps from one line of `metrics.jsonl` to the next.
     #[serde(default = "one")]
+    #[schemars(range(min = 1))]
     pub every: u64,
 }
 

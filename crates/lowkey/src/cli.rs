@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::schema::FileKind;
 pub(crate) use bench::{
     BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchStepArguments, BenchTrainArguments,
 };
@@ -105,6 +106,15 @@ pub(crate) enum Command {
     #[command(after_help = "IN holds `input_ids` (I64 [B, T]); OUT receives `logits` (F32 [B, T, V]).\n\n\
         Example:\n  lowkey logits MODEL --ids in.safetensors --out out.safetensors")]
     Logits(LogitsArguments),
+    /// Say which keys a run, dataset or experiment file may have: a JSON Schema for editors, or a reference for readers
+    #[command(after_help = "\
+        An editor that knows TOML (taplo, Even Better TOML) completes and checks the keys of a file whose\n\
+        first line names its schema:\n  \
+        #:schema run.schema.json\n\n\
+        Examples:\n  \
+        lowkey schema run > run.schema.json\n  \
+        lowkey schema --keys > keys.md")]
+    Schema(SchemaArguments),
     /// Measure speed and memory of training and decoding on fixed shapes and random tokens
     #[command(after_help = "Examples:\n  \
         lowkey bench train --shape d256\n  \
@@ -305,6 +315,16 @@ pub(crate) struct InfoArguments {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SchemaArguments {
+    /// Print the JSON Schema of such a file
+    #[arg(required_unless_present = "keys")]
+    pub(crate) file: Option<FileKind>,
+    /// Print every key of all three files as Markdown
+    #[arg(long, conflicts_with = "file")]
+    pub(crate) keys: bool,
 }
 
 #[derive(Debug, Args)]

@@ -9,6 +9,7 @@ mod commands;
 mod interrupt;
 mod output;
 mod progress;
+mod schema;
 
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};

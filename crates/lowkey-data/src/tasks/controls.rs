@@ -1,5 +1,6 @@
 //! Controls: tasks whose difficulty is not the width of the cache.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::draw::Draw;
@@ -9,14 +10,17 @@ use super::{TokenExample, TokenTask, at_least, at_most};
 /// its kind is asked for, which is that of the innermost bracket still open.
 ///
 /// A class per depth, `depth-1` being a bracket that is not within another.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Dyck {
-    /// Kinds of brackets.
+    /// How many kinds of brackets there are.
+    #[schemars(range(min = 2, max = 4096))]
     pub kinds: usize,
     /// Brackets of an example, an even number.
+    #[schemars(range(min = 2, max = 65536))]
     pub length: usize,
-    /// Most brackets open at once, at most 16.
+    /// Most brackets that are open at once.
+    #[schemars(range(min = 1, max = 16))]
     pub depth: usize,
 }
 
@@ -87,13 +91,15 @@ impl TokenTask for Dyck {
 ///
 /// There are only modulus^terms examples. Where those are few, training meets all of them, the held-out ones too: the task
 /// tells whether a model can compute the sum, not whether it has found the rule.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ModularAddition {
-    /// p
+    /// Sums are taken modulo this number, and what is added lies below it.
+    #[schemars(range(min = 2, max = 65536))]
     pub modulus: usize,
-    /// Numbers to add.
+    /// How many numbers are added.
     #[serde(default = "two")]
+    #[schemars(range(min = 2, max = 65536))]
     pub terms: usize,
 }
 

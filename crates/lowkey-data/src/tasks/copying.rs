@@ -1,5 +1,6 @@
 //! Tasks that repeat what was read: by place (copy) or by content (induction).
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::draw::Draw;
@@ -10,15 +11,18 @@ use super::{TokenExample, TokenTask, at_least, at_most};
 ///
 /// Without noise each answer stands a fixed number of places back, and a rotated key finds it. With noise (selective copying,
 /// Gu & Dao, arXiv 2312.00752, section 4.1) the blanks must be told from the symbols and left out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Copying {
-    /// Different symbols.
+    /// How many different symbols there are.
+    #[schemars(range(min = 2, max = 65534))]
     pub symbols: usize,
-    /// Symbols to copy.
+    /// Symbols to copy, in an example.
+    #[schemars(range(min = 1, max = 65536))]
     pub length: usize,
-    /// Blanks among them.
+    /// Blanks among them, which are to be left out.
     #[serde(default)]
+    #[schemars(range(max = 65536))]
     pub noise: usize,
 }
 
@@ -76,14 +80,17 @@ impl TokenTask for Copying {
 /// Where the repetition begins differs between examples, so that for its first answer (class `first`) the only way is to find
 /// what followed the same symbol before: two blocks, one to mark each symbol with its predecessor (Olsson et al.,
 /// arXiv 2209.11895). Later answers stand as far back as the one before.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Induction {
-    /// Different symbols, at least as many as `length`.
+    /// How many different symbols there are, at least as many as `length`.
+    #[schemars(range(min = 2, max = 65536))]
     pub symbols: usize,
-    /// Symbols before the repetition.
+    /// Symbols of an example before the repetition, at least as many as `repeat`.
+    #[schemars(range(min = 2, max = 65536))]
     pub length: usize,
-    /// Symbols repeated, the first of which is given and not asked for.
+    /// Symbols that are repeated; the first is given and not asked for.
+    #[schemars(range(min = 2))]
     pub repeat: usize,
 }
 

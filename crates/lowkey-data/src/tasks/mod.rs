@@ -63,6 +63,7 @@ mod recall;
 pub mod theory;
 mod vectors;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use controls::{Dyck, ModularAddition};
@@ -75,26 +76,26 @@ pub use vectors::{LinearRecall, MultiKeyMatch};
 use lowkey_batch::IGNORE;
 
 /// A task with its sizes; the keys of `[source.task]`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Task {
-    /// S1: vectors by place.
+    /// Vectors of random numbers, asked back by their place. A task of vectors: it has no words, and no tokenizer.
     LinearRecall(LinearRecall),
-    /// S2: attributes of records.
+    /// Records of several symbols, one token each; one symbol of each record is asked back, by its place.
     Records(Records),
-    /// S3: multi-query associative recall.
+    /// Pairs of a key and a value; then the keys once more, each to be answered with its value (arXiv 2312.04927).
     Mqar(Mqar),
-    /// S4: vectors by any of several keys.
+    /// Items with several key vectors and a value vector; a query shows one key of one item and asks for its value. A task of vectors.
     MultiKeyMatch(MultiKeyMatch),
-    /// S5: copying, with or without noise.
+    /// Symbols, with or without blanks among them, to be told again.
     Copy(Copying),
-    /// S5: what followed last time.
+    /// Different symbols in random order, then some of them once more: what follows each is asked for.
     Induction(Induction),
-    /// S6: the symbol some places back.
+    /// Different symbols in random order; at each, the symbol some places back is asked for.
     Position(Position),
-    /// S7: balanced brackets.
+    /// Balanced brackets of several kinds; wherever one closes, its kind is asked for. A control that no cache decides.
     Dyck(Dyck),
-    /// S7: sums modulo a number.
+    /// Numbers whose sum modulo a number is asked for. A control that no cache decides.
     ModularAddition(ModularAddition),
 }
 

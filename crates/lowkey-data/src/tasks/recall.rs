@@ -1,5 +1,6 @@
 //! Tasks that a cache decides: what was read must be given back when it is asked for.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::draw::Draw;
@@ -11,14 +12,17 @@ use super::{TokenExample, TokenTask, at_least, at_most, digit};
 ///
 /// One token per record, so that all of its log₂ symbols · attributes bits must go through the latent of one position.
 /// The answer to query i stands `records` places back: a rotated key finds it without knowing what is in it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Records {
     /// Records of an example.
+    #[schemars(range(min = 1, max = 65536))]
     pub records: usize,
-    /// Symbols of a record.
+    /// Symbols of a record. `symbols` to the power of `attributes` may be at most 65536.
+    #[schemars(range(min = 1))]
     pub attributes: usize,
-    /// How many values a symbol has, at most 36.
+    /// How many different symbols there are.
+    #[schemars(range(min = 2, max = 36))]
     pub symbols: usize,
 }
 
@@ -86,19 +90,24 @@ impl TokenTask for Records {
 /// followed by its value; after them each key once more, at distances drawn from a power law, to be answered with its value.
 ///
 /// Keys and values of an example are distinct. What is not a query is a blank.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Mqar {
     /// Pairs of an example.
+    #[schemars(range(min = 1, max = 65536))]
     pub pairs: usize,
-    /// Positions of an example: twice the pairs, and at least two for each query.
+    /// Positions of an example, at least four times `pairs`.
+    #[schemars(range(min = 4, max = 1048576))]
     pub length: usize,
-    /// Different keys.
+    /// How many different keys there are, at least as many as `pairs`.
+    #[schemars(range(min = 1, max = 32768))]
     pub keys: usize,
-    /// Different values.
+    /// How many different values there are, at least as many as `pairs`.
+    #[schemars(range(min = 1, max = 32768))]
     pub values: usize,
-    /// Exponent a of the distances: slot x is drawn with weight a · x^(a−1).
+    /// How far from its pair a key is asked: slot x has the weight a · x^(a−1), where a is this number, above 0 and at most 1.
     #[serde(default = "zoology_power")]
+    #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
     pub power: f64,
 }
 
@@ -183,14 +192,17 @@ impl TokenTask for Mqar {
 ///
 /// Nothing but the place tells the symbols apart, so that a single block without a rotated key knows only which symbols it
 /// has read: it is right with probability 1/t at position t, whatever its rank ([`theory::position_chance`]).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Position {
-    /// Different symbols, at least as many as positions.
+    /// How many different symbols there are, at least as many as `length`.
+    #[schemars(range(min = 2, max = 65536))]
     pub symbols: usize,
-    /// Positions of an example.
+    /// Positions of an example, more than `lag`.
+    #[schemars(range(min = 2, max = 65536))]
     pub length: usize,
-    /// How far back the answer stands.
+    /// How many places back the answer stands.
+    #[schemars(range(min = 1))]
     pub lag: usize,
 }
 

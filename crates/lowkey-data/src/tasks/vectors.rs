@@ -5,6 +5,7 @@
 //! vector's length, divides by almost the same number everywhere. It can do so at every norm whose input is wider than the
 //! signal, but not at the latent's, which is where [`super::theory::normalised_floor`] comes from.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::draw::Draw;
@@ -17,12 +18,14 @@ const WIDEST: usize = 1 << 14;
 /// asks for the item that stands `items` places back.
 ///
 /// Channels: the item's numbers (0 in a query), a constant 1, and 1 in a query.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LinearRecall {
-    /// Width m of an item.
+    /// Width of an item: how many numbers it has.
+    #[schemars(range(min = 1, max = 16384))]
     pub width: usize,
     /// Items of an example.
+    #[schemars(range(min = 1, max = 16384))]
     pub items: usize,
 }
 
@@ -65,18 +68,23 @@ impl VectorTask for LinearRecall {
 /// Channels: the attributes one after the other (in a query all but the shown one are 0), the value (0 in a query), a constant
 /// 1, and 1 for the attribute that a query shows. With one head per attribute all heads read keys from the same latent, which
 /// must carry attributes · key_width + value_width numbers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MultiKeyMatch {
-    /// Attributes of an item.
+    /// Keys of an item. `attributes` times `key_width` may be at most 16384.
+    #[schemars(range(min = 1, max = 4096))]
     pub attributes: usize,
-    /// Width κ of an attribute.
+    /// Width of a key: how many numbers it has.
+    #[schemars(range(min = 1, max = 4096))]
     pub key_width: usize,
-    /// Width m of a value.
+    /// Width of a value: how many numbers it has.
+    #[schemars(range(min = 1, max = 4096))]
     pub value_width: usize,
     /// Items of an example.
+    #[schemars(range(min = 1, max = 4096))]
     pub items: usize,
     /// Queries of an example.
+    #[schemars(range(min = 1, max = 4096))]
     pub queries: usize,
 }
 

@@ -3,17 +3,20 @@
 //! The learning rate and the step at which narrower ranks join both follow from `training.steps`. A resumed run may have another
 //! number than it began with: which steps were taken under which is kept, so that the run can be taken again from its first step.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::RunConfig;
 
 /// One entry of `[[history]]`: a plan that a run had before it was resumed with another `training.steps`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EarlierPlan {
-    /// The steps that had been taken when the plan changed: it holds for those after the entry before.
+    /// Steps that had been taken when the plan changed. The entry holds for the steps after the entry before, up to this one.
+    #[schemars(range(min = 1))]
     pub until: u64,
-    /// `training.steps` of this plan.
+    /// What `training.steps` was then.
+    #[schemars(range(min = 1))]
     pub steps: u64,
 }
 

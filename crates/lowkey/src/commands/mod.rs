@@ -10,6 +10,7 @@ mod generate;
 mod info;
 mod lab;
 mod logits;
+mod schema;
 mod text;
 mod train;
 
@@ -89,6 +90,7 @@ fn keeps_its_work(command: &Command) -> bool {
         | Command::Verify(_)
         | Command::Devices(_)
         | Command::Info(_)
+        | Command::Schema(_)
         | Command::Bench { .. } => false,
     }
 }
@@ -112,6 +114,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Devices(arguments) => devices::devices(&arguments).map(done),
         Command::Info(arguments) => info::info(&arguments).map(done),
         Command::Logits(arguments) => logits::logits(&arguments).map(done),
+        Command::Schema(arguments) => schema::schema(&arguments).map(done),
         Command::Bench { command } => bench::bench(command).map(done),
     }
 }

@@ -18,6 +18,7 @@ mod output;
 mod reference;
 mod reference_text;
 mod resume;
+mod schema;
 mod tasks;
 mod text;
 mod tidy;

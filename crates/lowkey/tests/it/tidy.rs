@@ -224,8 +224,16 @@ fn each_source_keeps_to_what_its_crate_was_drawn_for() {
 const ONCE: &[(&str, &[(&str, usize)], &str)] = &[
     ("gated_mlp(", &[("lowkey-model/src/model.rs", 1)], "a second forward pass of a block"),
     ("latent_attention(queries", &[("lowkey-model/src/attention/mla.rs", 1)], "a second way through latent attention"),
-    (".attend(", &[("lowkey-model/src/attention.rs", 2), ("lowkey-model/src/model.rs", 1)], "a second forward pass of a block"),
-    ("weight.val()", &[("lowkey-model/src/layers.rs", 3)], "a way to a weight past its layer, which an adapter would not see"),
+    (
+        ".attend(",
+        &[("lowkey-model/src/attention.rs", 2), ("lowkey-model/src/model.rs", 1)],
+        "a second forward pass of a block",
+    ),
+    (
+        "weight.val()",
+        &[("lowkey-model/src/layers.rs", 3)],
+        "a way to a weight past its layer, which an adapter would not see",
+    ),
 ];
 
 /// The files in which a mark stands, and how often, in crates that compute nothing themselves.
