@@ -7,6 +7,30 @@
 //! a vector: [`Batch::vectors`] says which.
 //!
 //! **What this crate does not know.** Tensors, devices, files, text. It imports nothing.
+//!
+//! # Example
+//!
+//! Two documents, a row each, and a view of the second row:
+//!
+//! ```
+//! use lowkey_batch::{Batch, IGNORE};
+//!
+//! let mut batch = Batch::with_capacity(4, 2);
+//! for document in [&[7, 8, 9][..], &[5, 6]] {
+//!     for pair in document.windows(2) {
+//!         batch.input_ids.push(pair[0]);
+//!         batch.targets.push(i64::from(pair[1]));
+//!         batch.document_starts.push(0);
+//!     }
+//!     batch.end_row(true);
+//! }
+//! assert_eq!((batch.rows, batch.target_tokens()), (2, 3));
+//!
+//! let second = batch.rows(1..2);
+//! assert_eq!(second.input_ids, [5, 0, 0, 0]);
+//! assert_eq!(second.targets, [6, IGNORE, IGNORE, IGNORE]);
+//! assert_eq!(second.document_starts, [0, 1, 1, 1]);
+//! ```
 
 use std::ops::Range;
 

@@ -17,6 +17,20 @@
 //! ([`Curve`]) → ranks by water-filling → [`Reduction`].
 //!
 //! **What this crate does not know.** Files and text: it takes token ids and gives models.
+//!
+//! # Example
+//!
+//! How many directions a spectrum stands for:
+//!
+//! ```
+//! use lowkey_convert::{Spectrum, effective_rank};
+//!
+//! // Four directions of equal energy are four; one that outweighs the rest is hardly more than one.
+//! assert!((effective_rank(&[1.0; 4]) - 4.0).abs() < 1e-12);
+//! let spectrum = Spectrum::of(vec![10.0, 1.0, 1.0, 1.0]);
+//! assert!(spectrum.effective_rank < 1.3);
+//! assert!((spectrum.stable_rank - 1.03).abs() < 1e-12);
+//! ```
 
 mod allocation;
 mod basis;

@@ -31,6 +31,23 @@
 //! `burn_dataset::Dataset` trait, which [`Shard`] implements so that Burn's own loaders can read one. Nothing here
 //! prints; progress is reported through a callback. The environment is read in exactly one place,
 //! [`hub::HubConfig::from_env`].
+//!
+//! # Example
+//!
+//! A tokenizer that learns from a sentence:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use lowkey_data::Tokenizer;
+//!
+//! let text = "the cat and the hat and the bat";
+//! let tokenizer = Tokenizer::train_bpe([text.to_string()].into_iter(), 270)?;
+//! let ids = tokenizer.encode(text)?;
+//! assert!(ids.len() < text.len());
+//! assert_eq!(tokenizer.decode(&ids)?, text);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod dataset;
 mod documents;

@@ -1,11 +1,11 @@
 //! GGUF, the file format of llama.cpp: a container of typed metadata and tensors, and MLA models in it.
 //!
-//! **The container** is GGUF version 3, little-endian: [`Gguf`] reads it ([`read`]), [`write_container`] writes it. The
+//! **The container** is GGUF version 3, little-endian: [`Gguf`] reads it ([`read`]), `write_container` writes it. The
 //! reader maps the file and trusts nothing in it.
 //!
 //! **Models** are written by [`write()`] under an architecture of llama.cpp's: MLA as `deepseek2` in its latent (absorbed) layout,
 //! other attention as `llama`, `qwen2` or `qwen3`. [`read_model`] reads them back, so that the model inside the file can be compared
-//! with its source, and [`differences`] compares everything before the weights. What the architecture cannot express is refused
+//! with its source, and `differences` compares everything before the weights. What the architecture cannot express is refused
 //! by name; what `deepseek2` expresses elsewhere (a scale on the latent, YaRN's factor on cosines and sines, a rotation of halves)
 //! is folded into the weights, which costs at most one rounding per value.
 //!

@@ -35,6 +35,45 @@
 //!
 //! **What this crate does not know.** Training, optimisers, corpora (the text to compare on comes in as token ids), and any
 //! network. It never prints.
+//!
+//! # Example
+//!
+//! A small model as transformers reads it, checked from the files that were written:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # use lowkey_model::config::ModelSection;
+//! # let section: ModelSection = serde_json::from_value(serde_json::json!({
+//! #     "attention": "mla", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+//! #     "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+//! # }))?;
+//! use lowkey_export::{Options, Source, Target, Text, export, verify};
+//! use lowkey_model::{CausalLm, checkpoint::WeightDtype};
+//!
+//! let (config, _notes) = section.resolve(32, 16)?;
+//! let device = burn::tensor::Device::flex();
+//! let dir = tempfile::tempdir()?;
+//! let (model, out) = (dir.path().join("model"), dir.path().join("export"));
+//! std::fs::create_dir(&model)?;
+//! CausalLm::init(&config, 1, &device).save(&model, WeightDtype::F32, 1 << 30)?;
+//!
+//! let target = Target::parse("hf", "f32")?;
+//! let options = Options {
+//!     bounds: target.bounds(),
+//!     target,
+//!     out: out.clone(),
+//!     overwrite: false,
+//!     form: None,
+//!     context: None,
+//!     text: Text { description: "sixteen numbers".into(), sequences: vec![(0..16).collect()] },
+//!     max_shard_bytes: 1 << 30,
+//! };
+//! export(&Source::open(&model, &device)?, &options, &device, &mut |_| {})?;
+//! assert!(out.join("config.json").is_file());
+//! assert!(verify(&out, None, &device, &mut |_| {})?.failures.is_empty());
+//! # Ok(())
+//! # }
+//! ```
 
 mod card;
 pub mod certificate;

@@ -18,6 +18,24 @@
 //!   characters escaped ([`printable`]).
 //!
 //! All calls to the system go through the C library, so that a test can stop each of them.
+//!
+//! # Example
+//!
+//! A file that is written whole, and read with a bound:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let dir = tempfile::tempdir()?;
+//! let path = dir.path().join("note.txt");
+//!
+//! lowkey_files::write(&path, b"whole or absent")?;
+//! assert_eq!(lowkey_files::read_text(&path, 1 << 10)?, "whole or absent");
+//!
+//! // More than the reader allows is an error, not a long wait.
+//! assert!(lowkey_files::read(&path, 5).is_err());
+//! # Ok(())
+//! # }
+//! ```
 
 mod error;
 pub mod hash;

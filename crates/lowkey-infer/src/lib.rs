@@ -24,6 +24,33 @@
 //!
 //! **What this crate does not know.** Text, tokenizers, chat templates and stop strings (a caller that knows them ends a
 //! generation through the callback), files, training. It never prints.
+//!
+//! # Example
+//!
+//! Five tokens, each the likeliest:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # use lowkey_model::config::ModelSection;
+//! # let section: ModelSection = serde_json::from_value(serde_json::json!({
+//! #     "attention": "mla", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+//! #     "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+//! # }))?;
+//! use std::ops::ControlFlow;
+//!
+//! use lowkey_infer::{GenerateConfig, generate};
+//! use lowkey_model::CausalLm;
+//!
+//! let (config, _notes) = section.resolve(32, 16)?;
+//! let device = lowkey_kernels::device::open("cpu")?;
+//! let model = CausalLm::init(&config, 1, &device);
+//!
+//! let settings = GenerateConfig { max_new_tokens: 5, ..GenerateConfig::default() };
+//! let found = generate(&model, &[1, 2, 3], &settings, &device, &mut |_| ControlFlow::Continue(()))?;
+//! assert_eq!((found.ids.len(), found.prompt_tokens), (5, 3));
+//! # Ok(())
+//! # }
+//! ```
 
 mod cache;
 mod cache_dtype;

@@ -30,6 +30,48 @@
 //! **Devices.** [`device::open`] gives a device for a name, [`device::list`] all of them. A GPU has one queue for all threads.
 //!
 //! **What this crate does not know.** Models, parameters, names, files, text. It is the only crate that knows a backend.
+//!
+//! # Example
+//!
+//! A latent attention is its reference, to rounding:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use burn::tensor::{Distribution, Tensor};
+//! use lowkey_kernels::{LatentWeights, MlaDims, latent_attention, reference};
+//!
+//! let device = lowkey_kernels::device::open("cpu")?;
+//! let dims = MlaDims {
+//!     heads: 2,
+//!     nope: 4,
+//!     rope: 2,
+//!     value: 3,
+//!     rank: 5,
+//!     scale: 6f64.powf(-0.5),
+//!     latent_scale: 1.0,
+//!     latent_eps: 1e-6,
+//!     interleave: true,
+//! };
+//! let wide = Distribution::Normal(0.0, 1.0);
+//! let q = Tensor::<4>::random([1, 7, 2, 4 + 2], wide, &device);
+//! let kv_a = Tensor::<3>::random([1, 7, 5 + 2], wide, &device);
+//! let angles = Tensor::<4>::random([1, 7, 1, 1], wide, &device);
+//! let weights = LatentWeights {
+//!     norm: Tensor::ones([5], &device),
+//!     kv_b: Tensor::random([2 * (4 + 3), 5], wide, &device),
+//!     cos: angles.clone().cos(),
+//!     sin: angles.sin(),
+//! };
+//! // Two documents in the row: of four positions and of three.
+//! let starts = [0, 0, 0, 0, 4, 4, 4];
+//!
+//! let plain = reference::latent_attention(q.clone(), kv_a.clone(), weights.clone(), &starts, dims);
+//! let fused = latent_attention(q, kv_a, weights, &starts, dims);
+//! assert_eq!(fused.dims(), [1, 7, 2 * 3]);
+//! assert!((fused - plain).abs().max().into_scalar::<f32>() < 1e-5);
+//! # Ok(())
+//! # }
+//! ```
 
 mod autodiff;
 pub mod cache;

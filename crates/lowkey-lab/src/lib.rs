@@ -48,6 +48,44 @@
 //! ```
 //!
 //! **What this crate does not know.** The command line and the terminal; how a run is trained.
+//!
+//! # Example
+//!
+//! An experiment is read, or refused with a reason:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::path::Path;
+//!
+//! use lowkey_lab::Experiment;
+//!
+//! let dir = tempfile::tempdir()?;
+//! let file = dir.path().join("experiment.toml");
+//! std::fs::write(&file, r#"
+//!     name = "rank"
+//!     question = "How few latent dimensions suffice?"
+//!     base = "run.toml"
+//!     seeds = [1, 2, 3]
+//!     baseline = "kv_lora_rank-8"
+//!
+//!     [rule]
+//!     kind = "margin"
+//!     margin = 0.01
+//!
+//!     [[axes]]
+//!     key = "model.kv_lora_rank"
+//!     values = [8, 16, 32]
+//! "#)?;
+//! let experiment = Experiment::load(&file)?;
+//! assert_eq!((experiment.seeds.len(), experiment.axes[0].values.len()), (3, 3));
+//!
+//! // What decides is written before the first run.
+//! let undecided = std::fs::read_to_string(&file)?.replace("margin = 0.01", "");
+//! std::fs::write(&file, undecided)?;
+//! assert!(Experiment::load(Path::new(&file)).is_err());
+//! # Ok(())
+//! # }
+//! ```
 
 mod collect;
 mod decode;

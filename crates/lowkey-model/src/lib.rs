@@ -35,6 +35,43 @@
 //! | d_h of k^C | `qk_nope_head_dim` | [`MlaConfig::qk_nope_head_dim`](attention::MlaConfig::qk_nope_head_dim), N | `key_length_mla − rope.dimension_count` |
 //! | d_h^R | `qk_rope_head_dim` | [`MlaConfig::qk_rope_head_dim`](attention::MlaConfig::qk_rope_head_dim), R | `rope.dimension_count` |
 //! | d_h of v^C | `v_head_dim` | [`MlaConfig::v_head_dim`](attention::MlaConfig::v_head_dim), V | `attention.value_length_mla` |
+//!
+//! # Example
+//!
+//! A small model from the keys of a run file, its loss and its gradients:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use lowkey_model::config::ModelSection;
+//! use lowkey_model::objective::{Objective, Term};
+//! use lowkey_model::{CausalLm, Recompute, Rows};
+//!
+//! let section: ModelSection = serde_json::from_value(serde_json::json!({
+//!     "attention": "mla", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+//!     "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+//! }))?;
+//! let (config, _notes) = section.resolve(32, 4)?;
+//! let device = burn::tensor::Device::flex().autodiff();
+//! let model = CausalLm::init(&config, 1, &device);
+//!
+//! let batch = Rows {
+//!     rows: 1,
+//!     seq_len: 4,
+//!     input_ids: &[1, 2, 3, 4],
+//!     targets: &[2, 3, 4, 5],
+//!     document_starts: &[0; 4],
+//!     vectors: None,
+//! };
+//! let objective = Objective { scale: 1.0 / 4.0, terms: &[Term::Next { z_loss: 0.0 }] };
+//! let (loss, gradients) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
+//!
+//! // A new model guesses: ln 32 nats per token.
+//! let nats = loss.nats.into_scalar::<f32>() / 4.0;
+//! assert!((nats - 32f32.ln()).abs() < 1.0, "{nats}");
+//! assert_eq!(gradients.len(), model.trained_parameters().len());
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod attention;
 pub mod checkpoint;

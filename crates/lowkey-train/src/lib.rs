@@ -5,7 +5,7 @@
 //! survive a kill at any moment, and the metrics that tools read.
 //!
 //! **Main types.** [`RunConfig`] (the run file), [`setup()`] and [`train()`] (the loop), [`Event`] (what a watcher is told),
-//! [`optimizer::Optimizer`], [`workers::Workers`] (threads), [`evaluate::Evaluation`], [`checkpoint::Checkpoints`], [`Metrics`], [`plan::Plan`].
+//! [`optimizer::Optimizer`], [`workers::Workers`] (threads), [`evaluate::Evaluation`], [`checkpoint::Checkpoints`], [`metrics::Metrics`], [`plan::Plan`].
 //!
 //! **Flow.** [`RunConfig::load`] → [`setup()`] opens the corpus and resolves the model → each step: the sampler's batch for
 //! (seed, step), [`workers::Workers::gradients`], a check that all is finite, clipping to the global norm, [`optimizer::Optimizer::step`] → every so
@@ -17,6 +17,30 @@
 //! by a finite step. Replicas are equal to the last bit. A checkpoint is either whole or absent.
 //!
 //! **What this crate does not know.** The command line, the terminal, how a model computes.
+//!
+//! # Example
+//!
+//! What a run would cost, before it starts:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::path::Path;
+//!
+//! use lowkey_train::{RunConfig, plan::Plan};
+//!
+//! let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/quickstart.toml");
+//! let config = RunConfig::load(&file, &["training.steps=100".into()])?;
+//! let model = config.model.as_ref().ok_or("the run file has a [model]")?;
+//! let (model, _notes) = model.resolve(257, config.data.seq_len)?;
+//!
+//! // On a machine whose matrix products reach 100 GFLOP/s.
+//! let plan = Plan::new(&config, &model, 1e11);
+//! assert_eq!(plan.tokens, 100 * 16 * 256);
+//! // In bf16: 32 numbers of the latent and 16 of the rotated key, for each of 4 layers.
+//! assert_eq!(plan.cache_bytes_latent, 2 * 4 * (32 + 16));
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod bench;
 mod buckets;
