@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor};
 use faer::Mat;
-use lowkey_model::{CausalLm, attention::MlaDims, layers::Linear};
+use lowkey_model::{CausalLm, attention::MlaDims};
 
 use crate::error::{Error, Result};
 use crate::matrix::{Origin, eigen, to_mat, to_tensor, trace};
@@ -82,7 +82,7 @@ pub(crate) fn rotate(model: &CausalLm, bases: &[Basis], device: &Device) -> Resu
         let MlaDims { rank, .. } = mla.dims;
         let turned = basis.vectors.transpose();
         let turn = |weight: Tensor<2>, what| -> Result<Tensor<2>> {
-            let (matrix, dtype) = (to_mat(weight, what)?, weight_dtype(&mla.kv_b_proj));
+            let (matrix, dtype) = (to_mat(weight, what)?, mla.kv_b_proj.dtype());
             // The rows behind the latent are those of the shared key.
             let mut out = matrix.clone();
             out.subrows_mut(0, rank).copy_from(turned * matrix.subrows(0, rank));
@@ -94,7 +94,7 @@ pub(crate) fn rotate(model: &CausalLm, bases: &[Basis], device: &Device) -> Resu
             None => None,
         };
         let up = to_mat(mla.kv_b_proj.matrix(), "kv_b_proj")? * &basis.vectors;
-        let up = to_tensor(&up, weight_dtype(&mla.kv_b_proj), device);
+        let up = to_tensor(&up, mla.kv_b_proj.dtype(), device);
         mla.kv_a_proj_with_mqa.set_matrix(down);
         mla.kv_a_proj_with_mqa.set_bias(bias);
         mla.kv_b_proj.set_matrix(up);
@@ -102,8 +102,4 @@ pub(crate) fn rotate(model: &CausalLm, bases: &[Basis], device: &Device) -> Resu
     // The prefixes that it was trained at are no longer its first numbers.
     model.config.kv_elastic_ranks = None;
     Ok(model)
-}
-
-fn weight_dtype(linear: &Linear) -> burn::tensor::DType {
-    linear.matrix().dtype()
 }

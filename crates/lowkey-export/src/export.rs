@@ -282,7 +282,7 @@ pub fn fused_layers(model: &CausalLm, device: &Device) -> Result<Vec<Option<Fuse
     let blocks = model.model.layers.iter().enumerate();
     let each = blocks.map(|(i, block)| {
         let Some(mla) = block.self_attn.latent() else { return Ok(None) };
-        let (dtype, shapes) = (mla.o_proj.matrix().dtype(), mla.fused_shapes());
+        let (dtype, shapes) = (mla.o_proj.dtype(), mla.fused_shapes());
         let [query, output] = products::fuse(i, mla)?;
         let tensor = |exact: Exact, shape: [usize; 2]| {
             Tensor::<2>::from_data(TensorData::new(exact.values, shape), (device, dtype))

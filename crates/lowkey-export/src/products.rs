@@ -30,14 +30,14 @@ pub(crate) fn fuse(layer: usize, mla: &Mla) -> Result<[Exact; 2]> {
     let MlaDims { heads, nope, rope, value, rank, .. } = mla.dims;
     let (w_uk, w_uv) = up_projections(mla);
     let up = query_up(mla)?;
-    let [_, width] = up.matrix().dims();
+    let [_, width] = up.dims();
     let query = up.matrix().cast(DType::F64).reshape([heads, nope + rope, width]);
     let absorbed = w_uk.swap_dims(1, 2).matmul(query.clone().narrow(1, 0, nope));
     let query = match rope {
         0 => absorbed,
         _ => Tensor::cat(vec![absorbed, query.narrow(1, nope, rope)], 1),
     };
-    let [d, _] = mla.o_proj.matrix().dims();
+    let [d, _] = mla.o_proj.dims();
     let out = mla.o_proj.matrix().cast(DType::F64).reshape([d, heads, value]).swap_dims(0, 1);
     let output = out.matmul(w_uv).swap_dims(0, 1);
     Ok([

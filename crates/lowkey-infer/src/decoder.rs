@@ -70,7 +70,7 @@ impl Decoder {
             let Some(mla) = block.self_attn.latent() else {
                 return refuse(format!("layer {i} has no latent attention"));
             };
-            let (expected, dtype) = (mla.fused_shapes(), mla.o_proj.matrix().dtype());
+            let (expected, dtype) = (mla.fused_shapes(), mla.o_proj.dtype());
             for (name, weight, expected) in
                 [("query", &fused.query, expected[0]), ("output", &fused.output, expected[1])]
             {

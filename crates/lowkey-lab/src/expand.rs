@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use lowkey_infer::CacheDtype;
 use lowkey_model::ModelConfig;
-use lowkey_train::{RunConfig, RunOptions, elastic::Passes, setup::planned_model};
+use lowkey_train::{RunConfig, RunOptions, passes::Passes, setup::planned_model};
 
 use crate::error::{Error, Result};
 use crate::experiment::{Experiment, MOST_MATCHED, Matched, Matching, is_name};

@@ -1,7 +1,7 @@
 //! The small layers: linear map, norm, embedding. Weights lie as Hugging Face stores them, `[d_out, d_in]`.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use lowkey_kernels::{add_linear, embed, linear, rms_norm};
 
@@ -10,13 +10,17 @@ use crate::tensor::{HeadRows, Role, TensorSpec};
 /// Supplies the values of each tensor: random ones, or those of a file. No values at all make an empty tensor, for a model that is
 /// about to be refused: nothing as large as a wrong configuration claims is allocated.
 pub(crate) struct Builder<'a> {
-    pub(crate) device: &'a Device,
-    pub(crate) fill: &'a mut dyn FnMut(&TensorSpec) -> Vec<f32>,
+    device: &'a Device,
+    fill: &'a mut dyn FnMut(&TensorSpec) -> Vec<f32>,
     /// What has been built, in the order of the module's fields.
     pub(crate) built: Vec<TensorSpec>,
 }
 
-impl Builder<'_> {
+impl<'a> Builder<'a> {
+    pub(crate) fn new(device: &'a Device, fill: &'a mut dyn FnMut(&TensorSpec) -> Vec<f32>) -> Self {
+        Self { device, fill, built: Vec::new() }
+    }
+
     fn tensor<const D: usize>(
         &mut self,
         name: String,
@@ -67,9 +71,19 @@ impl Linear {
         self.weight.val()
     }
 
-    /// Puts another matrix in its place.
+    /// Its numbers of rows and columns, `[d_out, d_in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        self.weight.dims()
+    }
+
+    /// The format of its numbers.
+    pub fn dtype(&self) -> DType {
+        self.weight.dtype()
+    }
+
+    /// Puts another matrix in its place, which is trained or frozen as the old one was.
     pub fn set_matrix(&mut self, matrix: Tensor<2>) {
-        self.weight = Param::from_tensor(matrix);
+        replace(&mut self.weight, matrix);
     }
 
     /// b `[d_out]`, where there is one.
@@ -93,6 +107,13 @@ impl Linear {
     }
 }
 
+/// Puts another value in a parameter's place, tracked as the old one was.
+fn replace<const D: usize>(param: &mut Param<Tensor<D>>, value: Tensor<D>) {
+    let (recorded, trained) = (param.is_autodiff(), param.is_require_grad());
+    let new = Param::from_tensor(value.detach());
+    *param = if recorded { new.set_require_grad(trained) } else { new };
+}
+
 /// Root-mean-square norm with a gain.
 #[derive(Module, Debug)]
 pub struct RmsNorm {
@@ -113,7 +134,7 @@ impl RmsNorm {
 
     /// Puts another gain in its place.
     pub fn set_gain(&mut self, gain: Tensor<1>) {
-        self.weight = Param::from_tensor(gain);
+        replace(&mut self.weight, gain);
     }
 
     /// `[..., d]` → `[..., d]`.

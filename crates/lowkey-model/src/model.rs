@@ -136,7 +136,7 @@ impl Block {
 impl CausalLm {
     /// Builds the model with the values that `fill` gives for each tensor.
     pub(crate) fn build(config: &ModelConfig, device: &Device, fill: &mut dyn FnMut(&TensorSpec) -> Vec<f32>) -> Self {
-        let b = &mut Builder { device, fill, built: Vec::new() };
+        let b = &mut Builder::new(device, fill);
         let (d, eps) = (config.hidden_size, config.rms_norm_eps);
         let embed_tokens = Embedding::build(b, "model.embed_tokens", config.vocab_size, d);
         let layers = config.layers.iter().enumerate();

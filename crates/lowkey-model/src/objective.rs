@@ -1,7 +1,7 @@
 //! What a step minimises: the mean of a list of terms.
 //!
-//! Each term is a pass over the batch, and says what it reads and what it is held against. A new one is a variant here with its
-//! loss, and a line where the run file is read.
+//! Each term is a pass over the batch, and says what it reads, what it costs and what it is held against. A new one is a variant here;
+//! which terms a step has is the run's to say.
 
 use burn::tensor::Tensor;
 use lowkey_batch::Rows;
@@ -34,6 +34,13 @@ impl Term {
         match self {
             Self::Next { .. } => None,
             Self::Prefix { rank, .. } => Some(rank),
+        }
+    }
+
+    /// What it costs beside a pass of the whole width, output head included, counted as the convention for FLOPs has it.
+    pub fn passes(self) -> f64 {
+        match self {
+            Self::Next { .. } | Self::Prefix { .. } => 1.0,
         }
     }
 }

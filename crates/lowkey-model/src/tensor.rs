@@ -20,12 +20,18 @@ pub enum Role {
 impl Role {
     /// Whether it is a matrix: what weight decay applies to.
     pub fn is_matrix(self) -> bool {
-        !matches!(self, Self::Norm | Self::Bias)
+        match self {
+            Self::Embedding | Self::Head | Self::Matrix | Self::Residual => true,
+            Self::Norm | Self::Bias => false,
+        }
     }
 
     /// Whether it is a matrix between hidden states: neither the embedding nor the output head.
     pub fn is_hidden_matrix(self) -> bool {
-        matches!(self, Self::Matrix | Self::Residual)
+        match self {
+            Self::Matrix | Self::Residual => true,
+            Self::Embedding | Self::Head | Self::Norm | Self::Bias => false,
+        }
     }
 }
 

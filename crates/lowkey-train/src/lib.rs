@@ -45,7 +45,6 @@
 pub mod bench;
 mod buckets;
 pub mod checkpoint;
-pub mod elastic;
 mod error;
 pub mod evaluate;
 mod event;
@@ -54,6 +53,7 @@ mod fixtures;
 mod loss_scale;
 pub mod metrics;
 pub mod optimizer;
+pub mod passes;
 pub mod plan;
 mod prefetch;
 mod resume;

@@ -3,7 +3,7 @@
 use lowkey_model::{ModelConfig, cost::ParameterCount};
 use serde::Serialize;
 
-use crate::elastic::Passes;
+use crate::passes::Passes;
 use crate::run_config::RunConfig;
 
 /// The figures of a run, from the configuration alone but for the measured matrix-product rate.

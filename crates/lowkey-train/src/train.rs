@@ -18,12 +18,12 @@ use lowkey_model::{CausalLm, ModelConfig, Parameter, objective::Term};
 use serde_json::json;
 
 use crate::checkpoint::{self, Checkpoints, TrainerState};
-use crate::elastic::Passes;
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::event::{Event, Outcome, RunOptions};
 use crate::metrics::{Metrics, MetricsFile};
 use crate::optimizer::{Optimizer, global_norm};
+use crate::passes::Passes;
 use crate::plan::Plan;
 use crate::prefetch::Prefetch;
 use crate::resume::{self, Earlier};

@@ -27,9 +27,9 @@ impl Mla {
     /// The shapes of [`FusedMla::query`] and [`FusedMla::output`] that go with this layer.
     pub fn fused_shapes(&self) -> [[usize; 2]; 2] {
         let MlaDims { heads, rope, rank, .. } = self.dims;
-        let columns = |up: &crate::layers::Linear| up.matrix().dims()[1];
+        let columns = |up: &crate::layers::Linear| up.dims()[1];
         let of_query = self.q_b_proj.as_ref().or(self.q_proj.as_ref()).map_or(0, columns);
-        let [d, _] = self.o_proj.matrix().dims();
+        let [d, _] = self.o_proj.dims();
         [[heads * (rank + rope), of_query], [d, heads * rank]]
     }
 

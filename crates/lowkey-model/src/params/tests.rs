@@ -174,3 +174,23 @@ fn gradients_come_in_the_order_of_the_parameters_and_absent_ones_are_zero() {
         assert!(again.into_iter().all(|g| values(g).iter().all(|x| *x == 0.0)), "{kind}: taken gradients are gone");
     }
 }
+
+#[test]
+fn what_is_put_in_the_place_of_a_weight_is_trained_or_frozen_as_that_was() {
+    let device = Device::flex().autodiff();
+    let model = scrambled(&fixtures::mla_with(|_| ()), 4, &device);
+    let mut model = model.with_trained(|spec| spec.name.ends_with("norm.weight"));
+    let before: Vec<String> = model.trained_parameters().into_iter().map(|p| p.name).collect();
+    for block in &mut model.model.layers {
+        let o_proj = match &mut block.self_attn {
+            crate::attention::Attention::Mla(mla) => &mut mla.o_proj,
+            crate::attention::Attention::Grouped(_) => panic!("no latent"),
+        };
+        // What a computation gave, which is no leaf.
+        o_proj.set_matrix(o_proj.matrix() * 2.0);
+        assert!(!o_proj.matrix().is_require_grad());
+        block.input_layernorm.set_gain(block.input_layernorm.gain() * 2.0);
+        assert!(block.input_layernorm.gain().is_require_grad());
+    }
+    assert_eq!(model.trained_parameters().into_iter().map(|p| p.name).collect::<Vec<_>>(), before);
+}

@@ -52,20 +52,20 @@ impl Passes {
         std::iter::once(Term::Next { z_loss: self.z_loss }).chain(narrow).collect()
     }
 
-    /// Passes of a step once the narrower ranks have joined.
-    fn most(&self) -> usize {
-        1 + narrow_ranks(&self.ranks, self.seed, 0).len()
+    /// What the terms of a step cost, in passes.
+    fn of_step(&self, step: u64) -> f64 {
+        self.terms(step).into_iter().map(Term::passes).sum()
     }
 
-    /// Passes of all steps.
+    /// The same of all steps: those before the narrower ranks join cost alike, and so do those from there on.
     fn in_all(&self) -> f64 {
         let alone = self.from.min(self.steps);
-        alone as f64 + (self.steps - alone) as f64 * self.most() as f64
+        alone as f64 * self.of_step(0) + (self.steps - alone) as f64 * self.of_step(self.from)
     }
 
     /// Floating-point operations of a step over one token, all its passes together.
     pub(crate) fn flops_per_token(&self, step: u64) -> f64 {
-        self.terms(step).len() as f64 * self.per_token
+        self.of_step(step) * self.per_token
     }
 
     /// The same as a mean over the steps of the run.
