@@ -220,20 +220,36 @@ fn each_source_keeps_to_what_its_crate_was_drawn_for() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
-/// What is to stand in one place of the product, and how often: marks, the files, and what a second place would mean.
-const ONCE: &[(&str, &[(&str, usize)], &str)] = &[
-    ("gated_mlp(", &[("lowkey-model/src/model.rs", 1)], "a second forward pass of a block"),
-    ("latent_attention(queries", &[("lowkey-model/src/attention/mla.rs", 1)], "a second way through latent attention"),
-    (
-        ".attend(",
-        &[("lowkey-model/src/attention.rs", 2), ("lowkey-model/src/model.rs", 1)],
-        "a second forward pass of a block",
-    ),
-    (
-        "weight.val()",
-        &[("lowkey-model/src/layers.rs", 3)],
-        "a way to a weight past its layer, which an adapter would not see",
-    ),
+/// What is to stand in one place of the product.
+struct Once {
+    mark: &'static str,
+    /// The files, and how often.
+    places: &'static [(&'static str, usize)],
+    /// What another place would mean.
+    meaning: &'static str,
+}
+
+const ONCE: &[Once] = &[
+    Once {
+        mark: "gated_mlp(",
+        places: &[("lowkey-model/src/model.rs", 1)],
+        meaning: "a second forward pass of a block",
+    },
+    Once {
+        mark: ".attend(",
+        places: &[("lowkey-model/src/attention.rs", 2), ("lowkey-model/src/model.rs", 1)],
+        meaning: "a second forward pass of a block",
+    },
+    Once {
+        mark: "latent_attention(queries",
+        places: &[("lowkey-model/src/attention/mla.rs", 1)],
+        meaning: "a second way through latent attention",
+    },
+    Once {
+        mark: "weight.val()",
+        places: &[("lowkey-model/src/layers.rs", 3)],
+        meaning: "a way to a weight past its layer, which an adapter would not see",
+    },
 ];
 
 /// The files in which a mark stands, and how often, in crates that compute nothing themselves.
@@ -249,10 +265,10 @@ fn places(mark: &str, sources: &[Source]) -> Vec<(String, usize)> {
 #[test]
 fn there_is_one_forward_pass_and_one_way_to_a_weight() {
     let sources = sources();
-    for (mark, expected, meaning) in ONCE {
+    for Once { mark, places: expected, meaning } in ONCE {
         let mut found = places(mark, &sources);
         found.sort();
-        let expected: Vec<(String, usize)> = expected.iter().map(|(file, count)| (file.to_string(), *count)).collect();
+        let expected: Vec<_> = expected.iter().map(|(file, count)| (file.to_string(), *count)).collect();
         assert_eq!(found, expected, "{mark}: {meaning}");
     }
 }
