@@ -88,7 +88,7 @@ pub struct ModelSection {
     /// Use the embedding matrix as output head.
     #[serde(default)]
     pub tie_word_embeddings: bool,
-    /// One standard deviation for all matrices; absent: by fan-in (see [`crate::init`]).
+    /// One standard deviation for all matrices; absent: by fan-in (see [`crate::CausalLm::init`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initializer_range: Option<f64>,
 }
