@@ -177,7 +177,7 @@ impl Sampler {
     /// The batch of a step: rows `step * batch_size` and on.
     ///
     /// # Errors
-    /// As [`Shard::copy_range`].
+    /// [`Error::Shard`] where the shard is no longer what was opened, [`Error::Io`] from the disk.
     pub fn batch(&self, step: u64) -> Result<Batch> {
         self.rows(step.saturating_mul(self.batch_size as u64), self.batch_size)
     }
@@ -186,7 +186,7 @@ impl Sampler {
     /// one that is worked through in several.
     ///
     /// # Errors
-    /// As [`Shard::copy_range`].
+    /// [`Error::Shard`] where the shard is no longer what was opened, [`Error::Io`] from the disk.
     pub fn rows(&self, first: u64, count: usize) -> Result<Batch> {
         let mut batch = Batch::with_capacity(self.seq_len, count);
         for row in (0..count as u64).map(|i| first.saturating_add(i)) {
@@ -274,7 +274,7 @@ fn epoch_key(seed: u64, epoch: u64) -> u64 {
 ///
 /// A stream is cut into consecutive windows, and its one first token is no target. Documents are laid into rows one
 /// after the other without cropping, a row being padded where the next piece would not fit. The last batch may have
-/// fewer rows. `max_batches` keeps only the first ones. An error is one of [`Shard::copy_range`].
+/// fewer rows. `max_batches` keeps only the first ones. An error is [`Error::Shard`] or [`Error::Io`], as of [`Shard::document`].
 pub fn validation_batches(
     shard: &Shard,
     seq_len: usize,

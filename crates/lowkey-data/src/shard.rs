@@ -142,7 +142,7 @@ impl Shard {
     /// The tokens of document `i`; none past the last one.
     ///
     /// # Errors
-    /// As [`Shard::copy_range`].
+    /// [`Error::Shard`] where the shard is no longer what was opened, [`Error::Io`] from the disk.
     pub fn document(&self, i: usize) -> Result<Option<Vec<u32>>> {
         let Some(range) = self.document_range(i) else { return Ok(None) };
         let mut tokens = Vec::with_capacity(range.len());

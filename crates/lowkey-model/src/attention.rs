@@ -1,6 +1,6 @@
 //! Attention behind one face: what a block, a cache or a report asks of it, whatever its kind.
 //!
-//! A new kind of attention is a file beside [`mla`] and [`grouped`], a variant here and one in [`AttentionConfig`], and its keys.
+//! A new kind of attention is a file beside `mla.rs` and `grouped.rs`, a variant here and one in [`AttentionConfig`], and its keys.
 
 mod config;
 mod fused;

@@ -1,17 +1,4 @@
 //! Random initial weights.
-//!
-//! | tensor | distribution (default) | with `initializer_range = σ` |
-//! |---|---|---|
-//! | `embed_tokens`, `lm_head` | N(0, 0.02²) | N(0, σ²) |
-//! | matrices `[d_out, d_in]` that read the residual stream or a latent | N(0, 1/d_in) | N(0, σ²) |
-//! | `o_proj`, `down_proj` (they write to the residual stream) | N(0, 1/(2·layers·d_in)) | N(0, σ²/(2·layers)) |
-//! | norms | 1 | 1 |
-//! | biases | 0 | 0 |
-//!
-//! The scale by fan-in keeps the variance of activations at any width (LeCun 1998 §4.6); the factor 1/√(2·layers) keeps the
-//! residual stream's variance at any depth (GPT-2, §2.3). Each tensor has a random stream of its own, derived from the seed
-//! and the tensor's name, and numbers are drawn on the host: the same seed gives the same model on every device, and a
-//! change of one size leaves the other tensors alone.
 
 use burn::tensor::Device;
 use rand::SeedableRng;
@@ -26,7 +13,20 @@ use crate::tensor::{Role, TensorSpec};
 const EMBEDDING_STD: f64 = 0.02;
 
 impl CausalLm {
-    /// A model with random weights; see the [module](crate::init) for the distribution of each tensor.
+    /// A model with random weights:
+    ///
+    /// | tensor | distribution (default) | with `initializer_range = σ` |
+    /// |---|---|---|
+    /// | `embed_tokens`, `lm_head` | N(0, 0.02²) | N(0, σ²) |
+    /// | matrices `[d_out, d_in]` that read the residual stream or a latent | N(0, 1/d_in) | N(0, σ²) |
+    /// | `o_proj`, `down_proj` (they write to the residual stream) | N(0, 1/(2·layers·d_in)) | N(0, σ²/(2·layers)) |
+    /// | norms | 1 | 1 |
+    /// | biases | 0 | 0 |
+    ///
+    /// The scale by fan-in keeps the variance of activations at any width (LeCun 1998 §4.6); the factor 1/√(2·layers) keeps the
+    /// residual stream's variance at any depth (GPT-2, §2.3). Each tensor has a random stream of its own, derived from the seed
+    /// and the tensor's name, and numbers are drawn on the host: the same seed gives the same model on every device, and a
+    /// change of one size leaves the other tensors alone.
     pub fn init(config: &ModelConfig, seed: u64, device: &Device) -> Self {
         Self::build(config, device, &mut |spec| initial_values(config, seed, spec))
     }

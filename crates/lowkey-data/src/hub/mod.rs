@@ -1,8 +1,8 @@
 //! Files of dataset repositories on the Hugging Face hub, or on a mirror that speaks its protocol.
 //!
-//! The server is not trusted: no name that it gives becomes a path unchecked ([`names`]), the token is shown to nobody but
-//! the endpoint ([`request`]), and a file counts only when its length and hash are those announced ([`download`]). It lies
-//! in the cache ([`cache`]) that all Hugging Face tools share.
+//! The server is not trusted: no name that it gives becomes a path unchecked (`names`), the token is shown to nobody but
+//! the endpoint (`request`), and a file counts only when its length and hash are those announced (`download`). It lies
+//! in the cache (`cache`) that all Hugging Face tools share.
 
 mod cache;
 mod download;
