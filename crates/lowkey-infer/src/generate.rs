@@ -50,7 +50,7 @@ impl Default for GenerateConfig {
 pub struct Weights<'a> {
     /// The model.
     pub model: &'a CausalLm,
-    /// One entry per layer, as [`Decoder::with_fused`] takes them; empty: no layer has any.
+    /// One entry per layer, as [`crate::Decoder::with_fused`] takes them; empty: no layer has any.
     pub fused: &'a [Option<FusedMla>],
 }
 

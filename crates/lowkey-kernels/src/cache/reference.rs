@@ -5,7 +5,7 @@ use burn::tensor::{Int, Tensor};
 use crate::latent_attention::arguments::MlaDims;
 use crate::masked_attention::{Mask, attention, products};
 
-/// See [`crate::absorbed_attention`].
+/// See [`crate::cache::absorbed_attention`].
 pub fn absorbed_attention(
     q: Tensor<4>,
     cache: Tensor<3>,
@@ -41,7 +41,7 @@ pub fn absorbed_attention(
     out.swap_dims(1, 2).reshape([batch, seq, heads * width])
 }
 
-/// Codes, as whole floating-point numbers become integers, and scales of [`crate::Stored::Int8`].
+/// Codes, as whole floating-point numbers become integers, and scales of [`crate::cache::Stored::Int8`].
 pub fn quantise<const D: usize>(x: Tensor<D>, split: usize) -> (Tensor<D, Int>, Tensor<D>) {
     let width = x.dims()[D - 1];
     let parts = [(0, split.min(width)), (split.min(width), width - split.min(width))];
@@ -57,7 +57,7 @@ pub fn quantise<const D: usize>(x: Tensor<D>, split: usize) -> (Tensor<D, Int>, 
     (Tensor::cat(codes, D - 1), Tensor::cat(scales, D - 1))
 }
 
-/// The numbers of [`crate::Stored::Int8`].
+/// The numbers of [`crate::cache::Stored::Int8`].
 pub fn widen<const D: usize>(codes: Tensor<D, Int>, scales: Tensor<D>, split: usize) -> Tensor<D> {
     let width = codes.dims()[D - 1];
     let codes = codes.float();

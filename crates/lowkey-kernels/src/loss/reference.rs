@@ -3,7 +3,7 @@
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor};
 
-/// `−log softmax(W h)[target]` of each token, 0 where the target is negative. See [`crate::cross_entropy_each`].
+/// `−log softmax(W h)[target]` of each token, 0 where the target is negative. See [`crate::loss::cross_entropy_each`].
 pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let [n] = targets.dims();
     let ignored = targets.clone().lower_elem(0);
@@ -13,7 +13,7 @@ pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, In
     picked.neg().mask_fill(ignored, 0.0f32)
 }
 
-/// `Σ weight · (nats + z_loss · log² Z)` and its second part, `[2]`. See [`crate::cross_entropy_sum`]; `label_weights [n]` or `[1]`.
+/// `Σ weight · (nats + z_loss · log² Z)` and its second part, `[2]`. See [`crate::loss::cross_entropy_sum`]; `label_weights [n]` or `[1]`.
 pub fn cross_entropy_sum(
     h: Tensor<2>,
     weight: Tensor<2>,
@@ -31,7 +31,7 @@ pub fn cross_entropy_sum(
     Tensor::cat(vec![(nats + z.clone()).sum(), z.sum()], 0)
 }
 
-/// `Σ share · KL(softmax(W teacher) ‖ softmax(W h)) + (1 − share) · nats`, `[1]`. See [`crate::distill_sum`].
+/// `Σ share · KL(softmax(W teacher) ‖ softmax(W h)) + (1 − share) · nats`, `[1]`. See [`crate::loss::distill_sum`].
 pub fn distill_sum(
     h: Tensor<2>,
     weight: Tensor<2>,
