@@ -3,8 +3,8 @@
 use std::ops::{Deref, DerefMut};
 
 use crate::attention::AttentionConfig;
-use crate::config::check_size;
 use crate::error::Result;
+use crate::limits::check_size;
 
 /// Most layers: more than any published model has, and few enough that a list of their sizes is small.
 const DEEPEST: usize = 1 << 12;

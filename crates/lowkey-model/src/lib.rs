@@ -87,6 +87,7 @@ mod hf_config;
 mod init;
 mod layer_config;
 pub mod layers;
+mod limits;
 pub mod model;
 mod model_dir;
 pub mod objective;

@@ -1,9 +1,10 @@
 //! The sizes of multi-head, grouped-query and multi-query attention: rules, counts and costs.
 
 use super::super::config::{AttentionSizes, CacheBuffer};
-use crate::config::{Family, WIDEST, check_heads, check_size, even};
+use crate::config::Family;
 use crate::decode_cost::{AttentionCost, DecodeCosts};
 use crate::error::{Error, Result};
+use crate::limits::{WIDEST, check_heads, check_size, even};
 
 /// Sizes of multi-head, grouped-query and multi-query attention.
 #[derive(Clone, Debug, PartialEq)]

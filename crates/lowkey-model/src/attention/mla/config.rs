@@ -1,9 +1,10 @@
 //! The sizes of Multi-head Latent Attention: rules, counts and costs.
 
 use super::super::config::{AttentionSizes, CacheBuffer};
-use crate::config::{Family, WIDEST, check_heads, check_size, even};
+use crate::config::Family;
 use crate::decode_cost::{AttentionCost, DecodeCosts};
 use crate::error::{Error, Result};
+use crate::limits::{WIDEST, check_heads, check_size, even};
 use crate::rope::RopeConfig;
 
 /// Sizes of Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434 §2.1 and appendix C).
