@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Tensor};
 use lowkey_model::{
     attention::{Mla, MlaDims},
-    layers::Linear,
+    model::Linear,
 };
 
 use crate::error::{Error, Result};

@@ -117,6 +117,14 @@ impl Attention {
         }
     }
 
+    /// All its maps, to be changed.
+    pub(crate) fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        match self {
+            Self::Mla(mla) => mla.linears_mut(),
+            Self::Grouped(grouped) => grouped.linears_mut().into(),
+        }
+    }
+
     /// The outputs of all heads for a chunk `[batch, seq, d]` that has been normalised.
     pub(crate) fn attend<'a>(&self, normed: Tensor<3>, seen: Seen<'a>) -> Heads<'a> {
         match self {

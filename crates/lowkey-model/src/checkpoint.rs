@@ -21,7 +21,7 @@ use crate::model::CausalLm;
 use crate::params::Parameter;
 use crate::tensor::TensorSpec;
 
-mod stored;
+pub(crate) mod stored;
 
 const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -86,7 +86,7 @@ impl WeightDtype {
 }
 
 /// The files of a checkpoint, mapped into memory, and where each tensor lies.
-struct Weights {
+pub(crate) struct Weights {
     files: Vec<(PathBuf, Mmap)>,
     /// tensor name → (file, dtype, shape, byte range)
     tensors: BTreeMap<String, Entry>,
@@ -103,7 +103,7 @@ struct Entry {
 }
 
 impl Weights {
-    fn open(dir: &Path, config: &ModelConfig) -> Result<Self> {
+    pub(crate) fn open(dir: &Path, config: &ModelConfig) -> Result<Self> {
         let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new(), base: false };
         let mut aliases = BTreeMap::new();
         for path in weight_files(dir)? {
@@ -146,7 +146,7 @@ impl Weights {
 
     /// Compares names and shapes with those that `config` asks for, before a value is read: what a wrong `config.json` claims
     /// costs nothing but the names of tensors, and no more of those than the files hold tensors, give or take a layer.
-    fn check(&self, dir: &Path, config: &ModelConfig, device: &Device) -> Result<()> {
+    pub(crate) fn check(&self, dir: &Path, config: &ModelConfig, device: &Device) -> Result<()> {
         let (mut missing, mut mismatched, mut used) = (Vec::new(), Vec::new(), BTreeSet::new());
         // Of more layers than the files name, one of the first is missing: to look at those is enough to refuse.
         let layers: BTreeSet<&str> = self.tensors.keys().filter_map(|name| layer_of(name)).collect();
@@ -189,6 +189,11 @@ impl Weights {
             return Ok(());
         }
         Err(Error::Tensors { path: dir.to_path_buf(), missing, unexpected, mismatched })
+    }
+
+    /// The values of a tensor; none where no file has it, which [`Weights::check`] has ruled out for what a model needs.
+    pub(crate) fn of(&self, name: &str) -> Result<Vec<f32>> {
+        self.tensors.get(name).map_or(Ok(Vec::new()), |entry| self.values(name, entry))
     }
 
     fn values(&self, name: &str, entry: &Entry) -> Result<Vec<f32>> {
@@ -258,8 +263,7 @@ impl CausalLm {
         weights.check(dir, config, device)?;
         let mut failure = None;
         let model = Self::build(config, device, &mut |TensorSpec { name, .. }| {
-            let Some(entry) = weights.tensors.get(name) else { return Vec::new() };
-            weights.values(name, entry).unwrap_or_else(|e| {
+            weights.of(name).unwrap_or_else(|e| {
                 failure = failure.take().or(Some(e));
                 Vec::new()
             })
@@ -280,6 +284,10 @@ impl CausalLm {
     /// # Errors
     /// [`Error::Io`] naming the file that cannot be written; [`Error::File`] where a value does not fit `dtype`.
     pub fn save(&self, dir: &Path, dtype: WeightDtype, max_shard_bytes: usize) -> Result<()> {
+        if self.adapter().is_some() {
+            let why = "a model with adapters is not one set of weights; merge it, or save the adapter";
+            return Err(Error::file(dir, why));
+        }
         create_dir(dir)?;
         let shards = split(self.parameters(), dtype, max_shard_bytes);
         let count = shards.len();
@@ -334,7 +342,7 @@ fn split(parameters: Vec<Parameter>, dtype: WeightDtype, max_bytes: usize) -> Ve
 }
 
 /// The content of one safetensors file.
-fn encode_shard(path: &Path, shard: Vec<Parameter>, dtype: WeightDtype) -> Result<Vec<u8>> {
+pub(crate) fn encode_shard(path: &Path, shard: Vec<Parameter>, dtype: WeightDtype) -> Result<Vec<u8>> {
     let mut encoded = Vec::with_capacity(shard.len());
     for Parameter { name, shape, value, .. } in shard {
         let values = value

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use lowkey_files::{hash::sha256, is_plain_name, mark::MARK, printable, read_text, write_json};
 
+use crate::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter};
 use crate::checkpoint::weight_files;
 use crate::error::{Error, Result};
 
@@ -57,10 +58,14 @@ pub fn verify(dir: &Path) -> Result<()> {
             return Err(Error::file(path, why));
         }
     }
-    let wanted =
-        ["config.json".to_string()].into_iter().chain(weight_files(dir)?.into_iter().map(|path| name_of(&path)));
+    let wanted: Vec<String> = if is_adapter(dir) {
+        [ADAPTER_CONFIG, ADAPTER_WEIGHTS].map(String::from).to_vec()
+    } else {
+        let weights = weight_files(dir)?.into_iter().map(|path| name_of(&path));
+        ["config.json".to_string()].into_iter().chain(weights).collect()
+    };
     let there = files(dir)?.into_iter().filter(|name| is_loaded(name));
-    match wanted.chain(there).find(|name| !table.contains_key(name)) {
+    match wanted.into_iter().chain(there).find(|name| !table.contains_key(name)) {
         Some(name) => {
             let why = format!(
                 "does not list {}: the file was put there, or its line taken away, since the model was saved; use another \

@@ -28,6 +28,16 @@ pub enum Error {
         /// What needs it.
         why: String,
     },
+    /// A key of an adapter has a value that no adapter can be made from.
+    #[error("adapter.{key} = {value}: {why}")]
+    Adapter {
+        /// The key as the run file or `adapter_config.json` spells it.
+        key: &'static str,
+        /// The offending value as text.
+        value: String,
+        /// The rule it breaks and the mend.
+        why: String,
+    },
     /// A file of a model directory is not what it should be.
     #[error("{}: {why}", shown(path))]
     File {
@@ -90,6 +100,11 @@ impl Error {
     pub(crate) fn config(key: &'static str, value: &(impl ToString + ?Sized), why: impl Into<String>) -> Self {
         let value = shortened(printable(&value.to_string()).into_owned());
         Self::Config { key, value, why: printable(&why.into()).into_owned() }
+    }
+
+    pub(crate) fn adapter(key: &'static str, value: &(impl ToString + ?Sized), why: impl Into<String>) -> Self {
+        let value = shortened(printable(&value.to_string()).into_owned());
+        Self::Adapter { key, value, why: printable(&why.into()).into_owned() }
     }
 
     pub(crate) fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {

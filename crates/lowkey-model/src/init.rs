@@ -44,7 +44,8 @@ fn initial_values(config: &ModelConfig, seed: u64, spec: &TensorSpec) -> Vec<f32
     let by_fan_in = || spec.shape.last().map_or(1.0, |d_in| (*d_in as f64).powf(-0.5));
     let std = match spec.role {
         Role::Norm => return vec![1.0; len],
-        Role::Bias => return vec![0.0; len],
+        // Adapters are begun beside a model that is there, in `adapter`.
+        Role::Bias | Role::LoraA | Role::LoraB | Role::Magnitude => return vec![0.0; len],
         Role::Embedding | Role::Head => config.initializer_range.unwrap_or(EMBEDDING_STD),
         Role::Matrix => config.initializer_range.unwrap_or_else(by_fan_in),
         Role::Residual => {
@@ -56,7 +57,7 @@ fn initial_values(config: &ModelConfig, seed: u64, spec: &TensorSpec) -> Vec<f32
 }
 
 /// The random stream of one tensor.
-fn stream(seed: u64, name: &str) -> ChaCha8Rng {
+pub(crate) fn stream(seed: u64, name: &str) -> ChaCha8Rng {
     let mut hash = Sha256::new();
     hash.update(seed.to_le_bytes());
     hash.update(name.as_bytes());

@@ -5,6 +5,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use lowkey_kernels::{add_linear, embed, linear, rms_norm};
 
+use crate::adapter::{Adapter, AdapterPlan};
 use crate::tensor::{HeadRows, Role, TensorSpec};
 
 /// Supplies the values of each tensor: random ones, or those of a file. No values at all make an empty tensor, for a model that is
@@ -12,16 +13,22 @@ use crate::tensor::{HeadRows, Role, TensorSpec};
 pub(crate) struct Builder<'a> {
     device: &'a Device,
     fill: &'a mut dyn FnMut(&TensorSpec) -> Vec<f32>,
+    /// The adapters of the maps that are built.
+    adapters: Option<&'a AdapterPlan>,
     /// What has been built, in the order of the module's fields.
     pub(crate) built: Vec<TensorSpec>,
 }
 
 impl<'a> Builder<'a> {
-    pub(crate) fn new(device: &'a Device, fill: &'a mut dyn FnMut(&TensorSpec) -> Vec<f32>) -> Self {
-        Self { device, fill, built: Vec::new() }
+    pub(crate) fn new(
+        device: &'a Device,
+        adapters: Option<&'a AdapterPlan>,
+        fill: &'a mut dyn FnMut(&TensorSpec) -> Vec<f32>,
+    ) -> Self {
+        Self { device, fill, adapters, built: Vec::new() }
     }
 
-    fn tensor<const D: usize>(
+    pub(crate) fn tensor<const D: usize>(
         &mut self,
         name: String,
         shape: [usize; D],
@@ -35,16 +42,17 @@ impl<'a> Builder<'a> {
         Param::from_data(TensorData::new(values, shape), self.device)
     }
 
-    fn vector(&mut self, name: String, len: usize, role: Role) -> Param<Tensor<1>> {
+    pub(crate) fn vector(&mut self, name: String, len: usize, role: Role) -> Param<Tensor<1>> {
         self.tensor(name, [len], role, HeadRows::one(len))
     }
 }
 
-/// `y = x Wᵀ + b`.
+/// `y = x Wᵀ + b`, where W may have an [`Adapter`] beside it.
 #[derive(Module, Debug)]
 pub struct Linear {
     weight: Param<Tensor<2>>,
     bias: Option<Param<Tensor<1>>>,
+    adapter: Option<Adapter>,
 }
 
 impl Linear {
@@ -63,12 +71,31 @@ impl Linear {
         Self {
             weight: b.tensor(format!("{name}.weight"), [d_out, d_in], role, head_rows),
             bias: bias.then(|| b.vector(format!("{name}.bias"), d_out, Role::Bias)),
+            adapter: b.adapters.and_then(|plan| plan.of(name)).map(|low| Adapter::build(b, name, [d_in, d_out], low)),
         }
     }
 
-    /// W `[d_out, d_in]`, as the map applies it: the only way to it, for kernels that take the matrix as for whoever reads it.
+    /// W `[d_out, d_in]`, as the map applies it, its adapter's share included: the only way to it, for kernels that take the matrix
+    /// as for whoever reads it.
     pub fn matrix(&self) -> Tensor<2> {
-        self.weight.val()
+        match &self.adapter {
+            None => self.weight.val(),
+            Some(adapter) => adapter.matrix(self.weight.val()),
+        }
+    }
+
+    /// Whether an adapter stands beside the matrix.
+    pub(crate) fn is_adapted(&self) -> bool {
+        self.adapter.is_some()
+    }
+
+    /// Takes the adapter away; `merge` multiplies it into the matrix.
+    pub(crate) fn end_adapter(&mut self, merge: bool) {
+        let matrix = (merge && self.is_adapted()).then(|| self.matrix());
+        self.adapter = None;
+        if let Some(matrix) = matrix {
+            self.set_matrix(matrix);
+        }
     }
 
     /// Its numbers of rows and columns, `[d_out, d_in]`.
@@ -81,7 +108,8 @@ impl Linear {
         self.weight.dtype()
     }
 
-    /// Puts another matrix in its place, which is trained or frozen as the old one was.
+    /// Puts another matrix in its place, which is trained or frozen as the old one was. Of a map that has an adapter this is the
+    /// matrix beside it: whoever means the whole takes a [merged](crate::CausalLm::merged) model.
     pub fn set_matrix(&mut self, matrix: Tensor<2>) {
         replace(&mut self.weight, matrix);
     }
@@ -98,12 +126,18 @@ impl Linear {
 
     /// `[batch, seq, d_in]` → `[batch, seq, d_out]`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        linear(x, self.matrix(), self.bias())
+        match &self.adapter {
+            None => linear(x, self.weight.val(), self.bias()),
+            Some(adapter) => adapter.apply(None, x, self.weight.val(), self.bias()),
+        }
     }
 
     /// `residual + y`, `residual [batch, seq, d_out]`.
     pub(crate) fn add_to(&self, residual: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
-        add_linear(residual, x, self.matrix(), self.bias())
+        match &self.adapter {
+            None => add_linear(residual, x, self.weight.val(), self.bias()),
+            Some(adapter) => adapter.apply(Some(residual), x, self.weight.val(), self.bias()),
+        }
     }
 }
 

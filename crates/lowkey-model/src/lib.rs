@@ -73,6 +73,7 @@
 //! # }
 //! ```
 
+pub mod adapter;
 pub mod attention;
 pub mod checkpoint;
 pub mod checksums;
@@ -86,7 +87,7 @@ mod gradients;
 mod hf_config;
 mod init;
 mod layer_config;
-pub mod layers;
+mod layers;
 mod limits;
 pub mod model;
 mod model_dir;

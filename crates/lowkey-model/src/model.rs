@@ -8,11 +8,13 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowkey_batch::Rows;
 use lowkey_kernels::{MlpWeights, gated_mlp, loss::LossSum};
 
+use crate::adapter::{AdapterConfig, AdapterPlan};
 use crate::attention::{Attention, Seen};
 use crate::config::{Family, ModelConfig};
 use crate::error::{Error, Result};
 use crate::layer_config::LayerConfig;
-use crate::layers::{Builder, Embedding, Linear, RmsNorm};
+use crate::layers::Builder;
+pub use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::rope::RopeTable;
 use crate::tensor::{Role, TensorSpec};
 
@@ -29,6 +31,9 @@ pub struct CausalLm {
     /// What its tensors are, in the order of the fields.
     #[module(skip)]
     pub(crate) tensors: Arc<[TensorSpec]>,
+    /// What its adapters were made from, where it has any.
+    #[module(skip)]
+    pub(crate) adapter: Option<Arc<AdapterConfig>>,
 }
 
 /// The part of a [`CausalLm`] below the output head.
@@ -117,8 +122,8 @@ impl Block {
     /// The second half: `x + mlp(norm(x))`, `[batch, seq, d]`.
     pub(crate) fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
         let (norm, mlp) = (&self.post_attention_layernorm, &self.mlp);
-        if mlp.gate_proj.bias().is_some() {
-            // The fused kernel knows no biases; few models have them.
+        if mlp.gate_proj.bias().is_some() || mlp.linears().into_iter().any(Linear::is_adapted) {
+            // The fused kernel knows neither biases, which few models have, nor the factors of adapters.
             let normed = norm.forward(x.clone());
             let gate = silu(mlp.gate_proj.forward(normed.clone()));
             return mlp.down_proj.add_to(x, gate * mlp.up_proj.forward(normed));
@@ -133,10 +138,32 @@ impl Block {
     }
 }
 
+impl Mlp {
+    /// Its maps.
+    pub(crate) fn linears(&self) -> [&Linear; 3] {
+        [&self.gate_proj, &self.up_proj, &self.down_proj]
+    }
+
+    /// [`Mlp::linears`], to be changed.
+    pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 3] {
+        [&mut self.gate_proj, &mut self.up_proj, &mut self.down_proj]
+    }
+}
+
 impl CausalLm {
     /// Builds the model with the values that `fill` gives for each tensor.
     pub(crate) fn build(config: &ModelConfig, device: &Device, fill: &mut dyn FnMut(&TensorSpec) -> Vec<f32>) -> Self {
-        let b = &mut Builder::new(device, fill);
+        Self::build_adapted(config, None, device, fill)
+    }
+
+    /// [`CausalLm::build`] with adapters beside those maps that `adapters` names.
+    pub(crate) fn build_adapted(
+        config: &ModelConfig,
+        adapters: Option<&AdapterPlan>,
+        device: &Device,
+        fill: &mut dyn FnMut(&TensorSpec) -> Vec<f32>,
+    ) -> Self {
+        let b = &mut Builder::new(device, adapters, fill);
         let (d, eps) = (config.hidden_size, config.rms_norm_eps);
         let embed_tokens = Embedding::build(b, "model.embed_tokens", config.vocab_size, d);
         let layers = config.layers.iter().enumerate();
@@ -160,7 +187,8 @@ impl CausalLm {
         let head = [d, config.vocab_size];
         let lm_head = (!config.tie_word_embeddings).then(|| Linear::build(b, "lm_head", head, Role::Head, false));
         let tensors = std::mem::take(&mut b.built).into();
-        Self { model: Decoder { embed_tokens, layers, norm }, lm_head, config: config.clone(), tensors }
+        let model = Decoder { embed_tokens, layers, norm };
+        Self { model, lm_head, config: config.clone(), tensors, adapter: None }
     }
 
     /// The model with layer ℓ caching and reading only the first `ranks[ℓ]` numbers of its latent. The latent is normalised over its
@@ -177,7 +205,7 @@ impl CausalLm {
             let why = format!("layer {layer} was cut to {now} before; {rank} are not there");
             return Err(Error::config("kv_cache_ranks", &format!("{ranks:?}"), why));
         }
-        let mut model = self.clone();
+        let mut model = self.merged();
         for (block, rank) in model.model.layers.iter_mut().zip(ranks) {
             if let Some(mla) = block.self_attn.latent_mut() {
                 mla.cut(*rank);
@@ -190,7 +218,7 @@ impl CausalLm {
     /// The same function with whole latents: cut ones are read with weights of zero. What other programs can run, from a cache as wide
     /// as before the cut.
     pub fn with_whole_latents(&self) -> Self {
-        let mut model = self.clone();
+        let mut model = self.merged();
         for block in &mut model.model.layers {
             if let Some(mla) = block.self_attn.latent_mut() {
                 mla.widen();

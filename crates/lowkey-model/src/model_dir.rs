@@ -15,6 +15,7 @@ use lowkey_files::{
 };
 use serde::Serialize;
 
+use crate::adapter::{AdapterDir, is_adapter};
 use crate::checkpoint::{CONFIG, INDEX, WeightDtype, weight_files};
 use crate::checksums::{has_checksums, verify};
 use crate::config::ModelConfig;
@@ -43,9 +44,12 @@ const COMPANIONS: [&str; 13] = [
 const TEMPLATES: &str = "additional_chat_templates";
 
 /// A Hugging Face model directory that has been found whole.
+///
+/// A directory of an adapter opens as the model that it stands beside: [`ModelDir::adapter`] then says which adapter that is.
 #[derive(Clone, Debug)]
 pub struct ModelDir {
     path: PathBuf,
+    adapter: Option<AdapterDir>,
 }
 
 impl ModelDir {
@@ -79,7 +83,21 @@ impl ModelDir {
         if has_checksums(&real) {
             verify(&real)?;
         }
-        Ok(Self { path: real })
+        if !is_adapter(&real) {
+            return Ok(Self { path: real, adapter: None });
+        }
+        let adapter = AdapterDir::open(&real)?;
+        let base = adapter.base_dir()?;
+        if is_adapter(&base) {
+            let why = "is to stand beside an adapter; merge that one first, and name the merged model as the base";
+            return Err(Error::file(real, why));
+        }
+        Ok(Self { adapter: Some(adapter), ..Self::open(&base)? })
+    }
+
+    /// The adapter that was opened, where it was one.
+    pub fn adapter(&self) -> Option<&AdapterDir> {
+        self.adapter.as_ref()
     }
 
     /// The folder itself, no link.
@@ -98,9 +116,12 @@ impl ModelDir {
     /// The model.
     ///
     /// # Errors
-    /// As [`CausalLm::load`].
+    /// As [`CausalLm::load`] and [`CausalLm::load_adapted`].
     pub fn load(&self, device: &Device) -> Result<CausalLm> {
-        CausalLm::load(&self.path, device)
+        match &self.adapter {
+            None => CausalLm::load(&self.path, device),
+            Some(adapter) => CausalLm::load_adapted(&self.path, &self.config()?, adapter, device),
+        }
     }
 
     /// The files of tokenizer, templates and generation settings that are there, by name.

@@ -15,22 +15,37 @@ pub enum Role {
     Norm,
     /// A bias.
     Bias,
+    /// The matrix of an adapter that reads: A.
+    LoraA,
+    /// The matrix of an adapter that writes: B.
+    LoraB,
+    /// The lengths of an adapted matrix's rows.
+    Magnitude,
 }
 
 impl Role {
     /// Whether it is a matrix: what weight decay applies to.
     pub fn is_matrix(self) -> bool {
         match self {
-            Self::Embedding | Self::Head | Self::Matrix | Self::Residual => true,
-            Self::Norm | Self::Bias => false,
+            Self::Embedding | Self::Head | Self::Matrix | Self::Residual | Self::LoraA | Self::LoraB => true,
+            Self::Norm | Self::Bias | Self::Magnitude => false,
         }
     }
 
-    /// Whether it is a matrix between hidden states: neither the embedding nor the output head.
+    /// Whether it is a matrix between hidden states: neither the embedding nor the output head, nor a factor of an adapter.
     pub fn is_hidden_matrix(self) -> bool {
         match self {
             Self::Matrix | Self::Residual => true,
             Self::Embedding | Self::Head | Self::Norm | Self::Bias => false,
+            Self::LoraA | Self::LoraB | Self::Magnitude => false,
+        }
+    }
+
+    /// Whether it belongs to an adapter.
+    pub fn is_adapter(self) -> bool {
+        match self {
+            Self::LoraA | Self::LoraB | Self::Magnitude => true,
+            Self::Embedding | Self::Head | Self::Matrix | Self::Residual | Self::Norm | Self::Bias => false,
         }
     }
 }

@@ -85,6 +85,11 @@ impl Grouped {
         }
     }
 
+    /// Its maps, to be changed.
+    pub(super) fn linears_mut(&mut self) -> [&mut Linear; 4] {
+        [&mut self.q_proj, &mut self.k_proj, &mut self.v_proj, &mut self.o_proj]
+    }
+
     /// The heads' outputs `[batch, seq, H·D]` for a normalised chunk `[batch, seq, d]`.
     pub(super) fn attend(&self, x: Tensor<3>, seen: Seen) -> Tensor<3> {
         match seen {

@@ -116,6 +116,12 @@ impl Mla {
         }
     }
 
+    /// Its maps, to be changed.
+    pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        let queries = [&mut self.q_proj, &mut self.q_a_proj, &mut self.q_b_proj].into_iter().filter_map(Option::as_mut);
+        queries.chain([&mut self.kv_a_proj_with_mqa, &mut self.kv_b_proj, &mut self.o_proj]).collect()
+    }
+
     /// L: the width that the latent is normalised over, of which a cut latent keeps the first numbers.
     pub(crate) fn latent_width(&self) -> usize {
         let [whole] = self.kv_a_layernorm.gain().dims();

@@ -47,7 +47,7 @@ pub(super) fn settle_names(
 ///
 /// # Errors
 /// Why not: a format of no weights, or a number that f32 has no room for.
-pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
+pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
     let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
     match dtype {
         Dtype::F32 => Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),

@@ -1,0 +1,30 @@
+//! Low-rank adapters: small matrices beside frozen ones, in the files and with the rules of PEFT.
+//!
+//! An adapted map applies W' = W + s·B·A, with A `[r, d_in]`, B `[d_out, r]` and s = α/r (LoRA, arXiv 2106.09685, section 4.1),
+//! or α/√r (rsLoRA, arXiv 2312.03732). With a magnitude m `[d_out]` (DoRA, arXiv 2402.09353, eq. 5) row i of W' is scaled to
+//! length mᵢ. W is frozen: no gradient of it is formed, and the product with B·A goes through the r numbers between.
+//!
+//! * [`AdapterConfig`] has PEFT's keys, for a run file and for `adapter_config.json`; with a model's configuration it becomes an
+//!   [`AdapterPlan`], which says what each map gets. A pattern that fits nothing is an error, never a silence.
+//! * [`CausalLm::load_adapted`](crate::CausalLm::load_adapted) and [`CausalLm::begin_adapter`](crate::CausalLm::begin_adapter) build a
+//!   model with adapters, [`CausalLm::merged`](crate::CausalLm::merged) multiplies them out,
+//!   [`CausalLm::unadapted`](crate::CausalLm::unadapted) leaves them off.
+//! * [`AdapterDir`] reads and writes the directories of PEFT.
+//!
+//! Whoever asks a map for its matrix ([`Linear::matrix`](crate::model::Linear::matrix)) gets W': the adapter of MLA's `kv_b_proj`
+//! is thereby in force in every way to compute attention, which other engines that split this matrix when they load it overlook.
+
+mod attach;
+mod config;
+mod files;
+mod low_rank;
+mod plan;
+
+pub use config::{AdapterConfig, ByPattern, Layers, Modules};
+pub(crate) use files::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
+pub use files::{AdapterDir, is_adapter};
+pub use low_rank::Adapter;
+pub use plan::{AdapterPlan, LowRank};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,255 @@
+//! Directories of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use lowkey_files::{printable, read, read_text, write, write_json};
+use safetensors::SafeTensors;
+use serde_json::{Map, Value, json};
+
+use super::config::{AdapterConfig, Modules};
+use super::plan::AdapterPlan;
+use crate::checkpoint::{WeightDtype, encode_shard, stored};
+use crate::error::{Error, Result};
+use crate::params::Parameter;
+use crate::tensor::TensorSpec;
+
+pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
+pub(crate) const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
+
+/// What PEFT puts before the name of a module.
+const PREFIX: &str = "base_model.model.";
+
+/// Largest `adapter_config.json`: one that names each map of a thousand layers is smaller.
+const LARGEST_CONFIG: u64 = 4 << 20;
+/// Largest file of an adapter: one that saves embedding and head of a large model whole.
+const LARGEST_WEIGHTS: u64 = 64 << 30;
+
+/// Whether a directory holds an adapter and no model of its own.
+pub fn is_adapter(dir: &Path) -> bool {
+    let there = |name: &str| dir.join(name).symlink_metadata().is_ok();
+    there(ADAPTER_CONFIG) && !there("model.safetensors") && !there("model.safetensors.index.json")
+}
+
+/// An adapter in a directory: what it is and which model it belongs to.
+#[derive(Clone, Debug)]
+pub struct AdapterDir {
+    /// The directory.
+    pub path: PathBuf,
+    /// Its keys.
+    pub config: AdapterConfig,
+    /// The directory of its base, as `base_model_name_or_path` says.
+    pub base: PathBuf,
+}
+
+/// The tensors of an adapter by the names that they have here.
+pub(crate) struct AdapterTensors {
+    path: PathBuf,
+    values: BTreeMap<String, Vec<f32>>,
+}
+
+impl AdapterTensors {
+    /// The values of a tensor, which are then gone from here.
+    pub(crate) fn take(&mut self, name: &str) -> Result<Vec<f32>> {
+        let missing = || Error::file(&self.path, format!("tensor {name} is missing"));
+        self.values.remove(name).ok_or_else(missing)
+    }
+}
+
+impl AdapterDir {
+    /// Reads `adapter_config.json`.
+    ///
+    /// # Errors
+    /// [`Error::File`] where it is no LoRA, or asks for what lowkey does not compute.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = path.join(ADAPTER_CONFIG);
+        let text = read_text(&file, LARGEST_CONFIG)?;
+        let refuse = |why: String| Error::file(&file, why);
+        let Value::Object(mut keys) =
+            serde_json::from_str(&text).map_err(|e| refuse(format!("not valid JSON: {e}")))?
+        else {
+            return Err(refuse("is no JSON object".into()));
+        };
+        match keys.get("peft_type").and_then(Value::as_str) {
+            Some("LORA") => {}
+            Some(other) => return Err(refuse(format!("peft_type = {}: only LORA is understood", printable(other)))),
+            None => return Err(refuse("has no peft_type; an adapter of PEFT says \"LORA\"".into())),
+        }
+        refuse_unknown_arithmetic(&keys).map_err(&refuse)?;
+        let base = match keys.get("base_model_name_or_path") {
+            Some(Value::String(base)) => PathBuf::from(base),
+            _ => PathBuf::new(),
+        };
+        // PEFT's default, where a file leaves it out.
+        keys.entry("lora_alpha").or_insert(json!(8));
+        keys.retain(|key, value| KEYS.contains(&key.as_str()) && !value.is_null());
+        let config = serde_json::from_value(Value::Object(keys)).map_err(|e| refuse(e.to_string()))?;
+        Ok(Self { path: path.to_path_buf(), config, base })
+    }
+
+    /// The directory of its base.
+    ///
+    /// # Errors
+    /// [`Error::File`] where the configuration names none, or where there is none of that name.
+    pub fn base_dir(&self) -> Result<PathBuf> {
+        let file = self.path.join(ADAPTER_CONFIG);
+        // As PEFT reads it; or beside the adapter, for folders that were moved together.
+        let beside = self.path.join(&self.base);
+        if self.base.as_os_str().is_empty() {
+            return Err(Error::file(
+                file,
+                "base_model_name_or_path names no model; write the folder of the base there",
+            ));
+        }
+        [&self.base, &beside].into_iter().find(|path| path.is_dir()).cloned().ok_or_else(|| {
+            let base = self.base.display();
+            let why = format!(
+                "base_model_name_or_path = {base}: no such folder; fetch the base model and write its folder there"
+            );
+            Error::file(file, why)
+        })
+    }
+
+    /// The tensors of its file, which are those that `plan` asks for of a model with `tensors`.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] with what is missing, unexpected or of another shape; [`Error::File`] where the file cannot be read.
+    pub(crate) fn open_tensors(&self, plan: &AdapterPlan, tensors: &[TensorSpec]) -> Result<AdapterTensors> {
+        let path = self.path.join(ADAPTER_WEIGHTS);
+        let bytes = read(&path, LARGEST_WEIGHTS)?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| {
+            Error::file(&path, format!("not a readable safetensors file ({e}); fetch or save it again"))
+        })?;
+        let mut expected = expected(plan, tensors);
+        let (mut values, mut unexpected, mut mismatched) = (BTreeMap::new(), Vec::new(), Vec::new());
+        for (stored_name, view) in file.tensors() {
+            let name = stored_name.strip_prefix(PREFIX).unwrap_or(&stored_name).to_string();
+            let Some(shape) = expected.remove(&name) else {
+                unexpected.push(stored_name);
+                continue;
+            };
+            if view.shape() != shape {
+                mismatched.push(format!("{stored_name}: expected {shape:?}, found {:?}", view.shape()));
+                continue;
+            }
+            let decoded = stored::decode(view.dtype(), view.data());
+            let decoded = decoded.map_err(|why| Error::file(&path, format!("tensor {stored_name} {why}")))?;
+            values.insert(name, decoded);
+        }
+        let missing: Vec<String> = expected.into_keys().map(|name| format!("{PREFIX}{name}")).collect();
+        if missing.is_empty() && unexpected.is_empty() && mismatched.is_empty() {
+            return Ok(AdapterTensors { path, values });
+        }
+        Err(Error::Tensors { path, missing, unexpected, mismatched })
+    }
+
+    /// Writes both files into the directory.
+    ///
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`] where one cannot be written.
+    pub(crate) fn write(&self, parameters: Vec<Parameter>, plan: &AdapterPlan) -> Result<()> {
+        let path = self.path.join(ADAPTER_WEIGHTS);
+        let named = |parameter: Parameter| Parameter { name: format!("{PREFIX}{}", parameter.name), ..parameter };
+        let bytes = encode_shard(&path, parameters.into_iter().map(named).collect(), WeightDtype::F32)?;
+        write(&path, &bytes)?;
+        Ok(write_json(&self.path.join(ADAPTER_CONFIG), &self.to_json(plan))?)
+    }
+
+    /// `adapter_config.json`, with all that PEFT and the engines ask for. Modules stand there by whole name: presets are not known
+    /// elsewhere, and an engine that splits names by their ends reads these all the same.
+    fn to_json(&self, plan: &AdapterPlan) -> Value {
+        let mut keys = match serde_json::to_value(&self.config) {
+            Ok(Value::Object(keys)) => keys,
+            // A struct of plain fields is an object.
+            _ => Map::new(),
+        };
+        if !matches!(self.config.target_modules, Modules::Ends(_)) || self.config.exclude_modules.is_some() {
+            keys.insert("target_modules".into(), plan.modules().map(|(name, _)| name).collect());
+            keys.remove("exclude_modules");
+        }
+        if self.config.layers_to_transform.is_some() {
+            keys.insert("target_modules".into(), plan.modules().map(|(name, _)| name).collect());
+            keys.remove("layers_to_transform");
+        }
+        let fixed = [
+            ("peft_type", json!("LORA")),
+            ("task_type", json!("CAUSAL_LM")),
+            ("base_model_name_or_path", json!(self.base.display().to_string())),
+            ("bias", json!("none")),
+            ("fan_in_fan_out", json!(false)),
+            ("inference_mode", json!(true)),
+            ("init_lora_weights", json!(true)),
+            ("lora_dropout", json!(0.0)),
+        ];
+        for (key, value) in fixed {
+            keys.insert(key.into(), value);
+        }
+        for (key, absent) in
+            [("rank_pattern", json!({})), ("alpha_pattern", json!({})), ("modules_to_save", Value::Null)]
+        {
+            keys.entry(key).or_insert(absent);
+        }
+        keys.sort_keys();
+        Value::Object(keys)
+    }
+}
+
+/// The keys of `adapter_config.json` that say what is computed and that lowkey knows.
+const KEYS: [&str; 10] = [
+    "target_modules",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+];
+
+/// Keys of PEFT that change what an adapter computes, each with the value that changes nothing. A file that has another is not
+/// understood here, and would compute something else in silence.
+fn refuse_unknown_arithmetic(keys: &Map<String, Value>) -> std::result::Result<(), String> {
+    let neutral = |key: &str, value: &Value| match key {
+        "bias" => value == "none",
+        "fan_in_fan_out" | "lora_bias" | "use_qalora" | "ensure_weight_tying" | "use_bdlora" | "monteclora_config" => {
+            !value.as_bool().unwrap_or(!value.is_null())
+        }
+        "layer_replication"
+        | "target_parameters"
+        | "trainable_token_indices"
+        | "alora_invocation_tokens"
+        | "layers_pattern"
+        | "megatron_config"
+        | "arrow_config" => {
+            value.is_null()
+                || value.as_array().is_some_and(Vec::is_empty)
+                || value.as_object().is_some_and(Map::is_empty)
+        }
+        _ => true,
+    };
+    match keys.iter().find(|(key, value)| !neutral(key, value)) {
+        Some((key, value)) => Err(format!("{key} = {}: not understood here", printable(&value.to_string()))),
+        None => Ok(()),
+    }
+}
+
+/// Names and shapes of the tensors that an adapter has.
+fn expected(plan: &AdapterPlan, tensors: &[TensorSpec]) -> BTreeMap<String, Vec<usize>> {
+    let mut expected = BTreeMap::new();
+    for TensorSpec { name, shape, .. } in tensors {
+        if plan.saves(name) {
+            expected.insert(name.clone(), shape.clone());
+        }
+        let module = name.strip_suffix(".weight");
+        let (Some(module), [d_out, d_in]) = (module, &shape[..]) else { continue };
+        let Some(low_rank) = plan.of(module) else { continue };
+        expected.insert(format!("{module}.lora_A.weight"), vec![low_rank.r, *d_in]);
+        expected.insert(format!("{module}.lora_B.weight"), vec![*d_out, low_rank.r]);
+        if low_rank.use_dora {
+            expected.insert(format!("{module}.lora_magnitude_vector"), vec![*d_out]);
+        }
+    }
+    expected
+}

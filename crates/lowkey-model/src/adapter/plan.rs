@@ -1,0 +1,217 @@
+//! Which maps of a model get an adapter, and what it is: PEFT's rules of matching, without its silences.
+
+use std::collections::BTreeMap;
+
+use regex::Regex;
+
+use super::config::{AdapterConfig, ByPattern, Modules};
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::tensor::{Role, TensorSpec};
+
+/// The adapter of one map.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LowRank {
+    /// Numbers between A and B.
+    pub r: usize,
+    /// s: α/r, or α/√r.
+    pub scale: f64,
+    /// Whether the lengths of the rows are trained, too.
+    pub use_dora: bool,
+}
+
+/// What [`AdapterConfig`] means for one model.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AdapterPlan {
+    /// Adapters by the name of their map, such as `model.layers.0.self_attn.kv_b_proj`.
+    adapters: BTreeMap<String, LowRank>,
+    /// Names of the tensors that are trained whole.
+    saved: Vec<String>,
+}
+
+impl AdapterPlan {
+    /// The adapter of the map of that name, where it has one.
+    pub fn of(&self, module: &str) -> Option<&LowRank> {
+        self.adapters.get(module)
+    }
+
+    /// The maps that have an adapter, by name.
+    pub fn modules(&self) -> impl Iterator<Item = (&str, &LowRank)> {
+        self.adapters.iter().map(|(name, low_rank)| (name.as_str(), low_rank))
+    }
+
+    /// Whether a tensor is trained: those of adapters, and those that are saved whole.
+    pub fn trains(&self, spec: &TensorSpec) -> bool {
+        spec.role.is_adapter() || self.saves(&spec.name)
+    }
+
+    /// Whether a tensor of the base is trained whole and saved with the adapter.
+    pub fn saves(&self, tensor: &str) -> bool {
+        self.saved.iter().any(|name| name == tensor)
+    }
+
+    /// Numbers that are trained, of a model with these tensors before it has adapters.
+    pub fn trained_numbers(&self, tensors: &[TensorSpec]) -> usize {
+        let numbers = |spec: &TensorSpec| -> usize {
+            let whole = if self.saves(&spec.name) { spec.shape.iter().product() } else { 0 };
+            match (self.of(module_of(&spec.name)), &spec.shape[..]) {
+                (Some(LowRank { r, use_dora, .. }), [d_out, d_in]) => {
+                    whole + r * (d_out + d_in) + if *use_dora { *d_out } else { 0 }
+                }
+                _ => whole,
+            }
+        };
+        tensors.iter().map(numbers).sum()
+    }
+}
+
+impl AdapterConfig {
+    /// What gets an adapter in a model of that configuration.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] for a name or pattern that fits nothing, and for values that no adapter can have.
+    pub fn plan(&self, model: &ModelConfig) -> Result<AdapterPlan> {
+        self.plan_for(&model.tensors())
+    }
+
+    /// [`AdapterConfig::plan`] for the tensors of a model.
+    pub(crate) fn plan_for(&self, tensors: &[TensorSpec]) -> Result<AdapterPlan> {
+        let is_map = |spec: &&TensorSpec| match spec.role {
+            Role::Matrix | Role::Residual | Role::Head => true,
+            Role::Embedding | Role::Norm | Role::Bias | Role::LoraA | Role::LoraB | Role::Magnitude => false,
+        };
+        let maps: Vec<(&str, &TensorSpec)> =
+            tensors.iter().filter(is_map).map(|spec| (module_of(&spec.name), spec)).collect();
+        let saved = self.saved(tensors)?;
+        let mut chosen = chosen("target_modules", &self.target_modules, &maps)?;
+        if let Some(excluded) = &self.exclude_modules {
+            let excluded = self::chosen("exclude_modules", excluded, &maps)?;
+            chosen.retain(|name| !excluded.contains(name));
+        }
+        if let Some(layers) = &self.layers_to_transform {
+            let there: Vec<usize> = maps.iter().filter_map(|(name, _)| layer_of(name)).collect();
+            if let Some(missing) = layers.each().iter().find(|layer| !there.contains(layer)) {
+                let count = there.iter().max().map_or(0, |last| last + 1);
+                return Err(Error::adapter("layers_to_transform", missing, format!("the model has {count} layers")));
+            }
+            chosen.retain(|name| layer_of(name).is_some_and(|layer| layers.each().contains(&layer)));
+        }
+        // What is trained whole needs no adapter.
+        chosen.retain(|name| !saved.iter().any(|tensor| module_of(tensor) == *name));
+        if chosen.is_empty() && saved.is_empty() {
+            return Err(Error::adapter("target_modules", "…", "no map is left that would get an adapter"));
+        }
+        let ranks = Patterns::new("rank_pattern", &self.rank_pattern, &chosen)?;
+        let alphas = Patterns::new("alpha_pattern", &self.alpha_pattern, &chosen)?;
+        let mut adapters = BTreeMap::new();
+        for name in chosen {
+            let (r, alpha) = (ranks.of(name).unwrap_or(self.r), alphas.of(name).unwrap_or(self.lora_alpha));
+            if r == 0 || r > 1 << 16 {
+                return Err(Error::adapter("r", &r, format!("of {name} must lie between 1 and {}", 1 << 16)));
+            }
+            if !(alpha.is_finite() && alpha > 0.0) {
+                return Err(Error::adapter("lora_alpha", &alpha, format!("of {name} must be a finite number > 0")));
+            }
+            let per = if self.use_rslora { (r as f64).sqrt() } else { r as f64 };
+            adapters.insert(name.to_string(), LowRank { r, scale: alpha / per, use_dora: self.use_dora });
+        }
+        Ok(AdapterPlan { adapters, saved })
+    }
+
+    /// The tensors that `modules_to_save` names.
+    fn saved(&self, tensors: &[TensorSpec]) -> Result<Vec<String>> {
+        let mut saved = Vec::new();
+        for end in self.modules_to_save.iter().flatten() {
+            let before = saved.len();
+            let of = |spec: &&TensorSpec| ends_with(module_of(&spec.name), end);
+            saved.extend(tensors.iter().filter(of).map(|spec| spec.name.clone()));
+            if saved.len() == before {
+                let tied = if ends_with("lm_head", end) { " (the output head is the embedding)" } else { "" };
+                return Err(Error::adapter("modules_to_save", end, format!("no part of the model ends so{tied}")));
+            }
+        }
+        saved.sort();
+        saved.dedup();
+        Ok(saved)
+    }
+}
+
+/// Numbers by pattern, each of which fits something.
+struct Patterns<T>(Vec<(Regex, T)>);
+
+impl<T: Copy> Patterns<T> {
+    fn new(key: &'static str, patterns: &ByPattern<T>, targets: &[&str]) -> Result<Self> {
+        let parsed = |(pattern, value): &(String, T)| {
+            let regex = regex(key, pattern, &format!(r"^(?:.*\.)?(?:{pattern})$"))?;
+            if !targets.iter().any(|name| regex.is_match(name)) {
+                return Err(Error::adapter(key, pattern, "fits no map that gets an adapter"));
+            }
+            Ok((regex, *value))
+        };
+        Ok(Self(patterns.0.iter().map(parsed).collect::<Result<_>>()?))
+    }
+
+    fn of(&self, name: &str) -> Option<T> {
+        self.0.iter().find(|(pattern, _)| pattern.is_match(name)).map(|(_, value)| *value)
+    }
+}
+
+/// The maps that a key names, in the model's order.
+fn chosen<'a>(key: &'static str, modules: &Modules, maps: &[(&'a str, &TensorSpec)]) -> Result<Vec<&'a str>> {
+    let names = |keep: &dyn Fn(&str, &TensorSpec) -> bool| -> Vec<&'a str> {
+        maps.iter().filter(|(name, spec)| keep(name, spec)).map(|(name, _)| *name).collect()
+    };
+    let inner = |spec: &TensorSpec| spec.role != Role::Head;
+    let text = match modules {
+        Modules::Ends(ends) => {
+            for end in ends {
+                if !maps.iter().any(|(name, _)| ends_with(name, end)) {
+                    return Err(nothing(key, end, maps));
+                }
+            }
+            return Ok(names(&|name, _| ends.iter().any(|end| ends_with(name, end))));
+        }
+        Modules::One(text) => text,
+    };
+    Ok(match text.to_ascii_lowercase().as_str() {
+        "all-linear" => names(&|_, spec| inner(spec)),
+        "vllm-safe" => names(&|name, spec| inner(spec) && !ends_with(name, "kv_b_proj")),
+        "everything" => names(&|_, _| true),
+        _ => {
+            let regex = regex(key, text, &format!("^(?:{text})$"))?;
+            let found = names(&|name, _| regex.is_match(name));
+            if found.is_empty() {
+                return Err(nothing(key, text, maps));
+            }
+            found
+        }
+    })
+}
+
+fn regex(key: &'static str, written: &str, pattern: &str) -> Result<Regex> {
+    /// Compiled, far more than names of tensors need.
+    const LARGEST: usize = 1 << 20;
+    let built = regex::RegexBuilder::new(pattern).size_limit(LARGEST).build();
+    built.map_err(|_| Error::adapter(key, written, "is no regular expression (look-around is not understood)"))
+}
+
+fn nothing(key: &'static str, written: &str, maps: &[(&str, &TensorSpec)]) -> Error {
+    let mut ends: Vec<&str> = maps.iter().filter_map(|(name, _)| name.rsplit('.').next()).collect();
+    ends.sort_unstable();
+    ends.dedup();
+    Error::adapter(key, written, format!("fits no map of the model; their names end in {}", ends.join(", ")))
+}
+
+/// Whether a name is `end`, or ends in it behind a dot.
+fn ends_with(name: &str, end: &str) -> bool {
+    name == end || name.strip_suffix(end).is_some_and(|rest| rest.ends_with('.'))
+}
+
+/// The module of a tensor: its name without the last part.
+pub(crate) fn module_of(tensor: &str) -> &str {
+    tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
+}
+
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+}
