@@ -1,5 +1,6 @@
 //! The decoder: embedding, pre-norm blocks, final norm, output head.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use burn::module::Module;
@@ -31,9 +32,9 @@ pub struct CausalLm {
     /// What its tensors are, in the order of the fields.
     #[module(skip)]
     pub(crate) tensors: Arc<[TensorSpec]>,
-    /// What its adapters were made from, where it has any.
+    /// What its adapters were made from, where it has any, and the directory of the model that they stand beside.
     #[module(skip)]
-    pub(crate) adapter: Option<Arc<AdapterConfig>>,
+    pub(crate) adapter: Option<Arc<(AdapterConfig, PathBuf)>>,
 }
 
 /// The part of a [`CausalLm`] below the output head.

@@ -270,8 +270,17 @@ fn listed(dir: &Path) -> BTreeSet<String> {
 /// Whether lowkey wrote this entry of a checkpoint, as far as its name tells.
 fn is_part(path: &Path, listed: &BTreeSet<String>) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let known = [CHECKSUMS, TRAINER, OPTIMIZER, "config.json", "generation_config.json", "tokenizer.json"];
-    let weights = name.starts_with("model") && (name.ends_with(".safetensors") || name.ends_with(".index.json"));
+    let known = [
+        CHECKSUMS,
+        TRAINER,
+        OPTIMIZER,
+        "config.json",
+        "adapter_config.json",
+        "generation_config.json",
+        "tokenizer.json",
+    ];
+    let weights = (name.starts_with("model") || name == "adapter_model.safetensors")
+        && (name.ends_with(".safetensors") || name.ends_with(".index.json"));
     // A folder is listed by the files in it.
     let folder = || listed.iter().any(|file| file.split_once('/').is_some_and(|(folder, _)| folder == name));
     path.symlink_metadata().is_ok_and(|found| match found.is_dir() {
@@ -365,7 +374,10 @@ fn write(
     optimizer: &Optimizer,
     state: &TrainerState,
 ) -> Result<()> {
-    model.save(dir, WeightDtype::F32, MAX_SHARD_BYTES)?;
+    match model.adapter() {
+        None => model.save(dir, WeightDtype::F32, MAX_SHARD_BYTES)?,
+        Some(_) => model.save_adapter(dir)?,
+    }
     if let Some(tokenizer) = tokenizer {
         tokenizer.save(dir)?;
     }

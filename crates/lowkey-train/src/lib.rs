@@ -48,6 +48,7 @@ pub mod checkpoint;
 mod error;
 pub mod evaluate;
 mod event;
+mod first_model;
 #[cfg(test)]
 mod fixtures;
 mod loss_scale;

@@ -38,7 +38,7 @@ impl Passes {
             steps: training.steps,
             seed: config.run.seed,
             tokens: training.batch_size as f64 * config.data.seq_len as f64,
-            per_token: model.pass_flops_per_token(config.data.seq_len) - 2.0 * config.frozen_weights(model) as f64,
+            per_token: model.pass_flops_per_token(config.data.seq_len) + config.flops_beside(model),
             z_loss: training.z_loss,
             distillation: training.distillation,
         }

@@ -1,5 +1,6 @@
 //! The run file: one TOML file is one whole run.
 
+mod adapter;
 mod check;
 mod history;
 mod load;
@@ -11,7 +12,7 @@ pub(crate) use check::at_least_one;
 pub use history::EarlierPlan;
 use lowkey_data::Packing;
 use lowkey_kernels::Precision;
-use lowkey_model::{Recompute, config::ModelSection, objective::Term};
+use lowkey_model::{Recompute, adapter::AdapterConfig, config::ModelSection, objective::Term};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +28,10 @@ pub struct RunConfig {
     /// A model to start from, for fine-tuning. It brings its own sizes, so that `[model]` must be left out. Absent: random weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init: Option<InitSection>,
+    /// Low-rank matrices that are trained beside the frozen ones of the model of `[init]`. The keys are PEFT's. Absent: the model itself
+    /// is trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterConfig>,
     /// The sizes of the model. The keys have the names that Hugging Face gives them. Needed unless `[init]` is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelSection>,
@@ -90,6 +95,10 @@ fn auto() -> String {
 pub struct InitSection {
     /// A Hugging Face model directory, such as a checkpoint. Weights, sizes and tokenizer are taken from it.
     pub from: PathBuf,
+    /// The directory of an adapter to go on with, in PEFT's form, such as a checkpoint of a run with `[adapter]`. It brings its own keys,
+    /// so that `[adapter]` must be left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<PathBuf>,
 }
 
 /// `[data]`: exactly one of `dataset` and `path`.

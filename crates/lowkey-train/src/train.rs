@@ -21,6 +21,7 @@ use crate::checkpoint::{self, Checkpoints, TrainerState};
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::event::{Event, Outcome, RunOptions};
+use crate::first_model::first_model;
 use crate::metrics::{Metrics, MetricsFile};
 use crate::optimizer::{Optimizer, global_norm};
 use crate::passes::Passes;
@@ -176,19 +177,7 @@ impl<'a> Run<'a> {
             check_tensors(config, &model_config, device)?;
         }
         let Some(device) = devices.first() else { unreachable!("a run has a device") };
-        let model = match (resume, &config.init) {
-            // The configuration comes from the run file both times: a decimal fraction need not survive config.json to
-            // the last bit.
-            (Some(dir), _) => CausalLm::load_with(dir, &model_config, device)?,
-            (None, Some(init)) => {
-                if checkpoint::has_checksums(&init.from) {
-                    checkpoint::verify(&init.from)?;
-                }
-                CausalLm::load_with(&init.from, &model_config, device)?
-            }
-            (None, None) => CausalLm::init(&model_config, config.run.seed, device),
-        };
-        let model = config.frozen(model)?;
+        let model = first_model(config, &model_config, resume, device)?;
         let mut state = state.unwrap_or_default();
         (state.data, state.held_out) = (data.checksum(), Some(data.held_checksum()));
         state.newest_is_best = data.held.is_empty();

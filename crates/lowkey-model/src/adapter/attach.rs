@@ -80,13 +80,15 @@ impl CausalLm {
         if let Some(failure) = failure {
             return Err(failure);
         }
-        model.adapter = Some(Arc::new(adapter.clone()));
+        // Absolute, so that an adapter finds its base from wherever it is opened.
+        let base = dir.canonicalize().map_err(|e| Error::io(dir, e))?;
+        model.adapter = Some(Arc::new((adapter.clone(), base)));
         Ok(model.with_trained(|spec| plan.trains(spec)))
     }
 
     /// The keys of its adapters, where it has any.
     pub fn adapter(&self) -> Option<&AdapterConfig> {
-        self.adapter.as_deref()
+        self.adapter.as_deref().map(|(adapter, _)| adapter)
     }
 
     /// The same function without adapters: each matrix with its adapter multiplied in. Itself where there is none.
@@ -124,14 +126,14 @@ impl CausalLm {
     ///
     /// # Errors
     /// [`Error::File`] where there is no adapter; otherwise as [`AdapterDir::write`].
-    pub fn save_adapter(&self, dir: &Path, base: &Path) -> Result<()> {
-        let Some(adapter) = self.adapter() else {
+    pub fn save_adapter(&self, dir: &Path) -> Result<()> {
+        let Some((adapter, base)) = self.adapter.as_deref() else {
             return Err(Error::file(dir, "the model has no adapter to be written here"));
         };
         let plan = adapter.plan(&self.config)?;
         let own = |name: &str, role: Role| role.is_adapter() || plan.saves(name);
         let parameters = self.parameters().into_iter().filter(|parameter| own(&parameter.name, parameter.role));
-        AdapterDir { config: adapter.clone(), path: dir.to_path_buf(), base: base.to_path_buf() }
+        AdapterDir { config: adapter.clone(), path: dir.to_path_buf(), base: base.clone() }
             .write(parameters.collect(), &plan)
     }
 }

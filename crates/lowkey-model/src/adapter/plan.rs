@@ -40,6 +40,15 @@ impl AdapterPlan {
         self.adapters.iter().map(|(name, low_rank)| (name.as_str(), low_rank))
     }
 
+    /// Numbers of the factors of all adapters, for a model with these tensors before it has adapters.
+    pub fn factor_numbers(&self, tensors: &[TensorSpec]) -> usize {
+        let of = |spec: &TensorSpec| match (self.of(module_of(&spec.name)), &spec.shape[..]) {
+            (Some(LowRank { r, .. }), [d_out, d_in]) => r * (d_out + d_in),
+            _ => 0,
+        };
+        tensors.iter().map(of).sum()
+    }
+
     /// Whether a tensor is trained: those of adapters, and those that are saved whole.
     pub fn trains(&self, spec: &TensorSpec) -> bool {
         spec.role.is_adapter() || self.saves(&spec.name)
@@ -48,20 +57,6 @@ impl AdapterPlan {
     /// Whether a tensor of the base is trained whole and saved with the adapter.
     pub fn saves(&self, tensor: &str) -> bool {
         self.saved.iter().any(|name| name == tensor)
-    }
-
-    /// Numbers that are trained, of a model with these tensors before it has adapters.
-    pub fn trained_numbers(&self, tensors: &[TensorSpec]) -> usize {
-        let numbers = |spec: &TensorSpec| -> usize {
-            let whole = if self.saves(&spec.name) { spec.shape.iter().product() } else { 0 };
-            match (self.of(module_of(&spec.name)), &spec.shape[..]) {
-                (Some(LowRank { r, use_dora, .. }), [d_out, d_in]) => {
-                    whole + r * (d_out + d_in) + if *use_dora { *d_out } else { 0 }
-                }
-                _ => whole,
-            }
-        };
-        tensors.iter().map(numbers).sum()
     }
 }
 

@@ -61,6 +61,7 @@ impl RunConfig {
             ));
         }
         self.trainable()?;
+        self.check_adapter()?;
         fraction("training.distillation", self.training.distillation)?;
         fraction("training.elastic_start", self.training.elastic_start)?;
         self.check_optimizer()?;

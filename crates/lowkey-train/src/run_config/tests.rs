@@ -343,5 +343,5 @@ fn what_is_trained_is_named_by_patterns_that_names_match() {
     assert_eq!(trained.len(), model().parameters().iter().filter(|p| p.name.ends_with("norm.weight")).count());
     // Every product with a weight loses the one that would give that weight's gradient.
     let all = model().config.matrix_weights();
-    assert_eq!(config.frozen_weights(&model().config), all);
+    assert_eq!(config.flops_beside(&model().config), -2.0 * all as f64);
 }

@@ -44,13 +44,25 @@ impl RunConfig {
         Ok(model.with_trained(|spec| patterns.iter().any(|pattern| pattern.matches(&spec.name))))
     }
 
-    /// Weights that a backward pass forms no gradient of: two operations less for each and token.
-    pub(crate) fn frozen_weights(&self, model: &ModelConfig) -> usize {
-        let Ok(Some(patterns)) = self.trainable() else { return 0 };
+    /// What a pass over one token costs more (or, negative, less) than one that trains all weights of the model: two operations less
+    /// for each that no gradient is formed of, six more for each number of an adapter's factors.
+    pub(crate) fn flops_beside(&self, model: &ModelConfig) -> f64 {
+        let tensors = model.tensors();
+        let (trained, added): (Box<dyn Fn(&TensorSpec) -> bool>, usize) =
+            match (self.trainable(), self.plan_adapter(model)) {
+                (_, Ok(Some(plan))) => {
+                    let added = plan.factor_numbers(&tensors);
+                    (Box::new(move |spec| plan.trains(spec)), added)
+                }
+                (Ok(Some(patterns)), _) => {
+                    (Box::new(move |spec| patterns.iter().any(|pattern| pattern.matches(&spec.name))), 0)
+                }
+                _ => return 0.0,
+            };
         let multiplied =
             |spec: &&TensorSpec| spec.role.is_matrix() && (spec.role != Role::Embedding || model.tie_word_embeddings);
-        let frozen = |spec: &&TensorSpec| !patterns.iter().any(|pattern| pattern.matches(&spec.name));
-        let tensors = model.tensors();
-        tensors.iter().filter(multiplied).filter(frozen).map(|spec| spec.shape.iter().product::<usize>()).sum()
+        let frozen = tensors.iter().filter(multiplied).filter(|spec| !trained(spec));
+        let frozen: usize = frozen.map(|spec| spec.shape.iter().product::<usize>()).sum();
+        6.0 * added as f64 - 2.0 * frozen as f64
     }
 }

@@ -1,3 +1,4 @@
+mod adapters;
 mod folders;
 mod going_on;
 

@@ -1,0 +1,59 @@
+//! Runs that train adapters beside a frozen model.
+
+use lowkey_model::{
+    ModelConfig,
+    adapter::{AdapterConfig, AdapterDir, AdapterPlan},
+};
+
+use super::{OptimizerKind, RunConfig};
+use crate::error::{Error, Result};
+
+impl RunConfig {
+    /// Refuses keys that do not go together with an adapter.
+    pub(super) fn check_adapter(&self) -> Result<()> {
+        let adapter = match (&self.adapter, self.init.as_ref().map(|init| &init.adapter)) {
+            (None, None | Some(None)) => return Ok(()),
+            (Some(_), Some(Some(dir))) => {
+                let why = "the adapter that is gone on with brings its own keys; leave [adapter] out";
+                return Err(Error::config("init.adapter", dir.display(), why));
+            }
+            (Some(_), None) => {
+                let why = "an adapter stands beside a model that is there; write [init] from = its directory";
+                return Err(Error::config("adapter", "{ … }", why));
+            }
+            (adapter, _) => adapter,
+        };
+        if self.training.trainable.is_some() {
+            let why = "with an adapter it alone is trained; leave the key out, or name what is trained as well in \
+                       adapter.modules_to_save";
+            return Err(Error::config("training.trainable", "[ … ]", why));
+        }
+        if self.optimizer.kind == OptimizerKind::Muon {
+            let why = "orthogonal updates are for whole matrices, not for the factors of an adapter; write \"adamw\"";
+            return Err(Error::config("optimizer.kind", "muon", why));
+        }
+        match adapter {
+            Some(adapter) if adapter.r == 0 => Err(Error::config("adapter.r", 0, "must be at least 1")),
+            _ => Ok(()),
+        }
+    }
+
+    /// The keys of the run's adapter: its own, or those of the adapter that it goes on with.
+    ///
+    /// # Errors
+    /// As [`AdapterDir::open`].
+    pub(crate) fn adapter_keys(&self) -> Result<Option<AdapterConfig>> {
+        match self.init.as_ref().and_then(|init| init.adapter.as_ref()) {
+            Some(dir) => Ok(Some(AdapterDir::open(dir)?.config)),
+            None => Ok(self.adapter.clone()),
+        }
+    }
+
+    /// What its adapter means for a model.
+    ///
+    /// # Errors
+    /// As [`AdapterConfig::plan`].
+    pub(crate) fn plan_adapter(&self, model: &ModelConfig) -> Result<Option<AdapterPlan>> {
+        Ok(self.adapter_keys()?.map(|adapter| adapter.plan(model)).transpose()?)
+    }
+}

@@ -1,0 +1,129 @@
+//! Runs that train adapters beside a frozen model.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use lowkey_model::{ModelDir, adapter::AdapterDir};
+
+use super::*;
+
+const ADAPTER: &str = "[adapter]\ntarget_modules = \"all-linear\"\nr = 3\nmodules_to_save = [\"norm\"]\n";
+
+/// A model that was trained for a while, and a run beside it on another text.
+fn beside(adapter: &str, init: &str) -> (TinyRun, PathBuf) {
+    let first = TinyRun::new();
+    first.train(&["training.steps=8", "eval.every=0"]).unwrap();
+    let base = first.checkpoint(8);
+    // The run's folder keeps the base: it ends with it.
+    let kept = base.to_path_buf();
+    let run = TinyRun::new();
+    let moved = run.dir.path().join("base");
+    copy(&kept, &moved);
+    std::fs::write(run.dir.path().join("text.txt"), text().replace("cat", "cow").replace("sees", "meets")).unwrap();
+    let file = std::fs::read_to_string(run.file()).unwrap();
+    let (head, rest) = file.split_once("[model]").unwrap();
+    let (_, tail) = rest.split_once("[data]").unwrap();
+    let from = moved.display().to_string();
+    std::fs::write(run.file(), format!("{head}[init]\nfrom = {from:?}\n{init}{adapter}[data]{tail}")).unwrap();
+    (run, moved)
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for name in names(from) {
+        std::fs::copy(from.join(&name), to.join(&name)).unwrap();
+    }
+}
+
+fn tensors(checkpoint: &Path) -> BTreeMap<String, Vec<f32>> {
+    let model = ModelDir::open(checkpoint).unwrap().load(&Device::flex()).unwrap();
+    let value = |tensor: burn::tensor::Tensor<1>| tensor.try_into_vec_as::<f32>().unwrap();
+    model.trained_parameters().into_iter().map(|parameter| (parameter.name, value(parameter.value))).collect()
+}
+
+#[test]
+fn an_adapter_learns_and_its_base_stays_as_it_was() {
+    for more in ["", "use_dora = true\n", "use_rslora = true\n"] {
+        let (run, base) = beside(&format!("{ADAPTER}{more}"), "");
+        let files = |dir: &Path| -> Vec<Vec<u8>> {
+            names(dir).iter().map(|name| std::fs::read(dir.join(name)).unwrap()).collect()
+        };
+        let before = files(&base);
+        let outcome = run.train(&["training.steps=24"]).unwrap();
+        assert!(files(&base) == before, "{more}: the base is another");
+        let losses: Vec<f64> = run.metrics().into_iter().filter_map(|m| m.val_loss).collect();
+        assert!(losses.last() < losses.first(), "{more}: {losses:?}");
+        let step = run.checkpoint(24);
+        assert_eq!(
+            names(&step)
+                .into_iter()
+                .filter(|name| name.contains("model") || name.contains("config"))
+                .collect::<Vec<_>>(),
+            ["adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer_config.json"],
+            "{more}"
+        );
+        let found = tensors(&step);
+        let moved = |name: &str, values: &Vec<f32>| !name.contains("lora_B") || values.iter().any(|x| *x != 0.0);
+        assert!(found.iter().all(|(name, values)| moved(name, values)), "{more}: a B stands still");
+        assert!(found.contains_key("model.norm.weight"), "{more}");
+        assert_eq!(found.keys().any(|name| name.contains("magnitude")), more.contains("dora"));
+        // The optimiser remembers what is trained and nothing else.
+        let state = std::fs::read(step.join("trainer.safetensors")).unwrap();
+        let state = safetensors::SafeTensors::deserialize(&state).unwrap();
+        assert_eq!(state.names().len(), 2 * found.len());
+        // What is measured again is what the run measured.
+        let again = ModelDir::open(&step).unwrap();
+        assert_eq!(again.adapter().map(|adapter| adapter.config.r), Some(3));
+        assert!(outcome.evaluation.is_some());
+    }
+}
+
+#[test]
+fn an_interrupted_adapter_goes_on_to_the_same_bits() {
+    let (unbroken, _) = beside(ADAPTER, "");
+    unbroken.train(&[]).unwrap();
+    let (mut run, _) = beside(ADAPTER, "");
+    for stop in [5, 16, 21] {
+        let interrupt = AtomicBool::new(false);
+        run.watch(&[], &interrupt, &mut |event| {
+            if matches!(event, Event::Step(metrics) if metrics.step == stop) {
+                interrupt.store(true, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+        run = run.resumed();
+    }
+    run.train(&[]).unwrap();
+    for file in ["adapter_model.safetensors", "trainer.safetensors"] {
+        let read = |run: &TinyRun| std::fs::read(run.checkpoint(STEPS).join(file)).unwrap();
+        assert!(read(&run) == read(&unbroken), "{file} differs");
+    }
+}
+
+#[test]
+fn another_run_goes_on_with_an_adapter_and_what_does_not_go_together_is_refused() {
+    let (first, base) = beside(ADAPTER, "");
+    first.train(&["training.steps=8"]).unwrap();
+    let adapter = first.checkpoint(8);
+    let init = format!("adapter = {:?}\n", adapter.display().to_string());
+    let (second, _) = beside("", &init);
+    second.train(&["training.steps=8", "eval.every=0"]).unwrap();
+    let (before, after) = (tensors(&adapter), AdapterDir::open(&second.checkpoint(8)).unwrap());
+    assert_eq!(after.config, AdapterDir::open(&adapter).unwrap().config);
+    assert_ne!(tensors(&second.checkpoint(8)), before);
+    drop(base);
+
+    let refused = |adapter: &str, init: &str, overrides: &[&str]| {
+        let (run, _) = beside(adapter, init);
+        let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_string()).collect();
+        match RunConfig::load(&run.file(), &overrides) {
+            Err(e) => e.to_string(),
+            Ok(_) => message(run.train(&overrides.iter().map(String::as_str).collect::<Vec<_>>())),
+        }
+    };
+    assert!(refused(ADAPTER, &init, &[]).contains("init.adapter"));
+    assert!(refused(ADAPTER, "", &["optimizer.kind=muon"]).contains("optimizer.kind"));
+    assert!(refused(ADAPTER, "", &["training.trainable=[\"*norm*\"]"]).contains("training.trainable"));
+    let unknown = "[adapter]\ntarget_modules = [\"k_proj\"]\n";
+    assert!(refused(unknown, "", &[]).contains("their names end in"), "{}", refused(unknown, "", &[]));
+}
