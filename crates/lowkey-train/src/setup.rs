@@ -270,6 +270,7 @@ fn resolve_model(config: &RunConfig, init: Option<&ModelDir>, vocab: usize) -> R
         };
         return Err(Error::config("data.seq_len", seq_len, why));
     }
+    notes.extend(config.without_effect(!model.elastic_ranks().is_empty()));
     Ok((model, notes))
 }
 
