@@ -46,6 +46,10 @@ pub(crate) fn attentions<'a>(model: &'a CausalLm, what: &'static str) -> Result<
         let why = format!("{} attention has no latent; only MLA models do", model.config.attention_name());
         Error::Unsupported { what, why }
     };
+    if model.config.attention().latent().is_some() && !model.config.attention().fuses() {
+        let why = "what reads its latents is not a matter of weights alone".to_owned();
+        return Err(Error::Unsupported { what, why });
+    }
     model.model.layers.iter().map(|block| block.self_attn.latent().ok_or_else(none)).collect()
 }
 

@@ -233,6 +233,20 @@ fn main_revision() -> String {
     "main".to_owned()
 }
 
+/// Whether a folder can have this name on any system: other letters are spelt in more than one way, and systems disagree on which
+/// spellings are the same.
+fn is_folder_name(name: &str) -> bool {
+    /// So that what is made of the name is one, too.
+    const LONGEST: usize = 200;
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let stem = name.split('.').next().unwrap_or_default().to_ascii_uppercase();
+    let numbered =
+        |kind: &str| stem.strip_prefix(kind).is_some_and(|n| n.len() == 1 && n.chars().all(|c| c.is_ascii_digit()));
+    let device = ["CON", "PRN", "AUX", "NUL"].contains(&stem.as_str()) || numbered("COM") || numbered("LPT");
+    let ends = name.starts_with('.') || name.ends_with('.');
+    !name.is_empty() && name.len() <= LONGEST && name.chars().all(plain) && !ends && !device
+}
+
 impl DatasetConfig {
     /// Reads and checks a dataset file.
     pub fn load(path: &Path) -> Result<Self> {
@@ -241,12 +255,10 @@ impl DatasetConfig {
             .map_err(|e| Error::Config { path: path.to_path_buf(), message: e.to_string().trim_end().to_owned() })?;
         config.base = path.parent().unwrap_or(Path::new("")).to_path_buf();
         config.origin = path.to_path_buf();
-        let plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if !config.name.chars().all(plain) || config.name.is_empty() || config.name.starts_with('.') {
-            let name = &config.name;
-            return Err(
-                config.error(format!("name = {name:?} must be a folder name of letters, digits, '-', '_' and '.'"))
-            );
+        if !is_folder_name(&config.name) {
+            let why = "must be a folder name of letters, digits, '-', '_' and '.', and one on every system: letters from a to z, \
+                       no '.' at either end, 200 of them at most, and none that Windows gives to a device";
+            return Err(config.error(format!("name = {:?} {why}", config.name)));
         }
         config.check()?;
         Ok(config)

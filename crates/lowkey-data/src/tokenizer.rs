@@ -15,6 +15,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use lowkey_files::companions::{self, COMPANIONS, Companion};
 use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -34,8 +35,8 @@ pub const END_OF_TEXT: &str = "<|endoftext|>";
 /// Names under which a `tokenizer.json` that comes without a configuration may declare its end-of-document token.
 const KNOWN_ENDS: [&str; 4] = [END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"];
 
-/// Files beside `tokenizer.json` that a fine-tuned model must carry on: chat template, names of special tokens.
-const COMPANIONS: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+/// What `tokenizer.json` means: its special tokens, and whether documents had them around them.
+const CONFIG: &str = "tokenizer_config.json";
 
 /// Bytes of text that are encoded at a time. An encoding takes some hundred times the room of its text.
 const AT_ONCE: usize = 8 << 20;
@@ -149,16 +150,16 @@ impl Tokenizer {
     pub fn from_model_dir(dir: &Path) -> Result<Self> {
         let mut tokenizer = Self::from_file(&dir.join("tokenizer.json"))?;
         let mut companions = Vec::new();
-        for name in COMPANIONS {
+        for Companion { name, .. } in COMPANIONS.iter().filter(|companion| companion.of_tokenizer) {
             let path = dir.join(name);
             // What is there and is no file is refused.
             if path.symlink_metadata().is_ok() {
                 let text = read_text(&path)?;
-                companions.push((name.to_owned(), text));
+                companions.push(((*name).to_owned(), text));
             }
         }
         tokenizer.companions = companions.into();
-        for name in [COMPANIONS[0], "generation_config.json", "config.json"] {
+        for name in [CONFIG, "generation_config.json", "config.json"] {
             let path = dir.join(name);
             if path.symlink_metadata().is_err() {
                 continue;
@@ -166,7 +167,7 @@ impl Tokenizer {
             let text = read_text(&path)?;
             let config: Value = serde_json::from_str(&text)
                 .map_err(|e| Error::tokenizer(path.display().to_string(), format!("not valid JSON: {e}")))?;
-            if name == COMPANIONS[0] {
+            if name == CONFIG {
                 let id = |key: &str| named(&config, key).and_then(|token| tokenizer.token_to_id(token));
                 tokenizer.around = tokenizer.around.clone().configured(&config, id);
                 tokenizer.special = config.get(RECORD).and_then(Value::as_bool);
@@ -465,20 +466,20 @@ impl Tokenizer {
     pub fn save(&self, dir: &Path) -> Result<()> {
         lowkey_files::write::create_dir(dir)?;
         write_atomically(&dir.join("tokenizer.json"), self.json.as_bytes())?;
-        for (name, text) in self.companions.iter().filter(|(name, _)| name != COMPANIONS[0]) {
+        for (name, text) in self.companions.iter().filter(|(name, _)| name != CONFIG) {
             write_atomically(&dir.join(name), text.as_bytes())?;
         }
-        write_atomically(&dir.join(COMPANIONS[0]), self.config_json()?.as_bytes())
+        write_atomically(&dir.join(CONFIG), self.config_json()?.as_bytes())
     }
 
     /// `tokenizer_config.json`: the one that came with the tokenizer, if it names our end-of-document token and says whether
     /// documents had special tokens around them (where it can have any, and this is known), else one made to say so.
     fn config_json(&self) -> Result<String> {
         let record = if self.around.is_empty() { None } else { self.special };
-        let given = self.companions.iter().find(|(name, _)| name == COMPANIONS[0]);
+        let given = self.companions.iter().find(|(name, _)| name == CONFIG);
         let mut config = match given {
             Some((_, text)) => {
-                let config: Value = serde_json::from_str(text).map_err(|e| Error::tokenizer(COMPANIONS[0], e))?;
+                let config: Value = serde_json::from_str(text).map_err(|e| Error::tokenizer(CONFIG, e))?;
                 let recorded = record.is_none() || config.get(RECORD).and_then(Value::as_bool) == record;
                 if recorded && (self.eos.is_none() || self.declared_eos(&config) == self.eos) {
                     return Ok(text.clone());
@@ -568,12 +569,13 @@ fn guarded<T, E: fmt::Display>(origin: &str, run: impl FnOnce() -> std::result::
     }
 }
 
-/// Bytes of a file of a tokenizer at most. The largest published ones have some forty megabytes.
+/// Bytes of a file that is none of a model's companions, at most.
 const LARGEST_FILE: u64 = 1 << 30;
 
 /// The text of a regular file.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
-    Ok(lowkey_files::read_text(path, LARGEST_FILE)?)
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    Ok(lowkey_files::read_text(path, companions::largest(&name).unwrap_or(LARGEST_FILE))?)
 }
 
 /// A text as it is, or in parts where it is longer than `most` bytes.

@@ -273,15 +273,15 @@ fn absorb(dir: &Path, source: &CausalLm, model: &mut CausalLm, device: &Device) 
     Ok(evidence)
 }
 
-/// Multiplies out the attention of every layer that has a latent: products in f64, rounded once to the model's format. `None` for
-/// other layers.
+/// Multiplies out the attention of every layer that [fuses](lowkey_model::attention::AttentionConfig::fuses): products in f64, rounded
+/// once to the model's format. `None` for other layers.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for a layer without a query projection, [`Error::Device`] where a product cannot be read back.
 pub fn fused_layers(model: &CausalLm, device: &Device) -> Result<Vec<Option<FusedMla>>> {
     let blocks = model.model.layers.iter().enumerate();
     let each = blocks.map(|(i, block)| {
-        let Some(mla) = block.self_attn.latent() else { return Ok(None) };
+        let Some(mla) = block.self_attn.latent().filter(|_| model.config.attention().fuses()) else { return Ok(None) };
         let (dtype, shapes) = (mla.o_proj.dtype(), mla.fused_shapes());
         let [query, output] = products::fuse(i, mla)?;
         let tensor = |exact: Exact, shape: [usize; 2]| {

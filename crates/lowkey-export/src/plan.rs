@@ -68,8 +68,8 @@ pub struct LayerPlan {
     pub form: LayerForm,
     /// Whether that was asked for rather than chosen.
     pub forced: bool,
-    /// Expanded, absorbed, fused.
-    pub costs: [FormCost; 3],
+    /// Of the forms that the attention has: expanded, absorbed, fused.
+    pub costs: Vec<FormCost>,
 }
 
 /// How the plan counts.
@@ -88,29 +88,38 @@ pub struct PlanSettings {
 /// latent, or d), and L < V·d/(d−V) on the side of the output: roughly where the latent is no wider than a head.
 ///
 /// # Errors
-/// [`Error::Unsupported`] where the attention has no latent.
+/// [`Error::Unsupported`] where the attention has no latent, or not the form that is asked for.
 pub fn plan(config: &ModelConfig, settings: PlanSettings, forced: Option<LayerForm>) -> Result<Vec<LayerPlan>> {
     latent_attention(config)?;
     // What is exported reads whole latents.
     let DecodeCosts { expanded, absorbed, fused } = config.decode_costs(0, settings.context);
-    let costs = [
-        (LayerForm::Expanded, expanded),
-        (LayerForm::Absorbed, absorbed.unwrap_or(expanded)),
-        (LayerForm::Fused, fused.unwrap_or(expanded)),
-    ]
-    .map(|(form, cost)| FormCost {
-        form,
-        weights: cost.weights as u64,
-        bytes_per_token: ((cost.weights + cost.cached + cost.rebuilt) * settings.bytes_per_number) as u64,
-        flops_per_token: 2 * cost.products as u64,
-    });
-    // Ties go to the form that a reader of the checkpoint has to do least for: absorbed needs no file of its own.
-    let order = [costs[1], costs[2], costs[0]];
-    let cheapest =
-        order.into_iter().min_by_key(|cost| (cost.bytes_per_token, cost.flops_per_token)).unwrap_or(costs[1]);
-    let form = forced.unwrap_or(cheapest.form);
-    let layer = |layer| LayerPlan { layer, form, forced: forced.is_some(), costs };
+    let costs =
+        [(LayerForm::Expanded, Some(expanded)), (LayerForm::Absorbed, absorbed), (LayerForm::Fused, fused)].into_iter();
+    let costs: Vec<FormCost> = costs
+        .filter_map(|(form, cost)| {
+            let cost = cost?;
+            Some(FormCost {
+                form,
+                weights: cost.weights as u64,
+                bytes_per_token: ((cost.weights + cost.cached + cost.rebuilt) * settings.bytes_per_number) as u64,
+                flops_per_token: 2 * cost.products as u64,
+            })
+        })
+        .collect();
+    let form = form(&costs, forced).ok_or_else(|| {
+        Error::unsupported("this form", format!("{} attention does not have it", config.attention_name()))
+    })?;
+    let layer = |layer| LayerPlan { layer, form, forced: forced.is_some(), costs: costs.clone() };
     Ok((0..config.layers.len()).map(layer).collect())
+}
+
+/// The form that is asked for, or the cheapest; `None` where it is none of those that there are.
+fn form(costs: &[FormCost], forced: Option<LayerForm>) -> Option<LayerForm> {
+    // Ties go to the form that a reader of the checkpoint has to do least for: absorbed needs no file of its own.
+    let order = [LayerForm::Absorbed, LayerForm::Fused, LayerForm::Expanded].into_iter();
+    let order = order.filter(|form| forced.is_none_or(|forced| forced == *form));
+    let there = order.filter_map(|form| costs.iter().find(|cost| cost.form == form));
+    there.min_by_key(|cost| (cost.bytes_per_token, cost.flops_per_token)).map(|cost| cost.form)
 }
 
 /// The sizes of a Multi-head Latent Attention, or why there is nothing to absorb.
@@ -132,5 +141,24 @@ pub(crate) fn latent_attention(config: &ModelConfig) -> Result<&MlaConfig> {
                 format!("{} attention: {why}", config.attention_name()),
             ))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_form_that_an_attention_does_not_have_is_neither_chosen_nor_forced() {
+        let cost = |form, bytes_per_token| FormCost { form, weights: 1, bytes_per_token, flops_per_token: 1 };
+        let all = [cost(LayerForm::Expanded, 9), cost(LayerForm::Absorbed, 5), cost(LayerForm::Fused, 4)];
+        assert_eq!(form(&all, None), Some(LayerForm::Fused));
+        assert_eq!(form(&all, Some(LayerForm::Expanded)), Some(LayerForm::Expanded));
+        let unfused = &all[..2];
+        assert_eq!(form(unfused, None), Some(LayerForm::Absorbed));
+        assert_eq!(form(unfused, Some(LayerForm::Fused)), None);
+        // Equal ones: what needs no file of its own.
+        let equal = [LayerForm::Expanded, LayerForm::Absorbed, LayerForm::Fused].map(|form| cost(form, 5));
+        assert_eq!(form(&equal, None), Some(LayerForm::Absorbed));
     }
 }

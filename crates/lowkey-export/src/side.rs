@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use half::{bf16, f16};
-use lowkey_model::{CausalLm, Parameter, checkpoint::WeightDtype};
+use lowkey_model::{CausalLm, Parameter, attention::FACTORS, checkpoint::WeightDtype};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
@@ -44,10 +44,9 @@ const MADE_FROM: &str = "lowkey.made_from";
 /// # Errors
 /// [`Error::Device`] where a tensor cannot be read back.
 pub(crate) fn made_from(model: &CausalLm, dtype: WeightDtype) -> Result<String> {
-    let projections = ["q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "o_proj.weight"];
     let mut hash = Sha256::new();
     for Parameter { name, shape, value, .. } in model.parameters() {
-        if !projections.iter().any(|end| name.ends_with(&format!(".self_attn.{end}"))) {
+        if !FACTORS.iter().any(|factor| name.ends_with(&format!(".self_attn.{factor}.weight"))) {
             continue;
         }
         hash.update(format!("{name} {shape:?}\n"));

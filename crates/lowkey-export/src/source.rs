@@ -71,19 +71,16 @@ pub fn canonical(model: &CausalLm) -> Result<CausalLm> {
         }
     }
     for mla in model.config.latents_mut() {
-        mla.latent_scale = false;
+        *mla = mla.folded();
     }
     if model.config.family == Family::Lowkey {
         model.config.family = model.config.natural_family();
     }
     if model.config.family == Family::Lowkey {
         let why = match model.config.attention() {
-            AttentionConfig::Mla(mla) if model.config.mlp().bias && !mla.rope_interleave => {
-                "no transformers class with latents has biases in its feed-forward layers and rotates halves"
-            }
-            AttentionConfig::Mla(_) => {
-                "qk_rope_head_dim = 0, which transformers reads as \"not given\"; train with at least 2 rotated dimensions"
-            }
+            AttentionConfig::Mla(mla) => mla.beyond_deepseek().unwrap_or(
+                "no transformers class with latents has biases in its feed-forward layers and rotates halves",
+            ),
             AttentionConfig::Grouped(_) => {
                 "no transformers class has this combination of partial_rotary_factor, qk_norm and biases; rotate the \
                  whole head, and have biases as Llama, Qwen2 or Qwen3 do"

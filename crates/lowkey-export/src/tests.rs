@@ -464,6 +464,11 @@ fn what_forbids_a_form_is_named() {
     assert_eq!(verdict(&folder.file("gguf"), Some(&source)).failures, [""; 0]);
     let partial = random_model(&grouped(false, 2), 1);
     assert!(canonical(&partial).unwrap_err().to_string().contains("partial_rotary_factor"));
+    let both = random_model(&config_with(|_, m| (m.latent_scale, m.qk_rope_head_dim) = (true, 0)), 1);
+    assert!(
+        canonical(&both).unwrap_err().to_string().contains("qk_rope_head_dim"),
+        "what cannot be folded is the reason"
+    );
     let none = random_model(&config_with(|_, m| m.qk_rope_head_dim = 0), 1);
     assert!(canonical(&none).unwrap_err().to_string().contains("qk_rope_head_dim"));
 }
@@ -482,7 +487,7 @@ fn the_plan_fuses_below_the_width_of_a_head() {
     // 16·64/(64−16) = 21.3
     assert!(at(21).iter().all(|layer| layer.form == LayerForm::Fused && !layer.forced));
     assert!(at(22).iter().all(|layer| layer.form == LayerForm::Absorbed));
-    let [expanded, absorbed, fused] = at(21)[0].costs;
+    let [expanded, absorbed, fused] = at(21)[0].costs[..] else { panic!("three forms") };
     // d(L+R) + d·H(N+R) + L·H(N+V) + H·V·d, and with the products d(L+R) + d·H(L+R) + H·L·d.
     assert_eq!(absorbed.weights, 64 * 27 + 64 * 4 * 22 + 21 * 4 * 32 + 4 * 16 * 64);
     assert_eq!(fused.weights, 64 * 27 + 64 * 4 * 27 + 4 * 21 * 64);

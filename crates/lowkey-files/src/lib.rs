@@ -37,6 +37,7 @@
 //! # }
 //! ```
 
+pub mod companions;
 mod error;
 pub mod hash;
 pub mod lock;

@@ -67,8 +67,9 @@ impl Decoder {
         }
         for (i, (fused, block)) in layers.iter().zip(blocks).enumerate() {
             let Some(fused) = fused else { continue };
-            let Some(mla) = block.self_attn.latent() else {
-                return refuse(format!("layer {i} has no latent attention"));
+            let fuses = self.model.config.attention().fuses();
+            let Some(mla) = block.self_attn.latent().filter(|_| fuses) else {
+                return refuse(format!("layer {i} has no latent attention that can be fused"));
             };
             let (expected, dtype) = (mla.fused_shapes(), mla.o_proj.dtype());
             for (name, weight, expected) in
@@ -277,10 +278,10 @@ pub(crate) fn check_tokens(model: &CausalLm, rows: &[&[u32]]) -> Result<()> {
     Ok(())
 }
 
-/// The fused form needs weights for at least one layer of latent attention. Other kinds of attention have only one form.
+/// The fused form needs weights for at least one layer that can have them. Other kinds of attention have no such form.
 pub(crate) fn check_form(model: &CausalLm, form: Form, fused: &[Option<FusedMla>]) -> Result<()> {
-    let latent = model.model.layers.iter().any(|block| block.self_attn.latent().is_some());
-    if form == Form::Fused && latent && !fused.iter().any(Option::is_some) {
+    let fuses = model.config.layers.iter().any(|layer| layer.attention.fuses());
+    if form == Form::Fused && fuses && !fused.iter().any(Option::is_some) {
         return Err(Error::NoFused);
     }
     Ok(())

@@ -13,7 +13,7 @@ use lowkey_kernels::add_linear;
 
 pub(crate) use config::AttentionSizes;
 pub use config::{AttentionConfig, CacheBuffer};
-pub use fused::FusedMla;
+pub use fused::{FACTORS, FusedMla};
 pub use grouped::{Grouped, GroupedConfig, GroupedDims};
 pub use lowkey_kernels::MlaDims;
 pub use lowkey_kernels::cache::{Mask, Stored};

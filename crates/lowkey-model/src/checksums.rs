@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use lowkey_files::{hash::sha256, is_plain_name, mark::MARK, printable, read_text, write_json};
+use lowkey_files::{companions, hash::sha256, is_plain_name, mark::MARK, printable, read_text, write_json};
 
 use crate::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter};
 use crate::checkpoint::weight_files;
@@ -80,7 +80,9 @@ pub fn verify(dir: &Path) -> Result<()> {
 
 /// Whether some reader of model directories takes a file of this name into account.
 fn is_loaded(name: &str) -> bool {
-    [".json", ".safetensors", ".jinja", ".model", ".bin"].iter().any(|end| name.ends_with(end))
+    // Vocabularies end in `.txt`, and so do a user's notes.
+    let end = [".json", ".safetensors", ".jinja", ".model", ".bin"].iter().any(|end| name.ends_with(end));
+    end || companions::largest(name).is_some()
 }
 
 fn name_of(path: &Path) -> String {

@@ -232,16 +232,18 @@ impl ModelSection {
         let need = |key: &'static str, value: Option<usize>| {
             value.ok_or_else(|| Error::MissingKey { key, why: "attention = \"mla\" needs it".into() })
         };
+        let rank = need("kv_lora_rank", self.kv_lora_rank)?;
+        let heads = [
+            need("qk_nope_head_dim", self.qk_nope_head_dim)?,
+            need("qk_rope_head_dim", self.qk_rope_head_dim)?,
+            need("v_head_dim", self.v_head_dim)?,
+        ];
         let mla = MlaConfig {
             q_lora_rank: self.q_lora_rank,
-            kv_lora_rank: need("kv_lora_rank", self.kv_lora_rank)?,
-            qk_nope_head_dim: need("qk_nope_head_dim", self.qk_nope_head_dim)?,
-            qk_rope_head_dim: need("qk_rope_head_dim", self.qk_rope_head_dim)?,
-            v_head_dim: need("v_head_dim", self.v_head_dim)?,
             attention_bias: self.attention_bias,
             latent_scale: self.latent_scale,
             rope_interleave: self.rope_interleave,
-            kv_cache_rank: None,
+            ..MlaConfig::deepseek(rank, heads)
         };
         let unused = [
             ("num_key_value_heads", self.num_key_value_heads.is_some()),

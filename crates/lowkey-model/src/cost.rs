@@ -113,7 +113,7 @@ impl ModelConfig {
     }
 
     /// Estimated peak bytes of f32 training on `threads` threads, as the system counts them: `micro_batch` sequences of `seq` a pass,
-    /// and `evaluated` sequences that each thread evaluates at a time.
+    /// and `evaluated` sequences that each thread evaluates at a time. `terms` is the most that a step of the run minimises.
     ///
     /// The process; weights and two moments; and the most of three that follow on each other, so that the memory of one is used by
     /// the next: what layers keep for the backward pass of a micro-batch, the gradients of each thread with their sum and the
@@ -127,6 +127,7 @@ impl ModelConfig {
         threads: usize,
         recompute: Recompute,
         evaluated: usize,
+        terms: usize,
     ) -> usize {
         const MIB: f64 = (1u64 << 20) as f64;
         const PROCESS: f64 = 48.0 * MIB;
@@ -136,7 +137,7 @@ impl ModelConfig {
         const STATE: f64 = 2.5;
         /// Of the parameters, for each thread that computes gradients.
         const GRADIENTS: f64 = 3.0;
-        /// More of them where narrower ranks are trained, too, and the gradients of several passes meet.
+        /// More of them where a step has several terms, and the gradients of their passes meet.
         const PASSES: f64 = 1.5;
         const KEPT: f64 = 1.5;
         const EVALUATED: f64 = 3.0;
@@ -155,7 +156,7 @@ impl ModelConfig {
         let parameters = 4.0 * self.parameter_count().total as f64;
         let activations = 4.0 * micro_batch as f64 * seq as f64 * (kept + passing) as f64;
         let evaluation = 4.0 * threads * evaluated as f64 * seq as f64 * passing as f64;
-        let passes = if self.elastic_ranks().is_empty() { 0.0 } else { PASSES * (computing + 1.0) };
+        let passes = if terms > 1 { PASSES * (computing + 1.0) } else { 0.0 };
         let most = (KEPT * activations).max(GRADIENTS * computing * parameters).max(EVALUATED * evaluation);
         // What is more than a machine can address becomes the largest number there is.
         (PROCESS + THREAD * threads + (STATE + passes) * parameters + most) as usize

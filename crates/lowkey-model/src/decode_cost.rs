@@ -24,7 +24,7 @@ pub struct DecodeCosts {
     pub expanded: AttentionCost,
     /// MLA with queries mapped into the latent space.
     pub absorbed: Option<AttentionCost>,
-    /// MLA with W_UKᵀ·W_UQ and W_O·W_UV multiplied out.
+    /// MLA with W_UKᵀ·W_UQ and W_O·W_UV multiplied out, where they can be.
     pub fused: Option<AttentionCost>,
 }
 

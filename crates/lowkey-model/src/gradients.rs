@@ -40,6 +40,13 @@ fn plain(loss: LossSum) -> LossSum {
     LossSum { nats: loss.nats.without_autodiff(), z_loss: loss.z_loss.without_autodiff(), targets: loss.targets }
 }
 
+/// Gradients of `nats · scale`; none where nothing that is trained has part in it. A graph needs a leaf, without which going back
+/// through it panics: a term need not reach the few tensors that a run trains.
+fn gradients_of(nats: Tensor<1>, scale: f64) -> Gradients {
+    let leaf = nats.clone().detach().zeros_like().require_grad();
+    (nats * scale + leaf).backward()
+}
+
 /// Gradients of a module's trained parameters in its order, flattened.
 struct TakeGradients<'a> {
     gradients: &'a mut Gradients,
@@ -102,7 +109,7 @@ impl CausalLm {
         let hidden = self.last_hidden(batch, pass.term.kv_rank(), device, None);
         let seen = hidden.clone().detach();
         let loss = self.loss_of_term(pass.term, hidden, batch, pass.teacher);
-        let mut gradients = (loss.nats.clone() * pass.scale).backward();
+        let mut gradients = gradients_of(loss.nats.clone(), pass.scale);
         (plain(loss), seen, take(self, &mut gradients))
     }
 
@@ -133,7 +140,7 @@ impl CausalLm {
         let hidden = self.model.norm.forward(x.clone()).reshape([rows * seq_len, self.config.hidden_size]);
         let seen = hidden.clone().detach();
         let loss = self.loss_of_term(pass.term, hidden, batch, pass.teacher);
-        let mut gradients = (loss.nats.clone() * pass.scale).backward();
+        let mut gradients = gradients_of(loss.nats.clone(), pass.scale);
         let loss = plain(loss);
         let mut pull = pulled(x, &mut gradients);
         let (norm, head) = (take(&self.model.norm, &mut gradients), take(&self.lm_head, &mut gradients));
@@ -296,6 +303,49 @@ mod tests {
                     assert_eq!(found.into_iter().map(values).collect::<Vec<_>>(), expected, "{kind}, {recompute:?}");
                 }
             }
+        }
+    }
+
+    /// What is trained may have no part in a term at all: it then has gradients of zero.
+    #[test]
+    fn a_term_that_reaches_nothing_that_is_trained_gives_zeros() {
+        let device = Device::flex().autodiff();
+        let config = fixtures::config(crate::attention::AttentionConfig::Mla(fixtures::mla()));
+        let model = scrambled(&config, 4, &device).with_trained(|spec| spec.name == "lm_head.weight");
+        let mut gradients = gradients_of(Tensor::<1>::ones([1], &device), 0.5);
+        let taken = model.take_gradients(&mut gradients);
+        assert_eq!(taken.len(), model.trained_parameters().len());
+        assert!(taken.into_iter().flat_map(values).all(|x| x == 0.0));
+        // One that reaches it gives the gradient itself, factor and all.
+        let table = model.head_weight();
+        let [rows, width] = table.dims();
+        let mut gradients = gradients_of(table.sum() * 3.0, 0.5);
+        let taken: Vec<f32> = model.take_gradients(&mut gradients).into_iter().flat_map(values).collect();
+        assert_eq!(taken, vec![1.5; rows * width]);
+    }
+
+    #[test]
+    fn the_head_alone_is_trained_by_every_term_however_it_is_computed() {
+        let device = Device::flex().autodiff();
+        let config = fixtures::config(crate::attention::AttentionConfig::Mla(fixtures::mla()));
+        let model = scrambled(&config, 4, &device).with_trained(|spec| spec.name == "lm_head.weight");
+        let input_ids: Vec<u32> = (0..8).collect();
+        let batch = Rows {
+            vectors: None,
+            rows: 2,
+            seq_len: 4,
+            input_ids: &input_ids,
+            targets: &[1, 2, IGNORE, 4, 5, 6, 0, 3],
+            document_starts: &[0; 8],
+        };
+        for distillation in [0.0, 0.5, 1.0] {
+            let terms = [Term::Next { z_loss: 0.01 }, Term::Prefix { rank: 3, distillation }];
+            let objective = Objective { scale: 0.1, terms: &terms };
+            let [whole, again] = [Recompute::None, Recompute::Block].map(|recompute| {
+                let (_, gradients) = model.loss_and_gradients(batch, objective, recompute, &device);
+                gradients.into_iter().flat_map(values).collect::<Vec<f32>>()
+            });
+            assert!(whole.iter().any(|x| *x != 0.0) && distance(&whole, &again) < 1e-6, "{distillation}");
         }
     }
 

@@ -142,22 +142,7 @@ impl ModelConfig {
             "torch_dtype": dtype,
         });
         let extra = match self.attention() {
-            AttentionConfig::Mla(mla) => json!({
-                "q_lora_rank": mla.q_lora_rank,
-                "kv_lora_rank": mla.kv_lora_rank,
-                "qk_nope_head_dim": mla.qk_nope_head_dim,
-                "qk_rope_head_dim": mla.qk_rope_head_dim,
-                "qk_head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim,
-                "v_head_dim": mla.v_head_dim,
-                // transformers takes it as the width of the rotation.
-                "head_dim": mla.qk_rope_head_dim,
-                "num_key_value_heads": self.num_attention_heads,
-                "attention_bias": mla.attention_bias,
-                "rope_interleave": mla.rope_interleave,
-                // All layers dense; the defaults of these keys would make experts of them.
-                "first_k_dense_replace": self.layers.len(),
-                "num_nextn_predict_layers": 0,
-            }),
+            AttentionConfig::Mla(mla) => mla_json(mla, self.num_attention_heads, self.layers.len()),
             AttentionConfig::Grouped(g) => json!({
                 "num_key_value_heads": g.num_key_value_heads,
                 "head_dim": g.head_dim,
@@ -215,6 +200,38 @@ impl ModelConfig {
         }
         out
     }
+}
+
+/// The keys of latent attention that every family has.
+fn mla_json(mla: &MlaConfig, heads: usize, layers: usize) -> Value {
+    // Every option by its name: one that is not written is lost. Those of lowkey alone are written with its family.
+    let MlaConfig {
+        q_lora_rank,
+        kv_lora_rank,
+        qk_nope_head_dim,
+        qk_rope_head_dim,
+        v_head_dim,
+        attention_bias,
+        latent_scale: _,
+        rope_interleave,
+        kv_cache_rank: _,
+    } = mla;
+    json!({
+        "q_lora_rank": q_lora_rank,
+        "kv_lora_rank": kv_lora_rank,
+        "qk_nope_head_dim": qk_nope_head_dim,
+        "qk_rope_head_dim": qk_rope_head_dim,
+        "qk_head_dim": qk_nope_head_dim + qk_rope_head_dim,
+        "v_head_dim": v_head_dim,
+        // transformers takes it as the width of the rotation.
+        "head_dim": qk_rope_head_dim,
+        "num_key_value_heads": heads,
+        "attention_bias": attention_bias,
+        "rope_interleave": rope_interleave,
+        // All layers dense; the defaults of these keys would make experts of them.
+        "first_k_dense_replace": layers,
+        "num_nextn_predict_layers": 0,
+    })
 }
 
 fn extend(target: &mut Value, more: Value) {

@@ -7,11 +7,10 @@ use std::time::SystemTime;
 use burn::tensor::Device;
 use lowkey_files::{
     Replace, Staging,
+    companions::{self, Companions},
     hash::{FileHash, hash},
     mark::Kind,
-    recover,
-    write::{copy, create_dir},
-    write_json,
+    recover, write_json,
 };
 use serde::Serialize;
 
@@ -21,27 +20,6 @@ use crate::checksums::{has_checksums, verify};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::model::CausalLm;
-
-/// The files beside configuration and weights that belong to a model whatever becomes of its weights: its tokenizer in every
-/// spelling that is about, its templates and its settings for generation.
-const COMPANIONS: [&str; 13] = [
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-];
-
-/// A folder of further chat templates, one file each.
-const TEMPLATES: &str = "additional_chat_templates";
 
 /// A Hugging Face model directory that has been found whole.
 ///
@@ -127,22 +105,9 @@ impl ModelDir {
     /// The files of tokenizer, templates and generation settings that are there, by name.
     ///
     /// # Errors
-    /// [`Error::Io`] where a folder cannot be read.
+    /// As [`companions::found`].
     pub fn companions(&self) -> Result<Vec<String>> {
-        let there = |name: &str| self.path.join(name).symlink_metadata().is_ok();
-        let mut names: Vec<String> = COMPANIONS.into_iter().filter(|name| there(name)).map(String::from).collect();
-        let templates = self.path.join(TEMPLATES);
-        if templates.is_dir() {
-            let fail = |e| Error::io(&templates, e);
-            for entry in std::fs::read_dir(&templates).map_err(fail)? {
-                let name = entry.map_err(fail)?.file_name().to_string_lossy().into_owned();
-                if name.ends_with(".jinja") {
-                    names.push(format!("{TEMPLATES}/{name}"));
-                }
-            }
-            names.sort();
-        }
-        Ok(names)
+        Ok(companions::found(&self.path)?)
     }
 
     /// Names, lengths and times of all files in the folder: two that are equal were taken of the same files.
@@ -222,17 +187,7 @@ impl NewModelDir {
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] naming the file.
     pub fn carry(&self, source: &ModelDir) -> Result<()> {
-        for name in source.companions()? {
-            let to = self.dir().join(&name);
-            if to.symlink_metadata().is_ok() {
-                continue;
-            }
-            if let Some(folder) = to.parent() {
-                create_dir(folder)?;
-            }
-            copy(&source.path.join(&name), &to)?;
-        }
-        Ok(())
+        Ok(Companions::read(&source.path)?.write(self.dir())?)
     }
 
     /// Writes a value as JSON.

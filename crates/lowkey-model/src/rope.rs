@@ -108,14 +108,18 @@ impl RopeConfig {
             }
         };
         positive("rope_theta", self.rope_theta)?;
-        if self.rope_type == RopeType::Default {
+        let needed = self.rope_type != RopeType::Default;
+        match self.factor {
+            Some(factor) => positive("rope_parameters.factor", factor)?,
+            None if needed => {
+                let why = format!("rope_type = \"{:?}\" needs it", self.rope_type).to_lowercase();
+                return Err(Error::MissingKey { key: "rope_parameters.factor", why });
+            }
+            None => {}
+        }
+        if !needed {
             return Ok(());
         }
-        let factor = self.factor.ok_or_else(|| Error::MissingKey {
-            key: "rope_parameters.factor",
-            why: format!("rope_type = \"{:?}\" needs it", self.rope_type).to_lowercase(),
-        })?;
-        positive("rope_parameters.factor", factor)?;
         if self.original_max_position_embeddings == Some(0) {
             return Err(Error::config("rope_parameters.original_max_position_embeddings", &0, "must be at least 1"));
         }

@@ -12,6 +12,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::{Generation, Tokenizer};
 use lowkey_files::{
     Replace, Staging,
+    companions::{self, Companions},
     mark::Kind,
     printable, read, read_text,
     write::{copy, create_dir, remove_dir, rename, sweep},
@@ -76,6 +77,17 @@ impl TrainerState {
     }
 }
 
+/// What lies beside the weights of a checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside<'a> {
+    /// What ids mean, where they mean something.
+    pub tokenizer: Option<&'a Tokenizer>,
+    /// How the model is to generate.
+    pub generation: &'a Generation,
+    /// What came with the model that the run began with.
+    pub companions: &'a Companions,
+}
+
 /// The checkpoints of one run.
 #[derive(Debug)]
 pub struct Checkpoints {
@@ -112,22 +124,22 @@ impl Checkpoints {
         Ok(Self { dir: dir.to_path_buf(), keep })
     }
 
-    /// Saves a checkpoint, with the tokenizer where ids mean something, points `best` at the best one, and removes all but the last `keep` and the best.
+    /// Saves a checkpoint, with the tokenizer where ids mean something and what came beside the model that the run began with, points
+    /// `best` at the best one, and removes all but the last `keep` and the best.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Model`] where a file cannot be written; earlier checkpoints stay as they are.
     pub fn save(
         &self,
         model: &CausalLm,
-        tokenizer: Option<&Tokenizer>,
-        generation: &Generation,
+        beside: Beside,
         optimizer: &Optimizer,
         state: &TrainerState,
     ) -> Result<PathBuf> {
         let target = self.dir.join(step_name(state.step));
         // Whatever stands there is a checkpoint of the same step; files of others that were put into it are taken along.
         let staging = Staging::begin(&target, Kind::Model, Replace::Vouched)?;
-        write(staging.dir(), model, tokenizer, generation, optimizer, state)?;
+        write(staging.dir(), model, beside, optimizer, state)?;
         if target.is_dir() {
             take_along(&target, staging.dir())?;
         }
@@ -201,15 +213,22 @@ impl Checkpoints {
         #[cfg(not(unix))]
         {
             let staging = Staging::begin(&best, Kind::Model, Replace::Vouched)?;
-            for file in entries(&self.dir.join(name))? {
-                if let Some(file_name) = file.file_name() {
-                    copy(&file, &staging.dir().join(file_name))?;
-                }
-            }
+            copy_all(&self.dir.join(name), staging.dir())?;
             staging.commit_unmarked()?;
             Ok(())
         }
     }
+}
+
+/// Copies the files of a checkpoint, and those of the folders in it.
+#[cfg(not(unix))]
+fn copy_all(from: &Path, to: &Path) -> Result<()> {
+    create_dir(to)?;
+    for path in entries(from)? {
+        let Some(name) = path.file_name() else { continue };
+        if path.is_dir() { copy_all(&path, &to.join(name))? } else { copy(&path, &to.join(name))? }
+    }
+    Ok(())
 }
 
 /// What earlier versions left when they were killed.
@@ -270,25 +289,17 @@ fn listed(dir: &Path) -> BTreeSet<String> {
 /// Whether lowkey wrote this entry of a checkpoint, as far as its name tells.
 fn is_part(path: &Path, listed: &BTreeSet<String>) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let known = [
-        CHECKSUMS,
-        TRAINER,
-        OPTIMIZER,
-        "config.json",
-        "adapter_config.json",
-        "generation_config.json",
-        "tokenizer.json",
-    ];
-    let weights = (name.starts_with("model") || name == "adapter_model.safetensors")
-        && (name.ends_with(".safetensors") || name.ends_with(".index.json"));
+    let own = [CHECKSUMS, TRAINER, OPTIMIZER, "config.json", "adapter_config.json", "adapter_model.safetensors"];
+    let known = own.contains(&&*name) || companions::largest(&name).is_some();
+    let weights = name.starts_with("model") && (name.ends_with(".safetensors") || name.ends_with(".index.json"));
     // A folder is listed by the files in it.
-    let folder = || listed.iter().any(|file| file.split_once('/').is_some_and(|(folder, _)| folder == name));
+    let is_listed = |file: &PathBuf| {
+        file.file_name().is_some_and(|file| listed.contains(&format!("{name}/{}", file.to_string_lossy())))
+    };
+    let folder = || entries(path).is_ok_and(|files| !files.is_empty() && files.iter().all(is_listed));
     path.symlink_metadata().is_ok_and(|found| match found.is_dir() {
         true => folder(),
-        false => {
-            found.is_file()
-                && (weights || known.contains(&&*name) || name.starts_with("tokenizer") || listed.contains(&*name))
-        }
+        false => found.is_file() && (weights || known || listed.contains(&*name)),
     })
 }
 
@@ -366,22 +377,17 @@ fn step_name(step: u64) -> String {
     format!("step-{step:06}")
 }
 
-fn write(
-    dir: &Path,
-    model: &CausalLm,
-    tokenizer: Option<&Tokenizer>,
-    generation: &Generation,
-    optimizer: &Optimizer,
-    state: &TrainerState,
-) -> Result<()> {
+fn write(dir: &Path, model: &CausalLm, beside: Beside, optimizer: &Optimizer, state: &TrainerState) -> Result<()> {
     match model.adapter() {
         None => model.save(dir, WeightDtype::F32, MAX_SHARD_BYTES)?,
         Some(_) => model.save_adapter(dir)?,
     }
-    if let Some(tokenizer) = tokenizer {
+    if let Some(tokenizer) = beside.tokenizer {
         tokenizer.save(dir)?;
     }
-    write_json(&dir.join("generation_config.json"), &generation.to_json())?;
+    write_json(&dir.join("generation_config.json"), &beside.generation.to_json())?;
+    // Last: what the run knows itself is not that of the model it began with.
+    beside.companions.write(dir)?;
     write_states(&dir.join(OPTIMIZER), model, optimizer)?;
     Ok(write_json(&dir.join(TRAINER), state)?)
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::Device;
-use lowkey_model::{CausalLm, ModelConfig, adapter::AdapterDir};
+use lowkey_model::{CausalLm, ModelConfig, ModelDir, adapter::AdapterDir};
 
 use crate::checkpoint;
 use crate::error::Result;
@@ -20,25 +20,27 @@ use crate::run_config::RunConfig;
 pub(crate) fn first_model(
     config: &RunConfig,
     model: &ModelConfig,
+    init: Option<&ModelDir>,
     resume: Option<&Path>,
     device: &Device,
 ) -> Result<CausalLm> {
-    if let Some(init) = &config.init {
-        for dir in std::iter::once(&init.from).chain(&init.adapter) {
-            if checkpoint::has_checksums(dir) {
-                checkpoint::verify(dir)?;
-            }
-        }
-        if let Some(dir) = resume.or(init.adapter.as_deref())
-            && config.adapter_keys()?.is_some()
+    if let Some(init) = init {
+        let adapter = config.init.as_ref().and_then(|init| init.adapter.as_deref());
+        if let Some(dir) = adapter
+            && checkpoint::has_checksums(dir)
         {
-            return Ok(CausalLm::load_adapted(&init.from, model, &AdapterDir::open(dir)?, device)?);
+            checkpoint::verify(dir)?;
+        }
+        if config.adapter_keys()?.is_some()
+            && let Some(dir) = resume.or(adapter)
+        {
+            return Ok(CausalLm::load_adapted(init.path(), model, &AdapterDir::open(dir)?, device)?);
         }
         if let Some(adapter) = &config.adapter {
-            return Ok(CausalLm::begin_adapter(&init.from, model, adapter, config.run.seed, device)?);
+            return Ok(CausalLm::begin_adapter(init.path(), model, adapter, config.run.seed, device)?);
         }
     }
-    config.frozen(match resume.or(config.init.as_ref().map(|init| init.from.as_path())) {
+    config.frozen(match resume.or(init.map(ModelDir::path)) {
         Some(dir) => CausalLm::load_with(dir, model, device)?,
         None => CausalLm::init(model, config.run.seed, device),
     })

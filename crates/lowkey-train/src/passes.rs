@@ -52,6 +52,11 @@ impl Passes {
         std::iter::once(Term::Next { z_loss: self.z_loss }).chain(narrow).collect()
     }
 
+    /// The most that a step of the run has: narrower ranks that join do not leave again.
+    pub(crate) fn most_terms(&self) -> usize {
+        self.terms(self.steps.saturating_sub(1)).len()
+    }
+
     /// What the terms of a step cost, in passes.
     fn of_step(&self, step: u64) -> f64 {
         self.terms(step).into_iter().map(Term::passes).sum()
@@ -134,6 +139,8 @@ mod tests {
                     let joined = step as f64 >= start * steps as f64;
                     assert_eq!(passes.terms(step).len() > 1, joined && !ranks.is_empty(), "{step} of {steps}");
                 }
+                let most = (0..steps).map(|step| passes.terms(step).len()).max();
+                assert_eq!(Some(passes.most_terms()), most, "{ranks:?} {steps} {start}");
                 let one_by_one: f64 = (0..steps).map(|step| 6.0 * passes.flops_per_token(step)).sum();
                 assert_eq!(passes.flops(), one_by_one, "{ranks:?} {steps} {start}");
                 assert!((passes.mean_flops_per_token() * 6.0 * steps as f64 / one_by_one - 1.0).abs() < 1e-12);

@@ -14,7 +14,7 @@ use lowkey_data::Packing;
 use lowkey_kernels::Precision;
 use lowkey_model::{Recompute, adapter::AdapterConfig, config::ModelSection, objective::Term};
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use crate::error::{Error, Result};
 use crate::workers::PassSettings;
@@ -146,7 +146,7 @@ pub struct OptimizerSection {
     pub momentum: Option<f64>,
     /// AdamW's two decay rates, from 0 to below 1: of the mean of the gradient and of the mean of its square. With Muon they hold for
     /// the weights that are left to AdamW.
-    #[serde(default = "default_betas")]
+    #[serde(default = "default_betas", deserialize_with = "two")]
     #[schemars(extend("items" = { "type": "number", "minimum": 0, "exclusiveMaximum": 1 }))]
     pub betas: [f64; 2],
     /// A small number above 0 that keeps AdamW from dividing by zero.
@@ -165,6 +165,13 @@ pub struct OptimizerSection {
 
 fn default_betas() -> [f64; 2] {
     [0.9, 0.95]
+}
+
+/// Two numbers; of an array the parser would drop what is too much.
+fn two<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<[f64; 2], D::Error> {
+    let numbers = Vec::<f64>::deserialize(from)?;
+    let len = numbers.len();
+    numbers.try_into().map_err(|_| D::Error::invalid_length(len, &"an array of length 2"))
 }
 
 fn default_adam_eps() -> f64 {
@@ -216,7 +223,12 @@ fn default_decay_fraction() -> f64 {
 
 impl Default for SchedulerSection {
     fn default() -> Self {
-        Self { kind: SchedulerKind::Constant, warmup_steps: 0, decay_fraction: 0.2, min_lr_ratio: 0.0 }
+        Self {
+            kind: SchedulerKind::Constant,
+            warmup_steps: 0,
+            decay_fraction: default_decay_fraction(),
+            min_lr_ratio: 0.0,
+        }
     }
 }
 
@@ -384,7 +396,7 @@ fn one() -> u64 {
 
 impl Default for MetricsSection {
     fn default() -> Self {
-        Self { tensorboard: false, every: 1 }
+        Self { tensorboard: false, every: one() }
     }
 }
 

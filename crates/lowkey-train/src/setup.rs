@@ -9,7 +9,7 @@ use lowkey_data::tasks::TaskCorpus;
 use lowkey_data::{DatasetConfig, Generation, Tokenizer, dataset::TokenizerConfig};
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::is_cpu;
-use lowkey_model::ModelConfig;
+use lowkey_model::{ModelConfig, ModelDir};
 
 use crate::checkpoint::{self, TrainerState};
 use crate::error::{Error, Result};
@@ -92,6 +92,8 @@ pub struct Setup {
     pub model: ModelConfig,
     /// The corpus.
     pub data: RunData,
+    /// The model directory of `[init]`, opened.
+    pub init: Option<ModelDir>,
     /// What the user should know.
     pub notes: Vec<String>,
 }
@@ -126,12 +128,13 @@ pub(crate) fn setup_run(
         (None, Some(checkpoint)) => begun_with_special_tokens(checkpoint)?,
         (given, _) => given,
     };
+    let init = init(config)?;
     let mut own_tokenizer = None;
     let mut earlier = None;
-    if let Some(init) = &config.init {
-        let tokenizer = Tokenizer::from_model_dir(&init.from)?;
+    if let (Some(init), Some(section)) = (&init, &config.init) {
+        let tokenizer = Tokenizer::from_model_dir(init.path())?;
         if dataset.add_special_tokens.is_none() {
-            earlier = special_tokens_note(&init.from, &tokenizer, "data.add_special_tokens = false");
+            earlier = special_tokens_note(&section.from, &tokenizer, "data.add_special_tokens = false");
         }
         own_tokenizer = Some(tokenizer.with_special_tokens(dataset.add_special_tokens));
     }
@@ -148,10 +151,10 @@ pub(crate) fn setup_run(
             if interrupt.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         },
     )?;
-    let (mut model, mut notes) = resolve_model(config, data.vocab_size)?;
+    let (mut model, mut notes) = resolve_model(config, init.as_ref(), data.vocab_size)?;
     notes.extend(earlier);
-    if let Some(init) = &config.init {
-        data.generation = Generation::from_model_dir(&init.from, data.tokenizer.as_ref())?;
+    if let Some(init) = &init {
+        data.generation = Generation::from_model_dir(init.path(), data.tokenizer.as_ref())?;
     }
     data.generation = data.generation.or_sampling(SAVED_TEMPERATURE);
     model.eos_token_id.clone_from(&data.generation.ends);
@@ -159,7 +162,18 @@ pub(crate) fn setup_run(
     if let Some(tokenizer) = &data.tokenizer {
         check_prompts(&config.eval.prompts, tokenizer, &model)?;
     }
-    Ok(Setup { model, data, notes })
+    Ok(Setup { model, data, init, notes })
+}
+
+/// The model directory that a run starts from.
+fn init(config: &RunConfig) -> Result<Option<ModelDir>> {
+    let Some(init) = &config.init else { return Ok(None) };
+    let dir = ModelDir::open(&init.from)?;
+    if dir.adapter().is_some() {
+        let why = "is an adapter; write it as adapter = …, and as from the model that it stands beside, or merge the two";
+        return Err(Error::config("init.from", init.from.display(), why));
+    }
+    Ok(Some(dir))
 }
 
 /// Whether a checkpoint says that the documents of its run have special tokens around them; they have none where it says nothing,
@@ -207,10 +221,11 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
         let why = "the dataset is a task of vectors, whose loss has no log-partition; leave the key out";
         return Err(Error::config("training.z_loss", config.training.z_loss, why));
     }
-    if let Some(init) = &config.init {
-        let path = init.from.join("tokenizer.json");
+    let init = init(config)?;
+    if let Some(init) = &init {
+        let path = init.path().join("tokenizer.json");
         let why = match corpus.tokenizer() {
-            Some(own) if Tokenizer::from_model_dir(&init.from)?.fingerprint() != own.fingerprint() => {
+            Some(own) if Tokenizer::from_model_dir(init.path())?.fingerprint() != own.fingerprint() => {
                 Some("its words are not those of the task")
             }
             None if path.exists() => Some("the model reads words, and the task has vectors"),
@@ -221,21 +236,21 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
             return Err(Error::file(path, why));
         }
     }
-    let (model, notes) = resolve_model(config, corpus.width())?;
+    let (model, notes) = resolve_model(config, init.as_ref(), corpus.width())?;
     let mut data = run_data::open_task(corpus, &dataset.name, &config.data, config.micro_batch_size())?;
-    if let Some(init) = &config.init {
-        data.generation = Generation::from_model_dir(&init.from, data.tokenizer.as_ref())?;
+    if let Some(init) = &init {
+        data.generation = Generation::from_model_dir(init.path(), data.tokenizer.as_ref())?;
     }
     data.generation = data.generation.or_sampling(SAVED_TEMPERATURE);
-    Ok(Setup { model, data, notes })
+    Ok(Setup { model, data, init, notes })
 }
 
 /// The model of a run file for a vocabulary of that many tokens, with notes for the user.
-fn resolve_model(config: &RunConfig, vocab: usize) -> Result<(ModelConfig, Vec<String>)> {
+fn resolve_model(config: &RunConfig, init: Option<&ModelDir>, vocab: usize) -> Result<(ModelConfig, Vec<String>)> {
     let seq_len = config.data.seq_len;
     let mut notes = Vec::new();
-    let model = match (&config.init, &config.model) {
-        (Some(init), _) => ModelConfig::read(&init.from.join("config.json"))?,
+    let model = match (init, &config.model) {
+        (Some(init), _) => init.config()?,
         (None, Some(section)) => {
             let (model, unused) = section.resolve(vocab, seq_len)?;
             if !unused.is_empty() {
@@ -251,7 +266,7 @@ fn resolve_model(config: &RunConfig, vocab: usize) -> Result<(ModelConfig, Vec<S
     }
     if model.max_position_embeddings < seq_len {
         let most = model.max_position_embeddings;
-        let why = match &config.init {
+        let why = match init {
             Some(_) => format!(
                 "the model of [init] was made for {most} positions at most; lower it, or copy the model directory, leave out its \
                  checksums.json, and write more max_position_embeddings (with rope_parameters such as YaRN's) into the copy's \
@@ -261,6 +276,7 @@ fn resolve_model(config: &RunConfig, vocab: usize) -> Result<(ModelConfig, Vec<S
         };
         return Err(Error::config("data.seq_len", seq_len, why));
     }
+    notes.extend(config.without_effect(!model.elastic_ranks().is_empty()));
     Ok((model, notes))
 }
 
@@ -275,8 +291,9 @@ pub fn planned_model(config: &RunConfig, options: &RunOptions) -> Result<(ModelC
         let setup = task_setup(config, &dataset, corpus)?;
         return Ok((setup.model, setup.notes));
     }
-    let vocab = match (&config.init, &dataset.tokenizer) {
-        (Some(init), _) => Tokenizer::from_model_dir(&init.from)?.vocab_size(),
+    let init = init(config)?;
+    let vocab = match (&init, &dataset.tokenizer) {
+        (Some(init), _) => Tokenizer::from_model_dir(init.path())?.vocab_size(),
         (None, TokenizerConfig::Bytes) => Tokenizer::bytes().vocab_size(),
         (None, TokenizerConfig::Bpe { vocab_size }) => *vocab_size,
         (None, TokenizerConfig::Chars | TokenizerConfig::File { .. }) => {
@@ -284,7 +301,7 @@ pub fn planned_model(config: &RunConfig, options: &RunOptions) -> Result<(ModelC
             return Ok((setup.model, setup.notes));
         }
     };
-    resolve_model(config, vocab)
+    resolve_model(config, init.as_ref(), vocab)
 }
 
 /// Refuses now what would stop the run at its first evaluation.

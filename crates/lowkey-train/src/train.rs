@@ -10,14 +10,15 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
+use lowkey_files::companions::Companions;
 use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
 use lowkey_kernels::optim::Judgement;
-use lowkey_model::{CausalLm, ModelConfig, Parameter, objective::Term};
+use lowkey_model::{CausalLm, ModelDir, Parameter, objective::Term};
 use serde_json::json;
 
-use crate::checkpoint::{self, Checkpoints, TrainerState};
+use crate::checkpoint::{self, Beside, Checkpoints, TrainerState};
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate};
 use crate::event::{Event, Outcome, RunOptions};
@@ -73,19 +74,19 @@ pub fn train(
     let config = &resume::resolve(config, options, earlier.as_ref())?;
     let crowded = check_threads(config, &devices)?;
     let begun = found.as_deref().zip(earlier.as_ref().map(|earlier| &earlier.state));
-    let Setup { model: model_config, data, notes } = match setup_run(config, options, begun, interrupt, observe) {
+    let setup = match setup_run(config, options, begun, interrupt, observe) {
         Err(Error::Data(lowkey_data::Error::Stopped)) => {
             let step = begun.map_or(0, |(_, state)| state.step);
             return Ok(Outcome { step, finished: false, evaluation: None });
         }
         setup => setup?,
     };
-    let elastic = !model_config.elastic_ranks().is_empty();
+    let elastic = !setup.model.elastic_ranks().is_empty();
     let since = earlier.as_ref().map(|earlier| resume::notes(config, earlier, elastic)).unwrap_or_default();
-    for note in damaged.into_iter().chain(crowded).chain(since).chain(notes) {
+    for note in damaged.into_iter().chain(crowded).chain(since).chain(setup.notes.iter().cloned()) {
         observe(Event::Note(note));
     }
-    if data.held.is_empty() {
+    if setup.data.held.is_empty() {
         let note = "nothing is held out to measure the model on: there will be no held-out loss, and `best` is the newest checkpoint";
         observe(Event::Note(note.into()));
     }
@@ -93,7 +94,7 @@ pub fn train(
         observe(Event::Note("no checkpoint to resume from; starting at step 0".into()));
     }
     let resumed = found.as_deref().zip(earlier.map(|earlier| earlier.state));
-    let mut run = Run::start(config, options, model_config, data, checkpoints, resumed, devices)?;
+    let mut run = Run::start(config, options, setup, checkpoints, resumed, devices)?;
     match found {
         // A process may have been killed between a checkpoint and what follows it.
         Some(_) => run.checkpoints.settle(&run.state)?,
@@ -139,6 +140,8 @@ struct Run<'a> {
     /// The same from the next step on, made ahead.
     ahead: Prefetch,
     byte_lengths: Vec<u32>,
+    /// What came with the model that this session began with.
+    companions: Companions,
     world: World,
     /// Steps that are queued and not yet waited for, oldest first.
     queued: VecDeque<Queued>,
@@ -162,12 +165,12 @@ impl<'a> Run<'a> {
     fn start(
         config: &'a RunConfig,
         options: &'a RunOptions,
-        model_config: ModelConfig,
-        data: RunData,
+        setup: Setup,
         checkpoints: Checkpoints,
         resumed: Option<(&Path, TrainerState)>,
         devices: Vec<Device>,
     ) -> Result<Self> {
+        let Setup { model: model_config, data, init, .. } = setup;
         let (resume, state) = resumed.unzip();
         let threads = config.threads();
         let batches = Arc::new(data.batches(&config.data, config.training.batch_size, config.run.seed)?);
@@ -177,7 +180,9 @@ impl<'a> Run<'a> {
             check_tensors(config, &model_config, device)?;
         }
         let Some(device) = devices.first() else { unreachable!("a run has a device") };
-        let model = first_model(config, &model_config, resume, device)?;
+        let model = first_model(config, &model_config, init.as_ref(), resume, device)?;
+        let from = resume.or(init.as_ref().map(ModelDir::path));
+        let companions = from.map(Companions::read).transpose()?.unwrap_or_default();
         let mut state = state.unwrap_or_default();
         (state.data, state.held_out) = (data.checksum(), Some(data.held_checksum()));
         state.newest_is_best = data.held.is_empty();
@@ -216,6 +221,7 @@ impl<'a> Run<'a> {
             batches,
             byte_lengths: data.tokenizer.as_ref().map(Tokenizer::byte_lengths).unwrap_or_default(),
             data,
+            companions,
             world: World::new(first, others),
             queued: VecDeque::new(),
             checkpoints,
@@ -472,7 +478,8 @@ impl<'a> Run<'a> {
         }
         self.state.kernels = chosen_kernels();
         let RunData { tokenizer, generation, .. } = &self.data;
-        let path = self.checkpoints.save(model, tokenizer.as_ref(), generation, optimizer, &self.state)?;
+        let beside = Beside { tokenizer: tokenizer.as_ref(), generation, companions: &self.companions };
+        let path = self.checkpoints.save(model, beside, optimizer, &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });
         Ok(())

@@ -62,6 +62,20 @@ fn mistakes_are_named() {
 }
 
 #[test]
+fn a_name_is_one_that_a_folder_can_have_on_every_system() {
+    let named = |name: &str| load(&format!("name = \"{name}\"\n[source]\nkind = \"text\"\npaths = [\"a\"]\n"));
+    let longest = "a".repeat(200);
+    for name in ["d", "fineweb-edu", "v1.2_b", "console", "com", "nullable", "com10", &longest] {
+        assert_eq!(named(name).unwrap().name, name);
+    }
+    let longer = "a".repeat(201);
+    for name in ["", ".d", "d.", "a/b", "ä", "日本", "a b", "NUL", "con", "aux.txt", "com1", "LPT9.x", &longer] {
+        let why = named(name).unwrap_err().to_string();
+        assert!(why.contains("must be a folder name"), "{name}: {why}");
+    }
+}
+
+#[test]
 fn files_are_found_relative_to_the_dataset_file_and_in_order() {
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("odd [name]");

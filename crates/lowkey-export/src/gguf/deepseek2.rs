@@ -40,8 +40,9 @@ pub(super) fn expressible(config: &ModelConfig, mla: &MlaConfig) -> Result<()> {
             config.rms_norm_eps
         ));
     }
-    if mla.qk_rope_head_dim == 0 {
-        return refuse("qk_rope_head_dim = 0: the architecture needs a rotated key; use --to hf".into());
+    // What weights can take in is folded when they are written.
+    if let Some(why) = mla.folded().beyond_deepseek() {
+        return refuse(why.into());
     }
     let layers = config.layers.len();
     if mla.q_lora_rank.is_some() && is_taken_for_lite(layers, config.vocab_size) {
@@ -125,18 +126,12 @@ pub(super) fn config(keys: &Keys) -> std::result::Result<ModelConfig, String> {
             "{ARCH}.attention.layer_norm_rms_epsilon = {eps}; latent norms are computed with {EPS} only"
         ));
     }
+    let without_position = key_length
+        .checked_sub(rotated)
+        .ok_or_else(|| format!("{ARCH}.attention.key_length_mla = {key_length} is less than the rotated {rotated}"))?;
     let attention = AttentionConfig::Mla(MlaConfig {
         q_lora_rank: Some(keys.need("attention.q_lora_rank")?).filter(|rank| *rank > 0),
-        kv_lora_rank: latent,
-        qk_nope_head_dim: key_length.checked_sub(rotated).ok_or_else(|| {
-            format!("{ARCH}.attention.key_length_mla = {key_length} is less than the rotated {rotated}")
-        })?,
-        qk_rope_head_dim: rotated,
-        v_head_dim: value_length,
-        attention_bias: false,
-        latent_scale: false,
-        rope_interleave: true,
-        kv_cache_rank: None,
+        ..MlaConfig::deepseek(latent, [without_position, rotated, value_length])
     });
     keys.model(attention, read_rope(keys.file.metadata())?)
 }

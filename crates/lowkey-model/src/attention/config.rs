@@ -59,6 +59,11 @@ impl AttentionConfig {
         }
     }
 
+    /// Whether it has a fused form ([`FusedMla`](super::FusedMla)).
+    pub fn fuses(&self) -> bool {
+        self.latent().is_some_and(MlaConfig::fuses)
+    }
+
     /// The buffers of a layer's cache, in the order in which they are appended to.
     pub fn cache_buffers(&self) -> Vec<CacheBuffer> {
         match self {

@@ -14,6 +14,9 @@ use lowkey_kernels::{
 use super::Mla;
 use crate::rope::RopeTable;
 
+/// The layers of [`Mla`] that [`FusedMla`] is multiplied from, by their names there: a change of one of them makes its products stale.
+pub const FACTORS: [&str; 4] = ["q_proj", "q_b_proj", "kv_b_proj", "o_proj"];
+
 /// One layer's attention with its up-projections multiplied out.
 #[derive(Clone, Debug)]
 pub struct FusedMla {

@@ -262,3 +262,23 @@ fn there_is_no_model_without_layers_nor_one_that_no_machine_holds() {
     layers.resize(5).unwrap();
     assert_eq!(layers.len(), 5);
 }
+
+#[test]
+fn what_only_lowkey_computes_is_said_until_weights_have_taken_it_in() {
+    let plain = fixtures::mla();
+    assert_eq!((plain.beyond_deepseek(), plain.fuses()), (None, true));
+    assert_eq!(MlaConfig::deepseek(9, [5, 6, 7]), plain);
+    for (key, mla) in [
+        ("latent_scale", MlaConfig { latent_scale: true, ..plain.clone() }),
+        ("kv_cache_ranks", MlaConfig { kv_cache_rank: Some(4), ..plain.clone() }),
+    ] {
+        assert!(mla.beyond_deepseek().unwrap().contains(key));
+        assert_eq!(fixtures::config(AttentionConfig::Mla(mla.clone())).natural_family(), Family::Lowkey);
+        assert_eq!(mla.folded(), plain);
+    }
+    let unrotated = MlaConfig { qk_rope_head_dim: 0, latent_scale: true, ..plain };
+    assert!(unrotated.folded().beyond_deepseek().unwrap().contains("qk_rope_head_dim = 0"));
+    // Other kinds of attention have no such form, and a cost of none.
+    let grouped = fixtures::config(AttentionConfig::Grouped(fixtures::grouped()));
+    assert!(!grouped.attention().fuses() && grouped.decode_costs(0, 9).fused.is_none());
+}

@@ -1,5 +1,7 @@
 use std::fs;
 
+use lowkey_files::companions::TEMPLATES;
+
 use super::*;
 use crate::attention::AttentionConfig;
 use crate::checksums::{CHECKSUMS, write_checksums};

@@ -235,6 +235,9 @@ fn every_rule_names_its_key() {
         ("rope_theta", RopeConfig { rope_theta: 1.0, ..scaled(RopeType::Yarn) }),
         ("rope_theta", RopeConfig { factor: Some(1e-320), ..scaled(RopeType::Linear) }),
         ("rope_parameters.factor", RopeConfig { factor: None, ..scaled(RopeType::Linear) }),
+        // No type uses it, and still it means nothing.
+        ("rope_parameters.factor", RopeConfig { factor: Some(0.0), ..RopeConfig::default() }),
+        ("rope_parameters.factor", RopeConfig { factor: Some(f64::NAN), ..RopeConfig::default() }),
         ("rope_parameters.factor", RopeConfig { factor: Some(-1.0), ..scaled(RopeType::Yarn) }),
         (
             "rope_parameters.original_max_position_embeddings",

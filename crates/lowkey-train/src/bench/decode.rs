@@ -315,7 +315,8 @@ fn step_cost(config: &ModelConfig, batch: usize, context: usize, cached_bytes: f
         let cost = match way {
             Form::Expanded => None,
             Form::Auto | Form::Absorbed => costs.absorbed,
-            Form::Fused => costs.fused,
+            // Layers without such weights are absorbed.
+            Form::Fused => costs.fused.or(costs.absorbed),
         }
         .unwrap_or(costs.expanded);
         plain += costs.expanded.weights;

@@ -162,7 +162,7 @@ impl Session {
         check_precision(options.dtype, &device)?;
         check_bytes(
             "training",
-            config.train_bytes(batch, seq, threads, options.recompute, 0),
+            config.train_bytes(batch, seq, threads, options.recompute, 0, 1),
             "the shape, the batch or the length",
             &config,
         )?;

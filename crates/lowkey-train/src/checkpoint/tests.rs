@@ -32,9 +32,14 @@ impl Bench {
     }
 
     fn save(&self, checkpoints: &Checkpoints, step: u64, best: Option<u64>) -> PathBuf {
+        self.save_with(checkpoints, step, best, &Companions::default())
+    }
+
+    fn save_with(&self, checkpoints: &Checkpoints, step: u64, best: Option<u64>, companions: &Companions) -> PathBuf {
         let generation = Generation::new(Some(&self.tokenizer));
         let state = state(step, best);
-        checkpoints.save(&self.model, Some(&self.tokenizer), &generation, &self.optimizer, &state).unwrap()
+        let beside = Beside { tokenizer: Some(&self.tokenizer), generation: &generation, companions };
+        checkpoints.save(&self.model, beside, &self.optimizer, &state).unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -202,6 +207,43 @@ fn a_step_saved_again_replaces_the_old_one() {
     bench.save(&checkpoints, 4, Some(4));
     assert_eq!(fs::read_to_string(path.join("notes.json")).unwrap(), "mine");
     verify(&path).unwrap();
+}
+
+#[test]
+fn what_came_with_the_model_is_in_every_checkpoint_and_goes_with_it() {
+    let bench = Bench::new();
+    let source = tempfile::tempdir().unwrap();
+    let template = "additional_chat_templates/tools.jinja";
+    fs::create_dir(source.path().join("additional_chat_templates")).unwrap();
+    for name in ["vocab.txt", "tokenizer.model", "tokenizer.json", template] {
+        fs::write(source.path().join(name), name).unwrap();
+    }
+    let companions = Companions::read(source.path()).unwrap();
+    let checkpoints = bench.open(1);
+    let path = bench.save_with(&checkpoints, 4, None, &companions);
+    verify(&path).unwrap();
+    for name in ["vocab.txt", "tokenizer.model", template] {
+        assert_eq!(fs::read_to_string(path.join(name)).unwrap(), name);
+    }
+    assert_eq!(Tokenizer::from_model_dir(&path).unwrap().fingerprint(), bench.tokenizer.fingerprint());
+    assert_eq!(Companions::read(&path).unwrap().names().collect::<Vec<_>>().len(), 6, "with two that the run writes");
+
+    // One of them that nobody vouches for is not loaded, a text of the user's is not looked at.
+    fs::write(path.join("merges.txt"), "other").unwrap();
+    assert!(verify(&path).unwrap_err().to_string().contains("does not list merges.txt"));
+    fs::remove_file(path.join("merges.txt")).unwrap();
+    fs::write(path.join("notes.txt"), "mine").unwrap();
+    verify(&path).unwrap();
+    fs::remove_file(path.join("notes.txt")).unwrap();
+
+    // What the user put beside a template keeps the checkpoint; nothing else does.
+    let mine = path.join("additional_chat_templates/mine.txt");
+    fs::write(&mine, "mine").unwrap();
+    bench.save_with(&checkpoints, 5, None, &companions);
+    assert_eq!(names(bench.dir.path()), ["step-000004", "step-000005"]);
+    fs::remove_file(mine).unwrap();
+    bench.save_with(&checkpoints, 6, None, &companions);
+    assert_eq!(names(bench.dir.path()), ["step-000006"]);
 }
 
 #[test]

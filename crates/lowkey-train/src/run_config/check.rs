@@ -1,6 +1,6 @@
 //! The rules that a run file's values must keep.
 
-use super::{OptimizerKind, RunConfig};
+use super::{OptimizerKind, RunConfig, SchedulerKind, SchedulerSection, default_distillation, default_elastic_start};
 use crate::error::{Error, Result};
 
 impl RunConfig {
@@ -98,6 +98,41 @@ impl RunConfig {
             return Err(Error::config("metrics.every", 0, "must be at least 1"));
         }
         Ok(())
+    }
+
+    /// Keys that were set and change nothing, each with the reason; `elastic`: the model is read at narrower ranks, too. They are no
+    /// errors, so that one line turns one run into another.
+    pub(crate) fn without_effect(&self, elastic: bool) -> Vec<String> {
+        let (training, scheduler, usual) = (&self.training, &self.lr_scheduler, SchedulerSection::default());
+        let (constant, wsd) = (scheduler.kind == SchedulerKind::Constant, scheduler.kind == SchedulerKind::Wsd);
+        let keys = [
+            (
+                !constant,
+                "lr_scheduler.min_lr_ratio",
+                [scheduler.min_lr_ratio, usual.min_lr_ratio],
+                "lr_scheduler.kind = \"constant\" does not fall",
+            ),
+            (
+                wsd,
+                "lr_scheduler.decay_fraction",
+                [scheduler.decay_fraction, usual.decay_fraction],
+                "it is for lr_scheduler.kind = \"wsd\" alone",
+            ),
+            (
+                elastic,
+                "training.distillation",
+                [training.distillation, default_distillation()],
+                "the model has no elastic ranks",
+            ),
+            (
+                elastic,
+                "training.elastic_start",
+                [training.elastic_start, default_elastic_start()],
+                "the model has no elastic ranks",
+            ),
+        ];
+        let unused = keys.into_iter().filter(|(used, _, [found, usual], _)| !used && found != usual);
+        unused.map(|(_, key, [found, _], why)| format!("{key} = {found} has no effect: {why}")).collect()
     }
 
     fn check_optimizer(&self) -> Result<()> {

@@ -211,6 +211,8 @@ fn overrides_that_say_nothing_are_refused() {
         ("training.steps=18446744073709551615", "must lie between -9223372036854775808 and 9223372036854775807"),
         ("training.steps=-99999999999999999999", "must lie between -9223372036854775808 and"),
         ("optimizer.kind=sgd", "unknown variant `sgd`, expected `adamw` or `muon`"),
+        ("optimizer.betas=[0.9, 0.95, 0.99]", "invalid length 3, expected an array of length 2"),
+        ("optimizer.betas=[0.9]", "invalid length 1, expected an array of length 2"),
     ] {
         let message = refusal(&minimal(), &[expression]);
         assert!(message.contains(expected), "{expression}: {message}");
@@ -321,6 +323,40 @@ fn values_on_the_edge_of_a_rule_pass() {
         "optimizer.lr=1",
     ] {
         load(&minimal(), &[expression]).unwrap_or_else(|e| panic!("{expression}: {e}"));
+    }
+}
+
+#[test]
+fn keys_that_change_nothing_are_named() {
+    for (kind, elastic, expected) in [
+        ("constant", false, &["lr_scheduler.min_lr_ratio", "lr_scheduler.decay_fraction", "training."][..]),
+        ("linear", true, &["lr_scheduler.decay_fraction"]),
+        ("cosine", true, &["lr_scheduler.decay_fraction"]),
+        ("wsd", true, &[]),
+        ("wsd", false, &["training.distillation", "training.elastic_start"]),
+    ] {
+        let kind = format!("lr_scheduler.kind={kind}");
+        let set = ["lr_scheduler.min_lr_ratio=0.1", "lr_scheduler.decay_fraction=0.3"];
+        let training = ["training.distillation=0.7", "training.elastic_start=0.1"];
+        let config = load(&minimal(), &[&set[..], &training, &[&kind]].concat()).unwrap();
+        let notes = config.without_effect(elastic);
+        for key in [
+            "lr_scheduler.min_lr_ratio",
+            "lr_scheduler.decay_fraction",
+            "training.distillation",
+            "training.elastic_start",
+        ] {
+            let told =
+                notes.iter().any(|note| note.starts_with(&format!("{key} = 0.")) && note.contains("has no effect"));
+            assert_eq!(
+                told,
+                expected.iter().any(|start| key.starts_with(start)),
+                "{kind}, {elastic}: {key} in {notes:?}"
+            );
+        }
+        // What a run writes out, defaults and all, says nothing of the kind.
+        let written = load(&load(&minimal(), &[kind.as_str()]).unwrap().to_toml().unwrap(), &[]).unwrap();
+        assert!(written.without_effect(elastic).is_empty(), "{kind}");
     }
 }
 

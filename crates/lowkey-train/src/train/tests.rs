@@ -4,6 +4,8 @@ mod going_on;
 
 use std::collections::BTreeMap;
 
+use lowkey_model::ModelConfig;
+
 use super::*;
 use crate::fixtures::{STEPS, TinyRun, names, text, weight_bits};
 use crate::setup::setup;

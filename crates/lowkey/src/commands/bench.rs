@@ -119,10 +119,10 @@ fn decode_subject(arguments: &BenchDecodeArguments) -> anyhow::Result<(Subject, 
             Subject::shape(shape, *batch, positions)?
         }
     };
-    let forms = match subject.model.config.attention().latent() {
-        Some(_) => vec![Form::Expanded, Form::Absorbed, Form::Fused],
-        None => vec![Form::Expanded],
-    };
+    let attention = subject.model.config.attention();
+    let mut forms = vec![Form::Expanded];
+    forms.extend(attention.latent().map(|_| Form::Absorbed));
+    forms.extend(attention.fuses().then_some(Form::Fused));
     if let Some(way) = ways.iter().find(|way| !forms.contains(way)) {
         let known: Vec<String> = forms.iter().map(Form::to_string).collect();
         let name = subject.model.config.attention_name();

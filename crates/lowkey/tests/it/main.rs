@@ -7,6 +7,7 @@
 mod bad_input;
 mod bench;
 mod commands;
+mod companions;
 mod convert;
 mod elastic;
 mod export;

@@ -32,6 +32,80 @@ pub struct MlaConfig {
 }
 
 impl MlaConfig {
+    /// DeepSeek's attention with a latent of `kv_lora_rank` and heads of `[N, R, V]`, no option set: queries are not compressed, there
+    /// are no biases, neighbouring numbers are rotated in pairs.
+    pub fn deepseek(kv_lora_rank: usize, [qk_nope_head_dim, qk_rope_head_dim, v_head_dim]: [usize; 3]) -> Self {
+        Self {
+            q_lora_rank: None,
+            kv_lora_rank,
+            qk_nope_head_dim,
+            qk_rope_head_dim,
+            v_head_dim,
+            attention_bias: false,
+            latent_scale: false,
+            rope_interleave: true,
+            kv_cache_rank: None,
+        }
+    }
+
+    /// The first property that DeepSeek's attention as other programs compute it lacks, and the mend where there is one; `None`: they
+    /// compute the same. What can be folded into the weights counts, too: [`MlaConfig::folded`] is without it. Whoever writes a model
+    /// for other programs asks here.
+    pub fn beyond_deepseek(&self) -> Option<&'static str> {
+        // Every option by its name: a new one must say here whose it is.
+        let Self {
+            q_lora_rank: _,
+            kv_lora_rank: _,
+            qk_nope_head_dim: _,
+            qk_rope_head_dim,
+            v_head_dim: _,
+            attention_bias: _,
+            latent_scale,
+            rope_interleave: _,
+            kv_cache_rank,
+        } = *self;
+        if latent_scale {
+            return Some("latent_scale = true, which only lowkey computes");
+        }
+        if kv_cache_rank.is_some() {
+            return Some("kv_cache_ranks, which only lowkey reads");
+        }
+        if qk_rope_head_dim == 0 {
+            // transformers turns something else instead.
+            return Some(
+                "qk_rope_head_dim = 0, which transformers reads as \"not given\" and llama.cpp has no place for; train with at least \
+                 2 rotated dimensions",
+            );
+        }
+        None
+    }
+
+    /// The configuration of the same function where weights have taken in what they can: a factor on the latent goes into the gain of
+    /// its norm, and a cut one is read whole with weights of zero.
+    #[must_use]
+    pub fn folded(&self) -> Self {
+        Self { latent_scale: false, kv_cache_rank: None, ..self.clone() }
+    }
+
+    /// Whether W_UK can be multiplied into the map of the queries and W_UV into W_O: nothing but linear maps of a head stands between.
+    /// Where it is not so, there is neither a fused form nor a readout of the latent in terms of weights alone.
+    pub fn fuses(&self) -> bool {
+        // Every option by its name: a new one must say here whether it stands between.
+        let Self {
+            q_lora_rank: _,
+            kv_lora_rank: _,
+            qk_nope_head_dim: _,
+            qk_rope_head_dim: _,
+            v_head_dim: _,
+            // On W_DQ, W_DKV and W_O, which lie outside.
+            attention_bias: _,
+            latent_scale: _,
+            rope_interleave: _,
+            kv_cache_rank: _,
+        } = self;
+        true
+    }
+
     /// Numbers of the latent that are cached and read: L, or less of one that was cut.
     pub fn kv_rank(&self) -> usize {
         self.kv_cache_rank.unwrap_or(self.kv_lora_rank)
@@ -65,8 +139,7 @@ impl MlaConfig {
 
     /// The transformers class that computes a model with this attention, [`Family::Lowkey`] where there is none.
     pub(crate) fn family(&self, mlp_bias: bool) -> Family {
-        // transformers reads a rotated width of 0 as "not given" and turns something else instead.
-        if self.latent_scale || self.qk_rope_head_dim == 0 || self.kv_cache_rank.is_some() {
+        if self.beyond_deepseek().is_some() {
             return Family::Lowkey;
         }
         match (mlp_bias, self.rope_interleave) {
@@ -136,7 +209,7 @@ impl MlaConfig {
                 products: split - up + context * (up + keys_and_values),
             },
             absorbed: Some(in_latent_space(split)),
-            fused: Some(in_latent_space(fused)),
+            fused: self.fuses().then(|| in_latent_space(fused)),
         }
     }
 }

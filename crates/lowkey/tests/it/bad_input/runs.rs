@@ -121,7 +121,7 @@ pub(super) fn cases() -> Vec<Case> {
                 });
                 flip(&dir.join("run/checkpoints/step-000004").join(WEIGHTS));
             })
-            .says(&["run/checkpoints/best/model.safetensors", "SHA-256", "the file has changed since"]),
+            .says(&["run/checkpoints/step-000004/model.safetensors", "SHA-256", "the file has changed since"]),
     ];
     for (command, flags) in [
         ("generate", &["--prompt", "the", "--max-new-tokens", "2"][..]),
