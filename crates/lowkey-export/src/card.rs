@@ -26,7 +26,7 @@ pub(crate) fn card(source: &Source, model: &CausalLm, target: &Target) -> String
     for (what, value) in sizes(config, &target.dtype) {
         let _ = writeln!(page, "| {what} | {} |", words(&value));
     }
-    let facts = training(source.dir.path());
+    let facts = training(source.dir.given());
     if !facts.is_empty() {
         page.push_str("\n## Training\n\n| | |\n|---|---|\n");
         for (what, value) in facts {
@@ -58,7 +58,7 @@ pub(crate) fn card(source: &Source, model: &CausalLm, target: &Target) -> String
 
 /// The run's name where the model is a run's checkpoint, else the folder's.
 fn title(source: &Source) -> String {
-    let full = source.dir.path();
+    let full = source.dir.given();
     let last = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
     let run = full.parent().filter(|dir| dir.ends_with("checkpoints")).and_then(Path::parent);
     run.and_then(last).or_else(|| last(full)).unwrap_or_else(|| "model".into())

@@ -96,7 +96,7 @@ pub fn export(source: &Source, options: &Options, device: &Device, observe: Obse
     if !failures.is_empty() {
         return Err(Error::Broken { failures });
     }
-    let files = SourceFiles { name: files::name(source.dir.path()), files: source.files.clone() };
+    let files = SourceFiles { name: files::name(source.dir.given()), files: source.files.clone() };
     let mut certificate = Certificate::new(target.clone(), files, *bounds, evidence, text.clone());
     notes.extend(NOT_COVERED.map(String::from));
     certificate.plan = plan;

@@ -30,19 +30,27 @@ impl Source {
     /// # Errors
     /// [`Error::Model`] and [`Error::Data`] from its readers, [`Error::File`] where it changes while it is read.
     pub fn open(dir: &Path, device: &Device) -> Result<Self> {
-        let dir = ModelDir::open(dir)?;
+        Self::read(ModelDir::open(dir)?, device)
+    }
+
+    /// Reads a directory that has been opened. One of an adapter gives the model with the adapter beside it: what is written is the
+    /// merged model, and what it is compared with the adapted one.
+    ///
+    /// # Errors
+    /// As [`Source::open`].
+    pub fn read(dir: ModelDir, device: &Device) -> Result<Self> {
         let before = dir.stamps()?;
         let mut model = dir.load(device)?;
-        let tokenizer = match dir.path().join("tokenizer.json").is_file() {
-            true => Some(Tokenizer::from_model_dir(dir.path())?),
+        let tokenizer = match dir.beside().join("tokenizer.json").is_file() {
+            true => Some(Tokenizer::from_model_dir(dir.beside())?),
             false => None,
         };
-        let generation = Generation::from_model_dir(dir.path(), tokenizer.as_ref())?;
+        let generation = Generation::from_model_dir(dir.beside(), tokenizer.as_ref())?;
         // Whatever is made of it is to stop where it does.
         model.config.eos_token_id.clone_from(&generation.ends);
         let files = dir.hashes()?;
         if dir.stamps()? != before {
-            return Err(Error::file(dir.path(), "has changed while it was read; try again when nobody writes it"));
+            return Err(Error::file(dir.given(), "has changed while it was read; try again when nobody writes it"));
         }
         Ok(Self { dir, model, tokenizer, generation, files })
     }
@@ -52,7 +60,7 @@ impl Source {
 ///
 /// A factor on the latent (`latent_scale`) is multiplied into the gain of the latent's norm, which is the same computation
 /// and leaves a plain DeepSeek-V3; each gain is rounded once. A cut latent is read whole again, with weights of zero for what was
-/// cut: the same function from a cache as wide as before, as no class of transformers has a narrower one.
+/// cut: the same function from a cache as wide as before, as no class of transformers has a narrower one. Adapters are multiplied in.
 ///
 /// # Errors
 /// [`Error::Unsupported`] where no class of transformers computes the model.

@@ -22,7 +22,7 @@ mod plan;
 
 pub use config::{AdapterConfig, ByPattern, Layers, Modules};
 pub(crate) use files::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
-pub use files::{AdapterDir, is_adapter};
+pub use files::{AdapterDir, companions_dir, is_adapter};
 pub use low_rank::Adapter;
 pub use plan::{AdapterPlan, LowRank};
 

@@ -14,7 +14,7 @@ use lowkey_files::{
 };
 use serde::Serialize;
 
-use crate::adapter::{AdapterDir, is_adapter};
+use crate::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterDir, is_adapter};
 use crate::checkpoint::{CONFIG, INDEX, WeightDtype, weight_files};
 use crate::checksums::{has_checksums, verify};
 use crate::config::ModelConfig;
@@ -73,6 +73,39 @@ impl ModelDir {
         Ok(Self { adapter: Some(adapter), ..Self::open(&base)? })
     }
 
+    /// The same model with an adapter beside it, whatever base that one names.
+    ///
+    /// # Errors
+    /// [`Error::File`] where `adapter` is no directory of an adapter, where one is there already, or where a file is not what was saved.
+    pub fn with_adapter(self, adapter: &Path) -> Result<Self> {
+        if self.adapter.is_some() {
+            return Err(Error::file(self.given(), "is an adapter itself; give the model that it stands beside"));
+        }
+        if !is_adapter(adapter) {
+            return Err(Error::file(
+                adapter,
+                "holds no adapter: a folder with adapter_config.json and no weights of a model",
+            ));
+        }
+        if has_checksums(adapter) {
+            verify(adapter)?;
+        }
+        Ok(Self { adapter: Some(AdapterDir::open(adapter)?), ..self })
+    }
+
+    /// The folder that was asked for: of an adapter its own, where [`ModelDir::path`] is that of its base.
+    pub fn given(&self) -> &Path {
+        self.adapter.as_ref().map_or(&self.path, |adapter| &adapter.path)
+    }
+
+    /// The folder that tokenizer, templates and generation settings come from.
+    pub fn beside(&self) -> &Path {
+        match &self.adapter {
+            Some(adapter) if adapter.path.join("tokenizer.json").is_file() => &adapter.path,
+            _ => &self.path,
+        }
+    }
+
     /// The adapter that was opened, where it was one.
     pub fn adapter(&self) -> Option<&AdapterDir> {
         self.adapter.as_ref()
@@ -107,40 +140,48 @@ impl ModelDir {
     /// # Errors
     /// As [`companions::found`].
     pub fn companions(&self) -> Result<Vec<String>> {
-        Ok(companions::found(&self.path)?)
+        Ok(companions::found(self.beside())?)
     }
 
-    /// Names, lengths and times of all files in the folder: two that are equal were taken of the same files.
+    /// Names, lengths and times of all files in the folder, and in that of its adapter: two that are equal were taken of the same files.
     ///
     /// # Errors
     /// [`Error::Io`] where the folder cannot be read.
     pub fn stamps(&self) -> Result<Vec<(OsString, u64, Option<SystemTime>)>> {
-        let fail = |e| Error::io(&self.path, e);
+        let fail = |e| Error::io(self.given(), e);
         let stamp = |entry: std::io::Result<std::fs::DirEntry>| {
             let entry = entry?;
             let found = entry.metadata()?;
             Ok((entry.file_name(), found.len(), found.modified().ok()))
         };
-        let mut stamps = std::fs::read_dir(&self.path)
-            .map_err(fail)?
-            .map(stamp)
-            .collect::<std::io::Result<Vec<_>>>()
-            .map_err(fail)?;
+        let mut stamps = Vec::new();
+        for dir in std::iter::once(&self.path).chain(self.adapter.as_ref().map(|adapter| &adapter.path)) {
+            for entry in std::fs::read_dir(dir).map_err(fail)? {
+                stamps.push(stamp(entry).map_err(fail)?);
+            }
+        }
         stamps.sort();
         Ok(stamps)
     }
 
-    /// Every file that the model consists of, with its hash: configuration, weights, and [companions](Self::companions).
+    /// Every file that the model consists of, with its hash: configuration, weights, [companions](Self::companions), and those of an
+    /// adapter.
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] where one cannot be read.
     pub fn hashes(&self) -> Result<Vec<FileHash>> {
         let index = Some(INDEX.to_string()).filter(|name| self.path.join(name).is_file());
-        let described = [CONFIG.to_string()].into_iter().chain(self.companions()?).chain(index);
         let mut hashes = Vec::new();
-        for name in described {
-            // By the whole name: templates lie one folder down.
-            hashes.push(FileHash { name: name.clone(), ..hash(&self.path.join(&name))? });
+        // By the whole name: templates lie one folder down.
+        let mut add = |dir: &Path, name: &str| -> Result<()> {
+            hashes.push(FileHash { name: name.to_string(), ..hash(&dir.join(name))? });
+            Ok(())
+        };
+        add(&self.path, CONFIG)?;
+        self.companions()?.iter().try_for_each(|name| add(self.beside(), name))?;
+        index.iter().try_for_each(|name| add(&self.path, name))?;
+        if let Some(adapter) = &self.adapter {
+            [ADAPTER_CONFIG, ADAPTER_WEIGHTS].iter().try_for_each(|name| add(&adapter.path, name))?;
         }
         for path in weight_files(&self.path)? {
             hashes.push(hash(&path)?);
@@ -162,7 +203,8 @@ impl NewModelDir {
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] where what is there may not be replaced; [`Error::File`] where that is, or holds, `source`.
     pub fn begin(target: &Path, kind: Kind, overwrite: bool, source: &ModelDir) -> Result<Self> {
-        if target.canonicalize().is_ok_and(|target| source.path.starts_with(target)) {
+        let holds = |target: PathBuf| [&source.path, source.given()].iter().any(|path| path.starts_with(&target));
+        if target.canonicalize().is_ok_and(holds) {
             return Err(Error::file(target, "is, or holds, the model that is read: give another --out"));
         }
         let replace = if overwrite { Replace::Marked } else { Replace::Never };
@@ -187,7 +229,7 @@ impl NewModelDir {
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] naming the file.
     pub fn carry(&self, source: &ModelDir) -> Result<()> {
-        Ok(Companions::read(&source.path)?.write(self.dir())?)
+        Ok(Companions::read(source.beside())?.write(self.dir())?)
     }
 
     /// Writes a value as JSON.

@@ -170,7 +170,8 @@ fn init(config: &RunConfig) -> Result<Option<ModelDir>> {
     let Some(init) = &config.init else { return Ok(None) };
     let dir = ModelDir::open(&init.from)?;
     if dir.adapter().is_some() {
-        let why = "is an adapter; write it as adapter = …, and as from the model that it stands beside, or merge the two";
+        let why =
+            "is an adapter; write it as adapter = …, and as from the model that it stands beside, or merge the two";
         return Err(Error::config("init.from", init.from.display(), why));
     }
     Ok(Some(dir))

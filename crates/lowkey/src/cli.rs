@@ -14,7 +14,7 @@ pub(crate) use bench::{
     BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchStepArguments, BenchTrainArguments,
 };
 pub(crate) use convert::ConvertArguments;
-pub(crate) use export::{ExportArguments, VerifyArguments};
+pub(crate) use export::{ExportArguments, MergeArguments, VerifyArguments};
 pub(crate) use lab::{LabCommand, LabReportArguments, LabRunArguments};
 
 /// Trains, samples, evaluates, exports and inspects Multi-head Latent Attention (MLA) language models.
@@ -63,6 +63,12 @@ pub(crate) enum Command {
         lowkey export MODEL --to fused --form fused\n  \
         lowkey export MODEL --to gguf --dtype q8_0 --data my.txt")]
     Export(ExportArguments),
+    /// Multiply an adapter into its model, with a certificate that the two are the same
+    #[command(after_help = "Examples:\n  \
+        lowkey merge models/base --adapter runs/lora/checkpoints/best --out models/tuned\n  \
+        lowkey merge MODEL --adapter ADAPTER --out OUT --dtype bf16 --data my.txt\n\n\
+        The merged model can be exported, converted and fine-tuned like any other.")]
+    Merge(MergeArguments),
     /// Compute an export's certificate again from its files; exit code 1 where it does not hold
     #[command(after_help = "Examples:\n  \
         lowkey verify exports/quickstart-absorbed\n  \

@@ -31,6 +31,18 @@ pub fn is_adapter(dir: &Path) -> bool {
     there(ADAPTER_CONFIG) && !there("model.safetensors") && !there("model.safetensors.index.json")
 }
 
+/// The folder that tokenizer, templates and generation settings of a model directory are read from: the directory itself, or that of
+/// the base where an adapter came without any.
+///
+/// # Errors
+/// As [`AdapterDir::open`] and [`AdapterDir::base_dir`].
+pub fn companions_dir(dir: &Path) -> Result<PathBuf> {
+    if !is_adapter(dir) || dir.join("tokenizer.json").is_file() {
+        return Ok(dir.to_path_buf());
+    }
+    AdapterDir::open(dir)?.base_dir()
+}
+
 /// An adapter in a directory: what it is and which model it belongs to.
 #[derive(Clone, Debug)]
 pub struct AdapterDir {

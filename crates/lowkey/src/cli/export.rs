@@ -8,6 +8,9 @@ use clap::Args;
 pub(crate) struct ExportArguments {
     /// A Hugging Face model directory, such as a checkpoint
     pub(crate) model: PathBuf,
+    /// An adapter beside the model, which is multiplied in: a directory in PEFT's form
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
     /// hf: for transformers, vLLM and SGLang; absorbed, fused: the same and a side file with W_UK and W_UV split, or
     /// multiplied into the weights around them; gguf: one file for llama.cpp
     #[arg(long, value_name = "LAYOUT", value_parser = ["hf", "absorbed", "fused", "gguf"])]
@@ -42,12 +45,39 @@ pub(crate) struct ExportArguments {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct MergeArguments {
+    /// The model that the adapter stands beside
+    pub(crate) model: PathBuf,
+    /// The adapter: a directory in PEFT's form, such as a checkpoint of a run with [adapter]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: PathBuf,
+    /// Folder to make
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Number format of the weights
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16"])]
+    pub(crate) dtype: String,
+    /// A dataset file (.toml) or a text file, whose held-out text the certificate is computed on [default: the run's]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Option<PathBuf>,
+    /// Replace the export that is already in the folder
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    /// Print the certificate as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct VerifyArguments {
     /// The folder that `lowkey export` made
     pub(crate) export: PathBuf,
     /// The model that it was made of; needed for gguf
     #[arg(long, value_name = "MODEL")]
     pub(crate) source: Option<PathBuf>,
+    /// The adapter that stood beside that model
+    #[arg(long, value_name = "DIR", requires = "source")]
+    pub(crate) adapter: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -22,7 +22,7 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
         return Err(WrongUse("--tokens must be at least 2".into()).into());
     }
     let source = ModelDir::open(&arguments.model)?;
-    let model = source.load(&device)?;
+    let model = source.load(&device)?.merged();
     lowkey_convert::check_finite(&model)?;
     let (budget, prefix) = match (&arguments.kv_rank_budget, arguments.kv_rank) {
         (Some(asked), _) => (budget(asked, &model)?, None),

@@ -11,7 +11,7 @@ use lowkey_data::{
     oracle::oracle_documents,
     prepare, validation_batches,
 };
-use lowkey_model::CausalLm;
+use lowkey_model::{CausalLm, adapter::companions_dir};
 use lowkey_train::{
     evaluate,
     evaluate::{Evaluation, Held},
@@ -125,7 +125,7 @@ fn on_task(
     }
     let dir = arguments.model.display();
     let fits = match corpus.tokenizer() {
-        Some(own) => Tokenizer::from_model_dir(&arguments.model)?.fingerprint() == own.fingerprint(),
+        Some(own) => Tokenizer::from_model_dir(&companions_dir(&arguments.model)?)?.fingerprint() == own.fingerprint(),
         // Widths alone may agree by chance; a model of words has a tokenizer.
         None => corpus.width() <= model.config.vocab_size && !arguments.model.join("tokenizer.json").exists(),
     };

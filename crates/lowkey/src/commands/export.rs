@@ -11,13 +11,16 @@ use lowkey_export::{
     export::FUSED,
     plan::{LayerForm, LayerPlan},
 };
-use lowkey_model::{CausalLm, ModelConfig, attention::FusedMla};
+use lowkey_model::{CausalLm, ModelConfig, ModelDir, attention::FusedMla};
 use serde_json::json;
 
 use super::{WrongUse, text};
-use crate::cli::{ExportArguments, VerifyArguments};
+use crate::cli::{ExportArguments, MergeArguments, VerifyArguments};
 use crate::output::{bytes, complain, count, pairs, say, say_json, table};
 use crate::progress::Measuring;
+
+/// Weights above this are cut into shards, where nothing else is asked for.
+const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
 /// Held-out sequences.
 const SEQUENCES: usize = 4;
@@ -32,7 +35,7 @@ pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
     if arguments.shard_size == 0 || arguments.context == Some(0) {
         return Err(WrongUse("--shard-size and --context must be at least 1".into()).into());
     }
-    let source = open(&arguments.model)?;
+    let source = open(&arguments.model, arguments.adapter.as_deref())?;
     let options = Options {
         out: arguments.out.clone().unwrap_or_else(|| default_out(&arguments.model, &arguments.to)),
         overwrite: arguments.overwrite,
@@ -43,12 +46,33 @@ pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
         max_shard_bytes: arguments.shard_size.saturating_mul(1_000_000),
         target,
     };
+    certified(&source, &options, arguments.json)
+}
+
+/// `lowkey merge`: an export of an adapted model in the layout that it came in.
+pub(crate) fn merge(arguments: &MergeArguments) -> anyhow::Result<()> {
+    let target = Target::parse("hf", &arguments.dtype).map_err(wrong_use)?;
+    let source = open(&arguments.model, Some(&arguments.adapter))?;
+    let options = Options {
+        out: arguments.out.clone(),
+        overwrite: arguments.overwrite,
+        form: None,
+        context: None,
+        text: certificate_text(arguments.data.as_deref(), &source)?,
+        bounds: target.bounds(),
+        max_shard_bytes: MAX_SHARD_BYTES,
+        target,
+    };
+    certified(&source, &options, arguments.json)
+}
+
+fn certified(source: &Source, options: &Options, as_json: bool) -> anyhow::Result<()> {
     let bar = Measuring::new();
     let observe = &mut |p: Progress| bar.show(p.doing, p.done, p.of);
-    let certificate = lowkey_export::export(&source, &options, &Device::flex(), observe);
+    let certificate = lowkey_export::export(source, options, &Device::flex(), observe);
     drop(bar);
     let certificate = certificate?;
-    if arguments.json {
+    if as_json {
         return say_json(&certificate);
     }
     say(&report(&options.out, &certificate));
@@ -56,7 +80,7 @@ pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
 }
 
 pub(crate) fn verify(arguments: &VerifyArguments) -> anyhow::Result<ExitCode> {
-    let source = arguments.source.as_deref().map(open).transpose()?;
+    let source = arguments.source.as_deref().map(|source| open(source, arguments.adapter.as_deref())).transpose()?;
     let bar = Measuring::new();
     let observe = &mut |p: Progress| bar.show(p.doing, p.done, p.of);
     let verdict = lowkey_export::verify(&arguments.export, source.as_ref(), &Device::flex(), observe);
@@ -98,9 +122,14 @@ fn wrong_use(error: lowkey_export::Error) -> anyhow::Error {
     WrongUse(error.to_string()).into()
 }
 
-/// A model directory; one that carries checksums only if they match.
-fn open(dir: &Path) -> anyhow::Result<Source> {
-    Ok(Source::open(dir, &Device::flex())?)
+/// A model directory, with an adapter beside it or without; one that carries checksums only if they match.
+fn open(dir: &Path, adapter: Option<&Path>) -> anyhow::Result<Source> {
+    let dir = ModelDir::open(dir)?;
+    let dir = match adapter {
+        Some(adapter) => dir.with_adapter(adapter)?,
+        None => dir,
+    };
+    Ok(Source::read(dir, &Device::flex())?)
 }
 
 /// `exports/RUN-LAYOUT` for a run's checkpoint, `exports/FOLDER-LAYOUT` otherwise.
@@ -111,7 +140,7 @@ fn default_out(model: &Path, to: &str) -> PathBuf {
 /// Held-out text of `--data`, else of the run that the model belongs to, else random tokens, which is said.
 fn certificate_text(data: Option<&Path>, source: &Source) -> anyhow::Result<Text> {
     let config = &source.model.config;
-    Ok(match text::find(data, source.dir.path(), source.tokenizer.as_ref())? {
+    Ok(match text::find(data, source.dir.given(), source.tokenizer.as_ref())? {
         Ok(prepared) => held_out(&prepared, config)?,
         Err(why) => {
             complain(&format!("note: {why}; the certificate uses random tokens unless --data gives a text"));

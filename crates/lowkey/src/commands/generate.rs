@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 
 use lowkey_data::{Generation, Tokenizer};
 use lowkey_infer::{CacheDtype, Finish, Form, GenerateConfig, SamplingConfig, Weights};
+use lowkey_model::adapter::companions_dir;
 use serde_json::json;
 
 use super::WrongUse;
@@ -30,7 +31,7 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let device = super::open_device(&arguments.device)?;
     let tokenizer = super::open_tokenizer(&arguments.model, arguments.add_special_tokens)?;
     let whole = super::load_model(&arguments.model, &device)?;
-    let declared = Generation::from_model_dir(&arguments.model, Some(&tokenizer))?;
+    let declared = Generation::from_model_dir(&companions_dir(&arguments.model)?, Some(&tokenizer))?;
     // Weights that were fused are of the whole latent.
     let fused = match arguments.kv_rank {
         None => super::export::fused_weights(&arguments.model, &whole, &device)?,

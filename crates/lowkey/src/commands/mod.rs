@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
-use lowkey_model::{CausalLm, ModelDir};
+use lowkey_model::{CausalLm, ModelDir, adapter::companions_dir};
 
 use crate::cli::{Arguments, Command, DataCommand, DeviceArgument, LabCommand};
 use crate::output::{complain, work_goes_on};
@@ -49,6 +49,7 @@ fn load_model(dir: &Path, device: &Device) -> anyhow::Result<CausalLm> {
 
 /// The tokenizer of a model directory, with the special tokens around a text or without as the command line says.
 fn open_tokenizer(dir: &Path, add_special_tokens: Option<bool>) -> anyhow::Result<Tokenizer> {
+    let dir = &companions_dir(dir)?;
     let tokenizer = Tokenizer::from_model_dir(dir)?;
     if add_special_tokens.is_none()
         && let Some(note) = lowkey_train::setup::special_tokens_note(dir, &tokenizer, "--add-special-tokens false")
@@ -81,7 +82,7 @@ fn read_at(model: CausalLm, rank: Option<usize>) -> anyhow::Result<CausalLm> {
 /// Whether the work of a command is in files, rather than in what it prints.
 fn keeps_its_work(command: &Command) -> bool {
     match command {
-        Command::Train(_) | Command::Export(_) | Command::Convert(_) | Command::Logits(_) => true,
+        Command::Train(_) | Command::Export(_) | Command::Merge(_) | Command::Convert(_) | Command::Logits(_) => true,
         Command::Lab { command } => matches!(command, LabCommand::Run(_)),
         Command::Data { command } => matches!(command, DataCommand::Prepare(_)),
         Command::Plan(_)
@@ -106,6 +107,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Generate(arguments) => generate::generate(&arguments).map(done),
         Command::Eval(arguments) => eval::eval(&arguments).map(done),
         Command::Export(arguments) => export::export(&arguments).map(done),
+        Command::Merge(arguments) => export::merge(&arguments).map(done),
         Command::Verify(arguments) => export::verify(&arguments),
         Command::Convert(arguments) => convert::convert(&arguments).map(done),
         Command::Lab { command } => lab::lab(command),
