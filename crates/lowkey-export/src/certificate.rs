@@ -2,16 +2,13 @@
 
 use std::path::Path;
 
-use lowkey_files::{
-    hash::{FileHash, sha256},
-    read, read_text, write,
-};
+use lowkey_files::{hash::FileHash, read_text};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::evidence::{Greedy, LogitEvidence, Text};
-use crate::markdown::markdown;
 use crate::plan::LayerPlan;
+pub use crate::target::Bounds;
 use crate::target::Target;
 
 /// File name of the certificate that programs read.
@@ -21,7 +18,7 @@ pub(crate) const JSON: &str = "certificate.json";
 pub(crate) const MARKDOWN: &str = "CERTIFICATE.md";
 
 /// Largest certificate that is read: it holds the text that was compared.
-const LARGEST: u64 = 256 << 20;
+pub(crate) const LARGEST: u64 = 256 << 20;
 
 /// Version of the layout below.
 const FORMAT: u32 = 1;
@@ -75,47 +72,6 @@ pub struct ProductEvidence {
     /// Against the source's weights, multiplied in f64.
     #[serde(flatten)]
     pub error: TensorError,
-}
-
-/// What was demanded.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Bounds {
-    /// Largest [`TensorError::max`] of a weight or product: the unit roundoff of the number format.
-    pub weight_max: f64,
-    /// Largest [`TensorError::rms`].
-    pub weight_rms: f64,
-    /// Largest [`LogitEvidence::max_relative`].
-    pub logit: f64,
-    /// Largest [`LogitEvidence::mean_kl`].
-    pub kl: f64,
-    /// Least [`LogitEvidence::top1_agreement`].
-    pub top1: f64,
-    /// Largest relative change of the perplexity.
-    pub perplexity: f64,
-    /// Whether greedy continuations must be the source's, but for ties within `logit`.
-    pub greedy: bool,
-}
-
-impl Bounds {
-    /// Replaces one bound by name: `logit=0.2`.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] where there is no such bound, or the value is not one.
-    pub fn set(&mut self, assignment: &str) -> Result<()> {
-        let (key, value) = assignment.split_once('=').unwrap_or((assignment, ""));
-        let slot = match key {
-            "logit" => &mut self.logit,
-            "kl" => &mut self.kl,
-            "top1" => &mut self.top1,
-            "perplexity" => &mut self.perplexity,
-            _ => return Err(Error::setting("bound", assignment, "must be logit, kl, top1 or perplexity = NUMBER")),
-        };
-        match value.parse::<f64>() {
-            Ok(number) if number.is_finite() && number >= 0.0 => *slot = number,
-            _ => return Err(Error::setting("bound", assignment, "must be a number of at least 0")),
-        }
-        Ok(())
-    }
 }
 
 /// Everything that is recomputed from the files.
@@ -198,48 +154,6 @@ impl Certificate {
             return Err(Error::file(&path, why));
         }
         Ok(certificate)
-    }
-
-    /// Writes it in both forms.
-    pub(crate) fn write(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(JSON);
-        let value = serde_json::to_value(self).map_err(|e| Error::file(&path, e.to_string()))?;
-        // A line for each part: token ids one to a line would be pages.
-        let lines: Vec<String> =
-            value.as_object().into_iter().flatten().map(|(key, value)| format!("  \"{key}\": {value}")).collect();
-        write(&path, format!("{{\n{}\n}}\n", lines.join(",\n")).as_bytes())?;
-        Ok(write(&dir.join(MARKDOWN), markdown(self, &sha256(&path)?).as_bytes())?)
-    }
-
-    /// Whether the page beside this certificate is the one that was written with it, to the byte of both.
-    pub(crate) fn has_its_page(&self, dir: &Path) -> Result<bool> {
-        let page = dir.join(MARKDOWN);
-        let text = read(&page, LARGEST)?;
-        Ok(text == markdown(self, &sha256(&dir.join(JSON))?).as_bytes())
-    }
-}
-
-impl Bounds {
-    /// A line for each bound that demands less than `usual`.
-    pub(crate) fn laxer_than(&self, usual: &Self) -> Vec<String> {
-        let figures = [
-            ("weight_max", self.weight_max, usual.weight_max),
-            ("weight_rms", self.weight_rms, usual.weight_rms),
-            ("logit", self.logit, usual.logit),
-            ("kl", self.kl, usual.kl),
-            ("perplexity", self.perplexity, usual.perplexity),
-            ("1 - top1", 1.0 - self.top1, 1.0 - usual.top1),
-        ];
-        // NaN is laxer than anything; a number read from text may differ in its last digit.
-        let is_laxer = |found: f64, usual: f64| found.is_nan() || found > usual * (1.0 + 1e-9);
-        let laxer = figures.into_iter().filter(|(_, found, usual)| is_laxer(*found, *usual));
-        let mut lines: Vec<String> = laxer
-            .map(|(name, found, usual)| format!("the certificate allows {name} ≤ {found:.1e}; usual is {usual:.1e}"))
-            .collect();
-        if usual.greedy && !self.greedy {
-            lines.push("the certificate does not ask for the same greedy continuations, as is usual".into());
-        }
-        lines
     }
 }
 

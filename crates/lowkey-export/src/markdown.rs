@@ -1,10 +1,15 @@
-//! The certificate as a page for people.
+//! The certificate as a page for people, which is written and verified with it.
 
 use std::fmt::Write;
+use std::path::Path;
 
-use lowkey_files::{hash::FileHash, printable};
+use lowkey_files::{
+    hash::{FileHash, sha256},
+    printable, read, write,
+};
 
-use crate::certificate::{Certificate, JSON, TensorError};
+use crate::certificate::{Certificate, JSON, LARGEST, MARKDOWN, TensorError};
+use crate::error::{Error, Result};
 use crate::plan::{LayerForm, LayerPlan};
 use crate::target::Layout;
 
@@ -12,6 +17,26 @@ use crate::target::Layout;
 /// closes no code.
 pub(crate) fn words(text: &str) -> String {
     printable(text).replace('&', "&amp;").replace('|', "&#124;").replace('<', "&lt;").replace('`', "'")
+}
+
+impl Certificate {
+    /// Writes it in both forms.
+    pub(crate) fn write(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(JSON);
+        let value = serde_json::to_value(self).map_err(|e| Error::file(&path, e.to_string()))?;
+        // A line for each part: token ids one to a line would be pages.
+        let lines: Vec<String> =
+            value.as_object().into_iter().flatten().map(|(key, value)| format!("  \"{key}\": {value}")).collect();
+        write(&path, format!("{{\n{}\n}}\n", lines.join(",\n")).as_bytes())?;
+        Ok(write(&dir.join(MARKDOWN), markdown(self, &sha256(&path)?).as_bytes())?)
+    }
+
+    /// Whether the page beside this certificate is the one that was written with it, to the byte of both.
+    pub(crate) fn has_its_page(&self, dir: &Path) -> Result<bool> {
+        let page = dir.join(MARKDOWN);
+        let text = read(&page, LARGEST)?;
+        Ok(text == markdown(self, &sha256(&dir.join(JSON))?).as_bytes())
+    }
 }
 
 /// Everything in [`Certificate`], as Markdown, with the SHA-256 of its file. A pure function of both: verification compares.

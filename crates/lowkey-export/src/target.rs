@@ -1,11 +1,10 @@
-//! What a model can be exported to.
+//! What a model can be exported to, and what is demanded of it then.
 
 use std::fmt;
 
 use lowkey_model::checkpoint::WeightDtype;
 use serde::{Deserialize, Serialize};
 
-use crate::certificate::Bounds;
 use crate::error::{Error, Result};
 use crate::gguf::TensorType;
 
@@ -99,5 +98,70 @@ impl Target {
             "bf16" => bounds(bits(8), [0.1, 0.02, 0.95, 0.01], false),
             _ => Bounds { weight_max: 4.5e-3, ..bounds(1.5e-2, [0.2, 0.02, 0.95, 0.01], false) },
         }
+    }
+}
+
+/// What was demanded.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Bounds {
+    /// Largest [`TensorError::max`](crate::certificate::TensorError::max) of a weight or product: the unit roundoff of the number format.
+    pub weight_max: f64,
+    /// Largest [`TensorError::rms`](crate::certificate::TensorError::rms).
+    pub weight_rms: f64,
+    /// Largest [`LogitEvidence::max_relative`](crate::evidence::LogitEvidence::max_relative).
+    pub logit: f64,
+    /// Largest [`LogitEvidence::mean_kl`](crate::evidence::LogitEvidence::mean_kl).
+    pub kl: f64,
+    /// Least [`LogitEvidence::top1_agreement`](crate::evidence::LogitEvidence::top1_agreement).
+    pub top1: f64,
+    /// Largest relative change of the perplexity.
+    pub perplexity: f64,
+    /// Whether greedy continuations must be the source's, but for ties within `logit`.
+    pub greedy: bool,
+}
+
+impl Bounds {
+    /// Replaces one bound by name: `logit=0.2`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where there is no such bound, or the value is not one.
+    pub fn set(&mut self, assignment: &str) -> Result<()> {
+        let (key, value) = assignment.split_once('=').unwrap_or((assignment, ""));
+        let slot = match key {
+            "logit" => &mut self.logit,
+            "kl" => &mut self.kl,
+            "top1" => &mut self.top1,
+            "perplexity" => &mut self.perplexity,
+            _ => return Err(Error::setting("bound", assignment, "must be logit, kl, top1 or perplexity = NUMBER")),
+        };
+        match value.parse::<f64>() {
+            Ok(number) if number.is_finite() && number >= 0.0 => *slot = number,
+            _ => return Err(Error::setting("bound", assignment, "must be a number of at least 0")),
+        }
+        Ok(())
+    }
+}
+
+impl Bounds {
+    /// A line for each bound that demands less than `usual`.
+    pub(crate) fn laxer_than(&self, usual: &Self) -> Vec<String> {
+        let figures = [
+            ("weight_max", self.weight_max, usual.weight_max),
+            ("weight_rms", self.weight_rms, usual.weight_rms),
+            ("logit", self.logit, usual.logit),
+            ("kl", self.kl, usual.kl),
+            ("perplexity", self.perplexity, usual.perplexity),
+            ("1 - top1", 1.0 - self.top1, 1.0 - usual.top1),
+        ];
+        // NaN is laxer than anything; a number read from text may differ in its last digit.
+        let is_laxer = |found: f64, usual: f64| found.is_nan() || found > usual * (1.0 + 1e-9);
+        let laxer = figures.into_iter().filter(|(_, found, usual)| is_laxer(*found, *usual));
+        let mut lines: Vec<String> = laxer
+            .map(|(name, found, usual)| format!("the certificate allows {name} ≤ {found:.1e}; usual is {usual:.1e}"))
+            .collect();
+        if usual.greedy && !self.greedy {
+            lines.push("the certificate does not ask for the same greedy continuations, as is usual".into());
+        }
+        lines
     }
 }

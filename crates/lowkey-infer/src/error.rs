@@ -93,6 +93,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// The same, told of the row of that number.
+    pub(crate) fn of_row(mut self, number: usize) -> Self {
+        if let Self::NoToken { row } | Self::Token { row, .. } | Self::Capacity { row, .. } = &mut self {
+            *row = number;
+        }
+        self
+    }
+
     pub(crate) fn setting(field: &'static str, value: &dyn ToString, allowed: &'static str) -> Self {
         Self::Setting { field, value: value.to_string(), allowed }
     }

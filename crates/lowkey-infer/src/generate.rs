@@ -8,7 +8,6 @@ use burn::tensor::Device;
 use lowkey_model::{CausalLm, attention::FusedMla};
 
 use crate::cache_dtype::CacheDtype;
-use crate::decoder::{check_form, check_tokens};
 use crate::error::{Error, Result};
 use crate::form::Form;
 use crate::sampler::SamplingConfig;
@@ -125,7 +124,12 @@ pub fn generate_batch<'a>(
     let weights = weights.into();
     let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
     let capacity = longest.saturating_add(config.max_new_tokens);
-    check(weights, prompts, config)?;
+    // What a scheduler calls by other names. The rest it checks itself, before anything is computed.
+    for (field, size) in [("max_new_tokens", config.max_new_tokens), ("number of prompts", prompts.len())] {
+        if size == 0 {
+            return Err(Error::setting(field, &size, "at least 1"));
+        }
+    }
     let slots = Slots {
         count: prompts.len(),
         capacity,
@@ -143,7 +147,7 @@ pub fn generate_batch<'a>(
             stream: row as u64,
             eos: config.eos.clone(),
         };
-        if let Some(id) = scheduler.admit(request)? {
+        if let Some(id) = scheduler.admit(request).map_err(|e| e.of_row(row))? {
             rows.insert(id, row);
         }
     }
@@ -169,21 +173,4 @@ pub fn generate_batch<'a>(
         }
     }
     Ok(done.into_iter().flatten().collect())
-}
-
-/// Checks what a request says before any of it is looked at by itself, so that a row is named by its number.
-fn check(Weights { model, fused }: Weights, prompts: &[&[u32]], config: &GenerateConfig) -> Result<()> {
-    let sizes = [
-        ("max_new_tokens", config.max_new_tokens),
-        ("prefill_chunk", config.prefill_chunk),
-        ("number of prompts", prompts.len()),
-    ];
-    for (field, size) in sizes {
-        if size == 0 {
-            return Err(Error::setting(field, &size, "at least 1"));
-        }
-    }
-    config.sampling.check()?;
-    check_tokens(model, prompts)?;
-    check_form(model, config.form, fused)
 }

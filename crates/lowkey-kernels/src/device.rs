@@ -79,7 +79,7 @@ pub fn profile<R>(job: impl FnOnce() -> R) -> (R, Vec<KernelTime>) {
 
 /// Opens a device: `auto`, `cpu`, or a kind of GPU with or without a number, `cuda`, `wgpu:1`.
 ///
-/// `auto` is the first GPU that is none in software: of CUDA before others; else the CPU.
+/// `auto` is the first hardware GPU, CUDA before others; else the CPU.
 ///
 /// # Errors
 /// [`DeviceError`].

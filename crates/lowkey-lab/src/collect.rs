@@ -11,7 +11,6 @@ use crate::error::{Error, Result};
 use crate::expand::{Expanded, Run};
 use crate::experiment::Better;
 use crate::kept::objections;
-use crate::quantised::QUANTISED;
 use crate::study::{RunResult, Study};
 
 /// Figures of a finished run, by the training loop.
@@ -19,6 +18,9 @@ const EVALUATION: &str = "evaluation.json";
 
 /// What a run was made with, by the training loop.
 const ENVIRONMENT: &str = "environment.json";
+
+/// Held-out loss with quantised caches, by the lab.
+pub(crate) const QUANTISED: &str = "quantised.json";
 
 /// Bytes of a run's file that are read.
 const LARGEST: u64 = 1 << 30;

@@ -430,7 +430,7 @@ impl Drawing<'_> {
         ))
     }
 
-    /// What of it was measured where the report was made.
+    /// Decode speed on the machine that made the report.
     fn decoding_speed(&self) -> Option<String> {
         let arms = || self.study.arms.iter();
         let contexts: BTreeSet<usize> =

@@ -12,12 +12,9 @@ use lowkey_model::{CausalLm, attention::Seen, ids_tensor};
 use lowkey_train::{RunConfig, RunOptions, checkpoint, evaluate::Held};
 use serde_json::json;
 
-use crate::collect::read_json;
+use crate::collect::{QUANTISED, read_json};
 use crate::error::{Error, Result};
 use crate::expand::Expanded;
-
-/// Held-out loss with quantised caches, by the lab.
-pub(crate) const QUANTISED: &str = "quantised.json";
 
 /// Documents at a time.
 const DOCUMENTS: usize = 16;

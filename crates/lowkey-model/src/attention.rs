@@ -20,8 +20,8 @@ pub use lowkey_kernels::cache::{Mask, Stored};
 pub use mla::{LATENT_NORM_EPS, Latent, Mla, MlaConfig};
 
 use crate::config::ModelConfig;
+use crate::context::{Context, Trace};
 use crate::layers::{Builder, Linear};
-use crate::model::{Context, Trace};
 use crate::rope::RopeTable;
 
 /// The attention of a block.

@@ -78,6 +78,7 @@ pub mod attention;
 pub mod checkpoint;
 pub mod checksums;
 pub mod config;
+mod context;
 pub mod cost;
 mod decode_cost;
 mod error;

@@ -12,6 +12,7 @@ use lowkey_kernels::{MlpWeights, gated_mlp, loss::LossSum};
 use crate::adapter::{AdapterConfig, AdapterPlan};
 use crate::attention::{Attention, Seen};
 use crate::config::{Family, ModelConfig};
+pub use crate::context::{Context, Trace};
 use crate::error::{Error, Result};
 use crate::layer_config::LayerConfig;
 use crate::layers::Builder;
@@ -70,33 +71,6 @@ pub struct Mlp {
     pub up_proj: Linear,
     /// `[d, f]`
     pub down_proj: Linear,
-}
-
-/// What all layers of one forward pass over whole sequences share: positions and documents.
-#[derive(Clone, Debug)]
-pub struct Context {
-    /// Cosines and sines of the positions.
-    pub rope: RopeTable,
-    /// `[batch · seq]`: where in its row the document of a token starts.
-    pub document_starts: Vec<u32>,
-    /// MLA: read no more than the first so many numbers of each latent; absent: all that are there. Differs from a cut model
-    /// ([`CausalLm::with_kv_ranks`]) only in that gradients arrive in the whole one's parameters.
-    pub kv_rank: Option<usize>,
-}
-
-/// Intermediate results of a forward pass, for verification and for a look at a model's health.
-#[derive(Clone, Debug, Default)]
-pub struct Trace {
-    /// Input of each block, then the output of the final norm: `[batch, seq, d]`.
-    pub hidden: Vec<Tensor<3>>,
-    /// Output of each block's attention after W_O: `[batch, seq, d]`.
-    pub attn_out: Vec<Tensor<3>>,
-    /// MLA: normalised latent of each block, `[batch, seq, L]`.
-    pub latent: Vec<Tensor<3>>,
-    /// MLA: rotated shared key of each block, `[batch, seq, R]`, half-split order.
-    pub k_pe: Vec<Tensor<3>>,
-    /// Largest attention logit of each block, `[1]`.
-    pub max_logit: Vec<Tensor<1>>,
 }
 
 impl Block {

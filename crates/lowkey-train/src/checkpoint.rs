@@ -12,7 +12,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::{Generation, Tokenizer};
 use lowkey_files::{
     Replace, Staging,
-    companions::{self, Companions},
+    companions::Companions,
     mark::Kind,
     printable, read, read_text,
     write::{copy, create_dir, remove_dir, rename, sweep},
@@ -289,8 +289,19 @@ fn listed(dir: &Path) -> BTreeSet<String> {
 /// Whether lowkey wrote this entry of a checkpoint, as far as its name tells.
 fn is_part(path: &Path, listed: &BTreeSet<String>) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let own = [CHECKSUMS, TRAINER, OPTIMIZER, "config.json", "adapter_config.json", "adapter_model.safetensors"];
-    let known = own.contains(&&*name) || companions::largest(&name).is_some();
+    // What every checkpoint has; of other companions its table tells which are the run's and which its user's.
+    let known = [
+        CHECKSUMS,
+        TRAINER,
+        OPTIMIZER,
+        "config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ];
+    let known = known.contains(&&*name);
     let weights = name.starts_with("model") && (name.ends_with(".safetensors") || name.ends_with(".index.json"));
     // A folder is listed by the files in it.
     let is_listed = |file: &PathBuf| {

@@ -45,7 +45,7 @@ pub enum Error {
         /// The step of the newest checkpoint, where there is one.
         kept: Option<u64>,
     },
-    /// A step was taken after which the model computes no numbers any more.
+    /// A step was taken after which the model produces non-finite values.
     #[error(
         "step {step}: {what} is not finite ({value}) after this step; {}. Lower optimizer.lr, raise \
          lr_scheduler.warmup_steps, or set optimizer.grad_clip",

@@ -71,7 +71,7 @@ impl Plan {
     }
 }
 
-/// Estimated peak bytes of a run on so many threads of one device.
+/// Estimated peak bytes of a run on `threads` threads of one device.
 pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usize) -> usize {
     let (rows, seq, recompute) = (config.rows_of_a_pass(), config.data.seq_len, config.training.recompute);
     let terms = Passes::new(config, model).most_terms();

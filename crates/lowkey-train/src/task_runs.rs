@@ -1,4 +1,4 @@
-//! Runs on tasks: what each needs of the model it learns only with it, and a run of vectors is a run like any other.
+//! Runs on tasks: each is learnt only by models with the ability that it needs; tasks of vectors use the same loop.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;

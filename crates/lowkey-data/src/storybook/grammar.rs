@@ -7,20 +7,10 @@ use super::{
         Part::{self, Text, Word},
         Setting,
     },
+    rule::Rule,
     teller::Teller,
     world::{self, Deed, FEWEST_FACTS, Fact, Question, Subject, World},
 };
-
-/// A nonterminal of the grammar, with all that the rest of the story may depend on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Rule {
-    /// A whole story.
-    Story,
-    /// The next sentence after the opening: something happens, or the questions begin.
-    Scene(World),
-    /// After a question: another one, or the end.
-    Close(World),
-}
 
 impl Rule {
     /// Tells it.

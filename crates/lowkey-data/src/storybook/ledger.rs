@@ -4,8 +4,8 @@ use std::{collections::HashMap, mem};
 
 use super::{
     Class,
-    grammar::Rule,
     lexicon::{Form, Kind, Part, Slot},
+    rule::Rule,
     teller::{Teller, class_of},
 };
 

@@ -56,14 +56,15 @@ use rand_chacha::ChaCha8Rng;
 mod grammar;
 mod ledger;
 mod lexicon;
+mod rule;
 mod teller;
 #[cfg(test)]
 mod tests;
 mod world;
 mod writer;
 
-use grammar::Rule;
 use ledger::Ledger;
+use rule::Rule;
 use writer::Writer;
 
 /// No story has more bytes than this. With the end of the document it fits a context of 256.

@@ -2,8 +2,8 @@
 
 use super::{
     Class,
-    grammar::Rule,
     lexicon::{Form, Kind, Part, Slot},
+    rule::Rule,
 };
 
 /// One who carries the grammar out: [`super::writer::Writer`] makes or reads one story, [`super::ledger::Ledger`] adds

@@ -7,8 +7,8 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{
     Class, Continuation, Slip, Story,
-    grammar::Rule,
     lexicon::{END, Form, Kind, Part, Slot, spell},
+    rule::Rule,
     teller::{Teller, class_of},
 };
 

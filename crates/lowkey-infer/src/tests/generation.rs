@@ -187,6 +187,7 @@ fn a_request_out_of_range_is_refused_before_anything_is_computed() {
     assert!(matches!(refused(&[&[1], &[]], &greedy(1, Form::Auto, 1)), Error::NoToken { row: 1 }));
     assert!(matches!(refused(&[&[1]], &greedy(1, Form::Fused, 1)), Error::NoFused));
     assert!(matches!(refused(&[&[53]], &greedy(1, Form::Auto, 1)), Error::Token { token: 53, .. }));
+    assert!(matches!(refused(&[&[1], &[2], &[3, 53]], &greedy(1, Form::Auto, 1)), Error::Token { row: 2, .. }));
     // The last position is usable.
     assert_eq!(run(&model, &prompt, &greedy(92, Form::Auto, 64)).ids, greedy_uncached(&model, &prompt, 92));
 }

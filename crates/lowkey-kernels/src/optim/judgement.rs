@@ -42,7 +42,7 @@ pub enum Fault {
     Loss,
     /// The norm of this gradient, the first of its kind, is no number, or its square no f32.
     Gradient(usize),
-    /// Only all gradients together have a norm whose square is no f32.
+    /// The global norm overflows f32, though each gradient's does not.
     Norm,
 }
 

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use super::*;
 use crate::expand::Expanded;
 use crate::experiment::{Better, Experiment};
+use crate::page::page;
+use crate::report::{csv, markdown};
 use crate::study::RunResult;
 
 fn folder() -> PathBuf {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::fixtures::study;
+use crate::report::report;
 
 /// Where seeds differ far more than arms, pairs still tell the arms apart; unpaired means could not.
 #[test]

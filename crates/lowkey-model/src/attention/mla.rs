@@ -16,8 +16,8 @@ use lowkey_kernels::{
 
 use super::{Cached, Heads, Seen, Way};
 use crate::config::ModelConfig;
+use crate::context::Context;
 use crate::layers::{Builder, Linear, RmsNorm};
-use crate::model::Context;
 use crate::rope::RopeTable;
 use crate::tensor::{HeadRows, Role};
 

@@ -236,12 +236,14 @@ fn what_came_with_the_model_is_in_every_checkpoint_and_goes_with_it() {
     verify(&path).unwrap();
     fs::remove_file(path.join("notes.txt")).unwrap();
 
-    // What the user put beside a template keeps the checkpoint; nothing else does.
-    let mine = path.join("additional_chat_templates/mine.txt");
-    fs::write(&mine, "mine").unwrap();
-    bench.save_with(&checkpoints, 5, None, &companions);
-    assert_eq!(names(bench.dir.path()), ["step-000004", "step-000005"]);
-    fs::remove_file(mine).unwrap();
+    // What the user put beside a template, or under the name of a companion, keeps the checkpoint; nothing else does.
+    for mine in ["additional_chat_templates/mine.txt", "merges.txt"] {
+        let mine = path.join(mine);
+        fs::write(&mine, "mine").unwrap();
+        bench.save_with(&checkpoints, 5, None, &companions);
+        assert_eq!(names(bench.dir.path()), ["step-000004", "step-000005"]);
+        fs::remove_file(mine).unwrap();
+    }
     bench.save_with(&checkpoints, 6, None, &companions);
     assert_eq!(names(bench.dir.path()), ["step-000006"]);
 }

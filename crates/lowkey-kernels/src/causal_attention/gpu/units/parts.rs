@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 
 use super::geometry::{Geometry, Layout};
 
-/// Bytes at multiples of which memory begins that matrix units read: what the largest fragment asks for.
+/// Alignment, in bytes, of shared memory that matrix units read: that of the largest fragment.
 pub(super) const ALIGN: usize = 32;
 
 /// Copies rows that are `step` numbers apart into shared memory; what lies beyond the rows or the width is 0.
