@@ -155,11 +155,11 @@ impl AdapterDir {
         Err(Error::Tensors { path, missing, unexpected, mismatched })
     }
 
-    /// Writes both files into the directory.
+    /// Writes both files into the directory: of the tensors those that are given, by their names in a model.
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] where one cannot be written.
-    pub(crate) fn write(&self, parameters: Vec<Parameter>, plan: &AdapterPlan) -> Result<()> {
+    pub fn write(&self, parameters: Vec<Parameter>, plan: &AdapterPlan) -> Result<()> {
         let path = self.path.join(ADAPTER_WEIGHTS);
         let named = |parameter: Parameter| Parameter { name: format!("{PREFIX}{}", parameter.name), ..parameter };
         let bytes = encode_shard(&path, parameters.into_iter().map(named).collect(), WeightDtype::F32)?;
