@@ -230,12 +230,12 @@ def check_saved(folder, logits):
 
 # name: (base, keys of PEFT's LoraConfig)
 ADAPTERS = {
-    "lora": ("v3_qlora", dict(target_modules="all-linear", r=4, lora_alpha=8, rank_pattern={"o_proj": 2},
+    "lora": ("v3_qlora", dict(target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], r=4, lora_alpha=8, rank_pattern={"o_proj": 2},
                               alpha_pattern={"kv_b_proj": 3}, modules_to_save=["norm"])),
     "rslora": ("v3_qlora", dict(target_modules=r".*self_attn\.(q_b_proj|kv_b_proj|o_proj)", r=3, lora_alpha=5, use_rslora=True)),
-    "dora": ("v3_biases", dict(target_modules=["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "up_proj"], r=3, lora_alpha=6,
+    "dora": ("v3_biases", dict(target_modules=["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], r=3, lora_alpha=6,
                                use_dora=True, layers_to_transform=[1])),
-    "head": ("llama_gqa", dict(target_modules=["q_proj", "v_proj", "down_proj", "lm_head"], r=2, lora_alpha=4)),
+    "head": ("llama_gqa", dict(target_modules=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"], r=2, lora_alpha=4)),
 }
 STEPS = 10
 

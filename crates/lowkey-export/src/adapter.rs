@@ -5,7 +5,7 @@
 //!
 //! | engine | applies | ignores or refuses |
 //! |---|---|---|
-//! | transformers with PEFT | all | |
+//! | transformers with PEFT | all, but of the DeepSeek classes no feed-forward layer | takes `gate_proj`, `up_proj` and `down_proj` there for experts, also where a layer has none (PEFT 0.21, `_convert_peft_config_moe`) |
 //! | SGLang | all maps of blocks | DoRA, parts that are saved whole, the output head |
 //! | vLLM | all maps of blocks but `kv_b_proj` | the same, and `kv_b_proj` in silence (vllm #48974) |
 //! | llama.cpp | of `deepseek2` the output map and the feed-forward layers; of others all maps | the rest of `deepseek2` in silence; DoRA |
@@ -69,15 +69,19 @@ impl fmt::Display for Engine {
 impl Engine {
     /// Why it would not apply the adapter of a map, where it would not.
     fn ignores(self, module: &str, latent: bool) -> Option<&'static str> {
+        let feed_forward = module.contains(".mlp.");
         let is = |end: &str| module == end || module.rsplit('.').next() == Some(end);
         match self {
+            Self::Transformers if latent && feed_forward => Some(
+                "PEFT takes this name for that of experts in models of this class, and leaves the layer without an adapter",
+            ),
             Self::Transformers => None,
             Self::Vllm | Self::Sglang if is("lm_head") => Some("the engine applies adapters within blocks alone"),
             Self::Vllm if is("kv_b_proj") => {
                 Some("vLLM splits this matrix when it loads it, and applies no adapter to the halves (vllm #48974)")
             }
             Self::Vllm | Self::Sglang => None,
-            Self::LlamaCpp if latent && !(is("o_proj") || module.contains(".mlp.")) => {
+            Self::LlamaCpp if latent && !(is("o_proj") || feed_forward) => {
                 Some("llama.cpp's graph of latent attention multiplies by this matrix without looking for adapters")
             }
             Self::LlamaCpp => None,

@@ -95,7 +95,8 @@ fn what_an_engine_would_ignore_is_refused_by_name() {
     assert_eq!(refused(on("vllm-safe"), Engine::Vllm), None);
     assert_eq!(refused(on("all-linear"), Engine::Sglang), None);
     assert!(refused(on("everything"), Engine::Sglang).unwrap().contains("lm_head"));
-    assert_eq!(refused(on("everything"), Engine::Transformers), None);
+    assert!(refused(on("all-linear"), Engine::Transformers).unwrap().contains(".mlp."));
+    assert_eq!(refused(ends(&["kv_b_proj", "o_proj", "lm_head"]), Engine::Transformers), None);
     for module in ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "lm_head"] {
         assert!(refused(ends(&[module, "o_proj"]), Engine::LlamaCpp).unwrap().contains(module), "{module}");
     }

@@ -136,6 +136,10 @@ impl AdapterDir {
         let (mut values, mut unexpected, mut mismatched) = (BTreeMap::new(), Vec::new(), Vec::new());
         for (stored_name, view) in file.tensors() {
             let name = stored_name.strip_prefix(PREFIX).unwrap_or(&stored_name).to_string();
+            // PEFT writes the matrix of an adapted output head, too; it is the base's.
+            if name.strip_suffix(".base_layer.weight").is_some_and(|module| plan.of(module).is_some()) {
+                continue;
+            }
             let Some(shape) = expected.remove(&name) else {
                 unexpected.push(stored_name);
                 continue;
@@ -225,9 +229,8 @@ const KEYS: [&str; 10] = [
 fn refuse_unknown_arithmetic(keys: &Map<String, Value>) -> std::result::Result<(), String> {
     let neutral = |key: &str, value: &Value| match key {
         "bias" => value == "none",
-        "fan_in_fan_out" | "lora_bias" | "use_qalora" | "ensure_weight_tying" | "use_bdlora" | "monteclora_config" => {
-            !value.as_bool().unwrap_or(!value.is_null())
-        }
+        "fan_in_fan_out" | "lora_bias" | "use_qalora" | "use_bdlora" | "monteclora_config" | "kasa_config"
+        | "velora_config" => !value.as_bool().unwrap_or(!value.is_null()),
         "layer_replication"
         | "target_parameters"
         | "trainable_token_indices"
