@@ -18,6 +18,7 @@ import sys
 import tempfile
 
 import numpy as np
+import peft
 import tokenizers
 import torch
 import transformers
@@ -227,6 +228,71 @@ def check_saved(folder, logits):
         assert off < 2e-5, f"{folder.name}: {spelling} is off by {off}"
 
 
+# name: (base, keys of PEFT's LoraConfig)
+ADAPTERS = {
+    "lora": ("v3_qlora", dict(target_modules=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], r=4, lora_alpha=8, rank_pattern={"o_proj": 2},
+                              alpha_pattern={"kv_b_proj": 3}, modules_to_save=["norm"])),
+    "rslora": ("v3_qlora", dict(target_modules=r".*self_attn\.(q_b_proj|kv_b_proj|o_proj)", r=3, lora_alpha=5, use_rslora=True)),
+    "dora": ("v3_biases", dict(target_modules=["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], r=3, lora_alpha=6,
+                               use_dora=True, layers_to_transform=[1])),
+    "head": ("llama_gqa", dict(target_modules=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head"], r=2, lora_alpha=4)),
+}
+STEPS = 10
+
+PARTS = ("cases", "adapters", "tokenizers")
+
+
+def make_adapter(name, out):
+    """An adapter as PEFT saves it, what it computes, and ten steps of AdamW on it."""
+    base, keys = ADAPTERS[name]
+    seed = sum(map(ord, name))
+
+    def make():
+        model = transformers.AutoModelForCausalLM.from_pretrained(out / "cases" / base, dtype=torch.float32, attn_implementation="eager")
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **keys))
+        with torch.no_grad():
+            for tensor, parameter in model.named_parameters():
+                if "lora_A" in tensor or "lora_B" in tensor:
+                    parameter.copy_(torch.from_numpy(0.4 * values(seed, tensor, tuple(parameter.shape))))
+                elif "magnitude" in tensor:
+                    parameter.mul_(torch.from_numpy(1 + 0.5 * values(seed, tensor, tuple(parameter.shape))))
+        return model.eval()
+
+    model = make()
+    random = np.random.Generator(np.random.Philox(key=seed))
+    ids = torch.from_numpy(random.integers(2, model.config.vocab_size, (ROWS, SEQ)))
+    with torch.no_grad():
+        expected = {"logits": model(input_ids=ids).logits.numpy(), "input_ids": ids.numpy().astype(np.int64).copy()}
+    folder = out / "adapters" / name
+    model.peft_config["default"].base_model_name_or_path = f"../../cases/{base}"
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    # Its keys in an order of their own: sets are written as they fall.
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            config[key] = sorted(value)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    trained = [(tensor, parameter) for tensor, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [parameter for _, parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for _, parameter in trained if parameter.ndim == 1]
+    groups = [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    losses = []
+    for step in range(STEPS + 1):
+        loss = loss_of(model, ids, ids)
+        losses.append(loss.item())
+        if step < STEPS:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    expected["adamw.losses"] = np.array(losses, np.float32)
+    for tensor, parameter in peft.get_peft_model_state_dict(model).items():
+        expected[f"adamw.{tensor}"] = parameter.detach().numpy().copy()
+    save_file(expected, folder / "expected.safetensors")
+
+
 TEXT = """The cat sat on the mat. It said: "Hello, world!" and looked at 3,141 mice.
     def grün(naïve): return "Straße" + '日本語'  # 😀 two  spaces
 don't stop; we've seen it all before, haven't we? cat cats sat sats mat mats""".split("\n")
@@ -329,7 +395,7 @@ def make_tokenizer(name, out):
 
 
 def sums(out):
-    files = sorted(path for part in ("cases", "tokenizers") for path in (out / part).rglob("*") if path.is_file())
+    files = sorted(path for part in PARTS for path in (out / part).rglob("*") if path.is_file())
     return "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out).as_posix()}\n" for path in files)
 
 
@@ -337,6 +403,8 @@ def make(out):
     for name in CASES:
         make_case(name, out)
         print(f"{name}: {sum(p.stat().st_size for p in (out / 'cases' / name).iterdir()) // 1024} KiB", flush=True)
+    for name in ADAPTERS:
+        make_adapter(name, out)
     for name in TOKENIZERS:
         make_tokenizer(name, out)
 
@@ -344,7 +412,7 @@ def make(out):
 def compare(made, here):
     """The names of what differs: weights and texts in any bit, figures beyond the tolerance of their case."""
     wrong = []
-    for path in sorted(p for part in ("cases", "tokenizers") for p in (made / part).rglob("*") if p.is_file()):
+    for path in sorted(p for part in PARTS for p in (made / part).rglob("*") if p.is_file()):
         name = path.relative_to(made).as_posix()
         other = here / name
         if not other.is_file():
@@ -361,8 +429,8 @@ def compare(made, here):
         elif path.name.endswith(".safetensors"):
             if path.read_bytes() != other.read_bytes():
                 wrong.append(name)
-        elif path.suffix == ".json" and path.name.startswith("config"):
-            drop = lambda text: {k: v for k, v in json.loads(text).items() if k != "transformers_version"}  # noqa: E731
+        elif path.suffix == ".json" and "config" in path.name:
+            drop = lambda text: {k: v for k, v in json.loads(text).items() if k not in ("transformers_version", "peft_version")}  # noqa: E731
             if drop(path.read_text()) != drop(other.read_text()):
                 wrong.append(name)
         elif path.read_bytes() != other.read_bytes():
@@ -389,7 +457,7 @@ def main():
     with tempfile.TemporaryDirectory() as made:
         made = pathlib.Path(made)
         make(made)
-        for part in ("cases", "tokenizers"):
+        for part in PARTS:
             shutil.rmtree(HERE / part, ignore_errors=True)
             shutil.copytree(made / part, HERE / part)
     (HERE / "SHA256SUMS").write_text(sums(HERE))

@@ -37,7 +37,7 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::Tokenizer;
 use lowkey_files::printable;
-use lowkey_model::{CausalLm, Parameter};
+use lowkey_model::{CausalLm, ModelConfig, Parameter, tensor::Role};
 
 use crate::error::{Error, Result};
 use architecture::Architecture;
@@ -112,6 +112,50 @@ pub fn write(path: &Path, model: &CausalLm, tokenizer: Option<&Tokenizer>, kind:
         Ok(change.apply(values, &parameter.shape))
     })?;
     Ok(Summary { bytes, tensors: tensors.len(), kind, fallbacks, notes })
+}
+
+/// Writes an adapter as llama.cpp reads it with `--lora`: a pair of tensors for each adapted matrix, in its layout there, each with the
+/// same rank; the product is multiplied by `alpha` through that rank.
+///
+/// # Errors
+/// [`Error::Unsupported`] naming the matrix that the file's architecture stores otherwise; [`Error::Io`] where the file cannot be written.
+pub(crate) fn write_adapter(path: &Path, config: &ModelConfig, alpha: f64, parameters: Vec<Parameter>) -> Result<()> {
+    let architecture = Architecture::of(config)?;
+    let mut metadata = Metadata::default();
+    metadata.set("general.type", "adapter");
+    metadata.set("general.architecture", architecture.name());
+    metadata.set("adapter.type", "lora");
+    metadata.set("adapter.lora.alpha", alpha as f32);
+    let plans = plan(config, architecture);
+    let places: HashMap<&str, (&str, Change)> = plans
+        .iter()
+        .filter_map(|plan| plan.parameter().map(|(of, change)| (of, (plan.name.as_str(), change))))
+        .collect();
+    let mut tensors = Vec::new();
+    for Parameter { name, shape, role, value, .. } in parameters {
+        let module = name.split(".lora_").next().unwrap_or_default();
+        let place = places.get(format!("{module}.weight").as_str());
+        let (stored, change) = match place {
+            Some((_, Change::Keys { .. } | Change::Values { .. })) | None => {
+                return Err(Error::unsupported(
+                    "GGUF",
+                    format!("{module}: stored in another shape than its adapter's"),
+                ));
+            }
+            Some(place) => *place,
+        };
+        let values = value.try_into_vec_as::<f32>().map_err(|e| Error::device(&name, e))?;
+        // Rows are moved and multiplied as the matrix's are: those of B.
+        let (end, values) = match role {
+            Role::LoraB => ("lora_b", change.apply(values, &shape)),
+            _ => ("lora_a", values),
+        };
+        tensors.push((TensorInfo { name: format!("{stored}.{end}"), shape, kind: TensorType::F32 }, values));
+    }
+    let infos: Vec<TensorInfo> = tensors.iter().map(|(info, _)| info.clone()).collect();
+    let mut values = tensors.into_iter();
+    write_container(path, &metadata, &infos, &mut |_| Ok(values.next().map(|(_, values)| values).unwrap_or_default()))?;
+    Ok(())
 }
 
 /// Everything but the weights of the file that a model is written to.

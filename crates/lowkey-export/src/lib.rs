@@ -75,6 +75,7 @@
 //! # }
 //! ```
 
+pub mod adapter;
 mod card;
 pub mod certificate;
 mod error;

@@ -61,7 +61,8 @@ pub(crate) enum Command {
         lowkey export runs/quickstart/checkpoints/best --to hf --dtype bf16\n  \
         lowkey export MODEL --to absorbed --out exports/story\n  \
         lowkey export MODEL --to fused --form fused\n  \
-        lowkey export MODEL --to gguf --dtype q8_0 --data my.txt")]
+        lowkey export MODEL --to gguf --dtype q8_0 --data my.txt\n  \
+        lowkey export runs/lora/checkpoints/best --for vllm")]
     Export(ExportArguments),
     /// Multiply an adapter into its model, with a certificate that the two are the same
     #[command(after_help = "Examples:\n  \

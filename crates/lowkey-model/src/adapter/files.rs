@@ -136,6 +136,10 @@ impl AdapterDir {
         let (mut values, mut unexpected, mut mismatched) = (BTreeMap::new(), Vec::new(), Vec::new());
         for (stored_name, view) in file.tensors() {
             let name = stored_name.strip_prefix(PREFIX).unwrap_or(&stored_name).to_string();
+            // PEFT writes the matrix of an adapted output head, too; it is the base's.
+            if name.strip_suffix(".base_layer.weight").is_some_and(|module| plan.of(module).is_some()) {
+                continue;
+            }
             let Some(shape) = expected.remove(&name) else {
                 unexpected.push(stored_name);
                 continue;
@@ -155,11 +159,11 @@ impl AdapterDir {
         Err(Error::Tensors { path, missing, unexpected, mismatched })
     }
 
-    /// Writes both files into the directory.
+    /// Writes both files into the directory: of the tensors those that are given, by their names in a model.
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] where one cannot be written.
-    pub(crate) fn write(&self, parameters: Vec<Parameter>, plan: &AdapterPlan) -> Result<()> {
+    pub fn write(&self, parameters: Vec<Parameter>, plan: &AdapterPlan) -> Result<()> {
         let path = self.path.join(ADAPTER_WEIGHTS);
         let named = |parameter: Parameter| Parameter { name: format!("{PREFIX}{}", parameter.name), ..parameter };
         let bytes = encode_shard(&path, parameters.into_iter().map(named).collect(), WeightDtype::F32)?;
@@ -225,9 +229,8 @@ const KEYS: [&str; 10] = [
 fn refuse_unknown_arithmetic(keys: &Map<String, Value>) -> std::result::Result<(), String> {
     let neutral = |key: &str, value: &Value| match key {
         "bias" => value == "none",
-        "fan_in_fan_out" | "lora_bias" | "use_qalora" | "ensure_weight_tying" | "use_bdlora" | "monteclora_config" => {
-            !value.as_bool().unwrap_or(!value.is_null())
-        }
+        "fan_in_fan_out" | "lora_bias" | "use_qalora" | "use_bdlora" | "monteclora_config" | "kasa_config"
+        | "velora_config" => !value.as_bool().unwrap_or(!value.is_null()),
         "layer_replication"
         | "target_parameters"
         | "trainable_token_indices"

@@ -118,7 +118,8 @@ impl AdapterConfig {
         let mut saved = Vec::new();
         for end in self.modules_to_save.iter().flatten() {
             let before = saved.len();
-            let of = |spec: &&TensorSpec| ends_with(module_of(&spec.name), end);
+            // Here PEFT asks for no dot: `norm` is every norm.
+            let of = |spec: &&TensorSpec| module_of(&spec.name).ends_with(end.as_str());
             saved.extend(tensors.iter().filter(of).map(|spec| spec.name.clone()));
             if saved.len() == before {
                 let tied = if ends_with("lm_head", end) { " (the output head is the embedding)" } else { "" };

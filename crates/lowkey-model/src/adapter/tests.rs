@@ -212,7 +212,7 @@ fn an_adapter_comes_back_from_its_directory_and_a_new_one_changes_nothing() {
             model.trained_parameters().into_iter().map(|p| (p.name, values(p.value))).collect::<Vec<_>>()
         };
         assert_eq!(names(&back), names(&model), "{kind}");
-        assert!(names(&back).iter().any(|(name, _)| name == "model.norm.weight"), "{kind}");
+        assert!(names(&back).iter().any(|(name, _)| name.ends_with("layernorm.weight")), "{kind}");
         // What loads a directory finds the base by itself.
         let found = ModelDir::open(&there).unwrap().load(&device).unwrap();
         assert_eq!(logits(&found, &config), logits(&model, &config), "{kind}");

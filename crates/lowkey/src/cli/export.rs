@@ -13,9 +13,13 @@ pub(crate) struct ExportArguments {
     pub(crate) adapter: Option<PathBuf>,
     /// hf: for transformers, vLLM and SGLang; absorbed, fused: the same and a side file with W_UK and W_UV split, or
     /// multiplied into the weights around them; gguf: one file for llama.cpp
-    #[arg(long, value_name = "LAYOUT", value_parser = ["hf", "absorbed", "fused", "gguf"])]
-    pub(crate) to: String,
-    /// Folder to make [default: exports/NAME-LAYOUT]
+    #[arg(long, value_name = "LAYOUT", value_parser = ["hf", "absorbed", "fused", "gguf"], required_unless_present = "engine")]
+    pub(crate) to: Option<String>,
+    /// Instead: the adapter by itself, as this engine reads it; what the engine would ignore is refused
+    #[arg(long = "for", value_name = "ENGINE", value_parser = ["transformers", "vllm", "sglang", "llamacpp"],
+        conflicts_with_all = ["to", "form", "context", "data", "bounds"])]
+    pub(crate) engine: Option<String>,
+    /// Folder to make [default: exports/NAME-LAYOUT, or exports/NAME-ENGINE]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Number format of the weights: f32, bf16 or f16, and q8_0 for gguf

@@ -7,6 +7,7 @@ use burn::tensor::Device;
 use lowkey_data::Prepared;
 use lowkey_export::{
     Certificate, Options, Progress, Source, Target, Text,
+    adapter::Engine,
     certificate::{Bounds, Evidence},
     export::FUSED,
     plan::{LayerForm, LayerPlan},
@@ -26,7 +27,13 @@ const MAX_SHARD_BYTES: usize = 5_000_000_000;
 const SEQUENCES: usize = 4;
 
 pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
-    let target = Target::parse(&arguments.to, &arguments.dtype).map_err(wrong_use)?;
+    let out = |kind: &str| arguments.out.clone().unwrap_or_else(|| default_out(&arguments.model, kind));
+    let to = match (&arguments.engine, &arguments.to) {
+        (Some(engine), _) => return export_adapter(arguments, engine, &out(engine)),
+        (None, Some(to)) => to,
+        (None, None) => return Err(WrongUse("--to LAYOUT, or --for ENGINE".into()).into()),
+    };
+    let target = Target::parse(to, &arguments.dtype).map_err(wrong_use)?;
     let form = arguments.form.as_deref().map(str::parse::<LayerForm>).transpose().map_err(wrong_use)?;
     let mut bounds = target.bounds();
     for bound in &arguments.bounds {
@@ -37,7 +44,7 @@ pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
     }
     let source = open(&arguments.model, arguments.adapter.as_deref())?;
     let options = Options {
-        out: arguments.out.clone().unwrap_or_else(|| default_out(&arguments.model, &arguments.to)),
+        out: out(to),
         overwrite: arguments.overwrite,
         form,
         context: arguments.context,
@@ -47,6 +54,17 @@ pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
         target,
     };
     certified(&source, &options, arguments.json)
+}
+
+fn export_adapter(arguments: &ExportArguments, engine: &str, out: &Path) -> anyhow::Result<()> {
+    let engine: Engine = engine.parse().map_err(wrong_use)?;
+    let source = open(&arguments.model, arguments.adapter.as_deref())?;
+    lowkey_export::adapter::export_adapter(&source, engine, out, arguments.overwrite)?;
+    if arguments.json {
+        return say_json(&json!({ "out": out, "for": engine.to_string() }));
+    }
+    say(&format!("{}: the adapter for {engine}", out.display()));
+    Ok(())
 }
 
 /// `lowkey merge`: an export of an adapted model in the layout that it came in.

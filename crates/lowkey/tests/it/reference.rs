@@ -13,7 +13,7 @@ use burn::tensor::{Device, Tensor};
 use lowkey_batch::{IGNORE, Rows};
 use lowkey_infer::{Form, GenerateConfig, generate};
 use lowkey_kernels::optim::clip_factor;
-use lowkey_model::{CausalLm, config::Family, ids_tensor, model::Trace};
+use lowkey_model::{CausalLm, ModelDir, Parameter, config::Family, ids_tensor, model::Trace};
 use lowkey_train::{
     optimizer::{Optimizer, Update, global_norm},
     run_config::{OptimizerKind, OptimizerSection},
@@ -366,8 +366,20 @@ fn longer_trajectory(case: &Case, model: CausalLm, batch: &Batch, device: &Devic
     println!("{:<22} ten steps as on the CPU within {off:.1e}", case.name);
 }
 
-/// Losses before each step of AdamW and after the last.
-fn losses(mut model: CausalLm, batch: &Batch, limit: Option<f64>, steps: usize, device: &Device) -> Vec<f32> {
+/// Losses before each step of AdamW and after the last. The reference decays every parameter.
+fn losses(model: CausalLm, batch: &Batch, limit: Option<f64>, steps: usize, device: &Device) -> Vec<f32> {
+    trained(model, batch, limit, steps, |_| true, device).0
+}
+
+/// The same, weights decaying as told, with the model after the last step.
+fn trained(
+    mut model: CausalLm,
+    batch: &Batch,
+    limit: Option<f64>,
+    steps: usize,
+    decays: impl Fn(&Parameter) -> bool,
+    device: &Device,
+) -> (Vec<f32>, CausalLm) {
     let section = OptimizerSection {
         kind: OptimizerKind::AdamW,
         lr: 1e-3,
@@ -377,8 +389,7 @@ fn losses(mut model: CausalLm, batch: &Batch, limit: Option<f64>, steps: usize, 
         weight_decay: 0.1,
         grad_clip: limit,
     };
-    // The reference decays every parameter.
-    let mut optimizer = Optimizer::new(&section, &model.parameters(), |_| true);
+    let mut optimizer = Optimizer::new(&section, &model.trained_parameters(), decays);
     let mut losses = Vec::new();
     for step in 0..=steps {
         let (loss, gradients) = batch.gradients(&model, device);
@@ -388,5 +399,39 @@ fn losses(mut model: CausalLm, batch: &Batch, limit: Option<f64>, steps: usize, 
             model.update(|parameters| optimizer.step(parameters, gradients, &Update::new(clip, section.lr)));
         }
     }
-    losses
+    (losses, model)
+}
+
+/// Adapters that PEFT saved: rank and factor by pattern with norms trained whole, rsLoRA by expression, DoRA in one layer, and the
+/// output head.
+const ADAPTERS: usize = 4;
+
+#[test]
+fn every_adapter_of_peft_agrees() {
+    let device = lowkey_kernels::device::open("cpu").unwrap().autodiff();
+    let folders = folders(&own().join("adapters"));
+    assert_eq!(folders.len(), ADAPTERS, "{folders:?}");
+    for dir in folders {
+        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        let expected = std::fs::read(dir.join("expected.safetensors")).unwrap();
+        let case = Case { dir: dir.clone(), name, expected, tolerance: Value::Null };
+        let (ids, shape) = case.integers("input_ids");
+        let batch = Batch::new(&ids, &ids, &shape);
+        let opened = ModelDir::open(&dir).unwrap();
+        let model = opened.load(&device).unwrap();
+        let logits = host(model.forward(ids_tensor(&batch.ids, batch.rows, batch.seq, &device)));
+        case.close("logits", &logits, &case.floats("logits"), 1e-5);
+        let merged = model.merged();
+        let logits = host(merged.forward(ids_tensor(&batch.ids, batch.rows, batch.seq, &device)));
+        case.close("logits of the merged model", &logits, &case.floats("logits"), 1e-5);
+
+        let expected = case.floats("adamw.losses");
+        let (found, trained) = trained(model, &batch, None, expected.len() - 1, Parameter::is_matrix, &device);
+        case.close("losses of ten steps", &found, &expected, 1e-5);
+        for parameter in trained.trained_parameters() {
+            let key = format!("adamw.base_model.model.{}", parameter.name);
+            case.close(&key, &host(parameter.value), &case.floats(&key), 1e-5);
+        }
+        announce(&format!("an adapter of PEFT compared: {}", case.name));
+    }
 }

@@ -1,0 +1,202 @@
+//! Adapters for the engines that apply them, and a clear no where one would be ignored.
+//!
+//! An engine that splits or multiplies out a matrix when it loads it does not see an adapter of that matrix, and most say nothing: the
+//! model then answers as if it had never been tuned. What each applies was read in its source (September 2026):
+//!
+//! | engine | applies | ignores or refuses |
+//! |---|---|---|
+//! | transformers with PEFT | all, but of the DeepSeek classes no feed-forward layer | takes `gate_proj`, `up_proj` and `down_proj` there for experts, also where a layer has none (PEFT 0.21, `_convert_peft_config_moe`) |
+//! | SGLang | all maps of blocks | DoRA, parts that are saved whole, the output head |
+//! | vLLM | all maps of blocks but `kv_b_proj` | the same, and `kv_b_proj` in silence (vllm #48974) |
+//! | llama.cpp | of `deepseek2` the output map and the feed-forward layers; of others all maps | the rest of `deepseek2` in silence; DoRA |
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use lowkey_files::mark::Kind;
+use lowkey_model::{
+    NewModelDir, Parameter,
+    adapter::{AdapterConfig, AdapterDir, AdapterPlan, ByPattern, Modules},
+    tensor::Role,
+};
+
+use crate::error::{Error, Result};
+use crate::gguf;
+use crate::source::Source;
+
+/// The file for llama.cpp.
+pub const GGUF: &str = "adapter.gguf";
+
+/// What an adapter is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// transformers with PEFT.
+    Transformers,
+    /// vLLM.
+    Vllm,
+    /// SGLang.
+    Sglang,
+    /// llama.cpp.
+    LlamaCpp,
+}
+
+impl FromStr for Engine {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Ok(match name {
+            "transformers" => Self::Transformers,
+            "vllm" => Self::Vllm,
+            "sglang" => Self::Sglang,
+            "llamacpp" => Self::LlamaCpp,
+            _ => return Err(Error::setting("for", name, "must be transformers, vllm, sglang or llamacpp")),
+        })
+    }
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Transformers => "transformers",
+            Self::Vllm => "vLLM",
+            Self::Sglang => "SGLang",
+            Self::LlamaCpp => "llama.cpp",
+        })
+    }
+}
+
+impl Engine {
+    /// Why it would not apply the adapter of a map, where it would not.
+    fn ignores(self, module: &str, latent: bool) -> Option<&'static str> {
+        let feed_forward = module.contains(".mlp.");
+        let is = |end: &str| module == end || module.rsplit('.').next() == Some(end);
+        match self {
+            Self::Transformers if latent && feed_forward => Some(
+                "PEFT takes this name for that of experts in models of this class, and leaves the layer without an adapter",
+            ),
+            Self::Transformers => None,
+            Self::Vllm | Self::Sglang if is("lm_head") => Some("the engine applies adapters within blocks alone"),
+            Self::Vllm if is("kv_b_proj") => {
+                Some("vLLM splits this matrix when it loads it, and applies no adapter to the halves (vllm #48974)")
+            }
+            Self::Vllm | Self::Sglang => None,
+            Self::LlamaCpp if latent && !(is("o_proj") || feed_forward) => {
+                Some("llama.cpp's graph of latent attention multiplies by this matrix without looking for adapters")
+            }
+            Self::LlamaCpp => None,
+        }
+    }
+}
+
+/// Writes the adapter of `source` into a new folder, in the form that an engine reads. Where maps differ in rank or factor, an engine
+/// that knows one of each gets all as wide as the widest, with the factor multiplied into B: the same product.
+///
+/// # Errors
+/// [`Error::Unsupported`] naming what the engine would ignore, [`Error::File`] where `out` is in use or `source` has no adapter.
+pub fn export_adapter(source: &Source, engine: Engine, out: &Path, overwrite: bool) -> Result<()> {
+    let Some(config) = source.model.adapter() else {
+        return Err(Error::file(source.dir.given(), "has no adapter; give one with --adapter DIR"));
+    };
+    let plan = config.plan(&source.model.config)?;
+    check(engine, config, &plan, source.model.config.attention().latent().is_some())?;
+    let staging = NewModelDir::begin(out, Kind::Export, overwrite, &source.dir)?;
+    let dir = staging.dir();
+    match engine {
+        Engine::Transformers => source.model.save_adapter(dir)?,
+        Engine::Vllm | Engine::Sglang if config.rank_pattern.is_empty() && config.alpha_pattern.is_empty() => {
+            source.model.save_adapter(dir)?;
+        }
+        Engine::Vllm | Engine::Sglang => {
+            let (uniform, parameters) = uniform(source, config, &plan)?;
+            let base = source.dir.path().to_path_buf();
+            AdapterDir { path: dir.to_path_buf(), config: uniform, base }.write(parameters, &plan)?;
+        }
+        Engine::LlamaCpp => {
+            let (uniform, parameters) = uniform(source, config, &plan)?;
+            gguf::write_adapter(&dir.join(GGUF), &source.model.config, uniform.lora_alpha, parameters)?;
+        }
+    }
+    if engine != Engine::LlamaCpp {
+        staging.carry(&source.dir)?;
+    }
+    staging.commit()?;
+    Ok(())
+}
+
+/// Refuses what an engine would leave out.
+fn check(engine: Engine, config: &AdapterConfig, plan: &AdapterPlan, latent: bool) -> Result<()> {
+    let refuse = |what: String| {
+        let why = format!("{what}; merge the adapter (lowkey merge), which every engine computes");
+        Err(Error::Unsupported { format: "the engine's adapter", why })
+    };
+    let ignored: Vec<(&str, &str)> =
+        plan.modules().filter_map(|(name, _)| Some((name, engine.ignores(name, latent)?))).collect();
+    if let Some((module, why)) = ignored.first() {
+        let others = match ignored.len() {
+            1 => String::new(),
+            count => format!(" (and {} others)", count - 1),
+        };
+        return refuse(format!("{engine} would not apply {module}{others}: {why}"));
+    }
+    if engine != Engine::Transformers && config.use_dora {
+        return refuse(format!("{engine} does not know use_dora"));
+    }
+    match &config.modules_to_save {
+        Some(saved) if engine != Engine::Transformers && !saved.is_empty() => {
+            refuse(format!("{engine} does not read modules_to_save ({})", saved.join(", ")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The same adapter with one rank and a factor of 1: A and B are as wide as the widest, with zeros, and B is multiplied by s.
+fn uniform(source: &Source, config: &AdapterConfig, plan: &AdapterPlan) -> Result<(AdapterConfig, Vec<Parameter>)> {
+    let widest = plan.modules().map(|(_, low)| low.r).max().unwrap_or(1);
+    let mut parameters = Vec::new();
+    for parameter in source.model.parameters() {
+        let module = parameter.name.split(".lora_").next().unwrap_or_default();
+        let (Some(low), [rows, columns]) = (plan.of(module), &parameter.shape[..]) else { continue };
+        let (rows, columns) = (*rows, *columns);
+        let values = || {
+            let values = parameter.value.clone().try_into_vec_as::<f32>();
+            values.map_err(|e| Error::device(&parameter.name, e))
+        };
+        let (values, shape) = match parameter.role {
+            Role::LoraA => {
+                let mut values = values()?;
+                values.resize(widest * columns, 0.0);
+                (values, vec![widest, columns])
+            }
+            Role::LoraB => {
+                let scaled = |x: &f32| (f64::from(*x) * low.scale) as f32;
+                let wide = |row: &[f32]| {
+                    let nothing = std::iter::repeat_n(0.0, widest - columns);
+                    row.iter().map(scaled).chain(nothing).collect::<Vec<f32>>()
+                };
+                (values()?.chunks(columns.max(1)).flat_map(wide).collect(), vec![rows, widest])
+            }
+            _ => continue,
+        };
+        let len = values.len();
+        let value =
+            burn::tensor::Tensor::from_data(burn::tensor::TensorData::new(values, [len]), &parameter.value.device());
+        parameters.push(Parameter { shape, value, ..parameter });
+    }
+    let names = plan.modules().map(|(name, _)| name.to_string()).collect();
+    let uniform = AdapterConfig {
+        target_modules: Modules::Ends(names),
+        r: widest,
+        lora_alpha: widest as f64,
+        rank_pattern: ByPattern::default(),
+        alpha_pattern: ByPattern::default(),
+        use_rslora: false,
+        exclude_modules: None,
+        layers_to_transform: None,
+        ..config.clone()
+    };
+    Ok((uniform, parameters))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,172 @@
+use burn::tensor::{Device, Tensor};
+use lowkey_model::{
+    CausalLm, ModelConfig, ModelDir,
+    adapter::{AdapterConfig, AdapterDir},
+    checkpoint::WeightDtype,
+};
+
+use super::*;
+use crate::gguf::tests::{Folder, config_with, distance, logits, noise, random_model};
+use crate::{Options, Target, Text, verify};
+
+/// A model with an adapter of random values beside it.
+fn adapted(folder: &Folder, config: &ModelConfig, keys: serde_json::Value) -> Source {
+    let (base, adapter, device) = (folder.file("base"), folder.file("adapter"), Device::flex());
+    random_model(config, 3).save(&base, WeightDtype::F32, usize::MAX).unwrap();
+    let keys: AdapterConfig = serde_json::from_value(keys).unwrap();
+    let config = ModelDir::open(&base).unwrap().config().unwrap();
+    let begun = CausalLm::begin_adapter(&base, &config, &keys, 1, &device).unwrap();
+    let mut seed = 0;
+    let values = begun.parameters().into_iter().map(|parameter| {
+        seed += 1;
+        let len = parameter.shape.iter().product();
+        let random: Vec<f32> = noise(seed, len).into_iter().map(|x| 0.3 * x).collect();
+        if parameter.role.is_adapter() { Tensor::from_floats(&random[..], &device) } else { parameter.value }
+    });
+    let values = values.collect();
+    let model = begun.with_values(values);
+    std::fs::create_dir(&adapter).unwrap();
+    model.save_adapter(&adapter).unwrap();
+    Source::open(&adapter, &device).unwrap()
+}
+
+fn ids() -> Vec<u32> {
+    (0..20).map(|i| (i * i + 3) % 29).collect()
+}
+
+fn close(found: &[f32], expected: &[f32]) -> bool {
+    let size = expected.iter().fold(1e-3f32, |m, x| m.max(x.abs()));
+    distance(found, expected) <= 1e-5 * size
+}
+
+fn everything() -> serde_json::Value {
+    serde_json::json!({
+        "target_modules": "everything", "r": 3, "lora_alpha": 6.0,
+        "rank_pattern": { "o_proj": 5, "kv_b_proj": 2 }, "alpha_pattern": { "up_proj": 2.0 },
+    })
+}
+
+#[test]
+fn every_export_of_an_adapted_model_is_certified_against_it() {
+    for (to, form) in [("hf", None), ("absorbed", None), ("fused", Some("fused")), ("gguf", None)] {
+        for dora in [false, true] {
+            let folder = Folder::new();
+            let mut keys = everything();
+            keys["use_dora"] = dora.into();
+            let source = adapted(&folder, &config_with(|_, m| m.q_lora_rank = Some(8)), keys);
+            let expected = logits(&source.model, &ids());
+            let base = logits(&source.model.unadapted(), &ids());
+            assert!(!close(&expected, &base), "the adapter does something");
+            let target = Target::parse(to, "f32").unwrap();
+            let options = Options {
+                out: folder.file("out"),
+                overwrite: false,
+                form: form.map(|form: &str| form.parse().unwrap()),
+                context: None,
+                text: Text { description: "squares".into(), sequences: vec![ids()] },
+                bounds: target.bounds(),
+                max_shard_bytes: usize::MAX,
+                target,
+            };
+            let certificate = crate::export(&source, &options, &Device::flex(), &mut |_| {}).unwrap();
+            assert!(certificate.evidence.logits.max_relative < 1e-5, "{to}, {dora}");
+            let names: Vec<&str> = certificate.source.files.iter().map(|file| file.name.as_str()).collect();
+            assert!(names.contains(&"adapter_model.safetensors") && names.contains(&"model.safetensors"), "{names:?}");
+            if to != "gguf" {
+                let merged = ModelDir::open(&options.out).unwrap().load(&Device::flex()).unwrap();
+                assert!(merged.adapter().is_none() && close(&logits(&merged, &ids()), &expected), "{to}, {dora}");
+            }
+            assert!(verify(&options.out, Some(&source), &Device::flex(), &mut |_| {}).unwrap().failures.is_empty());
+        }
+    }
+}
+
+#[test]
+fn what_an_engine_would_ignore_is_refused_by_name() {
+    let refused = |keys: serde_json::Value, engine: Engine| {
+        let folder = Folder::new();
+        let source = adapted(&folder, &config_with(|_, m| m.q_lora_rank = Some(8)), keys);
+        export_adapter(&source, engine, &folder.file("out"), false).err().map(|e| e.to_string())
+    };
+    let on = |modules: &str| serde_json::json!({ "target_modules": modules });
+    let ends = |modules: &[&str]| serde_json::json!({ "target_modules": modules });
+    let all = refused(on("all-linear"), Engine::Vllm).unwrap();
+    assert!(all.contains("model.layers.0.self_attn.kv_b_proj") && all.contains("lowkey merge"), "{all}");
+    assert_eq!(refused(on("vllm-safe"), Engine::Vllm), None);
+    assert_eq!(refused(on("all-linear"), Engine::Sglang), None);
+    assert!(refused(on("everything"), Engine::Sglang).unwrap().contains("lm_head"));
+    assert!(refused(on("all-linear"), Engine::Transformers).unwrap().contains(".mlp."));
+    assert_eq!(refused(ends(&["kv_b_proj", "o_proj", "lm_head"]), Engine::Transformers), None);
+    for module in ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "lm_head"] {
+        assert!(refused(ends(&[module, "o_proj"]), Engine::LlamaCpp).unwrap().contains(module), "{module}");
+    }
+    assert_eq!(refused(ends(&["o_proj", "up_proj", "gate_proj", "down_proj"]), Engine::LlamaCpp), None);
+    let dora = serde_json::json!({ "target_modules": ["o_proj"], "use_dora": true });
+    let saved = serde_json::json!({ "target_modules": ["o_proj"], "modules_to_save": ["norm"] });
+    for engine in [Engine::Vllm, Engine::Sglang, Engine::LlamaCpp] {
+        assert!(refused(dora.clone(), engine).unwrap().contains("use_dora"));
+        assert!(refused(saved.clone(), engine).unwrap().contains("modules_to_save"));
+    }
+    assert_eq!(refused(dora, Engine::Transformers), None);
+    assert_eq!(refused(saved, Engine::Transformers), None);
+}
+
+#[test]
+fn an_adapter_of_one_rank_and_factor_computes_what_that_of_many_does() {
+    let folder = Folder::new();
+    let mut keys = everything();
+    keys["target_modules"] = "all-linear".into();
+    let source = adapted(&folder, &config_with(|_, m| m.q_lora_rank = Some(8)), keys);
+    let out = folder.file("out");
+    export_adapter(&source, Engine::Sglang, &out, false).unwrap();
+    let written = AdapterDir::open(&out).unwrap();
+    assert!(written.config.rank_pattern.is_empty() && written.config.alpha_pattern.is_empty());
+    assert_eq!(written.config.r, 5);
+    let same = ModelDir::open(&out).unwrap().load(&Device::flex()).unwrap();
+    assert!(close(&logits(&same, &ids()), &logits(&source.model, &ids())));
+}
+
+/// The tensors of the file, multiplied out as llama.cpp does, are what the merged model's file has more than the base's.
+#[test]
+fn a_file_for_llama_cpp_adds_what_merging_adds() {
+    for interleaved in [true, false] {
+        let folder = Folder::new();
+        let config = config_with(|_, m| m.rope_interleave = interleaved);
+        let keys = serde_json::json!({
+            "target_modules": ["o_proj", "up_proj", "gate_proj", "down_proj"], "r": 3, "rank_pattern": { "o_proj": 5 },
+        });
+        let source = adapted(&folder, &config, keys);
+        let out = folder.file("out");
+        export_adapter(&source, Engine::LlamaCpp, &out, false).unwrap();
+        let adapter = gguf::read(&out.join(GGUF)).unwrap();
+        assert_eq!(adapter.metadata().text("general.type"), Some("adapter"));
+        let alpha = adapter.metadata().number("adapter.lora.alpha").unwrap();
+        let [base, merged] = [source.model.unadapted(), source.model.merged()].map(|model| {
+            let path = folder.file("model.gguf");
+            gguf::write(&path, &model, None, gguf::TensorType::F32).unwrap();
+            gguf::read(&path).unwrap()
+        });
+        let mut pairs = 0;
+        for tensor in base.tensors() {
+            let values = |file: &gguf::Gguf, name: &str| file.values(name);
+            let (before, after) = (values(&base, &tensor.name).unwrap(), values(&merged, &tensor.name).unwrap());
+            let name = |end: &str| format!("{}.{end}", tensor.name);
+            let Some(a) = values(&adapter, &name("lora_a")) else {
+                assert!(before == after, "{}: an adapter is missing", tensor.name);
+                continue;
+            };
+            pairs += 1;
+            let b = values(&adapter, &name("lora_b")).unwrap();
+            let rank = adapter.tensor(&name("lora_a")).unwrap().shape[0];
+            let (rows, columns) = (tensor.shape[0], tensor.shape[1]);
+            for i in 0..rows {
+                for j in 0..columns {
+                    let sum: f64 = (0..rank).map(|k| f64::from(b[i * rank + k]) * f64::from(a[k * columns + j])).sum();
+                    let expected = f64::from(after[i * columns + j]) - f64::from(before[i * columns + j]);
+                    assert!((alpha / rank as f64 * sum - expected).abs() < 1e-5, "{}", tensor.name);
+                }
+            }
+        }
+        assert_eq!(pairs, 4 * config.layers.len());
+    }
+}
