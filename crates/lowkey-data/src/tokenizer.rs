@@ -5,7 +5,9 @@
 //! a `tokenizer.json` that transformers loads to the same ids, and are recognised when such a file is read back.
 
 mod build;
+mod offsets;
 mod special;
+mod spell;
 mod stream;
 mod vet;
 mod words;
@@ -25,6 +27,7 @@ use crate::documents;
 use crate::error::{Error, Result};
 pub use build::byte_character;
 use special::{Around, RECORD, named};
+pub use spell::Part;
 pub use stream::TextStream;
 pub(crate) use words::WordCounts;
 

@@ -181,6 +181,7 @@ mod tests {
             let starts = [0; 14];
             let batch = Rows {
                 vectors: None,
+                pairs: false,
                 rows: 2,
                 seq_len: 7,
                 input_ids: &input_ids,
@@ -232,6 +233,7 @@ mod tests {
             let starts = [0; 14];
             let batch = Rows {
                 vectors: None,
+                pairs: false,
                 rows: 2,
                 seq_len: 7,
                 input_ids: &input_ids,
@@ -272,6 +274,7 @@ mod tests {
             let starts: Vec<u32> = (0..18).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
             let batch = Rows {
                 vectors: None,
+                pairs: false,
                 rows: 2,
                 seq_len: 9,
                 input_ids: &input_ids,
@@ -310,6 +313,7 @@ mod tests {
             let document_starts: Vec<u32> = (0..18).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
             let batch = Rows {
                 vectors: None,
+                pairs: false,
                 rows,
                 seq_len,
                 input_ids: &input_ids,
