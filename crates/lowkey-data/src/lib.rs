@@ -20,6 +20,7 @@
 //! * [`Tokenizer`] covers a built-in byte vocabulary, character vocabularies, byte-level BPE trained here, and any
 //!   Hugging Face `tokenizer.json`; [`TextStream`] turns ids back into text one at a time. [`Generation`] is what a model's
 //!   files say about generating with it, above all which tokens end a text.
+//! * [`chat`] renders conversations with the templates that models come with, and says which of the text the assistant says.
 //! * [`tasks`] are procedural examples that each ask for one ability, of tokens or of real vectors; they are made while a
 //!   run goes and have no shard.
 //! * [`storybook`] is a procedural corpus of known entropy, and [`oracle::oracle_documents`] gives its true log-probability
@@ -49,6 +50,7 @@
 //! # }
 //! ```
 
+pub mod chat;
 pub mod dataset;
 mod documents;
 mod error;
