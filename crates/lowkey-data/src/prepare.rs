@@ -257,7 +257,7 @@ fn prepare_from(
         tokenizer.with_special_tokens(add)
     });
     let method = match &given {
-        Some(tokenizer) if config.is_chat() => Some(samples::method(config, tokenizer)?),
+        Some(tokenizer) if config.is_chat() => Some(crate::samples::method(config, tokenizer)?),
         _ => None,
     };
     let fingerprint = fingerprint(config, &files, given.as_ref(), method.as_ref());

@@ -135,18 +135,17 @@ impl Chat {
         Self { messages, said, tools, prompt }
     }
 
-    /// A question and its answer.
-    pub(crate) fn exchange(question: &str, answer: &str) -> Self {
-        let mut said = Said::default();
-        said.push(message("user", question));
-        said.push(message("assistant", answer));
-        Self::new(said, Vec::new(), Some(1))
-    }
-
     /// Whether a message is an assistant's.
     pub(crate) fn is_answer(&self, index: usize) -> bool {
         self.messages.get(index).and_then(|message| message.get("role")).and_then(Value::as_str) == Some("assistant")
     }
+}
+
+/// Messages of plain texts, each with its role.
+pub(crate) fn messages_of(turns: &[(&str, &str)]) -> Said {
+    let mut said = Said::default();
+    turns.iter().for_each(|(role, content)| said.push(message(role, content)));
+    said
 }
 
 /// A field that must be there and not null.
@@ -195,5 +194,3 @@ fn shown(value: &Value) -> String {
     if end < text.len() { format!("{}…", &text[..end]) } else { text }
 }
 
-#[cfg(test)]
-mod tests;

@@ -4,6 +4,8 @@
 //! spelled out. A token is learnt if any of its bytes lies in a part of the text that is; that part is taken from the text and never
 //! from ids, so that a padding token which is the end of a text, too, stays what it is.
 
+mod template;
+
 use std::ops::Range;
 
 use serde_json::Value;
@@ -13,6 +15,7 @@ use crate::dataset::TrainOn;
 use crate::error::Result;
 use crate::records::{Chat, Record, Sample};
 use crate::tokenizer::Tokenizer;
+pub(crate) use template::method;
 
 /// The present of templates that ask for it: tokens must not depend on the day on which they are made. It is the day that Llama 3.1's
 /// template takes where nobody tells it one.
@@ -151,5 +154,3 @@ fn lies_in(token: &Range<usize>, ranges: &[Range<usize>]) -> bool {
     ranges.get(next).is_some_and(|range| range.start < token.end.max(token.start + 1))
 }
 
-#[cfg(test)]
-mod tests;
