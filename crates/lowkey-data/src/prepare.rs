@@ -21,7 +21,7 @@ use crate::hub::HubConfig;
 use crate::oracle::{training_story, validation_story};
 use crate::samples::Method;
 use crate::shard::Shard;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Part, Tokenizer};
 use corpus::Corpus;
 
 /// Raised whenever the same source would give other tokens than before.
@@ -46,6 +46,18 @@ pub struct Prepared {
     pub validation: Shard,
     /// Where it came from.
     pub manifest: Manifest,
+}
+
+impl Prepared {
+    /// Training document `i` as it is read, special tokens spelled out, in parts that are learnt and parts that are not; none past the
+    /// last one.
+    ///
+    /// # Errors
+    /// As [`Shard::document`] and [`Tokenizer::parts`].
+    pub fn example(&self, i: usize) -> Result<Option<Vec<Part>>> {
+        let (Some(ids), Some(learnt)) = (self.train.document(i)?, self.train.learnt(i)?) else { return Ok(None) };
+        self.tokenizer.parts(&ids, &learnt).map(Some)
+    }
 }
 
 /// `manifest.json`: what a prepared folder holds and what it was made from.
@@ -260,6 +272,13 @@ fn prepare_from(
         Some(tokenizer) if config.is_chat() => Some(crate::samples::method(config, tokenizer)?),
         _ => None,
     };
+    // Whoever is trained on these tokens is to be asked in their form.
+    let given = given.map(|tokenizer| {
+        match (method.as_ref().and_then(|method| method.template.as_ref()), &config.chat.template) {
+            (Some(template), Some(_)) => tokenizer.with_chat_template(template.source()),
+            _ => tokenizer,
+        }
+    });
     let fingerprint = fingerprint(config, &files, given.as_ref(), method.as_ref());
     // What does not open is damaged, and is made again.
     let ready = || -> Result<Option<Prepared>> {

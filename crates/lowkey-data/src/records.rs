@@ -60,17 +60,6 @@ pub(crate) enum Record {
 }
 
 impl Records {
-    /// Its name in a dataset file.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Messages => "messages",
-            Self::Completion => "completion",
-            Self::ShareGpt => "sharegpt",
-            Self::Alpaca => "alpaca",
-            Self::Preference => "preference",
-        }
-    }
-
     /// The usual name of the list of messages; none where a record has no such list.
     pub(crate) fn list(self) -> Option<&'static str> {
         match self {
@@ -109,7 +98,10 @@ impl Records {
                 }
                 let instruction = needed(object, "instruction")?;
                 let input = text(object, "input")?.filter(|input| !input.is_empty());
-                said.push(message("user", &[Some(instruction), input].into_iter().flatten().collect::<Vec<_>>().join("\n\n")));
+                said.push(message(
+                    "user",
+                    &[Some(instruction), input].into_iter().flatten().collect::<Vec<_>>().join("\n\n"),
+                ));
                 let prompt = said.messages.len();
                 said.push(message("assistant", needed(object, "output")?));
                 chat(said, Some(prompt))
@@ -194,3 +186,5 @@ fn shown(value: &Value) -> String {
     if end < text.len() { format!("{}…", &text[..end]) } else { text }
 }
 
+#[cfg(test)]
+mod tests;

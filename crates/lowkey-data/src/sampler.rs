@@ -19,8 +19,8 @@ use crate::error::{Error, Result};
 use crate::shard::Shard;
 pub use mixture::Mixture;
 use permutation::Permutation;
-pub use records::{LeftOut, TooLong};
 pub(crate) use permutation::mix;
+pub use records::{LeftOut, TooLong};
 
 /// How rows are cut from the documents.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -106,10 +106,18 @@ pub struct Sampler {
 }
 
 enum Order {
-    Stream { windows: u64 },
-    Documents { pieces: Vec<Piece>, plans: Mutex<Plans>, crop: Crop },
+    Stream {
+        windows: u64,
+    },
+    Documents {
+        pieces: Vec<Piece>,
+        plans: Mutex<Plans>,
+        crop: Crop,
+    },
     /// A document a row, and both of a pair one after the other.
-    Pairs { pairs: Vec<[Piece; 2]> },
+    Pairs {
+        pairs: Vec<[Piece; 2]>,
+    },
 }
 
 /// What happens to a document that does not fit behind those which stand in a row.
@@ -204,7 +212,9 @@ impl Sampler {
         let order = match packing {
             Packing::Stream => {
                 if shard.is_masked() {
-                    return refuse("its documents are records, which are not cut: packing must be \"documents\"".to_owned());
+                    return refuse(
+                        "its documents are records, which are not cut: packing must be \"documents\"".to_owned(),
+                    );
                 }
                 if shard.len() <= seq_len {
                     let tokens = shard.len();
@@ -355,7 +365,8 @@ pub fn validation_batches(
     packing: Packing,
     mask_documents: bool,
 ) -> impl Iterator<Item = Result<Batch>> + use<'_> {
-    let (seq_len, batch_size) = (seq_len.max(1), batch_size.max(1).next_multiple_of(if shard.is_pairs() { 2 } else { 1 }));
+    let (seq_len, batch_size) =
+        (seq_len.max(1), batch_size.max(1).next_multiple_of(if shard.is_pairs() { 2 } else { 1 }));
     let (windows, mut failed) = match held_out(shard, seq_len, packing) {
         Ok(windows) => (windows, None),
         Err(error) => (Vec::new(), Some(error)),

@@ -123,12 +123,7 @@ fn rendered(chat: &Chat, template: &ChatTemplate) -> Result<Answers, String> {
 }
 
 /// A text that goes on with another, and ends: what begins a text, both, and what ends a document.
-fn continuation(
-    prompt: &str,
-    completion: &str,
-    train_on: TrainOn,
-    tokenizer: &Tokenizer,
-) -> Result<Document, String> {
+fn continuation(prompt: &str, completion: &str, train_on: TrainOn, tokenizer: &Tokenizer) -> Result<Document, String> {
     // As one text: a word whose beginning is the prompt's is not cut where no reader would cut it.
     let text = format!("{prompt}{completion}");
     let tokens = tokenizer.encode_with_offsets(&text).map_err(|e| e.to_string())?;
@@ -154,3 +149,5 @@ fn lies_in(token: &Range<usize>, ranges: &[Range<usize>]) -> bool {
     ranges.get(next).is_some_and(|range| range.start < token.end.max(token.start + 1))
 }
 
+#[cfg(test)]
+mod tests;

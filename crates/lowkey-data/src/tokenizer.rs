@@ -239,6 +239,15 @@ impl Tokenizer {
         self
     }
 
+    /// The same tokenizer with another chat template beside it.
+    #[must_use]
+    pub fn with_chat_template(mut self, template: &str) -> Self {
+        let name = COMPANIONS[2].to_owned();
+        let others = self.companions.iter().filter(|(known, _)| *known != name).cloned();
+        self.companions = others.chain([(name.clone(), template.to_owned())]).collect();
+        self
+    }
+
     /// Whether it puts special tokens around a text.
     pub fn adds_special_tokens(&self) -> bool {
         !self.around.is_empty() && self.special != Some(false)

@@ -289,9 +289,9 @@ pub(crate) struct DataPrepareArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct DataInfoArguments {
-    /// A prepared folder, or the dataset file (.toml) of a task
+    /// A prepared folder, or a dataset file (.toml): of a task, or one that has been prepared
     pub(crate) dir: PathBuf,
-    /// Print the first N training documents
+    /// Print the first N training documents, and what of them is learnt where that is not all
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) show: usize,
     /// Print JSON

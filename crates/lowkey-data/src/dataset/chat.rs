@@ -87,8 +87,9 @@ impl DatasetConfig {
 
     /// The name of the list of messages in a record.
     pub(crate) fn list(&self) -> &str {
-        let (Source::Jsonl { field, .. } | Source::Parquet { column: field, .. } | Source::Hub { field: Some(field), .. }) =
-            &self.source
+        let (Source::Jsonl { field, .. }
+        | Source::Parquet { column: field, .. }
+        | Source::Hub { field: Some(field), .. }) = &self.source
         else {
             return self.records().and_then(Records::list).unwrap_or_default();
         };

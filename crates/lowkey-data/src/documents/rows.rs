@@ -27,8 +27,7 @@ pub(super) fn objects(path: &Path, fields: &[&str]) -> Result<FoundRecords> {
             return Err(unusable(path, format!("its columns lie more than {DEEPEST} levels deep")));
         }
         let root = schema.root_schema();
-        let wanted: Vec<_> =
-            root.get_fields().iter().filter(|field| fields.contains(&field.name())).cloned().collect();
+        let wanted: Vec<_> = root.get_fields().iter().filter(|field| fields.contains(&field.name())).cloned().collect();
         if wanted.is_empty() {
             let names: Vec<&str> = root.get_fields().iter().map(|field| field.name()).collect();
             return Err(unusable(path, format!("none of its columns {names:?} is one of {fields:?}")));
@@ -100,8 +99,8 @@ fn value(field: &Field, left: &mut usize) -> Result<Value, String> {
 }
 
 fn bounded(text: &str, left: &mut usize) -> Result<String, String> {
-    *left = left.checked_sub(text.len()).ok_or_else(|| {
-        format!("is longer than {} MiB, the most that is read: divide it", LARGEST_RECORD >> 20)
-    })?;
+    *left = left
+        .checked_sub(text.len())
+        .ok_or_else(|| format!("is longer than {} MiB, the most that is read: divide it", LARGEST_RECORD >> 20))?;
     Ok(text.to_owned())
 }

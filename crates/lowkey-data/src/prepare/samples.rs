@@ -36,9 +36,11 @@ pub(super) fn tokenize(
     if let Source::Storybook { seed, documents, validation_documents, form: StorybookForm::Chat } = config.source {
         for (count, held) in [(documents, false), (validation_documents, true)] {
             for index in 0..count {
-                let story = if held { oracle::validation_story(seed, index) } else { oracle::training_story(seed, index) };
+                let story =
+                    if held { oracle::validation_story(seed, index) } else { oracle::training_story(seed, index) };
                 let chat = crate::storybook::exchange(&story).chat;
-                let document = conversation(&chat, method, tokenizer).map_err(|why| config.error(format!("story {index}: {why}")))?;
+                let document = conversation(&chat, method, tokenizer)
+                    .map_err(|why| config.error(format!("story {index}: {why}")))?;
                 push(if held { &mut validation } else { &mut train }, vec![document])?;
                 report(index, [&train, &validation], watch)?;
             }

@@ -122,9 +122,13 @@ fn content_text(content: &Value) -> Result<String, String> {
 
 /// Calls of tools as templates read them: `function` with `name` and, as a mapping, `arguments`.
 fn tool_calls(calls: &Value) -> Result<Value, String> {
-    let Value::Array(calls) = calls else { return Err(format!("has tool_calls that are no list but {}", shown(calls))) };
+    let Value::Array(calls) = calls else {
+        return Err(format!("has tool_calls that are no list but {}", shown(calls)));
+    };
     let call = |call: &Value| -> Result<Value, String> {
-        let Value::Object(given) = call else { return Err(format!("has a tool call that is no object but {}", shown(call))) };
+        let Value::Object(given) = call else {
+            return Err(format!("has a tool call that is no object but {}", shown(call)));
+        };
         let mut call = given.clone();
         call.retain(|_, value| !value.is_null());
         let mut function = match call.remove("function") {

@@ -36,7 +36,8 @@ pub(super) fn pair(object: &Map<String, Value>, tools: &[Value]) -> Result<Recor
             }
             let same = chosen.messages.iter().zip(&rejected.messages).take_while(|(a, b)| a == b).count();
             if same == chosen.messages.len() || same == rejected.messages.len() {
-                return Err("one of \"chosen\" and \"rejected\" is how the other begins: it has no answer of its own".to_owned());
+                return Err("one of \"chosen\" and \"rejected\" is how the other begins: it has no answer of its own"
+                    .to_owned());
             }
             // A text beside lists that begin with the question already is that question again.
             if let (0, Some(Value::String(prompt))) = (same, prompt) {
@@ -44,7 +45,8 @@ pub(super) fn pair(object: &Map<String, Value>, tools: &[Value]) -> Result<Recor
                 said.push(message("user", prompt));
                 return Ok(chats(said, chosen, rejected, tools));
             }
-            let prompt = Said { messages: chosen.messages.drain(..same).collect(), said: chosen.said.drain(..same).collect() };
+            let prompt =
+                Said { messages: chosen.messages.drain(..same).collect(), said: chosen.said.drain(..same).collect() };
             rejected.messages.drain(..same);
             rejected.said.drain(..same);
             Ok(chats(prompt, chosen, rejected, tools))

@@ -26,7 +26,8 @@ pub(super) fn conversation(object: &Map<String, Value>, list: &str) -> Result<Sa
         let Value::Object(given) = item else { return Err(turn("is not an object".to_owned())) };
         let mut given = given.clone();
         let from = given.remove("from").filter(|from| !from.is_null());
-        let from = from.ok_or_else(|| turn("has no \"from\"; with \"role\" it is source.records = \"messages\"".to_owned()))?;
+        let from =
+            from.ok_or_else(|| turn("has no \"from\"; with \"role\" it is source.records = \"messages\"".to_owned()))?;
         let role = SPEAKERS.iter().find(|(name, _)| from.as_str() == Some(name)).map(|(_, role)| *role);
         let role = role.ok_or_else(|| {
             let names = SPEAKERS.map(|(name, _)| name);

@@ -164,7 +164,8 @@ mod tests {
 
     fn parts() -> (Vec<tempfile::TempDir>, Vec<Sampler>) {
         let plain = shard_of(&(0..9).map(|i| vec![100 + i; 7]).collect::<Vec<_>>(), 1000);
-        let records: Vec<_> = (0..5u32).map(|i| (vec![200 + i; 6], vec![false, false, false, true, true, true])).collect();
+        let records: Vec<_> =
+            (0..5u32).map(|i| (vec![200 + i; 6], vec![false, false, false, true, true, true])).collect();
         let records = masked_shard(&records, false);
         let first = Sampler::new(Arc::new(plain.1), 12, 4, 1, Packing::Documents, true).unwrap();
         let second = Sampler::of_records(Arc::new(records.1), 12, 4, 2, TooLong::Drop, true).unwrap();
@@ -175,7 +176,8 @@ mod tests {
     fn a_mixture_is_a_pure_function_of_the_row_and_goes_on_where_it_was() {
         let (_dirs, first) = parts();
         let (_other_dirs, second) = parts();
-        let (first, second) = (Mixture::new(first, &[0.5, 0.5], 3).unwrap(), Mixture::new(second, &[0.5, 0.5], 3).unwrap());
+        let (first, second) =
+            (Mixture::new(first, &[0.5, 0.5], 3).unwrap(), Mixture::new(second, &[0.5, 0.5], 3).unwrap());
         let forward: Vec<Batch> = (0..20).map(|step| first.batch(step).unwrap()).collect();
         let mut backward: Vec<Batch> = (0..20).rev().map(|step| second.batch(step).unwrap()).collect();
         backward.reverse();

@@ -83,7 +83,13 @@ impl Sampler {
 }
 
 /// Document `i` as what of it fits a row; none where it is to be left out.
-fn fitting(shard: &Shard, i: usize, seq_len: usize, too_long: TooLong, left_out: &mut LeftOut) -> Result<Option<Piece>> {
+fn fitting(
+    shard: &Shard,
+    i: usize,
+    seq_len: usize,
+    too_long: TooLong,
+    left_out: &mut LeftOut,
+) -> Result<Option<Piece>> {
     let Some(range) = shard.document_range(i) else { return Ok(None) };
     let positions = range.len() - 1;
     if positions <= seq_len {

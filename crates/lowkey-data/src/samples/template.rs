@@ -56,4 +56,3 @@ fn tokenizer_config(tokenizer: &Tokenizer) -> Result<Map<String, Value>> {
     let Some(text) = tokenizer.companion(CONFIG) else { return Ok(Map::new()) };
     serde_json::from_str(text).map_err(|e| Error::tokenizer(CONFIG, format!("not valid JSON: {e}")))
 }
-

@@ -237,7 +237,8 @@ fn a_shard_without_a_mask_learns_everything_and_has_the_bytes_it_always_had() {
 
 #[test]
 fn every_damage_of_a_mask_is_an_error() {
-    let (_dir, shard) = masked_shard(&[(vec![1, 2, 3], vec![false, true, true]), (vec![4, 5], vec![false, true])], true);
+    let (_dir, shard) =
+        masked_shard(&[(vec![1, 2, 3], vec![false, true, true]), (vec![4, 5], vec![false, true])], true);
     assert!(shard.is_pairs());
     let path = shard.path().to_path_buf();
     let good = std::fs::read(&path).unwrap();

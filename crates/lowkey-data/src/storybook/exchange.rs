@@ -28,3 +28,33 @@ pub(crate) fn exchange(story: &Story) -> Exchange {
     }
     Exchange { chat: Chat::new(messages_of(&turns), Vec::new(), None), answers }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storybook::story;
+
+    #[test]
+    fn answers_are_certain_and_nothing_of_the_story_is_lost() {
+        for index in 0..300 {
+            let story = story(3, index);
+            let Exchange { chat, answers } = exchange(&story);
+            let contents: Vec<&str> =
+                chat.messages.iter().map(|message| message["content"].as_str().unwrap()).collect();
+            assert_eq!(contents.join(" "), story.text);
+            assert!(contents.len() >= 2 && contents.len() == 2 * answers.len());
+            let mut at = 0;
+            for (i, content) in contents.iter().enumerate() {
+                let range = at..at + content.len();
+                if i % 2 == 1 {
+                    assert!(chat.is_answer(i) && content.ends_with('.'));
+                    assert!(story.log_probs[range.clone()].iter().all(|log_prob| *log_prob == 0.0), "{content}");
+                    assert_eq!(story.classes[range], answers[i / 2]);
+                } else {
+                    assert!(content.ends_with('?'));
+                }
+                at += content.len() + 1;
+            }
+        }
+    }
+}

@@ -14,7 +14,10 @@ impl Tokenizer {
     pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
         if let Model::Hf(pair) = &self.model {
             if text.len().saturating_mul(pair.growth) > MOST_GROWN {
-                return Err(Error::tokenizer(self.name(), format!("a text of {} bytes is too long for it", text.len())));
+                return Err(Error::tokenizer(
+                    self.name(),
+                    format!("a text of {} bytes is too long for it", text.len()),
+                ));
             }
             let encoding = guarded(self.name(), || pair.special.encode(text, false))?;
             let ranges = encoding.get_offsets().iter().map(|(start, end)| *start..*end);
