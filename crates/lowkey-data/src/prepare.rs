@@ -466,10 +466,10 @@ fn hash_file(path: &Path, each: &mut dyn FnMut() -> Result<()>) -> Result<(u64, 
 fn fingerprint(
     config: &DatasetConfig,
     files: &[SourceFile],
-    tokenizer: Option<&Tokenizer>,
+    given: Option<&Tokenizer>,
     method: Option<&Method>,
 ) -> String {
-    let tokenizer = match tokenizer {
+    let tokenizer = match given {
         Some(tokenizer) => {
             let (start, end) = (tokenizer.text_start(), tokenizer.text_end());
             let plain = start.is_empty() && end.iter().eq(&tokenizer.eos_id());
@@ -491,6 +491,8 @@ fn fingerprint(
         let template = template.as_ref().map(|template| text_sha256(template.source()));
         let (records, list) = (config.records(), config.list());
         hash.update(format!("{records:?} {list:?} {train_on:?} {template:?} {}\n", config.chat.skip_bad));
+        // The special tokens that a template may name.
+        hash.update(given.and_then(|tokenizer| tokenizer.companion("tokenizer_config.json")).unwrap_or_default());
     }
     if let Source::Storybook { seed, documents, validation_documents, .. } = config.source {
         hash.update(format!("{seed} {documents} {validation_documents}\n"));
