@@ -31,6 +31,7 @@ impl Vectors {
             targets: &self.targets,
             document_starts: &self.starts,
             vectors: Some(vectors),
+            pairs: false,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use lowkey_data::prepare::Expected;
 use lowkey_data::sampler::Mixture;
+use lowkey_data::{Generation, Tokenizer};
 
 use super::{MixtureShard, RunData, TrainSource, sampler};
 use crate::checkpoint::TrainerState;
@@ -29,6 +30,22 @@ pub(crate) fn expected(begun: &TrainerState, index: usize, count: usize) -> Opti
     Some(Expected { train, validation })
 }
 
+/// What the ids of a dataset mean.
+struct Meaning {
+    /// The dataset.
+    name: String,
+    tokenizer: Option<Tokenizer>,
+    generation: Generation,
+    vocab_size: usize,
+}
+
+impl Meaning {
+    /// What must be the same of all datasets of a mixture.
+    fn key(&self) -> Option<(String, Option<u32>, bool)> {
+        self.tokenizer.as_ref().map(|own| (own.fingerprint(), own.eos_id(), own.adds_special_tokens()))
+    }
+}
+
 /// One corpus of several, each with its weight.
 ///
 /// # Errors
@@ -36,7 +53,7 @@ pub(crate) fn expected(begun: &TrainerState, index: usize, count: usize) -> Opti
 pub(crate) fn mixed(parts: Vec<(RunData, f64)>) -> Result<RunData> {
     let (mut shards, mut held, mut notes, mut example) = (Vec::new(), Vec::new(), Vec::new(), None);
     let (mut names, mut held_out) = (Vec::new(), Vec::new());
-    let mut first = None;
+    let mut first: Option<Meaning> = None;
     let mut chat = None;
     for (data, weight) in parts {
         let RunData { tokenizer, generation, vocab_size, train, held: own, held_out: sum, name, .. } = data;
@@ -44,20 +61,19 @@ pub(crate) fn mixed(parts: Vec<(RunData, f64)>) -> Result<RunData> {
             let why = "is a task, whose examples are mixed with nothing; train on it alone";
             return Err(Error::config("data.mixture", name, why));
         };
-        let prints = |tokenizer: &Option<lowkey_data::Tokenizer>| {
-            tokenizer.as_ref().map(|t| (t.fingerprint(), t.eos_id(), t.adds_special_tokens()))
-        };
         let is_chat = shard.is_masked();
+        let own_meaning = Meaning { name: name.clone(), tokenizer: tokenizer.clone(), generation, vocab_size };
         match &first {
-            None => first = Some((prints(&tokenizer), name.clone(), generation, vocab_size, tokenizer.clone())),
-            Some((other, its_name, ..)) if *other != prints(&tokenizer) => {
+            Some(first) if first.key() != own_meaning.key() => {
                 let why = format!(
-                    "its tokenizer is not that of {its_name}, and a model reads one: give both the same with kind = \"file\", or start \
-                     from a model with [init]"
+                    "its tokenizer is not that of {}, and a model reads one: give both the same with kind = \"file\", or start from a \
+                     model with [init]",
+                    first.name
                 );
                 return Err(Error::config("data.mixture", name, why));
             }
             Some(_) => {}
+            None => first = Some(own_meaning),
         }
         // With the chat template beside it, where there is one.
         chat = chat.or(tokenizer.filter(|_| is_chat));
@@ -68,7 +84,7 @@ pub(crate) fn mixed(parts: Vec<(RunData, f64)>) -> Result<RunData> {
         example = example.or(data.example);
         names.push(name);
     }
-    let Some((_, _, generation, vocab_size, tokenizer)) = first else {
+    let Some(Meaning { generation, vocab_size, tokenizer, .. }) = first else {
         return Err(Error::config("data.mixture", "(empty)", "name at least one dataset"));
     };
     Ok(RunData {

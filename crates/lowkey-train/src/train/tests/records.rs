@@ -103,7 +103,7 @@ fn what_cannot_be_mixed_or_learnt_is_refused() {
     ] {
         let run = run_on(data);
         let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_owned()).collect();
-        let refused = crate::run_config::RunConfig::load(&run.file(), &overrides)
+        let refused = RunConfig::load(&run.file(), &overrides)
             .and_then(|config| train(&config, &run.options(), &AtomicBool::new(false), &mut |_| {}));
         let refused = message(refused);
         assert!(refused.contains(expected), "{expected}: {refused}");
