@@ -139,8 +139,8 @@ fn a_pair_lies_in_two_rows_one_after_the_other() {
     assert!(held.iter().all(|batch| batch.pairs && batch.rows % 2 == 0));
     assert_eq!(held.iter().flat_map(found).collect::<Vec<_>>(), targets(&all));
     // Where one is too long, both go.
-    let short = Sampler::of_records(shard, 5, 2, 3, TooLong::Drop, true).unwrap();
-    let fits = |i: usize| all[i].0.len() <= 6;
+    let short = Sampler::of_records(shard, 7, 2, 3, TooLong::Drop, true).unwrap();
+    let fits = |i: usize| all[i].0.len() <= 8;
     let dropped = (0..10).filter(|i| !fits(2 * i) || !fits(2 * i + 1)).count() as u64;
     assert_eq!(short.left_out(), LeftOut { dropped, cut: 0 });
 }
