@@ -21,7 +21,12 @@
 
 mod answers;
 mod conversation;
+mod environment;
 mod files;
+mod json;
+mod methods;
+mod python;
+mod tags;
 mod template;
 mod time;
 

@@ -29,11 +29,11 @@ impl ChatTemplate {
     /// # Errors
     /// As [`ChatTemplate::render`], and where it cannot be said for sure what is the assistant's.
     pub fn answers(&self, conversation: &Conversation, now: Now) -> Result<Answers> {
-        let options = Options { add_generation_prompt: false, now };
+        let options = Options { now, ..Options::default() };
         let whole = self.render(conversation, &options)?;
         let mut spans = Vec::new();
         for message in (0..conversation.messages.len()).filter(|i| conversation.role(*i) == "assistant") {
-            let prompt = Options { add_generation_prompt: true, now };
+            let prompt = Options { add_generation_prompt: true, ..options.clone() };
             let before = self.render(&conversation.first(message), &prompt)?.text.len();
             let after = self.render(&conversation.first(message + 1), &options)?.text.len();
             spans.push(Span { message, bytes: before..after });
