@@ -30,6 +30,24 @@ pub struct Span {
     pub bytes: Range<usize>,
 }
 
+impl Answers {
+    /// The message that each token belongs to, of those that the assistant says: the token has at least a byte of the answer.
+    /// A token with the last of the prompt and the first of an answer in it is the answer's, since nothing else can teach it.
+    ///
+    /// `places` are the tokens' byte ranges in [`Answers::text`], in order.
+    pub fn messages_of<'a>(&self, places: impl IntoIterator<Item = &'a Range<usize>>) -> Vec<Option<usize>> {
+        let mut next = 0;
+        let owner = |place: &Range<usize>| {
+            while self.spans.get(next).is_some_and(|span| span.bytes.end <= place.start) {
+                next += 1;
+            }
+            let span = self.spans.get(next)?;
+            (place.start < span.bytes.end && span.bytes.start < place.end && !place.is_empty()).then_some(span.message)
+        };
+        places.into_iter().map(owner).collect()
+    }
+}
+
 impl ChatTemplate {
     /// The text of a conversation, with what the assistant says in it. What ends a turn belongs to it, where the template
     /// writes an end; where only the next message's beginning ends a turn, the answer ends with its words.

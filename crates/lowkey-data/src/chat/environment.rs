@@ -3,8 +3,8 @@
 use std::fmt;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, State, Value};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs};
+use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
 
 use super::time::DateTime;
 use super::{json, methods, python, tags};
@@ -32,10 +32,11 @@ pub(super) fn environment() -> Result<Environment<'static>, Error> {
     environment.set_unknown_method_callback(methods::call);
     environment.remove_global("debug");
     environment.add_function(tags::EACH, tags::each);
+    environment.add_function(tags::KEEP, tags::keep);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
-    filters(&mut environment);
-    tests(&mut environment);
+    set_filters(&mut environment);
+    set_tests(&mut environment);
     Ok(environment)
 }
 
@@ -51,14 +52,10 @@ fn strftime_now(state: &State, format: &str) -> Result<String, Error> {
     Ok(now.strftime(format))
 }
 
-fn filters(environment: &mut Environment<'static>) {
-    environment.add_filter(
-        "tojson",
-        |state: &mut State, value: &Value, rest: Rest<minijinja::value::ValueOrKwargs>| {
-            let arguments: Vec<Value> = rest.0.into_iter().map(|value| value.into_value()).collect();
-            json::tojson(state, value, &arguments)
-        },
-    );
+fn set_filters(environment: &mut Environment<'static>) {
+    environment.add_filter("tojson", |state: &mut State, value: &Value, rest: Rest<ValueOrKwargs>| {
+        json::tojson(state, value, &values(rest))
+    });
     environment.add_filter("string", |state: &mut State, value: &Value| python::text(state, value));
     environment.add_filter("trim", |state: &mut State, value: &Value, chars: Option<&str>| -> Result<Value, Error> {
         let text = python::text(state, value)?;
@@ -68,6 +65,16 @@ fn filters(environment: &mut Environment<'static>) {
         }
         .into())
     });
+    // What is no number is the default in Jinja, and an error in minijinja.
+    for (name, default) in [("int", Value::from(0)), ("float", Value::from(0.0))] {
+        let filter =
+            if name == "int" { Value::from_function(filters::int) } else { Value::from_function(filters::float) };
+        environment.add_filter(name, move |state: &mut State, value: &Value, rest: Rest<ValueOrKwargs>| {
+            let [given] = methods::arguments(&values(rest), ["default"])?;
+            let number = filter.call(state, std::slice::from_ref(value));
+            number.or_else(|_| Ok::<_, Error>(given.unwrap_or_else(|| default.clone())))
+        });
+    }
     environment.add_filter("indent", indent);
     environment.add_filter("join", join);
     for name in ["e", "escape", "forceescape"] {
@@ -81,10 +88,14 @@ fn filters(environment: &mut Environment<'static>) {
     }
 }
 
+/// Arguments that may have names.
+fn values(rest: Rest<ValueOrKwargs>) -> Vec<Value> {
+    rest.0.into_iter().map(ValueOrKwargs::into_value).collect()
+}
+
 /// `indent(width=4, first=False, blank=False)`.
-fn indent(state: &mut State, value: &Value, rest: Rest<minijinja::value::ValueOrKwargs>) -> Result<String, Error> {
-    let arguments: Vec<Value> = rest.0.into_iter().map(|value| value.into_value()).collect();
-    let [width, first, blank] = methods::arguments(&arguments, ["width", "first", "blank"])?;
+fn indent(state: &mut State, value: &Value, rest: Rest<ValueOrKwargs>) -> Result<String, Error> {
+    let [width, first, blank] = methods::arguments(&values(rest), ["width", "first", "blank"])?;
     let truth = |value: Option<Value>| value.is_some_and(|value| value.is_true());
     let (first, blank) = (truth(first), truth(blank));
     let text = python::text(state, value)?;
@@ -113,9 +124,8 @@ fn indent(state: &mut State, value: &Value, rest: Rest<minijinja::value::ValueOr
 }
 
 /// `join(d='', attribute=None)`.
-fn join(state: &mut State, value: &Value, rest: Rest<minijinja::value::ValueOrKwargs>) -> Result<String, Error> {
-    let arguments: Vec<Value> = rest.0.into_iter().map(|value| value.into_value()).collect();
-    let [between, attribute] = methods::arguments(&arguments, ["d", "attribute"])?;
+fn join(state: &mut State, value: &Value, rest: Rest<ValueOrKwargs>) -> Result<String, Error> {
+    let [between, attribute] = methods::arguments(&values(rest), ["d", "attribute"])?;
     let between = between.map(|between| python::text(state, &between)).transpose()?.unwrap_or_default();
     let items = tags::each(value)?;
     let items = match attribute.filter(|attribute| !attribute.is_none()) {
@@ -133,7 +143,7 @@ fn join(state: &mut State, value: &Value, rest: Rest<minijinja::value::ValueOrKw
 }
 
 /// Jinja's tests where it and minijinja differ.
-fn tests(environment: &mut Environment<'static>) {
+fn set_tests(environment: &mut Environment<'static>) {
     let is_list = |value: &Value| matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable);
     environment.add_test("sequence", move |value: &Value| {
         is_list(value) || matches!(value.kind(), ValueKind::String | ValueKind::Map | ValueKind::Undefined)

@@ -1,9 +1,11 @@
 //! What transformers adds to Jinja and minijinja does not know, written in what it knows.
 //!
 //! `{% generation %}` and `{% endgeneration %}` mark what the assistant says. In their place stand two variables, whose values
-//! are marks that are cut out of the rendered text again. And a loop over nothing (`none`) is an error in Python.
+//! are marks that are cut out of the rendered text again. A loop over nothing (`none`) is an error in Python. And what is kept
+//! in a variable is looked at, so that it cannot grow past all bounds.
 
 use minijinja::Value;
+use minijinja::value::ValueKind;
 
 use crate::error::{Error, Result};
 
@@ -11,6 +13,15 @@ use crate::error::{Error, Result};
 pub(super) const BEGIN: &str = "_generation_begin";
 pub(super) const END: &str = "_generation_end";
 pub(super) const EACH: &str = "_each";
+
+/// The function around what a variable is set to.
+pub(super) const KEEP: &str = "_keep";
+
+/// Words and signs of one tag at most: the parser's own depth grows with them.
+const LONGEST_TAG: usize = 2_000;
+
+/// Branches of a template at most, for the same reason.
+const MOST_BRANCHES: usize = 2_000;
 
 /// A template in minijinja's words.
 pub(super) struct Rewritten {
@@ -22,7 +33,7 @@ pub(super) struct Rewritten {
 /// Rewrites the tags of a template. Lines stay lines, so that errors name the right one.
 pub(super) fn rewrite(name: &str, source: &str) -> Result<Rewritten> {
     let mut out = String::with_capacity(source.len() + 64);
-    let (mut at, mut open, mut marks) = (0, 0_usize, false);
+    let (mut at, mut open, mut marks, mut branches) = (0, 0_usize, false, 0_usize);
     let fail = |at: usize, message: &str| Error::Template {
         name: name.to_owned(),
         message: format!("line {}: {message}", source[..at].lines().count().max(1)),
@@ -39,10 +50,18 @@ pub(super) fn rewrite(name: &str, source: &str) -> Result<Rewritten> {
         };
         let whole = &rest[..len];
         at = start + len;
+        let is_comment = whole.starts_with("{#");
+        if !is_comment && pieces(whole).filter(|(_, piece)| !piece.trim().is_empty()).count() > LONGEST_TAG {
+            return Err(fail(start, "an expression longer than any template needs"));
+        }
         let Some(tag) = Tag::read(whole) else {
             out.push_str(whole);
             continue;
         };
+        branches += usize::from(tag.word == "elif");
+        if branches > MOST_BRANCHES {
+            return Err(fail(start, "more {% elif %} than any template needs"));
+        }
         match tag.word {
             "raw" => {
                 out.push_str(whole);
@@ -68,6 +87,22 @@ pub(super) fn rewrite(name: &str, source: &str) -> Result<Rewritten> {
                 }
                 None => out.push_str(whole),
             },
+            "set" => match assigned(tag.rest) {
+                Some((before, value)) => {
+                    out.push_str(&format!("{{%{} set{before} {KEEP}({value}) {}%}}", tag.left, tag.right));
+                }
+                None => out.push_str(whole),
+            },
+            "macro" => {
+                // The last of the tags carries the whitespace control of the right side.
+                let parameters = parameters(tag.rest);
+                let right = if parameters.is_empty() { tag.right } else { "" };
+                out.push_str(&format!("{{%{} macro{}{right}%}}", tag.left, tag.rest));
+                for (i, parameter) in parameters.iter().enumerate() {
+                    let right = if i + 1 == parameters.len() { tag.right } else { "" };
+                    out.push_str(&format!("{{% set {parameter} = {KEEP}({parameter}) {right}%}}"));
+                }
+            }
             _ => out.push_str(whole),
         }
     }
@@ -176,6 +211,37 @@ fn over(rest: &str) -> Option<(&str, String, &str)> {
     Some((before, list, &rest[end..]))
 }
 
+/// What stands after `set`, where it is set to a value: the names with `=`, and the value.
+fn assigned(rest: &str) -> Option<(&str, String)> {
+    let (mut depth, mut begin, mut several) = (0_usize, None, false);
+    for (at, piece) in pieces(rest) {
+        match piece {
+            "{" | "(" | "[" => depth += 1,
+            "}" | ")" | "]" => depth = depth.saturating_sub(1),
+            "=" if depth == 0 && begin.is_none() => begin = Some(at + 1),
+            "," if depth == 0 && begin.is_some() => several = true,
+            _ => {}
+        }
+    }
+    let value = rest[begin?..].trim();
+    Some((&rest[..begin?], if several { format!("({value})") } else { value.to_owned() }))
+}
+
+/// Names of a macro's parameters.
+fn parameters(rest: &str) -> Vec<&str> {
+    let (mut depth, mut next, mut found) = (0_usize, false, Vec::new());
+    for (_, piece) in pieces(rest).filter(|(_, piece)| !piece.trim().is_empty()) {
+        match piece {
+            "{" | "(" | "[" => depth += 1,
+            "}" | ")" | "]" => depth = depth.saturating_sub(1),
+            name if next && name.starts_with(|c: char| c.is_alphabetic() || c == '_') => found.push(name),
+            _ => {}
+        }
+        next = depth == 1 && matches!(piece, "(" | ",");
+    }
+    found
+}
+
 /// Two characters that stand nowhere in `texts`: from the private use area, where nobody should write any.
 pub(super) fn marks<'a>(texts: impl Iterator<Item = &'a str> + Clone) -> Option<(char, char)> {
     let free = |c: &char| texts.clone().all(|text| !text.contains(*c));
@@ -226,6 +292,45 @@ pub(super) fn each(value: &Value) -> std::result::Result<Value, minijinja::Error
     Ok(value.clone())
 }
 
+/// The function around what a variable is set to: lists that hold a list twice, and that one another twice, or a list in a list
+/// in a list, grow past all bounds in a few steps, and whoever walks them never comes back.
+pub(super) fn keep(state: &minijinja::State, value: &Value) -> std::result::Result<Value, minijinja::Error> {
+    // A view of a view of a view is as deep as lists in lists.
+    if value.kind() == ValueKind::Iterable {
+        let items: Vec<Value> = value
+            .try_iter()?
+            .map(|item| state.consume_fuel(1).map(|()| item))
+            .collect::<std::result::Result<_, _>>()?;
+        items.iter().try_for_each(|item| walk(state, item, 1))?;
+        return Ok(items.into());
+    }
+    walk(state, value, 0)?;
+    Ok(value.clone())
+}
+
+/// Pays for each item within a value.
+fn walk(state: &minijinja::State, value: &Value, depth: usize) -> std::result::Result<(), minijinja::Error> {
+    /// JSON is read to 128 levels.
+    const DEEPEST: usize = 200;
+    /// Items that one fuel pays for.
+    const ITEMS: usize = 16;
+    if !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map) {
+        return Ok(());
+    }
+    if depth > DEEPEST {
+        return Err(super::python::too_deep());
+    }
+    let map = value.kind() == ValueKind::Map;
+    for (i, item) in value.try_iter()?.enumerate() {
+        if i % ITEMS == 0 {
+            state.consume_fuel(1)?;
+        }
+        let item = if map { value.get_item(&item)? } else { item };
+        walk(state, &item, depth + 1)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -264,6 +369,19 @@ mod tests {
         ] {
             let text = rewrite("t", source).unwrap().text;
             assert_eq!(text.replace(' ', ""), expected.replace(' ', ""), "{source}");
+        }
+    }
+
+    #[test]
+    fn what_is_kept_is_looked_at() {
+        for (source, expected) in [
+            ("{%- set a.b = c == d -%}", "{%- set a.b = _keep(c == d) -%}"),
+            ("{% set a, b = 1, 2 %}", "{% set a, b = _keep((1, 2)) %}"),
+            ("{% set a | upper %}", "{% set a | upper %}"),
+            ("{% macro f(a, b='x, y') -%}", "{% macro f(a, b='x, y') %}{% set a = _keep(a) %}{% set b = _keep(b) -%}"),
+            ("{% macro f() -%}", "{% macro f() -%}"),
+        ] {
+            assert_eq!(rewrite("t", source).unwrap().text, expected);
         }
     }
 

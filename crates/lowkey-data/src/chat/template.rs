@@ -1,7 +1,8 @@
 //! A template and what it makes of a conversation.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value, json};
@@ -13,7 +14,7 @@ use super::time::Now;
 use crate::error::{Error, Result};
 
 /// Bytes of a template at most. The longest published ones have some thirty thousand.
-const LONGEST: usize = 1 << 20;
+const LONGEST: usize = 1 << 18;
 
 /// A chat template; cheap to clone.
 #[derive(Clone, Debug)]
@@ -75,7 +76,8 @@ impl ChatTemplate {
             environment.add_template_owned("chat", rewritten)?;
             Ok(environment)
         };
-        let environment = Arc::new(add().map_err(|e| fail(name, &e))?);
+        let environment = aside(name, add)?.map_err(|e| fail(name, &e))?;
+        let environment = Arc::new(environment);
         let special_tokens = Arc::new(special_tokens);
         Ok(Self { name: name.into(), source: text.into(), special_tokens, environment, marks })
     }
@@ -157,7 +159,7 @@ impl ChatTemplate {
             context.insert("add_generation_prompt".to_owned(), json!(options.add_generation_prompt));
             context.insert(NOW.to_owned(), json!(options.now.get().to_string()));
             context.extend([(BEGIN.to_owned(), Value::String(begin)), (END.to_owned(), Value::String(end))]);
-            self.run(&Value::Object(context), fuel)
+            self.run(Value::Object(context), fuel)
         };
         let mut text = run(String::new(), String::new())?;
         let mut spans = Vec::new();
@@ -205,12 +207,34 @@ impl ChatTemplate {
     }
 
     /// Renders with so much work at most.
-    fn run(&self, context: &Value, fuel: u64) -> Result<String> {
+    fn run(&self, context: Value, fuel: u64) -> Result<String> {
         let mut environment = (*self.environment).clone();
         environment.set_fuel(Some(fuel));
-        let template = environment.get_template("chat").map_err(|e| fail(&self.name, &e))?;
-        template.render(value(context)).map_err(|e| fail(&self.name, &e))
+        let render = move || environment.get_template("chat")?.render(value(&context));
+        aside(&self.name, render)?.map_err(|e| fail(&self.name, &e))
     }
+}
+
+/// Runs what a stranger's template may drive deep or long: on a thread with room for it, and for so long at most. What takes
+/// longer, although it may take few steps only, is left to itself.
+fn aside<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    /// Room for lists in lists as deep as the fuel reaches; taken only as it is used.
+    const STACK: usize = 256 << 20;
+    const LONGEST: Duration = Duration::from_secs(20);
+    let refused = |message: String| Error::Template { name: name.to_owned(), message };
+    let (done, result) = mpsc::sync_channel(1);
+    let run = move || {
+        // Nobody may be waiting any more.
+        let _ = done.send(work());
+    };
+    let thread = std::thread::Builder::new().name("chat template".to_owned()).stack_size(STACK).spawn(run);
+    thread.map_err(|e| refused(format!("no thread to render it on: {e}")))?;
+    result.recv_timeout(LONGEST).map_err(|e| match e {
+        mpsc::RecvTimeoutError::Timeout => refused(format!("takes longer than {} seconds", LONGEST.as_secs())),
+        mpsc::RecvTimeoutError::Disconnected => {
+            refused("drives the template engine into an error of its own".to_owned())
+        }
+    })
 }
 
 /// A budget in instructions, or in pieces of 64 bytes. Published templates use some hundred for a message and pass over each
