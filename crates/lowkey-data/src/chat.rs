@@ -34,3 +34,6 @@ pub use answers::{Answers, Span};
 pub use conversation::Conversation;
 pub use template::{ChatTemplate, Options, Rendered};
 pub use time::{DateTime, Now};
+
+#[cfg(test)]
+mod tests;

@@ -164,7 +164,8 @@ impl ChatTemplate {
         let mut text = run(String::new(), String::new())?;
         let mut spans = Vec::new();
         if self.marks {
-            let mark = tags::marks(found()).ok_or_else(no_marks)?;
+            let cut_here = cut_here.map(String::from);
+            let mark = tags::marks(found().chain(cut_here.as_deref())).ok_or_else(no_marks)?;
             let marked = run(mark.0.into(), mark.1.into())?;
             // A template may cut blanks away from what it has marked.
             spans = match tags::cut(&marked, mark) {
@@ -180,6 +181,9 @@ impl ChatTemplate {
             let lost =
                 || self.refused("the last message cannot be continued: the template leaves out or changes its end");
             let end = text.rfind(mark).ok_or_else(lost)?;
+            let trims = !text[end..].trim_start_matches(mark).starts_with(' ');
+            text.truncate(end);
+            let end = if trims { text.trim_end().len() } else { end };
             text.truncate(end);
             spans.retain_mut(|span| {
                 span.end = span.end.min(end);
@@ -198,7 +202,8 @@ impl ChatTemplate {
             other => Some(other),
         };
         let Some(Value::String(text)) = text else { return Err(none()) };
-        text.push(mark);
+        // The blank tells whether the template trims.
+        text.extend([mark, ' ']);
         Ok(())
     }
 
