@@ -21,7 +21,12 @@
 
 mod answers;
 mod conversation;
+mod environment;
 mod files;
+mod json;
+mod methods;
+mod python;
+mod tags;
 mod template;
 mod time;
 
@@ -29,3 +34,6 @@ pub use answers::{Answers, Span};
 pub use conversation::Conversation;
 pub use template::{ChatTemplate, Options, Rendered};
 pub use time::{DateTime, Now};
+
+#[cfg(test)]
+mod tests;

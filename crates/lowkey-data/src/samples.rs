@@ -103,13 +103,13 @@ pub(crate) fn conversation(chat: &Chat, method: &Method, tokenizer: &Tokenizer) 
     let omitted = spans.iter().filter(|span| left_out(span.message));
     let ranges = |spans: Vec<&crate::chat::Span>| spans.into_iter().map(|span| span.bytes.clone()).collect::<Vec<_>>();
     let (chosen, omitted) = (ranges(chosen.collect()), ranges(omitted.collect()));
-    let tokens = tokenizer.encode_with_offsets(&text).map_err(|e| e.to_string())?;
+    let tokens = tokenizer.encode_placed(&text).map_err(|e| e.to_string())?;
     let is_learnt = |bytes: &Range<usize>| match method.train_on {
         TrainOn::All => !lies_in(bytes, &omitted),
         _ => lies_in(bytes, &chosen),
     };
-    let learnt = tokens.iter().map(|(_, bytes)| is_learnt(bytes)).collect();
-    let ids = tokens.into_iter().map(|(id, _)| id).collect();
+    let learnt = tokens.iter().map(|token| is_learnt(&token.bytes)).collect();
+    let ids = tokens.into_iter().map(|token| token.id).collect();
     Ok(Document { ids, learnt, bytes: text.len() as u64 })
 }
 
@@ -126,11 +126,11 @@ fn rendered(chat: &Chat, template: &ChatTemplate) -> Result<Answers, String> {
 fn continuation(prompt: &str, completion: &str, train_on: TrainOn, tokenizer: &Tokenizer) -> Result<Document, String> {
     // As one text: a word whose beginning is the prompt's is not cut where no reader would cut it.
     let text = format!("{prompt}{completion}");
-    let tokens = tokenizer.encode_with_offsets(&text).map_err(|e| e.to_string())?;
+    let tokens = tokenizer.encode_placed(&text).map_err(|e| e.to_string())?;
     let learnt_from = if train_on == TrainOn::All { 0 } else { prompt.len() };
     let completion = [learnt_from..text.len()];
-    let mut ids: Vec<u32> = tokens.iter().map(|(id, _)| *id).collect();
-    let mut learnt: Vec<bool> = tokens.iter().map(|(_, bytes)| lies_in(bytes, &completion)).collect();
+    let mut ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+    let mut learnt: Vec<bool> = tokens.iter().map(|token| lies_in(&token.bytes, &completion)).collect();
     let start = tokenizer.text_start();
     // A text that spells its beginning out is not given a second one.
     if !ids.starts_with(start) {

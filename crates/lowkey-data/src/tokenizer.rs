@@ -5,7 +5,7 @@
 //! a `tokenizer.json` that transformers loads to the same ids, and are recognised when such a file is read back.
 
 mod build;
-mod offsets;
+mod place;
 mod special;
 mod spell;
 mod stream;
@@ -26,6 +26,7 @@ use tokenizers::tokenizer::Tokenizer as HfTokenizer;
 use crate::documents;
 use crate::error::{Error, Result};
 pub use build::byte_character;
+pub use place::Token;
 use special::{Around, RECORD, named};
 pub use spell::Part;
 pub use stream::TextStream;
@@ -348,16 +349,22 @@ impl Tokenizer {
     }
 
     fn run(&self, pair: &HfPair, hf: &HfTokenizer, text: &str) -> Result<Vec<u32>> {
-        if text.len().saturating_mul(pair.growth) > MOST_GROWN {
-            let message = format!(
-                "a text of {} bytes is too long for it: its own steps can make it {} times longer",
-                text.len(),
-                pair.growth
-            );
-            return Err(Error::tokenizer(self.name(), message));
-        }
+        self.fits(pair, text)?;
         let encoding = guarded(self.name(), || hf.encode_fast(text, false))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Refuses a text that the tokenizer's own steps could make too long.
+    fn fits(&self, pair: &HfPair, text: &str) -> Result<()> {
+        if text.len().saturating_mul(pair.growth) <= MOST_GROWN {
+            return Ok(());
+        }
+        let message = format!(
+            "a text of {} bytes is too long for it: its own steps can make it {} times longer",
+            text.len(),
+            pair.growth
+        );
+        Err(Error::tokenizer(self.name(), message))
     }
 
     fn extend_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<()> {

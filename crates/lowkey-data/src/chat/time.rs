@@ -1,6 +1,6 @@
 //! The time that a template may ask for (`strftime_now`), written as Python's `strftime` writes it.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::str::FromStr;
 
 /// What a template takes for the present.
@@ -41,6 +41,12 @@ pub struct DateTime {
     hour: u32,
     minute: u32,
     second: u32,
+}
+
+impl fmt::Display for DateTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.strftime("%Y-%m-%dT%H:%M:%S"))
+    }
 }
 
 impl FromStr for DateTime {
@@ -148,7 +154,7 @@ impl DateTime {
             let _ = if fill == '0' { write!(out, "{number:0width$}") } else { write!(out, "{number:width$}") };
         };
         match code {
-            'Y' => number(self.year.unsigned_abs(), 0, '0'),
+            'Y' => number(self.year.unsigned_abs(), 4, '0'),
             'C' => number(self.year.unsigned_abs() / 100, 2, '0'),
             'y' => number(self.year.unsigned_abs() % 100, 2, '0'),
             'm' => number(self.month, 2, '0'),
