@@ -54,6 +54,8 @@ pub struct Batch {
     pub document_starts: Vec<u32>,
     /// Vectors in place of tokens.
     pub vectors: Option<Vectors>,
+    /// Whether row 2i is an answer that was chosen, and row 2i + 1 the one that was rejected: a pass has both or neither.
+    pub pairs: bool,
 }
 
 /// Vectors that are read and answered with, position by position.
@@ -84,6 +86,8 @@ pub struct Rows<'a> {
     pub document_starts: &'a [u32],
     /// Vectors in place of tokens.
     pub vectors: Option<VectorRows<'a>>,
+    /// As [`Batch::pairs`].
+    pub pairs: bool,
 }
 
 /// Some rows of [`Vectors`].
@@ -115,6 +119,11 @@ impl Batch {
     /// Number of positions at which something is asked.
     pub fn target_tokens(&self) -> usize {
         self.targets.iter().filter(|target| **target != IGNORE).count()
+    }
+
+    /// Rows that a pass must not part: 2 where they are pairs, else 1.
+    pub fn unit(&self) -> usize {
+        if self.pairs { 2 } else { 1 }
     }
 
     /// Position within the row that is being filled with tokens.
@@ -155,6 +164,7 @@ impl Batch {
             targets: &self.targets[range.clone()],
             document_starts: &self.document_starts[range],
             vectors,
+            pairs: self.pairs,
         }
     }
 }
@@ -185,6 +195,9 @@ mod tests {
         assert_eq!((first.rows, first.input_ids, first.targets), (1, &[4, 5, 0][..], &[5, 6, IGNORE][..]));
         assert_eq!((first.document_starts, batch.rows(1..2).document_starts), (&[0, 0, 2][..], &[0, 0, 0][..]));
         assert_eq!((batch.target_tokens(), first.target_tokens(), batch.rows(1..2).target_tokens()), (2, 2, 0));
+        assert_eq!((batch.unit(), batch.all().pairs), (1, false));
+        let pairs = Batch { pairs: true, ..batch };
+        assert_eq!((pairs.unit(), pairs.all().pairs), (2, true));
 
         let vectors = Vectors {
             input_width: 2,

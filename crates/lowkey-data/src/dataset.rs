@@ -1,5 +1,7 @@
 //! The dataset file: where a corpus comes from, how it becomes tokens, what is held out.
 
+mod chat;
+
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
@@ -9,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use crate::documents::{self, Format};
 use crate::error::{Error, Result};
 use crate::hub::{check_file, check_repo, check_revision};
+pub use crate::records::Records;
 use crate::tasks::Task;
 use crate::tokenizer::Tokenizer;
+pub use chat::{ChatConfig, TrainOn};
 
 /// Bytes of a dataset file at most.
 const LARGEST_FILE: u64 = 64 << 20;
@@ -39,6 +43,9 @@ pub struct DatasetConfig {
     /// tokenizer comes from a model that was trained without. Tokenizers built from the text have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub add_special_tokens: Option<bool>,
+    /// How records become tokens, and which of these are learnt. For records alone.
+    #[serde(default, skip_serializing_if = "ChatConfig::is_default")]
+    pub chat: ChatConfig,
     /// What is held out for validation. A storybook and a task have held-out examples of their own and take no split.
     #[serde(default)]
     pub split: Split,
@@ -68,6 +75,9 @@ pub enum Source {
         documents: u64,
         /// Number of held-out stories, from a seed of their own.
         validation_documents: u64,
+        /// What a document is.
+        #[serde(default, skip_serializing_if = "StorybookForm::is_text")]
+        form: StorybookForm,
     },
     /// A diagnostic task: examples that ask for one ability, made while a run goes.
     Task {
@@ -98,18 +108,24 @@ pub enum Source {
         /// Files, or patterns of names with `*`; relative to the folder of this file.
         #[schemars(length(min = 1))]
         paths: Vec<String>,
-        /// The field of the object that holds the text.
+        /// The field of the object that holds the text, or with `records` the list of messages. Absent: `text`, or the list's usual name.
         #[serde(default = "text_field")]
         field: String,
+        /// What an object is. Absent: a plain text.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        records: Option<Records>,
     },
     /// Parquet files: a row is a document. Where its text is null there is none.
     Parquet {
         /// Files, or patterns of names with `*`; relative to the folder of this file.
         #[schemars(length(min = 1))]
         paths: Vec<String>,
-        /// The column that holds the text.
+        /// The column that holds the text, or with `records` the list of messages. Absent: `text`, or the list's usual name.
         #[serde(default = "text_field")]
         column: String,
+        /// What a row is. Absent: a plain text.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        records: Option<Records>,
     },
     /// Files of a dataset repository on the Hugging Face hub, or on the mirror that `HF_ENDPOINT` names.
     Hub {
@@ -123,14 +139,35 @@ pub enum Source {
         files: Vec<String>,
         /// What the files are.
         format: HubFormat,
-        /// The JSONL field or Parquet column that holds the text. Absent: `text`. Not for plain text.
+        /// The JSONL field or Parquet column that holds the text, or with `records` the list of messages. Absent: `text`, or the list's
+        /// usual name. Not for plain text.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         field: Option<String>,
+        /// What an object or a row is. Absent: a plain text. Not for plain text.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        records: Option<Records>,
         /// Plain text alone: the text that stands between documents. Absent: a file is one document.
         #[schemars(length(min = 1))]
         #[serde(default, skip_serializing_if = "Option::is_none")]
         separator: Option<String>,
     },
+}
+
+/// What a document of a storybook is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StorybookForm {
+    /// The story.
+    #[default]
+    Text,
+    /// A conversation: the user tells a story and asks a question about it, the assistant answers.
+    Chat,
+}
+
+impl StorybookForm {
+    fn is_text(&self) -> bool {
+        *self == Self::Text
+    }
 }
 
 /// Format of hub files.
@@ -280,6 +317,7 @@ impl DatasetConfig {
             source: Source::Text { paths: vec![text.to_owned()], separator: None, url: None },
             tokenizer: TokenizerConfig::default(),
             add_special_tokens: None,
+            chat: ChatConfig::default(),
             split: Split::default(),
             sha256: BTreeMap::new(),
             base: PathBuf::new(),
@@ -287,8 +325,8 @@ impl DatasetConfig {
         })
     }
 
-    /// Where the tokens of this dataset lie: beside its file, in a folder for each tokenizer that is not its own, and for tokens
-    /// without the special ones around a text.
+    /// Where the tokens of this dataset lie: beside its file, in a folder for each tokenizer that is not its own, for tokens without the
+    /// special ones around a text, and for each template and way to learn records.
     pub fn prepared_dir(&self, tokenizer: Option<&Tokenizer>) -> PathBuf {
         let (mut name, plain) = match tokenizer {
             Some(own) => (
@@ -300,6 +338,9 @@ impl DatasetConfig {
         if plain {
             name += "-plain";
         }
+        if let Some(key) = self.chat_key(tokenizer) {
+            name += &format!("-{key}");
+        }
         // A text file that is a dataset by itself has paths from the current folder.
         let base =
             if self.base.as_os_str().is_empty() { self.origin.parent().unwrap_or(&self.base) } else { &self.base };
@@ -310,6 +351,13 @@ impl DatasetConfig {
     pub(crate) fn error(&self, message: impl Into<String>) -> Error {
         let path = if self.origin.as_os_str().is_empty() { PathBuf::from(&self.name) } else { self.origin.clone() };
         Error::Config { path, message: message.into() }
+    }
+
+    /// An error of a source that holds nothing.
+    pub(crate) fn empty(&self, message: &str) -> Error {
+        let origin = &self.origin;
+        let name = if origin.as_os_str().is_empty() { self.name.clone() } else { origin.display().to_string() };
+        Error::Empty { name, message: message.to_owned() }
     }
 
     /// How documents lie in the source's files; none for a storybook and a task, which have no files.
@@ -380,7 +428,7 @@ impl DatasetConfig {
                     return refuse("source.paths is empty: name at least one file or pattern".to_owned());
                 }
             }
-            Source::Hub { repo, revision, files, format, field, separator } => {
+            Source::Hub { repo, revision, files, format, field, separator, records } => {
                 check_repo(repo).or_else(|why| refuse(format!("source.repo = {why}")))?;
                 check_revision(revision).or_else(|why| refuse(format!("source.revision = {why}")))?;
                 if files.is_empty() {
@@ -388,6 +436,9 @@ impl DatasetConfig {
                 }
                 for file in files {
                     check_file(file).or_else(|why| refuse(format!("source.files: {why}")))?;
+                }
+                if *format == HubFormat::Text && records.is_some() {
+                    return refuse("source.records has no meaning for format = \"text\": remove it".to_owned());
                 }
                 if *format == HubFormat::Text && field.is_some() {
                     return refuse("source.field has no meaning for format = \"text\": remove it".to_owned());
@@ -397,6 +448,7 @@ impl DatasetConfig {
                 }
             }
         }
+        self.check_chat()?;
         if let Some(Format::Text { separator: Some(separator) }) = self.format()
             && separator.is_empty()
         {

@@ -8,9 +8,12 @@ mod jsonl;
 mod kind;
 mod open;
 mod pieces;
+mod rows;
 mod text;
 
 use std::path::Path;
+
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 pub(crate) use kind::{Kind, kind};
@@ -42,6 +45,35 @@ pub(crate) struct Piece {
     pub(crate) ends: bool,
     /// Whether it stands behind the place where [`read_cut`] cuts a file in two.
     pub(crate) tail: bool,
+}
+
+/// A record of a file: a line of JSONL, or a row of Parquet.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Found {
+    /// "line" or "row".
+    pub(crate) unit: &'static str,
+    /// Its number, counted from 1.
+    pub(crate) number: u64,
+    /// Its fields, or why they cannot be read.
+    pub(crate) value: std::result::Result<Map<String, Value>, String>,
+}
+
+/// Records of one file.
+pub(crate) type FoundRecords = Box<dyn Iterator<Item = Result<Found>>>;
+
+/// The records of a JSONL or Parquet file in order; of Parquet only the columns in `fields`. After an error the iterator ends, but not
+/// after a record that cannot be read.
+pub(crate) fn records(path: &Path, format: &Format, fields: &[&str]) -> FoundRecords {
+    let opened: Result<FoundRecords> = match format {
+        Format::Text { .. } => Err(unusable(path, "plain text has no records")),
+        Format::Jsonl { .. } => jsonl::objects(path).map(|found| Box::new(found) as FoundRecords),
+        Format::Parquet { .. } => rows::objects(path, fields),
+    };
+    let mut failed = false;
+    match opened {
+        Err(error) => Box::new(std::iter::once(Err(error))),
+        Ok(found) => Box::new(found.take_while(move |found| !std::mem::replace(&mut failed, found.is_err()))),
+    }
 }
 
 /// Pieces of the documents of one file.

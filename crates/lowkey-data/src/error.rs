@@ -127,6 +127,20 @@ pub enum Error {
         /// The key, what is wrong with it and how to mend it.
         message: String,
     },
+    /// A chat template cannot be read, or refuses a conversation.
+    #[error("chat template {name}: {message}")]
+    Template {
+        /// The file, or the built-in template's name.
+        name: String,
+        /// The line, what is wrong and how to mend it.
+        message: String,
+    },
+    /// A conversation does not have the form that templates need.
+    #[error("the conversation {message}")]
+    Conversation {
+        /// The key or message, what is wrong with it and how to mend it.
+        message: String,
+    },
     /// Preparing was stopped through its progress callback.
     #[error("stopped while the corpus was being prepared; nothing that was there has been replaced")]
     Stopped,

@@ -16,10 +16,13 @@
 //!   same thing it only opens what is there. [`open`] reads such a folder.
 //! * [`Shard`] is a checksummed file of token ids with its document bounds, read as it is needed.
 //! * [`Sampler`] is a pure function from (seed, step) to a [`Batch`](lowkey_batch::Batch): a resumed run needs no sampler state.
-//!   [`validation_batches`] walks a held-out shard once, in order, with every target exactly once.
+//!   [`sampler::validation_batches`] walks a held-out shard once, in order, with every target exactly once.
 //! * [`Tokenizer`] covers a built-in byte vocabulary, character vocabularies, byte-level BPE trained here, and any
-//!   Hugging Face `tokenizer.json`; [`TextStream`] turns ids back into text one at a time. [`Generation`] is what a model's
+//!   Hugging Face `tokenizer.json`; [`tokenizer::TextStream`] turns ids back into text one at a time. [`Generation`] is what a model's
 //!   files say about generating with it, above all which tokens end a text.
+//! * Records (conversations, prompts with completions, pairs of answers) become documents of which some tokens are learnt;
+//!   [`dataset::Records`] and [`dataset::ChatConfig`] say how. [`sampler::Mixture`] deals rows of several datasets in fixed shares.
+//! * [`chat`] renders conversations with the templates that models come with, and says which of the text the assistant says.
 //! * [`tasks`] are procedural examples that each ask for one ability, of tokens or of real vectors; they are made while a
 //!   run goes and have no shard.
 //! * [`storybook`] is a procedural corpus of known entropy, and [`oracle::oracle_documents`] gives its true log-probability
@@ -49,6 +52,7 @@
 //! # }
 //! ```
 
+pub mod chat;
 pub mod dataset;
 mod documents;
 mod error;
@@ -56,7 +60,9 @@ mod generation;
 pub mod hub;
 pub mod oracle;
 pub mod prepare;
-mod sampler;
+mod records;
+pub mod sampler;
+mod samples;
 mod shard;
 pub mod storybook;
 pub mod tasks;
@@ -66,6 +72,6 @@ pub use dataset::DatasetConfig;
 pub use error::{Error, Result};
 pub use generation::Generation;
 pub use prepare::{Prepared, open, prepare};
-pub use sampler::{Packing, Sampler, validation_batches};
+pub use sampler::{Packing, Sampler};
 pub use shard::Shard;
-pub use tokenizer::{TextStream, Tokenizer};
+pub use tokenizer::Tokenizer;

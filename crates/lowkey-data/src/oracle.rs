@@ -1,7 +1,8 @@
 //! What a perfect model would say: the true log-probability of every validation token, for sources that know it.
 
-use crate::dataset::{DatasetConfig, Source};
+use crate::dataset::{DatasetConfig, Source, StorybookForm, TrainOn};
 use crate::error::Result;
+use crate::samples::{self, Document};
 use crate::storybook::{self, Class, Story};
 use crate::tokenizer::Tokenizer;
 
@@ -27,6 +28,8 @@ pub struct OracleDocument {
     pub log_probs: Vec<f64>,
     /// For each token what kind of choice its first byte is.
     pub classes: Vec<Class>,
+    /// For each token whether it is learnt, and measured. Of a story told as a conversation the answers alone are.
+    pub learnt: Vec<bool>,
 }
 
 /// The first `n` validation documents with their true log-probabilities; none for a source whose entropy is not known,
@@ -41,9 +44,20 @@ pub fn oracle_documents(
     n: usize,
 ) -> Result<Option<Vec<OracleDocument>>> {
     config.check()?;
-    let Source::Storybook { seed, validation_documents, .. } = config.source else {
+    let Source::Storybook { seed, validation_documents, form, .. } = config.source else {
         return Ok(None);
     };
+    if form == StorybookForm::Chat {
+        let method = samples::method(config, tokenizer)?;
+        let told = (0..validation_documents).take(n).map(|index| {
+            let exchange = storybook::exchange(&validation_story(seed, index));
+            let document = samples::conversation(&exchange.chat, &method, tokenizer);
+            let document = document.map_err(|why| config.error(format!("story {index}: {why}")))?;
+            Ok(told(document, &exchange.answers, tokenizer))
+        });
+        // Only of answers is the truth known: that they follow from the story.
+        return if method.train_on == TrainOn::All { Ok(None) } else { told.collect::<Result<_>>().map(Some) };
+    }
     let lengths = tokenizer.byte_lengths();
     let mut documents = Vec::new();
     for index in (0..validation_documents).take(n) {
@@ -76,9 +90,30 @@ pub fn oracle_documents(
             log_probs.splice(0..0, vec![0.0; start.len()]);
             classes.splice(0..0, vec![first; start.len()]);
         }
-        documents.push(OracleDocument { ids, log_probs, classes });
+        let learnt = vec![true; ids.len()];
+        documents.push(OracleDocument { ids, log_probs, classes, learnt });
     }
     Ok(Some(documents))
+}
+
+/// A story that was told as a conversation. Its answers and their ends are certain; nothing is said of the rest.
+fn told(document: Document, answers: &[Vec<Class>], tokenizer: &Tokenizer) -> OracleDocument {
+    let Document { ids, learnt, .. } = document;
+    let mut classes = vec![Class::Syntax; ids.len()];
+    // Where answers are left out, those that are not come last.
+    let runs = learnt.chunk_by(|a, b| a == b).filter(|run| run.first() == Some(&true)).count();
+    let mut answers = answers.iter().skip(answers.len().saturating_sub(runs));
+    let mut at = 0;
+    for run in learnt.chunk_by(|a, b| a == b) {
+        let own = if run.first() == Some(&true) { answers.next() } else { None };
+        let mut byte = 0;
+        for (i, id) in ids.iter().enumerate().skip(at).take(run.len()).filter(|_| own.is_some()) {
+            classes[i] = own.and_then(|own| own.get(byte)).copied().unwrap_or(Class::End);
+            byte += tokenizer.token_bytes(*id).len();
+        }
+        at += run.len();
+    }
+    OracleDocument { log_probs: vec![0.0; ids.len()], ids, classes, learnt }
 }
 
 #[cfg(test)]

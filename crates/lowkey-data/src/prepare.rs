@@ -5,6 +5,7 @@
 
 mod corpus;
 mod folder;
+mod samples;
 
 use std::collections::HashSet;
 use std::io::Read;
@@ -14,12 +15,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::dataset::{DatasetConfig, Source, TokenizerConfig};
+use crate::dataset::{DatasetConfig, Source, TokenizerConfig, TrainOn};
 use crate::error::{Error, Result};
 use crate::hub::HubConfig;
 use crate::oracle::{training_story, validation_story};
+use crate::samples::Method;
 use crate::shard::Shard;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Part, Tokenizer};
 use corpus::Corpus;
 
 /// Raised whenever the same source would give other tokens than before.
@@ -44,6 +46,18 @@ pub struct Prepared {
     pub validation: Shard,
     /// Where it came from.
     pub manifest: Manifest,
+}
+
+impl Prepared {
+    /// Training document `i` as it is read, special tokens spelled out, in parts that are learnt and parts that are not; none past the
+    /// last one.
+    ///
+    /// # Errors
+    /// As [`Shard::document`] and [`Tokenizer::parts`].
+    pub fn example(&self, i: usize) -> Result<Option<Vec<Part>>> {
+        let (Some(ids), Some(learnt)) = (self.train.document(i)?, self.train.learnt(i)?) else { return Ok(None) };
+        self.tokenizer.parts(&ids, &learnt).map(Some)
+    }
 }
 
 /// `manifest.json`: what a prepared folder holds and what it was made from.
@@ -72,6 +86,33 @@ pub struct Manifest {
     pub train: SplitSummary,
     /// The held-out split.
     pub validation: SplitSummary,
+    /// How records became tokens; none for plain text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat: Option<ChatSummary>,
+}
+
+/// How records became tokens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatSummary {
+    /// What tokens are learnt.
+    pub train_on: TrainOn,
+    /// SHA-256 of the chat template, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_sha256: Option<String>,
+    /// Tokens that are learnt, of the training split and of what is held out.
+    pub learnt: [u64; 2],
+    /// Records that were left out.
+    pub skipped: Skipped,
+}
+
+/// Records that were left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// How many.
+    pub records: u64,
+    /// Where the first one stands, and what is wrong with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first: Option<String>,
 }
 
 /// A file of a source.
@@ -227,7 +268,18 @@ fn prepare_from(
         let add = config.add_special_tokens.or(Some(!tokenizer.omits_special_tokens()));
         tokenizer.with_special_tokens(add)
     });
-    let fingerprint = fingerprint(config, &files, given.as_ref());
+    let method = match &given {
+        Some(tokenizer) if config.is_chat() => Some(crate::samples::method(config, tokenizer)?),
+        _ => None,
+    };
+    // Whoever is trained on these tokens is to be asked in their form.
+    let given = given.map(|tokenizer| {
+        match (method.as_ref().and_then(|method| method.template.as_ref()), &config.chat.template) {
+            (Some(template), Some(_)) => tokenizer.with_chat_template(template.source()),
+            _ => tokenizer,
+        }
+    });
+    let fingerprint = fingerprint(config, &files, given.as_ref(), method.as_ref());
     // What does not open is damaged, and is made again.
     let ready = || -> Result<Option<Prepared>> {
         if !read_manifest(out).is_ok_and(|manifest| manifest.fingerprint == fingerprint) {
@@ -250,14 +302,33 @@ fn prepare_from(
     if let Some(prepared) = ready()? {
         return Ok(prepared);
     }
-    let corpus = Corpus::new(config, &files, watch)?;
-    let tokenizer = match given {
-        Some(tokenizer) => tokenizer,
-        None => corpus.build_tokenizer(watch)?,
-    };
     let (train, validation) = (staging.dir().join("train.tokens"), staging.dir().join("validation.tokens"));
-    corpus.tokenize(&tokenizer, &train, &validation, watch)?;
+    let (tokenizer, skipped) = match (given, &method) {
+        (Some(tokenizer), Some(method)) => {
+            let skipped = samples::tokenize(config, &files, &tokenizer, method, [&train, &validation], watch)?;
+            (tokenizer, Some(skipped))
+        }
+        (given, _) => {
+            let corpus = Corpus::new(config, &files, watch)?;
+            let tokenizer = match given {
+                Some(tokenizer) => tokenizer,
+                None => corpus.build_tokenizer(watch)?,
+            };
+            corpus.tokenize(&tokenizer, &train, &validation, watch)?;
+            (tokenizer, None)
+        }
+    };
     tokenizer.save(staging.dir())?;
+    let (train, validation) = (Shard::open(&train)?, Shard::open(&validation)?);
+    let chat = match (&method, skipped) {
+        (Some(method), Some(skipped)) => Some(ChatSummary {
+            train_on: method.train_on,
+            template_sha256: method.template.as_ref().map(|template| text_sha256(template.source())),
+            learnt: [train.learnt_tokens()?, validation.learnt_tokens()?],
+            skipped,
+        }),
+        _ => None,
+    };
     let manifest = Manifest {
         format: FORMAT,
         fingerprint,
@@ -267,9 +338,10 @@ fn prepare_from(
         vocab_size: tokenizer.vocab_size(),
         eos_id: tokenizer.eos_id(),
         special_tokens: tokenizer.adds_special_tokens(),
-        train: summary(&Shard::open(&train)?),
-        validation: summary(&Shard::open(&validation)?),
+        train: summary(&train),
+        validation: summary(&validation),
         files,
+        chat,
     };
     compare(out, expected, &manifest.train, &manifest.validation)?;
     lowkey_files::write_json(&staging.dir().join(folder::MANIFEST), &manifest)?;
@@ -327,6 +399,10 @@ fn read_manifest(dir: &Path) -> Result<Manifest> {
         return Err(Error::Prepared { path, message });
     }
     Ok(manifest)
+}
+
+fn text_sha256(text: &str) -> String {
+    lowkey_files::hash::hex(&Sha256::digest(text.as_bytes()))
 }
 
 fn summary(shard: &Shard) -> SplitSummary {
@@ -387,8 +463,13 @@ fn hash_file(path: &Path, each: &mut dyn FnMut() -> Result<()>) -> Result<(u64, 
 }
 
 /// Hash of all that decides the tokens. A tokenizer built from the text is decided by its settings and the text.
-fn fingerprint(config: &DatasetConfig, files: &[SourceFile], tokenizer: Option<&Tokenizer>) -> String {
-    let tokenizer = match tokenizer {
+fn fingerprint(
+    config: &DatasetConfig,
+    files: &[SourceFile],
+    given: Option<&Tokenizer>,
+    method: Option<&Method>,
+) -> String {
+    let tokenizer = match given {
         Some(tokenizer) => {
             let (start, end) = (tokenizer.text_start(), tokenizer.text_end());
             let plain = start.is_empty() && end.iter().eq(&tokenizer.eos_id());
@@ -405,7 +486,15 @@ fn fingerprint(config: &DatasetConfig, files: &[SourceFile], tokenizer: Option<&
     for file in files {
         hash.update(format!("{:?} {} {}\n", file.name, file.bytes, file.sha256));
     }
-    if let Source::Storybook { seed, documents, validation_documents } = config.source {
+    if let Some(Method { template, train_on }) = method {
+        // Everything else about them is in the template, or in the tokenizer.
+        let template = template.as_ref().map(|template| text_sha256(template.source()));
+        let (records, list) = (config.records(), config.list());
+        hash.update(format!("{records:?} {list:?} {train_on:?} {template:?} {}\n", config.chat.skip_bad));
+        // The special tokens that a template may name.
+        hash.update(given.and_then(|tokenizer| tokenizer.companion("tokenizer_config.json")).unwrap_or_default());
+    }
+    if let Source::Storybook { seed, documents, validation_documents, .. } = config.source {
         hash.update(format!("{seed} {documents} {validation_documents}\n"));
         // A storybook has no file to hash. Its first stories stand for the generator, so that an improved one is noticed.
         for index in 0..16 {

@@ -4,7 +4,9 @@
 //! number. So a run resumed at step 1000 sees what an unbroken one would, on any machine, and a row can be asked for
 //! twice or out of order.
 
+mod mixture;
 mod permutation;
+mod records;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,8 +17,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::shard::Shard;
+pub use mixture::Mixture;
 use permutation::Permutation;
 pub(crate) use permutation::mix;
+pub use records::{LeftOut, TooLong};
 
 /// How rows are cut from the documents.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -39,7 +43,14 @@ fn segment(batch: &mut Batch, shard: &Shard, range: Range<usize>, mask: bool) ->
     let mut tokens = Vec::with_capacity(range.len() + 1);
     shard.copy_range(range.start..range.end + 1, &mut tokens)?;
     batch.input_ids.extend(&tokens[..range.len().min(tokens.len())]);
-    batch.targets.extend(tokens.iter().skip(1).map(|&token| i64::from(token)));
+    if shard.is_masked() {
+        let mut learnt = Vec::with_capacity(range.len());
+        shard.copy_learnt(range.start + 1..range.end + 1, &mut learnt)?;
+        let target = |(&token, learnt)| if learnt { i64::from(token) } else { IGNORE };
+        batch.targets.extend(tokens.iter().skip(1).zip(learnt).map(target));
+    } else {
+        batch.targets.extend(tokens.iter().skip(1).map(|&token| i64::from(token)));
+    }
     batch.targets.resize(batch.input_ids.len(), IGNORE);
     if !mask {
         batch.document_starts.resize(batch.input_ids.len(), 0);
@@ -91,11 +102,31 @@ pub struct Sampler {
     seed: u64,
     mask_documents: bool,
     order: Order,
+    left_out: LeftOut,
 }
 
 enum Order {
-    Stream { windows: u64 },
-    Documents { pieces: Vec<Piece>, plans: Mutex<Plans> },
+    Stream {
+        windows: u64,
+    },
+    Documents {
+        pieces: Vec<Piece>,
+        plans: Mutex<Plans>,
+        crop: Crop,
+    },
+    /// A document a row, and both of a pair one after the other.
+    Pairs {
+        pairs: Vec<[Piece; 2]>,
+    },
+}
+
+/// What happens to a document that does not fit behind those which stand in a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Crop {
+    /// Its end is left out.
+    Yes,
+    /// It begins the next row.
+    No,
 }
 
 /// How many rows an epoch of packed documents has depends on its order, so epochs are laid end to end. This is a cache
@@ -115,16 +146,21 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(pieces: &[Piece], seq_len: usize, key: u64, first_row: u64) -> Self {
+    fn new(pieces: &[Piece], seq_len: usize, crop: Crop, key: u64, first_row: u64) -> Self {
         let order = Permutation::new(pieces.len() as u64, key);
         let mut starts = Vec::new();
         let mut filled = seq_len;
         for position in 0..pieces.len() as u64 {
-            if filled >= seq_len {
+            let len = pieces[order.apply(position) as usize].len as usize;
+            let full = match crop {
+                Crop::Yes => filled >= seq_len,
+                Crop::No => filled + len > seq_len,
+            };
+            if full {
                 starts.push(position);
                 filled = 0;
             }
-            filled += pieces[order.apply(position) as usize].len as usize;
+            filled += len;
         }
         starts.push(pieces.len() as u64);
         Self { first_row, order, starts }
@@ -139,8 +175,27 @@ impl Plan {
     }
 }
 
+impl Order {
+    fn documents(pieces: Vec<Piece>, seq_len: usize, crop: Crop, seed: u64) -> Self {
+        let latest = Arc::new(Plan::new(&pieces, seq_len, crop, epoch_key(seed, 0), 0));
+        let plans = Mutex::new(Plans { ends: vec![latest.rows()], latest });
+        Self::Documents { pieces, plans, crop }
+    }
+}
+
+fn check_sizes(shard: &Shard, seq_len: usize, batch_size: usize) -> Result<()> {
+    if seq_len > 0 && batch_size > 0 && u32::try_from(seq_len).is_ok() {
+        return Ok(());
+    }
+    let message = format!("seq_len = {seq_len} and batch_size = {batch_size} must both be at least 1");
+    Err(Error::Sampler { path: shard.path().to_path_buf(), message })
+}
+
 impl Sampler {
     /// A sampler over `shard`. With `mask_documents` off, every position may attend to the whole row before it.
+    ///
+    /// Documents of which only some tokens are learnt are never cut and fill rows as [`Sampler::of_records`] says, those that are
+    /// longer than a row being left out.
     pub fn new(
         shard: Arc<Shard>,
         seq_len: usize,
@@ -149,12 +204,18 @@ impl Sampler {
         packing: Packing,
         mask_documents: bool,
     ) -> Result<Self> {
-        let refuse = |message: String| Err(Error::Sampler { path: shard.path().to_path_buf(), message });
-        if seq_len == 0 || batch_size == 0 || u32::try_from(seq_len).is_err() {
-            return refuse(format!("seq_len = {seq_len} and batch_size = {batch_size} must both be at least 1"));
+        if shard.is_masked() && packing == Packing::Documents {
+            return Self::of_records(shard, seq_len, batch_size, seed, TooLong::Drop, mask_documents);
         }
+        check_sizes(&shard, seq_len, batch_size)?;
+        let refuse = |message: String| Err(Error::Sampler { path: shard.path().to_path_buf(), message });
         let order = match packing {
             Packing::Stream => {
+                if shard.is_masked() {
+                    return refuse(
+                        "its documents are records, which are not cut: packing must be \"documents\"".to_owned(),
+                    );
+                }
                 if shard.len() <= seq_len {
                     let tokens = shard.len();
                     return refuse(format!("it has {tokens} tokens, too few for seq_len = {seq_len}: lower it"));
@@ -166,12 +227,10 @@ impl Sampler {
                 if pieces.is_empty() {
                     return refuse("no document has two tokens, so there is nothing to predict".to_owned());
                 }
-                let latest = Arc::new(Plan::new(&pieces, seq_len, epoch_key(seed, 0), 0));
-                let plans = Mutex::new(Plans { ends: vec![latest.rows()], latest });
-                Order::Documents { pieces, plans }
+                Order::documents(pieces, seq_len, Crop::Yes, seed)
             }
         };
-        Ok(Self { shard, seq_len, batch_size, seed, mask_documents, order })
+        Ok(Self { shard, seq_len, batch_size, seed, mask_documents, order, left_out: LeftOut::default() })
     }
 
     /// The batch of a step: rows `step * batch_size` and on.
@@ -188,29 +247,50 @@ impl Sampler {
     /// # Errors
     /// [`Error::Shard`] where the shard is no longer what was opened, [`Error::Io`] from the disk.
     pub fn rows(&self, first: u64, count: usize) -> Result<Batch> {
-        let mut batch = Batch::with_capacity(self.seq_len, count);
+        let mut batch = Batch { pairs: self.is_pairs(), ..Batch::with_capacity(self.seq_len, count) };
         for row in (0..count as u64).map(|i| first.saturating_add(i)) {
-            match &self.order {
-                Order::Stream { windows } => self.window(*windows, row, &mut batch)?,
-                Order::Documents { pieces, plans } => {
-                    let (_, plan) = self.plan(pieces, plans, row);
-                    self.packed(pieces, &plan, row, &mut batch)?;
-                }
-            }
-            batch.end_row(self.mask_documents);
+            self.append(row, &mut batch)?;
         }
         Ok(batch)
     }
 
+    /// Appends a row.
+    fn append(&self, row: u64, batch: &mut Batch) -> Result<()> {
+        match &self.order {
+            Order::Stream { windows } => self.window(*windows, row, batch)?,
+            Order::Documents { pieces, plans, crop } => {
+                let (_, plan) = self.plan(pieces, plans, *crop, row);
+                self.packed(pieces, &plan, row, batch)?;
+            }
+            Order::Pairs { pairs } => {
+                let (count, pair) = (pairs.len() as u64, row / 2);
+                let order = Permutation::new(count, epoch_key(self.seed, pair / count));
+                self.segment(batch, pairs[order.apply(pair % count) as usize][(row % 2) as usize].range())?;
+            }
+        }
+        batch.end_row(self.mask_documents);
+        Ok(())
+    }
+
+    /// Whether rows 2i and 2i + 1 are an answer that was chosen and one that was rejected.
+    pub fn is_pairs(&self) -> bool {
+        matches!(self.order, Order::Pairs { .. })
+    }
+
     /// How many epochs have been seen before `step`, as 1.5 for one and a half.
     pub fn epoch(&self, step: u64) -> f64 {
-        let row = step.saturating_mul(self.batch_size as u64);
+        self.epoch_at(step.saturating_mul(self.batch_size as u64))
+    }
+
+    /// How many epochs have been seen before a row.
+    fn epoch_at(&self, row: u64) -> f64 {
         match &self.order {
             Order::Stream { windows } => row as f64 / *windows as f64,
-            Order::Documents { pieces, plans } => {
-                let (epoch, plan) = self.plan(pieces, plans, row);
+            Order::Documents { pieces, plans, crop } => {
+                let (epoch, plan) = self.plan(pieces, plans, *crop, row);
                 epoch as f64 + (row - plan.first_row) as f64 / plan.rows() as f64
             }
+            Order::Pairs { pairs } => row as f64 / (2 * pairs.len()) as f64,
         }
     }
 
@@ -245,7 +325,7 @@ impl Sampler {
     }
 
     /// The epoch that `row` falls in.
-    fn plan(&self, pieces: &[Piece], plans: &Mutex<Plans>, row: u64) -> (u64, Arc<Plan>) {
+    fn plan(&self, pieces: &[Piece], plans: &Mutex<Plans>, crop: Crop, row: u64) -> (u64, Arc<Plan>) {
         // A poisoned lock holds a whole cache all the same: it is only ever replaced in one assignment.
         let mut plans = plans.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -256,7 +336,7 @@ impl Sampler {
             let epoch = epoch.min(plans.ends.len());
             let first_row = if epoch == 0 { 0 } else { plans.ends[epoch - 1] };
             let key = epoch_key(self.seed, epoch as u64);
-            plans.latest = Arc::new(Plan::new(pieces, self.seq_len, key, first_row));
+            plans.latest = Arc::new(Plan::new(pieces, self.seq_len, crop, key, first_row));
             if epoch == plans.ends.len() {
                 let end = first_row + plans.latest.rows();
                 plans.ends.push(end);
@@ -273,8 +353,10 @@ fn epoch_key(seed: u64, epoch: u64) -> u64 {
 /// training row could predict is a target exactly once.
 ///
 /// A stream is cut into consecutive windows, and its one first token is no target. Documents are laid into rows one
-/// after the other without cropping, a row being padded where the next piece would not fit. The last batch may have
-/// fewer rows. `max_batches` keeps only the first ones. An error is [`Error::Shard`] or [`Error::Io`], as of [`Shard::document`].
+/// after the other without cropping, a row being padded where the next piece would not fit. Of documents of which only some tokens are
+/// learnt those are the targets, and a piece without any is left out. Pairs have a document a row, and those longer than a row
+/// are left out. The last batch may have fewer rows. `max_batches` keeps only the first ones. An error is [`Error::Shard`] or
+/// [`Error::Io`], as of [`Shard::document`].
 pub fn validation_batches(
     shard: &Shard,
     seq_len: usize,
@@ -283,21 +365,22 @@ pub fn validation_batches(
     packing: Packing,
     mask_documents: bool,
 ) -> impl Iterator<Item = Result<Batch>> + use<'_> {
-    let (seq_len, batch_size) = (seq_len.max(1), batch_size.max(1));
-    let windows: Vec<Piece> = match packing {
-        Packing::Documents => pieces(shard, seq_len),
-        Packing::Stream => {
-            let last = shard.len().saturating_sub(1);
-            let window = |start: usize| Piece { start, len: (last - start).min(seq_len) as u32 };
-            (0..last).step_by(seq_len).map(window).collect()
-        }
+    let (seq_len, batch_size) =
+        (seq_len.max(1), batch_size.max(1).next_multiple_of(if shard.is_pairs() { 2 } else { 1 }));
+    let (windows, mut failed) = match held_out(shard, seq_len, packing) {
+        Ok(windows) => (windows, None),
+        Err(error) => (Vec::new(), Some(error)),
     };
     let mut next = 0;
     let batches = std::iter::from_fn(move || {
-        let mut batch = Batch::with_capacity(seq_len, batch_size);
+        if let Some(error) = failed.take() {
+            return Some(Err(error));
+        }
+        let mut batch = Batch { pairs: shard.is_pairs(), ..Batch::with_capacity(seq_len, batch_size) };
         while batch.rows < batch_size && next < windows.len() {
             while let Some(piece) = windows.get(next)
                 && batch.column() + piece.len as usize <= seq_len
+                && (batch.column() == 0 || !shard.is_pairs())
             {
                 if let Err(error) = segment(&mut batch, shard, piece.range(), mask_documents) {
                     next = windows.len();
@@ -310,6 +393,20 @@ pub fn validation_batches(
         (batch.rows > 0).then_some(Ok(batch))
     });
     batches.take(max_batches.unwrap_or(usize::MAX))
+}
+
+/// The pieces of a held-out shard.
+fn held_out(shard: &Shard, seq_len: usize, packing: Packing) -> Result<Vec<Piece>> {
+    match packing {
+        _ if shard.is_pairs() => Ok(records::pairs(shard, seq_len, TooLong::Drop)?.0.concat()),
+        _ if shard.is_masked() => records::with_targets(shard, pieces(shard, seq_len)),
+        Packing::Documents => Ok(pieces(shard, seq_len)),
+        Packing::Stream => {
+            let last = shard.len().saturating_sub(1);
+            let window = |start: usize| Piece { start, len: (last - start).min(seq_len) as u32 };
+            Ok((0..last).step_by(seq_len).map(window).collect())
+        }
+    }
 }
 
 #[cfg(test)]

@@ -3,16 +3,20 @@
 //! | bytes | what (little-endian) |
 //! |---|---|
 //! | 0..8 | magic `LOWKEYTK` |
-//! | 8..12 | version, 1 |
-//! | 12..16 | bytes per token: 2 where every id fits, else 4 |
+//! | 8..12 | version: 1 where every token is learnt, 2 where a mask says which |
+//! | 12..14 | bytes per token: 2 where every id fits, else 4 |
+//! | 14..16 | 1 where documents come in pairs, an answer that was chosen before one that was rejected; else 0 |
 //! | 16..24 | number of tokens T |
 //! | 24..32 | number of documents D |
 //! | 32..40 | text bytes that the tokens stand for |
 //! | 40..48 | vocabulary size |
-//! | 48..80 | SHA-256 of the tokens, the offsets and the 48 bytes above, in this order |
+//! | 48..80 | SHA-256 of the tokens, the offsets, the mask and the 48 bytes above, in this order |
 //! | 80.. | T tokens, then D + 1 offsets (u64): document i is the tokens from offset i to offset i + 1 |
+//! | then | version 2 alone: a bit for each token, the lowest of a byte first, 1 where the token is learnt; 0 to fill the last byte |
 //!
 //! The offsets come last because a corpus is written as it is read: how many documents it has is known at its end.
+
+mod mask;
 
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -26,9 +30,13 @@ use lowkey_files::NewFile;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use mask::Mask;
 
 const MAGIC: &[u8; 8] = b"LOWKEYTK";
-const VERSION: u32 = 1;
+/// Every token is learnt.
+const PLAIN: u32 = 1;
+/// A mask says which.
+const MASKED: u32 = 2;
 const HEADER: usize = 80;
 /// The part of the header that the checksum covers.
 const COVERED: usize = 48;
@@ -47,6 +55,8 @@ pub struct Shard {
     vocab_size: usize,
     checksum: [u8; 32],
     offsets: Arc<[u64]>,
+    masked: bool,
+    pairs: bool,
 }
 
 /// The file behind a [`Shard`].
@@ -63,6 +73,8 @@ type Stamp = (u64, Option<SystemTime>);
 
 /// What stands in a header.
 struct Header {
+    masked: bool,
+    pairs: bool,
     width: usize,
     tokens: u64,
     documents: u64,
@@ -80,13 +92,18 @@ impl Shard {
         let stamp = stamp(&file).map_err(Error::io("read", path))?;
         let open = Open { file, path: path.to_path_buf(), checked: Mutex::new(stamp) };
         let header = open.header(stamp.0)?;
-        let tail = open.digest(&header)?;
-        let offsets: Vec<u64> = tail.as_chunks::<8>().0.iter().map(|&bytes| u64::from_le_bytes(bytes)).collect();
+        let bounds = open.digest(&header)?;
+        let offsets: Vec<u64> = bounds.as_chunks::<8>().0.iter().map(|&bytes| u64::from_le_bytes(bytes)).collect();
         let rising = offsets.windows(2).all(|pair| pair[0] < pair[1]);
         if offsets.first() != Some(&0) || !rising || offsets.last() != Some(&header.tokens) {
             return Err(open.fail("the document bounds do not rise from 0 to the number of tokens"));
         }
+        if header.pairs && header.documents % 2 == 1 {
+            return Err(open.fail("its documents are pairs, and one has no other: the file is damaged"));
+        }
         Ok(Self {
+            masked: header.masked,
+            pairs: header.pairs,
             width: header.width,
             // No larger than the file, of which the header has been found to speak the truth.
             tokens: header.tokens as usize,
@@ -123,6 +140,16 @@ impl Shard {
         self.vocab_size
     }
 
+    /// Whether a mask says which tokens are learnt. Where there is none, all are.
+    pub fn is_masked(&self) -> bool {
+        self.masked
+    }
+
+    /// Whether document 2i is an answer that was chosen, and document 2i + 1 the one that was rejected.
+    pub fn is_pairs(&self) -> bool {
+        self.pairs
+    }
+
     /// The file.
     pub fn path(&self) -> &Path {
         &self.file.path
@@ -148,6 +175,49 @@ impl Shard {
         let mut tokens = Vec::with_capacity(range.len());
         self.copy_range(range, &mut tokens)?;
         Ok(Some(tokens))
+    }
+
+    /// For each token of document `i` whether it is learnt; none past the last one.
+    ///
+    /// # Errors
+    /// As [`Shard::document`].
+    pub fn learnt(&self, i: usize) -> Result<Option<Vec<bool>>> {
+        let Some(range) = self.document_range(i) else { return Ok(None) };
+        let mut learnt = Vec::with_capacity(range.len());
+        self.copy_learnt(range, &mut learnt)?;
+        Ok(Some(learnt))
+    }
+
+    /// How many tokens are learnt.
+    ///
+    /// # Errors
+    /// As [`Shard::document`].
+    pub fn learnt_tokens(&self) -> Result<u64> {
+        let mut sum = 0;
+        for i in 0..self.documents() {
+            sum += self.learnt(i)?.unwrap_or_default().iter().filter(|learnt| **learnt).count() as u64;
+        }
+        Ok(sum)
+    }
+
+    /// Appends whether each token in `range` is learnt, as far as the shard has them.
+    ///
+    /// # Errors
+    /// As [`Shard::copy_range`].
+    pub(crate) fn copy_learnt(&self, range: Range<usize>, out: &mut Vec<bool>) -> Result<()> {
+        let end = range.end.min(self.tokens);
+        let start = range.start.min(end);
+        if !self.masked || start == end {
+            out.resize(out.len() + (end - start), true);
+            return Ok(());
+        }
+        self.file.still_whole(&self.checksum)?;
+        let bytes = mask::bytes(start..end);
+        let mut bits = vec![0; bytes.len()];
+        let mask_at = HEADER + self.tokens * self.width + self.offsets.len() * 8;
+        self.file.read_at(&mut bits, (mask_at + bytes.start) as u64)?;
+        out.extend(mask::bits(&bits, start % 8, end - start));
+        Ok(())
     }
 
     /// The document that token `i` belongs to.
@@ -213,17 +283,21 @@ impl Open {
             return Err(self.fail("not a lowkey token file"));
         }
         let version = u32_at(&bytes, 8);
-        if version != VERSION {
-            return Err(
-                self.fail(format!("format version {version}, but this build reads {VERSION}; prepare it again"))
-            );
+        if version != PLAIN && version != MASKED {
+            let read = format!("format version {version}, but this build reads {PLAIN} and {MASKED}");
+            return Err(self.fail(format!("{read}; prepare it again")));
         }
-        let width = u32_at(&bytes, 12) as usize;
+        let masked = version == MASKED;
+        let (width, flags) = (u32_at(&bytes, 12) as usize & 0xFFFF, u32_at(&bytes, 12) >> 16);
+        if flags > u32::from(masked) {
+            return Err(self.fail(format!("its documents have the unknown mark {flags}: the file is damaged")));
+        }
         if width != 2 && width != 4 {
             return Err(self.fail(format!("{width} bytes per token; it must be 2 or 4: the file is damaged")));
         }
         let [tokens, documents, text, vocab_size] = [16, 24, 32, 40].map(|at| u64_at(&bytes, at));
-        let expected = HEADER as u128 + u128::from(tokens) * width as u128 + (u128::from(documents) + 1) * 8;
+        let mask = if masked { u128::from(tokens.div_ceil(8)) } else { 0 };
+        let expected = HEADER as u128 + u128::from(tokens) * width as u128 + (u128::from(documents) + 1) * 8 + mask;
         if expected != u128::from(length) {
             let message = format!("{length} bytes long, but its header says {expected}: cut short or damaged");
             return Err(self.fail(message));
@@ -231,24 +305,32 @@ impl Open {
         let (mut covered, mut checksum) = ([0; COVERED], [0; 32]);
         covered.copy_from_slice(&bytes[..COVERED]);
         checksum.copy_from_slice(&bytes[COVERED..]);
-        Ok(Header { width, tokens, documents, bytes: text, vocab_size, checksum, covered })
+        Ok(Header { masked, pairs: flags == 1, width, tokens, documents, bytes: text, vocab_size, checksum, covered })
     }
 
     /// Checks the checksum, and returns the document bounds as they stand in the file.
     fn digest(&self, header: &Header) -> Result<Vec<u8>> {
         let mut hash = Sha256::new();
         let mut block = vec![0; 1 << 20];
+        let mut take = |hash: &mut Sha256, range: Range<u64>| -> Result<()> {
+            let mut at = range.start;
+            while at < range.end {
+                let length = block.len().min(usize::try_from(range.end - at).unwrap_or(usize::MAX));
+                self.read_at(&mut block[..length], at)?;
+                hash.update(&block[..length]);
+                at += length as u64;
+            }
+            Ok(())
+        };
         let tail = HEADER as u64 + header.tokens * header.width as u64;
-        let mut at = HEADER as u64;
-        while at < tail {
-            let length = block.len().min(usize::try_from(tail - at).unwrap_or(usize::MAX));
-            self.read_at(&mut block[..length], at)?;
-            hash.update(&block[..length]);
-            at += length as u64;
-        }
+        take(&mut hash, HEADER as u64..tail)?;
         let mut bounds = vec![0; (header.documents as usize + 1) * 8];
         self.read_at(&mut bounds, tail)?;
         hash.update(&bounds);
+        if header.masked {
+            let mask = tail + bounds.len() as u64;
+            take(&mut hash, mask..mask + header.tokens.div_ceil(8))?;
+        }
         if hash.chain_update(header.covered).finalize().as_slice() != header.checksum {
             return Err(self.fail("the checksum does not match: the file is damaged; prepare the data again"));
         }
@@ -328,6 +410,9 @@ pub(crate) struct ShardWriter {
     offsets: Vec<u64>,
     hash: Sha256,
     scratch: Vec<u8>,
+    /// Which tokens are learnt, where not all are.
+    mask: Option<Mask>,
+    pairs: bool,
 }
 
 impl ShardWriter {
@@ -345,11 +430,35 @@ impl ShardWriter {
             offsets: vec![0],
             hash: Sha256::new(),
             scratch: Vec::new(),
+            mask: None,
+            pairs: false,
         })
+    }
+
+    /// The same for documents of which only some tokens are learnt; `pairs`: they come in pairs.
+    pub(crate) fn masked(path: &Path, vocab_size: usize, pairs: bool) -> Result<Self> {
+        Ok(Self { mask: Some(Mask::default()), pairs, ..Self::create(path, vocab_size)? })
+    }
+
+    /// Appends a whole document and which of its tokens are learnt. The first never is: nothing stands before it.
+    pub(crate) fn push_learnt(&mut self, tokens: &[u32], learnt: &[bool], bytes: u64) -> Result<()> {
+        if let Some(mask) = &mut self.mask {
+            mask.extend(tokens.iter().enumerate().map(|(i, _)| i > 0 && learnt.get(i) == Some(&true)));
+        }
+        self.write(tokens, bytes)?;
+        self.end_document();
+        Ok(())
     }
 
     /// Appends to a document that goes on until [`ShardWriter::end_document`].
     pub(crate) fn extend(&mut self, tokens: &[u32], bytes: u64) -> Result<()> {
+        if let Some(mask) = &mut self.mask {
+            mask.extend(tokens.iter().map(|_| true));
+        }
+        self.write(tokens, bytes)
+    }
+
+    fn write(&mut self, tokens: &[u32], bytes: u64) -> Result<()> {
         self.scratch.clear();
         for &token in tokens {
             if token as usize >= self.vocab_size {
@@ -386,17 +495,19 @@ impl ShardWriter {
         self.end_document();
         let mut header = Vec::with_capacity(HEADER);
         header.extend_from_slice(MAGIC);
-        header.extend_from_slice(&VERSION.to_le_bytes());
-        header.extend_from_slice(&(self.width as u32).to_le_bytes());
+        header.extend_from_slice(&if self.mask.is_some() { MASKED } else { PLAIN }.to_le_bytes());
+        header.extend_from_slice(&(self.width as u32 | u32::from(self.pairs) << 16).to_le_bytes());
         for number in [self.tokens(), self.documents(), self.bytes, self.vocab_size as u64] {
             header.extend_from_slice(&number.to_le_bytes());
         }
         let offsets: Vec<u8> = self.offsets.iter().flat_map(|offset| offset.to_le_bytes()).collect();
-        let digest = self.hash.chain_update(&offsets).chain_update(&header).finalize();
+        let mask = self.mask.map(Mask::into_bytes).unwrap_or_default();
+        let digest = self.hash.chain_update(&offsets).chain_update(&mask).chain_update(&header).finalize();
         header.extend_from_slice(&digest);
 
         let write = |mut file: BufWriter<NewFile>| -> std::io::Result<NewFile> {
             file.write_all(&offsets)?;
+            file.write_all(&mask)?;
             let mut file = file.into_inner()?;
             file.seek(SeekFrom::Start(0))?;
             file.write_all(&header)?;

@@ -5,7 +5,9 @@
 //! a `tokenizer.json` that transformers loads to the same ids, and are recognised when such a file is read back.
 
 mod build;
+mod place;
 mod special;
+mod spell;
 mod stream;
 mod vet;
 mod words;
@@ -25,7 +27,9 @@ use tokenizers::tokenizer::Tokenizer as HfTokenizer;
 use crate::documents;
 use crate::error::{Error, Result};
 pub use build::byte_character;
+pub use place::Token;
 use special::{Around, RECORD, named};
+pub use spell::Part;
 pub use stream::TextStream;
 pub(crate) use words::WordCounts;
 
@@ -37,6 +41,8 @@ const KNOWN_ENDS: [&str; 4] = [END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"];
 
 /// What `tokenizer.json` means: its special tokens, and whether documents had them around them.
 const CONFIG: &str = "tokenizer_config.json";
+/// Where a chat template stands beside a tokenizer.
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// Bytes of text that are encoded at a time. An encoding takes some hundred times the room of its text.
 const AT_ONCE: usize = 8 << 20;
@@ -237,6 +243,15 @@ impl Tokenizer {
         self
     }
 
+    /// The same tokenizer with another chat template beside it.
+    #[must_use]
+    pub fn with_chat_template(mut self, template: &str) -> Self {
+        let name = CHAT_TEMPLATE.to_owned();
+        let others = self.companions.iter().filter(|(known, _)| *known != name).cloned();
+        self.companions = others.chain([(name.clone(), template.to_owned())]).collect();
+        self
+    }
+
     /// Whether it puts special tokens around a text.
     pub fn adds_special_tokens(&self) -> bool {
         !self.around.is_empty() && self.special != Some(false)
@@ -337,16 +352,22 @@ impl Tokenizer {
     }
 
     fn run(&self, pair: &HfPair, hf: &HfTokenizer, text: &str) -> Result<Vec<u32>> {
-        if text.len().saturating_mul(pair.growth) > MOST_GROWN {
-            let message = format!(
-                "a text of {} bytes is too long for it: its own steps can make it {} times longer",
-                text.len(),
-                pair.growth
-            );
-            return Err(Error::tokenizer(self.name(), message));
-        }
+        self.fits(pair, text)?;
         let encoding = guarded(self.name(), || hf.encode_fast(text, false))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Refuses a text that the tokenizer's own steps could make too long.
+    fn fits(&self, pair: &HfPair, text: &str) -> Result<()> {
+        if text.len().saturating_mul(pair.growth) <= MOST_GROWN {
+            return Ok(());
+        }
+        let message = format!(
+            "a text of {} bytes is too long for it: its own steps can make it {} times longer",
+            text.len(),
+            pair.growth
+        );
+        Err(Error::tokenizer(self.name(), message))
     }
 
     fn extend_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<()> {

@@ -39,6 +39,10 @@ pub(crate) fn quantise(out: &Path, config: &RunConfig, expanded: &Expanded) -> R
     };
     let data = lowkey_train::setup(config, &options, &mut |_| {})?.data;
     let Held::Documents(documents) = &data.held else { return Ok(true) };
+    // All of a document is looked at here.
+    if documents.iter().any(|document| document.learnt.contains(&false)) {
+        return Ok(true);
+    }
     let device = Device::flex();
     let model = CausalLm::load(&dir, &device).map_err(lowkey_train::Error::from)?;
     let documents: Vec<&[u32]> =

@@ -208,6 +208,7 @@ fn prepare(
             Held::Batches(batches) => batches.is_empty(),
             Held::Documents(documents) => documents.is_empty(),
             Held::Examples(_) => false,
+            held @ Held::Mixture(_) => held.is_empty(),
         };
         if nothing {
             let why = format!(

@@ -188,6 +188,7 @@ mod tests {
             let starts = [0; 14];
             let batch = Rows {
                 vectors: None,
+                pairs: false,
                 rows: 2,
                 seq_len: 7,
                 input_ids: &input_ids,
@@ -239,6 +240,7 @@ mod tests {
             let starts = [0; 14];
             let batch = Rows {
                 vectors: None,
+                pairs: false,
                 rows: 2,
                 seq_len: 7,
                 input_ids: &input_ids,
@@ -279,6 +281,7 @@ mod tests {
             let starts: Vec<u32> = (0..18).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
             let batch = Rows {
                 vectors: None,
+                pairs: false,
                 rows: 2,
                 seq_len: 9,
                 input_ids: &input_ids,
@@ -332,6 +335,7 @@ mod tests {
         let input_ids: Vec<u32> = (0..8).collect();
         let batch = Rows {
             vectors: None,
+            pairs: false,
             rows: 2,
             seq_len: 4,
             input_ids: &input_ids,
@@ -360,6 +364,7 @@ mod tests {
             let document_starts: Vec<u32> = (0..18).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
             let batch = Rows {
                 vectors: None,
+                pairs: false,
                 rows,
                 seq_len,
                 input_ids: &input_ids,

@@ -1,6 +1,7 @@
 //! Loss on held-out text, and the distance to the true entropy where the corpus has one; accuracy and error on tasks.
 
 mod examples;
+mod mixture;
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -24,6 +25,19 @@ pub enum Held {
     Documents(Vec<OracleDocument>),
     /// Examples of a task, whose answers follow from what was read.
     Examples(HeldExamples),
+    /// Several datasets, each measured by itself.
+    Mixture(Vec<HeldPart>),
+}
+
+/// What is held out of a dataset of a mixture.
+#[derive(Clone, Debug)]
+pub struct HeldPart {
+    /// Name of the dataset.
+    pub name: String,
+    /// Its weight in the mean of all.
+    pub weight: f64,
+    /// What is measured of it.
+    pub held: Held,
 }
 
 /// A model's loss on held-out text, or on the held-out examples of a task.
@@ -61,6 +75,31 @@ pub struct Evaluation {
     /// The same text at each narrower rank that the model was trained at.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ranks: Vec<RankEvaluation>,
+    /// Of a mixture each dataset by itself; `loss` and its like are then the means by weights.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub datasets: Vec<DatasetEvaluation>,
+}
+
+/// The figures of a dataset of a mixture.
+#[derive(Clone, Debug, Serialize)]
+pub struct DatasetEvaluation {
+    /// Its name.
+    pub dataset: String,
+    /// Its weight.
+    pub weight: f64,
+    /// As [`Evaluation::loss`].
+    pub loss: f64,
+    /// As [`Evaluation::perplexity`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<f64>,
+    /// As [`Evaluation::bits_per_byte`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bits_per_byte: Option<f64>,
+    /// As [`Evaluation::gap`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gap: Option<f64>,
+    /// Tokens predicted.
+    pub tokens: usize,
 }
 
 /// How much of its latent a layer uses.
@@ -119,10 +158,11 @@ impl Held {
             Self::Documents(documents) => documents.iter().all(|document| document.ids.len() < 2),
             Self::Examples(HeldExamples::Tokens(batches, _)) => batches.is_empty(),
             Self::Examples(HeldExamples::Vectors(batches)) => batches.is_empty(),
+            Self::Mixture(parts) => parts.iter().all(|part| part.held.is_empty()),
         }
     }
 
-    /// The first `count · batch_size` rows or documents of it, for evaluations during a run; a batch is never cut.
+    /// The first `count · batch_size` rows or documents of it, of a mixture those of each dataset, for evaluations during a run; a batch is never cut.
     pub fn first(&self, count: usize, batch_size: usize) -> Self {
         let most = count.saturating_mul(batch_size);
         match self {
@@ -133,6 +173,10 @@ impl Held {
             }
             Self::Examples(HeldExamples::Vectors(batches)) => {
                 Self::Examples(HeldExamples::Vectors(first_rows(batches, most, |batch| batch.rows)))
+            }
+            Self::Mixture(parts) => {
+                let first = |part: &HeldPart| HeldPart { held: part.held.first(count, batch_size), ..part.clone() };
+                Self::Mixture(parts.iter().map(first).collect())
             }
         }
     }
@@ -186,6 +230,7 @@ fn evaluate_whole(
     let packed;
     let batches = match held {
         Held::Examples(held) => return examples::evaluate(model, held, workers, device),
+        Held::Mixture(parts) => return mixture::evaluate(model, parts, byte_lengths, workers, device),
         Held::Batches(batches) => batches,
         Held::Documents(documents) => {
             packed = documents.chunks(DOCUMENTS_PER_PASS).map(one_per_row).collect();
@@ -208,7 +253,7 @@ fn evaluate_whole(
     let loss = nats / tokens.max(1) as f64;
     let classes = match held {
         Held::Documents(documents) => by_class(documents, batches, &losses),
-        Held::Batches(_) | Held::Examples(_) => Vec::new(),
+        Held::Batches(_) | Held::Examples(_) | Held::Mixture(_) => Vec::new(),
     };
     let Looks { max_logit, latents } = look(model, batches.first(), device)?;
     let gap = (!classes.is_empty()).then(|| {
@@ -228,6 +273,7 @@ fn evaluate_whole(
         classes,
         latents,
         ranks: Vec::new(),
+        datasets: Vec::new(),
     })
 }
 
@@ -241,11 +287,13 @@ fn one_per_row(documents: &[OracleDocument]) -> Batch {
         targets: Vec::with_capacity(documents.len() * seq_len),
         document_starts: vec![0; documents.len() * seq_len],
         vectors: None,
+        pairs: false,
     };
     for document in documents {
         let inputs = document.ids.iter().take(document.ids.len().saturating_sub(1)).copied();
         batch.input_ids.extend(inputs.chain(std::iter::repeat(0)).take(seq_len));
-        let targets = document.ids.iter().skip(1).map(|id| i64::from(*id));
+        let targets = document.ids.iter().zip(&document.learnt).skip(1);
+        let targets = targets.map(|(id, learnt)| if *learnt { i64::from(*id) } else { IGNORE });
         batch.targets.extend(targets.chain(std::iter::repeat(IGNORE)).take(seq_len));
     }
     batch
@@ -255,8 +303,9 @@ fn by_class(documents: &[OracleDocument], batches: &[Batch], losses: &[Vec<f32>]
     let rows = batches.iter().zip(losses).flat_map(|(batch, losses)| losses.chunks(batch.seq_len));
     let mut sums = vec![(0usize, 0.0, 0.0); Class::ALL.len()];
     for (document, losses) in documents.iter().zip(rows) {
-        let truth = document.log_probs.iter().zip(&document.classes).skip(1);
-        for ((log_prob, class), loss) in truth.zip(losses) {
+        let truth = document.log_probs.iter().zip(&document.classes).zip(&document.learnt).skip(1);
+        for ((log_prob, class), loss) in truth.zip(losses).filter(|((_, learnt), _)| **learnt).map(|((t, _), l)| (t, l))
+        {
             if let Some(i) = Class::ALL.iter().position(|c| c == class) {
                 sums[i].0 += 1;
                 sums[i].1 += f64::from(*loss);

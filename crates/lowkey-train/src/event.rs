@@ -28,6 +28,8 @@ pub enum Event<'a> {
     Preparing(lowkey_data::prepare::Progress),
     /// Something worth a line.
     Note(String),
+    /// The first training record of a run that begins, with what is learnt of it.
+    Example(&'a [lowkey_data::tokenizer::Part]),
     /// All is set; `step` is where it starts.
     Ready {
         /// What it will cost.

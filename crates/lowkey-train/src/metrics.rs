@@ -42,6 +42,9 @@ pub struct Metrics {
     /// The same by class of token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class_gap: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Held-out loss of each dataset of a mixture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset_loss: Option<serde_json::Map<String, serde_json::Value>>,
     /// Held-out loss at each narrower rank that the model is trained at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rank_loss: Option<serde_json::Map<String, serde_json::Value>>,
@@ -74,6 +77,10 @@ impl Metrics {
         if !evaluation.ranks.is_empty() {
             let losses = evaluation.ranks.iter().map(|at| (at.rank.to_string(), serde_json::json!(at.loss)));
             self.rank_loss = Some(losses.collect());
+        }
+        if !evaluation.datasets.is_empty() {
+            let losses = evaluation.datasets.iter().map(|at| (at.dataset.clone(), serde_json::json!(at.loss)));
+            self.dataset_loss = Some(losses.collect());
         }
         if !evaluation.classes.is_empty() {
             let gaps = evaluation.classes.iter().map(|c| (c.class.clone(), serde_json::json!(c.gap)));

@@ -193,6 +193,7 @@ fn comparable(config: &RunConfig) -> Result<toml::Table> {
     config.run.name = String::new();
     config.init = None;
     (config.data.dataset, config.data.path) = (None, None);
+    config.data.mixture.iter_mut().for_each(|part| part.dataset.clear());
     let mut table: toml::Table = toml::from_str(&config.to_toml()?)
         .map_err(|e| Error::RunFile { path: "run.toml".into(), why: e.to_string() })?;
     for section in ["eval", "checkpoint", "metrics"] {

@@ -6,11 +6,11 @@ mod history;
 mod load;
 mod trainable;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub(crate) use check::at_least_one;
 pub use history::EarlierPlan;
-use lowkey_data::Packing;
+use lowkey_data::{Packing, dataset::TrainOn, sampler::TooLong};
 use lowkey_kernels::Precision;
 use lowkey_model::{Recompute, adapter::AdapterConfig, config::ModelSection, objective::Term};
 use schemars::JsonSchema;
@@ -35,7 +35,7 @@ pub struct RunConfig {
     /// The sizes of the model. The keys have the names that Hugging Face gives them. Needed unless `[init]` is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelSection>,
-    /// What the model is trained on: exactly one of `dataset` and `path`.
+    /// What the model is trained on: exactly one of `dataset`, `path` and `mixture`.
     pub data: DataSection,
     /// How gradients change the weights.
     pub optimizer: OptimizerSection,
@@ -101,7 +101,18 @@ pub struct InitSection {
     pub adapter: Option<PathBuf>,
 }
 
-/// `[data]`: exactly one of `dataset` and `path`.
+/// A dataset of a mixture.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MixturePart {
+    /// A dataset file (TOML); not that of a task.
+    pub dataset: PathBuf,
+    /// Its share of the training sequences is this number over the sum of all weights.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub weight: f64,
+}
+
+/// `[data]`: exactly one of `dataset`, `path` and `mixture`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
@@ -111,6 +122,20 @@ pub struct DataSection {
     /// A plain text file, read as bytes; its last tenth is held out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// Several datasets in fixed shares, such as `[{ dataset = "a.toml", weight = 0.7 }, { dataset = "b.toml", weight = 0.3 }]`. They need
+    /// the same tokenizer. Each is measured by itself; the held-out loss of all is the mean by weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mixture: Vec<MixturePart>,
+    /// For datasets of records: the chat template, a built-in one by its name, or a file. Absent: as the dataset file says, else that of
+    /// the model of `[init]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
+    /// For datasets of records: which tokens are learnt. Absent: as the dataset file says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train_on: Option<TrainOn>,
+    /// For datasets of records: what happens to one that is longer than a training sequence. It is counted and said. Absent: `drop`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub too_long: Option<TooLong>,
     /// Length of a training sequence, in tokens.
     #[schemars(range(min = 1, max = 1_048_576))]
     pub seq_len: usize,
@@ -124,6 +149,14 @@ pub struct DataSection {
     /// Whether a token sees only its own document. With `false` it also sees those that stand before it in the sequence.
     #[serde(default = "yes")]
     pub mask_documents: bool,
+}
+
+impl DataSection {
+    /// The dataset files, with the weight of each; none of a plain text file.
+    pub fn dataset_files(&self) -> Vec<(&Path, f64)> {
+        let one = self.dataset.iter().map(|dataset| (dataset.as_path(), 1.0));
+        one.chain(self.mixture.iter().map(|part| (part.dataset.as_path(), part.weight))).collect()
+    }
 }
 
 fn yes() -> bool {

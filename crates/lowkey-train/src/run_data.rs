@@ -1,6 +1,10 @@
 //! The corpus of a run, opened: training batches and held-out set.
 
-use std::path::{Path, PathBuf};
+mod find;
+mod mixture;
+mod records;
+
+use std::path::Path;
 use std::sync::Arc;
 
 use lowkey_batch::Batch;
@@ -10,13 +14,15 @@ use lowkey_data::{
     oracle::{OracleDocument, oracle_documents},
     prepare,
     prepare::{Expected, Observer, prepare_expecting},
-    validation_batches,
+    sampler::{Mixture, validation_batches},
+    tokenizer::Part,
 };
 
-use crate::checkpoint::TrainerState;
 use crate::error::{Error, Result};
 use crate::evaluate::Held;
 use crate::run_config::DataSection;
+pub use find::{dataset, datasets, prepared_dir};
+pub(crate) use mixture::{expected, mixed};
 
 /// The data of a run.
 #[derive(Debug)]
@@ -37,6 +43,10 @@ pub struct RunData {
     cut: Option<(usize, usize)>,
     /// Name of the dataset.
     pub name: String,
+    /// What a user should know of its records.
+    pub notes: Vec<String>,
+    /// The first training record with what is learnt of it; none of plain text.
+    pub example: Option<Vec<Part>>,
 }
 
 /// Where training batches come from.
@@ -44,14 +54,29 @@ pub struct RunData {
 pub enum TrainSource {
     /// Tokens of a text, and how its documents fill a sequence.
     Shard(Arc<Shard>, Packing),
+    /// Several of them in fixed shares.
+    Mixture(Vec<MixtureShard>),
     /// A task, whose examples are made as they are needed.
     Task(Arc<TaskCorpus>),
+}
+
+/// A dataset of a mixture.
+#[derive(Debug)]
+pub struct MixtureShard {
+    /// Its tokens.
+    pub shard: Arc<Shard>,
+    /// How its documents fill a sequence.
+    pub packing: Packing,
+    /// Its weight.
+    pub weight: f64,
 }
 
 /// Training batches as a pure function of the step.
 pub enum TrainBatches {
     /// Cut from a text.
     Shard(Sampler),
+    /// Cut from several texts.
+    Mixture(Mixture),
     /// Examples of a task.
     Task {
         /// The task.
@@ -65,43 +90,8 @@ pub enum TrainBatches {
     },
 }
 
-/// Finds the dataset of a run file: relative to the current folder, else to the run file's.
-///
-/// # Errors
-/// [`Error::File`] naming both places.
-pub fn dataset(section: &DataSection, run_file: &Path) -> Result<DatasetConfig> {
-    let find = |path: &Path| -> Result<PathBuf> {
-        let beside = run_file.parent().unwrap_or(Path::new("")).join(path);
-        [path.to_path_buf(), beside.clone()].into_iter().find(|p| p.exists()).ok_or_else(|| {
-            let why =
-                format!("does not exist, and neither does {}; paths count from the current folder", beside.display());
-            Error::file(path, why)
-        })
-    };
-    let mut dataset = match (&section.dataset, &section.path) {
-        (Some(dataset), _) => DatasetConfig::load(&find(dataset)?)?,
-        (None, Some(path)) => DatasetConfig::from_text_file(&find(path)?)?,
-        (None, None) => return Err(Error::config("data.dataset", "(absent)", "set it to a dataset file")),
-    };
-    dataset.add_special_tokens = section.add_special_tokens.or(dataset.add_special_tokens);
-    Ok(dataset)
-}
-
-/// Where a dataset's tokens are kept: beside its file, or in the run's folder for a plain text file.
-pub fn prepared_dir(
-    dataset: &DatasetConfig,
-    section: &DataSection,
-    run_dir: &Path,
-    tokenizer: Option<&Tokenizer>,
-) -> PathBuf {
-    if section.dataset.is_none() {
-        return run_dir.join("data");
-    }
-    dataset.prepared_dir(tokenizer)
-}
-
 /// Prepares the tokens, or opens them where they lie prepared. Held-out text comes in batches of `rows` sequences. For a run that
-/// has `begun`, other tokens than its own are refused, and its own stay as they are.
+/// goes on, other tokens than those `expected` are refused, and its own stay as they are.
 ///
 /// # Errors
 /// [`Error::Data`] from the reader, the tokenizer or the disk.
@@ -111,24 +101,33 @@ pub fn open(
     rows: usize,
     dir: &Path,
     tokenizer: Option<Tokenizer>,
-    begun: Option<&TrainerState>,
+    expected: Option<&Expected>,
     progress: Observer<'_>,
 ) -> Result<RunData> {
-    let prepared = match begun {
-        Some(TrainerState { data, held_out, .. }) => {
-            let expected = Expected { train: data.clone(), validation: held_out.clone() };
-            prepare_expecting(dataset, dir, tokenizer, &expected, progress)?
-        }
+    records::check_keys(dataset, section)?;
+    let prepared = match expected {
+        Some(expected) => prepare_expecting(dataset, dir, tokenizer, expected, progress)?,
         None => prepare(dataset, dir, tokenizer, progress)?,
     };
+    let (notes, example) = (records::notes(&prepared, section)?, records::example(&prepared)?);
     let Prepared { tokenizer, train, validation, .. } = prepared;
-    let packing = section.packing.unwrap_or(if train.documents() > 1 { Packing::Documents } else { Packing::Stream });
+    let packing = match section.packing {
+        _ if train.is_masked() => Packing::Documents,
+        Some(packing) => packing,
+        None => {
+            if train.documents() > 1 {
+                Packing::Documents
+            } else {
+                Packing::Stream
+            }
+        }
+    };
     let mut cut = None;
     let held = match oracle_documents(dataset, &tokenizer, usize::MAX)? {
         Some(documents) => {
             let most = section.seq_len + 1;
             if documents.iter().any(|document| document.ids.len() > most) {
-                cut = Some((documents.iter().map(|document| targets(&document.ids)).sum(), most));
+                cut = Some((documents.iter().map(targets).sum(), most));
             }
             // What a document's beginning is made of does not depend on its end, so a part has its own entropy.
             Held::Documents(documents.into_iter().map(|d| cropped(d, most)).collect())
@@ -147,6 +146,8 @@ pub fn open(
         held_out: validation.checksum(),
         cut,
         name: dataset.name.clone(),
+        notes,
+        example,
     })
 }
 
@@ -166,6 +167,8 @@ pub(crate) fn open_task(corpus: TaskCorpus, name: &str, section: &DataSection, r
         cut: None,
         train: TrainSource::Task(Arc::new(corpus)),
         name: name.to_owned(),
+        notes: Vec::new(),
+        example: None,
     })
 }
 
@@ -184,8 +187,8 @@ fn layout(corpus: &TaskCorpus, section: &DataSection) -> Result<RowLayout> {
 }
 
 /// How many tokens of a document are predicted: the first has nothing before it.
-fn targets(ids: &[u32]) -> usize {
-    ids.len().saturating_sub(1)
+fn targets(document: &OracleDocument) -> usize {
+    document.learnt.iter().skip(1).filter(|learnt| **learnt).count()
 }
 
 /// The first `len` tokens of a document.
@@ -193,6 +196,7 @@ fn cropped(mut document: OracleDocument, len: usize) -> OracleDocument {
     document.ids.truncate(len);
     document.log_probs.truncate(len);
     document.classes.truncate(len);
+    document.learnt.truncate(len);
     document
 }
 
@@ -204,9 +208,10 @@ impl RunData {
     pub fn batches(&self, section: &DataSection, batch_size: usize, seed: u64) -> Result<TrainBatches> {
         match &self.train {
             TrainSource::Shard(shard, packing) => {
-                let shard = Arc::clone(shard);
-                let sampler = Sampler::new(shard, section.seq_len, batch_size, seed, *packing, section.mask_documents)?;
-                Ok(TrainBatches::Shard(sampler))
+                Ok(TrainBatches::Shard(sampler(shard, *packing, section, batch_size, seed)?))
+            }
+            TrainSource::Mixture(shards) => {
+                Ok(TrainBatches::Mixture(mixture::batches(shards, section, batch_size, seed)?))
             }
             TrainSource::Task(corpus) => {
                 let layout = layout(corpus, section)?;
@@ -215,10 +220,20 @@ impl RunData {
         }
     }
 
+    /// Whether sequences 2i and 2i + 1 are an answer that was chosen and one that was rejected.
+    pub fn is_pairs(&self) -> bool {
+        match &self.train {
+            TrainSource::Shard(shard, _) => shard.is_pairs(),
+            TrainSource::Mixture(shards) => shards.iter().any(|part| part.shard.is_pairs()),
+            TrainSource::Task(_) => false,
+        }
+    }
+
     /// What must be the same when a run goes on: the checksum of the training tokens, or of the task.
     pub fn checksum(&self) -> String {
         match &self.train {
             TrainSource::Shard(shard, _) => shard.checksum(),
+            TrainSource::Mixture(shards) => mixture::joined(shards.iter().map(|part| part.shard.checksum())),
             TrainSource::Task(corpus) => corpus.fingerprint(),
         }
     }
@@ -234,7 +249,7 @@ impl RunData {
     pub(crate) fn held_part(&self) -> String {
         match (self.cut, &self.held) {
             (Some((all, most)), Held::Documents(documents)) => {
-                let measured: usize = documents.iter().map(|document| targets(&document.ids)).sum();
+                let measured: usize = documents.iter().map(targets).sum();
                 format!(
                     "the first {most} tokens (data.seq_len + 1) of each held-out document, {measured} of {all} tokens to predict"
                 )
@@ -242,6 +257,22 @@ impl RunData {
             _ => "the whole held-out split".into(),
         }
     }
+}
+
+/// What cuts sequences from a shard.
+fn sampler(
+    shard: &Arc<Shard>,
+    packing: Packing,
+    section: &DataSection,
+    batch_size: usize,
+    seed: u64,
+) -> Result<Sampler> {
+    let (shard, seq_len, mask) = (Arc::clone(shard), section.seq_len, section.mask_documents);
+    Ok(if shard.is_masked() {
+        Sampler::of_records(shard, seq_len, batch_size, seed, section.too_long.unwrap_or_default(), mask)?
+    } else {
+        Sampler::new(shard, seq_len, batch_size, seed, packing, mask)?
+    })
 }
 
 impl TrainBatches {
@@ -252,14 +283,17 @@ impl TrainBatches {
     pub fn batch(&self, step: u64) -> Result<Batch> {
         Ok(match self {
             Self::Shard(sampler) => sampler.batch(step)?,
+            Self::Mixture(mixture) => mixture.batch(step)?,
             Self::Task { corpus, layout, batch_size, seed } => corpus.batch(*layout, *batch_size, *seed, step),
         })
     }
 
-    /// Epochs seen after `step` steps; 0 for a task, whose examples do not repeat.
+    /// Epochs seen after `step` steps, of a mixture those of the dataset that was seen most often; 0 for a task, whose examples do not
+    /// repeat.
     pub fn epoch(&self, step: u64) -> f64 {
         match self {
             Self::Shard(sampler) => sampler.epoch(step),
+            Self::Mixture(mixture) => mixture.epoch(step),
             Self::Task { .. } => 0.0,
         }
     }

@@ -116,43 +116,54 @@ pub(crate) fn setup_run(
     observe: &mut dyn FnMut(Event),
 ) -> Result<Setup> {
     let (checkpoint, begun) = begun.unzip();
-    let mut dataset = run_data::dataset(&config.data, &options.run_file)?;
-    if let Some(corpus) = TaskCorpus::new(&dataset)? {
-        let setup = task_setup(config, &dataset, corpus)?;
+    let datasets = run_data::datasets(&config.data, &options.run_file)?;
+    if let [(dataset, _)] = &datasets[..]
+        && let Some(corpus) = TaskCorpus::new(dataset)?
+    {
+        let setup = task_setup(config, dataset, corpus)?;
         if let Some(begun) = begun {
-            check_same_task(begun, &setup.data, &dataset)?;
+            check_same_task(begun, &setup.data, dataset)?;
         }
         return Ok(setup);
     }
-    dataset.add_special_tokens = match (dataset.add_special_tokens, checkpoint) {
-        (None, Some(checkpoint)) => begun_with_special_tokens(checkpoint)?,
-        (given, _) => given,
-    };
     let init = init(config)?;
-    let mut own_tokenizer = None;
-    let mut earlier = None;
-    if let (Some(init), Some(section)) = (&init, &config.init) {
-        let tokenizer = Tokenizer::from_model_dir(init.path())?;
-        if dataset.add_special_tokens.is_none() {
-            earlier = special_tokens_note(&section.from, &tokenizer, "data.add_special_tokens = false");
+    let (mut parts, mut earlier) = (Vec::new(), None);
+    let count = datasets.len();
+    for (i, (mut dataset, weight)) in datasets.into_iter().enumerate() {
+        dataset.add_special_tokens = match (dataset.add_special_tokens, checkpoint) {
+            (None, Some(checkpoint)) => begun_with_special_tokens(checkpoint)?,
+            (given, _) => given,
+        };
+        let mut own_tokenizer = None;
+        if let (Some(init), Some(section)) = (&init, &config.init) {
+            let tokenizer = Tokenizer::from_model_dir(init.path())?;
+            if dataset.add_special_tokens.is_none() {
+                earlier = special_tokens_note(&section.from, &tokenizer, "data.add_special_tokens = false");
+            }
+            own_tokenizer = Some(tokenizer.with_special_tokens(dataset.add_special_tokens));
         }
-        own_tokenizer = Some(tokenizer.with_special_tokens(dataset.add_special_tokens));
+        let dir = run_data::prepared_dir(&dataset, &config.data, &options.out, own_tokenizer.as_ref());
+        let expected = begun.and_then(|begun| run_data::expected(begun, i, count));
+        let data = run_data::open(
+            &dataset,
+            &config.data,
+            config.micro_batch_size(),
+            &dir,
+            own_tokenizer,
+            expected.as_ref(),
+            &mut |progress| {
+                observe(Event::Preparing(progress));
+                if interrupt.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            },
+        )?;
+        parts.push((data, weight));
     }
-    let dir = run_data::prepared_dir(&dataset, &config.data, &options.out, own_tokenizer.as_ref());
-    let mut data = run_data::open(
-        &dataset,
-        &config.data,
-        config.micro_batch_size(),
-        &dir,
-        own_tokenizer,
-        begun,
-        &mut |progress| {
-            observe(Event::Preparing(progress));
-            if interrupt.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        },
-    )?;
+    // A mixture of one is that one.
+    let mut data = if count == 1 { parts.remove(0).0 } else { run_data::mixed(parts)? };
+    check_pairs(config, &data)?;
     let (mut model, mut notes) = resolve_model(config, init.as_ref(), data.vocab_size)?;
     notes.extend(earlier);
+    notes.append(&mut data.notes);
     if let Some(init) = &init {
         data.generation = Generation::from_model_dir(init.path(), data.tokenizer.as_ref())?;
     }
@@ -303,6 +314,23 @@ pub fn planned_model(config: &RunConfig, options: &RunOptions) -> Result<(ModelC
         }
     };
     resolve_model(config, init.as_ref(), vocab)
+}
+
+/// Refuses numbers of rows that would part a chosen answer from the rejected one.
+fn check_pairs(config: &RunConfig, data: &RunData) -> Result<()> {
+    if !data.is_pairs() {
+        return Ok(());
+    }
+    let (batch, micro) = (config.training.batch_size, config.micro_batch_size());
+    let devices = config.run.devices.len().max(1);
+    let why = "the dataset has pairs of answers, a sequence each, which stay together: it must be a multiple of";
+    if !batch.is_multiple_of(2 * devices) {
+        return Err(Error::config("training.batch_size", batch, format!("{why} {}", 2 * devices)));
+    }
+    if !micro.is_multiple_of(2) {
+        return Err(Error::config("training.micro_batch_size", micro, format!("{why} 2")));
+    }
+    Ok(())
 }
 
 /// Refuses now what would stop the run at its first evaluation.

@@ -107,6 +107,9 @@ pub fn train(
     if let Some(reducer) = run.world.reducer() {
         observe(Event::Note(format!("{} devices; gradients are added up by {reducer}", config.run.devices.len())));
     }
+    if let (0, Some(example)) = (run.state.step, &run.data.example) {
+        observe(Event::Example(example));
+    }
     observe(Event::Ready { plan: &run.plan, step: run.state.step });
     run.warm_up(observe)?;
     run.steps(interrupt, observe)

@@ -103,9 +103,9 @@ impl Workers {
         }
     }
 
-    /// How a pass of `rows` rows is divided: ranges of rows, one per pool.
-    pub(crate) fn shares(&self, rows: usize) -> Vec<(usize, usize)> {
-        let share = rows.div_ceil(self.pools.len()).max(1);
+    /// How a pass of `rows` rows is divided: ranges of rows, one per pool, none of which parts `unit` rows that belong together.
+    pub(crate) fn shares(&self, rows: usize, unit: usize) -> Vec<(usize, usize)> {
+        let share = rows.div_ceil(self.pools.len()).max(1).next_multiple_of(unit);
         (0..rows).step_by(share).map(|at| (at, (at + share).min(rows))).collect()
     }
 
@@ -175,9 +175,11 @@ impl Workers {
         let objective = Objective { scale, terms };
         let mut losses: Vec<Tensor<1>> = Vec::new();
         let mut total: Vec<Tensor<1>> = Vec::new();
+        let unit = batch.unit();
+        let micro_batch = micro_batch.next_multiple_of(unit);
         for from in rows.clone().step_by(micro_batch) {
             let pass = (rows.end - from).min(micro_batch);
-            let shares = self.shares(pass).into_iter().map(|(first, end)| (from + first, from + end));
+            let shares = self.shares(pass, unit).into_iter().map(|(first, end)| (from + first, from + end));
             // Forked here, not in the threads: the fork reads the parameters' shared nodes.
             let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
             let results = self.map(&forks, |((from, to), fork)| {

@@ -94,9 +94,9 @@ impl World {
         if let [only] = &self.members[..] {
             return Ok(vec![only.workers.gradients(&only.model, batch, passes, &only.device)]);
         }
-        let (count, rows) = (self.members.len(), batch.rows);
+        let (count, rows, unit) = (self.members.len(), batch.rows, batch.unit());
         let own = self.each((0..count).collect(), |replica, i| {
-            replica.workers.gradients_of(&replica.model, batch, share(rows, i, count), passes, &replica.device)
+            replica.workers.gradients_of(&replica.model, batch, share(rows, unit, i, count), passes, &replica.device)
         });
         self.reduced(own)
     }
@@ -201,9 +201,10 @@ impl World {
     }
 }
 
-/// The rows of a batch that member `member` of `members` computes.
-fn share(rows: usize, member: usize, members: usize) -> Range<usize> {
-    rows * member / members..rows * (member + 1) / members
+/// The rows of a batch that member `member` of `members` computes; `unit` of them belong together.
+fn share(rows: usize, unit: usize, member: usize, members: usize) -> Range<usize> {
+    let units = rows / unit;
+    units * member / members * unit..units * (member + 1) / members * unit
 }
 
 /// How many threads each of `count` replicas has of `threads`.

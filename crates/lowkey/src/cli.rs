@@ -8,6 +8,7 @@ mod lab;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use lowkey_data::chat::DateTime;
 
 use crate::schema::FileKind;
 pub(crate) use bench::{
@@ -113,6 +114,17 @@ pub(crate) enum Command {
     #[command(after_help = "IN holds `input_ids` (I64 [B, T]); OUT receives `logits` (F32 [B, T, V]).\n\n\
         Example:\n  lowkey logits MODEL --ids in.safetensors --out out.safetensors")]
     Logits(LogitsArguments),
+    /// Show the text that a conversation becomes for a model, and what of it the assistant says
+    #[command(after_help = "\
+        FILE.json holds messages, and as needed tools, documents and variables of the template:\n  \
+        {\"messages\": [{\"role\": \"user\", \"content\": \"Hello.\"}], \"variables\": {\"enable_thinking\": false}}\n\
+        or is a list of messages. The text is printed to the byte, without a line end of its own.\n\n\
+        Examples:\n  \
+        lowkey template MODEL --messages chat.json\n  \
+        lowkey template chatml --messages chat.json --add-generation-prompt\n  \
+        lowkey template MODEL --messages chat.json --json\n  \
+        lowkey template my.jinja --messages chat.json --now 2026-01-15T12:00:00")]
+    Template(TemplateArguments),
     /// Say which keys a run, dataset or experiment file may have: a JSON Schema for editors, or a reference for readers
     #[command(after_help = "\
         An editor that knows TOML (taplo, Even Better TOML) completes and checks the keys of a file whose\n\
@@ -296,9 +308,9 @@ pub(crate) struct DataPrepareArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct DataInfoArguments {
-    /// A prepared folder, or the dataset file (.toml) of a task
+    /// A prepared folder, or a dataset file (.toml): of a task, or one that has been prepared
     pub(crate) dir: PathBuf,
-    /// Print the first N training documents
+    /// Print the first N training documents, and what of them is learnt where that is not all
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) show: usize,
     /// Print JSON
@@ -320,6 +332,27 @@ pub(crate) struct InfoArguments {
     #[arg(long, default_value_t = 0.99, value_name = "SHARE", requires = "spectrum")]
     pub(crate) energy: f64,
     /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TemplateArguments {
+    /// A model directory, a template's file (.jinja), or a built-in template: chatml, llama3, qwen, deepseek or plain
+    pub(crate) template: PathBuf,
+    /// File with the conversation
+    #[arg(long, value_name = "FILE.json")]
+    pub(crate) messages: PathBuf,
+    /// End with what comes before the assistant's next message
+    #[arg(long)]
+    pub(crate) add_generation_prompt: bool,
+    /// The present that the template may ask for, like 2026-01-15T12:00:00 [default: the clock]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) now: Option<DateTime>,
+    /// Which of a model's templates, where it has several
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Print JSON: the text, which bytes of it are whose answer, and with a model its token ids and which of them are answers
     #[arg(long)]
     pub(crate) json: bool,
 }

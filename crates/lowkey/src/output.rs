@@ -6,6 +6,7 @@
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use lowkey_data::tokenizer::Part;
 use lowkey_files::printable_lines;
 
 /// Whether this command's work is more than what it prints.
@@ -30,6 +31,23 @@ pub(crate) fn work_goes_on() {
 /// Writes a line to standard output, control characters escaped: names come from files.
 pub(crate) fn say(text: &str) {
     write(&printable_lines(text), "\n");
+}
+
+/// Writes the parts of a text to standard output, and a line end: those that are learnt in green on a terminal, between `[[` and `]]`
+/// elsewhere. Control characters are escaped.
+pub(crate) fn say_parts(parts: &[Part]) {
+    let coloured = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    write(&marked(parts, coloured), "\n");
+}
+
+/// A text with its learnt parts marked.
+fn marked(parts: &[Part], coloured: bool) -> String {
+    let (on, off) = if coloured { ("\x1b[32m", "\x1b[0m") } else { ("[[", "]]") };
+    let mark = |part: &Part| {
+        let text = printable_lines(&part.text);
+        if part.learnt { format!("{on}{text}{off}") } else { text.into_owned() }
+    };
+    parts.iter().map(mark).collect()
 }
 
 /// Writes text that a model or a user made up to standard output, without a line end, at once. A terminal would obey the control
@@ -178,6 +196,15 @@ mod tests {
         ] {
             assert_eq!(quoted(word), expected);
         }
+    }
+
+    #[test]
+    fn what_is_learnt_is_marked_and_no_control_character_passes() {
+        let part = |text: &str, learnt| Part { text: text.to_owned(), learnt };
+        let parts = [part("ask\n", false), part("say\u{1b}[2J", true)];
+        assert!(marked(&parts, false).starts_with("ask\n[[say") && marked(&parts, false).ends_with("]]"));
+        assert!(!marked(&parts, false).contains('\u{1b}'));
+        assert!(marked(&parts, true).contains("\u{1b}[32msay") && !marked(&parts, true).contains("\u{1b}[2J"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lowkey_data::tokenizer::Part;
 use lowkey_files::printable_lines;
 use lowkey_train::{
     Event,
@@ -13,10 +14,13 @@ use lowkey_train::{
     plan::Plan,
 };
 
-use crate::output::{bytes, complain, count, duration, pairs, say, table};
+use crate::output::{bytes, complain, count, duration, pairs, say, say_parts, table};
 
 /// Between plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Bytes of a training record that are shown.
+const LONGEST_EXAMPLE: usize = 2000;
 
 /// Shows the events of a run.
 pub(crate) struct View {
@@ -38,6 +42,7 @@ impl View {
         match event {
             Event::Preparing(progress) => self.preparing(&progress),
             Event::Note(note) => self.line(&format!("note: {note}")),
+            Event::Example(parts) => self.example(parts),
             Event::Ready { plan, step } => self.ready(plan, step),
             Event::WarmedUp { seconds } => {
                 self.line(&format!("kernels compiled and chosen in {}", duration(seconds)));
@@ -80,6 +85,22 @@ impl View {
             self.last_line = Some(Instant::now());
             self.line(&preparation_line(progress));
         }
+    }
+
+    /// The beginning of a record, with what is learnt of it.
+    fn example(&self, parts: &[Part]) {
+        let (mut left, mut shown) = (LONGEST_EXAMPLE, Vec::new());
+        for part in parts {
+            let end = part.text.floor_char_boundary(left);
+            let more = if end < part.text.len() { "…" } else { "" };
+            shown.push(Part { text: format!("{}{more}", &part.text[..end]), learnt: part.learnt });
+            left -= end;
+            if left == 0 {
+                break;
+            }
+        }
+        self.line("the first training record, with what is learnt marked:");
+        say_parts(&shown);
     }
 
     fn ready(&mut self, plan: &Plan, step: u64) {
@@ -244,6 +265,15 @@ pub(crate) fn evaluation_table(e: &Evaluation) -> String {
         (None, None) => {}
     }
     let mut text = pairs(&rows);
+    if !e.datasets.is_empty() {
+        let four = |x: f64| format!("{x:.4}");
+        let rows = e.datasets.iter().map(|at| {
+            let gap = at.gap.map_or_else(String::new, four);
+            vec![at.dataset.clone(), format!("{}", at.weight), at.tokens.to_string(), four(at.loss), gap]
+        });
+        let rows: Vec<Vec<String>> = rows.collect();
+        text = format!("{text}\n\n{}", table(&["dataset", "weight", "tokens", "loss", "gap (nats/token)"], &rows));
+    }
     if !e.ranks.is_empty() {
         let four = |x: f64| format!("{x:.4}");
         let ranks: Vec<Vec<String>> = e

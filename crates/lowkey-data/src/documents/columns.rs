@@ -165,11 +165,11 @@ impl Iterator for Rows {
 }
 
 /// Runs the Parquet reader, which panics on some damaged files where it should return an error.
-fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(super) fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(read))
         .unwrap_or_else(|_| Err(unusable(path, "not a readable Parquet file: its parts contradict each other")))
 }
 
-fn damaged(path: &Path, error: &parquet::errors::ParquetError) -> Error {
+pub(super) fn damaged(path: &Path, error: &parquet::errors::ParquetError) -> Error {
     unusable(path, format!("not a readable Parquet file: {error}"))
 }

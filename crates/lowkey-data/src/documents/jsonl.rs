@@ -6,10 +6,11 @@ use std::path::Path;
 
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::Map;
 
 use super::open::open;
 use super::text::BOM;
-use super::{LARGEST_RECORD, Pieces, pieces_of};
+use super::{Found, LARGEST_RECORD, Pieces, pieces_of};
 use crate::error::{Error, Result};
 
 /// Field names that an error lists at most.
@@ -17,12 +18,29 @@ const MOST_NAMES: usize = 32;
 
 /// The texts of a JSONL file.
 pub(super) fn read(path: &Path, field: &str) -> Result<Pieces> {
+    let field = field.to_owned();
+    let texts = lines(path, move |_, line| text_of(line, &field))?;
+    Ok(Box::new(texts.flat_map(|text| match text {
+        Ok(text) => pieces_of(text).into_iter().map(Ok).collect(),
+        Err(error) => vec![Err(error)],
+    })))
+}
+
+/// The objects of a JSONL file, each with its line; what is none is said in its place.
+pub(super) fn objects(path: &Path) -> Result<impl Iterator<Item = Result<Found>> + Send + use<>> {
+    lines(path, |number, line| Ok(Some(Found { unit: "line", number, value: object_of(line) })))
+}
+
+/// What `parse` makes of each line that is not empty, given its number from 1; a message of it becomes an error that names the line.
+fn lines<T, F>(path: &Path, mut parse: F) -> Result<impl Iterator<Item = Result<T>> + Send + use<T, F>>
+where
+    F: FnMut(u64, &str) -> Result<Option<T>, String> + Send,
+{
     let mut reader = open(path)?;
     let path = path.to_path_buf();
-    let field = field.to_owned();
     let (mut number, mut offset) = (0u64, 0u64);
     let mut line = Vec::new();
-    let texts = std::iter::from_fn(move || {
+    Ok(std::iter::from_fn(move || {
         loop {
             line.clear();
             // A long line leaves no room behind that no other needs.
@@ -54,27 +72,39 @@ pub(super) fn read(path: &Path, field: &str) -> Result<Pieces> {
             if text.is_empty() {
                 continue;
             }
-            match text_of(text, &field) {
-                Ok(Some(text)) => return Some(Ok(text)),
+            match parse(number, text) {
+                Ok(Some(found)) => return Some(Ok(found)),
                 Ok(None) => {}
                 Err(message) => {
                     return Some(Err(Error::Record { path: path.clone(), unit: "line", number, message }));
                 }
             }
         }
+    }))
+}
+
+/// Refuses a line that is no object.
+fn check_object(line: &str) -> Result<(), String> {
+    if line.starts_with('{') {
+        return Ok(());
+    }
+    let array = if line.starts_with('[') { " (`jq -c '.[]'` writes the items of an array so)" } else { "" };
+    Err(format!("not a JSON object; every line must be one{array}"))
+}
+
+/// All of one line.
+fn object_of(line: &str) -> Result<Map<String, serde_json::Value>, String> {
+    check_object(line)?;
+    let object = serde_json::from_str(line).or_else(|e| match without_constants(line) {
+        Some(plain) => serde_json::from_str(&plain),
+        None => Err(e),
     });
-    Ok(Box::new(texts.flat_map(|text| match text {
-        Ok(text) => pieces_of(text).into_iter().map(Ok).collect(),
-        Err(error) => vec![Err(error)],
-    })))
+    object.map_err(|e| format!("not valid JSON: {e}"))
 }
 
 /// The text of one line; none where it is null.
 fn text_of(line: &str, field: &str) -> Result<Option<String>, String> {
-    if !line.starts_with('{') {
-        let array = if line.starts_with('[') { " (`jq -c '.[]'` writes the items of an array so)" } else { "" };
-        return Err(format!("not a JSON object; every line must be one{array}"));
-    }
+    check_object(line)?;
     let object = parse(line, field).or_else(|e| match without_constants(line) {
         Some(plain) => parse(&plain, field),
         None => Err(e),

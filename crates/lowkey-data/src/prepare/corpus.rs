@@ -108,7 +108,7 @@ impl<'a> Corpus<'a> {
 
     /// All documents with their split.
     fn items(&self) -> Box<dyn Iterator<Item = Result<Item>> + Send + 'a> {
-        if let Source::Storybook { seed, documents, validation_documents } = self.config.source {
+        if let Source::Storybook { seed, documents, validation_documents, .. } = self.config.source {
             let item = |side, text| Ok(Item { side, text, begins: true, whole: true, last: true });
             let train = (0..documents).map(move |i| item(Side::Train, training_story(seed, i).text));
             let held = (0..validation_documents).map(move |i| item(Side::Validation, validation_story(seed, i).text));
@@ -130,9 +130,7 @@ impl<'a> Corpus<'a> {
             let index = begun - 1;
             let held = match split.by {
                 SplitBy::Tail => index >= head,
-                // 2^64 as a float: the hash is uniform below it. That of the first document lies above one half, so that a
-                // single one is for training.
-                SplitBy::Documents => (mix(index) as f64) < split.validation_fraction * 18_446_744_073_709_551_616.0,
+                SplitBy::Documents => is_held(index, split.validation_fraction),
             };
             let side = if held { Side::Validation } else { Side::Train };
             Ok(Item { side, text, begins, whole: ends, last: ends })
@@ -278,10 +276,15 @@ impl<'a> Corpus<'a> {
     }
 
     fn empty(&self, message: &str) -> Error {
-        let origin = &self.config.origin;
-        let name = if origin.as_os_str().is_empty() { self.config.name.clone() } else { origin.display().to_string() };
-        Error::Empty { name, message: message.to_owned() }
+        self.config.empty(message)
     }
+}
+
+/// Whether document `index` falls to the held-out part of a split by documents.
+pub(super) fn is_held(index: u64, fraction: f64) -> bool {
+    // 2^64 as a float: the hash is uniform below it. That of the first document lies above one half, so that a single one is for
+    // training.
+    (mix(index) as f64) < fraction * 18_446_744_073_709_551_616.0
 }
 
 /// How many of `count` are not held out, as `int(n * 0.9)` has it elsewhere; at least one, if there is one.

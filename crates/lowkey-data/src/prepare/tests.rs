@@ -1,3 +1,5 @@
+mod chat;
+
 use super::corpus::head_length;
 use super::*;
 use crate::hub::tests::{hub, serve};

@@ -1,3 +1,5 @@
+mod records;
+
 use super::*;
 use crate::shard::tests::shard_of;
 
@@ -6,7 +8,8 @@ impl Sampler {
     fn batches_per_epoch(&self) -> u64 {
         let rows = match &self.order {
             Order::Stream { windows } => *windows,
-            Order::Documents { pieces, plans } => self.plan(pieces, plans, 0).1.rows(),
+            Order::Documents { pieces, plans, crop } => self.plan(pieces, plans, *crop, 0).1.rows(),
+            Order::Pairs { pairs } => 2 * pairs.len() as u64,
         };
         rows.div_ceil(self.batch_size as u64)
     }
@@ -88,13 +91,14 @@ fn check(batch: &Batch, documents: &[usize], packing: Packing) -> (Vec<u32>, Vec
 fn epoch_rows(sampler: &Sampler, epoch: u64) -> Range<u64> {
     match &sampler.order {
         Order::Stream { windows } => epoch * windows..(epoch + 1) * windows,
-        Order::Documents { pieces, plans } => {
+        Order::Documents { pieces, plans, crop } => {
             let mut first = 0;
             for _ in 0..epoch {
-                first += sampler.plan(pieces, plans, first).1.rows();
+                first += sampler.plan(pieces, plans, *crop, first).1.rows();
             }
-            first..first + sampler.plan(pieces, plans, first).1.rows()
+            first..first + sampler.plan(pieces, plans, *crop, first).1.rows()
         }
+        Order::Pairs { pairs } => epoch * 2 * pairs.len() as u64..(epoch + 1) * 2 * pairs.len() as u64,
     }
 }
 
@@ -182,6 +186,7 @@ fn one_small_batch_by_hand() {
         targets: vec![2, 3, 5, i],
         document_starts: vec![0, 0, 2, 3],
         vectors: None,
+        pairs: false,
     };
     assert_eq!(batches, [expected]);
     let batches: Vec<Batch> =
@@ -193,6 +198,7 @@ fn one_small_batch_by_hand() {
         targets: vec![2, 3, 4, 5, i, i],
         document_starts: vec![0, 0, 0, 0, 1, 1],
         vectors: None,
+        pairs: false,
     };
     assert_eq!(batches, [expected]);
     let batch = validation_batches(&shard, 4, 1, None, Packing::Stream, true).next().unwrap().unwrap();

@@ -113,7 +113,9 @@ fn a_wrong_header_is_refused_even_under_a_right_checksum() {
     let second_offset = HEADER + 5 * 2 + 8;
     refuse(&|_| {}).unwrap();
     for (at, value, expected) in [
-        (8, 2, "format version 2"),
+        (8, 3, "format version 3"),
+        (8, 2, "its header says"),
+        (14, 1, "unknown mark 1"),
         (12, 3, "3 bytes per token"),
         (16, 6, "its header says"),
         (24, 3, "its header says"),
@@ -187,4 +189,77 @@ fn a_shard_that_was_only_touched_or_replaced_is_read_on() {
     writer.push(&[9, 9], 1).unwrap();
     writer.finish().unwrap();
     assert_eq!(shard.document(1).unwrap(), Some(vec![4, 5]), "the old file is still open");
+}
+
+/// A masked shard of these documents and of what is learnt of each, and the folder that holds it.
+pub(crate) fn masked_shard(documents: &[(Vec<u32>, Vec<bool>)], pairs: bool) -> (tempfile::TempDir, Shard) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.tokens");
+    let mut writer = ShardWriter::masked(&path, 100_000, pairs).unwrap();
+    for (tokens, learnt) in documents {
+        writer.push_learnt(tokens, learnt, tokens.len() as u64).unwrap();
+    }
+    writer.finish().unwrap();
+    let shard = Shard::open(&path).unwrap();
+    (dir, shard)
+}
+
+#[test]
+fn a_mask_round_trips_and_never_asks_for_the_first_token() {
+    let documents: Vec<(Vec<u32>, Vec<bool>)> = (1..30u32)
+        .map(|length| ((0..length).collect(), (0..length).map(|i| (i * i + length) % 3 != 1).collect()))
+        .collect();
+    let (_dir, shard) = masked_shard(&documents, false);
+    assert!(shard.is_masked() && !shard.is_pairs());
+    let mut sum = 0;
+    for (i, (tokens, learnt)) in documents.iter().enumerate() {
+        let mut learnt = learnt.clone();
+        learnt[0] = false;
+        sum += learnt.iter().filter(|learnt| **learnt).count() as u64;
+        assert_eq!(shard.document(i).unwrap().as_ref(), Some(tokens));
+        assert_eq!(shard.learnt(i).unwrap(), Some(learnt));
+    }
+    assert_eq!(shard.learnt_tokens().unwrap(), sum);
+    let mut across = Vec::new();
+    shard.copy_learnt(shard.len() - 3..shard.len() + 9, &mut across).unwrap();
+    assert_eq!(across.len(), 3);
+    assert_eq!(shard.learnt(29).unwrap(), None);
+}
+
+#[test]
+fn a_shard_without_a_mask_learns_everything_and_has_the_bytes_it_always_had() {
+    let (_dir, shard) = shard_of(&[vec![1, 2, 3], vec![4, 5]], 300);
+    assert_eq!(shard.learnt(1).unwrap(), Some(vec![true, true]));
+    let bytes = std::fs::read(shard.path()).unwrap();
+    assert_eq!(bytes[8..16], [1, 0, 0, 0, 2, 0, 0, 0]);
+    assert_eq!(bytes.len(), HEADER + 5 * 2 + 3 * 8);
+}
+
+#[test]
+fn every_damage_of_a_mask_is_an_error() {
+    let (_dir, shard) =
+        masked_shard(&[(vec![1, 2, 3], vec![false, true, true]), (vec![4, 5], vec![false, true])], true);
+    assert!(shard.is_pairs());
+    let path = shard.path().to_path_buf();
+    let good = std::fs::read(&path).unwrap();
+    let refused = |bytes: &[u8]| {
+        let copy = path.with_extension("bad");
+        std::fs::write(&copy, bytes).unwrap();
+        Shard::open(&copy).is_err()
+    };
+    assert!(!refused(&good));
+    for at in 0..good.len() {
+        let mut bytes = good.clone();
+        bytes[at] ^= 1;
+        assert!(refused(&bytes), "byte {at}");
+        assert!(refused(&good[..at]), "cut to {at}");
+    }
+    let odd = {
+        let path = path.with_extension("odd");
+        let mut writer = ShardWriter::masked(&path, 9, true).unwrap();
+        writer.push_learnt(&[1, 2], &[false, true], 2).unwrap();
+        writer.finish().unwrap();
+        Shard::open(&path).unwrap_err().to_string()
+    };
+    assert!(odd.contains("one has no other"), "{odd}");
 }

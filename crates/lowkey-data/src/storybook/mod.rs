@@ -53,6 +53,7 @@ use std::fmt;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+mod exchange;
 mod grammar;
 mod ledger;
 mod lexicon;
@@ -63,6 +64,7 @@ mod tests;
 mod world;
 mod writer;
 
+pub(crate) use exchange::exchange;
 use ledger::Ledger;
 use rule::Rule;
 use writer::Writer;

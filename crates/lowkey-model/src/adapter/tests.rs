@@ -105,6 +105,7 @@ fn gradients_of_adapters_follow_from_those_of_the_merged_matrices() {
         let document_starts: Vec<u32> = (0..18).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
         let batch = Rows {
             vectors: None,
+            pairs: false,
             rows: 2,
             seq_len: 9,
             input_ids: &input_ids,

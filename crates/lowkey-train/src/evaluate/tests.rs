@@ -34,7 +34,7 @@ fn documents(lens: &[usize], truth: impl Fn(&[u32]) -> Vec<f64>) -> Vec<OracleDo
             // The first token is not predicted, so that its entry must not be read.
             let log_probs = std::iter::once(f64::NAN).chain(truth(&ids)).take(*len).collect();
             let classes = (0..*len).map(|_| [Class::Syntax, Class::Name, Class::End][random.below(3)]).collect();
-            OracleDocument { ids, log_probs, classes }
+            OracleDocument { learnt: vec![true; ids.len()], ids, log_probs, classes }
         })
         .collect()
 }

@@ -19,19 +19,7 @@ impl RunConfig {
             let why = format!("must be a multiple of {devices}, the number of run.devices: each has as many rows");
             return Err(Error::config("training.batch_size", self.training.batch_size, why));
         }
-        match (&self.data.dataset, &self.data.path) {
-            (Some(_), Some(path)) => {
-                return Err(Error::config("data.path", path.display(), "data.dataset is set too; keep one of them"));
-            }
-            (None, None) => {
-                return Err(Error::config(
-                    "data.dataset",
-                    "(absent)",
-                    "set it to a dataset file, or data.path to a text file",
-                ));
-            }
-            _ => {}
-        }
+        self.check_source()?;
         at_least_one("data.seq_len", self.data.seq_len, 1 << 20)?;
         if self.model.is_none() && self.init.is_none() {
             return Err(Error::config(
@@ -133,6 +121,31 @@ impl RunConfig {
         ];
         let unused = keys.into_iter().filter(|(used, _, [found, usual], _)| !used && found != usual);
         unused.map(|(_, key, [found, _], why)| format!("{key} = {found} has no effect: {why}")).collect()
+    }
+
+    /// Refuses none and several ways to say what is trained on.
+    fn check_source(&self) -> Result<()> {
+        let data = &self.data;
+        match (&data.dataset, &data.path, data.mixture.is_empty()) {
+            (Some(_), Some(path), _) => {
+                return Err(Error::config("data.path", path.display(), "data.dataset is set too; keep one of them"));
+            }
+            (Some(_), _, false) | (_, Some(_), false) => {
+                let why = "data.dataset or data.path is set too; keep one of them";
+                return Err(Error::config("data.mixture", format!("{} datasets", data.mixture.len()), why));
+            }
+            (None, None, true) => {
+                let why = "set it to a dataset file, or data.path to a text file";
+                return Err(Error::config("data.dataset", "(absent)", why));
+            }
+            _ => {}
+        }
+        for part in &data.mixture {
+            if !(part.weight.is_finite() && part.weight > 0.0) {
+                return Err(Error::config("data.mixture.weight", part.weight, "must be a finite number > 0"));
+            }
+        }
+        Ok(())
     }
 
     fn check_optimizer(&self) -> Result<()> {

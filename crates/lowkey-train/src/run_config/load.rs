@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 const LARGEST: u64 = 16 << 20;
 
 /// Keys whose value is a text. What stands behind `=` is that text, whether or not it would also be a number, a date or a truth value.
-const TEXTS: [&str; 5] = ["run.name", "run.device", "init.from", "data.dataset", "data.path"];
+const TEXTS: [&str; 6] = ["run.name", "run.device", "init.from", "data.dataset", "data.path", "data.chat_template"];
 
 impl RunConfig {
     /// Reads a run file and applies `key.path=value` overrides, whose values are TOML (a bare word counts as a string, and where a

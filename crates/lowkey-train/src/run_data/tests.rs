@@ -1,4 +1,5 @@
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 
 use lowkey_data::Tokenizer;
 
@@ -22,13 +23,13 @@ fn opened(section: &DataSection, run: &TinyRun, rows: usize) -> RunData {
 #[test]
 fn held_out_documents_are_no_longer_than_a_sequence() {
     let run = TinyRun::new();
+    let text = run.config(&[]).data;
     let section = |seq_len: usize| DataSection {
         dataset: Some(storybook(&run)),
         path: None,
         seq_len,
         packing: None,
-        mask_documents: true,
-        add_special_tokens: None,
+        ..text.clone()
     };
     let documents = |seq_len: usize| match opened(&section(seq_len), &run, 4).held {
         Held::Documents(documents) => documents,

@@ -1,6 +1,7 @@
 mod adapters;
 mod folders;
 mod going_on;
+mod records;
 
 use std::collections::BTreeMap;
 
@@ -43,6 +44,7 @@ fn a_run_learns_and_tells_what_it_does_in_order() {
                     assert!(plan.seconds > 0.0 && plan.seconds.is_finite());
                     format!("ready {step}")
                 }
+                Event::Example(_) => "example".into(),
                 Event::WarmedUp { .. } => "warmed up".into(),
                 Event::Step(metrics) => {
                     last_loss = metrics.train_loss;

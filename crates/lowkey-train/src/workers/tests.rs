@@ -55,6 +55,24 @@ fn any_number_of_threads_and_passes_gives_the_gradient_of_the_mean_over_all_targ
 }
 
 #[test]
+fn a_pair_is_never_parted() {
+    let device = Device::flex().autodiff();
+    let model = model(VOCAB, 16, 5, &device);
+    let batch = Batch { pairs: true, ..uneven_batch(8, 9, VOCAB, 1) };
+    let (loss, _) = single_pass(&model, &batch, &device);
+    for (threads, micro_batch) in [(1, 1), (2, 4), (3, 3), (3, 8), (5, 6)] {
+        let workers = Workers::new(threads, micro_batch).unwrap();
+        for rows in [2, 4, 6, 8] {
+            let shares = workers.shares(rows, batch.unit());
+            assert!(shares.iter().all(|(from, to)| from % 2 == 0 && to % 2 == 0 && from < to), "{shares:?}");
+            assert_eq!(shares.iter().map(|(from, to)| to - from).sum::<usize>(), rows);
+        }
+        let found = workers.gradients(&model, &batch, passes(micro_batch), &device);
+        assert!((found.loss().unwrap() / loss - 1.0).abs() < 1e-6, "{threads} {micro_batch}");
+    }
+}
+
+#[test]
 fn a_share_without_targets_adds_nothing() {
     let device = Device::flex().autodiff();
     let model = model(VOCAB, 16, 5, &device);

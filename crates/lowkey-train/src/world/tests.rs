@@ -12,6 +12,16 @@ fn world(count: usize, kind: OptimizerKind) -> World {
 }
 
 #[test]
+fn members_have_whole_pairs() {
+    for (rows, members) in [(8, 2), (8, 3), (12, 4), (2, 2)] {
+        let shares: Vec<_> = (0..members).map(|i| share(rows, 2, i, members)).collect();
+        assert!(shares.iter().all(|range| range.start % 2 == 0 && range.end % 2 == 0), "{shares:?}");
+        assert!(shares.windows(2).all(|pair| pair[0].end == pair[1].start));
+        assert_eq!((shares[0].start, shares[members - 1].end), (0, rows));
+    }
+}
+
+#[test]
 fn buckets_hold_what_was_packed() {
     let tensor = |i: usize| Tensor::<1>::ones([i], &Device::flex()) * i as f64;
     for (lengths, most, buckets) in [

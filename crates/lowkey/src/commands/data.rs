@@ -7,7 +7,7 @@ use lowkey_data::tasks::TaskCorpus;
 use lowkey_data::{DatasetConfig, Prepared, Tokenizer};
 
 use crate::cli::{DataInfoArguments, DataPrepareArguments};
-use crate::output::{bytes, count, pairs, say, say_json, table};
+use crate::output::{bytes, count, pairs, say, say_json, say_parts, table};
 use crate::progress::Preparation;
 
 /// A dataset file by its extension, else a text file.
@@ -32,22 +32,34 @@ pub(crate) fn info(arguments: &DataInfoArguments) -> anyhow::Result<()> {
     if arguments.dir.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("toml")) {
         return task_info(arguments);
     }
-    let prepared = lowkey_data::open(&arguments.dir)?;
+    show(arguments, &lowkey_data::open(&arguments.dir)?)
+}
+
+fn show(arguments: &DataInfoArguments, prepared: &Prepared) -> anyhow::Result<()> {
     if arguments.json {
         return say_json(&prepared.manifest);
     }
-    describe(&prepared);
+    describe(prepared);
     for i in 0..arguments.show {
         let Some(ids) = prepared.train.document(i)? else { break };
+        if let (true, Some(parts)) = (prepared.train.is_masked(), prepared.example(i)?) {
+            say(&format!("\n[{i}]"));
+            say_parts(&parts);
+            continue;
+        }
         say(&format!("\n[{i}] {}", prepared.tokenizer.decode(&ids)?));
     }
     Ok(())
 }
 
-/// A task, which is described by its dataset file: nothing of it is prepared.
+/// A dataset file: of what was prepared of it, or of a task, of which nothing is.
 fn task_info(arguments: &DataInfoArguments) -> anyhow::Result<()> {
     let config = DatasetConfig::load(&arguments.dir)?;
     let Some(corpus) = TaskCorpus::new(&config)? else {
+        let dir = config.prepared_dir(None);
+        if dir.is_dir() {
+            return show(arguments, &lowkey_data::open(&dir)?);
+        }
         bail!("{}: not a task; name the folder that `lowkey data prepare` made of it", arguments.dir.display());
     };
     let summary = corpus.summary();
@@ -99,4 +111,15 @@ fn describe(prepared: &Prepared) {
     };
     let rows = [row("train", &manifest.train), row("validation", &manifest.validation)];
     say(&format!("\n{}", table(&["split", "documents", "tokens", "text", "sha256"], &rows)));
+    if let Some(chat) = &manifest.chat {
+        let learnt = chat.learnt.map(|learnt| count(learnt as f64));
+        let mut rows = vec![
+            ("learnt", chat.train_on.name().to_owned()),
+            ("tokens learnt", format!("{} for training, {} held out", learnt[0], learnt[1])),
+        ];
+        if let Some(first) = &chat.skipped.first {
+            rows.push(("left out", format!("{} records; the first: {first}", chat.skipped.records)));
+        }
+        say(&format!("\n{}", pairs(&rows)));
+    }
 }

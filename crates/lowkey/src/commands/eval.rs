@@ -9,7 +9,8 @@ use lowkey_data::{
     DatasetConfig, Packing, Tokenizer,
     dataset::{Source, SplitBy},
     oracle::oracle_documents,
-    prepare, validation_batches,
+    prepare,
+    sampler::validation_batches,
 };
 use lowkey_model::{CausalLm, adapter::companions_dir};
 use lowkey_train::{

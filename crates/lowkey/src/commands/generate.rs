@@ -116,7 +116,7 @@ fn sampling(arguments: &GenerateArguments, declared: &Generation) -> SamplingCon
 
 /// Prints text as it comes, up to the first stop text. Text that might yet become a stop text is held back.
 struct Writer<'a> {
-    tokens: lowkey_data::TextStream,
+    tokens: lowkey_data::tokenizer::TextStream,
     stop: &'a [String],
     print: bool,
     text: String,

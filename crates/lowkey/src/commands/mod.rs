@@ -11,6 +11,7 @@ mod info;
 mod lab;
 mod logits;
 mod schema;
+mod template;
 mod text;
 mod train;
 
@@ -91,6 +92,7 @@ fn keeps_its_work(command: &Command) -> bool {
         | Command::Verify(_)
         | Command::Devices(_)
         | Command::Info(_)
+        | Command::Template(_)
         | Command::Schema(_)
         | Command::Bench { .. } => false,
     }
@@ -116,6 +118,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Devices(arguments) => devices::devices(&arguments).map(done),
         Command::Info(arguments) => info::info(&arguments).map(done),
         Command::Logits(arguments) => logits::logits(&arguments).map(done),
+        Command::Template(arguments) => template::template(&arguments).map(done),
         Command::Schema(arguments) => schema::schema(&arguments).map(done),
         Command::Bench { command } => bench::bench(command).map(done),
     }

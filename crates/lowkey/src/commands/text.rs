@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use lowkey_batch::IGNORE;
-use lowkey_data::{Packing, Prepared, Shard, Tokenizer, prepare, validation_batches};
+use lowkey_data::{Packing, Prepared, Shard, Tokenizer, prepare, sampler::validation_batches};
 use lowkey_model::{CausalLm, adapter::companions_dir};
 use lowkey_train::{RunConfig, run_data};
 
@@ -60,7 +60,7 @@ fn of_run(model: &Path, tokenizer: Option<&Tokenizer>) -> anyhow::Result<Result<
     let read = || -> anyhow::Result<Prepared> {
         let config = RunConfig::load(&file, &[])?;
         // The tokens of a plain text file lie in the run's own folder; the file may be gone.
-        if config.data.dataset.is_none() {
+        if config.data.path.is_some() {
             return Ok(lowkey_data::open(&own_tokens)?);
         }
         let mut dataset = run_data::dataset(&config.data, &file)?;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::Device;
-use lowkey_data::{DatasetConfig, Packing, validation_batches};
+use lowkey_data::{DatasetConfig, Packing, sampler::validation_batches};
 use lowkey_export::{Options, Source, Text, export, verify};
 use lowkey_files::mark::{Kind, MARK, Mark};
 use lowkey_model::{

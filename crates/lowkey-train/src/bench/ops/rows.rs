@@ -175,7 +175,7 @@ fn updates(session: &Session) -> Vec<Row> {
         times: Vec::new(),
     };
     let mut rows = Vec::new();
-    let sums = session.replica().workers.shares(session.batch).len() - 1;
+    let sums = session.replica().workers.shares(session.batch, 1).len() - 1;
     if sums > 0 {
         let terms = gradients.clone();
         // As in `Workers::gradients`: the sum so far belongs to nobody else, and is added to in place.

@@ -66,7 +66,7 @@ impl Row {
         let times = match &mut self.run {
             Run::Shared(job) => {
                 let lanes: Vec<Lane> =
-                    session.replica().workers.shares(session.batch).into_iter().map(Lane::from).collect();
+                    session.replica().workers.shares(session.batch, 1).into_iter().map(Lane::from).collect();
                 let times = session.replica().workers.map(&lanes, &**job);
                 // The step waits for the slowest.
                 let slowest = |part: fn(&Times) -> f64| times.iter().map(part).fold(0.0, f64::max);

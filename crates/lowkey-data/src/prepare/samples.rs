@@ -1,0 +1,141 @@
+//! The records of a dataset as documents of which some tokens are learnt, with their split.
+
+use std::path::Path;
+
+use super::{Progress, Skipped, SourceFile, Watch};
+use crate::dataset::{DatasetConfig, Source, SplitBy, StorybookForm};
+use crate::documents::{self, Found};
+use crate::error::{Error, Result};
+use crate::oracle;
+use crate::records::Records;
+use crate::samples::{Document, Method, conversation, documents as documents_of};
+use crate::shard::ShardWriter;
+use crate::tokenizer::Tokenizer;
+
+use super::corpus::{head_length, is_held};
+
+/// Records between two reports.
+const REPORT: u64 = 1024;
+
+/// Tokenises records into the two shards, and says which were left out.
+pub(super) fn tokenize(
+    config: &DatasetConfig,
+    files: &[SourceFile],
+    tokenizer: &Tokenizer,
+    method: &Method,
+    [train, validation]: [&Path; 2],
+    watch: &mut Watch,
+) -> Result<Skipped> {
+    let pairs = config.records() == Some(Records::Preference);
+    let mut train = ShardWriter::masked(train, tokenizer.vocab_size(), pairs)?;
+    let mut validation = ShardWriter::masked(validation, tokenizer.vocab_size(), pairs)?;
+    let mut skipped = Skipped::default();
+    let push = |writer: &mut ShardWriter, documents: Vec<Document>| {
+        documents.iter().try_for_each(|d| writer.push_learnt(&d.ids, &d.learnt, d.bytes))
+    };
+    if let Source::Storybook { seed, documents, validation_documents, form: StorybookForm::Chat } = config.source {
+        for (count, held) in [(documents, false), (validation_documents, true)] {
+            for index in 0..count {
+                let story =
+                    if held { oracle::validation_story(seed, index) } else { oracle::training_story(seed, index) };
+                let chat = crate::storybook::exchange(&story).chat;
+                let document = conversation(&chat, method, tokenizer)
+                    .map_err(|why| config.error(format!("story {index}: {why}")))?;
+                push(if held { &mut validation } else { &mut train }, vec![document])?;
+                report(index, [&train, &validation], watch)?;
+            }
+        }
+    }
+    let Some(records) = config.records() else {
+        train.finish()?;
+        validation.finish()?;
+        return Ok(skipped);
+    };
+    let fraction = config.split.validation_fraction;
+    let head = match config.split.by {
+        SplitBy::Tail if fraction > 0.0 => head_length(count(config, files, watch)?, fraction),
+        _ => u64::MAX,
+    };
+    let mut index = 0;
+    for file in files {
+        for found in found(config, file) {
+            let Found { unit, number, value } = found?;
+            let record = value.and_then(|object| records.read(&object, config.list()));
+            match record.and_then(|record| documents_of(record, method, tokenizer)) {
+                Ok(documents) => {
+                    let held = match config.split.by {
+                        SplitBy::Tail => index >= head,
+                        SplitBy::Documents => is_held(index, fraction),
+                    };
+                    push(if held { &mut validation } else { &mut train }, documents)?;
+                }
+                Err(message) if config.chat.skip_bad => {
+                    let name = &file.name;
+                    skipped.first.get_or_insert_with(|| format!("{name}: {unit} {number}: {message}"));
+                    skipped.records += 1;
+                }
+                Err(message) => return Err(Error::Record { path: file.path.clone(), unit, number, message }),
+            }
+            index += 1;
+            report(index, [&train, &validation], watch)?;
+        }
+    }
+    check(config, [&train, &validation], &skipped)?;
+    train.finish()?;
+    validation.finish()?;
+    Ok(skipped)
+}
+
+/// The records of one file.
+fn found(config: &DatasetConfig, file: &SourceFile) -> documents::FoundRecords {
+    let fields = config.records().map(|records| records.fields(config.list())).unwrap_or_default();
+    match config.format() {
+        Some(format) => documents::records(&file.path, &format, &fields),
+        None => Box::new(std::iter::empty()),
+    }
+}
+
+/// How many records there are, those that cannot be used included: what is left out moves no other to the other side.
+fn count(config: &DatasetConfig, files: &[SourceFile], watch: &mut Watch) -> Result<u64> {
+    let mut count = 0;
+    for file in files {
+        for found in found(config, file) {
+            found?;
+            count += 1;
+            if count % REPORT == 0 {
+                watch.tell(Progress::Counting { file: file.name.clone() })?;
+            }
+        }
+    }
+    Ok(count)
+}
+
+fn report(index: u64, writers: [&ShardWriter; 2], watch: &mut Watch) -> Result<()> {
+    if !index.is_multiple_of(REPORT) {
+        return Ok(());
+    }
+    let documents = writers.iter().map(|writer| writer.documents()).sum();
+    let tokens = writers.iter().map(|writer| writer.tokens()).sum();
+    watch.tell(Progress::Tokenizing { documents, tokens })
+}
+
+/// Refuses a split without records where the dataset file asks for some. A single record is no reason to.
+fn check(config: &DatasetConfig, [train, validation]: [&ShardWriter; 2], skipped: &Skipped) -> Result<()> {
+    let documents = train.documents() + validation.documents();
+    let left_out = match &skipped.first {
+        Some(first) => format!(" ({} were left out; the first: {first})", skipped.records),
+        None => String::new(),
+    };
+    let one = if config.records() == Some(Records::Preference) { 2 } else { 1 };
+    match (train.tokens(), validation.tokens()) {
+        (0, 0) => Err(config.empty(&format!("the source holds no record that can be used{left_out}"))),
+        (0, _) => Err(config.empty(&format!(
+            "the split leaves no record for training{left_out}; add some, or lower split.validation_fraction"
+        ))),
+        (_, 0) if config.split.validation_fraction > 0.0 && documents > one => Err(config.empty(&format!(
+            "the split holds no record out{left_out}; raise split.validation_fraction, set split.by = \"tail\", or \
+             split.validation_fraction = 0 to hold nothing out"
+        ))),
+        _ => Ok(()),
+    }
+}

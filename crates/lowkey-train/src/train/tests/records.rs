@@ -1,0 +1,123 @@
+use super::*;
+
+const CHAT: &str = "name = \"talk\"\n[source]\nkind = \"jsonl\"\npaths = [\"talk.jsonl\"]\nrecords = \"messages\"\n[chat]\n\
+                    template = \"talk.jinja\"\n[split]\nvalidation_fraction = 0.2\n";
+const PLAIN: &str = "name = \"lines\"\n[source]\nkind = \"text\"\npaths = [\"text.txt\"]\nseparator = \"\\n\"\n[split]\n\
+                     validation_fraction = 0.2\n";
+const MIXTURE: &str =
+    "mixture = [{ dataset = \"talk.toml\", weight = 0.75 }, { dataset = \"lines.toml\", weight = 0.25 }]";
+
+/// A run whose file says this of its data, with datasets of records, of pairs and of plain lines beside it.
+fn run_on(data: &str) -> TinyRun {
+    let run = TinyRun::new();
+    let write = |name: &str, text: &str| std::fs::write(run.dir.path().join(name), text).unwrap();
+    let line = |i: usize| {
+        let (question, answer) = [("up", "down"), ("left", "right"), ("in", "out")][i % 3];
+        format!(
+            "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{question} {i}\"}}, {{\"role\": \"assistant\", \"content\": \"{answer}\"}}]}}\n"
+        )
+    };
+    let mut lines: String = (0..60).map(line).collect();
+    lines += &line(1).replace("left", &"long ".repeat(30));
+    lines += "{}\n";
+    lines += &(0..20).map(line).collect::<String>();
+    write("talk.jsonl", &lines);
+    write("talk.toml", &CHAT.replace("[split]", "skip_bad = true\n[split]"));
+    write("talk.jinja", "{% for m in messages %}{{ m.content }}{{ ':' if m.role == 'user' else ';' }}{% endfor %}");
+    write("lines.toml", PLAIN);
+    let pair =
+        |i: usize| format!("{{\"prompt\": \"{i} is\", \"chosen\": \" a number\", \"rejected\": \" a letter\"}}\n");
+    write("pairs.jsonl", &(0..40).map(pair).collect::<String>());
+    write(
+        "pairs.toml",
+        "name = \"pairs\"\n[source]\nkind = \"jsonl\"\npaths = [\"pairs.jsonl\"]\nrecords = \"preference\"\n",
+    );
+    let file = std::fs::read_to_string(run.file()).unwrap();
+    let file = file.replace("path = \"text.txt\"", data).replace("seq_len = 24", "seq_len = 40");
+    std::fs::write(run.file(), file).unwrap();
+    run
+}
+
+#[test]
+fn a_mixture_learns_measures_each_dataset_and_goes_on_to_the_same_bits() {
+    let unbroken = run_on(MIXTURE);
+    let (mut notes, mut example) = (String::new(), String::new());
+    let outcome = unbroken.watch(&[], &AtomicBool::new(false), &mut |event| match event {
+        Event::Note(note) => notes += &note,
+        Event::Example(parts) => {
+            example = parts.iter().map(|p| if p.learnt { format!("[[{}]]", p.text) } else { p.text.clone() }).collect();
+        }
+        _ => {}
+    });
+    let evaluation = outcome.unwrap().evaluation.unwrap();
+    assert_eq!(example, "up 0:[[down;]]");
+    assert!(notes.contains("talk: 1 records cannot be used") && notes.contains("talk.jsonl: line 62"), "{notes}");
+    assert!(notes.contains("talk: 1 records are longer than data.seq_len = 40 and are left out"), "{notes}");
+    let [talk, lines] = &evaluation.datasets[..] else { panic!("{:?}", evaluation.datasets) };
+    assert_eq!((talk.dataset.as_str(), lines.dataset.as_str()), ("talk", "lines"));
+    assert!((evaluation.loss - 0.75 * talk.loss - 0.25 * lines.loss).abs() < 1e-12);
+    assert_eq!(evaluation.tokens, talk.tokens + lines.tokens);
+    let metrics = unbroken.metrics();
+    let told = metrics.last().unwrap().dataset_loss.clone().unwrap();
+    assert_eq!(told.keys().collect::<Vec<_>>(), ["lines", "talk"].iter().collect::<Vec<_>>());
+    assert!(talk.loss < 1.5 && metrics[0].train_loss > 4.0, "{} {}", talk.loss, metrics[0].train_loss);
+    // The checkpoint asks in the form that was learnt.
+    let template = std::fs::read_to_string(unbroken.checkpoint(STEPS).join("chat_template.jinja")).unwrap();
+    assert!(template.contains("m.content"));
+
+    let mut run = run_on(MIXTURE);
+    for stop in [5, 16] {
+        let interrupt = AtomicBool::new(false);
+        run.watch(&[], &interrupt, &mut |event| {
+            if matches!(event, Event::Step(metrics) if metrics.step == stop) {
+                interrupt.store(true, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+        run = run.resumed();
+    }
+    run.train(&[]).unwrap();
+    same_end(&run, &unbroken);
+    let file = std::fs::read_to_string(run.file()).unwrap();
+    std::fs::write(run.file(), file.replace("0.75", "0.5")).unwrap();
+    let refused = message(run.train(&[]));
+    assert!(refused.contains("[data] is not what the run began with"), "{refused}");
+}
+
+#[test]
+fn what_cannot_be_mixed_or_learnt_is_refused() {
+    for (data, overrides, expected) in [
+        ("mixture = []", &[][..], "data.dataset = (absent)"),
+        (&format!("path = \"text.txt\"\n{MIXTURE}"), &[], "keep one of them"),
+        (&MIXTURE.replace("0.25", "-1"), &[], "data.mixture.weight = -1"),
+        (&MIXTURE.replace("lines.toml", "talk.toml"), &[], "two datasets have this name"),
+        (&MIXTURE.replace("talk.toml", "pairs.toml"), &[], "cannot be mixed"),
+        ("dataset = \"pairs.toml\"", &["training.batch_size=3"], "training.batch_size = 3"),
+        ("dataset = \"pairs.toml\"", &["training.micro_batch_size=3"], "training.micro_batch_size = 3"),
+        ("dataset = \"lines.toml\"", &["data.train_on=all"], "data.train_on = all: the dataset has no records"),
+        ("dataset = \"lines.toml\"", &["data.too_long=cut"], "data.too_long = cut"),
+        ("dataset = \"talk.toml\"", &["data.packing=stream"], "data.packing = stream"),
+        ("dataset = \"talk.toml\"", &["data.chat_template=nothing"], "nothing"),
+        ("dataset = \"talk.toml\"", &["data.train_on=completion"], "needs records that say what their prompt is"),
+        ("dataset = \"talk.toml\"", &["data.seq_len=2"], "longer than seq_len = 2"),
+    ] {
+        let run = run_on(data);
+        let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_owned()).collect();
+        let refused = RunConfig::load(&run.file(), &overrides)
+            .and_then(|config| train(&config, &run.options(), &AtomicBool::new(false), &mut |_| {}));
+        let refused = message(refused);
+        assert!(refused.contains(expected), "{expected}: {refused}");
+    }
+}
+
+#[test]
+fn another_way_to_learn_records_is_another_folder_of_tokens() {
+    let run = run_on("dataset = \"talk.toml\"");
+    let tokens = |overrides: &[&str]| {
+        let setup = setup(&run.config(overrides), &run.options(), &mut |_| {}).unwrap();
+        setup.data.checksum()
+    };
+    let (usual, all, last) = (tokens(&[]), tokens(&["data.train_on=all"]), tokens(&["data.train_on=last"]));
+    assert!(usual != all && usual == last, "the last answer is the only one");
+    assert_eq!(names(&run.dir.path().join("prepared")).len(), 3);
+}
