@@ -54,6 +54,9 @@ pub struct Batch {
     pub document_starts: Vec<u32>,
     /// Vectors in place of tokens.
     pub vectors: Option<Vectors>,
+    /// Whether rows 2i and 2i + 1 are the chosen and the rejected answer to the same prompt, one document a row. The tokens of the
+    /// prompt are no targets.
+    pub pairs: bool,
 }
 
 /// Vectors that are read and answered with, position by position.
@@ -84,6 +87,8 @@ pub struct Rows<'a> {
     pub document_starts: &'a [u32],
     /// Vectors in place of tokens.
     pub vectors: Option<VectorRows<'a>>,
+    /// Whether rows 2i and 2i + 1 are the chosen and the rejected answer to the same prompt.
+    pub pairs: bool,
 }
 
 /// Some rows of [`Vectors`].
@@ -155,6 +160,7 @@ impl Batch {
             targets: &self.targets[range.clone()],
             document_starts: &self.document_starts[range],
             vectors,
+            pairs: self.pairs,
         }
     }
 }

@@ -156,6 +156,7 @@ pub fn loss(model: &CausalLm, text: &[Vec<u32>], device: &Device) -> Result<f64>
         let starts = vec![0; inputs.len()];
         let batch = Rows {
             vectors: None,
+            pairs: false,
             rows: 1,
             seq_len: inputs.len(),
             input_ids: inputs,

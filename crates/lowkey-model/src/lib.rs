@@ -61,6 +61,7 @@
 //!     targets: &[2, 3, 4, 5],
 //!     document_starts: &[0; 4],
 //!     vectors: None,
+//!     pairs: false,
 //! };
 //! let objective = Objective { scale: 1.0 / 4.0, terms: &[Term::Next { z_loss: 0.0 }] };
 //! let (loss, gradients) = model.loss_and_gradients(batch, objective, Recompute::None, &device);

@@ -241,6 +241,7 @@ fn one_per_row(documents: &[OracleDocument]) -> Batch {
         targets: Vec::with_capacity(documents.len() * seq_len),
         document_starts: vec![0; documents.len() * seq_len],
         vectors: None,
+        pairs: false,
     };
     for document in documents {
         let inputs = document.ids.iter().take(document.ids.len().saturating_sub(1)).copied();

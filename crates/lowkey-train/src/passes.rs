@@ -54,7 +54,7 @@ impl Passes {
 
     /// What the terms of a step cost, in passes.
     fn of_step(&self, step: u64) -> f64 {
-        self.terms(step).into_iter().map(Term::passes).sum()
+        self.terms(step).iter().map(Term::passes).sum()
     }
 
     /// The same of all steps: those before the narrower ranks join cost alike, and so do those from there on.

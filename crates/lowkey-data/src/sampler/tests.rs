@@ -182,6 +182,7 @@ fn one_small_batch_by_hand() {
         targets: vec![2, 3, 5, i],
         document_starts: vec![0, 0, 2, 3],
         vectors: None,
+        pairs: false,
     };
     assert_eq!(batches, [expected]);
     let batches: Vec<Batch> =
@@ -193,6 +194,7 @@ fn one_small_batch_by_hand() {
         targets: vec![2, 3, 4, 5, i, i],
         document_starts: vec![0, 0, 0, 0, 1, 1],
         vectors: None,
+        pairs: false,
     };
     assert_eq!(batches, [expected]);
     let batch = validation_batches(&shard, 4, 1, None, Packing::Stream, true).next().unwrap().unwrap();

@@ -56,8 +56,15 @@ fn a_packed_row_gives_each_document_what_it_gets_alone() {
         let all = [first.clone(), second.clone()].concat();
         let context = model.context(&starts, seq, &device);
         let packed = model.logits(model.hidden(ids_tensor(&all, 2, seq, &device), &context, None));
-        let batch =
-            Rows { vectors: None, rows: 2, seq_len: seq, input_ids: &all, targets: &targets, document_starts: &starts };
+        let batch = Rows {
+            vectors: None,
+            pairs: false,
+            rows: 2,
+            seq_len: seq,
+            input_ids: &all,
+            targets: &targets,
+            document_starts: &starts,
+        };
         let (sum, each) = (model.loss(batch, 0.0, &device), model.losses(batch, &device, None));
         let each = values(each);
         let mut total = 0.0;
@@ -70,6 +77,7 @@ fn a_packed_row_gives_each_document_what_it_gets_alone() {
             let document_targets = &targets[row * seq + start..][..length];
             let batch = Rows {
                 vectors: None,
+                pairs: false,
                 rows: 1,
                 seq_len: length,
                 input_ids: document,
@@ -109,8 +117,15 @@ fn the_loss_is_the_negative_log_of_the_probability_of_the_target() {
     let tokens = ids(6, 29, 8);
     let targets = [3, IGNORE, 5, IGNORE, 0, 28];
     let probabilities = values(softmax(model.forward(ids_tensor(&tokens, 1, 6, &device)), 2));
-    let batch =
-        Rows { vectors: None, rows: 1, seq_len: 6, input_ids: &tokens, targets: &targets, document_starts: &[0; 6] };
+    let batch = Rows {
+        vectors: None,
+        pairs: false,
+        rows: 1,
+        seq_len: 6,
+        input_ids: &tokens,
+        targets: &targets,
+        document_starts: &[0; 6],
+    };
     let (sum, each) = (model.loss(batch, 0.0, &device), model.losses(batch, &device, None));
     let mut total = 0.0;
     for (t, (target, got)) in targets.iter().zip(values(each)).enumerate() {
@@ -290,6 +305,7 @@ fn every_gradient_agrees_with_finite_differences() {
             ids(14, 29, 25).iter().enumerate().map(|(t, id)| if t == 4 { IGNORE } else { i64::from(*id) }).collect();
         let batch = Rows {
             vectors: None,
+            pairs: false,
             rows: 2,
             seq_len: 7,
             input_ids: &tokens,
@@ -571,8 +587,15 @@ fn the_reference_cases_come_out_as_transformers_computes_them() {
         let targets: Vec<i64> =
             (0..rows * seq).map(|t| if t % seq == seq - 1 { IGNORE } else { i64::from(tokens[t + 1]) }).collect();
         let starts = vec![0; rows * seq];
-        let batch =
-            Rows { vectors: None, rows, seq_len: seq, input_ids: &tokens, targets: &targets, document_starts: &starts };
+        let batch = Rows {
+            vectors: None,
+            pairs: false,
+            rows,
+            seq_len: seq,
+            input_ids: &tokens,
+            targets: &targets,
+            document_starts: &starts,
+        };
         let loss = model.loss(batch, 0.0, &device);
         let mean = loss.nats.into_scalar::<f32>() / loss.targets as f32;
         let loss_error = (mean - expected(&bytes, "loss").unwrap()[0]).abs();

@@ -133,6 +133,7 @@ fn new_values_arrive_and_still_learn() {
     }
     let batch = Rows {
         vectors: None,
+        pairs: false,
         rows: 1,
         seq_len: 3,
         input_ids: &[1, 2, 3],

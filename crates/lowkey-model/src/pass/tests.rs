@@ -31,6 +31,7 @@ impl Vectors {
             targets: &self.targets,
             document_starts: &self.starts,
             vectors: Some(vectors),
+            pairs: false,
         }
     }
 }
@@ -88,6 +89,7 @@ fn answers_are_the_largest_logits_and_the_same_losses() {
         let starts: Vec<u32> = (0..18).map(|i| if i % 9 < 4 { 0 } else { 4 }).collect();
         let batch = Rows {
             vectors: None,
+            pairs: false,
             rows: 2,
             seq_len: 9,
             input_ids: &input_ids,

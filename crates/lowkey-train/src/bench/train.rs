@@ -262,7 +262,7 @@ pub(super) fn random_batch(random: &mut ChaCha8Rng, rows: usize, seq_len: usize,
         input_ids.extend(&tokens[..seq_len]);
         targets.extend(tokens[1..].iter().map(|token| i64::from(*token)));
     }
-    Batch { rows, seq_len, input_ids, targets, document_starts: vec![0; rows * seq_len], vectors: None }
+    Batch { rows, seq_len, input_ids, targets, document_starts: vec![0; rows * seq_len], ..Batch::default() }
 }
 
 /// Times whole optimiser steps.

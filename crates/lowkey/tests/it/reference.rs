@@ -144,6 +144,7 @@ impl Batch {
     fn tokens(&self) -> Rows<'_> {
         Rows {
             vectors: None,
+            pairs: false,
             rows: self.rows,
             seq_len: self.seq,
             input_ids: &self.ids,

@@ -68,7 +68,11 @@ fn slopes_are_those_of_differences() {
         let of_chosen = slope(&|by| preference.judge(moved(chosen, by), rejected).loss);
         let of_rejected = slope(&|by| preference.judge(chosen, moved(rejected, by)).loss);
         for (found, expected) in [(judged.chosen, of_chosen), (judged.rejected, of_rejected)] {
-            assert!((found - expected).abs() < 1e-6 * expected.abs().max(1.0), "{:?}: {found} {expected}", case.loss_type);
+            assert!(
+                (found - expected).abs() < 1e-6 * expected.abs().max(1.0),
+                "{:?}: {found} {expected}",
+                case.loss_type
+            );
         }
     }
 }
