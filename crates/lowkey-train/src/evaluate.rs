@@ -1,6 +1,9 @@
 //! Loss on held-out text, and the distance to the true entropy where the corpus has one; accuracy and error on tasks.
 
 mod examples;
+mod pairs;
+
+use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -14,6 +17,8 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::workers::Workers;
+
+pub(crate) use self::pairs::evaluate_pairs;
 
 /// What to measure a model on.
 #[derive(Clone, Debug)]
@@ -61,6 +66,10 @@ pub struct Evaluation {
     /// The same text at each narrower rank that the model was trained at.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ranks: Vec<RankEvaluation>,
+    /// A run that learns from pairs of answers: its figures by the names that TRL gives them, such as `rewards/accuracies`. `loss` is then the
+    /// mean loss of a pair.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub pairs: BTreeMap<String, f64>,
 }
 
 /// How much of its latent a layer uses.
@@ -228,6 +237,7 @@ fn evaluate_whole(
         classes,
         latents,
         ranks: Vec::new(),
+        pairs: BTreeMap::new(),
     })
 }
 

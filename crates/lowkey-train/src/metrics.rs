@@ -1,9 +1,11 @@
 //! `metrics.jsonl`: one JSON object per line, the only thing that tools read of a run.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use lowkey_model::objective::preference::PairFigures;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -57,6 +59,10 @@ pub struct Metrics {
     /// Largest attention logit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_attention_logit: Option<f64>,
+    /// Pairs of answers, by the names that TRL gives these figures: `rewards/chosen`, `rewards/rejected`, `rewards/margins`,
+    /// `rewards/accuracies`, `logps/chosen` and `logps/rejected` of the step, and the same after `eval_` held out.
+    #[serde(flatten)]
+    pub pairs: BTreeMap<String, f64>,
 }
 
 impl Metrics {
@@ -66,6 +72,7 @@ impl Metrics {
         self.bits_per_byte = evaluation.bits_per_byte;
         self.accuracy = evaluation.accuracy;
         self.mse = evaluation.mse;
+        self.pairs.extend(evaluation.pairs.iter().map(|(name, value)| (format!("eval_{name}"), *value)));
         self.gap = evaluation.gap;
         self.max_attention_logit = Some(evaluation.max_logit);
         if !evaluation.latents.is_empty() {
@@ -82,8 +89,15 @@ impl Metrics {
         self
     }
 
+    /// Adds the figures of a step's pairs.
+    pub(crate) fn with_pairs(mut self, pairs: Option<PairFigures>) -> Self {
+        let named = pairs.iter().flat_map(PairFigures::named);
+        self.pairs.extend(named.map(|(name, value)| (name.to_owned(), value)));
+        self
+    }
+
     /// The scalars with their TensorBoard tags.
-    pub fn scalars(&self) -> Vec<(&'static str, f64)> {
+    pub fn scalars(&self) -> Vec<(String, f64)> {
         let mut out = vec![
             ("train/loss", self.train_loss),
             ("train/lr", self.lr),
@@ -102,6 +116,11 @@ impl Metrics {
             ("health/latent_effective_rank", self.latent_effective_rank.as_ref().map(mean)),
         ];
         out.extend(evaluated.into_iter().filter_map(|(tag, value)| value.map(|value| (tag, value))));
+        let mut out: Vec<_> = out.into_iter().map(|(tag, value)| (tag.to_owned(), value)).collect();
+        out.extend(self.pairs.iter().map(|(name, value)| match name.strip_prefix("eval_") {
+            Some(name) => (format!("eval/{name}"), *value),
+            None => (format!("train/{name}"), *value),
+        }));
         out
     }
 }

@@ -188,6 +188,7 @@ fn comparable(config: &RunConfig) -> Result<toml::Table> {
     let mut config = config.clone();
     config.training.steps = 1;
     config.history = Vec::new();
+    config.without_caches();
     config.run.device = String::new();
     config.run.devices = Vec::new();
     config.run.name = String::new();

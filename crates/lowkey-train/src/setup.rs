@@ -14,7 +14,8 @@ use lowkey_model::ModelConfig;
 use crate::checkpoint::{self, TrainerState};
 use crate::error::{Error, Result};
 use crate::event::{Event, RunOptions};
-use crate::run_config::{RunConfig, RunSection};
+use crate::other_model;
+use crate::run_config::{ObjectiveSection, RunConfig, RunSection};
 use crate::run_data::{self, RunData};
 use crate::workers::memory;
 use crate::world::check_kinds;
@@ -94,6 +95,8 @@ pub struct Setup {
     pub data: RunData,
     /// What the user should know.
     pub notes: Vec<String>,
+    /// The model that the objective is held against.
+    pub(crate) other: Option<ModelConfig>,
 }
 
 /// Resolves a run file: opens (or prepares) the corpus and checks the model against its tokenizer.
@@ -159,7 +162,8 @@ pub(crate) fn setup_run(
     if let Some(tokenizer) = &data.tokenizer {
         check_prompts(&config.eval.prompts, tokenizer, &model)?;
     }
-    Ok(Setup { model, data, notes })
+    let other = other_model::check(config, &model, data.tokenizer.as_ref())?;
+    Ok(Setup { model, data, notes, other })
 }
 
 /// Whether a checkpoint says that the documents of its run have special tokens around them; they have none where it says nothing,
@@ -207,6 +211,12 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
         let why = "the dataset is a task of vectors, whose loss has no log-partition; leave the key out";
         return Err(Error::config("training.z_loss", config.training.z_loss, why));
     }
+    if let (true, Some(ObjectiveSection::Distillation { teacher, .. })) =
+        (corpus.task().is_of_vectors(), config.objective.first())
+    {
+        let why = "the dataset is a task of vectors, and a teacher predicts tokens; leave [[objective]] out";
+        return Err(Error::config("objective.teacher", teacher.display(), why));
+    }
     if let Some(init) = &config.init {
         let path = init.from.join("tokenizer.json");
         let why = match corpus.tokenizer() {
@@ -227,7 +237,8 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
         data.generation = Generation::from_model_dir(&init.from, data.tokenizer.as_ref())?;
     }
     data.generation = data.generation.or_sampling(SAVED_TEMPERATURE);
-    Ok(Setup { model, data, notes })
+    let other = other_model::check(config, &model, data.tokenizer.as_ref())?;
+    Ok(Setup { model, data, notes, other })
 }
 
 /// The model of a run file for a vocabulary of that many tokens, with notes for the user.
@@ -248,6 +259,11 @@ fn resolve_model(config: &RunConfig, vocab: usize) -> Result<(ModelConfig, Vec<S
     if model.vocab_size < vocab {
         let why = format!("the tokenizer has {vocab} tokens, more than the model's embedding has rows");
         return Err(Error::config("model.vocab_size", model.vocab_size, why));
+    }
+    if config.prefers() && !model.elastic_ranks().is_empty() {
+        let why = "the model's latent is elastic, and its narrower ranks learn from text alone; take a model without \
+                   kv_elastic_ranks";
+        return Err(Error::config("objective.kind", "preference", why));
     }
     if model.max_position_embeddings < seq_len {
         let most = model.max_position_embeddings;

@@ -185,7 +185,7 @@ impl Session {
             seq,
             threads,
             optimizer_section,
-            world: World::new(Replica { device, model, optimizer, workers, gate: None }, Vec::new()),
+            world: World::new(Replica { device, model, optimizer, workers, gate: None, other: None }, Vec::new()),
             recompute: options.recompute,
             precision: options.dtype,
             loss_scale: (options.dtype == Precision::F16).then(LossScale::default),
@@ -213,6 +213,7 @@ impl Session {
                 terms: &[Term::Next { z_loss: 0.0 }],
                 precision: self.precision,
                 loss_scale: 1.0,
+                other: None,
             },
             grad_clip: self.optimizer_section.grad_clip,
         };

@@ -85,6 +85,7 @@ fn tokens(
         classes: names.iter().zip(&sums).filter(|(_, sum)| sum.answers > 0).map(class).collect(),
         latents,
         ranks: Vec::new(),
+        pairs: std::collections::BTreeMap::new(),
     })
 }
 
@@ -112,6 +113,7 @@ fn vectors(model: &CausalLm, batches: &[Batch], workers: &Workers, device: &Devi
         classes: Vec::new(),
         latents,
         ranks: Vec::new(),
+        pairs: std::collections::BTreeMap::new(),
     })
 }
 
