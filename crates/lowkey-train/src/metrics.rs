@@ -224,4 +224,29 @@ mod tests {
         let read: Vec<Metrics> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(read.iter().map(|m| m.train_loss).collect::<Vec<_>>(), vec![1.0, 2.0, 3.0, 40.0]);
     }
+
+    #[test]
+    fn figures_of_pairs_have_the_names_that_dashboards_look_for() {
+        let figures = PairFigures { pairs: 2, loss: 1.0, rewards: [3.0, 1.0], preferred: 1, log_p: [-4.0, -6.0] };
+        let mut metrics = Metrics { step: 3, val_loss: Some(0.5), ..Metrics::default() }.with_pairs(Some(figures));
+        metrics.pairs.insert("eval_rewards/accuracies".into(), 0.25);
+        let line = serde_json::to_string(&metrics).unwrap();
+        assert!(line.contains("\"rewards/margins\":1.0") && line.contains("\"logps/rejected\":-3.0"), "{line}");
+        assert_eq!(serde_json::from_str::<Metrics>(&line).unwrap(), metrics);
+        let scalars = metrics.scalars();
+        let scalar = |name: &str| scalars.iter().find(|(tag, _)| tag == name).map(|(_, value)| *value);
+        for (tag, value) in [
+            ("train/rewards/chosen", 1.5),
+            ("train/rewards/rejected", 0.5),
+            ("train/rewards/accuracies", 0.5),
+            ("train/rewards/margins", 1.0),
+            ("train/logps/chosen", -2.0),
+            ("eval/rewards/accuracies", 0.25),
+        ] {
+            assert_eq!(scalar(tag), Some(value), "{tag}");
+        }
+        // A line without them is what it was.
+        let plain = serde_json::to_string(&Metrics::default().with_pairs(None)).unwrap();
+        assert!(plain.ends_with("\"epoch\":0.0}"), "{plain}");
+    }
 }

@@ -74,5 +74,5 @@ impl Plan {
 /// Estimated peak bytes of a run on so many threads of one device.
 pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usize) -> usize {
     let (rows, seq, recompute) = (config.rows_of_a_pass(), config.data.seq_len, config.training.recompute);
-    model.train_bytes(rows, seq, threads, recompute, config.training.batch_size)
+    model.train_bytes(rows, seq, threads, recompute, config.training.batch_size) + config.other_bytes()
 }

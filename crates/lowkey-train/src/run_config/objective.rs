@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use lowkey_model::ModelConfig;
 use lowkey_model::objective::preference::{Preference, PreferenceLoss};
 use lowkey_model::objective::{Divergence, Term};
 use schemars::JsonSchema;
@@ -19,7 +20,10 @@ pub enum ObjectiveSection {
     /// Of two answers to a prompt, the chosen one rather than the rejected one (DPO and its kin). The dataset must consist of such
     /// pairs, and a pair is two sequences of `training.batch_size`.
     Preference {
-        /// The loss by the name that TRL gives it, or a list of losses, which are added up.
+        /// The loss by the name that TRL gives it, or a list of losses, which are added up. With Δ, the chosen answer's log-probability
+        /// above the rejected one's, less the same of the reference: `sigmoid` (DPO, −log σ(β Δ)), `sigmoid_norm` (of means over tokens),
+        /// `ipo` ((Δ − 1/(2β))² of means), `hinge` (max(0, 1 − β Δ)) and `robust` (for pairs of which some are the wrong way round);
+        /// without a reference `simpo` and `orpo`.
         #[serde(default)]
         loss_type: LossTypes,
         /// Factors on the losses of the list, as many as there are. Absent: 1 each.
@@ -314,10 +318,22 @@ impl RunConfig {
     /// Floating-point operations of the other model's forward pass over one token of a step. Where what it says is kept, none: over
     /// the epochs of a run they are few.
     pub(crate) fn other_flops_per_token(&self) -> f64 {
-        let Some(OtherModel { dir, cache: None, .. }) = self.other_model() else { return 0.0 };
-        // Whoever is to load it says what is wrong with it.
-        let Ok(other) = lowkey_model::ModelConfig::read(&dir.join("config.json")) else { return 0.0 };
-        other.forward_flops_per_token(self.data.seq_len)
+        match self.other_model() {
+            Some(OtherModel { cache: None, .. }) => {
+                self.other_config().map_or(0.0, |other| other.forward_flops_per_token(self.data.seq_len))
+            }
+            _ => 0.0,
+        }
+    }
+
+    /// Bytes of the other model's weights.
+    pub(crate) fn other_bytes(&self) -> usize {
+        self.other_config().map_or(0, |other| other.parameter_count().total * size_of::<f32>())
+    }
+
+    /// The other model's sizes. Whoever is to load it says what is wrong with it.
+    fn other_config(&self) -> Option<ModelConfig> {
+        ModelConfig::read(&self.other_model()?.dir.join("config.json")).ok()
     }
 
     /// Whether the run learns from pairs of answers.
