@@ -54,7 +54,8 @@ pub struct Batch {
     pub document_starts: Vec<u32>,
     /// Vectors in place of tokens.
     pub vectors: Option<Vectors>,
-    /// Whether row 2i is an answer that was chosen, and row 2i + 1 the one that was rejected: a pass has both or neither.
+    /// Whether rows 2i and 2i + 1 are the chosen and the rejected answer to the same prompt, one document a row: a pass has both or
+    /// neither. The tokens of the prompt are no targets.
     pub pairs: bool,
 }
 
@@ -86,7 +87,7 @@ pub struct Rows<'a> {
     pub document_starts: &'a [u32],
     /// Vectors in place of tokens.
     pub vectors: Option<VectorRows<'a>>,
-    /// As [`Batch::pairs`].
+    /// Whether rows 2i and 2i + 1 are the chosen and the rejected answer to the same prompt.
     pub pairs: bool,
 }
 

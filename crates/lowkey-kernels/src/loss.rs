@@ -2,6 +2,7 @@
 
 pub(crate) mod autodiff;
 mod cpu;
+mod divergence;
 #[cfg(feature = "gpu")]
 mod gpu;
 pub(crate) mod reference;
@@ -13,6 +14,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use lowkey_batch::IGNORE;
 
 use self::autodiff::LossOps;
+pub use self::divergence::{Divergence, Teacher, TopTokens, diverge_sum};
 use crate::precision;
 
 /// A sum of losses (nats) and how many targets it covers.

@@ -10,7 +10,7 @@ pub use crate::causal_attention::reference::causal_attention;
 pub use crate::embedding::reference::embed;
 pub use crate::latent_attention::reference::latent_attention;
 pub use crate::linear::reference::linear;
-pub use crate::loss::reference::{cross_entropy_each, cross_entropy_sum, distill_sum};
+pub use crate::loss::reference::{cross_entropy_each, cross_entropy_sum, distill_sum, diverge_sum};
 pub use crate::mlp::reference::gated_mlp;
 pub use crate::norm::reference::rms_norm;
 pub use crate::rotary::reference::rotate;

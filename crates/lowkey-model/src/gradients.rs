@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::attention::Seen;
 use crate::model::{CausalLm, Context};
-use crate::objective::{Objective, Term};
+use crate::objective::preference::PairFigures;
+use crate::objective::{Against, Learnt, Objective, Term, TermLoss};
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -25,15 +26,21 @@ pub enum Recompute {
 
 /// One of the passes of an objective.
 struct Pass<'a> {
-    term: Term,
+    term: &'a Term,
     /// Factor on its summed loss.
     scale: f64,
     /// Hidden states of the first pass, `[rows · seq, d]`, to learn from.
-    teacher: Option<&'a Tensor<2>>,
+    wider: Option<&'a Tensor<2>>,
+    against: Against<'a>,
 }
 
 /// What a pass gives: its loss outside its graph, the hidden states that it came from, and the gradients.
-type Passed = (LossSum, Tensor<2>, Vec<Tensor<1>>);
+struct Passed {
+    loss: LossSum,
+    hidden: Tensor<2>,
+    gradients: Vec<Tensor<1>>,
+    pairs: Option<PairFigures>,
+}
 
 /// The loss outside its graph.
 fn plain(loss: LossSum) -> LossSum {
@@ -90,27 +97,43 @@ impl CausalLm {
         recompute: Recompute,
         device: &Device,
     ) -> (LossSum, Vec<Tensor<1>>) {
+        let Learnt { loss, gradients, .. } = self.learn(batch, objective, Against::default(), recompute, device);
+        (loss, gradients)
+    }
+
+    /// The same of terms that are held against something else than the rows, too.
+    pub fn learn(
+        &self,
+        batch: Rows,
+        objective: Objective,
+        against: Against,
+        recompute: Recompute,
+        device: &Device,
+    ) -> Learnt {
         let scale = objective.scale / objective.terms.len().max(1) as f64;
-        let run = |pass: Pass| match recompute {
-            Recompute::None => self.at_once(batch, &pass, device),
-            Recompute::Block => self.block_by_block(batch, &pass, device),
+        let run = |term: &Term, wider: Option<&Tensor<2>>| {
+            let pass = Pass { term, scale, wider, against };
+            match recompute {
+                Recompute::None => self.at_once(batch, &pass, device),
+                Recompute::Block => self.block_by_block(batch, &pass, device),
+            }
         };
         let (first, others) = objective.terms.split_first().unwrap_or((&Term::Next { z_loss: 0.0 }, &[]));
-        let (loss, teacher, mut gradients) = run(Pass { term: *first, scale, teacher: None });
+        let Passed { loss, hidden, mut gradients, pairs } = run(first, None);
         for term in others {
-            let (_, _, more) = run(Pass { term: *term, scale, teacher: Some(&teacher) });
+            let more = run(term, Some(&hidden)).gradients;
             gradients = gradients.into_iter().zip(more).map(|(sum, more)| optim::accumulate(sum, vec![more])).collect();
         }
-        (loss, gradients)
+        Learnt { loss, gradients, pairs }
     }
 
     /// One graph of everything.
     fn at_once(&self, batch: Rows, pass: &Pass, device: &Device) -> Passed {
         let hidden = self.last_hidden(batch, pass.term.kv_rank(), device, None);
         let seen = hidden.clone().detach();
-        let loss = self.loss_of_term(pass.term, hidden, batch, pass.teacher);
-        let mut gradients = gradients_of(loss.nats.clone(), pass.scale);
-        (plain(loss), seen, take(self, &mut gradients))
+        let TermLoss { minimised, loss, pairs } = self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against);
+        let mut gradients = gradients_of(minimised, pass.scale);
+        Passed { loss: plain(loss), hidden: seen, gradients: take(self, &mut gradients), pairs }
     }
 
     /// Takes each trained parameter's gradient (zeros where there is none), flattened, in the order of
@@ -139,8 +162,8 @@ impl CausalLm {
         let x = leaf(x);
         let hidden = self.model.norm.forward(x.clone()).reshape([rows * seq_len, self.config.hidden_size]);
         let seen = hidden.clone().detach();
-        let loss = self.loss_of_term(pass.term, hidden, batch, pass.teacher);
-        let mut gradients = gradients_of(loss.nats.clone(), pass.scale);
+        let TermLoss { minimised, loss, pairs } = self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against);
+        let mut gradients = gradients_of(minimised, pass.scale);
         let loss = plain(loss);
         let mut pull = pulled(x, &mut gradients);
         let (norm, head) = (take(&self.model.norm, &mut gradients), take(&self.lm_head, &mut gradients));
@@ -164,7 +187,7 @@ impl CausalLm {
             None => looked_up,
         };
         let parts = [table].into_iter().chain(blocks.into_iter().rev()).chain([norm, head]);
-        (loss, seen, parts.flatten().collect())
+        Passed { loss, hidden: seen, gradients: parts.flatten().collect(), pairs }
     }
 }
 

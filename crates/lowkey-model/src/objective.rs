@@ -3,15 +3,19 @@
 //! Each term is a pass over the batch, and says what it reads, what it costs and what it is held against. A new one is a variant here;
 //! which terms a step has is the run's to say.
 
-use burn::tensor::Tensor;
-use lowkey_batch::Rows;
-pub use lowkey_kernels::loss::LossSum;
-use lowkey_kernels::loss::distill_sum;
+pub mod preference;
+mod teacher;
 
+use burn::tensor::{Device, Tensor, TensorData};
+use lowkey_batch::{IGNORE, Rows};
+pub use lowkey_kernels::loss::{Divergence, LossSum, TopTokens};
+use lowkey_kernels::loss::{Labels, cross_entropy_each, cross_entropy_sum, distill_sum};
+
+use self::preference::{PairFigures, Preference};
 use crate::model::CausalLm;
 
 /// A term of an [`Objective`].
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Term {
     /// The next token, or the answers to vectors, at the whole width.
     Next {
@@ -26,21 +30,26 @@ pub enum Term {
         /// vectors all, is its own.
         distillation: f64,
     },
+    /// Of rows in pairs ([`Rows::pairs`]), the chosen answer rather than the rejected one. Its loss is summed over pairs.
+    Preference(Preference),
+    /// What [`Against::teacher`] predicts, and the next token beside it.
+    Distillation(Divergence),
 }
 
 impl Term {
     /// How much of each latent its pass reads, where not all.
-    pub(crate) fn kv_rank(self) -> Option<usize> {
+    pub(crate) fn kv_rank(&self) -> Option<usize> {
         match self {
-            Self::Next { .. } => None,
-            Self::Prefix { rank, .. } => Some(rank),
+            Self::Prefix { rank, .. } => Some(*rank),
+            Self::Next { .. } | Self::Preference(_) | Self::Distillation(_) => None,
         }
     }
 
-    /// What it costs beside a pass of the whole width, output head included, counted as the convention for FLOPs has it.
-    pub fn passes(self) -> f64 {
+    /// What it costs beside a pass of the whole width, output head included, counted as the convention for FLOPs has it: what is
+    /// computed twice to save memory does not count. What another model computes for it is counted where that model is known.
+    pub fn passes(&self) -> f64 {
         match self {
-            Self::Next { .. } | Self::Prefix { .. } => 1.0,
+            Self::Next { .. } | Self::Prefix { .. } | Self::Preference(_) | Self::Distillation(_) => 1.0,
         }
     }
 }
@@ -48,30 +57,126 @@ impl Term {
 /// What the gradients are taken of.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Objective<'a> {
-    /// Factor on the summed loss: one over the targets of the whole step for its mean.
+    /// Factor on the summed loss: one over the targets of the whole step for its mean, or over its pairs.
     pub scale: f64,
     /// The terms, of which the mean is taken. The loss of the first is the one that is reported, and its pass is the teacher of those
     /// that learn from another.
     pub terms: &'a [Term],
 }
 
+/// What terms are held against beside the rows themselves.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Against<'a> {
+    /// [`Term::Preference`]: each row's log-probability under the reference ([`CausalLm::row_log_probs`]); needed by
+    /// the losses that say so.
+    pub reference: Option<&'a [f64]>,
+    /// [`Term::Distillation`]: whom to learn from.
+    pub teacher: Option<Teacher<'a>>,
+}
+
+/// Whom to learn from.
+#[derive(Clone, Copy, Debug)]
+pub enum Teacher<'a> {
+    /// A model of the same vocabulary, which records no gradients.
+    Model(&'a CausalLm),
+    /// What such a model holds likely in these rows ([`CausalLm::top_tokens`]).
+    Top(&'a TopTokens),
+}
+
+/// What [`CausalLm::learn`] finds.
+#[derive(Debug)]
+pub struct Learnt {
+    /// Summed loss of the first term, outside its graph.
+    pub loss: LossSum,
+    /// Gradients of the objective, flattened, in the order of [`CausalLm::trained_parameters`].
+    pub gradients: Vec<Tensor<1>>,
+    /// Of rows in pairs under a [`Term::Preference`].
+    pub pairs: Option<PairFigures>,
+}
+
+/// The loss of a term: what to go back from, and what to tell.
+pub(crate) struct TermLoss {
+    /// What has the loss's gradient.
+    pub(crate) minimised: Tensor<1>,
+    pub(crate) loss: LossSum,
+    pub(crate) pairs: Option<PairFigures>,
+}
+
+impl From<LossSum> for TermLoss {
+    fn from(loss: LossSum) -> Self {
+        Self { minimised: loss.nats.clone(), loss, pairs: None }
+    }
+}
+
 impl CausalLm {
-    /// The loss of a term from its pass's hidden states `[rows · seq, d]` after the final norm; `teacher` are those of the first
+    /// The loss of a term from its pass's hidden states `[rows · seq, d]` after the final norm; `wider` are those of the first
     /// term's pass.
     pub(crate) fn loss_of_term(
         &self,
-        term: Term,
+        term: &Term,
         hidden: Tensor<2>,
         batch: Rows,
-        teacher: Option<&Tensor<2>>,
-    ) -> LossSum {
-        match (term, batch.vectors, teacher) {
-            (Term::Prefix { distillation, .. }, None, Some(teacher)) if distillation > 0.0 => {
-                let nats = distill_sum(hidden, self.head_weight(), teacher.clone(), batch.targets, distillation);
-                LossSum { z_loss: nats.clone().detach().zeros_like(), nats, targets: batch.target_tokens() }
+        wider: Option<&Tensor<2>>,
+        against: Against,
+    ) -> TermLoss {
+        let whole = |nats: Tensor<1>| LossSum {
+            z_loss: nats.clone().detach().zeros_like(),
+            nats,
+            targets: batch.target_tokens(),
+        };
+        match (term, batch.vectors, wider) {
+            (Term::Prefix { distillation, .. }, None, Some(wider)) if *distillation > 0.0 => {
+                let nats = distill_sum(hidden, self.head_weight(), wider.clone(), batch.targets, *distillation);
+                whole(nats).into()
             }
-            (Term::Prefix { .. }, ..) => self.loss_of(hidden, batch, 0.0),
-            (Term::Next { z_loss }, ..) => self.loss_of(hidden, batch, z_loss),
+            (Term::Prefix { .. }, ..) => self.loss_of(hidden, batch, 0.0).into(),
+            (Term::Next { z_loss }, ..) => self.loss_of(hidden, batch, *z_loss).into(),
+            (Term::Preference(preference), ..) => self.loss_of_pairs(preference, hidden, batch, against.reference),
+            (Term::Distillation(divergence), ..) => match against.teacher {
+                Some(teacher) => whole(self.distance_to(teacher, hidden, batch, *divergence)).into(),
+                None => self.loss_of(hidden, batch, 0.0).into(),
+            },
         }
     }
+
+    /// The loss of rows in pairs. Its gradient is that of a cross entropy in which each token weighs as much as its log-probability
+    /// counts, so that the head's forward pass is taken once more and nothing else is.
+    fn loss_of_pairs(
+        &self,
+        preference: &Preference,
+        hidden: Tensor<2>,
+        batch: Rows,
+        reference: Option<&[f64]>,
+    ) -> TermLoss {
+        let device = hidden.device();
+        let (sums, tokens) =
+            row_sums(cross_entropy_each(hidden.clone().detach(), self.head_weight(), batch.targets), batch);
+        let (slopes, figures) = preference.judge_rows(&sums, &tokens, reference);
+        // d log p = −d nats.
+        let weights: Vec<f32> = slopes.iter().flat_map(|slope| vec![-*slope as f32; batch.seq_len]).collect();
+        let labels = Labels { targets: batch.targets, weights: Some(&weights), z_loss: 0.0 };
+        let LossSum { nats, z_loss, targets } = cross_entropy_sum(hidden, self.head_weight(), labels);
+        let told = Tensor::from_data(TensorData::new(vec![figures.loss as f32], [1]), &device);
+        TermLoss { minimised: nats, loss: LossSum { nats: told, z_loss, targets }, pairs: Some(figures) }
+    }
+
+    /// The log-probability of each row's targets, summed, and their number. Waits for the device; of one that does not answer the sums
+    /// are no numbers.
+    pub fn row_log_probs(&self, batch: Rows, device: &Device) -> (Vec<f64>, Vec<usize>) {
+        row_sums(self.losses(batch, device, None), batch)
+    }
 }
+
+/// Sums of the log-probabilities of each row's targets from the loss of each position, and how many they are.
+fn row_sums(nats: Tensor<1>, batch: Rows) -> (Vec<f64>, Vec<usize>) {
+    let nats = nats.try_into_vec_as::<f32>().unwrap_or_else(|_| vec![f32::NAN; batch.targets.len()]);
+    let rows = nats.chunks(batch.seq_len).zip(batch.targets.chunks(batch.seq_len));
+    rows.map(|(nats, targets)| {
+        let asked = || nats.iter().zip(targets).filter(|(_, target)| **target != IGNORE);
+        (-asked().map(|(nats, _)| f64::from(*nats)).sum::<f64>(), asked().count())
+    })
+    .unzip()
+}
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,9 @@
 
 mod examples;
 mod mixture;
+mod pairs;
+
+use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -15,6 +18,8 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::workers::Workers;
+
+pub(crate) use self::pairs::evaluate_pairs;
 
 /// What to measure a model on.
 #[derive(Clone, Debug)]
@@ -78,6 +83,10 @@ pub struct Evaluation {
     /// Of a mixture each dataset by itself; `loss` and its like are then the means by weights.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub datasets: Vec<DatasetEvaluation>,
+    /// A run that learns from pairs of answers: its figures by the names that TRL gives them, such as `rewards/accuracies`. `loss` is then the
+    /// mean loss of a pair.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub pairs: BTreeMap<String, f64>,
 }
 
 /// The figures of a dataset of a mixture.
@@ -274,6 +283,7 @@ fn evaluate_whole(
         latents,
         ranks: Vec::new(),
         datasets: Vec::new(),
+        pairs: BTreeMap::new(),
     })
 }
 

@@ -43,7 +43,7 @@ pub(crate) fn replica(kind: OptimizerKind) -> Replica {
     let device = test_device();
     let model = model(29, 16, 5, &device);
     let optimizer = Optimizer::new(&section, &model.parameters(), Parameter::is_matrix);
-    Replica { device, model, optimizer, workers: Workers::new(1, 1).unwrap(), gate: None }
+    Replica { device, model, optimizer, workers: Workers::new(1, 1).unwrap(), gate: None, other: None }
 }
 
 /// A small `[model]` section.
@@ -76,6 +76,7 @@ pub(crate) fn passes(micro_batch: usize) -> PassSettings<'static> {
         terms: &[Term::Next { z_loss: 0.0 }],
         precision: Precision::F32,
         loss_scale: 1.0,
+        other: None,
     }
 }
 

@@ -51,9 +51,13 @@ mod event;
 mod first_model;
 #[cfg(test)]
 mod fixtures;
+mod kept;
 mod loss_scale;
 pub mod metrics;
+#[cfg(test)]
+mod objective_runs;
 pub mod optimizer;
+mod other_model;
 pub mod passes;
 pub mod plan;
 mod prefetch;

@@ -1,9 +1,11 @@
 //! `metrics.jsonl`: one JSON object per line, the only thing that tools read of a run.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use lowkey_model::objective::preference::PairFigures;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -60,6 +62,10 @@ pub struct Metrics {
     /// Largest attention logit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_attention_logit: Option<f64>,
+    /// Pairs of answers, by the names that TRL gives these figures: `rewards/chosen`, `rewards/rejected`, `rewards/margins`,
+    /// `rewards/accuracies`, `logps/chosen` and `logps/rejected` of the step, and the same after `eval_` held out.
+    #[serde(flatten)]
+    pub pairs: BTreeMap<String, f64>,
 }
 
 impl Metrics {
@@ -69,6 +75,7 @@ impl Metrics {
         self.bits_per_byte = evaluation.bits_per_byte;
         self.accuracy = evaluation.accuracy;
         self.mse = evaluation.mse;
+        self.pairs.extend(evaluation.pairs.iter().map(|(name, value)| (format!("eval_{name}"), *value)));
         self.gap = evaluation.gap;
         self.max_attention_logit = Some(evaluation.max_logit);
         if !evaluation.latents.is_empty() {
@@ -89,8 +96,15 @@ impl Metrics {
         self
     }
 
+    /// Adds the figures of a step's pairs.
+    pub(crate) fn with_pairs(mut self, pairs: Option<PairFigures>) -> Self {
+        let named = pairs.iter().flat_map(PairFigures::named);
+        self.pairs.extend(named.map(|(name, value)| (name.to_owned(), value)));
+        self
+    }
+
     /// The scalars with their TensorBoard tags.
-    pub fn scalars(&self) -> Vec<(&'static str, f64)> {
+    pub fn scalars(&self) -> Vec<(String, f64)> {
         let mut out = vec![
             ("train/loss", self.train_loss),
             ("train/lr", self.lr),
@@ -109,6 +123,11 @@ impl Metrics {
             ("health/latent_effective_rank", self.latent_effective_rank.as_ref().map(mean)),
         ];
         out.extend(evaluated.into_iter().filter_map(|(tag, value)| value.map(|value| (tag, value))));
+        let mut out: Vec<_> = out.into_iter().map(|(tag, value)| (tag.to_owned(), value)).collect();
+        out.extend(self.pairs.iter().map(|(name, value)| match name.strip_prefix("eval_") {
+            Some(name) => (format!("eval/{name}"), *value),
+            None => (format!("train/{name}"), *value),
+        }));
         out
     }
 }
@@ -211,5 +230,30 @@ mod tests {
         let text = std::fs::read_to_string(&path).unwrap();
         let read: Vec<Metrics> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(read.iter().map(|m| m.train_loss).collect::<Vec<_>>(), vec![1.0, 2.0, 3.0, 40.0]);
+    }
+
+    #[test]
+    fn figures_of_pairs_have_the_names_that_dashboards_look_for() {
+        let figures = PairFigures { pairs: 2, loss: 1.0, rewards: [3.0, 1.0], preferred: 1, log_p: [-4.0, -6.0] };
+        let mut metrics = Metrics { step: 3, val_loss: Some(0.5), ..Metrics::default() }.with_pairs(Some(figures));
+        metrics.pairs.insert("eval_rewards/accuracies".into(), 0.25);
+        let line = serde_json::to_string(&metrics).unwrap();
+        assert!(line.contains("\"rewards/margins\":1.0") && line.contains("\"logps/rejected\":-3.0"), "{line}");
+        assert_eq!(serde_json::from_str::<Metrics>(&line).unwrap(), metrics);
+        let scalars = metrics.scalars();
+        let scalar = |name: &str| scalars.iter().find(|(tag, _)| tag == name).map(|(_, value)| *value);
+        for (tag, value) in [
+            ("train/rewards/chosen", 1.5),
+            ("train/rewards/rejected", 0.5),
+            ("train/rewards/accuracies", 0.5),
+            ("train/rewards/margins", 1.0),
+            ("train/logps/chosen", -2.0),
+            ("eval/rewards/accuracies", 0.25),
+        ] {
+            assert_eq!(scalar(tag), Some(value), "{tag}");
+        }
+        // A line without them is what it was.
+        let plain = serde_json::to_string(&Metrics::default().with_pairs(None)).unwrap();
+        assert!(plain.ends_with("\"epoch\":0.0}"), "{plain}");
     }
 }

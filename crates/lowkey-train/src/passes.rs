@@ -24,7 +24,10 @@ pub struct Passes {
     tokens: f64,
     /// Operations of one pass over one token.
     per_token: f64,
-    z_loss: f64,
+    /// What another model computes for a token of each step.
+    other: f64,
+    /// The first term of each step.
+    first: Term,
     distillation: f64,
 }
 
@@ -39,7 +42,8 @@ impl Passes {
             seed: config.run.seed,
             tokens: training.batch_size as f64 * config.data.seq_len as f64,
             per_token: model.pass_flops_per_token(config.data.seq_len) + config.flops_beside(model),
-            z_loss: training.z_loss,
+            other: config.other_flops_per_token(),
+            first: config.first_term(),
             distillation: training.distillation,
         }
     }
@@ -49,7 +53,7 @@ impl Passes {
         let distillation = self.distillation;
         let narrow = if step >= self.from { narrow_ranks(&self.ranks, self.seed, step) } else { Vec::new() };
         let narrow = narrow.into_iter().map(|rank| Term::Prefix { rank, distillation });
-        std::iter::once(Term::Next { z_loss: self.z_loss }).chain(narrow).collect()
+        std::iter::once(self.first.clone()).chain(narrow).collect()
     }
 
     /// The most that a step of the run has: narrower ranks that join do not leave again.
@@ -59,7 +63,7 @@ impl Passes {
 
     /// What the terms of a step cost, in passes.
     fn of_step(&self, step: u64) -> f64 {
-        self.terms(step).into_iter().map(Term::passes).sum()
+        self.terms(step).iter().map(Term::passes).sum()
     }
 
     /// The same of all steps: those before the narrower ranks join cost alike, and so do those from there on.
@@ -70,17 +74,17 @@ impl Passes {
 
     /// Floating-point operations of a step over one token, all its passes together.
     pub(crate) fn flops_per_token(&self, step: u64) -> f64 {
-        self.of_step(step) * self.per_token
+        self.of_step(step) * self.per_token + self.other
     }
 
     /// The same as a mean over the steps of the run.
     pub fn mean_flops_per_token(&self) -> f64 {
-        self.per_token * self.in_all() / self.steps.max(1) as f64
+        self.per_token * self.in_all() / self.steps.max(1) as f64 + self.other
     }
 
     /// Floating-point operations of the whole run.
     pub fn flops(&self) -> f64 {
-        self.per_token * self.tokens * self.in_all()
+        self.per_token * self.tokens * self.in_all() + self.other * self.tokens * self.steps as f64
     }
 }
 
@@ -123,7 +127,7 @@ mod tests {
         for ranks in [vec![], vec![4], vec![4, 8], vec![4, 8, 16]] {
             for (steps, start) in [(1, 0.3), (10, 0.3), (33, 0.3), (100, 0.3), (100, 0.0), (100, 0.999), (7, 1.0)] {
                 let from = (start * steps as f64).ceil() as u64;
-                let (z_loss, distillation) = (0.0, 0.5);
+                let distillation = 0.5;
                 let passes = Passes {
                     ranks: ranks.clone(),
                     from,
@@ -131,7 +135,8 @@ mod tests {
                     seed: 5,
                     tokens: 6.0,
                     per_token: 2.0,
-                    z_loss,
+                    other: 3.0,
+                    first: Term::Next { z_loss: 0.0 },
                     distillation,
                 };
                 // The narrower ranks join at that share of the run, not a step before.

@@ -75,5 +75,5 @@ impl Plan {
 pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usize) -> usize {
     let (rows, seq, recompute) = (config.rows_of_a_pass(), config.data.seq_len, config.training.recompute);
     let terms = Passes::new(config, model).most_terms();
-    model.train_bytes(rows, seq, threads, recompute, config.training.batch_size, terms)
+    model.train_bytes(rows, seq, threads, recompute, config.training.batch_size, terms) + config.other_bytes()
 }

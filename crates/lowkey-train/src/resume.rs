@@ -188,6 +188,7 @@ fn comparable(config: &RunConfig) -> Result<toml::Table> {
     let mut config = config.clone();
     config.training.steps = 1;
     config.history = Vec::new();
+    config.without_caches();
     config.run.device = String::new();
     config.run.devices = Vec::new();
     config.run.name = String::new();
@@ -203,7 +204,7 @@ fn comparable(config: &RunConfig) -> Result<toml::Table> {
 }
 
 /// Whether two paths lead to the same place, however they are written.
-fn same_place(a: &Path, b: &Path) -> bool {
+pub(crate) fn same_place(a: &Path, b: &Path) -> bool {
     a == b || matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 

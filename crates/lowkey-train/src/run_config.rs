@@ -4,6 +4,7 @@ mod adapter;
 mod check;
 mod history;
 mod load;
+mod objective;
 mod trainable;
 
 use std::path::{Path, PathBuf};
@@ -13,6 +14,8 @@ pub use history::EarlierPlan;
 use lowkey_data::{Packing, dataset::TrainOn, sampler::TooLong};
 use lowkey_kernels::Precision;
 use lowkey_model::{Recompute, adapter::AdapterConfig, config::ModelSection, objective::Term};
+pub(crate) use objective::{Asked, OtherModel};
+pub use objective::{LossTypes, ObjectiveSection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
@@ -44,6 +47,9 @@ pub struct RunConfig {
     pub lr_scheduler: SchedulerSection,
     /// How long the run is, what one step takes in, and how it is computed.
     pub training: TrainingSection,
+    /// What is minimised, as `[[objective]]`. Absent: the loss on the next token.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub objective: Vec<ObjectiveSection>,
     /// When the model is measured on the held-out split, and texts that it writes then.
     #[serde(default)]
     pub eval: EvalSection,
@@ -451,7 +457,14 @@ impl RunConfig {
     /// How the gradients of a step that minimises `terms` are computed.
     pub(crate) fn passes<'a>(&self, terms: &'a [Term]) -> PassSettings<'a> {
         let TrainingSection { recompute, dtype, .. } = self.training;
-        PassSettings { micro_batch: self.micro_batch_size(), recompute, terms, precision: dtype, loss_scale: 1.0 }
+        PassSettings {
+            micro_batch: self.micro_batch_size(),
+            recompute,
+            terms,
+            precision: dtype,
+            loss_scale: 1.0,
+            other: None,
+        }
     }
 
     /// Sequences that a device has in a pass: a share of the batch, where several share it.

@@ -14,7 +14,8 @@ use lowkey_model::{ModelConfig, ModelDir};
 use crate::checkpoint::{self, TrainerState};
 use crate::error::{Error, Result};
 use crate::event::{Event, RunOptions};
-use crate::run_config::{RunConfig, RunSection};
+use crate::other_model;
+use crate::run_config::{ObjectiveSection, RunConfig, RunSection};
 use crate::run_data::{self, RunData};
 use crate::workers::memory;
 use crate::world::check_kinds;
@@ -96,6 +97,8 @@ pub struct Setup {
     pub init: Option<ModelDir>,
     /// What the user should know.
     pub notes: Vec<String>,
+    /// The model that the objective is held against.
+    pub(crate) other: Option<ModelConfig>,
 }
 
 /// Resolves a run file: opens (or prepares) the corpus and checks the model against its tokenizer.
@@ -173,7 +176,8 @@ pub(crate) fn setup_run(
     if let Some(tokenizer) = &data.tokenizer {
         check_prompts(&config.eval.prompts, tokenizer, &model)?;
     }
-    Ok(Setup { model, data, init, notes })
+    let other = other_model::check(config, &model, data.tokenizer.as_ref())?;
+    Ok(Setup { model, data, init, notes, other })
 }
 
 /// The model directory that a run starts from.
@@ -233,6 +237,12 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
         let why = "the dataset is a task of vectors, whose loss has no log-partition; leave the key out";
         return Err(Error::config("training.z_loss", config.training.z_loss, why));
     }
+    if let (true, Some(ObjectiveSection::Distillation { teacher, .. })) =
+        (corpus.task().is_of_vectors(), config.objective.first())
+    {
+        let why = "the dataset is a task of vectors, and a teacher predicts tokens; leave [[objective]] out";
+        return Err(Error::config("objective.teacher", teacher.display(), why));
+    }
     let init = init(config)?;
     if let Some(init) = &init {
         let path = init.path().join("tokenizer.json");
@@ -254,7 +264,8 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
         data.generation = Generation::from_model_dir(init.path(), data.tokenizer.as_ref())?;
     }
     data.generation = data.generation.or_sampling(SAVED_TEMPERATURE);
-    Ok(Setup { model, data, init, notes })
+    let other = other_model::check(config, &model, data.tokenizer.as_ref())?;
+    Ok(Setup { model, data, init, notes, other })
 }
 
 /// The model of a run file for a vocabulary of that many tokens, with notes for the user.
@@ -275,6 +286,11 @@ fn resolve_model(config: &RunConfig, init: Option<&ModelDir>, vocab: usize) -> R
     if model.vocab_size < vocab {
         let why = format!("the tokenizer has {vocab} tokens, more than the model's embedding has rows");
         return Err(Error::config("model.vocab_size", model.vocab_size, why));
+    }
+    if config.prefers() && !model.elastic_ranks().is_empty() {
+        let why = "the model's latent is elastic, and its narrower ranks learn from text alone; take a model without \
+                   kv_elastic_ranks";
+        return Err(Error::config("objective.kind", "preference", why));
     }
     if model.max_position_embeddings < seq_len {
         let most = model.max_position_embeddings;

@@ -3,6 +3,7 @@
 use lowkey_batch::Batch;
 use lowkey_kernels::optim::{Fault, Gate, Judgement, Terms, Verdict, clip_factor};
 use lowkey_model::CausalLm;
+use lowkey_model::objective::preference::PairFigures;
 
 use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
@@ -27,6 +28,8 @@ pub(crate) struct StepTaken {
     rows: u64,
     /// Targets of its batch.
     pub(crate) targets: usize,
+    /// Of pairs of answers.
+    pub(crate) pairs: Option<PairFigures>,
     outcome: Outcome,
 }
 
@@ -118,7 +121,8 @@ impl StepSettings<'_> {
             break (results, decision);
         };
         let targets = batch.target_tokens();
-        let taken = |outcome| StepTaken { step, rows, targets, outcome };
+        let pairs = results.first().and_then(|result| result.pairs);
+        let taken = |outcome| StepTaken { step, rows, targets, pairs, outcome };
         let Decision { outcome, gates, clip } = decision;
         if let Outcome::Known(judgement) = outcome
             && let Some(fault) = judgement.fault

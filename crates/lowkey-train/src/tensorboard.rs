@@ -80,9 +80,11 @@ impl EventWriter {
     ///
     /// # Errors
     /// [`Error::Io`] where the file cannot be written.
-    pub(crate) fn scalars(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
-        let value =
-            values.iter().map(|(tag, value)| Scalar { tag: (*tag).to_string(), simple_value: *value as f32 }).collect();
+    pub(crate) fn scalars(&mut self, step: u64, values: &[(impl AsRef<str>, f64)]) -> Result<()> {
+        let value = values
+            .iter()
+            .map(|(tag, value)| Scalar { tag: tag.as_ref().to_owned(), simple_value: *value as f32 })
+            .collect();
         self.write(&Event { summary: Some(Summary { value }), ..self.event(step) })
     }
 

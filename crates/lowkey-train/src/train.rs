@@ -15,16 +15,18 @@ use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
 use lowkey_kernels::optim::Judgement;
-use lowkey_model::{CausalLm, ModelDir, Parameter, objective::Term};
+use lowkey_model::objective::{Term, preference::PairFigures};
+use lowkey_model::{CausalLm, ModelDir, Parameter};
 use serde_json::json;
 
 use crate::checkpoint::{self, Beside, Checkpoints, TrainerState};
 use crate::error::{Error, Result};
-use crate::evaluate::{Evaluation, Held, evaluate};
+use crate::evaluate::{Evaluation, Held, evaluate, evaluate_pairs};
 use crate::event::{Event, Outcome, RunOptions};
 use crate::first_model::first_model;
 use crate::metrics::{Metrics, MetricsFile};
 use crate::optimizer::{Optimizer, global_norm};
+use crate::other_model::Counterpart;
 use crate::passes::Passes;
 use crate::plan::Plan;
 use crate::prefetch::Prefetch;
@@ -173,10 +175,11 @@ impl<'a> Run<'a> {
         resumed: Option<(&Path, TrainerState)>,
         devices: Vec<Device>,
     ) -> Result<Self> {
-        let Setup { model: model_config, data, init, .. } = setup;
+        let Setup { model: model_config, data, init, other, .. } = setup;
         let (resume, state) = resumed.unzip();
         let threads = config.threads();
         let batches = Arc::new(data.batches(&config.data, config.training.batch_size, config.run.seed)?);
+        config.check_pairs(batches.batch(state.as_ref().map_or(0, |state| state.step))?.pairs, &data.name)?;
         let count = devices.len();
         check_memory(config, &model_config, if devices.iter().any(is_cpu) { count } else { 1 })?;
         for device in &devices {
@@ -190,7 +193,8 @@ impl<'a> Run<'a> {
         (state.data, state.held_out) = (data.checksum(), Some(data.held_checksum()));
         state.newest_is_best = data.held.is_empty();
         let own_threads = if count > 1 { threads_each(threads, count) } else { threads };
-        let replica = |model: CausalLm, device: &Device| -> Result<Replica> {
+        let mut others_of = Counterpart::load(config, other.as_ref(), &model, &devices)?.into_iter();
+        let mut replica = |model: CausalLm, device: &Device| -> Result<Replica> {
             let parameters = model.trained_parameters();
             let mut optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
             if let Some(dir) = resume {
@@ -198,7 +202,14 @@ impl<'a> Run<'a> {
                 optimizer.restore(states, state.step);
             }
             let workers = Workers::for_device(own_threads, config.rows_of_a_pass(), device)?;
-            Ok(Replica { device: device.clone(), model, optimizer, workers, gate: None })
+            Ok(Replica {
+                device: device.clone(),
+                model,
+                optimizer,
+                workers,
+                gate: None,
+                other: others_of.next().flatten(),
+            })
         };
         // Values of its own for each: a device that is named twice would share them, and one thread would write over what another still
         // has to read.
@@ -207,9 +218,9 @@ impl<'a> Run<'a> {
             let values = copy.parameters().into_iter().map(|p| p.value * 1.0).collect();
             copy.with_values(values)
         };
-        let others = devices[1..].iter().map(|device| replica(copied(device), device));
-        let others = others.collect::<Result<Vec<_>>>()?;
+        let copies: Vec<(CausalLm, &Device)> = devices[1..].iter().map(|device| (copied(device), device)).collect();
         let first = replica(model, device)?;
+        let others = copies.into_iter().map(|(model, device)| replica(model, device)).collect::<Result<Vec<_>>>()?;
         // Before anything is multiplied, as the first use of a shape chooses its kernel.
         choose_kernels(state.kernels.clone());
         let plan = Plan::new(config, &first.model.config, ceiling(threads, &devices, config.training.dtype)?);
@@ -373,9 +384,9 @@ impl<'a> Run<'a> {
         let (mut known, mut targets, mut flops, mut refused) = (Vec::new(), 0, 0.0, None);
         while refused.is_none() && self.queued.len() >= most.max(1) {
             let Some(Queued { taken, step, tokens, lr, flops_per_token }) = self.queued.pop_front() else { break };
-            let more = taken.targets;
+            let (more, pairs) = (taken.targets, taken.pairs);
             match taken.wait(&self.world.main().model) {
-                Ok(judgement) => known.push((judgement, step, tokens, lr)),
+                Ok(judgement) => known.push((judgement, step, tokens, lr, pairs)),
                 Err(error) => refused = Some(error),
             }
             targets += more;
@@ -388,17 +399,20 @@ impl<'a> Run<'a> {
         self.plan.matmul_flops_per_s = self.plan.matmul_flops_per_s.max(flops_per_s);
         self.counted = Instant::now();
         self.state.time_s = self.earlier_s + self.started.elapsed().as_secs_f64();
-        let figures = |(judgement, step, tokens, lr): (Judgement, u64, u64, f64)| Metrics {
-            step,
-            tokens,
-            time_s: self.state.time_s,
-            train_loss: judgement.loss,
-            lr,
-            grad_norm: judgement.norm,
-            tokens_per_s,
-            mfu: flops_per_s / self.plan.matmul_flops_per_s,
-            epoch: self.batches.epoch(step),
-            ..Metrics::default()
+        let figures = |(judgement, step, tokens, lr, pairs): (Judgement, u64, u64, f64, Option<PairFigures>)| {
+            let metrics = Metrics {
+                step,
+                tokens,
+                time_s: self.state.time_s,
+                train_loss: judgement.loss,
+                lr,
+                grad_norm: judgement.norm,
+                tokens_per_s,
+                mfu: flops_per_s / self.plan.matmul_flops_per_s,
+                epoch: self.batches.epoch(step),
+                ..Metrics::default()
+            };
+            metrics.with_pairs(pairs)
         };
         let mut known: Vec<Metrics> = known.into_iter().map(figures).collect();
         let newest = if refused.is_none() { known.pop() } else { None };
@@ -416,8 +430,13 @@ impl<'a> Run<'a> {
     }
 
     fn evaluate(&self, held: &Held) -> Result<Evaluation> {
-        let Replica { model, workers, device, .. } = self.world.main();
-        let evaluation = evaluate(model, held, &self.byte_lengths, workers, device)?;
+        let Replica { model, workers, device, other, .. } = self.world.main();
+        let evaluation = match (self.config.first_term(), held) {
+            (Term::Preference(preference), Held::Batches(batches)) => {
+                evaluate_pairs(model, &preference, other.as_ref(), batches, workers, device)?
+            }
+            _ => evaluate(model, held, &self.byte_lengths, workers, device)?,
+        };
         if !evaluation.loss.is_finite() {
             return Err(Error::Diverged {
                 step: self.state.step,

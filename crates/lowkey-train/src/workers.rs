@@ -13,11 +13,12 @@ use lowkey_kernels::device::is_cpu;
 use lowkey_kernels::{Precision, linear, optim, precision::scope};
 use lowkey_model::{
     CausalLm, Recompute,
-    objective::{Objective, Term},
+    objective::{Learnt, Objective, Term, preference::PairFigures},
 };
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::other_model::{Counterpart, Said};
 use crate::run_config::RunConfig;
 
 /// Thread pools among which rows are shared.
@@ -41,6 +42,8 @@ pub struct PassSettings<'a> {
     pub precision: Precision,
     /// Factor on the gradients.
     pub loss_scale: f64,
+    /// The model that the terms are held against, where there is one.
+    pub(crate) other: Option<&'a Counterpart>,
 }
 
 /// Loss and gradients of one optimiser step, or of a part of its rows.
@@ -48,10 +51,12 @@ pub struct PassSettings<'a> {
 pub struct StepGradients {
     /// Loss of each pass, summed over its targets, `[passes]`, where the model lies.
     pub losses: Tensor<1>,
-    /// Targets of the step.
+    /// Targets of the step, or its pairs of answers: what the loss is a mean over.
     pub targets: usize,
     /// Gradients of the mean loss, flattened, in the order of the model's parameters.
     pub gradients: Vec<Tensor<1>>,
+    /// Of pairs of answers.
+    pub pairs: Option<PairFigures>,
 }
 
 impl StepGradients {
@@ -169,13 +174,16 @@ impl Workers {
         settings: PassSettings<'_>,
         device: &Device,
     ) -> StepGradients {
-        let PassSettings { micro_batch, recompute, terms, precision, loss_scale } = settings;
-        let targets = batch.target_tokens();
+        let PassSettings { micro_batch, recompute, terms, precision, loss_scale, other } = settings;
+        let targets = match terms.first() {
+            Some(Term::Preference(_)) => batch.rows / 2,
+            _ => batch.target_tokens(),
+        };
         let scale = loss_scale / targets.max(1) as f64;
         let objective = Objective { scale, terms };
         let mut losses: Vec<Tensor<1>> = Vec::new();
         let mut total: Vec<Tensor<1>> = Vec::new();
-        let unit = batch.unit();
+        let (mut pairs, unit) = (None, batch.unit());
         let micro_batch = micro_batch.next_multiple_of(unit);
         for from in rows.clone().step_by(micro_batch) {
             let pass = (rows.end - from).min(micro_batch);
@@ -184,18 +192,33 @@ impl Workers {
             let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
             let results = self.map(&forks, |((from, to), fork)| {
                 let _precision = scope(precision);
-                let (loss, gradients) = fork.loss_and_gradients(batch.rows(*from..*to), objective, recompute, device);
+                let rows = batch.rows(*from..*to);
+                let said = other.map(|other| other.says(rows));
+                let against = said.as_ref().map(Said::against).unwrap_or_default();
+                let Learnt { loss, gradients, pairs } = fork.learn(rows, objective, against, recompute, device);
                 // What is reported is the loss without what only steers the training.
-                ((loss.nats - loss.z_loss).without_autodiff(), gradients)
+                ((loss.nats - loss.z_loss).without_autodiff(), gradients, pairs)
             });
             // The graphs are gone, and the forks with them, before anything is summed.
             drop(forks);
-            let (loss, parts): (Vec<_>, Vec<_>) = results.into_iter().unzip();
-            losses.extend(loss);
+            let mut parts = Vec::with_capacity(results.len());
+            for (loss, gradients, more) in results {
+                losses.push(loss);
+                parts.push(gradients);
+                pairs = joined([pairs, more]);
+            }
             total = self.together(|| sum(total, parts));
         }
-        StepGradients { losses: Tensor::cat(losses, 0), targets, gradients: total }
+        StepGradients { losses: Tensor::cat(losses, 0), targets, gradients: total, pairs }
     }
+}
+
+/// The figures of several parts of a step together.
+pub(crate) fn joined(parts: impl IntoIterator<Item = Option<PairFigures>>) -> Option<PairFigures> {
+    parts.into_iter().flatten().reduce(|mut sum, more| {
+        sum.add(more);
+        sum
+    })
 }
 
 /// Adds `parts` to `total` (empty: to the first part) in their order, parameter by parameter; each is freed once it is added.

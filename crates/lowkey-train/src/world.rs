@@ -21,7 +21,8 @@ use lowkey_model::CausalLm;
 use crate::buckets::{BUCKET, packed, read, sums, unpacked};
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, Update};
-use crate::workers::{PassSettings, StepGradients, Workers};
+use crate::other_model::Counterpart;
+use crate::workers::{PassSettings, StepGradients, Workers, joined};
 
 /// The model on one device, with what trains it there.
 #[derive(Debug)]
@@ -36,6 +37,15 @@ pub(crate) struct Replica {
     pub(crate) workers: Workers,
     /// What the device has found of the last step.
     pub(crate) gate: Option<Gate>,
+    /// The model that the objective is held against, where there is one.
+    pub(crate) other: Option<Counterpart>,
+}
+
+impl Replica {
+    /// How its own passes are taken.
+    fn passes<'a>(&'a self, passes: PassSettings<'a>) -> PassSettings<'a> {
+        PassSettings { other: self.other.as_ref(), ..passes }
+    }
 }
 
 /// The members that train together, and how their gradients become one.
@@ -89,15 +99,27 @@ impl World {
     /// Loss and gradients of the whole batch, once for each replica.
     ///
     /// # Errors
-    /// [`Error::Device`] where gradients cannot be read back to be added up.
+    /// [`Error::Device`] where gradients cannot be read back to be added up, [`Error::Io`] where what another model said cannot be
+    /// kept.
     pub(crate) fn gradients(&self, batch: &Batch, passes: PassSettings<'_>) -> Result<Vec<StepGradients>> {
         if let [only] = &self.members[..] {
-            return Ok(vec![only.workers.gradients(&only.model, batch, passes, &only.device)]);
+            let gradients = only.workers.gradients(&only.model, batch, only.passes(passes), &only.device);
+            only.other.as_ref().map_or(Ok(()), Counterpart::in_order)?;
+            return Ok(vec![gradients]);
         }
         let (count, rows, unit) = (self.members.len(), batch.rows, batch.unit());
         let own = self.each((0..count).collect(), |replica, i| {
-            replica.workers.gradients_of(&replica.model, batch, share(rows, unit, i, count), passes, &replica.device)
+            replica.workers.gradients_of(
+                &replica.model,
+                batch,
+                share(rows, unit, i, count),
+                replica.passes(passes),
+                &replica.device,
+            )
         });
+        for replica in &self.members {
+            replica.other.as_ref().map_or(Ok(()), Counterpart::in_order)?;
+        }
         self.reduced(own)
     }
 
@@ -105,6 +127,7 @@ impl World {
     fn reduced(&self, own: Vec<StepGradients>) -> Result<Vec<StepGradients>> {
         let lengths: Vec<usize> = own.iter().take(1).flat_map(|own| &own.gradients).map(|g| g.dims()[0]).collect();
         let targets = own.first().map_or(0, |own| own.targets);
+        let pairs = joined(own.iter().map(|own| own.pairs));
         let packed = |own: StepGradients| {
             // Along the axis: the sum over all would be one of atomic additions on a GPU, in an order that changes.
             let losses = own.losses.sum_dim(0);
@@ -132,7 +155,7 @@ impl World {
         let unpacked = |buckets: Vec<Tensor<1>>| {
             let mut gradients = unpacked(buckets, lengths.iter().copied().chain([1]));
             let losses = gradients.pop().unwrap_or_else(|| unreachable!("the losses come last"));
-            StepGradients { losses, targets, gradients }
+            StepGradients { losses, targets, gradients, pairs }
         };
         Ok(sums.into_iter().map(unpacked).collect())
     }

@@ -42,6 +42,16 @@ pub(crate) trait LossOps: Backend {
         share: f64,
         precision: Precision,
     ) -> FloatTensor<Self>;
+
+    /// A sum `[1]` that was computed with its gradients, `d_h` and `d_weight` of the shapes of `h` and `weight`. Of what is not
+    /// differentiated the gradient is not looked at.
+    fn with_gradients(
+        h: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        sum: FloatTensor<Self>,
+        d_h: FloatTensor<Self>,
+        d_weight: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
 }
 
 /// What the backward pass needs from a backend.
@@ -136,6 +146,22 @@ impl<B: LossGradients, C: CheckpointStrategy> LossOps for Autodiff<B, C> {
                 prep.finish(gradients, sum)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::distill_sum(h, weight, teacher, targets, share, precision)),
+        }
+    }
+
+    fn with_gradients(
+        h: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        sum: FloatTensor<Self>,
+        d_h: FloatTensor<Self>,
+        d_weight: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let [of_h, of_weight] = [h.is_tracked(), weight.is_tracked()];
+        let prep = CrossEntropy.prepare::<C>([h.node(), weight.node()]).compute_bound().stateful();
+        let [sum, d_h, d_weight] = [sum, d_h, d_weight].map(|tensor| tensor.into_primitive());
+        match prep {
+            OpsKind::Tracked(prep) => prep.finish([of_h.then_some(d_h), of_weight.then_some(d_weight)], sum),
+            OpsKind::UnTracked(prep) => prep.finish(sum),
         }
     }
 }

@@ -3,6 +3,8 @@
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor};
 
+use super::Divergence;
+
 /// `−log softmax(W h)[target]` of each token, 0 where the target is negative. See [`crate::loss::cross_entropy_each`].
 pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let [n] = targets.dims();
@@ -45,4 +47,30 @@ pub fn distill_sum(
     let [n] = targets.dims();
     let apart = (log_p.clone().exp() * (log_p - log_q)).sum_dim(1).reshape([n]).mask_fill(ignored, 0.0f32);
     (apart * share + cross_entropy_each(h, weight, targets) * (1.0 - share)).sum()
+}
+
+/// The distance of [`crate::loss::diverge_sum`] from the whole of what a teacher predicts, with its share of the cross entropy.
+pub fn diverge_sum(
+    h: Tensor<2>,
+    weight: Tensor<2>,
+    teacher: [Tensor<2>; 2],
+    targets: Tensor<1, Int>,
+    divergence: Divergence,
+) -> Tensor<1> {
+    let Divergence { beta, temperature, share } = divergence;
+    let ([n, _], ignored) = (h.dims(), targets.clone().lower_elem(0));
+    let [hidden, head] = teacher;
+    let log_s = log_softmax(h.clone().matmul(weight.clone().transpose()) / temperature, 1);
+    let log_t = log_softmax(hidden.matmul(head.transpose()) / temperature, 1).detach();
+    let apart = |p: Tensor<2>, q: Tensor<2>| (p.clone().exp() * (p - q)).sum_dim(1);
+    let distance = if beta == 0.0 {
+        apart(log_t, log_s)
+    } else if beta == 1.0 {
+        apart(log_s, log_t)
+    } else {
+        let log_m = (log_s.clone().exp() * (1.0 - beta) + log_t.clone().exp() * beta).log();
+        apart(log_t, log_m.clone()) * beta + apart(log_s, log_m) * (1.0 - beta)
+    };
+    let distance = distance.reshape([n]).mask_fill(ignored, 0.0f32);
+    (distance * share + cross_entropy_each(h, weight, targets) * (1.0 - share)).sum()
 }

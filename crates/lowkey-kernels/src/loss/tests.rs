@@ -75,3 +75,41 @@ fn cross_entropy_survives_extreme_logits_and_no_targets() {
     let grads = none.nats.backward();
     assert_eq!(host(h.grad(&grads).unwrap()), vec![0.0; 4]);
 }
+
+#[test]
+fn distances_to_another_head_agree() {
+    device().seed(13);
+    for (n, d, vocab) in [(1, 3, 2), (7, 24, 67), (40, 12, 67), (9, 8, 900)] {
+        let (h, w) = (random([n, d], 1.0), random([vocab, d], 1.0));
+        let (hidden, head) = (random([n, d + 3], 0.7), random([vocab, d + 3], 0.7));
+        let targets: Vec<i64> = (0..n).map(|i| if i % 5 == 3 { IGNORE } else { (i * 31 % vocab) as i64 }).collect();
+        let index = target_tensor(&targets, &device());
+        for (beta, temperature, share) in
+            [(0.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.3, 0.9, 0.6), (0.0, 2.0, 0.5), (1.0, 1.5, 0.0)]
+        {
+            let divergence = Divergence { beta, temperature, share };
+            let teacher = || Teacher::Whole(hidden.clone(), head.clone());
+            compare(
+                &format!("divergence {n} {d} {vocab}, {divergence:?}"),
+                &[("h", Leaf::Two(h.clone())), ("weight", Leaf::Two(w.clone()))],
+                || diverge_sum(h.clone(), w.clone(), teacher(), &targets, divergence),
+                || {
+                    let teacher = [hidden.clone(), head.clone()];
+                    reference::diverge_sum(h.clone(), w.clone(), teacher, index.clone(), divergence)
+                },
+            );
+        }
+        let divergence = Divergence { beta: 0.4, temperature: 1.0, share: 1.0 };
+        let whole =
+            diverge_sum(h.clone(), w.clone(), Teacher::Whole(hidden.clone(), head.clone()), &targets, divergence);
+        let grads = whole.clone().backward();
+        assert!(hidden.grad(&grads).is_none() && head.grad(&grads).is_none(), "the teacher learns");
+        // Without a graph the sum is the same.
+        let (h, w) = (h.without_autodiff(), w.without_autodiff());
+        let plain = diverge_sum(h.clone(), w, Teacher::Whole(hidden, head), &targets, divergence);
+        assert_eq!(host(plain), host(whole));
+        let none = vec![IGNORE; n];
+        let top = TopTokens { k: 1, ..TopTokens::default() };
+        assert_eq!(host(diverge_sum(h.clone(), h, Teacher::Top(&top), &none, divergence)), [0.0]);
+    }
+}

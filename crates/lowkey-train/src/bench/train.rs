@@ -185,7 +185,7 @@ impl Session {
             seq,
             threads,
             optimizer_section,
-            world: World::new(Replica { device, model, optimizer, workers, gate: None }, Vec::new()),
+            world: World::new(Replica { device, model, optimizer, workers, gate: None, other: None }, Vec::new()),
             recompute: options.recompute,
             precision: options.dtype,
             loss_scale: (options.dtype == Precision::F16).then(LossScale::default),
@@ -213,6 +213,7 @@ impl Session {
                 terms: &[Term::Next { z_loss: 0.0 }],
                 precision: self.precision,
                 loss_scale: 1.0,
+                other: None,
             },
             grad_clip: self.optimizer_section.grad_clip,
         };
@@ -262,7 +263,7 @@ pub(super) fn random_batch(random: &mut ChaCha8Rng, rows: usize, seq_len: usize,
         input_ids.extend(&tokens[..seq_len]);
         targets.extend(tokens[1..].iter().map(|token| i64::from(*token)));
     }
-    Batch { rows, seq_len, input_ids, targets, document_starts: vec![0; rows * seq_len], vectors: None, pairs: false }
+    Batch { rows, seq_len, input_ids, targets, document_starts: vec![0; rows * seq_len], ..Batch::default() }
 }
 
 /// Times whole optimiser steps.

@@ -86,6 +86,7 @@ fn tokens(
         latents,
         ranks: Vec::new(),
         datasets: Vec::new(),
+        pairs: std::collections::BTreeMap::new(),
     })
 }
 
@@ -114,6 +115,7 @@ fn vectors(model: &CausalLm, batches: &[Batch], workers: &Workers, device: &Devi
         latents,
         ranks: Vec::new(),
         datasets: Vec::new(),
+        pairs: std::collections::BTreeMap::new(),
     })
 }
 

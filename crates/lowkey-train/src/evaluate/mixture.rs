@@ -48,6 +48,7 @@ pub(super) fn evaluate(
         gap: mean(|evaluation| evaluation.gap),
         classes: Vec::new(),
         datasets: datasets.collect(),
+        pairs: std::collections::BTreeMap::new(),
         // Those of the first, as everywhere on its first rows.
         latents: measured.into_iter().next().map(|(.., evaluation)| evaluation.latents).unwrap_or_default(),
         ranks: Vec::new(),

@@ -52,6 +52,7 @@ impl RunConfig {
         self.check_adapter()?;
         fraction("training.distillation", self.training.distillation)?;
         fraction("training.elastic_start", self.training.elastic_start)?;
+        self.check_objective()?;
         self.check_optimizer()?;
         let s = &self.lr_scheduler;
         fraction("lr_scheduler.decay_fraction", s.decay_fraction)?;
@@ -198,7 +199,7 @@ pub(crate) fn at_least_one(key: &'static str, value: usize, most: usize) -> Resu
     Ok(())
 }
 
-fn fraction(key: &'static str, value: f64) -> Result<()> {
+pub(super) fn fraction(key: &'static str, value: f64) -> Result<()> {
     if (0.0..=1.0).contains(&value) {
         return Ok(());
     }

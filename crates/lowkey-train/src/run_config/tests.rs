@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::fixtures::MODEL;
 
 /// A run file with nothing in it that could be left out.
-fn minimal() -> String {
+pub(super) fn minimal() -> String {
     format!(
         "[run]\nname = \"small\"\n[model]{MODEL}[data]\npath = \"text.txt\"\nseq_len = 24\n[optimizer]\nlr = 1e-2\n\
          [training]\nsteps = 100\nbatch_size = 8\n"
@@ -26,14 +26,14 @@ fn full() -> String {
     )
 }
 
-fn load(text: &str, overrides: &[&str]) -> Result<RunConfig> {
+pub(super) fn load(text: &str, overrides: &[&str]) -> Result<RunConfig> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("run.toml");
     std::fs::write(&path, text).unwrap();
     RunConfig::load(&path, &overrides.iter().map(|o| (*o).to_string()).collect::<Vec<_>>())
 }
 
-fn refusal(text: &str, overrides: &[&str]) -> String {
+pub(super) fn refusal(text: &str, overrides: &[&str]) -> String {
     load(text, overrides).expect_err(&format!("{overrides:?} must be refused")).to_string()
 }
 

@@ -140,7 +140,10 @@ fn kind_of_value(schema: &Value) -> String {
             Some(values) if values.is_object() => format!("table, each value: {}", kind_of_value(values)),
             _ => "table of any keys".into(),
         },
-        _ => "anything".into(),
+        _ => match schema.get("anyOf").and_then(Value::as_array) {
+            Some(kinds) => kinds.iter().map(kind_of_value).collect::<Vec<_>>().join(", or "),
+            None => "anything".into(),
+        },
     }
 }
 

@@ -1,0 +1,51 @@
+//! How well a model tells chosen answers from rejected ones.
+
+use burn::module::Module;
+use burn::tensor::Device;
+use lowkey_batch::Batch;
+use lowkey_model::CausalLm;
+use lowkey_model::objective::preference::Preference;
+
+use super::{Evaluation, Looks, look};
+use crate::error::Result;
+use crate::other_model::Counterpart;
+use crate::workers::{Workers, joined};
+
+/// Evaluates a model on pairs of answers, as a run that learns from them minimises their loss.
+///
+/// # Errors
+/// [`Error::Device`](crate::Error::Device) where a logit cannot be read back; [`Error::Io`](crate::Error::Io) where what the reference said cannot be kept.
+pub(crate) fn evaluate_pairs(
+    model: &CausalLm,
+    preference: &Preference,
+    reference: Option<&Counterpart>,
+    batches: &[Batch],
+    workers: &Workers,
+    device: &Device,
+) -> Result<Evaluation> {
+    let (model, device) = (model.valid(), device.clone().without_autodiff());
+    let figures = workers.map(batches, |batch| {
+        let (sums, tokens) = model.row_log_probs(batch.all(), &device);
+        let reference = reference.map(|reference| reference.measures(batch.all()));
+        preference.judge_rows(&sums, &tokens, reference.as_deref()).1
+    });
+    reference.map_or(Ok(()), Counterpart::in_order)?;
+    let figures = joined(figures.into_iter().map(Some)).unwrap_or_default();
+    let Looks { max_logit, latents } = look(&model, batches.first(), &device)?;
+    Ok(Evaluation {
+        loss: figures.mean_loss(),
+        perplexity: None,
+        bits_per_byte: None,
+        accuracy: None,
+        mse: None,
+        tokens: batches.iter().map(Batch::target_tokens).sum(),
+        bytes: 0,
+        max_logit,
+        gap: None,
+        classes: Vec::new(),
+        latents,
+        ranks: Vec::new(),
+        datasets: Vec::new(),
+        pairs: figures.named().into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+    })
+}
