@@ -47,8 +47,11 @@ pub struct Rendered {
     pub spans: Vec<Range<usize>>,
 }
 
+/// A name, a template's text, and the special tokens that it uses.
+type BuiltIn = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+
 /// Templates of our own. They mark what the assistant says.
-const BUILT_IN: [(&str, &str, &[(&str, &str)]); 5] = [
+const BUILT_IN: [BuiltIn; 5] = [
     ("chatml", include_str!("built_in/chatml.jinja"), &[]),
     ("llama3", include_str!("built_in/llama3.jinja"), &[("bos_token", "<|begin_of_text|>")]),
     ("qwen", include_str!("built_in/qwen.jinja"), &[]),
