@@ -17,6 +17,7 @@ mod lab;
 mod output;
 mod reference;
 mod reference_text;
+mod report;
 mod resume;
 mod schema;
 mod tasks;
