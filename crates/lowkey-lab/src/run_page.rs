@@ -223,7 +223,7 @@ fn reading(told: &[Told]) -> String {
             }
         }
         let thinned: BTreeSet<&str> =
-            curves.iter().filter(|(_, curve)| curve.thinned).map(|(figure, _)| figure.name.as_str()).collect();
+            curves.iter().filter(|(_, _, curve)| curve.thinned).map(|(name, _, _)| name).collect();
         if !thinned.is_empty() {
             items.push(format!(
                 "{label}: there are more figures than were held; of these, the lowest and highest of many stretches are left: {}.",

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::checkpoint;
 use crate::error::{Error, Result};
-pub use curves::{Curve, Curves, Figure, Point};
+pub use curves::{Curve, Curves, Point};
 pub(crate) use outcome::Ended;
 pub use outcome::State;
 pub use samples::Samples;

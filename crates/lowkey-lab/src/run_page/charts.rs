@@ -167,9 +167,9 @@ fn others(told: &[Told]) -> Vec<Chart> {
         .chain(PARTED.iter().map(|(name, ..)| *name))
         .collect();
     let mut found: BTreeSet<(&str, bool)> = BTreeSet::new();
-    for (figure, _) in told.iter().flat_map(|told| told.curves.iter()) {
-        if !known.contains(figure.name.as_str()) {
-            found.insert((&figure.name, !figure.part.is_empty()));
+    for (name, part, _) in told.iter().flat_map(|told| told.curves.iter()) {
+        if !known.contains(name) {
+            found.insert((name, !part.is_empty()));
         }
     }
     let charts = found.into_iter().flat_map(|(name, has_parts)| {

@@ -9,7 +9,7 @@ use super::lines::{each_line, spread};
 use crate::error::{Error, Result};
 
 /// Bytes of a file that are read; of a longer one so many, in parts from its beginning to its end.
-const MOST_BYTES: u64 = 1 << 30;
+const MOST_BYTES: u64 = 256 << 20;
 
 /// Points of all curves together that are held; where there are more, each curve is thinned.
 const MOST_POINTS: usize = 1 << 21;
@@ -22,15 +22,6 @@ const LONGEST_NAME: usize = 100;
 
 /// What says where a line belongs, rather than what was measured there.
 const PLACES: [&str; 4] = ["step", "tokens", "time_s", "epoch"];
-
-/// A figure of `metrics.jsonl`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Figure {
-    /// The key, such as `train_loss`.
-    pub name: String,
-    /// The key within its value, such as the class within `class_gap`, or the index within a list; empty where the value is a number.
-    pub part: String,
-}
 
 /// A figure at a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -118,7 +109,11 @@ impl Curve {
 /// All curves of a run.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Curves {
-    curves: BTreeMap<Figure, Curve>,
+    /// By key, such as `train_loss`, and by the key within its value, such as the class within `class_gap`, or the index within a list;
+    /// that is empty where the value is a number.
+    curves: BTreeMap<String, BTreeMap<String, Curve>>,
+    /// How many there are.
+    kinds: usize,
     /// Points in all curves.
     held: usize,
     /// The highest step so far.
@@ -168,18 +163,20 @@ impl Curves {
 
     /// A figure's curve, where there is one.
     pub fn get(&self, name: &str) -> Option<&Curve> {
-        self.curves.get(&Figure { name: name.into(), part: String::new() })
+        self.curves.get(name)?.get("")
     }
 
     /// The curves of a figure that has parts, by part.
-    pub fn parts<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a str, &'a Curve)> {
-        let of = move |(figure, _): &(&Figure, &Curve)| figure.name == name && !figure.part.is_empty();
-        self.curves.iter().filter(of).map(|(figure, curve)| (figure.part.as_str(), curve))
+    pub fn parts(&self, name: &str) -> impl Iterator<Item = (&str, &Curve)> {
+        let parts = self.curves.get(name).into_iter().flatten();
+        parts.filter(|(part, _)| !part.is_empty()).map(|(part, curve)| (part.as_str(), curve))
     }
 
-    /// All curves.
-    pub fn iter(&self) -> impl Iterator<Item = (&Figure, &Curve)> {
-        self.curves.iter()
+    /// All curves, by figure and part, which is empty for a figure that has none.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str, &Curve)> {
+        let parts =
+            self.curves.iter().flat_map(|(name, parts)| parts.iter().map(move |(part, curve)| (name, part, curve)));
+        parts.map(|(name, part, curve)| (name.as_str(), part.as_str(), curve))
     }
 
     fn add(&mut self, line: &Map<String, Value>) {
@@ -188,7 +185,7 @@ impl Curves {
         let (tokens, time_s) = (number("tokens"), number("time_s"));
         if self.lines > 0 && step <= self.highest {
             let mut was = false;
-            for curve in self.curves.values_mut() {
+            for curve in self.curves.values_mut().flat_map(BTreeMap::values_mut) {
                 let gone = curve.points.remove(&step).is_some();
                 self.held -= usize::from(gone);
                 was |= gone | curve.not_finite.remove(&step);
@@ -219,13 +216,18 @@ impl Curves {
         if !(value.is_number() || value.is_null()) {
             return;
         }
-        let figure = Figure { name: name.into(), part: part.into() };
-        let fits = name.len() <= LONGEST_NAME && part.len() <= LONGEST_NAME && self.curves.len() < MOST_CURVES;
-        if !fits && !self.curves.contains_key(&figure) {
-            self.left_out += 1;
-            return;
-        }
-        let curve = self.curves.entry(figure).or_default();
+        let known = self.curves.get_mut(name).and_then(|parts| parts.get_mut(part));
+        let curve = match known {
+            Some(curve) => curve,
+            None if name.len() > LONGEST_NAME || part.len() > LONGEST_NAME || self.kinds >= MOST_CURVES => {
+                self.left_out += 1;
+                return;
+            }
+            None => {
+                self.kinds += 1;
+                self.curves.entry(name.into()).or_default().entry(part.into()).or_default()
+            }
+        };
         match value.as_f64().filter(|value| value.is_finite()) {
             Some(value) => {
                 curve.points.insert(step, at(value));
@@ -239,9 +241,9 @@ impl Curves {
     }
 
     fn make_room(&mut self) {
-        let stretches = (MOST_POINTS / 8 / self.curves.len().max(1)).max(16);
+        let stretches = (MOST_POINTS / 8 / self.kinds.max(1)).max(16);
         self.held = 0;
-        for curve in self.curves.values_mut() {
+        for curve in self.curves.values_mut().flat_map(BTreeMap::values_mut) {
             let kept = curve.thin(stretches);
             curve.thinned |= kept.len() < curve.points.len();
             curve.points = kept.into_iter().map(|point| (point.step, point)).collect();
