@@ -48,6 +48,10 @@ pub(crate) const NAMES: [&str; 9] =
 /// Bytes of a file about the whole run that are read.
 const LARGEST: u64 = 16 << 20;
 
+/// Characters of the longest name, and of the longest reason, that are told.
+const LONGEST_NAME: usize = 100;
+const LONGEST_REASON: usize = 1000;
+
 /// The folder of a run.
 #[derive(Clone, Debug)]
 pub struct RunDir {
@@ -95,7 +99,7 @@ impl RunDir {
         let own =
             || path.canonicalize().unwrap_or_else(|_| path.into()).file_name().map(|n| n.to_string_lossy().into());
         let mut run = Self {
-            name: name.or_else(own).unwrap_or_default(),
+            name: cut(&name.or_else(own).unwrap_or_default(), LONGEST_NAME),
             path: path.to_path_buf(),
             config,
             environment: json(&path.join(ENVIRONMENT)),
@@ -104,6 +108,7 @@ impl RunDir {
             why: None,
         };
         (run.state, run.why) = outcome::state(&run);
+        run.why = run.why.map(|why| cut(&why, LONGEST_REASON));
         Ok(run)
     }
 
@@ -190,6 +195,14 @@ impl RunDir {
             Saved { step, bytes, best: best.as_deref().is_some_and(|best| Some(best.as_os_str()) == path.file_name()) }
         });
         saved.collect()
+    }
+}
+
+/// The beginning of a text that is longer than `most` characters.
+fn cut(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text.to_string(),
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::cut;
 use super::lines::{each_line, spread};
 use crate::error::{Error, Result};
 use crate::metrics::reopen;
@@ -95,7 +96,7 @@ impl Samples {
     }
 
     fn add(&mut self, sample: &Sample) {
-        let (prompt, text) = (cut(&sample.prompt), cut(&sample.text));
+        let (prompt, text) = (cut(&sample.prompt, LONGEST), cut(&sample.text, LONGEST));
         if self.prompts.len() >= MOST_PROMPTS && !self.prompts.contains_key(&prompt) {
             self.unread += 1;
             return;
@@ -109,13 +110,6 @@ impl Samples {
                 i % 2 == 1
             });
         }
-    }
-}
-
-fn cut(text: &str) -> String {
-    match text.char_indices().nth(LONGEST) {
-        Some((at, _)) => format!("{}…", &text[..at]),
-        None => text.to_string(),
     }
 }
 

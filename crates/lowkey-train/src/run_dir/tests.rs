@@ -70,6 +70,8 @@ fn a_run_of_which_little_is_left_is_told_as_far_as_it_goes() {
     fs::write(path.join(RUN_FILE), "[training]\nsteps = \"many\"\n").unwrap();
     let run = RunDir::open(&path).unwrap();
     assert_eq!((run.steps(), run.environment, run.name.as_str()), (None, Value::Null, "a"));
+    fs::write(path.join(RUN_FILE), format!("[run]\nname = \"{}\"\n", "ü".repeat(5000))).unwrap();
+    assert_eq!(RunDir::open(&path).unwrap().name.chars().count(), LONGEST_NAME + 1);
     fs::write(path.join(RUN_FILE), "[training").unwrap();
     assert!(RunDir::open(&path).unwrap_err().to_string().contains("not a run file"));
 }
