@@ -51,7 +51,7 @@ pub mod write;
 
 pub use error::{Error, Result};
 pub use names::{is_plain_name, printable, printable_lines};
-pub use owned::Owned;
+pub use owned::{Owned, is_claimed};
 pub use read::{open, read, read_text};
 pub use room::room;
 pub use staging::{Replace, Staging, recover};

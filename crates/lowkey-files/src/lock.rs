@@ -7,6 +7,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub use crate::error::HELD;
 use crate::error::{Error, Result};
@@ -38,8 +39,32 @@ pub fn lock(path: &Path) -> Result<Lock> {
     Lock::take(path, Leftover::Empty)
 }
 
+/// Whether somebody holds the lock `path`. It is not taken for that: what is found is locked for a moment, in a way that several
+/// who ask at once do not take each other for a holder.
+pub fn is_held(path: &Path) -> bool {
+    if !path.symlink_metadata().is_ok_and(|found| found.is_file()) {
+        return false;
+    }
+    look(path).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
+/// Opens what bears the name of a lock, and follows no link.
+fn look(path: &Path) -> std::io::Result<File> {
+    let mut options = File::options();
+    options.read(true);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    }
+    options.open(path)
+}
+
 impl Lock {
     pub(crate) fn take(path: &Path, leftover: Leftover) -> Result<Self> {
+        /// Who only asks whether a lock is held has it for less than the time of these.
+        const GLANCES: u32 = 3;
+        let mut held = 0;
         // A few rounds: another process may take, drop or clear away the same name between two of our calls.
         for _ in 0..100 {
             match File::options().read(true).write(true).create_new(true).open(path) {
@@ -58,7 +83,13 @@ impl Lock {
                         return Ok(lock);
                     }
                 }
-                Err(e) if e.kind() == ErrorKind::AlreadyExists => clear(path, leftover)?,
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => match clear(path, leftover) {
+                    Err(Error::Held { .. }) if held < GLANCES => {
+                        held += 1;
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
+                    cleared => cleared?,
+                },
                 Err(e) => return Err(Error::io("write", path)(e)),
             }
         }
@@ -93,14 +124,7 @@ fn clear(path: &Path, leftover: Leftover) -> Result<()> {
         let why = "is in the way, and lowkey did not put it there: remove it, or move it elsewhere";
         return Err(Error::refused(path, why));
     }
-    let mut options = File::options();
-    options.read(true);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::OpenOptionsExt;
-        options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    }
-    let file = match options.open(path) {
+    let file = match look(path) {
         Ok(file) => file,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(Error::io("read", path)(e)),
@@ -148,6 +172,22 @@ mod tests {
         fs::write(&path, "").unwrap();
         drop(lock(&path).unwrap());
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn who_asks_whether_it_is_held_takes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(".lock");
+        assert!(!is_held(&path) && !path.exists());
+        let held = lock(&path).unwrap();
+        assert!(is_held(&path) && is_held(&path));
+        drop(held);
+        fs::write(&path, "").unwrap();
+        assert!(!is_held(&path) && path.exists());
+        // Two who ask at once do not take each other for a holder.
+        let glance = look(&path).unwrap();
+        glance.try_lock_shared().unwrap();
+        assert!(!is_held(&path));
     }
 
     #[test]

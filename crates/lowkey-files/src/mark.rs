@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::hash::sha256;
 use crate::names::{is_plain_name, printable};
 use crate::read::read_text;
+use crate::write::write_json;
 
 /// Name of the file that a folder's maker and files stand in.
 pub const MARK: &str = "lowkey.json";
@@ -81,6 +82,20 @@ impl Mark {
                 Err(Error::refused(&path, format!("names \"{}\", which is no file of this folder", printable(name))))
             }
             None => Ok(Some(mark)),
+        }
+    }
+
+    /// Adds a file that changes to the mark of a folder of this kind; where the folder has no such mark, nothing is done.
+    ///
+    /// # Errors
+    /// As [`Mark::read`], and [`Error::Io`] where the mark cannot be written.
+    pub fn add(dir: &Path, kind: Kind, name: &str) -> Result<()> {
+        match Self::read(dir)? {
+            Some(mut mark) if mark.kind == kind && !mark.files.contains_key(name) => {
+                mark.files.insert(name.to_string(), None);
+                write_json(&dir.join(MARK), &mark)
+            }
+            _ => Ok(()),
         }
     }
 

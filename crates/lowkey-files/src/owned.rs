@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::lock::{Lock, lock};
+use crate::lock::{Lock, is_held, lock};
 use crate::mark::{Kind, MARK, Mark};
 use crate::write::{create_dir, sweep, write_json};
 
@@ -80,6 +80,11 @@ impl Owned {
     pub fn dir(&self) -> &Path {
         &self.dir
     }
+}
+
+/// Whether somebody works in a folder that grows.
+pub fn is_claimed(dir: &Path) -> bool {
+    is_held(&dir.join(LOCK))
 }
 
 #[cfg(test)]

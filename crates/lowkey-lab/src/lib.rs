@@ -47,6 +47,8 @@
 //! values = [8, 16, 32]
 //! ```
 //!
+//! **A page about runs.** [`run_page`] draws single runs, or several one upon the other, from their folders, studies or not.
+//!
 //! **What this crate does not know.** The command line and the terminal; how a run is trained.
 //!
 //! # Example
@@ -87,6 +89,7 @@
 //! # }
 //! ```
 
+mod axis;
 mod collect;
 mod decode;
 mod error;
@@ -95,16 +98,20 @@ pub mod experiment;
 pub mod fit;
 #[cfg(test)]
 mod fixtures;
+mod html;
 mod kept;
+mod looks;
 mod markup;
 mod page;
 mod plot;
 mod quantised;
 mod report;
 mod run;
+pub mod run_page;
 mod stats;
 pub mod study;
 pub mod summary;
+pub mod units;
 mod verdict;
 
 pub use error::{Error, Result};

@@ -1,11 +1,6 @@
-//! Text from an experiment file as the three reports take it: a name is shown, and neither read as markup nor as a formula.
+//! Text from an experiment file as tables take it: a name is shown, and neither read as markup nor as a formula.
 
 use lowkey_files::printable;
-
-/// In HTML.
-pub(crate) fn html(text: &str) -> String {
-    printable(text).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
 
 /// In a line or a cell of Markdown.
 pub(crate) fn markdown(text: &str) -> String {
@@ -49,7 +44,6 @@ mod tests {
 
     #[test]
     fn names_are_shown_and_not_read_as_markup() {
-        assert_eq!(html("<script>&\"\u{1b}[2J"), "&lt;script&gt;&amp;&quot;\\x1b[2J");
         for (text, shown) in [
             ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
             ("kv_lora_rank-4", "kv_lora_rank-4"),

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
+use crate::axis::short;
 use crate::fit::PowerLaw;
-use crate::markup::html as escaped;
-use crate::plot::{Plot, Point, Series, Style, short};
+use crate::html::{escaped, table};
+use crate::plot::{Plot, Point, Series, Style};
 use crate::stats::Mean;
 use crate::study::{Arm, Study};
 use crate::summary::{ArmSummary, Summary};
@@ -59,17 +60,6 @@ pub(crate) fn page(study: &Study, summary: &Summary) -> String {
     ];
     out += &sections.into_iter().flatten().collect::<String>();
     out + "</body>\n</html>\n"
-}
-
-fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
-    let cells = |tag: &str, cells: &mut dyn Iterator<Item = String>| {
-        let cells: String = cells.map(|cell| format!("<{tag}>{}</{tag}>", escaped(&cell))).collect();
-        format!("<tr>{cells}</tr>\n")
-    };
-    let mut out = String::from("<div class=\"scroll\"><table>\n");
-    out += &cells("th", &mut header.iter().map(|cell| (*cell).to_string()));
-    rows.for_each(|row| out += &cells("td", &mut row.into_iter()));
-    out + "</table></div>\n"
 }
 
 fn figure(title: &str, plot: &Plot, caption: &str) -> String {

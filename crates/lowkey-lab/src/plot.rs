@@ -7,6 +7,9 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, Value
 use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 
+use crate::axis::{Axis, short};
+use crate::looks::COLOURS;
+
 /// What is drawn.
 pub(crate) struct Plot {
     pub(crate) x_label: String,
@@ -53,86 +56,12 @@ impl Point {
     }
 }
 
-/// Okabe and Ito's palette, from the darkest, without its yellow, which paper swallows.
-const COLOURS: [RGBColor; 7] = [
-    RGBColor(0, 0, 0),
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(86, 180, 233),
-    RGBColor(230, 159, 0),
-];
+const fn colour(i: usize) -> RGBColor {
+    let [red, green, blue] = COLOURS[i % COLOURS.len()];
+    RGBColor(red, green, blue)
+}
 
 const SIZE: (u32, u32) = (760, 420);
-
-/// One axis, straight or logarithmic.
-#[derive(Clone)]
-struct Axis {
-    low: f64,
-    high: f64,
-    log: bool,
-    ticks: Vec<f64>,
-}
-
-impl Axis {
-    fn new(values: impl Iterator<Item = f64>, log: bool, ticks: &[f64]) -> Self {
-        let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
-        for value in values.filter(|value| value.is_finite() && (!log || *value > 0.0)) {
-            (low, high) = (low.min(value), high.max(value));
-        }
-        if low > high {
-            (low, high) = if log { (1.0, 10.0) } else { (0.0, 1.0) };
-        }
-        let room =
-            if log { (high / low).ln().max(0.2) * 0.06 } else { (high - low).max(1e-9 * high.abs()).max(1e-12) * 0.06 };
-        let (low, high) = if log { (low * (-room).exp(), high * room.exp()) } else { (low - room, high + room) };
-        let ticks = if !ticks.is_empty() {
-            ticks.iter().copied().filter(|tick| (low..=high).contains(tick)).collect()
-        } else if log {
-            log_ticks(low, high)
-        } else {
-            round_ticks(low, high)
-        };
-        Self { low, high, log, ticks }
-    }
-
-    fn share(&self, value: f64) -> f64 {
-        if self.log {
-            (value / self.low).ln() / (self.high / self.low).ln()
-        } else {
-            (value - self.low) / (self.high - self.low)
-        }
-    }
-}
-
-fn round_ticks(low: f64, high: f64) -> Vec<f64> {
-    let rough = (high - low) / 6.0;
-    let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|step| *step >= rough).unwrap_or(rough);
-    let first = (low / step).ceil() as i64;
-    (first..).map(|i| i as f64 * step).take_while(|tick| *tick <= high).take(20).collect()
-}
-
-fn log_ticks(low: f64, high: f64) -> Vec<f64> {
-    let decades = (low.log10().floor() as i32)..=(high.log10().ceil() as i32);
-    let steps: &[f64] = if high / low > 300.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
-    let all = decades.flat_map(|decade| steps.iter().map(move |step| step * 10f64.powi(decade)));
-    all.filter(|tick| (low..=high).contains(tick)).collect()
-}
-
-/// A number as short as it can be read back at a glance.
-pub(crate) fn short(x: f64) -> String {
-    let magnitude = x.abs();
-    if x == 0.0 {
-        "0".into()
-    } else if !(1e-4..1e7).contains(&magnitude) {
-        format!("{x:.0e}")
-    } else {
-        let text = format!("{x:.*}", (3 - magnitude.log10().floor() as i32).clamp(0, 7) as usize);
-        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').into() } else { text }
-    }
-}
 
 impl Ranged for Axis {
     type FormatOption = NoDefaultFormatting;
@@ -166,7 +95,7 @@ const LEGEND: i32 = 190;
 /// One mark of a series, on axes or in a legend.
 macro_rules! mark {
     ($area:expr, $at:expr, $look:expr, $style:expr) => {{
-        let colour = COLOURS[$look % COLOURS.len()];
+        let colour = colour($look);
         let paint = if $style == Style::Hollow { colour.stroke_width(2) } else { colour.filled() };
         match $look % 4 {
             0 => $area.draw(&Circle::new($at, 4, paint)),
@@ -180,7 +109,7 @@ macro_rules! mark {
 /// A line between pixels, broken or not.
 macro_rules! stroke {
     ($area:expr, $path:expr, $look:expr, $style:expr) => {{
-        let paint = COLOURS[$look % COLOURS.len()].stroke_width(2);
+        let paint = colour($look).stroke_width(2);
         match $style {
             Style::Line | Style::Both => $area.draw(&PathElement::new($path, paint)),
             Style::Dashed => $area.draw(&DashedPathElement::new($path, 7, 5, paint)),
@@ -223,7 +152,7 @@ impl Plot {
             .draw()?;
         let axes = chart.plotting_area();
         for (i, Series { name, look, style, points }) in self.series.iter().enumerate() {
-            let thin = COLOURS[look % COLOURS.len()].stroke_width(1);
+            let thin = colour(*look).stroke_width(1);
             stroke!(axes, points.iter().map(|point| (point.x, point.y)).collect::<Vec<_>>(), *look, *style)?;
             for point in points {
                 if let Some((low, high)) = point.interval {
@@ -251,16 +180,6 @@ impl Plot {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ticks_are_round_and_numbers_short() {
-        assert_eq!(round_ticks(0.0, 1.0), [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]);
-        assert_eq!(log_ticks(3.0, 60.0), [5.0, 10.0, 20.0, 50.0]);
-        for (x, text) in [(0.0, "0"), (0.25, "0.25"), (16.0, "16"), (0.6000000000000001, "0.6"), (-1.5, "-1.5")] {
-            assert_eq!(short(x), text);
-        }
-        assert_eq!(short(1e-9), "1e-9");
-    }
 
     #[test]
     fn every_kind_of_series_is_drawn_and_named() {

@@ -37,7 +37,7 @@ const OPTIMIZER: &str = "trainer.safetensors";
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
 /// Largest `trainer.json`: a few lines, and one for each kernel that was chosen.
 const LARGEST_STATE: u64 = 16 << 20;
-const BEST: &str = "best";
+pub(crate) const BEST: &str = "best";
 
 /// `trainer.json`: all that a run needs besides weights and the optimiser's state to go on as if it had never stopped.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -370,7 +370,7 @@ pub fn newest(dir: &Path) -> Result<Option<PathBuf>> {
 }
 
 /// Checkpoints by step, oldest first.
-fn steps(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+pub(crate) fn steps(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found: Vec<(u64, PathBuf)> = entries(dir)?
         .into_iter()
         .filter_map(|path| {

@@ -5,7 +5,7 @@
 //! survive a kill at any moment, and the metrics that tools read.
 //!
 //! **Main types.** [`RunConfig`] (the run file), [`setup()`] and [`train()`] (the loop), [`Event`] (what a watcher is told),
-//! [`optimizer::Optimizer`], [`workers::Workers`] (threads), [`evaluate::Evaluation`], [`checkpoint::Checkpoints`], [`metrics::Metrics`], [`plan::Plan`].
+//! [`optimizer::Optimizer`], [`workers::Workers`] (threads), [`evaluate::Evaluation`], [`checkpoint::Checkpoints`], [`metrics::Metrics`], [`plan::Plan`], [`run_dir::RunDir`].
 //!
 //! **Flow.** [`RunConfig::load`] → [`setup()`] opens the corpus and resolves the model → each step: the sampler's batch for
 //! (seed, step), [`workers::Workers::gradients`], a check that all is finite, clipping to the global norm, [`optimizer::Optimizer::step`] → every so
@@ -64,6 +64,7 @@ mod prefetch;
 mod resume;
 pub mod run_config;
 pub mod run_data;
+pub mod run_dir;
 mod schedule;
 pub mod setup;
 mod step;

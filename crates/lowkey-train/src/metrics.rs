@@ -146,18 +146,8 @@ impl MetricsFile {
     /// # Errors
     /// [`Error::Io`] and [`Error::File`] where the file cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
-        let old = read(path)?.unwrap_or_default();
-        let kept: Vec<u8> = lines(&old)
-            .filter(|(_, metrics)| metrics.step <= step)
-            .flat_map(|(line, _)| [line, b"\n"])
-            .flatten()
-            .copied()
-            .collect();
-        if kept != old || old.is_empty() {
-            lowkey_files::write(path, &kept)?;
-        }
-        let file = lowkey_files::write::append(path)?;
-        Ok(Self { path: path.to_path_buf(), file })
+        let is_kept = |line: &[u8]| serde_json::from_slice::<Metrics>(line).is_ok_and(|metrics| metrics.step <= step);
+        Ok(Self { path: path.to_path_buf(), file: reopen(path, is_kept)? })
     }
 
     /// Appends a line.
@@ -170,6 +160,17 @@ impl MetricsFile {
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(|e| Error::io(&self.path, e))
     }
+}
+
+/// Opens a file of lines to append to it, without the lines that are not to be kept.
+pub(crate) fn reopen(path: &Path, is_kept: impl Fn(&[u8]) -> bool) -> Result<File> {
+    let old = read(path)?.unwrap_or_default();
+    let lines = old.split(|byte| *byte == b'\n').filter(|line| is_kept(line));
+    let kept: Vec<u8> = lines.flat_map(|line| [line, b"\n"]).flatten().copied().collect();
+    if kept != old || old.is_empty() {
+        lowkey_files::write(path, &kept)?;
+    }
+    Ok(lowkey_files::write::append(path)?)
 }
 
 /// The lines of a file that are metrics.

@@ -12,11 +12,8 @@ use crate::error::{Error, Result};
 use crate::event::RunOptions;
 use crate::metrics;
 use crate::run_config::RunConfig;
+use crate::run_dir::NAMES;
 use crate::workers::available_threads;
-
-/// What a run writes in its folder. The tokens of a text file, in `data`, are marked by who prepares them.
-const NAMES: [&str; 6] =
-    ["run.toml", "environment.json", "metrics.jsonl", "evaluation.json", "checkpoints", "tensorboard"];
 
 /// Keeps a second process out of a run's folder until the returned value is dropped: two would remove each other's unfinished
 /// checkpoints and mix their metrics. A folder in which something bears a name that a run writes is only taken where lowkey wrote it.

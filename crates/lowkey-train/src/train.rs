@@ -33,6 +33,7 @@ use crate::prefetch::Prefetch;
 use crate::resume::{self, Earlier};
 use crate::run_config::RunConfig;
 use crate::run_data::{RunData, TrainBatches};
+use crate::run_dir::{self, Ended, SamplesFile};
 use crate::setup::{Setup, check_memory, check_precision, check_tensors, devices, setup_run};
 use crate::step::{StepSettings, StepTaken};
 use crate::tensorboard::EventWriter;
@@ -55,7 +56,7 @@ pub fn train(
         check_precision(config.training.dtype, device)?;
     }
     check_threads(config, &devices)?;
-    let checkpoints_dir = options.out.join("checkpoints");
+    let checkpoints_dir = options.out.join(run_dir::CHECKPOINTS);
     resume::refuse_to_lose_a_run(&checkpoints_dir, options)?;
     let _held = resume::claim(&options.out)?;
     let checkpoints = Checkpoints::open(&checkpoints_dir, config.checkpoint.keep)?;
@@ -158,6 +159,7 @@ struct Run<'a> {
     plan: Plan,
     passes: Passes,
     metrics: Option<MetricsFile>,
+    samples: Option<SamplesFile>,
     events: Option<EventWriter>,
     /// Time of earlier sessions.
     earlier_s: f64,
@@ -245,20 +247,27 @@ impl<'a> Run<'a> {
             plan,
             passes,
             metrics: None,
+            samples: None,
             events: None,
             started: Instant::now(),
             counted: Instant::now(),
         })
     }
 
-    /// Opens the metrics, and removes an evaluation that is not this run's last word (a run with nothing held out has none).
+    /// Opens the metrics and the samples, and removes an evaluation that is not this run's last word (a run with nothing held out has
+    /// none) and how the session before ended.
     fn open_logs(&mut self) -> Result<()> {
         let out = &self.options.out;
-        self.metrics = Some(MetricsFile::open(&out.join("metrics.jsonl"), self.state.step)?);
+        self.metrics = Some(MetricsFile::open(&out.join(run_dir::METRICS), self.state.step)?);
         if self.config.metrics.tensorboard {
-            self.events = Some(EventWriter::create(&out.join("tensorboard"), self.state.step)?);
+            self.events = Some(EventWriter::create(&out.join(run_dir::TENSORBOARD), self.state.step)?);
         }
-        let evaluation = out.join("evaluation.json");
+        let samples = out.join(run_dir::SAMPLES);
+        if self.data.tokenizer.is_some() && !self.config.eval.prompts.is_empty() || samples.exists() {
+            self.samples = Some(SamplesFile::open(&samples, self.state.step)?);
+        }
+        Ended::forget(out)?;
+        let evaluation = out.join(run_dir::EVALUATION);
         if self.state.step < self.config.training.steps || self.state.newest_is_best {
             lowkey_files::write::remove(&evaluation)?;
         }
@@ -268,7 +277,7 @@ impl<'a> Run<'a> {
     /// `run.toml` as resolved and `environment.json`.
     fn write_head(&self, resumed: bool) -> Result<()> {
         let out = &self.options.out;
-        lowkey_files::write(&out.join("run.toml"), self.config.to_toml()?.as_bytes())?;
+        lowkey_files::write(&out.join(run_dir::RUN_FILE), self.config.to_toml()?.as_bytes())?;
         let mut environment = self.options.environment.clone();
         environment.insert("device".into(), json!(self.config.run.device));
         environment.insert("devices".into(), json!(self.config.run.devices));
@@ -280,7 +289,7 @@ impl<'a> Run<'a> {
         environment.insert("matmul_flops_per_s".into(), json!(self.plan.matmul_flops_per_s));
         environment.insert("plan".into(), json!(self.plan));
         environment.insert("resumed_at_step".into(), json!(resumed.then_some(self.state.step)));
-        Ok(lowkey_files::write_json(&out.join("environment.json"), &environment)?)
+        Ok(lowkey_files::write_json(&out.join(run_dir::ENVIRONMENT), &environment)?)
     }
 
     /// Compiles a GPU's kernels and finds the fastest ones before the first step, whose time is then that of a step.
@@ -297,7 +306,8 @@ impl<'a> Run<'a> {
     }
 
     fn steps(mut self, interrupt: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
-        self.take_steps(interrupt, observe).map_err(|error| error.with_kept(self.saved))
+        let result = self.take_steps(interrupt, observe).map_err(|error| error.with_kept(self.saved));
+        Ended::keep(&self.options.out, self.state.step, result)
     }
 
     fn take_steps(&mut self, interrupt: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
@@ -355,7 +365,7 @@ impl<'a> Run<'a> {
             None
         } else {
             let evaluation = self.evaluate(&self.data.held)?;
-            lowkey_files::write_json(&self.options.out.join("evaluation.json"), &evaluation)?;
+            lowkey_files::write_json(&self.options.out.join(run_dir::EVALUATION), &evaluation)?;
             observe(Event::Finished { evaluation: &evaluation, on: &self.data.held_part() });
             Some(evaluation)
         };
@@ -448,8 +458,8 @@ impl<'a> Run<'a> {
         Ok(evaluation)
     }
 
-    fn sample(&self, observe: &mut dyn FnMut(Event)) -> Result<()> {
-        let section = &self.config.eval;
+    fn sample(&mut self, observe: &mut dyn FnMut(Event)) -> Result<()> {
+        let (section, step) = (&self.config.eval, self.state.step);
         let Some(tokenizer) = &self.data.tokenizer else { return Ok(()) };
         let Replica { model, device, .. } = self.world.main();
         for prompt in &section.prompts {
@@ -469,6 +479,9 @@ impl<'a> Run<'a> {
             let device = device.clone().without_autodiff();
             let out = generate(model, &ids, &generate_config, &device, &mut |_| ControlFlow::Continue(()))?;
             let text = tokenizer.decode_after(&ids, &out.ids)?;
+            if let Some(file) = &mut self.samples {
+                file.write(step, prompt, &text)?;
+            }
             observe(Event::Sample { prompt, text: &text });
         }
         Ok(())

@@ -4,6 +4,7 @@ mod bench;
 mod convert;
 mod export;
 mod lab;
+mod runs;
 
 use std::path::PathBuf;
 
@@ -17,6 +18,7 @@ pub(crate) use bench::{
 pub(crate) use convert::ConvertArguments;
 pub(crate) use export::{ExportArguments, MergeArguments, VerifyArguments};
 pub(crate) use lab::{LabCommand, LabReportArguments, LabRunArguments};
+pub(crate) use runs::{ReportArguments, RunsArguments};
 
 /// Trains, samples, evaluates, exports and inspects Multi-head Latent Attention (MLA) language models.
 #[derive(Debug, Parser)]
@@ -96,6 +98,17 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: LabCommand,
     },
+    /// Write a page about a run, or about several in one: curves, samples, settings, cost
+    #[command(after_help = "\
+        The page needs nothing beside it, and is made from the runs' folders alone, also while they go on.\n\
+        Every lowkey train writes it at its end.\n\n\
+        Examples:\n  \
+        lowkey report runs/quickstart\n  \
+        lowkey report runs/quickstart runs/quickstart-mha --out compared.html")]
+    Report(ReportArguments),
+    /// List the runs below a folder: how they stand, how far they are, and what goes on with them
+    #[command(after_help = "Examples:\n  lowkey runs\n  lowkey runs runs/rank-sweep --json")]
+    Runs(RunsArguments),
     /// Turn a corpus into token shards, or look at one
     Data {
         #[command(subcommand)]

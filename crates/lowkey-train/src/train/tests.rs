@@ -108,7 +108,9 @@ fn a_run_learns_and_tells_what_it_does_in_order() {
             "evaluation.json",
             "lowkey.json",
             "metrics.jsonl",
+            "outcome.json",
             "run.toml",
+            "samples.jsonl",
             "tensorboard"
         ]
     );

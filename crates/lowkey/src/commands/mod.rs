@@ -10,6 +10,8 @@ mod generate;
 mod info;
 mod lab;
 mod logits;
+mod report;
+mod runs;
 mod schema;
 mod template;
 mod text;
@@ -83,13 +85,19 @@ fn read_at(model: CausalLm, rank: Option<usize>) -> anyhow::Result<CausalLm> {
 /// Whether the work of a command is in files, rather than in what it prints.
 fn keeps_its_work(command: &Command) -> bool {
     match command {
-        Command::Train(_) | Command::Export(_) | Command::Merge(_) | Command::Convert(_) | Command::Logits(_) => true,
+        Command::Train(_)
+        | Command::Export(_)
+        | Command::Merge(_)
+        | Command::Convert(_)
+        | Command::Logits(_)
+        | Command::Report(_) => true,
         Command::Lab { command } => matches!(command, LabCommand::Run(_)),
         Command::Data { command } => matches!(command, DataCommand::Prepare(_)),
         Command::Plan(_)
         | Command::Generate(_)
         | Command::Eval(_)
         | Command::Verify(_)
+        | Command::Runs(_)
         | Command::Devices(_)
         | Command::Info(_)
         | Command::Template(_)
@@ -113,6 +121,8 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Verify(arguments) => export::verify(&arguments),
         Command::Convert(arguments) => convert::convert(&arguments).map(done),
         Command::Lab { command } => lab::lab(command),
+        Command::Report(arguments) => report::report(&arguments).map(done),
+        Command::Runs(arguments) => runs::runs(&arguments).map(done),
         Command::Data { command: DataCommand::Prepare(arguments) } => data::prepare(&arguments).map(done),
         Command::Data { command: DataCommand::Info(arguments) } => data::info(&arguments).map(done),
         Command::Devices(arguments) => devices::devices(&arguments).map(done),

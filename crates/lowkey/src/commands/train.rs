@@ -40,14 +40,18 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
         complain(&format!("stopping now; {what}"));
     })?;
 
-    let mut view = View::new(config.training.steps);
+    let (mut view, mut begun) = (View::new(config.training.steps), false);
     let result = lowkey_train::train(&config, &options, interrupt.came(), &mut |event| {
         if matches!(event, Event::Saved { .. } | Event::Ready { step: 1.., .. }) {
             saved.store(true, Ordering::Relaxed);
         }
+        begun |= matches!(event, Event::Ready { .. });
         view.show(event);
     });
     view.clear();
+    if begun {
+        super::report::at_the_end(&options.out);
+    }
     let outcome = result.map_err(|e| in_run_file(e, &file.run))?;
     let best = options.out.join("checkpoints").join("best");
     if outcome.finished {

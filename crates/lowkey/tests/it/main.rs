@@ -18,6 +18,7 @@ mod lab;
 mod output;
 mod reference;
 mod reference_text;
+mod report;
 mod resume;
 mod schema;
 mod tasks;

@@ -30,7 +30,14 @@ fn flip(path: &Path) {
 }
 
 /// What a run that goes on may write beside its checkpoints.
-const HEAD: [&str; 4] = ["run/run.toml", "run/environment.json", "run/metrics.jsonl", "run/evaluation.json"];
+const HEAD: [&str; 6] = [
+    "run/run.toml",
+    "run/environment.json",
+    "run/metrics.jsonl",
+    "run/evaluation.json",
+    "run/outcome.json",
+    "run/report.html",
+];
 
 pub(super) fn cases() -> Vec<Case> {
     let last = "run/checkpoints/step-000004";
@@ -146,6 +153,20 @@ pub(super) fn cases() -> Vec<Case> {
             .may_change(&HEAD)
             .may_change(&["run/checkpoints/"])
             .then(&["info", "run/checkpoints/best"]),
+        on_run("a page about what is no run", &["report", "run", "run/checkpoints"])
+            .says(&["run/checkpoints: is no folder of a run: it holds no run.toml"]),
+        on_run("a page where somebody's stands", &["report", "run"])
+            .with(|_, dir| fs::write(dir.join("run/report.html"), "<p>mine</p>").unwrap())
+            .says(&["run/report.html: is there, and is no page of lowkey's", "--out"]),
+        on_run("a page in the place of a folder", &["report", "run", "--out", "run/data"])
+            .says(&["run/data: is a folder"]),
+        resume("a page of somebody's does not end a run", &["--set", "training.steps=6"])
+            .with(|_, dir| fs::write(dir.join("run/report.html"), "<p>mine</p>").unwrap())
+            .code(0)
+            .says(&["note: no page about this run was written", "is no page of lowkey's", "done"])
+            .may_change(&["run/run.toml", "run/environment.json", "run/metrics.jsonl", "run/evaluation.json"])
+            .may_change(&["run/outcome.json", "run/checkpoints/", "run/lowkey.json"]),
+        case("a list of what is not there", &["runs", "nowhere"]).says(&["nowhere", "No such file"]),
         on_run("metrics without a step", &["info", "run"])
             .with(|_, dir| fs::write(dir.join("run/metrics.jsonl"), "").unwrap())
             .says(&["run", "metrics.jsonl holds no step"]),

@@ -1,0 +1,103 @@
+//! Axes of plots: what they span, and where they have their marks.
+
+/// One axis, straight or logarithmic.
+#[derive(Clone)]
+pub(crate) struct Axis {
+    pub(crate) low: f64,
+    pub(crate) high: f64,
+    log: bool,
+    /// Where it has its marks.
+    pub(crate) ticks: Vec<f64>,
+}
+
+impl Axis {
+    /// An axis that holds `values`, with a little room around them, and with marks at `ticks`, or where round numbers fall if there are none.
+    pub(crate) fn new(values: impl Iterator<Item = f64>, log: bool, ticks: &[f64]) -> Self {
+        let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
+        for value in values.filter(|value| value.is_finite() && (!log || *value > 0.0)) {
+            (low, high) = (low.min(value), high.max(value));
+        }
+        if low > high {
+            (low, high) = if log { (1.0, 10.0) } else { (0.0, 1.0) };
+        }
+        let room =
+            if log { (high / low).ln().max(0.2) * 0.06 } else { (high - low).max(1e-9 * high.abs()).max(1e-12) * 0.06 };
+        let (low, high) = if log { (low * (-room).exp(), high * room.exp()) } else { (low - room, high + room) };
+        let ticks = if !ticks.is_empty() {
+            ticks.iter().copied().filter(|tick| (low..=high).contains(tick)).collect()
+        } else if log {
+            log_ticks(low, high)
+        } else {
+            round_ticks(low, high)
+        };
+        Self { low, high, log, ticks }
+    }
+
+    /// Where a value lies, from 0 at the low end to 1 at the high one.
+    pub(crate) fn share(&self, value: f64) -> f64 {
+        if self.log {
+            (value / self.low).ln() / (self.high / self.low).ln()
+        } else {
+            (value - self.low) / (self.high - self.low)
+        }
+    }
+}
+
+impl Axis {
+    /// The same with three marks at least, which a logarithm of less than a decade may not have.
+    pub(crate) fn with_enough_ticks(mut self) -> Self {
+        if self.ticks.len() < 3 {
+            self.ticks = round_ticks(self.low, self.high);
+        }
+        self
+    }
+}
+
+fn round_ticks(low: f64, high: f64) -> Vec<f64> {
+    let rough = (high - low) / 6.0;
+    let power = 10f64.powf(rough.log10().floor());
+    let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|step| *step >= rough).unwrap_or(rough);
+    let first = (low / step).ceil() as i64;
+    (first..).map(|i| i as f64 * step).take_while(|tick| *tick <= high).take(20).collect()
+}
+
+fn log_ticks(low: f64, high: f64) -> Vec<f64> {
+    let decades = (low.log10().floor() as i32)..=(high.log10().ceil() as i32);
+    let steps: &[f64] = if high / low > 300.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+    let all = decades.flat_map(|decade| steps.iter().map(move |step| step * 10f64.powi(decade)));
+    all.filter(|tick| (low..=high).contains(tick)).collect()
+}
+
+/// A number as short as it can be read back at a glance.
+pub(crate) fn short(x: f64) -> String {
+    let magnitude = x.abs();
+    if x == 0.0 {
+        "0".into()
+    } else if !(1e-4..1e7).contains(&magnitude) {
+        format!("{x:.0e}")
+    } else {
+        let text = format!("{x:.*}", (3 - magnitude.log10().floor() as i32).clamp(0, 7) as usize);
+        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').into() } else { text }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_round_and_numbers_short() {
+        assert_eq!(round_ticks(0.0, 1.0), [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]);
+        assert_eq!(log_ticks(3.0, 60.0), [5.0, 10.0, 20.0, 50.0]);
+        for (x, text) in [(0.0, "0"), (0.25, "0.25"), (16.0, "16"), (0.6000000000000001, "0.6"), (-1.5, "-1.5")] {
+            assert_eq!(short(x), text);
+        }
+        assert_eq!(short(1e-9), "1e-9");
+    }
+
+    #[test]
+    fn less_than_a_decade_has_marks_too() {
+        let axis = Axis::new([1.2, 1.9].into_iter(), true, &[]).with_enough_ticks();
+        assert!(axis.ticks.len() >= 3 && axis.ticks.iter().all(|tick| (0.0..=1.0).contains(&axis.share(*tick))));
+    }
+}
