@@ -314,7 +314,7 @@ pub(crate) struct DataPrepareArguments {
     /// Folder to write [default: prepared/NAME beside the dataset file]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
-    /// Use this tokenizer.json instead of the dataset's
+    /// Use this tokenizer.json, or that of a model's folder with its chat template, instead of the dataset's
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
 }

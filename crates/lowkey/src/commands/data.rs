@@ -21,7 +21,8 @@ pub(crate) fn dataset(path: &Path) -> lowkey_data::Result<DatasetConfig> {
 
 pub(crate) fn prepare(arguments: &DataPrepareArguments) -> anyhow::Result<()> {
     let dataset = dataset(&arguments.dataset)?;
-    let tokenizer = arguments.tokenizer.as_deref().map(Tokenizer::from_file).transpose()?;
+    let read = |path: &Path| if path.is_dir() { Tokenizer::from_model_dir(path) } else { Tokenizer::from_file(path) };
+    let tokenizer = arguments.tokenizer.as_deref().map(read).transpose()?;
     let out = arguments.out.clone().unwrap_or_else(|| dataset.prepared_dir(tokenizer.as_ref()));
     let prepared = lowkey_data::prepare(&dataset, &out, tokenizer, &mut Preparation::new().observer())?;
     describe(&prepared);

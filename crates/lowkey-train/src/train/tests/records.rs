@@ -59,8 +59,8 @@ fn a_mixture_learns_measures_each_dataset_and_goes_on_to_the_same_bits() {
     assert_eq!(evaluation.tokens, talk.tokens + lines.tokens);
     let metrics = unbroken.metrics();
     let told = metrics.last().unwrap().dataset_loss.clone().unwrap();
-    assert_eq!(told.keys().collect::<Vec<_>>(), ["lines", "talk"].iter().collect::<Vec<_>>());
-    assert!(talk.loss < 1.5 && metrics[0].train_loss > 4.0, "{} {}", talk.loss, metrics[0].train_loss);
+    assert!(told.len() == 2 && told["talk"].as_f64().is_some() && told["lines"].as_f64().is_some());
+    assert!(talk.loss < metrics[0].train_loss / 2.0, "{} {}", talk.loss, metrics[0].train_loss);
     // The checkpoint asks in the form that was learnt.
     let template = std::fs::read_to_string(unbroken.checkpoint(STEPS).join("chat_template.jinja")).unwrap();
     assert!(template.contains("m.content"));
@@ -119,5 +119,6 @@ fn another_way_to_learn_records_is_another_folder_of_tokens() {
     };
     let (usual, all, last) = (tokens(&[]), tokens(&["data.train_on=all"]), tokens(&["data.train_on=last"]));
     assert!(usual != all && usual == last, "the last answer is the only one");
-    assert_eq!(names(&run.dir.path().join("prepared")).len(), 3);
+    let folders = names(&run.dir.path().join("prepared"));
+    assert_eq!(folders.iter().filter(|name| name.starts_with("talk-")).count(), 3, "{folders:?}");
 }
