@@ -162,6 +162,8 @@ pub enum StorybookForm {
     Text,
     /// A conversation: the user tells a story and asks a question about it, the assistant answers.
     Chat,
+    /// A pair of answers to the same question about a story: the right one was chosen, and one that is right of another story was not.
+    Pairs,
 }
 
 impl StorybookForm {

@@ -47,6 +47,9 @@ pub fn oracle_documents(
     let Source::Storybook { seed, validation_documents, form, .. } = config.source else {
         return Ok(None);
     };
+    if form == StorybookForm::Pairs {
+        return Ok(None);
+    }
     if form == StorybookForm::Chat {
         let method = samples::method(config, tokenizer)?;
         let told = (0..validation_documents).take(n).map(|index| {

@@ -66,6 +66,7 @@ impl DatasetConfig {
     pub fn records(&self) -> Option<Records> {
         match self.source {
             Source::Jsonl { records, .. } | Source::Parquet { records, .. } | Source::Hub { records, .. } => records,
+            Source::Storybook { form: StorybookForm::Pairs, .. } => Some(Records::Preference),
             Source::Storybook { .. } | Source::Task { .. } | Source::Text { .. } => None,
         }
     }

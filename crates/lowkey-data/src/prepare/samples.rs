@@ -10,6 +10,7 @@ use crate::oracle;
 use crate::records::Records;
 use crate::samples::{Document, Method, conversation, documents as documents_of};
 use crate::shard::ShardWriter;
+use crate::storybook::{exchange, pair};
 use crate::tokenizer::Tokenizer;
 
 use super::corpus::{head_length, is_held};
@@ -33,15 +34,23 @@ pub(super) fn tokenize(
     let push = |writer: &mut ShardWriter, documents: Vec<Document>| {
         documents.iter().try_for_each(|d| writer.push_learnt(&d.ids, &d.learnt, d.bytes))
     };
-    if let Source::Storybook { seed, documents, validation_documents, form: StorybookForm::Chat } = config.source {
+    if let Source::Storybook { seed, documents, validation_documents, form } = config.source {
         for (count, held) in [(documents, false), (validation_documents, true)] {
             for index in 0..count {
-                let story =
-                    if held { oracle::validation_story(seed, index) } else { oracle::training_story(seed, index) };
-                let chat = crate::storybook::exchange(&story).chat;
-                let document = conversation(&chat, method, tokenizer)
-                    .map_err(|why| config.error(format!("story {index}: {why}")))?;
-                push(if held { &mut validation } else { &mut train }, vec![document])?;
+                let story = |index: u64| {
+                    if held { oracle::validation_story(seed, index) } else { oracle::training_story(seed, index) }
+                };
+                // A story has other answers than most: the first of the next hundred is far from the last.
+                let chats = match form {
+                    StorybookForm::Pairs => {
+                        pair(&story(index), (index + 1..index + 100).map(story)).map(Vec::from).unwrap_or_default()
+                    }
+                    StorybookForm::Chat | StorybookForm::Text => vec![exchange(&story(index)).chat],
+                };
+                let of = |chat: &_| conversation(chat, method, tokenizer);
+                let told: std::result::Result<Vec<Document>, String> = chats.iter().map(of).collect();
+                let told = told.map_err(|why| config.error(format!("story {index}: {why}")))?;
+                push(if held { &mut validation } else { &mut train }, told)?;
                 report(index, [&train, &validation], watch)?;
             }
         }

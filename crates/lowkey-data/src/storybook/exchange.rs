@@ -29,10 +29,39 @@ pub(crate) fn exchange(story: &Story) -> Exchange {
     Exchange { chat: Chat::new(messages_of(&turns), Vec::new(), None), answers }
 }
 
+/// The first question about a story with its answer, and with a wrong one: the answer to the first question about the first of `others`
+/// where it is another. None where all answers are the same.
+pub(crate) fn pair(story: &Story, others: impl Iterator<Item = Story>) -> Option<[Chat; 2]> {
+    let (prompt, right) = first_question(story)?;
+    let wrong = others.filter_map(|other| Some(first_question(&other)?.1.to_owned())).find(|wrong| wrong != right)?;
+    let chat = |answer: &str| Chat::new(messages_of(&[("user", prompt), ("assistant", answer)]), Vec::new(), Some(1));
+    Some([chat(right), chat(&wrong)])
+}
+
+/// A story up to its first question, and the answer.
+fn first_question(story: &Story) -> Option<(&str, &str)> {
+    let (prompt, rest) = story.text.split_at(story.text.find('?')? + 1);
+    let end = rest.find('.').map_or(rest.len(), |at| at + 1);
+    Some((prompt, rest[..end].trim_start()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::storybook::story;
+
+    #[test]
+    fn of_a_pair_the_right_answer_was_chosen() {
+        for index in 0..100 {
+            let [told, Exchange { chat, .. }] = [exchange(&story(3, index)), exchange(&story(3, index))];
+            let [chosen, rejected] = pair(&story(3, index), (index + 1..).map(|index| story(3, index))).unwrap();
+            assert_eq!(chosen.messages, told.chat.messages[..2]);
+            assert_eq!(rejected.messages[0], chat.messages[0]);
+            assert_ne!(rejected.messages[1], chosen.messages[1]);
+            let wrong = rejected.messages[1]["content"].as_str().unwrap();
+            assert!(wrong.ends_with('.') && rejected.is_answer(1) && rejected.prompt == Some(1));
+        }
+    }
 
     #[test]
     fn answers_are_certain_and_nothing_of_the_story_is_lost() {

@@ -64,7 +64,7 @@ mod tests;
 mod world;
 mod writer;
 
-pub(crate) use exchange::exchange;
+pub(crate) use exchange::{exchange, pair};
 use ledger::Ledger;
 use rule::Rule;
 use writer::Writer;

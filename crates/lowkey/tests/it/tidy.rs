@@ -310,19 +310,20 @@ fn a_planted_offence_is_found() {
 #[test]
 fn every_run_file_and_dataset_that_ships_is_valid() {
     let mut runs = 0;
-    for entry in std::fs::read_dir(root().join("configs")).unwrap() {
-        let path = entry.unwrap().path();
+    let listed = |folder: &str| std::fs::read_dir(root().join(folder)).unwrap().map(|entry| entry.unwrap().path());
+    for path in listed("configs").chain(listed("configs/finetune")).filter(|path| path.is_file()) {
         let config = lowkey_train::RunConfig::load(&path, &[]).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(config.run.name, path.file_stem().unwrap().to_string_lossy());
         if let Some(model) = &config.model {
             model.resolve(257, config.data.seq_len).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         }
-        if let Some(dataset) = &config.data.dataset {
+        let parts = config.data.mixture.iter().map(|part| &part.dataset);
+        for dataset in config.data.dataset.iter().chain(parts) {
             lowkey_data::DatasetConfig::load(&root().join(dataset)).unwrap_or_else(|e| panic!("{e}"));
         }
         runs += 1;
     }
-    assert!(runs >= 4, "{runs} run files");
+    assert!(runs >= 10, "{runs} run files");
     let mut datasets = 0;
     for folder in ["datasets", "datasets/tasks"] {
         for entry in std::fs::read_dir(root().join(folder)).unwrap() {
