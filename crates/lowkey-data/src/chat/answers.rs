@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use serde_json::{Map, Value};
 
+use super::template::aside;
 use super::{ChatTemplate, Conversation, Now, Options, Rendered, tags};
 use crate::error::{Error, Result};
 
@@ -56,6 +57,13 @@ impl ChatTemplate {
     /// As [`ChatTemplate::render`], and [`Error::Template`] with the reason where it cannot be said for sure what is the
     /// assistant's. Nothing is guessed.
     pub fn answers(&self, conversation: &Conversation, now: Now) -> Result<Answers> {
+        let (template, conversation) = (self.clone(), conversation.clone());
+        // Many renderings, for which one thread is enough.
+        let times = conversation.messages.len() + 1;
+        aside(self.name(), times, move || template.answers_here(&conversation, now))?
+    }
+
+    fn answers_here(&self, conversation: &Conversation, now: Now) -> Result<Answers> {
         let options = Options { now, ..Options::default() };
         let whole = self.render(conversation, &options)?;
         let assistant: Vec<usize> =

@@ -71,7 +71,7 @@ fn any(argument: &Option<Value>, method: &str, is: impl Fn(&str) -> bool) -> Res
 }
 
 /// The text from one character to another, either of which may count from the end, and how many characters come before it.
-fn part<'a>(subject: &'a str, start: Option<Value>, end: Option<Value>) -> Result<(&'a str, usize), Error> {
+fn part(subject: &str, start: Option<Value>, end: Option<Value>) -> Result<(&str, usize), Error> {
     let (start, end) = (number(start)?, number(end)?);
     if start.is_none() && end.is_none() {
         return Ok((subject, 0));
@@ -228,9 +228,9 @@ fn of_string(state: &mut State, subject: &str, method: &str, args: &[Value]) -> 
             let mut inside = false;
             for c in subject.chars() {
                 if inside {
-                    out.extend(c.to_lowercase())
+                    out.extend(c.to_lowercase());
                 } else {
-                    out.extend(c.to_uppercase())
+                    out.extend(c.to_uppercase());
                 }
                 inside = c.is_alphabetic();
             }

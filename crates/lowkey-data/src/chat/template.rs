@@ -47,8 +47,11 @@ pub struct Rendered {
     pub spans: Vec<Range<usize>>,
 }
 
+/// A name, a template's text, and the special tokens that it uses.
+type BuiltIn = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+
 /// Templates of our own. They mark what the assistant says.
-const BUILT_IN: [(&str, &str, &[(&str, &str)]); 5] = [
+const BUILT_IN: [BuiltIn; 5] = [
     ("chatml", include_str!("built_in/chatml.jinja"), &[]),
     ("llama3", include_str!("built_in/llama3.jinja"), &[("bos_token", "<|begin_of_text|>")]),
     ("qwen", include_str!("built_in/qwen.jinja"), &[]),
@@ -76,7 +79,7 @@ impl ChatTemplate {
             environment.add_template_owned("chat", rewritten)?;
             Ok(environment)
         };
-        let environment = aside(name, add)?.map_err(|e| fail(name, &e))?;
+        let environment = aside(name, 1, add)?.map_err(|e| fail(name, &e))?;
         let environment = Arc::new(environment);
         let special_tokens = Arc::new(special_tokens);
         Ok(Self { name: name.into(), source: text.into(), special_tokens, environment, marks })
@@ -216,26 +219,36 @@ impl ChatTemplate {
         let mut environment = (*self.environment).clone();
         environment.set_fuel(Some(fuel));
         let render = move || environment.get_template("chat")?.render(value(&context));
-        aside(&self.name, render)?.map_err(|e| fail(&self.name, &e))
+        aside(&self.name, 1, render)?.map_err(|e| fail(&self.name, &e))
     }
 }
 
 /// Runs what a stranger's template may drive deep or long: on a thread with room for it, and for so long at most. What takes
-/// longer, although it may take few steps only, is left to itself.
-fn aside<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+/// longer, although it may take few steps only, is left to itself. Work of such a thread stays on it. `times` is how many
+/// renderings the work has.
+pub(super) fn aside<T: Send + 'static>(
+    name: &str,
+    times: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
     /// Room for lists in lists as deep as the fuel reaches; taken only as it is used.
     const STACK: usize = 256 << 20;
     const LONGEST: Duration = Duration::from_secs(20);
+    const NAME: &str = "chat template";
+    if std::thread::current().name() == Some(NAME) {
+        return Ok(work());
+    }
+    let longest = LONGEST.saturating_mul(u32::try_from(times).unwrap_or(u32::MAX));
     let refused = |message: String| Error::Template { name: name.to_owned(), message };
     let (done, result) = mpsc::sync_channel(1);
     let run = move || {
         // Nobody may be waiting any more.
         let _ = done.send(work());
     };
-    let thread = std::thread::Builder::new().name("chat template".to_owned()).stack_size(STACK).spawn(run);
+    let thread = std::thread::Builder::new().name(NAME.to_owned()).stack_size(STACK).spawn(run);
     thread.map_err(|e| refused(format!("no thread to render it on: {e}")))?;
-    result.recv_timeout(LONGEST).map_err(|e| match e {
-        mpsc::RecvTimeoutError::Timeout => refused(format!("takes longer than {} seconds", LONGEST.as_secs())),
+    result.recv_timeout(longest).map_err(|e| match e {
+        mpsc::RecvTimeoutError::Timeout => refused(format!("takes longer than {} seconds", longest.as_secs())),
         mpsc::RecvTimeoutError::Disconnected => {
             refused("drives the template engine into an error of its own".to_owned())
         }

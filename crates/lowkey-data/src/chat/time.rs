@@ -145,7 +145,7 @@ impl DateTime {
 
     fn field(&self, code: char, unpadded: bool, out: &mut String) -> bool {
         let (week, year_day) = (self.day_of_week(), self.day_of_year());
-        let twelve = if self.hour % 12 == 0 { 12 } else { self.hour % 12 };
+        let twelve = (self.hour + 11) % 12 + 1;
         let names = |names: &[&'static str], i: u32| names.get(i as usize).copied().unwrap_or_default();
         let (day, month) = (names(&DAYS, week), names(&MONTHS, self.month - 1));
         let mut number = |number: u32, width: usize, fill: char| {

@@ -20,5 +20,6 @@ mod reference_text;
 mod resume;
 mod schema;
 mod tasks;
+mod template;
 mod text;
 mod tidy;
