@@ -356,6 +356,10 @@ pub struct EvalSection {
     #[serde(default = "default_eval_batches")]
     #[schemars(range(min = 1))]
     pub batches: usize,
+    /// End the run after so many evaluations without a lower held-out loss than the lowest (early stopping). Absent: all steps are taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub patience: Option<u64>,
     /// Texts that the model continues at each evaluation. Tasks take none.
     #[serde(default)]
     pub prompts: Vec<String>,
@@ -385,6 +389,7 @@ impl Default for EvalSection {
     fn default() -> Self {
         Self {
             every: 0,
+            patience: None,
             batches: default_eval_batches(),
             prompts: Vec::new(),
             sample_tokens: default_sample_tokens(),

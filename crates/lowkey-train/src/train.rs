@@ -313,7 +313,7 @@ impl<'a> Run<'a> {
     fn take_steps(&mut self, interrupt: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
         let steps = self.config.training.steps;
         self.counted = Instant::now();
-        while self.state.step < steps && !interrupt.load(Ordering::Relaxed) {
+        while self.state.step < steps && !self.stalls() && !interrupt.load(Ordering::Relaxed) {
             self.queue()?;
             let step = self.state.step;
             let last = step == steps;
@@ -352,7 +352,16 @@ impl<'a> Run<'a> {
                 self.counted = Instant::now();
             }
         }
-        if self.state.step < steps {
+        let stalls = self.stalls();
+        if stalls {
+            let (step, patience) = (self.state.step, self.config.eval.patience.unwrap_or_default());
+            let note = format!("no lower held-out loss for {patience} evaluations: the run ends at step {step}");
+            observe(Event::Note(note));
+            if self.saved != Some(step) {
+                self.save(false, observe)?;
+            }
+        }
+        if self.state.step < steps && !stalls {
             if let Some(metrics) = self.settle(1, observe)? {
                 self.report(&metrics, observe)?;
             }
@@ -370,6 +379,18 @@ impl<'a> Run<'a> {
             Some(evaluation)
         };
         Ok(Outcome { step: self.state.step, finished: true, evaluation })
+    }
+
+    /// Whether so many evaluations that it is asked to end have brought no lower held-out loss. Told by the state alone, so that a run
+    /// that was stopped after the last of them does not go on either.
+    fn stalls(&self) -> bool {
+        let (every, step) = (self.config.eval.every.max(1), self.state.step);
+        match (self.config.eval.patience, self.state.best) {
+            (Some(patience), Some((best, _))) if self.queued.is_empty() => {
+                step / every >= best.div_ceil(every) + patience
+            }
+            _ => false,
+        }
     }
 
     /// Queues an optimiser step; on the CPU, takes it.

@@ -51,7 +51,8 @@ pub(crate) enum Command {
     /// Continue a prompt with any model directory
     #[command(after_help = "Examples:\n  \
         lowkey generate runs/quickstart/checkpoints/best --prompt \"Once\"\n  \
-        lowkey generate MODEL --prompt \"To be\" --temperature 0 --decode expanded --max-new-tokens 64")]
+        lowkey generate MODEL --prompt \"To be\" --temperature 0 --decode expanded --max-new-tokens 64\n  \
+        lowkey generate MODEL --chat --prompt \"What is a latent?\"")]
     Generate(GenerateArguments),
     /// Measure a model's loss, bits per byte and, where it is known, the gap to the true entropy
     #[command(after_help = "Examples:\n  \
@@ -218,6 +219,9 @@ pub(crate) struct GenerateArguments {
     /// File with the text to continue
     #[arg(long, value_name = "FILE")]
     pub(crate) prompt_file: Option<PathBuf>,
+    /// The prompt is a user's message: it is put into the model's chat template, and the answer alone is printed
+    #[arg(long, conflicts_with = "add_special_tokens")]
+    pub(crate) chat: bool,
     /// Most tokens to add [default: 200, or as many as the model has room for]
     #[arg(long, value_name = "N")]
     pub(crate) max_new_tokens: Option<usize>,

@@ -78,6 +78,17 @@ impl RunConfig {
             return Err(Error::config("training.steps", self.training.steps, why));
         }
         at_least_one("eval.batches", self.eval.batches, usize::MAX)?;
+        match (self.eval.patience, self.eval.every) {
+            (Some(0), _) => {
+                return Err(Error::config("eval.patience", 0, "must be at least 1; leave it out to take all steps"));
+            }
+            (Some(patience), 0) => {
+                let why =
+                    "nothing is measured before the end; write eval.every, the steps from one evaluation to the next";
+                return Err(Error::config("eval.patience", patience, why));
+            }
+            _ => {}
+        }
         at_least_one("eval.sample_tokens", self.eval.sample_tokens, 1 << 20)?;
         if !(self.eval.temperature.is_finite() && self.eval.temperature >= 0.0) {
             return Err(Error::config("eval.temperature", self.eval.temperature, "must be a finite number ≥ 0"));

@@ -1,7 +1,9 @@
 //! `lowkey generate`.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 
+use lowkey_data::chat::{ChatTemplate, Conversation, Options};
 use lowkey_data::{Generation, Tokenizer};
 use lowkey_infer::{CacheDtype, Finish, Form, GenerateConfig, SamplingConfig, Weights};
 use lowkey_model::adapter::companions_dir;
@@ -31,15 +33,16 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let device = super::open_device(&arguments.device)?;
     let tokenizer = super::open_tokenizer(&arguments.model, arguments.add_special_tokens)?;
     let whole = super::load_model(&arguments.model, &device)?;
-    let declared = Generation::from_model_dir(&companions_dir(&arguments.model)?, Some(&tokenizer))?;
+    let beside = companions_dir(&arguments.model)?;
+    let declared = Generation::from_model_dir(&beside, Some(&tokenizer))?;
     // Weights that were fused are of the whole latent.
     let fused = match arguments.kv_rank {
         None => super::export::fused_weights(&arguments.model, &whole, &device)?,
         Some(_) => Vec::new(),
     };
     let model = super::read_at(whole, arguments.kv_rank)?;
-    let mut ids =
-        tokenizer.encode_prompt(&prompt).map_err(|e| WrongUse(format!("the prompt cannot be encoded: {e}")))?;
+    let encoded = if arguments.chat { asked(&prompt, &beside, &tokenizer)? } else { tokenizer.encode_prompt(&prompt) };
+    let mut ids = encoded.map_err(|e| WrongUse(format!("the prompt cannot be encoded: {e}")))?;
     if ids.is_empty() {
         // With nothing to continue, a text begins where the last one ended.
         let start = declared.begin.or(tokenizer.eos_id());
@@ -58,7 +61,7 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     };
     let mut writer = Writer::new(&tokenizer, &ids, &arguments.stop, !arguments.json);
     // Not before the first token: a message about a refused request stands alone.
-    let mut unprinted = (!arguments.json).then_some(prompt.as_str());
+    let mut unprinted = (!arguments.json && !arguments.chat).then_some(prompt.as_str());
     let mut failure = None;
     let out = lowkey_infer::generate(Weights { model: &model, fused: &fused }, &ids, &config, &device, &mut |id| {
         unprinted.take().into_iter().for_each(stream);
@@ -100,6 +103,16 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     full.iter().for_each(|note| complain(note));
     complain(&format!("[{} tokens, {rate:.0} tokens/s, cache {}]", out.ids.len(), bytes(out.cache_bytes)));
     Ok(())
+}
+
+/// A message of the user in the model's chat template, up to where the assistant answers.
+fn asked(message: &str, dir: &Path, tokenizer: &Tokenizer) -> anyhow::Result<lowkey_data::Result<Vec<u32>>> {
+    let template = ChatTemplate::of_directory(dir, None)?.ok_or_else(|| {
+        WrongUse(format!("--chat: {} has no chat template; put its chat_template.jinja there", dir.display()))
+    })?;
+    let conversation = Conversation::new(vec![json!({ "role": "user", "content": message })]);
+    let text = template.render(&conversation, &Options { add_generation_prompt: true, ..Options::default() })?.text;
+    Ok(tokenizer.encode_placed(&text).map(|tokens| tokens.into_iter().map(|token| token.id).collect()))
 }
 
 /// How tokens are chosen: as the options say, where there is none as the model's files say, else at a temperature of 0.8.

@@ -199,3 +199,31 @@ fn metrics_that_are_no_text_do_not_stop_a_run() {
     run.train(&["training.steps=8"]).unwrap();
     assert_eq!(run.metrics().iter().map(|m| m.step).collect::<Vec<_>>(), (1..=8).collect::<Vec<_>>());
 }
+
+#[test]
+fn a_run_that_gets_no_better_ends_early_and_stays_ended() {
+    // A rate that throws the weights about: the first evaluation stays the best.
+    let wild =
+        ["eval.every=4", "eval.patience=2", "optimizer.lr=0.5", "lr_scheduler.kind=constant", "checkpoint.every=0"];
+    let run = TinyRun::new();
+    let mut notes = Vec::new();
+    let outcome = run.watch(&wild, &AtomicBool::new(false), &mut |event| {
+        if let Event::Note(note) = event {
+            notes.push(note);
+        }
+    });
+    let outcome = outcome.unwrap();
+    let losses: Vec<(u64, f64)> = run.metrics().into_iter().filter_map(|m| Some((m.step, m.val_loss?))).collect();
+    let best = losses.iter().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap().0;
+    assert_eq!(outcome.step, best + 8, "{losses:?}");
+    assert!(outcome.finished && outcome.step < STEPS && outcome.evaluation.is_some());
+    assert!(notes.iter().any(|note| note.contains("no lower held-out loss for 2 evaluations")), "{notes:?}");
+    assert!(run.checkpoint(outcome.step).exists() && run.checkpoint(best).exists());
+
+    let run = run.resumed();
+    assert_eq!(run.train(&wild).unwrap().step, outcome.step);
+    // One that is asked for more patience goes on.
+    let patient: Vec<&str> =
+        wild.iter().map(|set| if set.contains("patience") { "eval.patience=100" } else { set }).collect();
+    assert_eq!(run.train(&patient).unwrap().step, STEPS);
+}
