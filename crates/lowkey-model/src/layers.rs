@@ -79,9 +79,14 @@ impl Linear {
     /// as for whoever reads it.
     pub fn matrix(&self) -> Tensor<2> {
         match &self.adapter {
-            None => self.weight.val(),
-            Some(adapter) => adapter.matrix(self.weight.val()),
+            None => self.beside(),
+            Some(adapter) => adapter.matrix(self.beside()),
         }
+    }
+
+    /// The matrix without its adapter.
+    fn beside(&self) -> Tensor<2> {
+        self.weight.val()
     }
 
     /// Whether an adapter stands beside the matrix.
@@ -127,16 +132,16 @@ impl Linear {
     /// `[batch, seq, d_in]` → `[batch, seq, d_out]`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         match &self.adapter {
-            None => linear(x, self.weight.val(), self.bias()),
-            Some(adapter) => adapter.apply(None, x, self.weight.val(), self.bias()),
+            None => linear(x, self.beside(), self.bias()),
+            Some(adapter) => adapter.apply(None, x, self.beside(), self.bias()),
         }
     }
 
     /// `residual + y`, `residual [batch, seq, d_out]`.
     pub(crate) fn add_to(&self, residual: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
         match &self.adapter {
-            None => add_linear(residual, x, self.weight.val(), self.bias()),
-            Some(adapter) => adapter.apply(Some(residual), x, self.weight.val(), self.bias()),
+            None => add_linear(residual, x, self.beside(), self.bias()),
+            Some(adapter) => adapter.apply(Some(residual), x, self.beside(), self.bias()),
         }
     }
 }

@@ -5,7 +5,7 @@ use lowkey_model::{
     adapter::{AdapterConfig, AdapterDir, AdapterPlan},
 };
 
-use super::{OptimizerKind, RunConfig};
+use super::{OptimizerKind, RunConfig, at_least_one};
 use crate::error::{Error, Result};
 
 impl RunConfig {
@@ -33,8 +33,15 @@ impl RunConfig {
             return Err(Error::config("optimizer.kind", "muon", why));
         }
         match adapter {
-            Some(adapter) if adapter.r == 0 => Err(Error::config("adapter.r", 0, "must be at least 1")),
-            _ => Ok(()),
+            Some(adapter) => {
+                at_least_one("adapter.r", adapter.r, 1 << 16)?;
+                if !(adapter.lora_alpha.is_finite() && adapter.lora_alpha > 0.0) {
+                    let why = "must be a finite number > 0";
+                    return Err(Error::config("adapter.lora_alpha", adapter.lora_alpha, why));
+                }
+                Ok(())
+            }
+            None => Ok(()),
         }
     }
 

@@ -62,6 +62,10 @@ pub(crate) fn fault(schema: &Json, value: &Value) -> Option<String> {
                 let fitting = faults.iter().filter(|fault| fault.is_none()).count();
                 (fitting != 1).then(|| format!("{fitting} of its kinds fit: {faults:?}"))
             }
+            "anyOf" => {
+                let faults: Vec<_> = rule.as_array().unwrap().iter().map(|one| fault(one, value)).collect();
+                faults.iter().all(Option::is_some).then(|| format!("nothing of what it may be fits: {faults:?}"))
+            }
             other => panic!("this check knows no {other}"),
         }
     })
