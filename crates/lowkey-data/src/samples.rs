@@ -74,7 +74,7 @@ pub(crate) fn conversation(chat: &Chat, method: &Method, tokenizer: &Tokenizer) 
     )?;
     let Answers { text, spans } = rendered(chat, template)?;
     let answers = (0..chat.messages.len()).filter(|i| chat.is_answer(*i));
-    let last = answers.clone().last();
+    let last = answers.clone().next_back();
     let wanted = |message: usize| match method.train_on {
         TrainOn::Assistant | TrainOn::All => true,
         TrainOn::Last => Some(message) == last,
@@ -128,9 +128,10 @@ fn continuation(prompt: &str, completion: &str, train_on: TrainOn, tokenizer: &T
     let text = format!("{prompt}{completion}");
     let tokens = tokenizer.encode_placed(&text).map_err(|e| e.to_string())?;
     let learnt_from = if train_on == TrainOn::All { 0 } else { prompt.len() };
-    let completion = [learnt_from..text.len()];
+    let completion = learnt_from..text.len();
     let mut ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
-    let mut learnt: Vec<bool> = tokens.iter().map(|token| lies_in(&token.bytes, &completion)).collect();
+    let mut learnt: Vec<bool> =
+        tokens.iter().map(|token| lies_in(&token.bytes, std::slice::from_ref(&completion))).collect();
     let start = tokenizer.text_start();
     // A text that spells its beginning out is not given a second one.
     if !ids.starts_with(start) {

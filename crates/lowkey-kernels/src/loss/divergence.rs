@@ -27,6 +27,7 @@ pub struct Divergence {
 
 /// What a teacher holds likely of each token that is asked for.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one for each pass, and what it points at is far larger")]
 pub enum Teacher<'a> {
     /// Everything: hidden states `[n, d_teacher]` and the output head `[vocab, d_teacher]`. No gradient flows into either.
     Whole(Tensor<2>, Tensor<2>),
@@ -148,6 +149,7 @@ fn product(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
 }
 
 /// [`Teacher`] on the tokens with a target.
+#[expect(clippy::large_enum_variant, reason = "one for each pass, and what it points at is far larger")]
 enum Taught<'a> {
     Whole(Tensor<2>, Tensor<2>),
     Top(&'a TopTokens),

@@ -16,6 +16,12 @@ use crate::init::stream;
 use crate::model::{CausalLm, Linear};
 use crate::tensor::{Role, TensorSpec};
 
+/// Values of a tensor by name.
+type Base<'a> = dyn Fn(&str) -> Result<Vec<f32>> + 'a;
+
+/// Values of a tensor that are not those of the base, which is at hand.
+type Own<'a> = dyn Fn(&TensorSpec, &Base) -> Result<Option<Vec<f32>>> + 'a;
+
 impl CausalLm {
     /// The model in `dir` with new adapters: what it computes is what it computed. A is drawn evenly from ±1/√d_in, as PEFT does, each
     /// map from a stream of its own; B is zero; lengths are those of the rows. All but adapters and what is saved with them is frozen.
@@ -30,7 +36,7 @@ impl CausalLm {
         device: &Device,
     ) -> Result<Self> {
         let plan = adapter.plan(config)?;
-        let begun = |spec: &TensorSpec, base: &dyn Fn(&str) -> Result<Vec<f32>>| match spec.role {
+        let begun = |spec: &TensorSpec, base: &Base| match spec.role {
             Role::LoraA => Ok(Some(first_values(seed, spec))),
             Role::LoraB => Ok(Some(vec![0.0; spec.shape.iter().product()])),
             Role::Magnitude => {
@@ -52,7 +58,7 @@ impl CausalLm {
         let mut values = adapter.open_tensors(&plan, &config.tensors())?;
         // Taken as they are asked for: of each there is one.
         let taken = std::cell::RefCell::new(&mut values);
-        let of_file = |spec: &TensorSpec, _: &dyn Fn(&str) -> Result<Vec<f32>>| {
+        let of_file = |spec: &TensorSpec, _: &Base| {
             let asked = spec.role.is_adapter() || plan.saves(&spec.name);
             if asked { taken.borrow_mut().take(&spec.name).map(Some) } else { Ok(None) }
         };
@@ -64,7 +70,7 @@ impl CausalLm {
         config: &ModelConfig,
         (adapter, plan): (&AdapterConfig, AdapterPlan),
         device: &Device,
-        own: &dyn Fn(&TensorSpec, &dyn Fn(&str) -> Result<Vec<f32>>) -> Result<Option<Vec<f32>>>,
+        own: &Own,
     ) -> Result<Self> {
         let weights = Weights::open(dir, config)?;
         weights.check(dir, config, device)?;

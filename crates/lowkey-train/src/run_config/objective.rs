@@ -371,7 +371,7 @@ impl RunConfig {
             match section {
                 ObjectiveSection::NextToken {} => {}
                 ObjectiveSection::Preference { cache, .. } | ObjectiveSection::Distillation { cache, .. } => {
-                    *cache = None
+                    *cache = None;
                 }
             }
         }

@@ -48,17 +48,14 @@ impl RunConfig {
     /// for each that no gradient is formed of, six more for each number of an adapter's factors.
     pub(crate) fn flops_beside(&self, model: &ModelConfig) -> f64 {
         let tensors = model.tensors();
-        let (trained, added): (Box<dyn Fn(&TensorSpec) -> bool>, usize) =
-            match (self.trainable(), self.plan_adapter(model)) {
-                (_, Ok(Some(plan))) => {
-                    let added = plan.factor_numbers(&tensors);
-                    (Box::new(move |spec| plan.trains(spec)), added)
-                }
-                (Ok(Some(patterns)), _) => {
-                    (Box::new(move |spec| patterns.iter().any(|pattern| pattern.matches(&spec.name))), 0)
-                }
-                _ => return 0.0,
-            };
+        // Whoever starts the run says what is wrong with either.
+        let (patterns, plan) = (self.trainable().ok().flatten(), self.plan_adapter(model).ok().flatten());
+        let trained = |spec: &TensorSpec| match (&plan, &patterns) {
+            (Some(plan), _) => plan.trains(spec),
+            (None, Some(patterns)) => patterns.iter().any(|pattern| pattern.matches(&spec.name)),
+            (None, None) => true,
+        };
+        let added = plan.as_ref().map_or(0, |plan| plan.factor_numbers(&tensors));
         let multiplied =
             |spec: &&TensorSpec| spec.role.is_matrix() && (spec.role != Role::Embedding || model.tie_word_embeddings);
         let frozen = tensors.iter().filter(multiplied).filter(|spec| !trained(spec));

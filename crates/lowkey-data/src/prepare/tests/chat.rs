@@ -143,7 +143,7 @@ fn rows_of_parquet_are_records_with_lists_in_them() {
     column.close().unwrap();
     for texts in [["user", "assistant", "user", "robot"], ["hi", "ho", "x", "y"]] {
         let mut column = group.next_column().unwrap().unwrap();
-        let values = texts.map(|text| ByteArray::from(text));
+        let values = texts.map(ByteArray::from);
         column.typed::<ByteArrayType>().write_batch(&values, Some(&[4, 4, 4, 4]), Some(&[0, 1, 0, 1])).unwrap();
         column.close().unwrap();
     }

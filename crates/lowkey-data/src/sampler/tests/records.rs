@@ -6,7 +6,7 @@ fn records(count: u64, most: u64) -> Vec<(Vec<u32>, Vec<bool>)> {
     let documents = numbered(&lengths(count, most).into_iter().map(|length| length + 3).collect::<Vec<_>>());
     let learnt = |document: &Vec<u32>| {
         let last = document.len() - 1;
-        document.iter().enumerate().map(|(i, id)| i == last || mix(u64::from(*id)) % 3 == 0).collect()
+        document.iter().enumerate().map(|(i, id)| i == last || mix(u64::from(*id)).is_multiple_of(3)).collect()
     };
     documents.iter().map(|document| (document.clone(), learnt(document))).collect()
 }
