@@ -52,7 +52,7 @@ pub(crate) struct ExportArguments {
 pub(crate) struct MergeArguments {
     /// The model that the adapter stands beside
     pub(crate) model: PathBuf,
-    /// The adapter: a directory in PEFT's form, such as a checkpoint of a run with [adapter]
+    /// The adapter: a directory in PEFT's form, such as a checkpoint of a run that trains one
     #[arg(long, value_name = "DIR")]
     pub(crate) adapter: PathBuf,
     /// Folder to make
