@@ -118,8 +118,8 @@ mod tests {
 
     #[test]
     fn every_line_is_read_once_and_one_without_an_end_is_told_from_the_others() {
-        let (found, extent) = lines(b"one\n\ntwo\nthr", |bytes| spread(bytes, 100));
-        let expected = [("one", true), ("", true), ("two", true), ("thr", false)];
+        let (found, extent) = lines(b"one\n\ntwo\nand", |bytes| spread(bytes, 100));
+        let expected = [("one", true), ("", true), ("two", true), ("and", false)];
         assert_eq!(found, expected.map(|(line, ended)| (line.to_string(), ended)));
         assert_eq!(extent, Extent { bytes: 12, read: 12, too_long: 0 });
     }

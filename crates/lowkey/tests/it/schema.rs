@@ -186,7 +186,7 @@ fn sample(schema: &Json) -> Value {
     if let Some(value) = schema.get("const").or_else(|| schema.get("default")) {
         return from_json(value);
     }
-    if let Some(first) = schema["oneOf"].as_array().and_then(|all| all.first()) {
+    if let Some(first) = ["oneOf", "anyOf"].iter().find_map(|kinds| schema[kinds].as_array()?.first()) {
         return sample(first);
     }
     match schema["type"].as_str() {

@@ -203,11 +203,11 @@ fn metrics_that_are_no_text_do_not_stop_a_run() {
 #[test]
 fn a_run_that_gets_no_better_ends_early_and_stays_ended() {
     // A rate that throws the weights about: the first evaluation stays the best.
-    let wild =
+    let still =
         ["eval.every=4", "eval.patience=2", "optimizer.lr=0.5", "lr_scheduler.kind=constant", "checkpoint.every=0"];
     let run = TinyRun::new();
     let mut notes = Vec::new();
-    let outcome = run.watch(&wild, &AtomicBool::new(false), &mut |event| {
+    let outcome = run.watch(&still, &AtomicBool::new(false), &mut |event| {
         if let Event::Note(note) = event {
             notes.push(note);
         }
@@ -221,9 +221,9 @@ fn a_run_that_gets_no_better_ends_early_and_stays_ended() {
     assert!(run.checkpoint(outcome.step).exists() && run.checkpoint(best).exists());
 
     let run = run.resumed();
-    assert_eq!(run.train(&wild).unwrap().step, outcome.step);
+    assert_eq!(run.train(&still).unwrap().step, outcome.step);
     // One that is asked for more patience goes on.
     let patient: Vec<&str> =
-        wild.iter().map(|set| if set.contains("patience") { "eval.patience=100" } else { set }).collect();
+        still.iter().map(|set| if set.contains("patience") { "eval.patience=100" } else { set }).collect();
     assert_eq!(run.train(&patient).unwrap().step, STEPS);
 }
