@@ -193,7 +193,7 @@ fn sample(schema: &Json) -> Value {
         Some("string") => Value::String("x".into()),
         Some("boolean") => Value::Boolean(true),
         Some("integer") => Value::Integer(schema["minimum"].as_i64().unwrap_or(1)),
-        Some("number") => Value::Float(0.5),
+        Some("number") => Value::Float(0.25),
         Some("array") => match &schema["items"] {
             Json::Array(each) => Value::Array(each.iter().map(sample).collect()),
             each => {
