@@ -93,9 +93,11 @@ mod mlp;
 mod norm;
 pub mod optim;
 pub mod precision;
+mod recalled;
 pub mod reference;
 mod rotary;
 pub mod routing;
+mod swiglu;
 
 pub use causal_attention::causal_attention;
 pub use embedding::embed;
@@ -104,4 +106,6 @@ pub use linear::{add_linear, linear};
 pub use mlp::{MlpWeights, gated_mlp};
 pub use norm::rms_norm;
 pub use precision::Precision;
+pub use recalled::{MadeOf, linear_of};
 pub use rotary::rotate;
+pub use swiglu::swiglu;

@@ -14,3 +14,4 @@ pub use crate::loss::reference::{cross_entropy_each, cross_entropy_sum, distill_
 pub use crate::mlp::reference::gated_mlp;
 pub use crate::norm::reference::rms_norm;
 pub use crate::rotary::reference::rotate;
+pub use crate::swiglu::reference::swiglu;

@@ -21,6 +21,7 @@ pub use mla::{LATENT_NORM_EPS, Latent, Mla, MlaConfig};
 
 use crate::config::ModelConfig;
 use crate::context::{Context, Trace};
+use crate::input::Input;
 use crate::layers::{Builder, Linear};
 use crate::rope::RopeTable;
 
@@ -126,7 +127,7 @@ impl Attention {
     }
 
     /// The outputs of all heads for a chunk `[batch, seq, d]` that has been normalised.
-    pub(crate) fn attend<'a>(&self, normed: Tensor<3>, seen: Seen<'a>) -> Heads<'a> {
+    pub(crate) fn attend<'a>(&self, normed: Input, seen: Seen<'a>) -> Heads<'a> {
         match self {
             Self::Mla(mla) => mla.attend(normed, seen),
             Self::Grouped(grouped) => grouped.attend(normed, seen).into(),
@@ -143,19 +144,19 @@ impl Attention {
     }
 
     /// Records what the attention makes of a normalised chunk before it attends, and the largest of a whole score matrix.
-    pub(crate) fn report(&self, normed: Tensor<3>, context: &Context, report: &mut Trace) {
-        let [_, seq, _] = normed.dims();
-        let mask = Mask::documents(&context.document_starts, seq, &normed.device());
+    pub(crate) fn report(&self, normed: &Input, context: &Context, report: &mut Trace) {
+        let [_, seq, _] = normed.value.dims();
+        let mask = Mask::documents(&context.document_starts, seq, &normed.value.device());
         match self {
             Self::Mla(mla) => {
                 let latent = mla.latent(normed.clone(), &context.rope);
                 report.latent.push(latent.c_kv());
                 report.k_pe.extend(latent.k_pe());
-                report.max_logit.push(mla.max_logit(mla.queries(normed, &context.rope), latent, &mask));
+                report.max_logit.push(mla.max_logit(mla.queries(normed.clone(), &context.rope), latent, &mask));
             }
             Self::Grouped(grouped) => {
                 let kv = grouped.key_value(normed.clone(), &context.rope);
-                report.max_logit.push(grouped.max_logit(grouped.queries(normed, &context.rope), kv, &mask));
+                report.max_logit.push(grouped.max_logit(grouped.queries(normed.clone(), &context.rope), kv, &mask));
             }
         }
     }

@@ -39,7 +39,7 @@ impl ModelConfig {
     }
 }
 
-fn initial_values(config: &ModelConfig, seed: u64, spec: &TensorSpec) -> Vec<f32> {
+pub(crate) fn initial_values(config: &ModelConfig, seed: u64, spec: &TensorSpec) -> Vec<f32> {
     let len = spec.shape.iter().product();
     let by_fan_in = || spec.shape.last().map_or(1.0, |d_in| (*d_in as f64).powf(-0.5));
     let std = match spec.role {

@@ -6,6 +6,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use lowkey_kernels::{add_linear, embed, linear, rms_norm};
 
 use crate::adapter::{Adapter, AdapterPlan};
+use crate::input::Input;
 use crate::tensor::{HeadRows, Role, TensorSpec};
 
 /// Supplies the values of each tensor: random ones, or those of a file. No values at all make an empty tensor, for a model that is
@@ -130,17 +131,19 @@ impl Linear {
     }
 
     /// `[batch, seq, d_in]` → `[batch, seq, d_out]`.
-    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+    pub fn forward(&self, x: impl Into<Input>) -> Tensor<3> {
+        let x = x.into();
         match &self.adapter {
-            None => linear(x, self.beside(), self.bias()),
+            None => linear(x.value, self.beside(), self.bias()),
             Some(adapter) => adapter.apply(None, x, self.beside(), self.bias()),
         }
     }
 
     /// `residual + y`, `residual [batch, seq, d_out]`.
-    pub(crate) fn add_to(&self, residual: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
+    pub(crate) fn add_to(&self, residual: Tensor<3>, x: impl Into<Input>) -> Tensor<3> {
+        let x = x.into();
         match &self.adapter {
-            None => add_linear(residual, x, self.beside(), self.bias()),
+            None => add_linear(residual, x.value, self.beside(), self.bias()),
             Some(adapter) => adapter.apply(Some(residual), x, self.beside(), self.bias()),
         }
     }

@@ -88,6 +88,7 @@ mod fixtures;
 mod gradients;
 mod hf_config;
 mod init;
+mod input;
 mod layer_config;
 mod layers;
 mod limits;

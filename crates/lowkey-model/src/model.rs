@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use burn::module::Module;
-use burn::tensor::activation::silu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowkey_batch::Rows;
 use lowkey_kernels::{MlpWeights, gated_mlp, loss::LossSum};
@@ -14,6 +13,7 @@ use crate::attention::{Attention, Seen};
 use crate::config::{Family, ModelConfig};
 pub use crate::context::{Context, Trace};
 use crate::error::{Error, Result};
+use crate::input::Input;
 use crate::layer_config::LayerConfig;
 use crate::layers::Builder;
 pub use crate::layers::{Embedding, Linear, RmsNorm};
@@ -79,10 +79,10 @@ impl Block {
     /// # Shapes
     /// `[batch, seq, d]` → `[batch, seq, d]`.
     pub fn forward(&self, x: Tensor<3>, seen: Seen, report: Option<&mut Trace>) -> Tensor<3> {
-        let normed = self.input_layernorm.forward(x.clone());
+        let normed = Input::normed(&self.input_layernorm, x.clone());
         let report = match (&seen, report) {
             (Seen::Rows(context), Some(report)) => {
-                self.self_attn.report(normed.clone(), context, report);
+                self.self_attn.report(&normed, context, report);
                 Some(report)
             }
             _ => None,
@@ -98,10 +98,10 @@ impl Block {
     pub(crate) fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
         let (norm, mlp) = (&self.post_attention_layernorm, &self.mlp);
         if mlp.gate_proj.bias().is_some() || mlp.linears().into_iter().any(Linear::is_adapted) {
-            // The fused kernel knows neither biases, which few models have, nor the factors of adapters.
-            let normed = norm.forward(x.clone());
-            let gate = silu(mlp.gate_proj.forward(normed.clone()));
-            return mlp.down_proj.add_to(x, gate * mlp.up_proj.forward(normed));
+            // The fused kernel knows neither biases, which few models have, nor the factors of adapters. What is kept is the same.
+            let normed = Input::normed(norm, x.clone());
+            let gate = mlp.gate_proj.forward(normed.clone());
+            return mlp.down_proj.add_to(x, Input::swiglu(gate, mlp.up_proj.forward(normed)));
         }
         let weights = MlpWeights {
             norm: norm.gain(),

@@ -5,17 +5,14 @@
 
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
-use pulp::Arch;
-use rayon::prelude::*;
 
 use super::autodiff::{MlpGradients, MlpOps, MlpState, MlpWeights};
 use crate::autodiff::Wanted;
 use crate::cpu::linear::{Tokens, input_gradient, project, weight_gradient};
-use crate::cpu::parts::PIECE;
 use crate::cpu::tensors::{dims, like, new, numbers, wanted_like};
-use crate::cpu::vector::exp;
 use crate::norm::cpu::{Target, rms_norm, rms_norm_grad};
 use crate::precision::Precision;
+use crate::swiglu::cpu::{swiglu, swiglu_in_place};
 
 /// Weights of the half-block: `norm [d]`, `gate` and `up [f, d]`, `down [d, f]`.
 #[derive(Clone, Copy)]
@@ -91,36 +88,6 @@ pub(crate) fn backward(
     let d_x = Target { data: gradients.x, stride: d, accumulate: true };
     let x = Tokens::dense(x, d);
     rms_norm_grad(x, weights.norm, d_normed, weights.eps, 1.0, d_x, gradients.norm);
-}
-
-/// `(gate, up, d_inner)` → `(d_gate, d_up, inner)` for `inner = silu(gate) · up`.
-fn swiglu_in_place(gate: &mut [f32], up: &mut [f32], inner: &mut [f32]) {
-    let arch = Arch::new();
-    let pieces = gate.par_chunks_mut(PIECE).zip(up.par_chunks_mut(PIECE)).zip(inner.par_chunks_mut(PIECE));
-    pieces.for_each(|((gate, up), inner)| {
-        arch.dispatch(|| {
-            for ((gate, up), inner) in gate.iter_mut().zip(up.iter_mut()).zip(inner.iter_mut()) {
-                let (g, u, d) = (*gate, *up, *inner);
-                let s = 1.0 / (1.0 + exp(-g));
-                let silu = g * s;
-                *inner = silu * u;
-                *up = d * silu;
-                *gate = d * u * s * (1.0 + g * (1.0 - s));
-            }
-        });
-    });
-}
-
-/// `out = silu(gate) · up`
-fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    let arch = Arch::new();
-    out.par_chunks_mut(PIECE).zip(gate.par_chunks(PIECE).zip(up.par_chunks(PIECE))).for_each(|(out, (gate, up))| {
-        arch.dispatch(|| {
-            for (o, (g, u)) in out.iter_mut().zip(gate.iter().zip(up)) {
-                *o = g / (1.0 + exp(-g)) * u;
-            }
-        });
-    });
 }
 
 fn mlp_weights<'a>(weights: &'a [FlexTensor; 4], eps: f64) -> Weights<'a> {

@@ -1,35 +1,16 @@
 //! The feed-forward layer on GPUs.
 
-mod kernels;
-
 use burn::backend::ops::FloatTensorOps;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
-use cubecl::prelude::CubeDim;
 
 use super::autodiff::{MlpGradients, MlpOps, MlpState, MlpWeights};
 use crate::autodiff::Wanted;
-use crate::gpu::pointwise;
 use crate::gpu::product::{format, operand, product, projected, rounded_product, rounded_projection, transposed};
-use crate::gpu::tensors::{count, dims, new_of, of_format, reshaped, tall};
+use crate::gpu::tensors::{dims, reshaped, tall};
 use crate::norm::gpu::{dense, rms_norm, rms_norm_grad};
 use crate::precision::Precision;
-
-/// `silu(gate) · up`
-fn swiglu(gate: &CubeTensor, up: &CubeTensor) -> CubeTensor {
-    let out = new_of(gate, gate.meta.shape().to_vec(), gate.dtype);
-    let launch = of_format!(gate.dtype, kernels::swiglu::launch);
-    launch(
-        &out.client,
-        pointwise::cubes(count(gate)),
-        CubeDim::new_1d(pointwise::UNITS),
-        gate.clone().into_buffer_arg(),
-        up.clone().into_buffer_arg(),
-        out.clone().into_buffer_arg(),
-        count(gate),
-    );
-    out
-}
+use crate::swiglu::gpu::{swiglu, swiglu_in_place};
 
 impl MlpOps for CubeBackend {
     fn gated_mlp(
@@ -71,18 +52,7 @@ impl MlpGradients for CubeBackend {
         let rounded = operand(d_out.clone(), precision);
         let d_act = into_contiguous(rounded_product(rounded.clone(), operand(down, precision), precision));
         // The inner activations are consumed: their gradients take their places.
-        let act = new_of(&gate, gate.meta.shape().to_vec(), gate.dtype);
-        let launch = of_format!(gate.dtype, kernels::swiglu_grad::launch);
-        launch(
-            &act.client,
-            pointwise::cubes(count(&act)),
-            CubeDim::new_1d(pointwise::UNITS),
-            gate.clone().into_buffer_arg(),
-            up.clone().into_buffer_arg(),
-            d_act.into_buffer_arg(),
-            act.clone().into_buffer_arg(),
-            count(&act),
-        );
+        let act = swiglu_in_place(&gate, &up, d_act);
         let d_down = of_down.then(|| product(transposed(rounded), act, precision));
         let rows = dense(&flat, width, eps);
         let normed = (of_gate || of_up).then(|| rms_norm(&flat, &norm, rows, format(precision)));

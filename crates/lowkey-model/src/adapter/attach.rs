@@ -1,6 +1,6 @@
 //! Models with adapters: begun anew, loaded, left off, multiplied out.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::Device;
@@ -12,7 +12,7 @@ use super::plan::{AdapterPlan, module_of};
 use crate::checkpoint::Weights;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::init::stream;
+use crate::init::{initial_values, stream};
 use crate::model::{CausalLm, Linear};
 use crate::tensor::{Role, TensorSpec};
 
@@ -36,16 +36,23 @@ impl CausalLm {
         device: &Device,
     ) -> Result<Self> {
         let plan = adapter.plan(config)?;
-        let begun = |spec: &TensorSpec, base: &Base| match spec.role {
-            Role::LoraA => Ok(Some(first_values(seed, spec))),
-            Role::LoraB => Ok(Some(vec![0.0; spec.shape.iter().product()])),
-            Role::Magnitude => {
-                let rows = spec.shape.iter().product::<usize>();
-                base(&format!("{}.weight", module_of(&spec.name))).map(|weight| Some(row_lengths(&weight, rows)))
-            }
-            Role::Embedding | Role::Head | Role::Matrix | Role::Residual | Role::Norm | Role::Bias => Ok(None),
+        Self::adapted(dir, config, (adapter, plan), device, &begun(seed))
+    }
+
+    /// A random model with adapters at their beginning: what measurements take. It stands beside no directory, so that its adapters
+    /// cannot be saved.
+    ///
+    /// # Errors
+    /// As [`AdapterConfig::plan`].
+    pub fn init_adapted(config: &ModelConfig, adapter: &AdapterConfig, seed: u64, device: &Device) -> Result<Self> {
+        let plan = adapter.plan(config)?;
+        let specs = config.tensors();
+        let base = |name: &str| match specs.iter().find(|spec| spec.name == name) {
+            Some(spec) => Ok(initial_values(config, seed, spec)),
+            None => Err(Error::config("adapter", name, "the model has no such tensor")),
         };
-        Self::adapted(dir, config, (adapter, plan), device, &begun)
+        let model = Self::build_beside(config, &plan, device, &begun(seed), &base)?;
+        Ok(model.trained_by(adapter, &plan, PathBuf::new()))
     }
 
     /// The model in `dir` with the adapter of a directory.
@@ -74,22 +81,29 @@ impl CausalLm {
     ) -> Result<Self> {
         let weights = Weights::open(dir, config)?;
         weights.check(dir, config, device)?;
-        let base = |name: &str| weights.of(name);
+        let model = Self::build_beside(config, &plan, device, own, &|name| weights.of(name))?;
+        // Absolute, so that an adapter finds its base from wherever it is opened.
+        let base = dir.canonicalize().map_err(|e| Error::io(dir, e))?;
+        Ok(model.trained_by(adapter, &plan, base))
+    }
+
+    /// Tensors as `own` gives them, and those of `base` where it has none.
+    fn build_beside(config: &ModelConfig, plan: &AdapterPlan, device: &Device, own: &Own, base: &Base) -> Result<Self> {
         let mut failure = None;
-        let mut model = Self::build_adapted(config, Some(&plan), device, &mut |spec| {
-            let found = own(spec, &base).and_then(|found| found.map_or_else(|| base(&spec.name), Ok));
+        let model = Self::build_adapted(config, Some(plan), device, &mut |spec| {
+            let found = own(spec, base).and_then(|found| found.map_or_else(|| base(&spec.name), Ok));
             found.unwrap_or_else(|e| {
                 failure.get_or_insert(e);
                 Vec::new()
             })
         });
-        if let Some(failure) = failure {
-            return Err(failure);
-        }
-        // Absolute, so that an adapter finds its base from wherever it is opened.
-        let base = dir.canonicalize().map_err(|e| Error::io(dir, e))?;
-        model.adapter = Some(Arc::new((adapter.clone(), base)));
-        Ok(model.with_trained(|spec| plan.trains(spec)))
+        failure.map_or(Ok(model), Err)
+    }
+
+    /// Everything frozen but what the adapters train, of a model whose base lies in a directory.
+    fn trained_by(mut self, adapter: &AdapterConfig, plan: &AdapterPlan, base: PathBuf) -> Self {
+        self.adapter = Some(Arc::new((adapter.clone(), base)));
+        self.with_trained(|spec| plan.trains(spec))
     }
 
     /// The keys of its adapters, where it has any.
@@ -133,7 +147,7 @@ impl CausalLm {
     /// # Errors
     /// [`Error::File`] where there is no adapter; otherwise as [`AdapterDir::write`].
     pub fn save_adapter(&self, dir: &Path) -> Result<()> {
-        let Some((adapter, base)) = self.adapter.as_deref() else {
+        let Some((adapter, base)) = self.adapter.as_deref().filter(|(_, base)| !base.as_os_str().is_empty()) else {
             return Err(Error::file(dir, "the model has no adapter to be written here"));
         };
         let plan = adapter.plan(&self.config)?;
@@ -141,6 +155,19 @@ impl CausalLm {
         let parameters = self.parameters().into_iter().filter(|parameter| own(&parameter.name, parameter.role));
         AdapterDir { config: adapter.clone(), path: dir.to_path_buf(), base: base.clone() }
             .write(parameters.collect(), &plan)
+    }
+}
+
+/// What a new adapter begins with; no value for what is the base's.
+fn begun(seed: u64) -> impl Fn(&TensorSpec, &Base) -> Result<Option<Vec<f32>>> {
+    move |spec, base| match spec.role {
+        Role::LoraA => Ok(Some(first_values(seed, spec))),
+        Role::LoraB => Ok(Some(vec![0.0; spec.shape.iter().product()])),
+        Role::Magnitude => {
+            let rows = spec.shape.iter().product::<usize>();
+            base(&format!("{}.weight", module_of(&spec.name))).map(|weight| Some(row_lengths(&weight, rows)))
+        }
+        Role::Embedding | Role::Head | Role::Matrix | Role::Residual | Role::Norm | Role::Bias => Ok(None),
     }
 }
 

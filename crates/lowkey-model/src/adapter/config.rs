@@ -46,6 +46,24 @@ pub struct AdapterConfig {
     pub modules_to_save: Option<Vec<String>>,
 }
 
+impl AdapterConfig {
+    /// Adapters of one width beside all maps, with α twice the width.
+    pub fn all_linear(r: usize) -> Self {
+        Self {
+            target_modules: Modules::One("all-linear".to_owned()),
+            r,
+            lora_alpha: 2.0 * r as f64,
+            rank_pattern: ByPattern(Vec::new()),
+            alpha_pattern: ByPattern(Vec::new()),
+            use_rslora: false,
+            use_dora: false,
+            exclude_modules: None,
+            layers_to_transform: None,
+            modules_to_save: None,
+        }
+    }
+}
+
 fn default_r() -> usize {
     8
 }

@@ -5,6 +5,7 @@ use burn::tensor::Tensor;
 use lowkey_kernels::{add_linear, linear};
 
 use super::plan::LowRank;
+use crate::input::Input;
 use crate::layers::Builder;
 use crate::tensor::{HeadRows, Role};
 
@@ -53,11 +54,12 @@ impl Adapter {
     pub(crate) fn apply(
         &self,
         residual: Option<Tensor<3>>,
-        x: Tensor<3>,
+        x: Input,
         weight: Tensor<2>,
         bias: Option<Tensor<1>>,
     ) -> Tensor<3> {
-        let low = linear(x.clone(), self.lora_a.val(), None) * self.scale;
+        let low = x.by(self.lora_a.val()) * self.scale;
+        let x = x.value;
         let Some(magnitude) = &self.magnitude else {
             let y = match residual {
                 Some(residual) => add_linear(residual, x, weight, bias),

@@ -12,6 +12,7 @@ use lowkey_kernels::{
 };
 
 use super::Mla;
+use crate::input::Input;
 use crate::rope::RopeTable;
 
 /// The layers of [`Mla`] that [`FusedMla`] is multiplied from, by their names there: a change of one of them makes its products stale.
@@ -40,10 +41,10 @@ impl Mla {
     ///
     /// # Shapes
     /// `x [batch, seq, d]` → `[batch, seq, H, L+R]`, the rotated part in half-split order.
-    pub(super) fn fused_queries(&self, fused: &FusedMla, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
+    pub(super) fn fused_queries(&self, fused: &FusedMla, x: Input, rope: &RopeTable) -> Tensor<4> {
         let MlaDims { heads, rope: r, rank, interleave, .. } = self.dims;
-        let [batch, seq, _] = x.dims();
-        let q = linear(self.query_input(x), fused.query.clone(), None).reshape([batch, seq, heads, rank + r]);
+        let [batch, seq, _] = x.value.dims();
+        let q = linear(self.query_input(x).value, fused.query.clone(), None).reshape([batch, seq, heads, rank + r]);
         if r > 0 { rotate(q, rope.cos.clone(), rope.sin.clone(), rank, interleave) } else { q }
     }
 

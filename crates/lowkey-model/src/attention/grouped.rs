@@ -11,6 +11,7 @@ use lowkey_kernels::{
 
 use super::{Cached, Seen};
 use crate::config::ModelConfig;
+use crate::input::Input;
 use crate::layers::{Builder, Linear, RmsNorm};
 use crate::rope::RopeTable;
 use crate::tensor::{HeadRows, Role};
@@ -91,7 +92,7 @@ impl Grouped {
     }
 
     /// The heads' outputs `[batch, seq, H·D]` for a normalised chunk `[batch, seq, d]`.
-    pub(super) fn attend(&self, x: Tensor<3>, seen: Seen) -> Tensor<3> {
+    pub(super) fn attend(&self, x: Input, seen: Seen) -> Tensor<3> {
         match seen {
             Seen::Rows(context) => {
                 let kv = self.key_value(x.clone(), &context.rope);
@@ -114,7 +115,7 @@ impl Grouped {
     }
 
     /// Keys and values of a chunk, `x [batch, seq, d]`.
-    pub(crate) fn key_value(&self, x: Tensor<3>, rope: &RopeTable) -> KeyValue {
+    pub(crate) fn key_value(&self, x: Input, rope: &RopeTable) -> KeyValue {
         let kv_heads = self.dims.kv_heads;
         let k = self.heads(self.k_proj.forward(x.clone()), kv_heads, self.k_norm.as_ref(), Some(rope));
         let v = self.heads(self.v_proj.forward(x), kv_heads, None, None);
@@ -122,7 +123,7 @@ impl Grouped {
     }
 
     /// Queries of a chunk, `x [batch, seq, d]` → `[batch, H, seq, D]`.
-    pub(crate) fn queries(&self, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
+    pub(crate) fn queries(&self, x: Input, rope: &RopeTable) -> Tensor<4> {
         self.heads(self.q_proj.forward(x), self.dims.heads, self.q_norm.as_ref(), Some(rope))
     }
 

@@ -17,6 +17,7 @@ use lowkey_kernels::{
 use super::{Cached, Heads, Seen, Way};
 use crate::config::ModelConfig;
 use crate::context::Context;
+use crate::input::Input;
 use crate::layers::{Builder, Linear, RmsNorm};
 use crate::rope::RopeTable;
 use crate::tensor::{HeadRows, Role};
@@ -132,7 +133,7 @@ impl Mla {
     ///
     /// # Shapes
     /// `x [batch, seq, d]`.
-    pub fn latent(&self, x: Tensor<3>, rope: &RopeTable) -> Latent {
+    pub fn latent(&self, x: impl Into<Input>, rope: &RopeTable) -> Latent {
         let MlaDims { rank, rope: r, interleave, latent_scale, .. } = self.dims;
         let whole = self.latent_width();
         let kv = self.kv_a_proj_with_mqa.forward(x);
@@ -150,9 +151,9 @@ impl Mla {
     }
 
     /// What queries are a linear map of: the normed query latent, or `x` itself where queries are not compressed.
-    pub(crate) fn query_input(&self, x: Tensor<3>) -> Tensor<3> {
+    pub(crate) fn query_input(&self, x: Input) -> Input {
         match (&self.q_a_proj, &self.q_a_layernorm) {
-            (Some(down), Some(norm)) => norm.forward(down.forward(x)),
+            (Some(down), Some(norm)) => Input::normed(norm, down.forward(x)),
             _ => x,
         }
     }
@@ -161,21 +162,21 @@ impl Mla {
     ///
     /// # Shapes
     /// `x [batch, seq, d]` → `[batch, seq, H, N+R]`, the rotated part in half-split order.
-    pub fn queries(&self, x: Tensor<3>, rope: &RopeTable) -> Tensor<4> {
+    pub fn queries(&self, x: impl Into<Input>, rope: &RopeTable) -> Tensor<4> {
         let MlaDims { heads, nope, rope: r, interleave, .. } = self.dims;
-        let [batch, seq, _] = x.dims();
-        let x = self.query_input(x);
+        let x = self.query_input(x.into());
+        let [batch, seq, _] = x.value.dims();
         // `build` makes one or the other.
         let q = match self.q_b_proj.as_ref().or(self.q_proj.as_ref()) {
             Some(up) => up.forward(x),
-            None => x,
+            None => x.value,
         };
         let q = q.reshape([batch, seq, heads, nope + r]);
         if r > 0 { rotate(q, rope.cos.clone(), rope.sin.clone(), nope, interleave) } else { q }
     }
 
     /// The heads' outputs for a normalised chunk `[batch, seq, d]`.
-    pub(super) fn attend<'a>(&self, x: Tensor<3>, seen: Seen<'a>) -> Heads<'a> {
+    pub(super) fn attend<'a>(&self, x: Input, seen: Seen<'a>) -> Heads<'a> {
         match seen {
             Seen::Rows(context) => self.attend_causal(x, context).into(),
             Seen::Rounded(context, rounded) => {
@@ -189,7 +190,7 @@ impl Mla {
         }
     }
 
-    fn attend_cached<'a>(&self, x: Tensor<3>, cache: Cached<'a>) -> Heads<'a> {
+    fn attend_cached<'a>(&self, x: Input, cache: Cached<'a>) -> Heads<'a> {
         let Cached { rope, append, offsets, mask, way } = cache;
         let Latent { both, rank } = self.latent(x.clone(), rope);
         let dtype = both.dtype();
@@ -213,7 +214,7 @@ impl Mla {
     ///
     /// # Shapes
     /// `x [batch, seq, d]`, document starts of length `batch · seq` → `[batch, seq, H·V]`.
-    pub(crate) fn attend_causal(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
+    pub(crate) fn attend_causal(&self, x: Input, context: &Context) -> Tensor<3> {
         let Context { rope, document_starts, kv_rank } = context;
         let queries = self.queries(x.clone(), rope);
         let kv_a = self.kv_a_proj_with_mqa.forward(x);

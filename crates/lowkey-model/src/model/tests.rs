@@ -23,10 +23,11 @@ fn attend(block: &Block, x: Tensor<3>, context: &Context) -> Tensor<3> {
     let [causal, masked] = match &block.self_attn {
         Attention::Mla(mla) => {
             let (latent, queries) = (mla.latent(x.clone(), &context.rope), mla.queries(x.clone(), &context.rope));
-            [mla.attend_causal(x, context), mla.attend_expanded(queries, latent, &mask)]
+            [mla.attend_causal(x.into(), context), mla.attend_expanded(queries, latent, &mask)]
         }
         Attention::Grouped(grouped) => {
-            let (kv, q) = (grouped.key_value(x.clone(), &context.rope), grouped.queries(x, &context.rope));
+            let (kv, q) =
+                (grouped.key_value(x.clone().into(), &context.rope), grouped.queries(x.into(), &context.rope));
             [
                 grouped.attend_causal(q.clone(), kv.clone(), &context.document_starts),
                 grouped.attend_masked(q, kv, &mask),

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use lowkey_batch::Batch;
 use lowkey_kernels::Precision;
-use lowkey_model::{CausalLm, Parameter, Recompute, objective::Term};
+use lowkey_model::{CausalLm, Parameter, Recompute, adapter::AdapterConfig, objective::Term};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::de::IntoDeserializer;
@@ -49,6 +49,8 @@ pub struct TrainOptions {
     pub device: String,
     /// What products are computed in, on a GPU.
     pub dtype: Precision,
+    /// Width of the adapters beside all maps, which alone are trained; absent: the whole model is.
+    pub lora_rank: Option<usize>,
 }
 
 impl Default for TrainOptions {
@@ -64,6 +66,7 @@ impl Default for TrainOptions {
             recompute: Recompute::None,
             device: "cpu".into(),
             dtype: Precision::F32,
+            lora_rank: None,
         }
     }
 }
@@ -89,6 +92,9 @@ pub struct TrainFigures {
     pub device: String,
     /// What products were computed in.
     pub dtype: Precision,
+    /// Width of the adapters that alone were trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_rank: Option<usize>,
     /// Steps before the timed ones.
     pub warmup: usize,
     /// What those took together, with compiling kernels and finding the fastest.
@@ -167,7 +173,13 @@ impl Session {
             &config,
         )?;
         let device = device.autodiff();
-        let model = CausalLm::init(&config, SEED, &device);
+        let model = match options.lora_rank {
+            Some(r) => {
+                at_least_one("lora_rank", r, config.hidden_size)?;
+                CausalLm::init_adapted(&config, &AdapterConfig::all_linear(r), SEED, &device)?
+            }
+            None => CausalLm::init(&config, SEED, &device),
+        };
         let optimizer_section = OptimizerSection {
             kind,
             lr: 1e-3,
@@ -299,6 +311,7 @@ pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> 
         recompute: options.recompute,
         device: options.device.clone(),
         dtype: options.dtype,
+        lora_rank: options.lora_rank,
         warmup: options.warmup,
         warm_up_s: thousandths(warm_up_s),
         steps: options.steps,

@@ -63,6 +63,9 @@ pub(crate) struct BenchStepArguments {
     /// What products are computed in, on a GPU
     #[arg(long, default_value = "f32", value_parser = ["f32", "tf32", "bf16", "f16"])]
     pub(crate) dtype: String,
+    /// Train adapters of this width beside all maps, and nothing else
+    #[arg(long, value_name = "R")]
+    pub(crate) lora_rank: Option<usize>,
 }
 
 #[derive(Debug, Args)]

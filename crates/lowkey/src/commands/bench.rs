@@ -35,7 +35,7 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
 }
 
 fn options(step: BenchStepArguments, steps: usize, warmup: usize) -> TrainOptions {
-    let BenchStepArguments { shape, batch, seq, threads, optimizer, recompute, device, dtype } = step;
+    let BenchStepArguments { shape, batch, seq, threads, optimizer, recompute, device, dtype, lora_rank } = step;
     let recompute = if recompute { Recompute::Block } else { Recompute::None };
     let dtype = match dtype.as_str() {
         "tf32" => Precision::Tf32,
@@ -43,7 +43,7 @@ fn options(step: BenchStepArguments, steps: usize, warmup: usize) -> TrainOption
         "f16" => Precision::F16,
         _ => Precision::F32,
     };
-    TrainOptions { shape, batch, seq, threads, steps, warmup, optimizer, recompute, device, dtype }
+    TrainOptions { shape, batch, seq, threads, steps, warmup, optimizer, recompute, device, dtype, lora_rank }
 }
 
 /// Prints what was measured, the bar out of the way.
@@ -90,13 +90,14 @@ fn train_text(f: &TrainFigures) -> String {
     rows.extend(f.gpu_mb.map(|mb| ("GPU memory", format!("{mb:.0} MiB"))));
     let where_to = place(&f.device, f.threads);
     let head = format!(
-        "{}: {} parameters, {} × {} tokens per step, {}, {where_to}{}",
+        "{}: {} parameters, {} × {} tokens per step, {}, {where_to}{}{}",
         f.shape,
         count(f.params as f64),
         f.batch,
         f.seq,
         f.optimizer,
-        if f.recompute == Recompute::Block { ", blocks recomputed" } else { "" }
+        if f.recompute == Recompute::Block { ", blocks recomputed" } else { "" },
+        f.lora_rank.map(|r| format!(", adapters of width {r} alone trained")).unwrap_or_default()
     );
     format!("{head}\n{}", pairs(&rows))
 }

@@ -1,0 +1,42 @@
+//! What a linear map reads.
+
+use burn::tensor::Tensor;
+use lowkey_kernels::{MadeOf, linear, linear_of, swiglu};
+
+use crate::layers::RmsNorm;
+
+/// The input of a linear map, `[batch, seq, d]`, with what it was made of where that is known: an adapter beside the map then need not
+/// keep it for its backward pass.
+#[derive(Clone, Debug)]
+pub struct Input {
+    pub(crate) value: Tensor<3>,
+    made: Option<MadeOf>,
+}
+
+impl From<Tensor<3>> for Input {
+    fn from(value: Tensor<3>) -> Self {
+        Self { value, made: None }
+    }
+}
+
+impl Input {
+    /// What the norm makes of `x [batch, seq, d]`.
+    pub(crate) fn normed(norm: &RmsNorm, x: Tensor<3>) -> Self {
+        let made = MadeOf::Norm { x: x.clone(), gain: norm.gain(), eps: norm.eps };
+        Self { value: norm.forward(x), made: Some(made) }
+    }
+
+    /// `silu(gate) · up`, `[batch, seq, f]`.
+    pub(crate) fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Self {
+        let made = MadeOf::Swiglu { gate: gate.clone(), up: up.clone() };
+        Self { value: swiglu(gate, up), made: Some(made) }
+    }
+
+    /// `x · Aᵀ` with a matrix that is trained, `[r, d]`.
+    pub(crate) fn by(&self, matrix: Tensor<2>) -> Tensor<3> {
+        match self.made.clone() {
+            None => linear(self.value.clone(), matrix, None),
+            Some(made) => linear_of(self.value.clone(), made, matrix),
+        }
+    }
+}
