@@ -61,7 +61,10 @@ fn task_info(arguments: &DataInfoArguments) -> anyhow::Result<()> {
         if dir.is_dir() {
             return show(arguments, &lowkey_data::open(&dir)?);
         }
-        bail!("{}: not a task; name the folder that `lowkey data prepare` made of it", arguments.dir.display());
+        let file = arguments.dir.display();
+        bail!(
+            "{file}: nothing has been prepared of it alone; write `lowkey data prepare {file}`, or name a folder that a run prepared"
+        );
     };
     let summary = corpus.summary();
     if arguments.json {
