@@ -5,8 +5,8 @@
 //! functions and never touches a backend primitive.
 //!
 //! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
-//! [`gated_mlp`], the [`loss`]es for training; [`linear_of`] and [`swiglu`] where adapters stand beside the maps; [`cache::absorbed_attention`], and [`cache::attention`] with a [`cache::Mask`], for queries
-//! against a cache, which may be [`cache::Stored`] in fewer bits; [`optim`] for updates; [`routing`] for mixtures of experts.
+//! [`gated_mlp`], the [`loss`]es for training; [`linear_of`] and [`swiglu`] where adapters stand beside the maps;
+//! [`cache::absorbed_attention`], and [`cache::attention`] with a [`cache::Mask`], for queries against a cache, which may be [`cache::Stored`] in fewer bits; [`optim`] for updates; [`routing`] for mixtures of experts.
 //!
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary

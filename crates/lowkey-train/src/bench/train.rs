@@ -189,7 +189,7 @@ impl Session {
             grad_clip: Some(1.0),
             momentum: None,
         };
-        let optimizer = Optimizer::new(&optimizer_section, &model.parameters(), Parameter::is_matrix);
+        let optimizer = Optimizer::new(&optimizer_section, &model.trained_parameters(), Parameter::is_matrix);
         let (workers, random) = (Workers::for_device(threads, batch, &device)?, ChaCha8Rng::seed_from_u64(SEED));
         Ok(Self {
             shape,
