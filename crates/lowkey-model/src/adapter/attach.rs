@@ -4,30 +4,37 @@ use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::Device;
+use lowkey_files::write_json;
 use rand::RngExt;
+use rand_distr::{Distribution, StandardNormal};
 
 use super::config::AdapterConfig;
+use super::dropout::Draws;
 use super::files::AdapterDir;
-use super::plan::{AdapterPlan, module_of};
-use crate::checkpoint::Weights;
+use super::plan::{AdapterPlan, adapted_module, module_of};
+use crate::checkpoint::{CONFIG, WeightDtype, Weights};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::init::stream;
 use crate::model::{CausalLm, Linear};
 use crate::tensor::{Role, TensorSpec};
 
-/// Values of a tensor by name.
-type Base<'a> = dyn Fn(&str) -> Result<Vec<f32>> + 'a;
+/// Values of a tensor of the base.
+type Base<'a> = dyn Fn(&TensorSpec) -> Result<Vec<f32>> + 'a;
 
 /// Values of a tensor that are not those of the base, which is at hand.
 type Own<'a> = dyn Fn(&TensorSpec, &Base) -> Result<Option<Vec<f32>>> + 'a;
 
 impl CausalLm {
     /// The model in `dir` with new adapters: what it computes is what it computed. A is drawn evenly from ±1/√d_in, as PEFT does, each
-    /// map from a stream of its own; B is zero; lengths are those of the rows. All but adapters and what is saved with them is frozen.
+    /// map from a stream of its own; B is zero; lengths are those of the rows. Of the embedding A is zero, and B is normal. All but
+    /// adapters and what is saved with them is frozen.
+    ///
+    /// The vocabulary of `config` may be larger than that of the files where the adapter saves the embedding and the output head: what
+    /// is to stand in their new rows, [`CausalLm::with_new_rows`] says.
     ///
     /// # Errors
-    /// As [`CausalLm::load_with`] and [`AdapterConfig::plan`].
+    /// As [`CausalLm::load_with`], [`AdapterConfig::plan`] and [`AdapterConfig::check_new_rows`].
     pub fn begin_adapter(
         dir: &Path,
         config: &ModelConfig,
@@ -36,16 +43,21 @@ impl CausalLm {
         device: &Device,
     ) -> Result<Self> {
         let plan = adapter.plan(config)?;
+        let embeds = |spec: &TensorSpec| plan.of(adapted_module(&spec.name)).is_some_and(|low| low.embeds);
+        let nothing = |spec: &TensorSpec| vec![0.0; spec.shape.iter().product()];
         let begun = |spec: &TensorSpec, base: &Base| match spec.role {
-            Role::LoraA => Ok(Some(first_values(seed, spec))),
-            Role::LoraB => Ok(Some(vec![0.0; spec.shape.iter().product()])),
+            Role::LoraA if embeds(spec) => Ok(Some(nothing(spec))),
+            Role::LoraB if embeds(spec) => Ok(Some(normal_values(seed, spec))),
+            Role::LoraA => Ok(Some(even_values(seed, spec))),
+            Role::LoraB => Ok(Some(nothing(spec))),
             Role::Magnitude => {
                 let rows = spec.shape.iter().product::<usize>();
-                base(&format!("{}.weight", module_of(&spec.name))).map(|weight| Some(row_lengths(&weight, rows)))
+                let weight = TensorSpec { name: format!("{}.weight", module_of(&spec.name)), ..spec.clone() };
+                base(&weight).map(|weight| Some(row_lengths(&weight, rows)))
             }
             Role::Embedding | Role::Head | Role::Matrix | Role::Residual | Role::Norm | Role::Bias => Ok(None),
         };
-        Self::adapted(dir, config, (adapter, plan), device, &begun)
+        Self::adapted(dir, config, (adapter, plan.clone()), device, &begun)
     }
 
     /// The model in `dir` with the adapter of a directory.
@@ -65,19 +77,23 @@ impl CausalLm {
         Self::adapted(dir, config, (&adapter.config, plan.clone()), device, &of_file)
     }
 
-    fn adapted(
+    /// The model in `dir` with adapters whose values are those of `own`.
+    pub(super) fn adapted(
         dir: &Path,
         config: &ModelConfig,
         (adapter, plan): (&AdapterConfig, AdapterPlan),
         device: &Device,
         own: &Own,
     ) -> Result<Self> {
-        let weights = Weights::open(dir, config)?;
+        let weights = Weights::open(dir, config)?.growing();
         weights.check(dir, config, device)?;
-        let base = |name: &str| weights.of(name);
+        if weights.grows(config) {
+            adapter.check_new_rows(config)?;
+        }
+        let base = |spec: &TensorSpec| weights.of(spec);
         let mut failure = None;
         let mut model = Self::build_adapted(config, Some(&plan), device, &mut |spec| {
-            let found = own(spec, &base).and_then(|found| found.map_or_else(|| base(&spec.name), Ok));
+            let found = own(spec, &base).and_then(|found| found.map_or_else(|| base(spec), Ok));
             found.unwrap_or_else(|e| {
                 failure.get_or_insert(e);
                 Vec::new()
@@ -112,9 +128,39 @@ impl CausalLm {
         if self.adapter.is_none() {
             return model;
         }
+        model.model.embed_tokens.end_adapter(merge);
         model.linears_mut().into_iter().for_each(|linear| linear.end_adapter(merge));
         model.tensors = self.tensors.iter().filter(|spec| !spec.role.is_adapter()).cloned().collect();
         model.adapter = None;
+        model
+    }
+
+    /// The model as a pass of training takes it: its adapters leave numbers out ([`AdapterConfig::lora_dropout`]). `None`: as every
+    /// other pass does, nothing is left out.
+    #[must_use]
+    pub fn with_draws(mut self, draws: Option<Draws>) -> Self {
+        self.linears_mut().into_iter().for_each(|linear| linear.set_draws(draws));
+        self
+    }
+
+    /// The same function where nothing is trained any more, so that what follows from the weights alone is computed once and not for
+    /// each token: matrices that are read whole have their adapters multiplied in, and DoRA's lengths are kept.
+    #[must_use]
+    pub fn settled(&self) -> Self {
+        let mut model = self.clone();
+        if self.adapter.is_none() {
+            return model;
+        }
+        model.linears_mut().into_iter().for_each(Linear::settle);
+        let whole =
+            model.model.layers.iter_mut().filter_map(|block| Some(&mut block.self_attn.latent_mut()?.kv_b_proj));
+        whole.chain(model.lm_head.as_mut()).for_each(|linear| linear.end_adapter(true));
+        let merged = |spec: &TensorSpec| {
+            let module = adapted_module(&spec.name);
+            module == "lm_head" || module.ends_with(".kv_b_proj")
+        };
+        let kept = |spec: &&TensorSpec| !(spec.role.is_adapter() && merged(spec));
+        model.tensors = self.tensors.iter().filter(kept).cloned().collect();
         model
     }
 
@@ -136,6 +182,10 @@ impl CausalLm {
         let Some((adapter, base)) = self.adapter.as_deref() else {
             return Err(Error::file(dir, "the model has no adapter to be written here"));
         };
+        // What a run has changed of the base's shape is not said by PEFT's files; whoever reads them takes it from here.
+        if !ModelConfig::read(&base.join(CONFIG)).is_ok_and(|base| base.same_shape(&self.config)) {
+            write_json(&dir.join(CONFIG), &self.config.to_json(WeightDtype::F32.name()))?;
+        }
         let plan = adapter.plan(&self.config)?;
         let own = |name: &str, role: Role| role.is_adapter() || plan.saves(name);
         let parameters = self.parameters().into_iter().filter(|parameter| own(&parameter.name, parameter.role));
@@ -144,8 +194,14 @@ impl CausalLm {
     }
 }
 
-/// A as it begins: even between ±1/√d_in (Kaiming's bound with a = √5).
-fn first_values(seed: u64, spec: &TensorSpec) -> Vec<f32> {
+/// From N(0, 1).
+fn normal_values(seed: u64, spec: &TensorSpec) -> Vec<f32> {
+    let mut rng = stream(seed, &spec.name);
+    (0..spec.shape.iter().product()).map(|_| Distribution::<f32>::sample(&StandardNormal, &mut rng)).collect()
+}
+
+/// Even between ±1/√d_in (Kaiming's bound with a = √5).
+fn even_values(seed: u64, spec: &TensorSpec) -> Vec<f32> {
     let bound = spec.shape.last().map_or(1.0, |d_in| (*d_in as f64).powf(-0.5));
     let mut rng = stream(seed, &spec.name);
     (0..spec.shape.iter().product()).map(|_| (bound * (2.0 * rng.random::<f64>() - 1.0)) as f32).collect()
