@@ -5,6 +5,7 @@
 //! a `tokenizer.json` that transformers loads to the same ids, and are recognised when such a file is read back.
 
 mod build;
+mod grow;
 mod place;
 mod special;
 mod spell;

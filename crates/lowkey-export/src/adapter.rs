@@ -6,9 +6,9 @@
 //! | engine | applies | ignores or refuses |
 //! |---|---|---|
 //! | transformers with PEFT | all, but of the DeepSeek classes no feed-forward layer | takes `gate_proj`, `up_proj` and `down_proj` there for experts, also where a layer has none (PEFT 0.21, `_convert_peft_config_moe`) |
-//! | SGLang | all maps of blocks | DoRA, parts that are saved whole, the output head |
+//! | SGLang | all maps of blocks | DoRA, parts that are saved whole, the output head and the embedding |
 //! | vLLM | all maps of blocks but `kv_b_proj` | the same, and `kv_b_proj` in silence (vllm #48974) |
-//! | llama.cpp | of `deepseek2` the output map and the feed-forward layers; of others all maps | the rest of `deepseek2` in silence; DoRA |
+//! | llama.cpp | of `deepseek2` the output map and the feed-forward layers; of others all maps | the rest of `deepseek2` in silence; DoRA; the embedding in this form |
 
 use std::fmt;
 use std::path::Path;
@@ -16,9 +16,9 @@ use std::str::FromStr;
 
 use lowkey_files::mark::Kind;
 use lowkey_model::{
-    NewModelDir, Parameter,
-    adapter::{AdapterConfig, AdapterDir, AdapterPlan, ByPattern, Modules},
-    tensor::Role,
+    ModelConfig, NewModelDir, Parameter,
+    adapter::{AdapterConfig, AdapterDir, AdapterPlan, ByPattern, Modules, adapted_module},
+    tensor::{Role, TensorSpec},
 };
 
 use crate::error::{Error, Result};
@@ -67,21 +67,27 @@ impl fmt::Display for Engine {
 }
 
 impl Engine {
-    /// Why it would not apply the adapter of a map, where it would not.
-    fn ignores(self, module: &str, latent: bool) -> Option<&'static str> {
-        let feed_forward = module.contains(".mlp.");
-        let is = |end: &str| module == end || module.rsplit('.').next() == Some(end);
+    /// Why it would not apply the adapter of a map with this matrix, where it would not.
+    fn ignores(self, matrix: &TensorSpec, latent: bool) -> Option<&'static str> {
+        // Which layer a map belongs to its role does not say.
+        let feed_forward = matrix.name.contains(".mlp.");
+        let is = |end: &str| matrix.name.strip_suffix(".weight").is_some_and(|module| module.ends_with(end));
         match self {
+            Self::Vllm | Self::Sglang | Self::LlamaCpp if matrix.role == Role::Embedding => {
+                Some("adapters of the embedding are written for transformers alone")
+            }
             Self::Transformers if latent && feed_forward => Some(
                 "PEFT takes this name for that of experts in models of this class, and leaves the layer without an adapter",
             ),
             Self::Transformers => None,
-            Self::Vllm | Self::Sglang if is("lm_head") => Some("the engine applies adapters within blocks alone"),
-            Self::Vllm if is("kv_b_proj") => {
+            Self::Vllm | Self::Sglang if matrix.role == Role::Head => {
+                Some("the engine applies adapters within blocks alone")
+            }
+            Self::Vllm if is(".kv_b_proj") => {
                 Some("vLLM splits this matrix when it loads it, and applies no adapter to the halves (vllm #48974)")
             }
             Self::Vllm | Self::Sglang => None,
-            Self::LlamaCpp if latent && !(is("o_proj") || feed_forward) => {
+            Self::LlamaCpp if latent && !(is(".o_proj") || feed_forward) => {
                 Some("llama.cpp's graph of latent attention multiplies by this matrix without looking for adapters")
             }
             Self::LlamaCpp => None,
@@ -99,7 +105,7 @@ pub fn export_adapter(source: &Source, engine: Engine, out: &Path, overwrite: bo
         return Err(Error::file(source.dir.given(), "has no adapter; give one with --adapter DIR"));
     };
     let plan = config.plan(&source.model.config)?;
-    check(engine, config, &plan, source.model.config.attention().latent().is_some())?;
+    check(engine, config, &plan, &source.model.config)?;
     let staging = NewModelDir::begin(out, Kind::Export, overwrite, &source.dir)?;
     let dir = staging.dir();
     match engine {
@@ -125,13 +131,18 @@ pub fn export_adapter(source: &Source, engine: Engine, out: &Path, overwrite: bo
 }
 
 /// Refuses what an engine would leave out.
-fn check(engine: Engine, config: &AdapterConfig, plan: &AdapterPlan, latent: bool) -> Result<()> {
+fn check(engine: Engine, config: &AdapterConfig, plan: &AdapterPlan, model: &ModelConfig) -> Result<()> {
     let refuse = |what: String| {
         let why = format!("{what}; merge the adapter (lowkey merge), which every engine computes");
         Err(Error::Unsupported { format: "the engine's adapter", why })
     };
+    let (tensors, latent) = (model.tensors(), model.attention().latent().is_some());
+    let adapted = tensors.iter().filter_map(|spec| {
+        let module = spec.name.strip_suffix(".weight")?;
+        plan.of(module).map(|_| (module, spec))
+    });
     let ignored: Vec<(&str, &str)> =
-        plan.modules().filter_map(|(name, _)| Some((name, engine.ignores(name, latent)?))).collect();
+        adapted.filter_map(|(name, spec)| Some((name, engine.ignores(spec, latent)?))).collect();
     if let Some((module, why)) = ignored.first() {
         let others = match ignored.len() {
             1 => String::new(),
@@ -155,7 +166,7 @@ fn uniform(source: &Source, config: &AdapterConfig, plan: &AdapterPlan) -> Resul
     let widest = plan.modules().map(|(_, low)| low.r).max().unwrap_or(1);
     let mut parameters = Vec::new();
     for parameter in source.model.parameters() {
-        let module = parameter.name.split(".lora_").next().unwrap_or_default();
+        let module = adapted_module(&parameter.name);
         let (Some(low), [rows, columns]) = (plan.of(module), &parameter.shape[..]) else { continue };
         let (rows, columns) = (*rows, *columns);
         let values = || {

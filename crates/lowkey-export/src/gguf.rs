@@ -37,7 +37,7 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::Tokenizer;
 use lowkey_files::printable;
-use lowkey_model::{CausalLm, ModelConfig, Parameter, tensor::Role};
+use lowkey_model::{CausalLm, ModelConfig, Parameter, adapter::adapted_module, tensor::Role};
 
 use crate::error::{Error, Result};
 use architecture::Architecture;
@@ -133,7 +133,7 @@ pub(crate) fn write_adapter(path: &Path, config: &ModelConfig, alpha: f64, param
         .collect();
     let mut tensors = Vec::new();
     for Parameter { name, shape, role, value, .. } in parameters {
-        let module = name.split(".lora_").next().unwrap_or_default();
+        let module = adapted_module(&name);
         let place = places.get(format!("{module}.weight").as_str());
         let (stored, change) = match place {
             Some((_, Change::Keys { .. } | Change::Values { .. })) | None => {

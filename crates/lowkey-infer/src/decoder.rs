@@ -29,7 +29,8 @@ pub struct Decoder {
 impl Decoder {
     /// A decoder for `batch` sequences of up to `capacity` tokens, all empty, with a cache in the format of the weights.
     ///
-    /// The model's tensors are shared, not copied; of a model that records gradients the plain one is used.
+    /// The model's tensors are shared, not copied, but for matrices that an adapter is multiplied into ([`CausalLm::settled`]); of a
+    /// model that records gradients the plain one is used.
     ///
     /// # Errors
     /// As [`Cache::new`].
@@ -49,6 +50,8 @@ impl Decoder {
         device: &Device,
     ) -> Result<Self> {
         let model = if model.model.embed_tokens.table().is_autodiff() { model.valid() } else { model.clone() };
+        // Each token asks for what no token changes.
+        let model = model.settled();
         let device = device.clone().inner();
         let cache = Cache::new(&model, batch, capacity, dtype, &device)?;
         Ok(Self { model, cache, form, fused: Vec::new(), device })

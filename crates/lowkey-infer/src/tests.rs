@@ -1,5 +1,6 @@
 //! Cached decoding against the forward pass without a cache, over models of every kind with random parameters.
 
+mod adapters;
 mod agreement;
 mod formats;
 mod generation;

@@ -9,22 +9,29 @@
 //! * [`CausalLm::load_adapted`](crate::CausalLm::load_adapted) and [`CausalLm::begin_adapter`](crate::CausalLm::begin_adapter) build a
 //!   model with adapters, [`CausalLm::merged`](crate::CausalLm::merged) multiplies them out,
 //!   [`CausalLm::unadapted`](crate::CausalLm::unadapted) leaves them off.
+//! * Several adapters with weights are one whose factors lie side by side
+//!   ([`CausalLm::load_combined`](crate::CausalLm::load_combined)): the sum of their products, without rounding a matrix.
+//! * In training [`AdapterConfig::lora_dropout`] leaves numbers out; a pass is told by
+//!   [`CausalLm::with_draws`](crate::CausalLm::with_draws) that it trains.
 //! * [`AdapterDir`] reads and writes the directories of PEFT.
 //!
 //! Whoever asks a map for its matrix ([`Linear::matrix`](crate::model::Linear::matrix)) gets W': the adapter of MLA's `kv_b_proj`
 //! is thereby in force in every way to compute attention, which other engines that split this matrix when they load it overlook.
 
 mod attach;
+mod combine;
 mod config;
+mod dropout;
 mod files;
 mod low_rank;
 mod plan;
 
 pub use config::{AdapterConfig, ByPattern, Layers, Modules};
+pub use dropout::Draws;
 pub(crate) use files::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
 pub use files::{AdapterDir, companions_dir, is_adapter};
 pub use low_rank::Adapter;
-pub use plan::{AdapterPlan, LowRank};
+pub use plan::{AdapterPlan, LowRank, adapted_module};
 
 #[cfg(test)]
 mod tests;

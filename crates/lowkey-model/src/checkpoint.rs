@@ -19,7 +19,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::model::CausalLm;
 use crate::params::Parameter;
-use crate::tensor::TensorSpec;
+use crate::tensor::{Role, TensorSpec};
 
 pub(crate) mod stored;
 
@@ -92,6 +92,8 @@ pub(crate) struct Weights {
     tensors: BTreeMap<String, Entry>,
     /// Whether it is a model without an output head ([`stored::settle_names`]).
     base: bool,
+    /// Whether embedding and output head may have fewer rows than are asked for.
+    growing: bool,
 }
 
 #[derive(Clone)]
@@ -104,13 +106,27 @@ struct Entry {
 
 impl Weights {
     pub(crate) fn open(dir: &Path, config: &ModelConfig) -> Result<Self> {
-        let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new(), base: false };
+        let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new(), base: false, growing: false };
         let mut aliases = BTreeMap::new();
         for path in weight_files(dir)? {
             weights.add(path, &mut aliases)?;
         }
         weights.base = stored::settle_names(&mut weights.tensors, aliases, config.tie_word_embeddings);
         Ok(weights)
+    }
+
+    /// The same for a model that is asked for a larger vocabulary: the rows of further tokens are zeros.
+    pub(crate) fn growing(self) -> Self {
+        Self { growing: true, ..self }
+    }
+
+    /// Whether a model of that configuration has more tokens than the files.
+    pub(crate) fn grows(&self, config: &ModelConfig) -> bool {
+        config
+            .tensors()
+            .iter()
+            .filter(|spec| has_rows(spec))
+            .any(|spec| self.tensors.get(&spec.name).is_some_and(|entry| entry.shape.first() < spec.shape.first()))
     }
 
     fn add(&mut self, path: PathBuf, aliases: &mut BTreeMap<String, String>) -> Result<()> {
@@ -156,7 +172,8 @@ impl Weights {
         }
         let mut first_layers = config.clone();
         first_layers.layers.resize(looked_at)?;
-        CausalLm::build(&first_layers, device, &mut |TensorSpec { name, shape, .. }| {
+        CausalLm::build(&first_layers, device, &mut |spec| {
+            let TensorSpec { name, shape, .. } = spec;
             used.insert(name.clone());
             match self.tensors.get(name) {
                 None if self.base && name == "lm_head.weight" => missing.push(format!(
@@ -164,6 +181,7 @@ impl Weights {
                      set tie_word_embeddings = true where the embedding is its head)"
                 )),
                 None => missing.push(name.to_string()),
+                Some(entry) if self.growing && has_rows(spec) && is_taller(shape, &entry.shape) => {}
                 Some(entry) if entry.shape != *shape => {
                     mismatched.push(format!("{name}: expected {shape:?}, found {:?}", entry.shape));
                 }
@@ -192,8 +210,13 @@ impl Weights {
     }
 
     /// The values of a tensor; none where no file has it, which [`Weights::check`] has ruled out for what a model needs.
-    pub(crate) fn of(&self, name: &str) -> Result<Vec<f32>> {
-        self.tensors.get(name).map_or(Ok(Vec::new()), |entry| self.values(name, entry))
+    pub(crate) fn of(&self, spec: &TensorSpec) -> Result<Vec<f32>> {
+        let Some(entry) = self.tensors.get(&spec.name) else { return Ok(Vec::new()) };
+        let mut values = self.values(&spec.name, entry)?;
+        if self.growing && has_rows(spec) {
+            values.resize(spec.shape.iter().product(), 0.0);
+        }
+        Ok(values)
     }
 
     fn values(&self, name: &str, entry: &Entry) -> Result<Vec<f32>> {
@@ -201,6 +224,16 @@ impl Weights {
         stored::decode(entry.dtype, &map[entry.range.clone()])
             .map_err(|why| Error::file(path, format!("tensor {name} {why}")))
     }
+}
+
+/// Whether each token of the vocabulary has a row in it.
+fn has_rows(spec: &TensorSpec) -> bool {
+    matches!(spec.role, Role::Embedding | Role::Head)
+}
+
+/// Whether a matrix has the rows of another and further ones.
+fn is_taller(shape: &[usize], than: &[usize]) -> bool {
+    matches!((shape, than), ([rows, width], [fewer, same]) if width == same && fewer <= rows)
 }
 
 /// The safetensors files of a model directory: the single one, or those that the index names.
@@ -259,11 +292,23 @@ impl CausalLm {
     /// # Errors
     /// As [`CausalLm::load`].
     pub fn load_with(dir: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
-        let weights = Weights::open(dir, config)?;
+        Self::of_weights(Weights::open(dir, config)?, dir, config, device)
+    }
+
+    /// The same where `config` may have more tokens than the files: their rows are zeros, and [`CausalLm::with_new_rows`] says what is
+    /// to stand there.
+    ///
+    /// # Errors
+    /// As [`CausalLm::load`].
+    pub fn load_growing(dir: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
+        Self::of_weights(Weights::open(dir, config)?.growing(), dir, config, device)
+    }
+
+    fn of_weights(weights: Weights, dir: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
         weights.check(dir, config, device)?;
         let mut failure = None;
-        let model = Self::build(config, device, &mut |TensorSpec { name, .. }| {
-            weights.of(name).unwrap_or_else(|e| {
+        let model = Self::build(config, device, &mut |spec| {
+            weights.of(spec).unwrap_or_else(|e| {
                 failure = failure.take().or(Some(e));
                 Vec::new()
             })

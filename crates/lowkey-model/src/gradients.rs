@@ -178,7 +178,7 @@ impl CausalLm {
             blocks.push(take(block, &mut gradients));
         }
         let embedding = &self.model.embed_tokens;
-        let looked_up = match embedding.table().is_require_grad() {
+        let looked_up = match embedding.is_trained() {
             true => take(embedding, &mut pull_back(self.embed(batch, device), pull)),
             false => Vec::new(),
         };

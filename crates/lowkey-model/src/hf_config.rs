@@ -101,6 +101,25 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// `base` with the tokens and positions that the `config.json` at `path` says, and no other key of it.
+    pub(crate) fn shape_in(path: &Path, base: &Self) -> Result<Self> {
+        let text = read_text(path, LARGEST)?;
+        let map: Map<String, Value> =
+            serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not a JSON object: {e}")))?;
+        let keys = Keys(&map);
+        let fail = |e: Error| Error::file(path, e.to_string());
+        let spelled = ["rope_parameters", "rope_scaling", "rope_theta"].iter().any(|key| map.contains_key(*key));
+        Ok(Self {
+            vocab_size: keys.size("vocab_size").map_err(fail)?.unwrap_or(base.vocab_size),
+            max_position_embeddings: keys
+                .size("max_position_embeddings")
+                .map_err(fail)?
+                .unwrap_or(base.max_position_embeddings),
+            rope: if spelled { rope(&keys).map_err(fail)? } else { base.rope.clone() },
+            ..base.clone()
+        })
+    }
+
     /// The object to write as `config.json`; `dtype` is that of the weights beside it, such as `float32`.
     ///
     /// Writes both spellings of the rotary parameters and of the dtype, so that old and new transformers read the same model.

@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use lowkey_kernels::{add_linear, embed, linear, rms_norm};
 
-use crate::adapter::{Adapter, AdapterPlan};
+use crate::adapter::{Adapter, AdapterPlan, Draws};
 use crate::input::Input;
 use crate::tensor::{HeadRows, Role, TensorSpec};
 
@@ -72,7 +72,7 @@ impl Linear {
         Self {
             weight: b.tensor(format!("{name}.weight"), [d_out, d_in], role, head_rows),
             bias: bias.then(|| b.vector(format!("{name}.bias"), d_out, Role::Bias)),
-            adapter: b.adapters.and_then(|plan| plan.of(name)).map(|low| Adapter::build(b, name, [d_in, d_out], low)),
+            adapter: b.adapters.and_then(|plan| plan.of(name)).map(|low| Adapter::build(b, name, [d_out, d_in], low)),
         }
     }
 
@@ -90,6 +90,11 @@ impl Linear {
         self.weight.val()
     }
 
+    /// The matrix without its adapter, for whoever puts another one there.
+    pub(crate) fn own_matrix(&self) -> Tensor<2> {
+        self.beside()
+    }
+
     /// Whether an adapter stands beside the matrix.
     pub(crate) fn is_adapted(&self) -> bool {
         self.adapter.is_some()
@@ -102,6 +107,17 @@ impl Linear {
         if let Some(matrix) = matrix {
             self.set_matrix(matrix);
         }
+    }
+
+    /// What its adapter leaves out in a pass that trains.
+    pub(crate) fn set_draws(&mut self, draws: Option<Draws>) {
+        self.adapter.iter_mut().for_each(|adapter| adapter.set_draws(draws));
+    }
+
+    /// Keeps of its adapter what no step will change any more.
+    pub(crate) fn settle(&mut self) {
+        let weight = self.beside();
+        self.adapter.iter_mut().for_each(|adapter| adapter.settle(weight.clone()));
     }
 
     /// Its numbers of rows and columns, `[d_out, d_in]`.
@@ -185,24 +201,59 @@ impl RmsNorm {
     }
 }
 
-/// Token embedding.
+/// Token embedding, which may have an [`Adapter`] beside it.
 #[derive(Module, Debug)]
 pub struct Embedding {
     weight: Param<Tensor<2>>,
+    adapter: Option<Adapter>,
 }
 
 impl Embedding {
     pub(crate) fn build(b: &mut Builder, name: &str, rows: usize, width: usize) -> Self {
-        Self { weight: b.tensor(format!("{name}.weight"), [rows, width], Role::Embedding, HeadRows::one(rows)) }
+        Self {
+            weight: b.tensor(format!("{name}.weight"), [rows, width], Role::Embedding, HeadRows::one(rows)),
+            adapter: b.adapters.and_then(|plan| plan.of(name)).map(|low| Adapter::build(b, name, [rows, width], low)),
+        }
     }
 
-    /// The table `[vocab_size, hidden_size]`.
+    /// The table `[vocab_size, hidden_size]`, its adapter's share included.
     pub fn table(&self) -> Tensor<2> {
+        match &self.adapter {
+            None => self.own_table(),
+            Some(adapter) => self.own_table() + adapter.table(),
+        }
+    }
+
+    /// The table without its adapter.
+    pub(crate) fn own_table(&self) -> Tensor<2> {
         self.weight.val()
+    }
+
+    /// Puts another table in its place, which is trained or frozen as the old one was.
+    pub(crate) fn set_table(&mut self, table: Tensor<2>) {
+        replace(&mut self.weight, table);
+    }
+
+    /// Takes the adapter away; `merge` adds it to the table.
+    pub(crate) fn end_adapter(&mut self, merge: bool) {
+        let table = (merge && self.adapter.is_some()).then(|| self.table());
+        self.adapter = None;
+        if let Some(table) = table {
+            self.set_table(table);
+        }
+    }
+
+    /// Whether a gradient of it is wanted: of the table, or of an adapter.
+    pub(crate) fn is_trained(&self) -> bool {
+        self.weight.is_require_grad() || self.adapter.as_ref().is_some_and(Adapter::is_trained)
     }
 
     /// `[batch, seq]` → `[batch, seq, d]`.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-        embed(self.table(), ids)
+        let rows = embed(self.own_table(), ids.clone());
+        match &self.adapter {
+            None => rows,
+            Some(adapter) => adapter.look_up(rows, ids),
+        }
     }
 }

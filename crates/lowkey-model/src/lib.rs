@@ -97,6 +97,7 @@ mod model_dir;
 pub mod objective;
 mod params;
 mod pass;
+mod reshape;
 pub mod rope;
 pub mod tensor;
 

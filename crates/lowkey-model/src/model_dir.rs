@@ -27,7 +27,8 @@ use crate::model::CausalLm;
 #[derive(Clone, Debug)]
 pub struct ModelDir {
     path: PathBuf,
-    adapter: Option<AdapterDir>,
+    /// With the weight of each.
+    adapters: Vec<(AdapterDir, f64)>,
 }
 
 impl ModelDir {
@@ -62,7 +63,7 @@ impl ModelDir {
             verify(&real)?;
         }
         if !is_adapter(&real) {
-            return Ok(Self { path: real, adapter: None });
+            return Ok(Self { path: real, adapters: Vec::new() });
         }
         let adapter = AdapterDir::open(&real)?;
         let base = adapter.base_dir()?;
@@ -70,7 +71,7 @@ impl ModelDir {
             let why = "is to stand beside an adapter; merge that one first, and name the merged model as the base";
             return Err(Error::file(real, why));
         }
-        Ok(Self { adapter: Some(adapter), ..Self::open(&base)? })
+        Ok(Self { adapters: vec![(adapter, 1.0)], ..Self::open(&base)? })
     }
 
     /// The same model with an adapter beside it, whatever base that one names.
@@ -78,37 +79,51 @@ impl ModelDir {
     /// # Errors
     /// [`Error::File`] where `adapter` is no directory of an adapter, where one is there already, or where a file is not what was saved.
     pub fn with_adapter(self, adapter: &Path) -> Result<Self> {
-        if self.adapter.is_some() {
+        self.with_adapters(&[(adapter.to_path_buf(), 1.0)])
+    }
+
+    /// The same model with the sum of several adapters beside it, each times its weight ([`CausalLm::load_combined`]).
+    ///
+    /// # Errors
+    /// As [`ModelDir::with_adapter`].
+    pub fn with_adapters(self, adapters: &[(PathBuf, f64)]) -> Result<Self> {
+        if !self.adapters.is_empty() {
             return Err(Error::file(self.given(), "is an adapter itself; give the model that it stands beside"));
         }
-        if !is_adapter(adapter) {
-            return Err(Error::file(
-                adapter,
-                "holds no adapter: a folder with adapter_config.json and no weights of a model",
-            ));
-        }
-        if has_checksums(adapter) {
-            verify(adapter)?;
-        }
-        Ok(Self { adapter: Some(AdapterDir::open(adapter)?), ..self })
+        let open = |(adapter, weight): &(PathBuf, f64)| {
+            if !is_adapter(adapter) {
+                return Err(Error::file(
+                    adapter,
+                    "holds no adapter: a folder with adapter_config.json and no weights of a model",
+                ));
+            }
+            if has_checksums(adapter) {
+                verify(adapter)?;
+            }
+            Ok((AdapterDir::open(adapter)?, *weight))
+        };
+        Ok(Self { adapters: adapters.iter().map(open).collect::<Result<_>>()?, ..self })
     }
 
     /// The folder that was asked for: of an adapter its own, where [`ModelDir::path`] is that of its base.
     pub fn given(&self) -> &Path {
-        self.adapter.as_ref().map_or(&self.path, |adapter| &adapter.path)
+        self.adapter().map_or(&self.path, |adapter| &adapter.path)
     }
 
     /// The folder that tokenizer, templates and generation settings come from.
     pub fn beside(&self) -> &Path {
-        match &self.adapter {
+        match self.adapter() {
             Some(adapter) if adapter.path.join("tokenizer.json").is_file() => &adapter.path,
             _ => &self.path,
         }
     }
 
-    /// The adapter that was opened, where it was one.
+    /// The adapter that was opened, where it was one, and is taken as it is.
     pub fn adapter(&self) -> Option<&AdapterDir> {
-        self.adapter.as_ref()
+        match &self.adapters[..] {
+            [(adapter, weight)] if *weight == 1.0 => Some(adapter),
+            _ => None,
+        }
     }
 
     /// The folder itself, no link.
@@ -116,22 +131,33 @@ impl ModelDir {
         &self.path
     }
 
-    /// What `config.json` says.
+    /// What `config.json` says; of a model with an adapter that of its base, but for the tokens and positions that the adapter was
+    /// trained with.
     ///
     /// # Errors
     /// As [`ModelConfig::read`].
     pub fn config(&self) -> Result<ModelConfig> {
-        ModelConfig::read(&self.path.join(CONFIG))
+        let config = ModelConfig::read(&self.path.join(CONFIG))?;
+        let Some(((first, _), others)) = self.adapters.split_first() else { return Ok(config) };
+        let shape = first.shape(config.clone())?;
+        for (adapter, _) in others {
+            if !adapter.shape(config.clone())?.same_shape(&shape) {
+                let why = format!("was trained with other tokens or positions than {}", first.path.display());
+                return Err(Error::file(&adapter.path, why));
+            }
+        }
+        Ok(shape)
     }
 
     /// The model.
     ///
     /// # Errors
-    /// As [`CausalLm::load`] and [`CausalLm::load_adapted`].
+    /// As [`CausalLm::load`], [`CausalLm::load_adapted`] and [`CausalLm::load_combined`].
     pub fn load(&self, device: &Device) -> Result<CausalLm> {
-        match &self.adapter {
-            None => CausalLm::load(&self.path, device),
-            Some(adapter) => CausalLm::load_adapted(&self.path, &self.config()?, adapter, device),
+        match (self.adapter(), &self.adapters[..]) {
+            (None, []) => CausalLm::load(&self.path, device),
+            (Some(adapter), _) => CausalLm::load_adapted(&self.path, &self.config()?, adapter, device),
+            (None, several) => CausalLm::load_combined(&self.path, &self.config()?, several, device),
         }
     }
 
@@ -143,7 +169,7 @@ impl ModelDir {
         Ok(companions::found(self.beside())?)
     }
 
-    /// Names, lengths and times of all files in the folder, and in that of its adapter: two that are equal were taken of the same files.
+    /// Names, lengths and times of all files in the folder, and in those of its adapters: two that are equal were taken of the same files.
     ///
     /// # Errors
     /// [`Error::Io`] where the folder cannot be read.
@@ -155,7 +181,7 @@ impl ModelDir {
             Ok((entry.file_name(), found.len(), found.modified().ok()))
         };
         let mut stamps = Vec::new();
-        for dir in std::iter::once(&self.path).chain(self.adapter.as_ref().map(|adapter| &adapter.path)) {
+        for dir in std::iter::once(&self.path).chain(self.adapters.iter().map(|(adapter, _)| &adapter.path)) {
             for entry in std::fs::read_dir(dir).map_err(fail)? {
                 stamps.push(stamp(entry).map_err(fail)?);
             }
@@ -164,8 +190,8 @@ impl ModelDir {
         Ok(stamps)
     }
 
-    /// Every file that the model consists of, with its hash: configuration, weights, [companions](Self::companions), and those of an
-    /// adapter.
+    /// Every file that the model consists of, with its hash: configuration, weights, [companions](Self::companions), and those of its
+    /// adapters. Of several the name begins with number and weight, so that other weights are other files.
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] where one cannot be read.
@@ -180,8 +206,17 @@ impl ModelDir {
         add(&self.path, CONFIG)?;
         self.companions()?.iter().try_for_each(|name| add(self.beside(), name))?;
         index.iter().try_for_each(|name| add(&self.path, name))?;
-        if let Some(adapter) = &self.adapter {
-            [ADAPTER_CONFIG, ADAPTER_WEIGHTS].iter().try_for_each(|name| add(&adapter.path, name))?;
+        for (i, (adapter, weight)) in self.adapters.iter().enumerate() {
+            let before = match self.adapter() {
+                Some(_) => String::new(),
+                None => format!("adapter {} times {weight}/", i + 1),
+            };
+            let shape = Some(CONFIG).filter(|name| adapter.path.join(name).is_file());
+            for name in [ADAPTER_CONFIG, ADAPTER_WEIGHTS].into_iter().chain(shape) {
+                // The base has a `config.json`, too.
+                let before = if name == CONFIG && before.is_empty() { "adapter/" } else { &before };
+                hashes.push(FileHash { name: format!("{before}{name}"), ..hash(&adapter.path.join(name))? });
+            }
         }
         for path in weight_files(&self.path)? {
             hashes.push(hash(&path)?);
@@ -203,7 +238,9 @@ impl NewModelDir {
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] where what is there may not be replaced; [`Error::File`] where that is, or holds, `source`.
     pub fn begin(target: &Path, kind: Kind, overwrite: bool, source: &ModelDir) -> Result<Self> {
-        let holds = |target: PathBuf| [&source.path, source.given()].iter().any(|path| path.starts_with(&target));
+        let adapters = source.adapters.iter().map(|(adapter, _)| &adapter.path);
+        let sources: Vec<&PathBuf> = std::iter::once(&source.path).chain(adapters).collect();
+        let holds = |target: PathBuf| sources.iter().any(|path| path.starts_with(&target));
         if target.canonicalize().is_ok_and(holds) {
             return Err(Error::file(target, "is, or holds, the model that is read: give another --out"));
         }

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+pub use crate::reshape::RopeChange;
 
 /// `rope_parameters` of a configuration. Keys that a type does not use may be absent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -1,16 +1,16 @@
 //! The model that a session of a run begins with.
 
+use std::ops::Range;
 use std::path::Path;
 
 use burn::tensor::Device;
 use lowkey_model::{CausalLm, ModelConfig, ModelDir, adapter::AdapterDir};
 
-use crate::checkpoint;
 use crate::error::Result;
 use crate::run_config::RunConfig;
 
 /// The model of `resume`, a checkpoint of the run; else that of `[init]`, with new adapters where the run has some; else a random one.
-/// What the run does not train is frozen.
+/// What the run does not train is frozen, and the tokens `new` begin as the mean of the others.
 ///
 /// The configuration comes from the run file or the model of `[init]` each time: a decimal fraction need not survive `config.json` to
 /// the last bit.
@@ -21,27 +21,26 @@ pub(crate) fn first_model(
     config: &RunConfig,
     model: &ModelConfig,
     init: Option<&ModelDir>,
+    new: Range<usize>,
     resume: Option<&Path>,
     device: &Device,
 ) -> Result<CausalLm> {
     if let Some(init) = init {
-        let adapter = config.init.as_ref().and_then(|init| init.adapter.as_deref());
-        if let Some(dir) = adapter
-            && checkpoint::has_checksums(dir)
-        {
-            checkpoint::verify(dir)?;
-        }
-        if config.adapter_keys()?.is_some()
-            && let Some(dir) = resume.or(adapter)
-        {
-            return Ok(CausalLm::load_adapted(init.path(), model, &AdapterDir::open(dir)?, device)?);
-        }
-        if let Some(adapter) = &config.adapter {
-            return Ok(CausalLm::begin_adapter(init.path(), model, adapter, config.run.seed, device)?);
+        match (init.adapter(), &config.adapter, resume) {
+            (Some(_), _, Some(dir)) | (None, Some(_), Some(dir)) => {
+                return Ok(CausalLm::load_adapted(init.path(), model, &AdapterDir::open(dir)?, device)?);
+            }
+            (Some(adapter), _, None) => return Ok(CausalLm::load_adapted(init.path(), model, adapter, device)?),
+            (None, Some(adapter), None) => {
+                let begun = CausalLm::begin_adapter(init.path(), model, adapter, config.run.seed, device)?;
+                return Ok(begun.with_new_rows(new));
+            }
+            (None, None, _) => {}
         }
     }
-    config.frozen(match resume.or(init.map(ModelDir::path)) {
-        Some(dir) => CausalLm::load_with(dir, model, device)?,
-        None => CausalLm::init(model, config.run.seed, device),
+    config.frozen(match (resume, init) {
+        (Some(dir), _) => CausalLm::load_with(dir, model, device)?,
+        (None, Some(init)) => CausalLm::load_growing(init.path(), model, device)?.with_new_rows(new),
+        (None, None) => CausalLm::init(model, config.run.seed, device),
     })
 }

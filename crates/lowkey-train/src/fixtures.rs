@@ -76,6 +76,8 @@ pub(crate) fn passes(micro_batch: usize) -> PassSettings<'static> {
         terms: &[Term::Next { z_loss: 0.0 }],
         precision: Precision::F32,
         loss_scale: 1.0,
+        seed: 0,
+        step: 0,
         other: None,
     }
 }

@@ -67,6 +67,7 @@ pub mod run_data;
 pub mod run_dir;
 mod schedule;
 pub mod setup;
+mod start;
 mod step;
 #[cfg(test)]
 mod task_runs;

@@ -123,7 +123,10 @@ impl Counterpart {
         };
         // Beside an adapter lies the base itself, which no step changes: there is no need to load it a second time.
         let beside = trained.adapter().filter(|adapter| adapter.modules_to_save.is_none());
-        let base = config.init.as_ref().filter(|init| beside.is_some() && same_place(&init.from, dir));
+        // One with other positions than it was made for is not what it was.
+        let same = trained.config.rope == other.rope
+            && trained.config.max_position_embeddings == other.max_position_embeddings;
+        let base = config.init.as_ref().filter(|init| beside.is_some() && same && same_place(&init.from, dir));
         let base = base.map(|_| trained.unadapted().valid());
         let load = |device: &Device| {
             let device = device.clone().inner();

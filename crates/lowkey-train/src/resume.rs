@@ -1,6 +1,6 @@
 //! What a run in a folder that is not empty may do.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use lowkey_files::{
     Owned,
@@ -189,7 +189,10 @@ fn comparable(config: &RunConfig) -> Result<toml::Table> {
     config.run.device = String::new();
     config.run.devices = Vec::new();
     config.run.name = String::new();
-    config.init = None;
+    // Where the model lies is compared by itself; what was changed of it decides the weights.
+    if let Some(init) = &mut config.init {
+        (init.from, init.adapter) = (PathBuf::new(), None);
+    }
     (config.data.dataset, config.data.path) = (None, None);
     config.data.mixture.iter_mut().for_each(|part| part.dataset.clear());
     let mut table: toml::Table = toml::from_str(&config.to_toml()?)

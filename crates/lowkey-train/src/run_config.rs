@@ -8,12 +8,13 @@ mod objective;
 mod trainable;
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 pub(crate) use check::at_least_one;
 pub use history::EarlierPlan;
 use lowkey_data::{Packing, dataset::TrainOn, sampler::TooLong};
 use lowkey_kernels::Precision;
-use lowkey_model::{Recompute, adapter::AdapterConfig, config::ModelSection, objective::Term};
+use lowkey_model::{Recompute, adapter::AdapterConfig, config::ModelSection, objective::Term, rope::RopeChange};
 pub(crate) use objective::{Asked, OtherModel};
 pub use objective::{LossTypes, ObjectiveSection};
 use schemars::JsonSchema;
@@ -105,6 +106,22 @@ pub struct InitSection {
     /// so that `[adapter]` must be left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
+    /// Special tokens that the tokenizer is to have, such as `["[USER]", "[BOT]"]`, for templates and prompts. Those that it has
+    /// not are added behind all others; their rows in the embedding and the output head begin as the mean of the rows that are there. With
+    /// `[adapter]` both must stand in `modules_to_save`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub new_tokens: Vec<String>,
+    /// Most tokens that the model is to read at once, at least `data.seq_len`. Absent: as the model says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16_777_216))]
+    pub max_position_embeddings: Option<usize>,
+    /// How positions are told, in place of what the model says, such as `{ rope_type = "yarn", factor = 4.0 }`. The original length is
+    /// that of the model where it is not written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_parameters: Option<RopeChange>,
+    /// The keys of `adapter`, once it has been opened.
+    #[serde(skip)]
+    pub(crate) keys: OnceLock<AdapterConfig>,
 }
 
 /// A dataset of a mixture.
@@ -468,6 +485,8 @@ impl RunConfig {
             terms,
             precision: dtype,
             loss_scale: 1.0,
+            seed: self.run.seed,
+            step: 0,
             other: None,
         }
     }

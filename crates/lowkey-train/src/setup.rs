@@ -1,6 +1,6 @@
 //! From a run file to a model, a corpus and a device that fit together.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -17,6 +17,7 @@ use crate::event::{Event, RunOptions};
 use crate::other_model;
 use crate::run_config::{ObjectiveSection, RunConfig, RunSection};
 use crate::run_data::{self, RunData};
+use crate::start;
 use crate::workers::memory;
 use crate::world::check_kinds;
 
@@ -93,8 +94,10 @@ pub struct Setup {
     pub model: ModelConfig,
     /// The corpus.
     pub data: RunData,
-    /// The model directory of `[init]`, opened.
+    /// The model directory of `[init]`, opened, with the adapter that is gone on with.
     pub init: Option<ModelDir>,
+    /// The tokens that the run adds to those of that model.
+    pub new_tokens: Range<usize>,
     /// What the user should know.
     pub notes: Vec<String>,
     /// The model that the objective is held against.
@@ -129,7 +132,16 @@ pub(crate) fn setup_run(
         }
         return Ok(setup);
     }
-    let init = init(config)?;
+    let init = start::open(config)?;
+    let vocabulary = match (&init, &config.init) {
+        (Some(init), Some(section)) => Some(start::vocabulary(section, init)?),
+        _ => None,
+    };
+    let new_tokens = vocabulary.as_ref().map_or(0..0, |vocabulary| vocabulary.new.clone());
+    if let Some(init) = &init {
+        // What is wrong with it is told before a corpus is prepared.
+        start::model(config, init, &new_tokens)?;
+    }
     let (mut parts, mut earlier) = (Vec::new(), None);
     let count = datasets.len();
     for (i, (mut dataset, weight)) in datasets.into_iter().enumerate() {
@@ -138,8 +150,8 @@ pub(crate) fn setup_run(
             (given, _) => given,
         };
         let mut own_tokenizer = None;
-        if let (Some(init), Some(section)) = (&init, &config.init) {
-            let tokenizer = Tokenizer::from_model_dir(init.path())?;
+        if let (Some(vocabulary), Some(section)) = (&vocabulary, &config.init) {
+            let tokenizer = vocabulary.tokenizer.clone();
             if dataset.add_special_tokens.is_none() {
                 earlier = special_tokens_note(&section.from, &tokenizer, "data.add_special_tokens = false");
             }
@@ -164,7 +176,8 @@ pub(crate) fn setup_run(
     // A mixture of one is that one.
     let mut data = if count == 1 { parts.remove(0).0 } else { run_data::mixed(parts)? };
     check_pairs(config, &data)?;
-    let (mut model, mut notes) = resolve_model(config, init.as_ref(), data.vocab_size)?;
+    let (mut model, mut notes) = resolve_model(config, init.as_ref(), &new_tokens, data.vocab_size)?;
+    notes.extend(vocabulary.into_iter().flat_map(|vocabulary| vocabulary.notes));
     notes.extend(earlier);
     notes.append(&mut data.notes);
     if let Some(init) = &init {
@@ -177,19 +190,7 @@ pub(crate) fn setup_run(
         check_prompts(&config.eval.prompts, tokenizer, &model)?;
     }
     let other = other_model::check(config, &model, data.tokenizer.as_ref())?;
-    Ok(Setup { model, data, init, notes, other })
-}
-
-/// The model directory that a run starts from.
-fn init(config: &RunConfig) -> Result<Option<ModelDir>> {
-    let Some(init) = &config.init else { return Ok(None) };
-    let dir = ModelDir::open(&init.from)?;
-    if dir.adapter().is_some() {
-        let why =
-            "is an adapter; write it as adapter = …, and as from the model that it stands beside, or merge the two";
-        return Err(Error::config("init.from", init.from.display(), why));
-    }
-    Ok(Some(dir))
+    Ok(Setup { model, data, init, new_tokens, notes, other })
 }
 
 /// Whether a checkpoint says that the documents of its run have special tokens around them; they have none where it says nothing,
@@ -243,7 +244,11 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
         let why = "the dataset is a task of vectors, and a teacher predicts tokens; leave [[objective]] out";
         return Err(Error::config("objective.teacher", teacher.display(), why));
     }
-    let init = init(config)?;
+    if let Some(token) = config.init.iter().flat_map(|init| &init.new_tokens).next() {
+        let why = "the dataset is a task, whose words are fixed; leave the key out";
+        return Err(Error::config("init.new_tokens", format!("{token:?}"), why));
+    }
+    let init = start::open(config)?;
     if let Some(init) = &init {
         let path = init.path().join("tokenizer.json");
         let why = match corpus.tokenizer() {
@@ -258,22 +263,27 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
             return Err(Error::file(path, why));
         }
     }
-    let (model, notes) = resolve_model(config, init.as_ref(), corpus.width())?;
+    let (model, notes) = resolve_model(config, init.as_ref(), &(0..0), corpus.width())?;
     let mut data = run_data::open_task(corpus, &dataset.name, &config.data, config.micro_batch_size())?;
     if let Some(init) = &init {
         data.generation = Generation::from_model_dir(init.path(), data.tokenizer.as_ref())?;
     }
     data.generation = data.generation.or_sampling(SAVED_TEMPERATURE);
     let other = other_model::check(config, &model, data.tokenizer.as_ref())?;
-    Ok(Setup { model, data, init, notes, other })
+    Ok(Setup { model, data, init, new_tokens: 0..0, notes, other })
 }
 
-/// The model of a run file for a vocabulary of that many tokens, with notes for the user.
-fn resolve_model(config: &RunConfig, init: Option<&ModelDir>, vocab: usize) -> Result<(ModelConfig, Vec<String>)> {
+/// The model of a run file for a vocabulary of that many tokens, of which `new` are added, with notes for the user.
+fn resolve_model(
+    config: &RunConfig,
+    init: Option<&ModelDir>,
+    new: &Range<usize>,
+    vocab: usize,
+) -> Result<(ModelConfig, Vec<String>)> {
     let seq_len = config.data.seq_len;
     let mut notes = Vec::new();
     let model = match (init, &config.model) {
-        (Some(init), _) => init.config()?,
+        (Some(init), _) => start::model(config, init, new)?,
         (None, Some(section)) => {
             let (model, unused) = section.resolve(vocab, seq_len)?;
             if !unused.is_empty() {
@@ -296,9 +306,8 @@ fn resolve_model(config: &RunConfig, init: Option<&ModelDir>, vocab: usize) -> R
         let most = model.max_position_embeddings;
         let why = match init {
             Some(_) => format!(
-                "the model of [init] was made for {most} positions at most; lower it, or copy the model directory, leave out its \
-                 checksums.json, and write more max_position_embeddings (with rope_parameters such as YaRN's) into the copy's \
-                 config.json"
+                "the model of [init] was made for {most} positions at most; lower it, or write more into \
+                 init.max_position_embeddings (with init.rope_parameters, such as YaRN's)"
             ),
             None => format!("the model was made for {most} positions at most"),
         };
@@ -319,9 +328,14 @@ pub fn planned_model(config: &RunConfig, options: &RunOptions) -> Result<(ModelC
         let setup = task_setup(config, &dataset, corpus)?;
         return Ok((setup.model, setup.notes));
     }
-    let init = init(config)?;
+    let init = start::open(config)?;
+    let mut new = 0..0;
     let vocab = match (&init, &dataset.tokenizer) {
-        (Some(init), _) => Tokenizer::from_model_dir(init.path())?.vocab_size(),
+        (Some(init), _) => {
+            let tokens = config.init.as_ref().map(|section| start::vocabulary(section, init)).transpose()?;
+            new = tokens.as_ref().map_or(0..0, |tokens| tokens.new.clone());
+            tokens.map_or(0, |tokens| tokens.tokenizer.vocab_size())
+        }
         (None, TokenizerConfig::Bytes) => Tokenizer::bytes().vocab_size(),
         (None, TokenizerConfig::Bpe { vocab_size }) => *vocab_size,
         (None, TokenizerConfig::Chars | TokenizerConfig::File { .. }) => {
@@ -329,7 +343,7 @@ pub fn planned_model(config: &RunConfig, options: &RunOptions) -> Result<(ModelC
             return Ok((setup.model, setup.notes));
         }
     };
-    resolve_model(config, init.as_ref(), vocab)
+    resolve_model(config, init.as_ref(), &new, vocab)
 }
 
 /// Refuses numbers of rows that would part a chosen answer from the rejected one.

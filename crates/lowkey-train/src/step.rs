@@ -105,7 +105,7 @@ impl StepSettings<'_> {
         let rows = batch.rows as u64;
         let (results, decision) = loop {
             let factor = scale.as_ref().map_or(1.0, |scale| scale.factor);
-            let passes = PassSettings { loss_scale: factor, ..self.passes };
+            let passes = PassSettings { loss_scale: factor, step, ..self.passes };
             let results = world.gradients(batch, passes)?;
             let mut decision = self.decide(world, &results, factor, scale.is_some())?;
             if let Some(scale) = scale.as_deref_mut() {

@@ -177,7 +177,7 @@ impl<'a> Run<'a> {
         resumed: Option<(&Path, TrainerState)>,
         devices: Vec<Device>,
     ) -> Result<Self> {
-        let Setup { model: model_config, data, init, other, .. } = setup;
+        let Setup { model: model_config, data, init, new_tokens, other, .. } = setup;
         let (resume, state) = resumed.unzip();
         let threads = config.threads();
         let batches = Arc::new(data.batches(&config.data, config.training.batch_size, config.run.seed)?);
@@ -188,8 +188,8 @@ impl<'a> Run<'a> {
             check_tensors(config, &model_config, device)?;
         }
         let Some(device) = devices.first() else { unreachable!("a run has a device") };
-        let model = first_model(config, &model_config, init.as_ref(), resume, device)?;
-        let from = resume.or(init.as_ref().map(ModelDir::path));
+        let model = first_model(config, &model_config, init.as_ref(), new_tokens, resume, device)?;
+        let from = resume.or(init.as_ref().map(ModelDir::beside));
         let companions = from.map(Companions::read).transpose()?.unwrap_or_default();
         let mut state = state.unwrap_or_default();
         (state.data, state.held_out) = (data.checksum(), Some(data.held_checksum()));

@@ -13,6 +13,7 @@ use lowkey_kernels::device::is_cpu;
 use lowkey_kernels::{Precision, linear, optim, precision::scope};
 use lowkey_model::{
     CausalLm, Recompute,
+    adapter::Draws,
     objective::{Learnt, Objective, Term, preference::PairFigures},
 };
 use rayon::prelude::*;
@@ -42,6 +43,10 @@ pub struct PassSettings<'a> {
     pub precision: Precision,
     /// Factor on the gradients.
     pub loss_scale: f64,
+    /// What is left to chance in a pass is drawn from this,
+    pub seed: u64,
+    /// and from the number of steps before this one.
+    pub step: u64,
     /// The model that the terms are held against, where there is one.
     pub(crate) other: Option<&'a Counterpart>,
 }
@@ -174,7 +179,7 @@ impl Workers {
         settings: PassSettings<'_>,
         device: &Device,
     ) -> StepGradients {
-        let PassSettings { micro_batch, recompute, terms, precision, loss_scale, other } = settings;
+        let PassSettings { micro_batch, recompute, terms, precision, loss_scale, seed, step, other } = settings;
         let targets = match terms.first() {
             Some(Term::Preference(_)) => batch.rows / 2,
             _ => batch.target_tokens(),
@@ -189,7 +194,11 @@ impl Workers {
             let pass = (rows.end - from).min(micro_batch);
             let shares = self.shares(pass, unit).into_iter().map(|(first, end)| (from + first, from + end));
             // Forked here, not in the threads: the fork reads the parameters' shared nodes.
-            let forks: Vec<_> = shares.map(|range| (range, model.clone().fork(device))).collect();
+            let fork = |(first_row, end)| {
+                let draws = Draws { seed, step, first_row };
+                ((first_row, end), model.clone().fork(device).with_draws(Some(draws)))
+            };
+            let forks: Vec<_> = shares.map(fork).collect();
             let results = self.map(&forks, |((from, to), fork)| {
                 let _precision = scope(precision);
                 let rows = batch.rows(*from..*to);

@@ -16,7 +16,7 @@ pub(crate) use bench::{
     BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchStepArguments, BenchTrainArguments,
 };
 pub(crate) use convert::ConvertArguments;
-pub(crate) use export::{ExportArguments, MergeArguments, VerifyArguments};
+pub(crate) use export::{ExportArguments, MergeArguments, VerifyArguments, WeightedAdapter};
 pub(crate) use lab::{LabCommand, LabReportArguments, LabRunArguments};
 pub(crate) use runs::{ReportArguments, RunsArguments};
 
@@ -68,10 +68,14 @@ pub(crate) enum Command {
         lowkey export MODEL --to gguf --dtype q8_0 --data my.txt\n  \
         lowkey export runs/lora/checkpoints/best --for vllm")]
     Export(ExportArguments),
-    /// Multiply an adapter into its model, with a certificate that the two are the same
+    /// Multiply an adapter, or several with weights, into its model, with a certificate that the two are the same
     #[command(after_help = "Examples:\n  \
         lowkey merge models/base --adapter runs/lora/checkpoints/best --out models/tuned\n  \
-        lowkey merge MODEL --adapter ADAPTER --out OUT --dtype bf16 --data my.txt\n\n\
+        lowkey merge MODEL --adapter ADAPTER --out OUT --dtype bf16 --data my.txt\n  \
+        lowkey merge MODEL --adapter A=0.7 --adapter B=0.3 --out OUT\n\n\
+        Several adapters add up: to each matrix 0.7 times what A adds and 0.3 times what B does. The certificate\n\
+        compares the merged model with the one that has this sum beside it; lowkey verify OUT --source MODEL and\n\
+        the same adapters computes it again.\n\n\
         The merged model can be exported, converted and fine-tuned like any other.")]
     Merge(MergeArguments),
     /// Compute an export's certificate again from its files; exit code 1 where it does not hold

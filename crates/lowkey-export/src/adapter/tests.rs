@@ -82,6 +82,75 @@ fn every_export_of_an_adapted_model_is_certified_against_it() {
 }
 
 #[test]
+fn several_adapters_are_merged_with_their_weights_and_certified_against_their_sum() {
+    let config = config_with(|_, m| m.q_lora_rank = Some(8));
+    let (first, second) = (Folder::new(), Folder::new());
+    adapted(&first, &config, everything());
+    adapted(&second, &config, serde_json::json!({ "target_modules": ["embed_tokens", "kv_b_proj"], "r": 2 }));
+    let open = |weights: [f64; 2]| {
+        let adapters = [(first.file("adapter"), weights[0]), (second.file("adapter"), weights[1])];
+        let dir = ModelDir::open(&first.file("base")).unwrap().with_adapters(&adapters).unwrap();
+        Source::read(dir, &Device::flex()).unwrap()
+    };
+    let source = open([0.7, -0.3]);
+    let expected = logits(&source.model, &ids());
+    assert!(!close(&expected, &logits(&open([0.7, 0.3]).model, &ids())), "the weights do something");
+    for to in ["hf", "absorbed", "gguf"] {
+        let target = Target::parse(to, "f32").unwrap();
+        let options = Options {
+            out: first.file(to),
+            overwrite: false,
+            form: None,
+            context: None,
+            text: Text { description: "squares".into(), sequences: vec![ids()] },
+            bounds: target.bounds(),
+            max_shard_bytes: usize::MAX,
+            target,
+        };
+        let certificate = crate::export(&source, &options, &Device::flex(), &mut |_| {}).unwrap();
+        assert!(certificate.evidence.logits.max_relative < 1e-5, "{to}");
+        let check =
+            |source: &Source| verify(&options.out, Some(source), &Device::flex(), &mut |_| {}).unwrap().failures;
+        assert!(check(&source).is_empty(), "{to}");
+        assert!(check(&open([0.6, -0.3])).iter().any(|line| line.contains("adapter 1 times 0.7")), "{to}");
+        if to != "gguf" {
+            let merged = ModelDir::open(&options.out).unwrap().load(&Device::flex()).unwrap();
+            assert!(close(&logits(&merged, &ids()), &expected), "{to}");
+        }
+    }
+}
+
+#[test]
+fn an_adapter_with_new_tokens_is_exported_with_them() {
+    let folder = Folder::new();
+    let (base, adapter, device) = (folder.file("base"), folder.file("adapter"), Device::flex());
+    let config = config_with(|_, _| ());
+    random_model(&config, 3).save(&base, WeightDtype::F32, usize::MAX).unwrap();
+    let rows = config.vocab_size;
+    let keys = serde_json::json!({ "target_modules": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head"] });
+    let keys: AdapterConfig = serde_json::from_value(keys).unwrap();
+    let larger = ModelConfig { vocab_size: rows + 2, ..ModelDir::open(&base).unwrap().config().unwrap() };
+    let begun = CausalLm::begin_adapter(&base, &larger, &keys, 1, &device).unwrap().with_new_rows(rows..rows + 2);
+    std::fs::create_dir(&adapter).unwrap();
+    begun.save_adapter(&adapter).unwrap();
+    let source = Source::open(&adapter, &device).unwrap();
+    let target = Target::parse("hf", "f32").unwrap();
+    let options = Options {
+        out: folder.file("out"),
+        overwrite: false,
+        form: None,
+        context: None,
+        text: Text { description: "new".into(), sequences: vec![vec![1, rows as u32, 2, rows as u32 + 1]] },
+        bounds: target.bounds(),
+        max_shard_bytes: usize::MAX,
+        target,
+    };
+    crate::export(&source, &options, &device, &mut |_| {}).unwrap();
+    assert!(verify(&options.out, Some(&source), &device, &mut |_| {}).unwrap().failures.is_empty());
+    assert_eq!(ModelDir::open(&options.out).unwrap().config().unwrap().vocab_size, rows + 2);
+}
+
+#[test]
 fn what_an_engine_would_ignore_is_refused_by_name() {
     let refused = |keys: serde_json::Value, engine: Engine| {
         let folder = Folder::new();
@@ -106,7 +175,9 @@ fn what_an_engine_would_ignore_is_refused_by_name() {
     for engine in [Engine::Vllm, Engine::Sglang, Engine::LlamaCpp] {
         assert!(refused(dora.clone(), engine).unwrap().contains("use_dora"));
         assert!(refused(saved.clone(), engine).unwrap().contains("modules_to_save"));
+        assert!(refused(ends(&["embed_tokens", "o_proj"]), engine).unwrap().contains("embed_tokens"));
     }
+    assert_eq!(refused(ends(&["embed_tokens", "o_proj"]), Engine::Transformers), None);
     assert_eq!(refused(dora, Engine::Transformers), None);
     assert_eq!(refused(saved, Engine::Transformers), None);
 }

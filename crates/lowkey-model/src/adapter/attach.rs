@@ -4,30 +4,37 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::Device;
+use lowkey_files::write_json;
 use rand::RngExt;
+use rand_distr::{Distribution, StandardNormal};
 
 use super::config::AdapterConfig;
+use super::dropout::Draws;
 use super::files::AdapterDir;
-use super::plan::{AdapterPlan, module_of};
-use crate::checkpoint::Weights;
+use super::plan::{AdapterPlan, adapted_module, module_of};
+use crate::checkpoint::{CONFIG, WeightDtype, Weights};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::init::{initial_values, stream};
 use crate::model::{CausalLm, Linear};
 use crate::tensor::{Role, TensorSpec};
 
-/// Values of a tensor by name.
-type Base<'a> = dyn Fn(&str) -> Result<Vec<f32>> + 'a;
+/// Values of a tensor of the base.
+type Base<'a> = dyn Fn(&TensorSpec) -> Result<Vec<f32>> + 'a;
 
 /// Values of a tensor that are not those of the base, which is at hand.
 type Own<'a> = dyn Fn(&TensorSpec, &Base) -> Result<Option<Vec<f32>>> + 'a;
 
 impl CausalLm {
     /// The model in `dir` with new adapters: what it computes is what it computed. A is drawn evenly from ±1/√d_in, as PEFT does, each
-    /// map from a stream of its own; B is zero; lengths are those of the rows. All but adapters and what is saved with them is frozen.
+    /// map from a stream of its own; B is zero; lengths are those of the rows. Of the embedding A is zero, and B is normal. All but
+    /// adapters and what is saved with them is frozen.
+    ///
+    /// The vocabulary of `config` may be larger than that of the files where the adapter saves the embedding and the output head: what
+    /// is to stand in their new rows, [`CausalLm::with_new_rows`] says.
     ///
     /// # Errors
-    /// As [`CausalLm::load_with`] and [`AdapterConfig::plan`].
+    /// As [`CausalLm::load_with`], [`AdapterConfig::plan`] and [`AdapterConfig::check_new_rows`].
     pub fn begin_adapter(
         dir: &Path,
         config: &ModelConfig,
@@ -36,7 +43,7 @@ impl CausalLm {
         device: &Device,
     ) -> Result<Self> {
         let plan = adapter.plan(config)?;
-        Self::adapted(dir, config, (adapter, plan), device, &begun(seed))
+        Self::adapted(dir, config, (adapter, plan.clone()), device, &begun(&plan, seed))
     }
 
     /// A random model with adapters at their beginning: what measurements take. It stands beside no directory, so that its adapters
@@ -46,12 +53,8 @@ impl CausalLm {
     /// As [`AdapterConfig::plan`].
     pub fn init_adapted(config: &ModelConfig, adapter: &AdapterConfig, seed: u64, device: &Device) -> Result<Self> {
         let plan = adapter.plan(config)?;
-        let specs = config.tensors();
-        let base = |name: &str| match specs.iter().find(|spec| spec.name == name) {
-            Some(spec) => Ok(initial_values(config, seed, spec)),
-            None => Err(Error::config("adapter", name, "the model has no such tensor")),
-        };
-        let model = Self::build_beside(config, &plan, device, &begun(seed), &base)?;
+        let base = |spec: &TensorSpec| Ok(initial_values(config, seed, spec));
+        let model = Self::build_beside(config, &plan, device, &begun(&plan, seed), &base)?;
         Ok(model.trained_by(adapter, &plan, PathBuf::new()))
     }
 
@@ -72,16 +75,20 @@ impl CausalLm {
         Self::adapted(dir, config, (&adapter.config, plan.clone()), device, &of_file)
     }
 
-    fn adapted(
+    /// The model in `dir` with adapters whose values are those of `own`.
+    pub(super) fn adapted(
         dir: &Path,
         config: &ModelConfig,
         (adapter, plan): (&AdapterConfig, AdapterPlan),
         device: &Device,
         own: &Own,
     ) -> Result<Self> {
-        let weights = Weights::open(dir, config)?;
+        let weights = Weights::open(dir, config)?.growing();
         weights.check(dir, config, device)?;
-        let model = Self::build_beside(config, &plan, device, own, &|name| weights.of(name))?;
+        if weights.grows(config) {
+            adapter.check_new_rows(config)?;
+        }
+        let model = Self::build_beside(config, &plan, device, own, &|spec| weights.of(spec))?;
         // Absolute, so that an adapter finds its base from wherever it is opened.
         let base = dir.canonicalize().map_err(|e| Error::io(dir, e))?;
         Ok(model.trained_by(adapter, &plan, base))
@@ -91,7 +98,7 @@ impl CausalLm {
     fn build_beside(config: &ModelConfig, plan: &AdapterPlan, device: &Device, own: &Own, base: &Base) -> Result<Self> {
         let mut failure = None;
         let model = Self::build_adapted(config, Some(plan), device, &mut |spec| {
-            let found = own(spec, base).and_then(|found| found.map_or_else(|| base(&spec.name), Ok));
+            let found = own(spec, base).and_then(|found| found.map_or_else(|| base(spec), Ok));
             found.unwrap_or_else(|e| {
                 failure.get_or_insert(e);
                 Vec::new()
@@ -126,9 +133,39 @@ impl CausalLm {
         if self.adapter.is_none() {
             return model;
         }
+        model.model.embed_tokens.end_adapter(merge);
         model.linears_mut().into_iter().for_each(|linear| linear.end_adapter(merge));
         model.tensors = self.tensors.iter().filter(|spec| !spec.role.is_adapter()).cloned().collect();
         model.adapter = None;
+        model
+    }
+
+    /// The model as a pass of training takes it: its adapters leave numbers out ([`AdapterConfig::lora_dropout`]). `None`: as every
+    /// other pass does, nothing is left out.
+    #[must_use]
+    pub fn with_draws(mut self, draws: Option<Draws>) -> Self {
+        self.linears_mut().into_iter().for_each(|linear| linear.set_draws(draws));
+        self
+    }
+
+    /// The same function where nothing is trained any more, so that what follows from the weights alone is computed once and not for
+    /// each token: matrices that are read whole have their adapters multiplied in, and DoRA's lengths are kept.
+    #[must_use]
+    pub fn settled(&self) -> Self {
+        let mut model = self.clone();
+        if self.adapter.is_none() {
+            return model;
+        }
+        model.linears_mut().into_iter().for_each(Linear::settle);
+        let whole =
+            model.model.layers.iter_mut().filter_map(|block| Some(&mut block.self_attn.latent_mut()?.kv_b_proj));
+        whole.chain(model.lm_head.as_mut()).for_each(|linear| linear.end_adapter(true));
+        let merged = |spec: &TensorSpec| {
+            let module = adapted_module(&spec.name);
+            module == "lm_head" || module.ends_with(".kv_b_proj")
+        };
+        let kept = |spec: &&TensorSpec| !(spec.role.is_adapter() && merged(spec));
+        model.tensors = self.tensors.iter().filter(kept).cloned().collect();
         model
     }
 
@@ -150,6 +187,10 @@ impl CausalLm {
         let Some((adapter, base)) = self.adapter.as_deref().filter(|(_, base)| !base.as_os_str().is_empty()) else {
             return Err(Error::file(dir, "the model has no adapter to be written here"));
         };
+        // What a run has changed of the base's shape is not said by PEFT's files; whoever reads them takes it from here.
+        if !ModelConfig::read(&base.join(CONFIG)).is_ok_and(|base| base.same_shape(&self.config)) {
+            write_json(&dir.join(CONFIG), &self.config.to_json(WeightDtype::F32.name()))?;
+        }
         let plan = adapter.plan(&self.config)?;
         let own = |name: &str, role: Role| role.is_adapter() || plan.saves(name);
         let parameters = self.parameters().into_iter().filter(|parameter| own(&parameter.name, parameter.role));
@@ -159,20 +200,31 @@ impl CausalLm {
 }
 
 /// What a new adapter begins with; no value for what is the base's.
-fn begun(seed: u64) -> impl Fn(&TensorSpec, &Base) -> Result<Option<Vec<f32>>> {
+fn begun(plan: &AdapterPlan, seed: u64) -> impl Fn(&TensorSpec, &Base) -> Result<Option<Vec<f32>>> {
+    let embeds = |spec: &TensorSpec| plan.of(adapted_module(&spec.name)).is_some_and(|low| low.embeds);
+    let nothing = |spec: &TensorSpec| vec![0.0; spec.shape.iter().product()];
     move |spec, base| match spec.role {
-        Role::LoraA => Ok(Some(first_values(seed, spec))),
-        Role::LoraB => Ok(Some(vec![0.0; spec.shape.iter().product()])),
+        Role::LoraA if embeds(spec) => Ok(Some(nothing(spec))),
+        Role::LoraB if embeds(spec) => Ok(Some(normal_values(seed, spec))),
+        Role::LoraA => Ok(Some(even_values(seed, spec))),
+        Role::LoraB => Ok(Some(nothing(spec))),
         Role::Magnitude => {
             let rows = spec.shape.iter().product::<usize>();
-            base(&format!("{}.weight", module_of(&spec.name))).map(|weight| Some(row_lengths(&weight, rows)))
+            let weight = TensorSpec { name: format!("{}.weight", module_of(&spec.name)), ..spec.clone() };
+            base(&weight).map(|weight| Some(row_lengths(&weight, rows)))
         }
         Role::Embedding | Role::Head | Role::Matrix | Role::Residual | Role::Norm | Role::Bias => Ok(None),
     }
 }
 
-/// A as it begins: even between ±1/√d_in (Kaiming's bound with a = √5).
-fn first_values(seed: u64, spec: &TensorSpec) -> Vec<f32> {
+/// From N(0, 1).
+fn normal_values(seed: u64, spec: &TensorSpec) -> Vec<f32> {
+    let mut rng = stream(seed, &spec.name);
+    (0..spec.shape.iter().product()).map(|_| Distribution::<f32>::sample(&StandardNormal, &mut rng)).collect()
+}
+
+/// Even between ±1/√d_in (Kaiming's bound with a = √5).
+fn even_values(seed: u64, spec: &TensorSpec) -> Vec<f32> {
     let bound = spec.shape.last().map_or(1.0, |d_in| (*d_in as f64).powf(-0.5));
     let mut rng = stream(seed, &spec.name);
     (0..spec.shape.iter().product()).map(|_| (bound * (2.0 * rng.random::<f64>() - 1.0)) as f32).collect()

@@ -13,7 +13,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub struct AdapterConfig {
     /// Which maps get an adapter: the ends of their names, such as `["q_proj", "o_proj"]`; or one text: `all-linear` (all but the output
     /// head), `vllm-safe` (all but the output head and `kv_b_proj`, whose adapter vLLM does not apply), `everything` (the output head
-    /// as well), or a regular expression that fits whole names, such as `model.layers.[01].self_attn.o_proj`.
+    /// as well), or a regular expression that fits whole names, such as `model.layers.[01].self_attn.o_proj`. The embedding
+    /// gets one where it is named: `embed_tokens`.
     pub target_modules: Modules,
     /// Width r of an adapter.
     #[serde(default = "default_r")]
@@ -35,6 +36,11 @@ pub struct AdapterConfig {
     /// Train the length of each row of the adapted matrix, too (DoRA, arXiv 2402.09353).
     #[serde(default)]
     pub use_dora: bool,
+    /// Training alone: the chance that an adapter does not read one of a token's numbers (the others count for more). Of `kv_b_proj` and
+    /// the output head, which are read as whole matrices, the same numbers are left out for all tokens of a step.
+    #[serde(default)]
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
+    pub lora_dropout: f64,
     /// Maps that get no adapter although `target_modules` names them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<Modules>,
@@ -53,6 +59,7 @@ impl AdapterConfig {
             target_modules: Modules::One("all-linear".to_owned()),
             r,
             lora_alpha: 2.0 * r as f64,
+            lora_dropout: 0.0,
             rank_pattern: ByPattern(Vec::new()),
             alpha_pattern: ByPattern(Vec::new()),
             use_rslora: false,

@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 
 use super::config::{AdapterConfig, Modules};
 use super::plan::AdapterPlan;
-use crate::checkpoint::{WeightDtype, encode_shard, stored};
+use crate::checkpoint::{CONFIG, WeightDtype, encode_shard, stored};
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::params::Parameter;
 use crate::tensor::TensorSpec;
@@ -122,6 +123,20 @@ impl AdapterDir {
         })
     }
 
+    /// The configuration of a model with this adapter beside it: that of its base, with other tokens or positions where the adapter was
+    /// trained with such. A `config.json` beside the adapter says it, which PEFT does not read.
+    ///
+    /// # Errors
+    /// [`Error::File`] where that file cannot be read, or says what no model can have.
+    pub fn shape(&self, base: ModelConfig) -> Result<ModelConfig> {
+        let path = self.path.join(CONFIG);
+        if path.symlink_metadata().is_err() {
+            return Ok(base);
+        }
+        let rows = self.config.check_new_rows(&base).is_ok();
+        base.with_shape_of(&path, rows)
+    }
+
     /// The tensors of its file, which are those that `plan` asks for of a model with `tensors`.
     ///
     /// # Errors
@@ -195,7 +210,6 @@ impl AdapterDir {
             ("fan_in_fan_out", json!(false)),
             ("inference_mode", json!(true)),
             ("init_lora_weights", json!(true)),
-            ("lora_dropout", json!(0.0)),
         ];
         for (key, value) in fixed {
             keys.insert(key.into(), value);
@@ -211,7 +225,7 @@ impl AdapterDir {
 }
 
 /// The keys of `adapter_config.json` that say what is computed and that lowkey knows.
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 11] = [
     "target_modules",
     "r",
     "lora_alpha",
@@ -219,6 +233,7 @@ const KEYS: [&str; 10] = [
     "alpha_pattern",
     "use_rslora",
     "use_dora",
+    "lora_dropout",
     "exclude_modules",
     "layers_to_transform",
     "modules_to_save",
@@ -258,13 +273,9 @@ fn expected(plan: &AdapterPlan, tensors: &[TensorSpec]) -> BTreeMap<String, Vec<
             expected.insert(name.clone(), shape.clone());
         }
         let module = name.strip_suffix(".weight");
-        let (Some(module), [d_out, d_in]) = (module, &shape[..]) else { continue };
+        let (Some(module), [rows, columns]) = (module, &shape[..]) else { continue };
         let Some(low_rank) = plan.of(module) else { continue };
-        expected.insert(format!("{module}.lora_A.weight"), vec![low_rank.r, *d_in]);
-        expected.insert(format!("{module}.lora_B.weight"), vec![*d_out, low_rank.r]);
-        if low_rank.use_dora {
-            expected.insert(format!("{module}.lora_magnitude_vector"), vec![*d_out]);
-        }
+        expected.extend(low_rank.tensors(module, [*rows, *columns]).into_iter().map(|spec| (spec.name, spec.shape)));
     }
     expected
 }

@@ -1,13 +1,14 @@
 //! The two small matrices beside a frozen one.
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
-use lowkey_kernels::{add_linear, linear};
+use burn::tensor::{Int, Tensor};
+use lowkey_kernels::{add_linear, embed, linear};
 
+use super::dropout::{Draws, Dropout};
 use super::plan::LowRank;
 use crate::input::Input;
 use crate::layers::Builder;
-use crate::tensor::{HeadRows, Role};
+use crate::tensor::TensorSpec;
 
 /// What is added to a matrix W `[d_out, d_in]`: s·B·A, and where there is a magnitude, the length of each row.
 #[derive(Module, Debug)]
@@ -21,28 +22,60 @@ pub struct Adapter {
     /// s
     #[module(skip)]
     scale: f64,
+    /// What is left out in training.
+    #[module(skip)]
+    dropout: Dropout,
+    /// What the rows are multiplied by, `[d_out]`, where nothing is trained any more.
+    #[module(skip)]
+    settled: Option<Tensor<1>>,
 }
 
 impl Adapter {
-    pub(crate) fn build(b: &mut Builder, name: &str, [d_in, d_out]: [usize; 2], low_rank: &LowRank) -> Self {
-        let LowRank { r, scale, use_dora } = *low_rank;
+    /// That of a matrix of these rows and columns.
+    pub(crate) fn build(b: &mut Builder, name: &str, shape: [usize; 2], low_rank: &LowRank) -> Self {
+        let mut specs = low_rank.tensors(name, shape).into_iter();
+        let (Some(lora_a), Some(lora_b), magnitude) = (specs.next(), specs.next(), specs.next()) else {
+            unreachable!("an adapter has two factors")
+        };
         Self {
-            lora_a: b.tensor(format!("{name}.lora_A.weight"), [r, d_in], Role::LoraA, HeadRows::one(r)),
-            lora_b: b.tensor(format!("{name}.lora_B.weight"), [d_out, r], Role::LoraB, HeadRows::one(d_out)),
-            // PEFT writes this one without `.weight`.
-            magnitude: use_dora.then(|| b.vector(format!("{name}.lora_magnitude_vector"), d_out, Role::Magnitude)),
-            scale,
+            lora_a: matrix(b, lora_a),
+            lora_b: matrix(b, lora_b),
+            magnitude: magnitude.map(|spec| b.vector(spec.name, spec.head_rows.total(), spec.role)),
+            scale: low_rank.scale,
+            dropout: Dropout::new(low_rank.dropout, name),
+            settled: None,
         }
+    }
+
+    /// Whether gradients of it are wanted.
+    pub(crate) fn is_trained(&self) -> bool {
+        self.lora_a.is_require_grad() || self.lora_b.is_require_grad()
+    }
+
+    /// What a pass that trains leaves out from now on; `None`: nothing.
+    pub(crate) fn set_draws(&mut self, draws: Option<Draws>) {
+        self.dropout.set(draws);
+    }
+
+    /// Keeps what follows from weights alone, which no step will change any more.
+    pub(crate) fn settle(&mut self, weight: Tensor<2>) {
+        self.settled = self.row_factors(weight);
     }
 
     /// W' `[d_out, d_in]` in place of W.
     pub(crate) fn matrix(&self, weight: Tensor<2>) -> Tensor<2> {
-        let sum = self.sum(weight);
-        match &self.magnitude {
-            None => sum,
-            Some(magnitude) => {
-                let lengths = row_lengths(sum.clone());
-                sum * (magnitude.val() / lengths).unsqueeze_dim(1)
+        let product = self.product(self.dropout.of_columns(self.lora_a.val()));
+        match self.row_factors(weight.clone()) {
+            None => weight + product,
+            Some(factors) => {
+                let factors = factors.unsqueeze_dim::<2>(1);
+                match self.dropout.is_on() {
+                    false => (weight + product) * factors,
+                    true => {
+                        let heard = self.dropout.of_columns(weight.clone());
+                        weight + heard * (factors.clone() - 1.0) + product * factors
+                    }
+                }
             }
         }
     }
@@ -58,17 +91,30 @@ impl Adapter {
         weight: Tensor<2>,
         bias: Option<Tensor<1>>,
     ) -> Tensor<3> {
-        let low = x.by(self.lora_a.val()) * self.scale;
-        let x = x.value;
-        let Some(magnitude) = &self.magnitude else {
+        let (heard, low) = match self.dropout.is_on() {
+            false => (None, x.by(self.lora_a.val())),
+            true => {
+                let heard = self.dropout.of_tokens(x.value.clone());
+                (Some(heard.clone()), linear(heard, self.lora_a.val(), None))
+            }
+        };
+        let (x, low) = (x.value, low * self.scale);
+        let Some(factors) = self.row_factors(weight.clone()) else {
             let y = match residual {
                 Some(residual) => add_linear(residual, x, weight, bias),
                 None => linear(x, weight, bias),
             };
             return add_linear(y, low, self.lora_b.val(), None);
         };
-        let factor = magnitude.val() / row_lengths(self.sum(weight.clone()));
-        let y = add_linear(linear(x, weight, None), low, self.lora_b.val(), None) * factor.unsqueeze::<3>();
+        let factors = factors.unsqueeze::<3>();
+        let y = match heard {
+            None => add_linear(linear(x, weight, None), low, self.lora_b.val(), None) * factors,
+            // As PEFT has it: what is left out of the product is left out of what the lengths change of W.
+            Some(heard) => {
+                let changed = linear(heard, weight.clone(), None) * (factors.clone() - 1.0);
+                linear(x, weight, None) + changed + linear(low, self.lora_b.val(), None) * factors
+            }
+        };
         let y = match bias {
             Some(bias) => y + bias.unsqueeze::<3>(),
             None => y,
@@ -79,13 +125,36 @@ impl Adapter {
         }
     }
 
-    /// W + s·B·A.
-    fn sum(&self, weight: Tensor<2>) -> Tensor<2> {
-        weight + (self.lora_b.val() * self.scale).matmul(self.lora_a.val())
+    /// `y + s·B·A` at these columns: beside the rows `y [batch, seq, d_out]` of an embedding. PEFT leaves nothing out here.
+    pub(crate) fn look_up(&self, y: Tensor<3>, ids: Tensor<2, Int>) -> Tensor<3> {
+        let low = embed(self.lora_a.val().transpose(), ids) * self.scale;
+        add_linear(y, low, self.lora_b.val(), None)
+    }
+
+    /// s·B·A on its side, `[d_in, d_out]`, as the table of an embedding stands.
+    pub(crate) fn table(&self) -> Tensor<2> {
+        self.product(self.lora_a.val()).transpose()
+    }
+
+    /// s·B·A, `[d_out, d_in]`.
+    fn product(&self, lora_a: Tensor<2>) -> Tensor<2> {
+        (self.lora_b.val() * self.scale).matmul(lora_a)
+    }
+
+    /// m over the lengths of the rows of W + s·B·A, `[d_out]`; `None` without a magnitude. No gradient flows through the lengths: DoRA
+    /// treats them as constants (arXiv 2402.09353, section 4.3).
+    fn row_factors(&self, weight: Tensor<2>) -> Option<Tensor<1>> {
+        let magnitude = self.magnitude.as_ref()?;
+        if let Some(settled) = &self.settled {
+            return Some(settled.clone());
+        }
+        let sum = (weight + self.product(self.lora_a.val())).detach();
+        Some(magnitude.val() / sum.powf_scalar(2.0).sum_dim(1).sqrt().squeeze_dim(1))
     }
 }
 
-/// The length of each row, `[d_out]`. No gradient flows through it: DoRA treats it as a constant (arXiv 2402.09353, section 4.3).
-fn row_lengths(matrix: Tensor<2>) -> Tensor<1> {
-    matrix.detach().powf_scalar(2.0).sum_dim(1).sqrt().squeeze_dim(1)
+fn matrix(b: &mut Builder, spec: TensorSpec) -> Param<Tensor<2>> {
+    let TensorSpec { name, shape, role, head_rows, .. } = spec;
+    let shape = <[usize; 2]>::try_from(shape).unwrap_or_default();
+    b.tensor(name, shape, role, head_rows)
 }

@@ -7,7 +7,7 @@ use regex::Regex;
 use super::config::{AdapterConfig, ByPattern, Modules};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::tensor::{Role, TensorSpec};
+use crate::tensor::{HeadRows, Role, TensorSpec};
 
 /// The adapter of one map.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,6 +18,35 @@ pub struct LowRank {
     pub scale: f64,
     /// Whether the lengths of the rows are trained, too.
     pub use_dora: bool,
+    /// The chance that a number is left out in training.
+    pub dropout: f64,
+    /// Whether the map is the embedding, whose table stands on its side: `[d_in, d_out]`.
+    pub embeds: bool,
+}
+
+impl LowRank {
+    /// Its tensors beside the map of that name, whose matrix has that shape: A, B, and of DoRA the lengths of the rows. The only place
+    /// where they are named.
+    pub(crate) fn tensors(&self, module: &str, [rows, columns]: [usize; 2]) -> Vec<TensorSpec> {
+        let Self { r, use_dora, embeds, .. } = *self;
+        let ([d_out, d_in], [a, b]) = match embeds {
+            false => ([rows, columns], ["lora_A.weight", "lora_B.weight"]),
+            // PEFT writes these without `.weight`, and the lengths.
+            true => ([columns, rows], ["lora_embedding_A", "lora_embedding_B"]),
+        };
+        let of = |part: &str, shape: Vec<usize>, role: Role, rows: usize| TensorSpec {
+            name: format!("{module}.{part}"),
+            shape,
+            role,
+            head_rows: HeadRows::one(rows),
+            trainable: true,
+        };
+        let mut tensors = vec![of(a, vec![r, d_in], Role::LoraA, r), of(b, vec![d_out, r], Role::LoraB, d_out)];
+        if use_dora {
+            tensors.push(of("lora_magnitude_vector", vec![d_out], Role::Magnitude, d_out));
+        }
+        tensors
+    }
 }
 
 /// What [`AdapterConfig`] means for one model.
@@ -40,9 +69,11 @@ impl AdapterPlan {
         self.adapters.iter().map(|(name, low_rank)| (name.as_str(), low_rank))
     }
 
-    /// Numbers of the factors of all adapters, for a model with these tensors before it has adapters.
+    /// Numbers of the factors that a token is multiplied by, for a model with these tensors before it has adapters: of all but the
+    /// embedding's first factor, in which it is looked up.
     pub fn factor_numbers(&self, tensors: &[TensorSpec]) -> usize {
         let of = |spec: &TensorSpec| match (self.of(module_of(&spec.name)), &spec.shape[..]) {
+            (Some(LowRank { r, embeds: true, .. }), [_, d_out]) => r * d_out,
             (Some(LowRank { r, .. }), [d_out, d_in]) => r * (d_out + d_in),
             _ => 0,
         };
@@ -72,8 +103,8 @@ impl AdapterConfig {
     /// [`AdapterConfig::plan`] for the tensors of a model.
     pub(crate) fn plan_for(&self, tensors: &[TensorSpec]) -> Result<AdapterPlan> {
         let is_map = |spec: &&TensorSpec| match spec.role {
-            Role::Matrix | Role::Residual | Role::Head => true,
-            Role::Embedding | Role::Norm | Role::Bias | Role::LoraA | Role::LoraB | Role::Magnitude => false,
+            Role::Matrix | Role::Residual | Role::Head | Role::Embedding => true,
+            Role::Norm | Role::Bias | Role::LoraA | Role::LoraB | Role::Magnitude => false,
         };
         let maps: Vec<(&str, &TensorSpec)> =
             tensors.iter().filter(is_map).map(|spec| (module_of(&spec.name), spec)).collect();
@@ -96,6 +127,11 @@ impl AdapterConfig {
         if chosen.is_empty() && saved.is_empty() {
             return Err(Error::adapter("target_modules", "…", "no map is left that would get an adapter"));
         }
+        if !(0.0..1.0).contains(&self.lora_dropout) {
+            return Err(Error::adapter("lora_dropout", &self.lora_dropout, "must lie in 0 ≤ p < 1"));
+        }
+        let embedding = tensors.iter().find(|spec| spec.role == Role::Embedding).map(|spec| module_of(&spec.name));
+        self.check_embedding(tensors, embedding.filter(|name| chosen.contains(name)))?;
         let ranks = Patterns::new("rank_pattern", &self.rank_pattern, &chosen)?;
         let alphas = Patterns::new("alpha_pattern", &self.alpha_pattern, &chosen)?;
         let mut adapters = BTreeMap::new();
@@ -108,9 +144,55 @@ impl AdapterConfig {
                 return Err(Error::adapter("lora_alpha", &alpha, format!("of {name} must be a finite number > 0")));
             }
             let per = if self.use_rslora { (r as f64).sqrt() } else { r as f64 };
-            adapters.insert(name.to_string(), LowRank { r, scale: alpha / per, use_dora: self.use_dora });
+            let embeds = embedding == Some(name);
+            let (use_dora, dropout) = (self.use_dora, self.lora_dropout);
+            adapters.insert(name.to_string(), LowRank { r, scale: alpha / per, use_dora, dropout, embeds });
         }
         Ok(AdapterPlan { adapters, saved })
+    }
+
+    /// Refuses an adapter of the embedding where it cannot be had right.
+    fn check_embedding(&self, tensors: &[TensorSpec], chosen: Option<&str>) -> Result<()> {
+        let Some(name) = chosen else { return Ok(()) };
+        let refuse = |why: &str| Err(Error::adapter("target_modules", name, why));
+        if !tensors.iter().any(|spec| spec.role == Role::Head) {
+            return refuse(
+                "the embedding is the output head, too, and PEFT applies such an adapter to one of them alone, so that it could not \
+                 be merged; train it whole: modules_to_save = [\"embed_tokens\"]",
+            );
+        }
+        if self.use_dora {
+            return refuse("use_dora is not for the embedding; leave one of them out");
+        }
+        Ok(())
+    }
+
+    /// Refuses an adapter of a model with new tokens that would not save their rows.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] naming the part that is to be trained whole.
+    pub fn check_new_rows(&self, model: &ModelConfig) -> Result<()> {
+        let (tensors, plan) = (model.tensors(), self.plan(model)?);
+        let has_rows = |spec: &&TensorSpec| matches!(spec.role, Role::Embedding | Role::Head);
+        let parts: Vec<&TensorSpec> = tensors.iter().filter(has_rows).collect();
+        match parts.iter().find(|spec| !plan.saves(&spec.name)) {
+            None => Ok(()),
+            Some(missing) => {
+                let ends = parts.iter().filter_map(|spec| module_of(&spec.name).rsplit('.').next());
+                let ends: Vec<String> = ends.map(|end| format!("\"{end}\"")).collect();
+                let why = format!(
+                    "new tokens have rows of their own in {}, which an adapter beside it neither trains nor saves; write \
+                     modules_to_save = [{}]",
+                    module_of(&missing.name),
+                    ends.join(", ")
+                );
+                Err(Error::adapter(
+                    "modules_to_save",
+                    &format!("{:?}", self.modules_to_save.iter().flatten().collect::<Vec<_>>()),
+                    why,
+                ))
+            }
+        }
     }
 
     /// The tensors that `modules_to_save` names.
@@ -157,7 +239,7 @@ fn chosen<'a>(key: &'static str, modules: &Modules, maps: &[(&'a str, &TensorSpe
     let names = |keep: &dyn Fn(&str, &TensorSpec) -> bool| -> Vec<&'a str> {
         maps.iter().filter(|(name, spec)| keep(name, spec)).map(|(name, _)| *name).collect()
     };
-    let inner = |spec: &TensorSpec| spec.role != Role::Head;
+    let inner = |spec: &TensorSpec| !matches!(spec.role, Role::Head | Role::Embedding);
     let text = match modules {
         Modules::Ends(ends) => {
             for end in ends {
@@ -172,7 +254,7 @@ fn chosen<'a>(key: &'static str, modules: &Modules, maps: &[(&'a str, &TensorSpe
     Ok(match text.to_ascii_lowercase().as_str() {
         "all-linear" => names(&|_, spec| inner(spec)),
         "vllm-safe" => names(&|name, spec| inner(spec) && !ends_with(name, "kv_b_proj")),
-        "everything" => names(&|_, _| true),
+        "everything" => names(&|_, spec| spec.role != Role::Embedding),
         _ => {
             let regex = regex(key, text, &format!("^(?:{text})$"))?;
             let found = names(&|name, _| regex.is_match(name));
@@ -206,6 +288,11 @@ fn ends_with(name: &str, end: &str) -> bool {
 /// The module of a tensor: its name without the last part.
 pub(crate) fn module_of(tensor: &str) -> &str {
     tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
+}
+
+/// The module that a tensor of an adapter stands beside: what its name was made of in [`LowRank`]'s adapter.
+pub fn adapted_module(tensor: &str) -> &str {
+    tensor.split(".lora_").next().unwrap_or_default()
 }
 
 fn layer_of(name: &str) -> Option<usize> {

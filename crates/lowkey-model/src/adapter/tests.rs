@@ -1,8 +1,11 @@
+mod dropping;
+mod several;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use lowkey_batch::{IGNORE, Rows};
 
 use super::*;
@@ -130,7 +133,7 @@ fn gradients_of_adapters_follow_from_those_of_the_merged_matrices() {
                 for (gradient, parameter) in gradients.into_iter().zip(trained) {
                     let found = values(gradient);
                     let module = parameter.name.split(".lora_").next().unwrap();
-                    let LowRank { r, scale, use_dora } = *plan.of(module).unwrap();
+                    let LowRank { r, scale, use_dora, .. } = *plan.of(module).unwrap();
                     let (shape, weight) = &parts[&format!("{module}.weight")];
                     let (d_out, d_in) = (shape[0], shape[1]);
                     let (a, b) =

@@ -225,6 +225,8 @@ impl Session {
                 terms: &[Term::Next { z_loss: 0.0 }],
                 precision: self.precision,
                 loss_scale: 1.0,
+                seed: 0,
+                step: 0,
                 other: None,
             },
             grad_clip: self.optimizer_section.grad_clip,

@@ -39,6 +39,9 @@ impl RunConfig {
                     let why = "must be a finite number > 0";
                     return Err(Error::config("adapter.lora_alpha", adapter.lora_alpha, why));
                 }
+                if !(0.0..1.0).contains(&adapter.lora_dropout) {
+                    return Err(Error::config("adapter.lora_dropout", adapter.lora_dropout, "must lie in 0 ≤ p < 1"));
+                }
                 Ok(())
             }
             None => Ok(()),
@@ -50,9 +53,10 @@ impl RunConfig {
     /// # Errors
     /// As [`AdapterDir::open`].
     pub(crate) fn adapter_keys(&self) -> Result<Option<AdapterConfig>> {
-        match self.init.as_ref().and_then(|init| init.adapter.as_ref()) {
-            Some(dir) => Ok(Some(AdapterDir::open(dir)?.config)),
-            None => Ok(self.adapter.clone()),
+        match self.init.as_ref().map(|init| (&init.adapter, init.keys.get())) {
+            Some((Some(_), Some(keys))) => Ok(Some(keys.clone())),
+            Some((Some(dir), None)) => Ok(Some(AdapterDir::open(dir)?.config)),
+            _ => Ok(self.adapter.clone()),
         }
     }
 

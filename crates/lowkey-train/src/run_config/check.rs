@@ -21,6 +21,7 @@ impl RunConfig {
         }
         self.check_source()?;
         at_least_one("data.seq_len", self.data.seq_len, 1 << 20)?;
+        self.init.as_ref().map_or(Ok(()), |init| init.check(self.data.seq_len))?;
         if self.model.is_none() && self.init.is_none() {
             return Err(Error::config(
                 "model",

@@ -46,8 +46,8 @@ impl RunConfig {
 fn two_models(written: bool) -> Error {
     let remove = if written { "remove the [model] section" } else { "leave out --set model.…" };
     let why = format!(
-        "[init] from brings its own configuration; {remove}. To go on at other lengths, copy the model directory, leave out its \
-         checksums.json, and write max_position_embeddings (and rope_parameters, such as YaRN's) into the copy's config.json"
+        "[init] from brings its own configuration; {remove}. To go on at other lengths, write max_position_embeddings (and \
+         rope_parameters, such as YaRN's) into [init]"
     );
     Error::config("model", "(set)", why)
 }

@@ -2,6 +2,7 @@ mod adapters;
 mod folders;
 mod going_on;
 mod records;
+mod shape;
 
 use std::collections::BTreeMap;
 

@@ -1,16 +1,40 @@
 //! Arguments of `lowkey export` and `lowkey verify`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use clap::Args;
+
+/// An adapter, and what it is multiplied by.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct WeightedAdapter {
+    pub(crate) dir: PathBuf,
+    pub(crate) weight: f64,
+}
+
+impl FromStr for WeightedAdapter {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let whole = || Self { dir: PathBuf::from(text), weight: 1.0 };
+        // A folder may have the sign in its name.
+        let Some((dir, weight)) = text.rsplit_once('=').filter(|_| !Path::new(text).exists()) else {
+            return Ok(whole());
+        };
+        match weight.parse() {
+            Ok(weight) if f64::is_finite(weight) && weight != 0.0 => Ok(Self { dir: PathBuf::from(dir), weight }),
+            _ => Err(format!("there is no such folder, and {weight:?} is no weight, a number other than 0")),
+        }
+    }
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct ExportArguments {
     /// A Hugging Face model directory, such as a checkpoint
     pub(crate) model: PathBuf,
-    /// An adapter beside the model, which is multiplied in: a directory in PEFT's form
-    #[arg(long, value_name = "DIR")]
-    pub(crate) adapter: Option<PathBuf>,
+    /// An adapter beside the model, which is multiplied in: a directory in PEFT's form; several with weights add up
+    #[arg(long, value_name = "DIR[=WEIGHT]")]
+    pub(crate) adapter: Vec<WeightedAdapter>,
     /// hf: for transformers, vLLM and SGLang; absorbed, fused: the same and a side file with W_UK and W_UV split, or
     /// multiplied into the weights around them; gguf: one file for llama.cpp
     #[arg(long, value_name = "LAYOUT", value_parser = ["hf", "absorbed", "fused", "gguf"], required_unless_present = "engine")]
@@ -50,11 +74,12 @@ pub(crate) struct ExportArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct MergeArguments {
-    /// The model that the adapter stands beside
+    /// The model that the adapters stand beside
     pub(crate) model: PathBuf,
-    /// The adapter: a directory in PEFT's form, such as a checkpoint of a run that trains one
-    #[arg(long, value_name = "DIR")]
-    pub(crate) adapter: PathBuf,
+    /// The adapter: a directory in PEFT's form, such as a checkpoint of a run that trains one. May be given several times, each
+    /// with the weight that what it adds is multiplied by [default: 1]
+    #[arg(long, value_name = "DIR[=WEIGHT]", required = true)]
+    pub(crate) adapter: Vec<WeightedAdapter>,
     /// Folder to make
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
@@ -79,10 +104,32 @@ pub(crate) struct VerifyArguments {
     /// The model that it was made of; needed for gguf
     #[arg(long, value_name = "MODEL")]
     pub(crate) source: Option<PathBuf>,
-    /// The adapter that stood beside that model
-    #[arg(long, value_name = "DIR", requires = "source")]
-    pub(crate) adapter: Option<PathBuf>,
+    /// The adapter that stood beside that model; several with the weights that they were merged with
+    #[arg(long, value_name = "DIR[=WEIGHT]", requires = "source")]
+    pub(crate) adapter: Vec<WeightedAdapter>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_adapter_has_a_weight_where_one_is_written() {
+        let read =
+            |text: &str| text.parse::<WeightedAdapter>().map(|read| (read.dir.display().to_string(), read.weight));
+        assert_eq!(read("runs/a").unwrap(), ("runs/a".into(), 1.0));
+        assert_eq!(read("runs/a=0.7").unwrap(), ("runs/a".into(), 0.7));
+        assert_eq!(read("runs/a=b=-2").unwrap(), ("runs/a=b".into(), -2.0));
+        for wrong in ["runs/a=", "runs/a=b", "runs/a=0", "runs/a=nan", "runs/a=inf"] {
+            assert!(read(wrong).unwrap_err().contains("no weight"), "{wrong}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let named = folder.path().join("rank=8");
+        std::fs::create_dir(&named).unwrap();
+        assert_eq!(read(&named.display().to_string()).unwrap().1, 1.0);
+        assert_eq!(read(&format!("{}=0.5", named.display())).unwrap().1, 0.5);
+    }
 }

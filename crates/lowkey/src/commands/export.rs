@@ -16,7 +16,7 @@ use lowkey_model::{CausalLm, ModelConfig, ModelDir, attention::FusedMla};
 use serde_json::json;
 
 use super::{WrongUse, text};
-use crate::cli::{ExportArguments, MergeArguments, VerifyArguments};
+use crate::cli::{ExportArguments, MergeArguments, VerifyArguments, WeightedAdapter};
 use crate::output::{bytes, complain, count, pairs, say, say_json, table};
 use crate::progress::Measuring;
 
@@ -42,7 +42,7 @@ pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
     if arguments.shard_size == 0 || arguments.context == Some(0) {
         return Err(WrongUse("--shard-size and --context must be at least 1".into()).into());
     }
-    let source = open(&arguments.model, arguments.adapter.as_deref())?;
+    let source = open(&arguments.model, &arguments.adapter)?;
     let options = Options {
         out: out(to),
         overwrite: arguments.overwrite,
@@ -58,7 +58,7 @@ pub(crate) fn export(arguments: &ExportArguments) -> anyhow::Result<()> {
 
 fn export_adapter(arguments: &ExportArguments, engine: &str, out: &Path) -> anyhow::Result<()> {
     let engine: Engine = engine.parse().map_err(wrong_use)?;
-    let source = open(&arguments.model, arguments.adapter.as_deref())?;
+    let source = open(&arguments.model, &arguments.adapter)?;
     lowkey_export::adapter::export_adapter(&source, engine, out, arguments.overwrite)?;
     if arguments.json {
         return say_json(&json!({ "out": out, "for": engine.to_string() }));
@@ -70,7 +70,7 @@ fn export_adapter(arguments: &ExportArguments, engine: &str, out: &Path) -> anyh
 /// `lowkey merge`: an export of an adapted model in the layout that it came in.
 pub(crate) fn merge(arguments: &MergeArguments) -> anyhow::Result<()> {
     let target = Target::parse("hf", &arguments.dtype).map_err(wrong_use)?;
-    let source = open(&arguments.model, Some(&arguments.adapter))?;
+    let source = open(&arguments.model, &arguments.adapter)?;
     let options = Options {
         out: arguments.out.clone(),
         overwrite: arguments.overwrite,
@@ -98,7 +98,7 @@ fn certified(source: &Source, options: &Options, as_json: bool) -> anyhow::Resul
 }
 
 pub(crate) fn verify(arguments: &VerifyArguments) -> anyhow::Result<ExitCode> {
-    let source = arguments.source.as_deref().map(|source| open(source, arguments.adapter.as_deref())).transpose()?;
+    let source = arguments.source.as_deref().map(|source| open(source, &arguments.adapter)).transpose()?;
     let bar = Measuring::new();
     let observe = &mut |p: Progress| bar.show(p.doing, p.done, p.of);
     let verdict = lowkey_export::verify(&arguments.export, source.as_ref(), &Device::flex(), observe);
@@ -140,13 +140,11 @@ fn wrong_use(error: lowkey_export::Error) -> anyhow::Error {
     WrongUse(error.to_string()).into()
 }
 
-/// A model directory, with an adapter beside it or without; one that carries checksums only if they match.
-fn open(dir: &Path, adapter: Option<&Path>) -> anyhow::Result<Source> {
+/// A model directory, with adapters beside it or without; one that carries checksums only if they match.
+fn open(dir: &Path, adapters: &[WeightedAdapter]) -> anyhow::Result<Source> {
+    let adapters: Vec<(PathBuf, f64)> = adapters.iter().map(|one| (one.dir.clone(), one.weight)).collect();
     let dir = ModelDir::open(dir)?;
-    let dir = match adapter {
-        Some(adapter) => dir.with_adapter(adapter)?,
-        None => dir,
-    };
+    let dir = if adapters.is_empty() { dir } else { dir.with_adapters(&adapters)? };
     Ok(Source::read(dir, &Device::flex())?)
 }
 

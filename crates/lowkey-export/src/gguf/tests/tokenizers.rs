@@ -162,6 +162,25 @@ fn a_tokenizer_json_is_embedded_with_its_holes_and_its_template() {
 }
 
 #[test]
+fn tokens_that_were_added_later_are_embedded_as_control_tokens() {
+    let tokens = ["<|user|>".to_owned(), "<|bot|>".to_owned()];
+    let (_folder, hugging_face) = hugging_face(|_| ());
+    for (name, old) in [("bytes", Tokenizer::bytes()), ("bpe", hugging_face)] {
+        let size = old.vocab_size();
+        let (metadata, _) = embedded(&old.with_new_tokens(&tokens).unwrap(), size + 2).unwrap();
+        assert_eq!(texts(&metadata, "tokenizer.ggml.tokens")[size..], ["<|user|>", "<|bot|>"], "{name}");
+        assert_eq!(types(&metadata)[size..], [3, 3], "{name}");
+        let (before, _) = embedded(&old, size).unwrap();
+        assert_eq!(
+            before.integer("tokenizer.ggml.eos_token_id"),
+            metadata.integer("tokenizer.ggml.eos_token_id"),
+            "{name}"
+        );
+        assert_eq!(before.text("tokenizer.ggml.pre"), metadata.text("tokenizer.ggml.pre"), "{name}");
+    }
+}
+
+#[test]
 fn ids_are_those_that_the_tokenizer_gives() {
     // A hole at 256, and ids in the list of added tokens that the library does not keep.
     let (_folder, tokenizer) = hugging_face(|json| {

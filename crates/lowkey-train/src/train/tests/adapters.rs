@@ -7,10 +7,10 @@ use lowkey_model::{ModelDir, adapter::AdapterDir};
 
 use super::*;
 
-const ADAPTER: &str = "[adapter]\ntarget_modules = \"all-linear\"\nr = 3\nmodules_to_save = [\"norm\"]\n";
+pub(super) const ADAPTER: &str = "[adapter]\ntarget_modules = \"all-linear\"\nr = 3\nmodules_to_save = [\"norm\"]\n";
 
 /// A model that was trained for a while, and a run beside it on another text.
-fn beside(adapter: &str, init: &str) -> (TinyRun, PathBuf) {
+pub(super) fn beside(adapter: &str, init: &str) -> (TinyRun, PathBuf) {
     let first = TinyRun::new();
     first.train(&["training.steps=8", "eval.every=0"]).unwrap();
     let base = first.checkpoint(8);
