@@ -7,7 +7,7 @@ use regex::Regex;
 use super::config::{AdapterConfig, ByPattern, Modules};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::tensor::{Role, TensorSpec};
+use crate::tensor::{Role, TensorSpec, layer_of};
 
 /// The adapter of one map.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,6 +47,15 @@ impl AdapterPlan {
             _ => 0,
         };
         tensors.iter().map(of).sum()
+    }
+
+    /// Numbers of all adapters, the lengths of rows that DoRA trains included, as [`AdapterPlan::factor_numbers`].
+    pub fn numbers(&self, tensors: &[TensorSpec]) -> usize {
+        let lengths = |spec: &TensorSpec| match (self.of(module_of(&spec.name)), &spec.shape[..]) {
+            (Some(LowRank { use_dora: true, .. }), [d_out, _]) => *d_out,
+            _ => 0,
+        };
+        self.factor_numbers(tensors) + tensors.iter().map(lengths).sum::<usize>()
     }
 
     /// Whether a tensor is trained: those of adapters, and those that are saved whole.
@@ -206,8 +215,4 @@ fn ends_with(name: &str, end: &str) -> bool {
 /// The module of a tensor: its name without the last part.
 pub(crate) fn module_of(tensor: &str) -> &str {
     tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
-}
-
-fn layer_of(name: &str) -> Option<usize> {
-    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
 }
