@@ -496,7 +496,7 @@ impl Tokenizer {
 
     /// `tokenizer_config.json`: the one that came with the tokenizer, if it names our end-of-document token and says whether
     /// documents had special tokens around them (where it can have any, and this is known), else one made to say so.
-    fn config_json(&self) -> Result<String> {
+    pub(crate) fn config_json(&self) -> Result<String> {
         let record = if self.around.is_empty() { None } else { self.special };
         let given = self.companions.iter().find(|(name, _)| name == CONFIG);
         let mut config = match given {

@@ -17,6 +17,29 @@ pub struct ParameterCount {
     pub attention: usize,
 }
 
+/// What a run of training does, as far as its memory depends on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Training {
+    /// Sequences of a pass.
+    pub micro_batch: usize,
+    /// Their length.
+    pub seq: usize,
+    /// Threads that share a pass.
+    pub threads: usize,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
+    /// Sequences that each thread evaluates at a time.
+    pub evaluated: usize,
+    /// The most that a step minimises.
+    pub terms: usize,
+    /// Numbers of the model that are not trained: no gradient is formed of them, and the optimiser keeps nothing for them.
+    pub frozen: usize,
+    /// Numbers of adapters, which are trained beside those of the model.
+    pub added: usize,
+    /// Whether an average of what is trained is kept.
+    pub averaged: bool,
+}
+
 /// What a cache stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheWidth {
@@ -112,33 +135,27 @@ impl ModelConfig {
         numbers.saturating_mul(4)
     }
 
-    /// Estimated peak bytes of f32 training on `threads` threads, as the system counts them: `micro_batch` sequences of `seq` a pass,
-    /// and `evaluated` sequences that each thread evaluates at a time. `terms` is the most that a step of the run minimises.
+    /// Estimated peak bytes of f32 training, as the system counts them.
     ///
-    /// The process; weights and two moments; and the most of three that follow on each other, so that the memory of one is used by
-    /// the next: what layers keep for the backward pass of a micro-batch, the gradients of each thread with their sum and the
+    /// The process; weights; two moments of what is trained; and the most of three that follow on each other, so that the memory of one
+    /// is used by the next: what layers keep for the backward pass of a micro-batch, the gradients of each thread with their sum and the
     /// copies that a checkpoint is written from, and the widest layer of an evaluation. The factors are fitted to runs of 0.03 to 32
-    /// million parameters, whose peaks they give to within 13 %, most of them to within 8: an allocator hands back less than it
-    /// could, and does so unevenly.
-    pub fn train_bytes(
-        &self,
-        micro_batch: usize,
-        seq: usize,
-        threads: usize,
-        recompute: Recompute,
-        evaluated: usize,
-        terms: usize,
-    ) -> usize {
+    /// million parameters, all trained, whose peaks they give to within 13 %, most of them to within 8: an allocator hands back less than
+    /// it could, and does so unevenly.
+    pub fn train_bytes(&self, training: Training) -> usize {
+        let Training { micro_batch, seq, threads, recompute, evaluated, terms, frozen, added, averaged } = training;
         const MIB: f64 = (1u64 << 20) as f64;
         const PROCESS: f64 = 48.0 * MIB;
         /// Its stack, its part of the allocator, blocks of logits and scores.
         const THREAD: f64 = 28.0 * MIB;
-        /// Copies of the parameters that stay.
-        const STATE: f64 = 2.5;
-        /// Of the parameters, for each thread that computes gradients.
+        /// Copies of what is trained that stay beside it.
+        const MOMENTS: f64 = 1.5;
+        /// Of what is trained, for each thread that computes gradients.
         const GRADIENTS: f64 = 3.0;
         /// More of them where a step has several terms, and the gradients of their passes meet.
         const PASSES: f64 = 1.5;
+        /// Copies of all weights that a checkpoint is written from.
+        const WRITTEN: f64 = 2.0;
         const KEPT: f64 = 1.5;
         const EVALUATED: f64 = 3.0;
         // The stream before each half and its norm; gate and up.
@@ -153,13 +170,19 @@ impl ModelConfig {
         // What one layer needs while it runs: keys and values or an inner activation, with gradients.
         let passing = 3 * f + 4 * self.hidden_size;
         let (threads, computing) = (threads as f64, threads.min(micro_batch) as f64);
-        let parameters = 4.0 * self.parameter_count().total as f64;
+        let total = self.parameter_count().total;
+        let parameters = 4.0 * (total + added) as f64;
+        let trained = 4.0 * (total.saturating_sub(frozen) + added) as f64;
+        // Beside an adapter the model is not written.
+        let written = if added > 0 { trained } else { parameters };
         let activations = 4.0 * micro_batch as f64 * seq as f64 * (kept + passing) as f64;
         let evaluation = 4.0 * threads * evaluated as f64 * seq as f64 * passing as f64;
         let passes = if terms > 1 { PASSES * (computing + 1.0) } else { 0.0 };
-        let most = (KEPT * activations).max(GRADIENTS * computing * parameters).max(EVALUATED * evaluation);
+        let gradients = (GRADIENTS * computing * trained).max(WRITTEN * written);
+        let most = (KEPT * activations).max(gradients).max(EVALUATED * evaluation);
+        let moments = MOMENTS + passes + if averaged { 1.0 } else { 0.0 };
         // What is more than a machine can address becomes the largest number there is.
-        (PROCESS + THREAD * threads + (STATE + passes) * parameters + most) as usize
+        (PROCESS + THREAD * threads + parameters + moments * trained + most) as usize
     }
 }
 

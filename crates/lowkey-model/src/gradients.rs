@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::attention::Seen;
 use crate::model::{CausalLm, Context};
 use crate::objective::preference::PairFigures;
-use crate::objective::{Against, Learnt, Objective, Term, TermLoss};
+use crate::objective::{Against, EmbeddingNoise, Learnt, Objective, Term, TermLoss};
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -32,6 +32,7 @@ struct Pass<'a> {
     /// Hidden states of the first pass, `[rows · seq, d]`, to learn from.
     wider: Option<&'a Tensor<2>>,
     against: Against<'a>,
+    noise: Option<EmbeddingNoise>,
 }
 
 /// What a pass gives: its loss outside its graph, the hidden states that it came from, and the gradients.
@@ -97,22 +98,24 @@ impl CausalLm {
         recompute: Recompute,
         device: &Device,
     ) -> (LossSum, Vec<Tensor<1>>) {
-        let Learnt { loss, gradients, .. } = self.learn(batch, objective, Against::default(), recompute, device);
+        let Learnt { loss, gradients, .. } = self.learn(batch, objective, Against::default(), None, recompute, device);
         (loss, gradients)
     }
 
-    /// The same of terms that are held against something else than the rows, too.
+    /// The same of terms that are held against something else than the rows, too, with `noise` on what the passes read: the same for
+    /// each term.
     pub fn learn(
         &self,
         batch: Rows,
         objective: Objective,
         against: Against,
+        noise: Option<EmbeddingNoise>,
         recompute: Recompute,
         device: &Device,
     ) -> Learnt {
         let scale = objective.scale / objective.terms.len().max(1) as f64;
         let run = |term: &Term, wider: Option<&Tensor<2>>| {
-            let pass = Pass { term, scale, wider, against };
+            let pass = Pass { term, scale, wider, against, noise };
             match recompute {
                 Recompute::None => self.at_once(batch, &pass, device),
                 Recompute::Block => self.block_by_block(batch, &pass, device),
@@ -127,9 +130,18 @@ impl CausalLm {
         Learnt { loss, gradients, pairs }
     }
 
+    /// What the blocks read in a pass.
+    fn read(&self, batch: Rows, pass: &Pass, device: &Device) -> Tensor<3> {
+        let x = self.embed(batch, device);
+        match &pass.noise {
+            Some(noise) => noise.added(x, batch),
+            None => x,
+        }
+    }
+
     /// One graph of everything.
     fn at_once(&self, batch: Rows, pass: &Pass, device: &Device) -> Passed {
-        let hidden = self.last_hidden(batch, pass.term.kv_rank(), device, None);
+        let hidden = self.last_hidden_of(self.read(batch, pass, device), batch, pass.term.kv_rank(), device, None);
         let seen = hidden.clone().detach();
         let TermLoss { minimised, loss, pairs } = self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against);
         let mut gradients = gradients_of(minimised, pass.scale);
@@ -148,7 +160,7 @@ impl CausalLm {
         let (model, inner) = (self.valid(), device.clone().inner());
         let kv_rank = pass.term.kv_rank();
         let context = Context { kv_rank, ..model.context(batch.document_starts, seq_len, &inner) };
-        let mut x = model.embed(batch, &inner);
+        let mut x = model.read(batch, pass, &inner);
         let mut inputs = Vec::with_capacity(model.model.layers.len());
         for block in &model.model.layers {
             inputs.push(x.clone());

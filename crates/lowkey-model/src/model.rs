@@ -280,9 +280,21 @@ impl CausalLm {
         device: &Device,
         trace: Option<&mut Trace>,
     ) -> Tensor<2> {
+        self.last_hidden_of(self.embed(batch, device), batch, kv_rank, device, trace)
+    }
+
+    /// The same of `x [rows, seq_len, d]`, what the blocks are to read.
+    pub(crate) fn last_hidden_of(
+        &self,
+        x: Tensor<3>,
+        batch: Rows,
+        kv_rank: Option<usize>,
+        device: &Device,
+        trace: Option<&mut Trace>,
+    ) -> Tensor<2> {
         let Rows { rows, seq_len, .. } = batch;
         let context = Context { kv_rank, ..self.context(batch.document_starts, seq_len, device) };
-        let hidden = self.through_blocks(self.embed(batch, device), &context, trace);
+        let hidden = self.through_blocks(x, &context, trace);
         hidden.reshape([rows * seq_len, self.config.hidden_size])
     }
 

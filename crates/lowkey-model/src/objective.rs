@@ -3,6 +3,7 @@
 //! Each term is a pass over the batch, and says what it reads, what it costs and what it is held against. A new one is a variant here;
 //! which terms a step has is the run's to say.
 
+mod noise;
 pub mod preference;
 mod teacher;
 
@@ -11,6 +12,7 @@ use lowkey_batch::{IGNORE, Rows};
 pub use lowkey_kernels::loss::{Divergence, LossSum, TopTokens};
 use lowkey_kernels::loss::{Labels, cross_entropy_each, cross_entropy_sum, distill_sum};
 
+pub use self::noise::EmbeddingNoise;
 use self::preference::{PairFigures, Preference};
 use crate::model::CausalLm;
 

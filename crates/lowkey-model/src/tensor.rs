@@ -91,3 +91,8 @@ pub struct TensorSpec {
     /// Whether it is trained: what is frozen costs no gradient and no optimiser's state.
     pub trainable: bool,
 }
+
+/// The layer that a tensor or map of this name belongs to, counted from 0; none for embedding, last norm and output head.
+pub fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+}

@@ -38,6 +38,8 @@ const MAX_SHARD_BYTES: usize = 5_000_000_000;
 /// Largest `trainer.json`: a few lines, and one for each kernel that was chosen.
 const LARGEST_STATE: u64 = 16 << 20;
 pub(crate) const BEST: &str = "best";
+/// The averaged model in a checkpoint, where the run keeps an average.
+pub(crate) const EMA: &str = "ema";
 
 /// `trainer.json`: all that a run needs besides weights and the optimiser's state to go on as if it had never stopped.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -86,6 +88,8 @@ pub struct Beside<'a> {
     pub generation: &'a Generation,
     /// What came with the model that the run began with.
     pub companions: &'a Companions,
+    /// The model with the average of its weights, where the run keeps one.
+    pub ema: Option<&'a CausalLm>,
 }
 
 /// The checkpoints of one run.
@@ -309,6 +313,11 @@ fn is_part(path: &Path, listed: &BTreeSet<String>) -> bool {
     };
     let folder = || entries(path).is_ok_and(|files| !files.is_empty() && files.iter().all(is_listed));
     path.symlink_metadata().is_ok_and(|found| match found.is_dir() {
+        // A model directory with a table of its own.
+        true if name == EMA => {
+            let listed = self::listed(path);
+            entries(path).is_ok_and(|files| files.iter().all(|file| is_part(file, &listed)))
+        }
         true => folder(),
         false => found.is_file() && (weights || known || listed.contains(&*name)),
     })
@@ -389,6 +398,19 @@ fn step_name(step: u64) -> String {
 }
 
 fn write(dir: &Path, model: &CausalLm, beside: Beside, optimizer: &Optimizer, state: &TrainerState) -> Result<()> {
+    write_model(dir, model, beside)?;
+    if let Some(averaged) = beside.ema {
+        let dir = dir.join(EMA);
+        create_dir(&dir)?;
+        write_model(&dir, averaged, beside)?;
+        write_checksums(&dir)?;
+    }
+    write_states(&dir.join(OPTIMIZER), model, optimizer)?;
+    Ok(write_json(&dir.join(TRAINER), state)?)
+}
+
+/// A model directory.
+fn write_model(dir: &Path, model: &CausalLm, beside: Beside) -> Result<()> {
     match model.adapter() {
         None => model.save(dir, WeightDtype::F32, MAX_SHARD_BYTES)?,
         Some(_) => model.save_adapter(dir)?,
@@ -398,9 +420,7 @@ fn write(dir: &Path, model: &CausalLm, beside: Beside, optimizer: &Optimizer, st
     }
     write_json(&dir.join("generation_config.json"), &beside.generation.to_json())?;
     // Last: what the run knows itself is not that of the model it began with.
-    beside.companions.write(dir)?;
-    write_states(&dir.join(OPTIMIZER), model, optimizer)?;
-    Ok(write_json(&dir.join(TRAINER), state)?)
+    Ok(beside.companions.write(dir)?)
 }
 
 fn write_states(path: &Path, model: &CausalLm, optimizer: &Optimizer) -> Result<()> {

@@ -46,7 +46,7 @@ pub struct HeldPart {
 }
 
 /// A model's loss on held-out text, or on the held-out examples of a task.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Evaluation {
     /// Mean negative log-likelihood per token, nats; for vectors the mean squared error per number.
     pub loss: f64,
@@ -87,6 +87,32 @@ pub struct Evaluation {
     /// mean loss of a pair.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub pairs: BTreeMap<String, f64>,
+    /// A run that keeps an average of its weights: the same with the average in their place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema: Option<EmaEvaluation>,
+}
+
+/// The model with the average of its weights.
+#[derive(Clone, Debug, Serialize)]
+pub struct EmaEvaluation {
+    /// As [`Evaluation::loss`].
+    pub loss: f64,
+    /// As [`Evaluation::bits_per_byte`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bits_per_byte: Option<f64>,
+    /// As [`Evaluation::gap`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gap: Option<f64>,
+    /// As [`Evaluation::accuracy`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
+}
+
+impl From<Evaluation> for EmaEvaluation {
+    fn from(evaluation: Evaluation) -> Self {
+        let Evaluation { loss, bits_per_byte, gap, accuracy, .. } = evaluation;
+        Self { loss, bits_per_byte, gap, accuracy }
+    }
 }
 
 /// The figures of a dataset of a mixture.
@@ -273,17 +299,13 @@ fn evaluate_whole(
         loss,
         perplexity: Some(loss.exp()),
         bits_per_byte: Some(nats / std::f64::consts::LN_2 / bytes.max(1) as f64),
-        accuracy: None,
-        mse: None,
         tokens,
         bytes,
         max_logit,
         gap,
         classes,
         latents,
-        ranks: Vec::new(),
-        datasets: Vec::new(),
-        pairs: BTreeMap::new(),
+        ..Evaluation::default()
     })
 }
 

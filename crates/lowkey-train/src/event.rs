@@ -58,12 +58,14 @@ pub enum Event<'a> {
         /// What of the held-out split was measured.
         on: &'a str,
     },
-    /// A prompt was continued.
+    /// A prompt was continued, or a message answered.
     Sample {
-        /// The prompt.
+        /// The prompt, or the message.
         prompt: &'a str,
-        /// Its continuation.
+        /// Its continuation, or the answer.
         text: &'a str,
+        /// Whether it is an answer.
+        chat: bool,
     },
     /// A checkpoint was written.
     Saved {

@@ -1,7 +1,7 @@
 //! Small models, batches and runs that the tests of several modules share.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::{Device, Tensor};
 use lowkey_batch::{Batch, IGNORE};
@@ -34,6 +34,7 @@ pub(crate) fn optimizer_section(kind: OptimizerKind) -> OptimizerSection {
         eps: 1e-8,
         weight_decay: 0.1,
         grad_clip: None,
+        layer_lr_decay: None,
     }
 }
 
@@ -78,6 +79,7 @@ pub(crate) fn passes(micro_batch: usize) -> PassSettings<'static> {
         loss_scale: 1.0,
         seed: 0,
         step: 0,
+        noise: None,
         other: None,
     }
 }
@@ -191,6 +193,35 @@ impl TinyRun {
         observe: &mut dyn FnMut(Event),
     ) -> Result<Outcome> {
         train(&self.config(overrides), &self.options(), interrupt, observe)
+    }
+
+    /// Trains until it is interrupted after a step.
+    pub(crate) fn stop_after(&self, overrides: &[&str], step: u64) -> Result<Outcome> {
+        let interrupt = AtomicBool::new(false);
+        self.watch(overrides, &interrupt, &mut |event| {
+            if matches!(event, Event::Step(metrics) if metrics.step == step) {
+                interrupt.store(true, Ordering::Relaxed);
+            }
+        })
+    }
+
+    /// The run, stopped after each of these steps and gone on with to its end.
+    pub(crate) fn interrupted(self, overrides: &[&str], stops: &[u64]) -> Self {
+        let mut run = self;
+        for stop in stops {
+            assert_eq!(run.stop_after(overrides, *stop).unwrap().step, *stop);
+            run = run.resumed();
+        }
+        run.train(overrides).unwrap();
+        run
+    }
+
+    /// Holds files of the last checkpoint to those of another run, byte by byte.
+    pub(crate) fn assert_ends_as(&self, other: &Self, files: &[&str]) {
+        for file in files {
+            let read = |run: &Self| std::fs::read(run.checkpoint(STEPS).join(file)).unwrap();
+            assert!(read(self) == read(other), "{file} differs");
+        }
     }
 
     pub(crate) fn metrics(&self) -> Vec<Metrics> {

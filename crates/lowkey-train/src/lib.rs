@@ -12,9 +12,9 @@
 //! many steps an [`evaluate()`], samples, a line of metrics, a checkpoint. On a GPU the check and the clipping are the device's, and
 //! steps are queued ahead; several devices have a replica each and add up their gradients.
 //!
-//! **Invariants.** The batch is a pure function of (seed, step), and nothing random happens elsewhere: a run that was killed
-//! and resumed ends with the same bits as one that was not, for the same number of threads or the same devices. Weights change only
-//! by a finite step. Replicas are equal to the last bit. A checkpoint is either whole or absent.
+//! **Invariants.** The batch is a pure function of (seed, step), so is the noise on its embeddings, and nothing else is random: a run
+//! that was killed and resumed ends with the same bits as one that was not, for the same number of threads or the same devices. Weights
+//! change only by a finite step. Replicas are equal to the last bit. A checkpoint is either whole or absent.
 //!
 //! **What this crate does not know.** The command line, the terminal, how a model computes.
 //!
@@ -42,6 +42,7 @@
 //! # }
 //! ```
 
+mod average;
 pub mod bench;
 mod buckets;
 pub mod checkpoint;
@@ -61,6 +62,7 @@ mod other_model;
 pub mod passes;
 pub mod plan;
 mod prefetch;
+mod prompts;
 mod resume;
 pub mod run_config;
 pub mod run_data;

@@ -35,6 +35,9 @@ pub struct Metrics {
     /// Held-out loss, as `train_loss`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub val_loss: Option<f64>,
+    /// The same with the average of the weights in their place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema_val_loss: Option<f64>,
     /// Held-out bits per byte.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,
@@ -72,6 +75,7 @@ impl Metrics {
     /// Adds an evaluation's figures.
     pub(crate) fn with_evaluation(mut self, evaluation: &Evaluation) -> Self {
         self.val_loss = Some(evaluation.loss);
+        self.ema_val_loss = evaluation.ema.as_ref().map(|ema| ema.loss);
         self.bits_per_byte = evaluation.bits_per_byte;
         self.accuracy = evaluation.accuracy;
         self.mse = evaluation.mse;
@@ -115,6 +119,7 @@ impl Metrics {
         let mean = |ranks: &Vec<f64>| ranks.iter().sum::<f64>() / ranks.len().max(1) as f64;
         let evaluated = [
             ("val/loss", self.val_loss),
+            ("val/ema_loss", self.ema_val_loss),
             ("val/bits_per_byte", self.bits_per_byte),
             ("val/gap", self.gap),
             ("val/accuracy", self.accuracy),
@@ -124,6 +129,9 @@ impl Metrics {
         ];
         out.extend(evaluated.into_iter().filter_map(|(tag, value)| value.map(|value| (tag, value))));
         let mut out: Vec<_> = out.into_iter().map(|(tag, value)| (tag.to_owned(), value)).collect();
+        // Beneath `val/loss`: TensorBoard shows them in one group.
+        let of_datasets = self.dataset_loss.iter().flatten();
+        out.extend(of_datasets.filter_map(|(name, loss)| Some((format!("val/loss/{name}"), loss.as_f64()?))));
         out.extend(self.pairs.iter().map(|(name, value)| match name.strip_prefix("eval_") {
             Some(name) => (format!("eval/{name}"), *value),
             None => (format!("train/{name}"), *value),
@@ -253,6 +261,17 @@ mod tests {
         ] {
             assert_eq!(scalar(tag), Some(value), "{tag}");
         }
+        // Those of a mixture's datasets come beside the mean of all.
+        let losses = serde_json::json!({ "talk": 1.5, "stories": 2.5, "none": null });
+        metrics.dataset_loss = losses.as_object().cloned();
+        let scalars = metrics.scalars();
+        let of_datasets: Vec<_> = scalars.iter().filter(|(tag, _)| tag.starts_with("val/loss")).cloned().collect();
+        let expected = [("val/loss", 0.5), ("val/loss/stories", 2.5), ("val/loss/talk", 1.5)];
+        let sorted = |mut all: Vec<(String, f64)>| {
+            all.sort_by(|a, b| a.0.cmp(&b.0));
+            all
+        };
+        assert_eq!(sorted(of_datasets), expected.map(|(tag, value)| (tag.to_owned(), value)));
         // A line without them is what it was.
         let plain = serde_json::to_string(&Metrics::default().with_pairs(None)).unwrap();
         assert!(plain.ends_with("\"epoch\":0.0}"), "{plain}");

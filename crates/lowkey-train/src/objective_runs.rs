@@ -1,11 +1,8 @@
 //! Runs that learn from a teacher.
 
-use std::sync::atomic::AtomicBool;
-
 use burn::tensor::Device;
 use lowkey_model::CausalLm;
 
-use crate::event::Event;
 use crate::fixtures::{TinyRun, weight_bits};
 use crate::metrics::Metrics;
 
@@ -38,16 +35,7 @@ fn a_pupil_learns_what_its_teacher_says_and_goes_on_with_the_same_bits() {
         assert!(measured.last() < measured.first(), "{more}: {measured:?}");
         let broken = TinyRun::new();
         with_objective(&broken, &objective);
-        let interrupt = AtomicBool::new(false);
-        broken
-            .watch(&["run.seed=4"], &interrupt, &mut |event| {
-                if matches!(event, Event::Step(metrics) if metrics.step == 13) {
-                    interrupt.store(true, std::sync::atomic::Ordering::Relaxed);
-                }
-            })
-            .unwrap();
-        let resumed = broken.resumed();
-        resumed.train(&["run.seed=4"]).unwrap();
+        let resumed = broken.interrupted(&["run.seed=4"], &[13]);
         assert!(weights(&resumed, 40) == weights(&unbroken, 40), "{more}");
         assert_eq!(std::fs::read_dir(kept.path()).unwrap().count() > 0, !whole, "{more}");
     }

@@ -4,6 +4,7 @@ use burn::tensor::Tensor;
 use lowkey_kernels::Precision;
 use lowkey_kernels::optim::{self, AdamWStep, Gate, MuonStep};
 use lowkey_model::Parameter;
+use lowkey_model::tensor::{Role, layer_of};
 use rayon::prelude::*;
 
 use crate::run_config::{OptimizerKind, OptimizerSection};
@@ -26,6 +27,8 @@ pub struct Optimizer {
     momentum: f64,
     /// One per parameter: matrices decay, norms and biases do not.
     weight_decay: Vec<f64>,
+    /// One per parameter: its share of the learning rate.
+    rates: Vec<f64>,
     states: Vec<ParameterState>,
     steps: u64,
 }
@@ -104,9 +107,20 @@ impl Optimizer {
             eps: section.eps,
             momentum: section.momentum(),
             weight_decay: parameters.iter().map(|p| if decays(p) { section.weight_decay } else { 0.0 }).collect(),
+            rates: vec![1.0; parameters.len()],
             states: parameters.iter().map(state).collect(),
             steps: 0,
         }
+    }
+
+    /// With the rates of [`OptimizerSection::layer_lr_decay`], for the parameters of a model of so many layers: all of its layers count,
+    /// whichever are trained.
+    #[must_use]
+    pub fn with_layer_rates(mut self, decay: Option<f64>, parameters: &[Parameter], layers: usize) -> Self {
+        if let Some(decay) = decay {
+            self.rates = parameters.iter().map(|p| decay.powi(below_the_top(p, layers) as i32)).collect();
+        }
+        self
     }
 
     /// States in the order of the parameters, and how many steps they have seen.
@@ -132,11 +146,12 @@ impl Optimizer {
         let Self { betas, eps, momentum, steps, .. } = *self;
         let (mut by_adamw, mut by_muon) = (Vec::new(), Vec::new());
         // Taken out, so that the passes hold the only handles.
-        let taken = std::mem::take(&mut self.states).into_iter().zip(&self.weight_decay);
-        for (i, ((parameter, gradient), (state, &weight_decay))) in
+        let taken = std::mem::take(&mut self.states).into_iter().zip(self.weight_decay.iter().zip(&self.rates));
+        for (i, ((parameter, gradient), (state, (&weight_decay, &rate)))) in
             parameters.into_iter().zip(gradients).zip(taken).enumerate()
         {
             let Parameter { shape, head_rows, value, .. } = parameter;
+            let lr = lr * rate;
             match state {
                 ParameterState::AdamW { m, v } => {
                     let step = AdamWStep { clip, lr, betas, eps, weight_decay, step: steps };
@@ -164,6 +179,15 @@ impl Optimizer {
         let (values, states) = done.into_iter().map(|(_, value, state)| (value, state)).unzip();
         self.states = states;
         values
+    }
+}
+
+/// How many layers lie above a parameter's own: below the first one is the embedding, above the last one nothing.
+fn below_the_top(parameter: &Parameter, layers: usize) -> usize {
+    match (parameter.role, layer_of(&parameter.name)) {
+        (Role::Embedding, _) => layers,
+        (_, Some(layer)) => layers.saturating_sub(1 + layer),
+        (_, None) => 0,
     }
 }
 

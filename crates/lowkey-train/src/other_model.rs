@@ -17,7 +17,6 @@ use lowkey_model::{CausalLm, ModelConfig};
 use crate::checkpoint;
 use crate::error::{Error, Result};
 use crate::kept::{Kept, fingerprint, row_key};
-use crate::resume::same_place;
 use crate::run_config::{Asked, OtherModel, RunConfig};
 
 /// A model that is asked and not trained, on one device.
@@ -122,12 +121,10 @@ impl Counterpart {
             None => None,
         };
         // Beside an adapter lies the base itself, which no step changes: there is no need to load it a second time.
-        let beside = trained.adapter().filter(|adapter| adapter.modules_to_save.is_none());
         // One with other positions than it was made for is not what it was.
         let same = trained.config.rope == other.rope
             && trained.config.max_position_embeddings == other.max_position_embeddings;
-        let base = config.init.as_ref().filter(|init| beside.is_some() && same && same_place(&init.from, dir));
-        let base = base.map(|_| trained.unadapted().valid());
+        let base = (same && config.other_is_base(trained.adapter())).then(|| trained.unadapted().valid());
         let load = |device: &Device| {
             let device = device.clone().inner();
             let model = match &base {

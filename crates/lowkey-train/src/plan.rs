@@ -1,6 +1,9 @@
 //! What a run will cost, said before it starts.
 
-use lowkey_model::{ModelConfig, cost::ParameterCount};
+use lowkey_model::{
+    ModelConfig,
+    cost::{ParameterCount, Training},
+};
 use serde::Serialize;
 
 use crate::passes::Passes;
@@ -73,7 +76,17 @@ impl Plan {
 
 /// Estimated peak bytes of a run on `threads` threads of one device.
 pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usize) -> usize {
-    let (rows, seq, recompute) = (config.rows_of_a_pass(), config.data.seq_len, config.training.recompute);
-    let terms = Passes::new(config, model).most_terms();
-    model.train_bytes(rows, seq, threads, recompute, config.training.batch_size, terms) + config.other_bytes()
+    let (frozen, added) = config.frozen_and_added(model);
+    let training = Training {
+        micro_batch: config.rows_of_a_pass(),
+        seq: config.data.seq_len,
+        threads,
+        recompute: config.training.recompute,
+        evaluated: config.training.batch_size,
+        terms: Passes::new(config, model).most_terms(),
+        frozen,
+        added,
+        averaged: config.training.ema_decay.is_some(),
+    };
+    model.train_bytes(training) + config.other_bytes()
 }

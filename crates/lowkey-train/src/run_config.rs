@@ -14,7 +14,13 @@ pub(crate) use check::at_least_one;
 pub use history::EarlierPlan;
 use lowkey_data::{Packing, dataset::TrainOn, sampler::TooLong};
 use lowkey_kernels::Precision;
-use lowkey_model::{Recompute, adapter::AdapterConfig, config::ModelSection, objective::Term, rope::RopeChange};
+use lowkey_model::{
+    Recompute,
+    adapter::AdapterConfig,
+    config::ModelSection,
+    objective::{EmbeddingNoise, Term},
+    rope::RopeChange,
+};
 pub(crate) use objective::{Asked, OtherModel};
 pub use objective::{LossTypes, ObjectiveSection};
 use schemars::JsonSchema;
@@ -217,6 +223,13 @@ pub struct OptimizerSection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub grad_clip: Option<f64>,
+    /// What the learning rate of a layer is of the rate of the layer above it, above 0 and at most 1 (usual for fine-tuning: 0.8 to 0.95).
+    /// Of L layers, counted from 0, layer i has this number to the power L − 1 − i as its share of the rate, the embedding one to the power
+    /// L, also where it is the output head, too; an output head of its own and the last norm have the whole rate. Adapters have the rate
+    /// of their layer. Absent: all have the whole rate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
+    pub layer_lr_decay: Option<f64>,
 }
 
 fn default_betas() -> [f64; 2] {
@@ -342,6 +355,20 @@ pub struct TrainingSection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1))]
     pub trainable: Option<Vec<String>>,
+    /// Noise on the embeddings of training sequences, which makes fine-tuned models answer less by heart (NEFTune, arXiv 2310.05914;
+    /// usual: 5 to 15): each number gets an even one between −α/√(L·d) and α/√(L·d), where d is `hidden_size` and L the length of the
+    /// document or record, also where several share a sequence (with `data.mask_documents = false` it is `data.seq_len`). Nothing that is
+    /// measured or written has any; the training loss is that of the noisy pass. Absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub neftune_noise_alpha: Option<f64>,
+    /// Keep a moving average of what is trained: after each step it is moved to the new weights by 1 less this number, which is above 0
+    /// and below 1 (usual: 0.99 to 0.9999). After step t no more than (1 + t)/(10 + t) of it stays, so that it soon forgets the weights
+    /// that the run began with. Evaluations tell the loss of both; checkpoints hold the averaged model in their folder `ema`, a model
+    /// directory like any other. `best`, `eval.patience` and samples go by the weights themselves. Absent: no average is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0, "exclusiveMaximum" = 1))]
+    pub ema_decay: Option<f64>,
     /// What products with weights are computed in; other than `f32` on a GPU alone. Weights, gradients, norms, softmax, loss and
     /// evaluation are f32 in any case.
     #[serde(default)]
@@ -380,11 +407,15 @@ pub struct EvalSection {
     /// Texts that the model continues at each evaluation. Tasks take none.
     #[serde(default)]
     pub prompts: Vec<String>,
-    /// Length of a continuation, in tokens.
+    /// Messages of a user that the model answers at each evaluation, each put into the chat template that the data are written in, or
+    /// that the model of `[init]` brings. An answer ends with what ends a turn. Tasks take none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chat: Vec<String>,
+    /// Length of a continuation or answer at most, in tokens.
     #[serde(default = "default_sample_tokens")]
     #[schemars(range(min = 1, max = 1_048_576))]
     pub sample_tokens: usize,
-    /// Temperature of the continuations: 0 takes the most likely token each time, more is more varied.
+    /// Temperature of continuations and answers: 0 takes the most likely token each time, more is more varied.
     #[serde(default = "default_temperature")]
     #[schemars(range(min = 0))]
     pub temperature: f64,
@@ -409,6 +440,7 @@ impl Default for EvalSection {
             patience: None,
             batches: default_eval_batches(),
             prompts: Vec::new(),
+            chat: Vec::new(),
             sample_tokens: default_sample_tokens(),
             temperature: default_temperature(),
         }
@@ -476,17 +508,19 @@ impl RunConfig {
         self.training.threads.unwrap_or_else(crate::workers::available_threads)
     }
 
-    /// How the gradients of a step that minimises `terms` are computed.
-    pub(crate) fn passes<'a>(&self, terms: &'a [Term]) -> PassSettings<'a> {
-        let TrainingSection { recompute, dtype, .. } = self.training;
+    /// How the gradients of step `step`, counted from 0, are computed, which minimises `terms`.
+    pub(crate) fn passes<'a>(&self, terms: &'a [Term], step: u64) -> PassSettings<'a> {
+        let TrainingSection { recompute, dtype, neftune_noise_alpha, .. } = self.training;
+        let seed = self.run.seed;
         PassSettings {
             micro_batch: self.micro_batch_size(),
             recompute,
             terms,
             precision: dtype,
             loss_scale: 1.0,
-            seed: self.run.seed,
-            step: 0,
+            seed,
+            step,
+            noise: neftune_noise_alpha.map(|alpha| EmbeddingNoise { alpha, seed, step, first_row: 0 }),
             other: None,
         }
     }

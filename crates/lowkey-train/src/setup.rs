@@ -15,6 +15,7 @@ use crate::checkpoint::{self, TrainerState};
 use crate::error::{Error, Result};
 use crate::event::{Event, RunOptions};
 use crate::other_model;
+use crate::prompts::{Prompt, prompts};
 use crate::run_config::{ObjectiveSection, RunConfig, RunSection};
 use crate::run_data::{self, RunData};
 use crate::start;
@@ -187,7 +188,7 @@ pub(crate) fn setup_run(
     model.eos_token_id.clone_from(&data.generation.ends);
     model.bos_token_id = model.bos_token_id.or(data.generation.begin);
     if let Some(tokenizer) = &data.tokenizer {
-        check_prompts(&config.eval.prompts, tokenizer, &model)?;
+        check_prompts(&prompts(&config.eval, tokenizer)?, &model)?;
     }
     let other = other_model::check(config, &model, data.tokenizer.as_ref())?;
     Ok(Setup { model, data, init, new_tokens, notes, other })
@@ -230,9 +231,11 @@ fn check_same_task(begun: &TrainerState, data: &RunData, dataset: &DatasetConfig
 /// [`setup`] for a task: nothing is prepared, there is no text to go on with, and a model to start from must have been made for
 /// the same words.
 fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -> Result<Setup> {
-    if let Some(prompt) = config.eval.prompts.first() {
-        let why = "the dataset is a task, which has no text to go on with; leave the key out";
-        return Err(Error::config("eval.prompts", format!("{prompt:?}"), why));
+    for (key, texts) in [("eval.prompts", &config.eval.prompts), ("eval.chat", &config.eval.chat)] {
+        if let Some(prompt) = texts.first() {
+            let why = "the dataset is a task, which has no text to go on with; leave the key out";
+            return Err(Error::config(key, format!("{prompt:?}"), why));
+        }
     }
     if corpus.task().is_of_vectors() && config.training.z_loss != 0.0 {
         let why = "the dataset is a task of vectors, whose loss has no log-partition; leave the key out";
@@ -364,20 +367,15 @@ fn check_pairs(config: &RunConfig, data: &RunData) -> Result<()> {
 }
 
 /// Refuses now what would stop the run at its first evaluation.
-fn check_prompts(prompts: &[String], tokenizer: &Tokenizer, model: &ModelConfig) -> Result<()> {
-    for prompt in prompts {
-        let refuse = |why: String| Err(Error::config("eval.prompts", format!("{prompt:?}"), why));
-        match tokenizer.encode_prompt(prompt) {
-            Err(e) => return refuse(e.to_string()),
-            Ok(ids) if ids.is_empty() => return refuse("has no token to go on from; remove it".into()),
-            Ok(ids) if ids.len() >= model.max_position_embeddings => {
-                let most = model.max_position_embeddings;
-                return refuse(format!("has {} tokens and fills the model's {most} positions; shorten it", ids.len()));
-            }
-            Ok(_) => {}
+fn check_prompts(prompts: &[Prompt], model: &ModelConfig) -> Result<()> {
+    let most = model.max_position_embeddings;
+    match prompts.iter().find(|prompt| prompt.ids.len() >= most) {
+        Some(Prompt { key, text, ids, .. }) => {
+            let why = format!("has {} tokens and fills the model's {most} positions; shorten it", ids.len());
+            Err(Error::config(key, format!("{text:?}"), why))
         }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Refuses a run that this machine cannot hold, before an allocation fails and takes the process with it.

@@ -1,7 +1,6 @@
 //! The one training loop.
 
 use std::collections::VecDeque;
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +10,6 @@ use burn::module::Module;
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
 use lowkey_files::companions::Companions;
-use lowkey_infer::{Form, GenerateConfig, SamplingConfig, generate};
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
 use lowkey_kernels::optim::Judgement;
@@ -19,6 +17,7 @@ use lowkey_model::objective::{Term, preference::PairFigures};
 use lowkey_model::{CausalLm, ModelDir, Parameter};
 use serde_json::json;
 
+use crate::average::Average;
 use crate::checkpoint::{self, Beside, Checkpoints, TrainerState};
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Held, evaluate, evaluate_pairs};
@@ -30,6 +29,7 @@ use crate::other_model::Counterpart;
 use crate::passes::Passes;
 use crate::plan::Plan;
 use crate::prefetch::Prefetch;
+use crate::prompts::{Prompt, prompts};
 use crate::resume::{self, Earlier};
 use crate::run_config::RunConfig;
 use crate::run_data::{RunData, TrainBatches};
@@ -133,8 +133,8 @@ struct Queued {
     flops_per_token: f64,
 }
 
-fn settings<'a>(config: &RunConfig, terms: &'a [Term]) -> StepSettings<'a> {
-    StepSettings { passes: config.passes(terms), grad_clip: config.optimizer.grad_clip }
+fn settings<'a>(config: &RunConfig, terms: &'a [Term], step: u64) -> StepSettings<'a> {
+    StepSettings { passes: config.passes(terms, step), grad_clip: config.optimizer.grad_clip }
 }
 
 /// A run in progress.
@@ -149,6 +149,8 @@ struct Run<'a> {
     /// What came with the model that this session began with.
     companions: Companions,
     world: World,
+    /// Of the weights, where the run keeps one.
+    average: Option<Average>,
     /// Steps that are queued and not yet waited for, oldest first.
     queued: VecDeque<Queued>,
     checkpoints: Checkpoints,
@@ -158,6 +160,8 @@ struct Run<'a> {
     saved: Option<u64>,
     plan: Plan,
     passes: Passes,
+    /// What the model is asked to write at evaluations.
+    prompts: Vec<Prompt>,
     metrics: Option<MetricsFile>,
     samples: Option<SamplesFile>,
     events: Option<EventWriter>,
@@ -181,7 +185,7 @@ impl<'a> Run<'a> {
         let (resume, state) = resumed.unzip();
         let threads = config.threads();
         let batches = Arc::new(data.batches(&config.data, config.training.batch_size, config.run.seed)?);
-        config.check_pairs(batches.batch(state.as_ref().map_or(0, |state| state.step))?.pairs, &data.name)?;
+        config.check_pairs(data.is_pairs(), &data.name)?;
         let count = devices.len();
         check_memory(config, &model_config, if devices.iter().any(is_cpu) { count } else { 1 })?;
         for device in &devices {
@@ -198,7 +202,9 @@ impl<'a> Run<'a> {
         let mut others_of = Counterpart::load(config, other.as_ref(), &model, &devices)?.into_iter();
         let mut replica = |model: CausalLm, device: &Device| -> Result<Replica> {
             let parameters = model.trained_parameters();
-            let mut optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
+            let (layer_lr_decay, layers) = (config.optimizer.layer_lr_decay, model.config.layers.len());
+            let optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
+            let mut optimizer = optimizer.with_layer_rates(layer_lr_decay, &parameters, layers);
             if let Some(dir) = resume {
                 let (_, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, device)?;
                 optimizer.restore(states, state.step);
@@ -223,6 +229,15 @@ impl<'a> Run<'a> {
         let copies: Vec<(CausalLm, &Device)> = devices[1..].iter().map(|device| (copied(device), device)).collect();
         let first = replica(model, device)?;
         let others = copies.into_iter().map(|(model, device)| replica(model, device)).collect::<Result<Vec<_>>>()?;
+        let average = match (config.training.ema_decay, resume) {
+            (None, _) => None,
+            (Some(decay), None) => Some(Average::new(decay, &first.model)),
+            (Some(decay), Some(dir)) => {
+                let average = Some(dir.join(checkpoint::EMA));
+                let averaged = first_model(config, &model_config, init.as_ref(), 0..0, average.as_deref(), device)?;
+                Some(Average::new(decay, &averaged))
+            }
+        };
         // Before anything is multiplied, as the first use of a shape chooses its kernel.
         choose_kernels(state.kernels.clone());
         let plan = Plan::new(config, &first.model.config, ceiling(threads, &devices, config.training.dtype)?);
@@ -235,10 +250,12 @@ impl<'a> Run<'a> {
             options,
             ahead: Prefetch::new(Arc::clone(&batches), state.step, config.training.steps)?,
             batches,
+            prompts: data.tokenizer.as_ref().map_or(Ok(Vec::new()), |own| prompts(&config.eval, own))?,
             byte_lengths: data.tokenizer.as_ref().map(Tokenizer::byte_lengths).unwrap_or_default(),
             data,
             companions,
             world: World::new(first, others),
+            average,
             queued: VecDeque::new(),
             checkpoints,
             earlier_s: state.time_s,
@@ -263,7 +280,7 @@ impl<'a> Run<'a> {
             self.events = Some(EventWriter::create(&out.join(run_dir::TENSORBOARD), self.state.step)?);
         }
         let samples = out.join(run_dir::SAMPLES);
-        if self.data.tokenizer.is_some() && !self.config.eval.prompts.is_empty() || samples.exists() {
+        if !self.prompts.is_empty() || samples.exists() {
             self.samples = Some(SamplesFile::open(&samples, self.state.step)?);
         }
         Ended::forget(out)?;
@@ -300,7 +317,7 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let step = self.state.step;
         let terms = self.passes.terms(step);
-        settings(self.config, &terms).warm_up(&self.world, &self.batches.batch(step)?)?;
+        settings(self.config, &terms, step).warm_up(&self.world, &self.batches.batch(step)?)?;
         observe(Event::WarmedUp { seconds: started.elapsed().as_secs_f64() });
         Ok(())
     }
@@ -401,8 +418,12 @@ impl<'a> Run<'a> {
         let lr = config.rate(step);
         let terms = self.passes.terms(step);
         let scale = self.state.loss_scale.as_mut();
-        let taken = settings(config, &terms).step(&mut self.world, &batch, step, lr, scale)?;
+        let taken = settings(config, &terms, step).step(&mut self.world, &batch, step, lr, scale)?;
         self.state.step += 1;
+        if let Some(average) = &mut self.average {
+            let (Replica { model, workers, .. }, taken) = (self.world.main(), self.state.step);
+            workers.together(|| average.update(model, taken));
+        }
         self.state.tokens += taken.targets as u64;
         let flops_per_token = self.passes.flops_per_token(step);
         self.queued.push_back(Queued { taken, step: self.state.step, tokens: self.state.tokens, lr, flops_per_token });
@@ -460,14 +481,24 @@ impl<'a> Run<'a> {
         if every > 0 && metrics.step.is_multiple_of(every) { self.log(metrics) } else { Ok(()) }
     }
 
-    fn evaluate(&self, held: &Held) -> Result<Evaluation> {
-        let Replica { model, workers, device, other, .. } = self.world.main();
-        let evaluation = match (self.config.first_term(), held) {
+    /// The figures of a model.
+    fn measure(&self, model: &CausalLm, held: &Held) -> Result<Evaluation> {
+        let Replica { workers, device, other, .. } = self.world.main();
+        match (self.config.first_term(), held) {
             (Term::Preference(preference), Held::Batches(batches)) => {
-                evaluate_pairs(model, &preference, other.as_ref(), batches, workers, device)?
+                evaluate_pairs(model, &preference, other.as_ref(), batches, workers, device)
             }
-            _ => evaluate(model, held, &self.byte_lengths, workers, device)?,
-        };
+            _ => evaluate(model, held, &self.byte_lengths, workers, device),
+        }
+    }
+
+    /// The figures of the model that is trained, and of the average of its weights.
+    fn evaluate(&self, held: &Held) -> Result<Evaluation> {
+        let model = &self.world.main().model;
+        let mut evaluation = self.measure(model, held)?;
+        if let Some(average) = &self.average {
+            evaluation.ema = Some(self.measure(&average.of(model), held)?.into());
+        }
         if !evaluation.loss.is_finite() {
             return Err(Error::Diverged {
                 step: self.state.step,
@@ -480,30 +511,15 @@ impl<'a> Run<'a> {
     }
 
     fn sample(&mut self, observe: &mut dyn FnMut(Event)) -> Result<()> {
-        let (section, step) = (&self.config.eval, self.state.step);
         let Some(tokenizer) = &self.data.tokenizer else { return Ok(()) };
         let Replica { model, device, .. } = self.world.main();
-        for prompt in &section.prompts {
-            let ids = tokenizer.encode_prompt(prompt)?;
-            let room = model.config.max_position_embeddings.saturating_sub(ids.len());
-            let generate_config = GenerateConfig {
-                max_new_tokens: section.sample_tokens.min(room),
-                sampling: SamplingConfig {
-                    temperature: section.temperature,
-                    seed: self.config.run.seed,
-                    ..SamplingConfig::default()
-                },
-                form: Form::Absorbed,
-                eos: model.config.eos_token_id.clone(),
-                ..GenerateConfig::default()
-            };
-            let device = device.clone().without_autodiff();
-            let out = generate(model, &ids, &generate_config, &device, &mut |_| ControlFlow::Continue(()))?;
-            let text = tokenizer.decode_after(&ids, &out.ids)?;
+        for prompt in &self.prompts {
+            let written = prompt.written(model, &self.config.eval, self.config.run.seed, tokenizer, device)?;
+            let (text, chat) = (&written, prompt.chat);
             if let Some(file) = &mut self.samples {
-                file.write(step, prompt, &text)?;
+                file.write(self.state.step, &prompt.text, text, chat)?;
             }
-            observe(Event::Sample { prompt, text: &text });
+            observe(Event::Sample { prompt: &prompt.text, text, chat });
         }
         Ok(())
     }
@@ -534,7 +550,9 @@ impl<'a> Run<'a> {
         }
         self.state.kernels = chosen_kernels();
         let RunData { tokenizer, generation, .. } = &self.data;
-        let beside = Beside { tokenizer: tokenizer.as_ref(), generation, companions: &self.companions };
+        let averaged = self.average.as_ref().map(|average| average.of(model));
+        let beside =
+            Beside { tokenizer: tokenizer.as_ref(), generation, companions: &self.companions, ema: averaged.as_ref() };
         let path = self.checkpoints.save(model, beside, optimizer, &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });

@@ -14,7 +14,7 @@ use lowkey_kernels::{Precision, linear, optim, precision::scope};
 use lowkey_model::{
     CausalLm, Recompute,
     adapter::Draws,
-    objective::{Learnt, Objective, Term, preference::PairFigures},
+    objective::{EmbeddingNoise, Learnt, Objective, Term, preference::PairFigures},
 };
 use rayon::prelude::*;
 
@@ -47,6 +47,8 @@ pub struct PassSettings<'a> {
     pub seed: u64,
     /// and from the number of steps before this one.
     pub step: u64,
+    /// What is added to embeddings; its rows are those of the batch.
+    pub noise: Option<EmbeddingNoise>,
     /// The model that the terms are held against, where there is one.
     pub(crate) other: Option<&'a Counterpart>,
 }
@@ -179,7 +181,7 @@ impl Workers {
         settings: PassSettings<'_>,
         device: &Device,
     ) -> StepGradients {
-        let PassSettings { micro_batch, recompute, terms, precision, loss_scale, seed, step, other } = settings;
+        let PassSettings { micro_batch, recompute, terms, precision, loss_scale, seed, step, noise, other } = settings;
         let targets = match terms.first() {
             Some(Term::Preference(_)) => batch.rows / 2,
             _ => batch.target_tokens(),
@@ -204,7 +206,8 @@ impl Workers {
                 let rows = batch.rows(*from..*to);
                 let said = other.map(|other| other.says(rows));
                 let against = said.as_ref().map(Said::against).unwrap_or_default();
-                let Learnt { loss, gradients, pairs } = fork.learn(rows, objective, against, recompute, device);
+                let noise = noise.map(|noise| EmbeddingNoise { first_row: *from, ..noise });
+                let Learnt { loss, gradients, pairs } = fork.learn(rows, objective, against, noise, recompute, device);
                 // What is reported is the loss without what only steers the training.
                 ((loss.nats - loss.z_loss).without_autodiff(), gradients, pairs)
             });

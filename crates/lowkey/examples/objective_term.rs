@@ -42,6 +42,7 @@ fn trained(config: &ModelConfig, batch: &Batch, beta: f64, device: &Device) -> f
         eps: 1e-8,
         weight_decay: 0.0,
         grad_clip: None,
+        layer_lr_decay: None,
     };
     let mut model = CausalLm::init(config, 1, device);
     let mut optimizer = Optimizer::new(&settings, &model.trained_parameters(), |_| false);

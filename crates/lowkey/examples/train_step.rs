@@ -46,6 +46,7 @@ fn main() -> anyhow::Result<()> {
         eps: 1e-8,
         weight_decay: 0.1,
         grad_clip: Some(1.0),
+        layer_lr_decay: None,
     };
     let mut optimizer = Optimizer::new(&settings, &model.trained_parameters(), |parameter| parameter.is_matrix());
 

@@ -56,7 +56,10 @@ impl View {
                 self.clear();
                 self.line(&format!("\nall steps taken; on {on}:\n{}", evaluation_table(evaluation)));
             }
-            Event::Sample { prompt, text } => self.line(&indented(prompt, text)),
+            Event::Sample { prompt, text, chat: false } => self.line(&indented(&format!("{prompt}{text}"))),
+            Event::Sample { prompt, text, chat: true } => {
+                self.line(&indented(&format!("user: {prompt}\nassistant: {}", text.trim_start())));
+            }
             Event::Saved { path, best } => {
                 self.line(&format!("saved {}{}", path.display(), if best { " (best so far)" } else { "" }));
             }
@@ -242,7 +245,8 @@ fn evaluation_line(step: u64, e: &Evaluation) -> String {
     let gap = gap.map(|gap| format!("  gap {gap:.4} nats/token")).unwrap_or_default();
     let bits = e.bits_per_byte.map(|bits| format!("  {bits:.4} bits/byte")).unwrap_or_default();
     let accuracy = e.accuracy.map(|accuracy| format!("  accuracy {:.2} %", 100.0 * accuracy)).unwrap_or_default();
-    format!("eval after step {step}: val loss {:.4}{bits}{accuracy}{gap}  max logit {:.1}", e.loss, e.max_logit)
+    let ema = e.ema.as_ref().map(|ema| format!("  of averaged weights {:.4}", ema.loss)).unwrap_or_default();
+    format!("eval after step {step}: val loss {:.4}{ema}{bits}{accuracy}{gap}  max logit {:.1}", e.loss, e.max_logit)
 }
 
 /// The figures of an evaluation, as a block of text.
@@ -257,6 +261,7 @@ pub(crate) fn evaluation_table(e: &Evaluation) -> String {
     } else {
         rows.push(("held-out loss", format!("{:.4} nats per token over {tokens} tokens", e.loss)));
     }
+    rows.extend(e.ema.as_ref().map(|ema| ("of averaged weights", format!("{:.4}", ema.loss))));
     rows.extend(e.perplexity.map(|perplexity| ("perplexity", format!("{perplexity:.4}"))));
     rows.extend(e.bits_per_byte.map(|bits| ("bits per byte", format!("{bits:.4}"))));
     match (e.accuracy, e.gap) {
@@ -302,13 +307,9 @@ fn class_row(class: &ClassEvaluation) -> Vec<String> {
     vec![class.class.clone(), class.tokens.to_string(), four(class.loss), four(class.entropy), last]
 }
 
-fn indented(prompt: &str, text: &str) -> String {
+fn indented(text: &str) -> String {
     // What a model makes up is no command for a terminal.
-    printable_lines(&format!("{prompt}{text}"))
-        .lines()
-        .map(|line| format!("    | {line}"))
-        .collect::<Vec<_>>()
-        .join("\n")
+    printable_lines(text).lines().map(|line| format!("    | {line}")).collect::<Vec<_>>().join("\n")
 }
 
 /// Shows the preparation of a corpus outside a run: a line at once for what it waits for, and one every few seconds for what it

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::template::aside;
 use super::{ChatTemplate, Conversation, Now, Options, Rendered, tags};
@@ -61,6 +61,21 @@ impl ChatTemplate {
         // Many renderings, for which one thread is enough.
         let times = conversation.messages.len() + 1;
         aside(self.name(), times, move || template.answers_here(&conversation, now))?
+    }
+
+    /// The text that ends a turn of the assistant, without blanks behind it; nothing where only the next message does.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::answers`].
+    pub fn end_of_turn(&self) -> Result<String> {
+        const WORDS: &str = "Yes";
+        let message = |role: &str, content: &str| json!({ "role": role, "content": content });
+        let conversation = Conversation::new(vec![message("user", "Here?"), message("assistant", WORDS)]);
+        let Answers { text, spans } = self.answers(&conversation, Now::default())?;
+        let answer = spans.last().and_then(|span| text.get(span.bytes.clone())).unwrap_or_default();
+        let end = answer.rfind(WORDS).map_or("", |at| &answer[at + WORDS.len()..]);
+        let bare = end.trim_end();
+        Ok(if bare.is_empty() { end } else { bare }.to_owned())
     }
 
     fn answers_here(&self, conversation: &Conversation, now: Now) -> Result<Answers> {

@@ -359,3 +359,33 @@ fn what_is_no_conversation_is_refused_by_name() {
     let chat = Conversation::from_json(variables).unwrap();
     assert_eq!(template("{{ bos_token }}").render(&chat, &Options::default()).unwrap().text, "<b>");
 }
+
+#[test]
+fn what_ends_a_turn_is_what_the_template_writes_behind_an_answer() {
+    for (name, end) in [
+        ("chatml", "<|im_end|>"),
+        ("llama3", "<|eot_id|>"),
+        ("deepseek", "<｜end▁of▁sentence｜>"),
+        ("plain", "<|endoftext|>"),
+    ] {
+        assert_eq!(ChatTemplate::built_in(name).unwrap().end_of_turn().unwrap(), end, "{name}");
+    }
+    let each =
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}";
+    assert_eq!(template(each).end_of_turn().unwrap(), "</s>");
+    assert_eq!(template("{% for m in messages %}[{{ m.content }}]\n\n{% endfor %}").end_of_turn().unwrap(), "]");
+    let blank = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ '\n' }}{% endfor %}";
+    assert_eq!(template(blank).end_of_turn().unwrap(), "\n");
+}
+
+#[test]
+fn a_tokenizers_template_is_the_one_that_its_saved_folder_has() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(ChatTemplate::of_tokenizer(&Tokenizer::bytes()).unwrap().is_none());
+    let tokenizer = Tokenizer::bytes().with_chat_template(ChatTemplate::built_in("plain").unwrap().source());
+    tokenizer.save(dir.path()).unwrap();
+    let saved = ChatTemplate::of_directory(dir.path(), None).unwrap().unwrap();
+    let own = ChatTemplate::of_tokenizer(&tokenizer).unwrap().unwrap();
+    let texts = [saved, own].map(|template| template.render(&conversation(), &Options::default()).unwrap().text);
+    assert!(texts[0].contains("<|endoftext|>") && texts[0] == texts[1], "{texts:?}");
+}

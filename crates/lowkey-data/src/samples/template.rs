@@ -25,9 +25,27 @@ pub(crate) fn method(config: &DatasetConfig, tokenizer: &Tokenizer) -> Result<Me
     Ok(Method { template, train_on: config.train_on() })
 }
 
+impl ChatTemplate {
+    /// The template beside a tokenizer, that of its model or of the records that it was given: what [`ChatTemplate::of_directory`] finds
+    /// where the tokenizer has been saved.
+    ///
+    /// # Errors
+    /// [`Error::Template`] where it is no template, [`Error::Tokenizer`] for a configuration that cannot be read.
+    pub fn of_tokenizer(tokenizer: &Tokenizer) -> Result<Option<Self>> {
+        let saved = tokenizer.config_json()?;
+        let saved =
+            serde_json::from_str(&saved).map_err(|e| Error::tokenizer(CONFIG, format!("not valid JSON: {e}")))?;
+        beside(tokenizer, special_tokens_of(saved))
+    }
+}
+
 /// The template that came with a tokenizer from a model's folder.
 fn of_tokenizer(tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
-    let special = special_tokens(tokenizer)?;
+    beside(tokenizer, special_tokens(tokenizer)?)
+}
+
+/// The template beside a tokenizer, with the special tokens that it may name.
+fn beside(tokenizer: &Tokenizer, special: Map<String, Value>) -> Result<Option<ChatTemplate>> {
     if let Some(text) = tokenizer.companion("chat_template.jinja") {
         return ChatTemplate::from_source("chat_template.jinja", text, special).map(Some);
     }
@@ -44,9 +62,14 @@ fn of_tokenizer(tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
 
 /// The special tokens that a template may name, `bos_token` and its like.
 fn special_tokens(tokenizer: &Tokenizer) -> Result<Map<String, Value>> {
+    Ok(special_tokens_of(tokenizer_config(tokenizer)?))
+}
+
+/// Those of a configuration.
+fn special_tokens_of(config: Map<String, Value>) -> Map<String, Value> {
     let token = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(Value::from);
-    let named = tokenizer_config(tokenizer)?.into_iter().filter(|(key, _)| key.ends_with("_token"));
-    Ok(named.filter_map(|(key, value)| Some((key, token(&value)?))).collect())
+    let named = config.into_iter().filter(|(key, _)| key.ends_with("_token"));
+    named.filter_map(|(key, value)| Some((key, token(&value)?))).collect()
 }
 
 const CONFIG: &str = "tokenizer_config.json";

@@ -25,9 +25,10 @@ const fn known(name: &'static str, title: &'static str, unit: &'static str, log:
     Known { name, title, unit, log }
 }
 
-const LOSS: [Known; 6] = [
+const LOSS: [Known; 7] = [
     known("train_loss", "Training loss", "nats per token", true),
     known("val_loss", "Held-out loss", "nats per token", true),
+    known("ema_val_loss", "Held-out loss of the averaged weights", "nats per token", true),
     known("bits_per_byte", "Held-out bits per byte", "", true),
     known("gap", "Gap to the true entropy", "nats per token", true),
     known("accuracy", "Held-out accuracy", "share of answers", false),

@@ -51,7 +51,8 @@ fn two() -> (TempDir, Vec<PathBuf>) {
     ];
     fs::write(
         runs[0].join("samples.jsonl"),
-        "{\"step\":10,\"prompt\":\"Once\",\"text\":\" upon <i>a</i>\\ntime\"}\n{\"step\":20,\"prompt\":\"Once\",\"text\":\" more\"}\n",
+        "{\"step\":10,\"prompt\":\"Once\",\"text\":\" upon <i>a</i>\\ntime\"}\n{\"step\":20,\"prompt\":\"Once\",\"text\":\" more\"}\n\
+         {\"step\":20,\"prompt\":\"Who?\",\"text\":\"<b>\",\"chat\":true}\n",
     )
     .unwrap();
     (dir, runs)
@@ -163,7 +164,9 @@ fn the_page_stands_alone_and_all_text_in_it_is_escaped() {
     }
     assert!(
         page.contains("&lt;img src=http://x onerror=y&gt;\\x1b[2J")
-            && page.contains(" upon &lt;i&gt;a&lt;/i&gt;\ntime")
+            && page.contains("<q>Once</q> upon &lt;i&gt;a&lt;/i&gt;\ntime")
+            // An answer stands beneath what it answers.
+            && page.contains("<q>Who?</q></p><p>&lt;b&gt;</p>")
     );
     let html = &page[..page.find("<script").unwrap()];
     for tag in

@@ -35,7 +35,9 @@ pub(super) fn section(told: &[Told]) -> String {
             for i in shown {
                 let (step, text) = all[i];
                 let (begun, text) = (escaped_lines(prompt), escaped_lines(&cut(text, LONGEST)));
-                let _ = writeln!(out, "<div class=\"text\"><b>step {step}</b><p><q>{begun}</q>{text}</p></div>");
+                let between = if told.samples.messages.contains(prompt) { "</p><p>" } else { "" };
+                let _ =
+                    writeln!(out, "<div class=\"text\"><b>step {step}</b><p><q>{begun}</q>{between}{text}</p></div>");
             }
             out += "</div>\n";
         }

@@ -7,7 +7,7 @@ use regex::Regex;
 use super::config::{AdapterConfig, ByPattern, Modules};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::tensor::{HeadRows, Role, TensorSpec};
+use crate::tensor::{HeadRows, Role, TensorSpec, layer_of};
 
 /// The adapter of one map.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -78,6 +78,15 @@ impl AdapterPlan {
             _ => 0,
         };
         tensors.iter().map(of).sum()
+    }
+
+    /// Numbers of all adapters, the lengths of rows that DoRA trains included, as [`AdapterPlan::factor_numbers`].
+    pub fn numbers(&self, tensors: &[TensorSpec]) -> usize {
+        let lengths = |spec: &TensorSpec| match (self.of(module_of(&spec.name)), &spec.shape[..]) {
+            (Some(LowRank { use_dora: true, .. }), [d_out, _]) => *d_out,
+            _ => 0,
+        };
+        self.factor_numbers(tensors) + tensors.iter().map(lengths).sum::<usize>()
     }
 
     /// Whether a tensor is trained: those of adapters, and those that are saved whole.
@@ -293,8 +302,4 @@ pub(crate) fn module_of(tensor: &str) -> &str {
 /// The module that a tensor of an adapter stands beside: what its name was made of in [`LowRank`]'s adapter.
 pub fn adapted_module(tensor: &str) -> &str {
     tensor.split(".lora_").next().unwrap_or_default()
-}
-
-fn layer_of(name: &str) -> Option<usize> {
-    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
 }

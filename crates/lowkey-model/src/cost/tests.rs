@@ -1,6 +1,7 @@
 use burn::tensor::Device;
 
 use crate::config::ModelSection;
+use crate::cost::Training;
 use crate::fixtures::{self, scrambled};
 use crate::gradients::Recompute;
 
@@ -87,11 +88,48 @@ fn the_memory_that_is_planned_is_near_what_runs_took() {
         let section: ModelSection = serde_json::from_value(section).unwrap();
         let (config, _) = section.resolve(257, *seq).unwrap();
         let terms = if ranks.is_empty() { 1 } else { 3 };
-        let planned = config.train_bytes(*rows, *seq, *threads, *recompute, *batch, terms) as f64 / f64::from(1 << 20);
+        let training = Training {
+            micro_batch: *rows,
+            seq: *seq,
+            threads: *threads,
+            recompute: *recompute,
+            evaluated: *batch,
+            terms,
+            ..Training::default()
+        };
+        let planned = config.train_bytes(training) as f64 / f64::from(1 << 20);
         let off = planned / peak - 1.0;
         assert!(off.abs() < 0.15, "{planned:.0} for {peak}: {sizes:?} {layers} {rows} {recompute:?}");
         apart.push(off.abs());
     }
     let mean = apart.iter().sum::<f64>() / apart.len() as f64;
     assert!(mean < 0.08, "{mean}");
+}
+
+#[test]
+fn what_is_frozen_is_planned_without_gradients_and_moments() {
+    let section = serde_json::json!({
+        "attention": "mla", "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 1408,
+        "kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+    });
+    let (config, _) = serde_json::from_value::<ModelSection>(section).unwrap().resolve(257, 128).unwrap();
+    let total = config.parameter_count().total;
+    // Gradients are the most of what follows on each other, in one thread's passes of short rows.
+    let all = Training { micro_batch: 1, seq: 16, threads: 1, evaluated: 1, terms: 1, ..Training::default() };
+    let bytes = |training: Training| config.train_bytes(training) as i64;
+    let (frozen, added) = (total - total / 3, total / 10);
+    // One and a half copies of the moments, three of gradients; where next to nothing has any, a checkpoint's two copies are the most.
+    let part = Training { frozen: total / 5, ..all };
+    assert!((bytes(all) - bytes(part) - (4.5 * 4.0 * (total / 5) as f64) as i64).abs() <= 1);
+    let most = Training { frozen, ..all };
+    let kept = 4.0 * (1.5 * frozen as f64 + 3.0 * total as f64 - 2.0 * total as f64);
+    assert!((bytes(all) - bytes(most) - kept as i64).abs() <= 1);
+    // Beside an adapter the model lies once and no more.
+    let adapter = Training { frozen: total, added, ..all };
+    assert!((bytes(all) - bytes(adapter) - (4.5 * 4.0 * total as f64 - 5.5 * 4.0 * added as f64) as i64).abs() <= 1);
+    // Where activations are the most, gradients take no more of their own.
+    let long = |training: Training| Training { micro_batch: 64, seq: 1024, ..training };
+    assert!((bytes(long(all)) - bytes(long(part)) - (1.5 * 4.0 * (total / 5) as f64) as i64).abs() <= 1);
+    let averaged = Training { averaged: true, ..part };
+    assert!((bytes(averaged) - bytes(part) - 4 * (total - total / 5) as i64).abs() <= 1);
 }

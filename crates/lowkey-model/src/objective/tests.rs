@@ -90,7 +90,7 @@ fn a_step_of_pairs_goes_down_the_losses_of_plain_tensors() {
             let slopes = Tensor::<1>::from_data(TensorData::new(slopes, [ROWS]), &device);
             let expected = model.take_gradients(&mut ((sums * slopes).sum() * 0.5).backward());
             for recompute in [Recompute::None, Recompute::Block] {
-                let learnt = model.learn(pairs.rows(), objective, against, recompute, &device);
+                let learnt = model.learn(pairs.rows(), objective, against, None, recompute, &device);
                 let told = f64::from(values(learnt.loss.nats)[0]);
                 assert!(
                     (told - figures.loss).abs() <= 1e-5 * figures.loss.abs(),
@@ -117,8 +117,14 @@ fn a_model_that_is_its_reference_begins_at_ln_2_to_the_last_bit() {
                 [(PreferenceLoss::Sigmoid, std::f64::consts::LN_2), (PreferenceLoss::Ipo, 2.5 * 2.5)]
             {
                 let terms = [Term::Preference(Preference { beta: 0.2, ..preference(loss) })];
-                let learnt =
-                    model.learn(pairs.rows(), Objective { scale: 0.5, terms: &terms }, against, recompute, &device);
+                let learnt = model.learn(
+                    pairs.rows(),
+                    Objective { scale: 0.5, terms: &terms },
+                    against,
+                    None,
+                    recompute,
+                    &device,
+                );
                 let figures = learnt.pairs.unwrap();
                 assert_eq!(figures.mean_loss(), expected, "{kind} {loss:?} {recompute:?}");
                 assert_eq!(values(learnt.loss.nats), [(2.0 * expected) as f32]);
@@ -152,7 +158,7 @@ fn learning_from_another_model_goes_down_the_distance_of_plain_tensors() {
             );
             let expected = model.take_gradients(&mut (plain.clone() * 0.1).backward());
             for recompute in [Recompute::None, Recompute::Block] {
-                let learnt = model.learn(pairs.rows(), objective, against, recompute, &device);
+                let learnt = model.learn(pairs.rows(), objective, against, None, recompute, &device);
                 let (told, plain) = (values(learnt.loss.nats)[0], values(plain.clone())[0]);
                 assert!((told / plain - 1.0).abs() < 1e-5, "{kind} {divergence:?}: {told} {plain}");
                 assert_eq!(learnt.loss.targets, 18);
@@ -161,7 +167,7 @@ fn learning_from_another_model_goes_down_the_distance_of_plain_tensors() {
             // All of the vocabulary but one token, and that one: the same as all of it.
             let top = teacher.top_tokens(pairs.rows(), config.vocab_size - 1, temperature, &Device::flex());
             let against = Against { reference: None, teacher: Some(Teacher::Top(&top)) };
-            let learnt = model.learn(pairs.rows(), objective, against, Recompute::None, &device);
+            let learnt = model.learn(pairs.rows(), objective, against, None, Recompute::None, &device);
             assert_gradients(&format!("{kind} {divergence:?}, top"), &model, learnt.gradients, expected);
         }
     }

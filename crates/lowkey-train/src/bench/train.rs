@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use lowkey_batch::Batch;
 use lowkey_kernels::Precision;
-use lowkey_model::{CausalLm, Parameter, Recompute, adapter::AdapterConfig, objective::Term};
+use lowkey_model::{CausalLm, Parameter, Recompute, adapter::AdapterConfig, cost::Training, objective::Term};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::de::IntoDeserializer;
@@ -166,12 +166,9 @@ impl Session {
         let config = shape.config(seq)?;
         let device = crate::setup::device(&options.device)?;
         check_precision(options.dtype, &device)?;
-        check_bytes(
-            "training",
-            config.train_bytes(batch, seq, threads, options.recompute, 0, 1),
-            "the shape, the batch or the length",
-            &config,
-        )?;
+        let recompute = options.recompute;
+        let training = Training { micro_batch: batch, seq, threads, recompute, terms: 1, ..Training::default() };
+        check_bytes("training", config.train_bytes(training), "the shape, the batch or the length", &config)?;
         let device = device.autodiff();
         let model = match options.lora_rank {
             Some(r) => {
@@ -187,6 +184,7 @@ impl Session {
             eps: 1e-8,
             weight_decay: 0.1,
             grad_clip: Some(1.0),
+            layer_lr_decay: None,
             momentum: None,
         };
         let optimizer = Optimizer::new(&optimizer_section, &model.trained_parameters(), Parameter::is_matrix);
@@ -227,6 +225,7 @@ impl Session {
                 loss_scale: 1.0,
                 seed: 0,
                 step: 0,
+                noise: None,
                 other: None,
             },
             grad_clip: self.optimizer_section.grad_clip,

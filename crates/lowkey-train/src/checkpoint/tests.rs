@@ -12,6 +12,7 @@ struct Bench {
     model: CausalLm,
     optimizer: Optimizer,
     tokenizer: Tokenizer,
+    ema: Option<CausalLm>,
 }
 
 impl Bench {
@@ -24,7 +25,7 @@ impl Bench {
             let gradients = model.parameters().into_iter().map(|p| p.value * 0.1).collect();
             optimizer.step(model.parameters(), gradients, &crate::optimizer::Update::new(1.0, 1e-2));
         }
-        Self { dir: tempfile::tempdir().unwrap(), model, optimizer, tokenizer: Tokenizer::bytes() }
+        Self { dir: tempfile::tempdir().unwrap(), model, optimizer, tokenizer: Tokenizer::bytes(), ema: None }
     }
 
     fn open(&self, keep: usize) -> Checkpoints {
@@ -38,7 +39,8 @@ impl Bench {
     fn save_with(&self, checkpoints: &Checkpoints, step: u64, best: Option<u64>, companions: &Companions) -> PathBuf {
         let generation = Generation::new(Some(&self.tokenizer));
         let state = state(step, best);
-        let beside = Beside { tokenizer: Some(&self.tokenizer), generation: &generation, companions };
+        let beside =
+            Beside { tokenizer: Some(&self.tokenizer), generation: &generation, companions, ema: self.ema.as_ref() };
         checkpoints.save(&self.model, beside, &self.optimizer, &state).unwrap()
     }
 
@@ -337,4 +339,38 @@ fn clearing_leaves_only_what_is_not_a_checkpoint() {
     fs::write(bench.path("notes.txt"), "mine").unwrap();
     checkpoints.clear().unwrap();
     assert_eq!(names(bench.dir.path()), ["notes.txt"]);
+}
+
+#[test]
+fn an_averaged_model_belongs_to_its_checkpoint_and_is_a_model_directory_itself() {
+    let mut bench = Bench::new();
+    bench.ema = Some(model(VOCAB, 8, 9, &Device::flex()));
+    let templates = bench.path("templates");
+    fs::create_dir_all(templates.join("additional_chat_templates")).unwrap();
+    fs::write(templates.join("additional_chat_templates/tool.jinja"), "{{ messages }}").unwrap();
+    let companions = Companions::read(&templates).unwrap();
+    fs::remove_dir_all(&templates).unwrap();
+    let checkpoints = bench.open(1);
+    let first = bench.save_with(&checkpoints, 1, None, &companions);
+    verify(&first).unwrap();
+    let averaged = lowkey_model::ModelDir::open(&first.join(EMA)).unwrap();
+    assert_eq!(weight_bits(&averaged.load(&Device::flex()).unwrap()), weight_bits(bench.ema.as_ref().unwrap()));
+    let beside = averaged.companions().unwrap();
+    assert!(
+        ["additional_chat_templates/tool.jinja", "tokenizer.json"].iter().all(|name| beside.contains(&(*name).into()))
+    );
+    // Written anew, and then removed with the whole.
+    bench.save_with(&checkpoints, 1, None, &companions);
+    bench.save_with(&checkpoints, 2, None, &companions);
+    assert_eq!(names(bench.dir.path()), ["step-000002"]);
+    let file = bench.path("step-000002/ema/model.safetensors");
+    let kept = fs::read(&file).unwrap();
+    flip_a_byte(&file);
+    assert!(verify(&bench.path("step-000002")).is_err());
+    fs::write(&file, kept).unwrap();
+    verify(&bench.path("step-000002")).unwrap();
+    // What a user put there keeps it.
+    fs::write(bench.path("step-000002/ema/notes.txt"), "mine").unwrap();
+    bench.save_with(&checkpoints, 3, None, &companions);
+    assert_eq!(names(bench.dir.path()), ["step-000002", "step-000003"]);
 }

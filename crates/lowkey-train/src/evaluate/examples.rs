@@ -75,18 +75,13 @@ fn tokens(
     Ok(Evaluation {
         loss,
         perplexity: Some(loss.exp()),
-        bits_per_byte: None,
         accuracy: Some(mean(all.right as f64, &all)),
-        mse: None,
         tokens: all.answers,
-        bytes: 0,
         max_logit,
         gap: Some(loss),
         classes: names.iter().zip(&sums).filter(|(_, sum)| sum.answers > 0).map(class).collect(),
         latents,
-        ranks: Vec::new(),
-        datasets: Vec::new(),
-        pairs: std::collections::BTreeMap::new(),
+        ..Evaluation::default()
     })
 }
 
@@ -101,22 +96,7 @@ fn vectors(model: &CausalLm, batches: &[Batch], workers: &Workers, device: &Devi
     }
     let mse = total / tokens.max(1) as f64;
     let Looks { max_logit, latents } = look(model, batches.first(), device)?;
-    Ok(Evaluation {
-        loss: mse,
-        perplexity: None,
-        bits_per_byte: None,
-        accuracy: None,
-        mse: Some(mse),
-        tokens,
-        bytes: 0,
-        max_logit,
-        gap: None,
-        classes: Vec::new(),
-        latents,
-        ranks: Vec::new(),
-        datasets: Vec::new(),
-        pairs: std::collections::BTreeMap::new(),
-    })
+    Ok(Evaluation { loss: mse, mse: Some(mse), tokens, max_logit, latents, ..Evaluation::default() })
 }
 
 #[cfg(test)]

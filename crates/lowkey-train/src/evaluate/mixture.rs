@@ -40,17 +40,13 @@ pub(super) fn evaluate(
         loss,
         perplexity: Some(loss.exp()),
         bits_per_byte: mean(|evaluation| evaluation.bits_per_byte),
-        accuracy: None,
-        mse: None,
         tokens: measured.iter().map(|(.., evaluation)| evaluation.tokens).sum(),
         bytes: measured.iter().map(|(.., evaluation)| evaluation.bytes).sum(),
         max_logit: measured.iter().map(|(.., evaluation)| evaluation.max_logit).fold(0.0, f64::max),
         gap: mean(|evaluation| evaluation.gap),
-        classes: Vec::new(),
         datasets: datasets.collect(),
-        pairs: std::collections::BTreeMap::new(),
         // Those of the first, as everywhere on its first rows.
         latents: measured.into_iter().next().map(|(.., evaluation)| evaluation.latents).unwrap_or_default(),
-        ranks: Vec::new(),
+        ..Evaluation::default()
     })
 }

@@ -34,18 +34,10 @@ pub(crate) fn evaluate_pairs(
     let Looks { max_logit, latents } = look(&model, batches.first(), &device)?;
     Ok(Evaluation {
         loss: figures.mean_loss(),
-        perplexity: None,
-        bits_per_byte: None,
-        accuracy: None,
-        mse: None,
         tokens: batches.iter().map(Batch::target_tokens).sum(),
-        bytes: 0,
         max_logit,
-        gap: None,
-        classes: Vec::new(),
         latents,
-        ranks: Vec::new(),
-        datasets: Vec::new(),
         pairs: figures.named().into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        ..Evaluation::default()
     })
 }

@@ -90,6 +90,62 @@ fn steps_are_those_of_pytorch_and_only_matrices_decay() {
     assert_eq!(optimizer.state().1, STEPS);
 }
 
+/// The same four numbers in every part of a model of three layers, of which the middle one is frozen.
+fn in_layers() -> Vec<Parameter> {
+    let parameter = |name: &str, role: Role| Parameter {
+        name: name.into(),
+        shape: vec![2, 2],
+        role,
+        head_rows: vec![2],
+        trainable: true,
+        value: tensor(&[0.5, -1.0, 2.0, 0.25]),
+    };
+    vec![
+        parameter("model.embed_tokens.weight", Role::Embedding),
+        parameter("model.layers.0.self_attn.o_proj.weight", Role::Residual),
+        parameter("model.layers.0.self_attn.o_proj.lora_A.weight", Role::LoraA),
+        parameter("model.layers.2.mlp.down_proj.weight", Role::Residual),
+        parameter("model.layers.2.input_layernorm.weight", Role::Norm),
+        parameter("model.norm.weight", Role::Norm),
+        parameter("lm_head.weight", Role::Head),
+    ]
+}
+
+#[test]
+fn a_step_of_each_layer_is_that_of_its_own_rate() {
+    // Of decay 0.5: the embedding has an eighth, layer 0 a quarter, and what stands above all layers or in the last one the whole rate.
+    let shares = [0.125, 0.25, 0.25, 1.0, 1.0, 1.0, 1.0];
+    let gradient = [0.3f32, -0.1, 1e-3, 4.0];
+    let parameters = in_layers();
+    let gradients = || parameters.iter().map(|_| tensor(&gradient)).collect::<Vec<_>>();
+    let step = |decay: Option<f64>, kind: OptimizerKind, lr: f64| {
+        let optimizer = Optimizer::new(&optimizer_section(kind), &parameters, Parameter::is_matrix);
+        let mut optimizer = optimizer.with_layer_rates(decay, &parameters, 3);
+        optimizer.step(parameters.clone(), gradients(), &Update::new(1.0, lr))
+    };
+    for ((p, found), share) in parameters.iter().zip(step(Some(0.5), OptimizerKind::AdamW, 1e-2)).zip(shares) {
+        let (lr, decay) = (1e-2 * share, if p.is_matrix() { 0.1 } else { 0.0 });
+        for ((found, w), g) in values(&found).into_iter().zip(values(&p.value)).zip(gradient) {
+            // The first step of AdamW: both means, without their bias, are the gradient and its square.
+            let (w, g) = (f64::from(w), f64::from(g));
+            let expected = w * (1.0 - lr * decay) - lr * g / (g.abs() + 1e-8);
+            assert!((f64::from(found) - expected).abs() < 1e-6, "{}: {found} for {expected}", p.name);
+        }
+    }
+    for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
+        let found = step(Some(0.5), kind, 1e-2);
+        for (i, share) in shares.into_iter().enumerate() {
+            assert_eq!(
+                bits([&found[i]]),
+                bits([&step(None, kind, 1e-2 * share)[i]]),
+                "{kind:?}: {}",
+                parameters[i].name
+            );
+        }
+        assert_eq!(bits(&step(Some(1.0), kind, 1e-2)), bits(&step(None, kind, 1e-2)));
+    }
+}
+
 #[test]
 fn without_a_gradient_matrices_shrink_and_the_rest_stays() {
     let start = parameters();

@@ -49,6 +49,18 @@ impl RunConfig {
                 "must lie between 0 and 1 (usual: 1e-4)",
             ));
         }
+        if let Some(alpha) = self.training.neftune_noise_alpha
+            && !(alpha.is_finite() && alpha > 0.0)
+        {
+            let why = "must be a finite number > 0; leave it out for no noise";
+            return Err(Error::config("training.neftune_noise_alpha", alpha, why));
+        }
+        if let Some(decay) = self.training.ema_decay
+            && !(decay > 0.0 && decay < 1.0)
+        {
+            let why = "must lie in 0 < decay < 1; leave it out for no average";
+            return Err(Error::config("training.ema_decay", decay, why));
+        }
         self.trainable()?;
         self.check_adapter()?;
         fraction("training.distillation", self.training.distillation)?;
@@ -187,6 +199,12 @@ impl RunConfig {
         }
         if !(o.weight_decay.is_finite() && o.weight_decay >= 0.0) {
             return Err(Error::config("optimizer.weight_decay", o.weight_decay, "must be a finite number ≥ 0"));
+        }
+        if let Some(decay) = o.layer_lr_decay
+            && !(decay > 0.0 && decay <= 1.0)
+        {
+            let why = "must lie in 0 < decay ≤ 1; leave it out for one rate for all";
+            return Err(Error::config("optimizer.layer_lr_decay", decay, why));
         }
         if let Some(clip) = o.grad_clip
             && !(clip.is_finite() && clip > 0.0)

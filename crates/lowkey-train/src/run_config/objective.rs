@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use lowkey_model::ModelConfig;
+use lowkey_model::adapter::AdapterConfig;
 use lowkey_model::objective::preference::{Preference, PreferenceLoss};
 use lowkey_model::objective::{Divergence, Term};
 use schemars::JsonSchema;
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::RunConfig;
 use crate::error::{Error, Result};
+use crate::resume::same_place;
 
 /// One entry of `[[objective]]`. A run has one; absent: `kind = "next_token"`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -326,8 +328,18 @@ impl RunConfig {
         }
     }
 
-    /// Bytes of the other model's weights.
+    /// Whether the other model is the frozen base of an adapter, which is there already and changes in no step.
+    pub(crate) fn other_is_base(&self, adapter: Option<&AdapterConfig>) -> bool {
+        let whole = adapter.is_some_and(|adapter| adapter.modules_to_save.is_none());
+        let (Some(init), Some(OtherModel { dir, .. })) = (&self.init, self.other_model()) else { return false };
+        whole && same_place(&init.from, dir)
+    }
+
+    /// Bytes of the other model's weights, where they are loaded for it. Whoever starts the run says what is wrong with an adapter.
     pub(crate) fn other_bytes(&self) -> usize {
+        if self.other_is_base(self.adapter_keys().ok().flatten().as_ref()) {
+            return 0;
+        }
         self.other_config().map_or(0, |other| other.parameter_count().total * size_of::<f32>())
     }
 

@@ -3,6 +3,7 @@
 use glob::Pattern;
 use lowkey_model::{
     CausalLm, ModelConfig,
+    adapter::AdapterPlan,
     tensor::{Role, TensorSpec},
 };
 
@@ -44,17 +45,31 @@ impl RunConfig {
         Ok(model.with_trained(|spec| patterns.iter().any(|pattern| pattern.matches(&spec.name))))
     }
 
-    /// What a pass over one token costs more (or, negative, less) than one that trains all weights of the model: two operations less
-    /// for each that no gradient is formed of, six more for each number of an adapter's factors.
-    pub(crate) fn flops_beside(&self, model: &ModelConfig) -> f64 {
+    /// Numbers of the model that the run does not train, and those of adapters that it trains beside them.
+    pub(crate) fn frozen_and_added(&self, model: &ModelConfig) -> (usize, usize) {
         let tensors = model.tensors();
-        // Whoever starts the run says what is wrong with either.
+        let (trained, plan) = self.trained(model);
+        let frozen = tensors.iter().filter(|spec| !trained(spec)).map(|spec| spec.shape.iter().product::<usize>());
+        (frozen.sum(), plan.map_or(0, |plan| plan.numbers(&tensors)))
+    }
+
+    /// Which of a model's tensors the run trains, and its adapters. Whoever starts the run says what is wrong with either.
+    fn trained(&self, model: &ModelConfig) -> (impl Fn(&TensorSpec) -> bool + use<>, Option<AdapterPlan>) {
         let (patterns, plan) = (self.trainable().ok().flatten(), self.plan_adapter(model).ok().flatten());
-        let trained = |spec: &TensorSpec| match (&plan, &patterns) {
+        let adapters = plan.clone();
+        let trained = move |spec: &TensorSpec| match (&plan, &patterns) {
             (Some(plan), _) => plan.trains(spec),
             (None, Some(patterns)) => patterns.iter().any(|pattern| pattern.matches(&spec.name)),
             (None, None) => true,
         };
+        (trained, adapters)
+    }
+
+    /// What a pass over one token costs more (or, negative, less) than one that trains all weights of the model: two operations less
+    /// for each that no gradient is formed of, six more for each number of an adapter's factors.
+    pub(crate) fn flops_beside(&self, model: &ModelConfig) -> f64 {
+        let tensors = model.tensors();
+        let (trained, plan) = self.trained(model);
         let added = plan.as_ref().map_or(0, |plan| plan.factor_numbers(&tensors));
         let multiplied =
             |spec: &&TensorSpec| spec.role.is_matrix() && (spec.role != Role::Embedding || model.tie_word_embeddings);

@@ -1,6 +1,6 @@
 //! `samples.jsonl`: what the model wrote at each evaluation, one text a line.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -30,6 +30,9 @@ struct Sample<'a> {
     step: u64,
     prompt: std::borrow::Cow<'a, str>,
     text: std::borrow::Cow<'a, str>,
+    /// Whether the text answers the prompt instead of going on with it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    chat: bool,
 }
 
 /// An open `samples.jsonl`.
@@ -53,8 +56,8 @@ impl SamplesFile {
     ///
     /// # Errors
     /// [`Error::Io`] where the file cannot be written.
-    pub(crate) fn write(&mut self, step: u64, prompt: &str, text: &str) -> Result<()> {
-        let sample = Sample { step, prompt: prompt.into(), text: text.into() };
+    pub(crate) fn write(&mut self, step: u64, prompt: &str, text: &str, chat: bool) -> Result<()> {
+        let sample = Sample { step, prompt: prompt.into(), text: text.into(), chat };
         let mut line =
             serde_json::to_string(&sample).map_err(|e| Error::file(&self.path, format!("cannot be encoded: {e}")))?;
         line.push('\n');
@@ -67,6 +70,8 @@ impl SamplesFile {
 pub struct Samples {
     /// Texts by prompt and step.
     pub prompts: BTreeMap<String, BTreeMap<u64, String>>,
+    /// Those prompts that are messages, which the texts answer.
+    pub messages: BTreeSet<String>,
     /// Lines that are no text, or of more prompts than are told apart.
     pub unread: u64,
 }
@@ -101,6 +106,9 @@ impl Samples {
             self.unread += 1;
             return;
         }
+        if sample.chat {
+            self.messages.insert(prompt.clone());
+        }
         let texts = self.prompts.entry(prompt).or_default();
         texts.insert(sample.step, text);
         if texts.len() > MOST_TEXTS {
@@ -124,17 +132,20 @@ mod tests {
         assert_eq!(Samples::read(&path).unwrap(), Samples::default());
         let mut file = SamplesFile::open(&path, 0).unwrap();
         for step in [10, 20, 30] {
-            file.write(step, "Once", &format!(" \"upon\"\n{step}")).unwrap();
+            file.write(step, "Once", &format!(" \"upon\"\n{step}"), false).unwrap();
         }
         drop(file);
         let mut file = SamplesFile::open(&path, 20).unwrap();
-        file.write(30, "Once", "again").unwrap();
-        file.write(30, "Once", "and again").unwrap();
+        file.write(30, "Once", "again", false).unwrap();
+        file.write(30, "Once", "and again", false).unwrap();
+        file.write(30, "When?", "Once.", true).unwrap();
         std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"junk\n{\"step\":40,\"pro").unwrap();
         let samples = Samples::read(&path).unwrap();
         let texts: Vec<(u64, &str)> =
             samples.prompts["Once"].iter().map(|(step, text)| (*step, text.as_str())).collect();
         assert_eq!(texts, [(10, " \"upon\"\n10"), (20, " \"upon\"\n20"), (30, "and again")]);
+        assert_eq!(samples.prompts["When?"][&30], "Once.");
+        assert_eq!(samples.messages.iter().collect::<Vec<_>>(), ["When?"]);
         assert_eq!(samples.unread, 1);
     }
 
@@ -144,10 +155,10 @@ mod tests {
         let path = dir.path().join("samples.jsonl");
         let mut file = SamplesFile::open(&path, 0).unwrap();
         for step in 0..2000 {
-            file.write(step, "ä", "x").unwrap();
+            file.write(step, "ä", "x", false).unwrap();
         }
         for prompt in 0..100 {
-            file.write(0, &prompt.to_string(), &"ö".repeat(5000)).unwrap();
+            file.write(0, &prompt.to_string(), &"ö".repeat(5000), false).unwrap();
         }
         let samples = Samples::read(&path).unwrap();
         let texts = &samples.prompts["ä"];

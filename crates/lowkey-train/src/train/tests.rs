@@ -1,6 +1,8 @@
 mod adapters;
+mod averages;
 mod folders;
 mod going_on;
+mod noise;
 mod records;
 mod shape;
 
@@ -56,8 +58,8 @@ fn a_run_learns_and_tells_what_it_does_in_order() {
                     assert_eq!(on, "the whole held-out split");
                     "finished".into()
                 }
-                Event::Sample { prompt, text } => {
-                    assert!(prompt == "the " && !text.is_empty());
+                Event::Sample { prompt, text, chat } => {
+                    assert!(prompt == "the " && !text.is_empty() && !chat);
                     "sample".into()
                 }
                 Event::Saved { path, .. } => format!("saved {}", path.file_name().unwrap().to_string_lossy()),
@@ -182,29 +184,8 @@ fn an_interrupted_run_goes_on_to_the_same_bits() {
     assert!(time.windows(2).all(|pair| pair[0].time_s <= pair[1].time_s), "time goes on over sessions");
 }
 
-/// A run that was stopped after these steps and gone on with to its end.
-fn interrupted(overrides: &[&str], stops: [u64; 2]) -> TinyRun {
-    let mut run = TinyRun::new();
-    for stop in stops {
-        let interrupt = AtomicBool::new(false);
-        run.watch(overrides, &interrupt, &mut |event| {
-            if matches!(event, Event::Step(metrics) if metrics.step == stop) {
-                interrupt.store(true, Ordering::Relaxed);
-            }
-        })
-        .unwrap();
-        run = run.resumed();
-    }
-    run.train(overrides).unwrap();
-    run
-}
-
-fn same_end(run: &TinyRun, unbroken: &TinyRun) {
-    for file in ["model.safetensors", "trainer.safetensors"] {
-        let read = |run: &TinyRun| std::fs::read(run.checkpoint(STEPS).join(file)).unwrap();
-        assert!(read(run) == read(unbroken), "{file} differs");
-    }
-}
+/// What a run has at its end that decides how it would go on.
+const END: [&str; 2] = ["model.safetensors", "trainer.safetensors"];
 
 #[test]
 fn every_prefix_of_an_elastic_latent_learns_and_an_interrupted_run_of_it_goes_on_to_the_same_bits() {
@@ -221,7 +202,7 @@ fn every_prefix_of_an_elastic_latent_learns_and_an_interrupted_run_of_it_goes_on
     assert_eq!(cut.config.elastic_ranks(), [1]);
     let told = unbroken.metrics().pop().unwrap().rank_loss.unwrap();
     assert_eq!(told.keys().collect::<Vec<_>>(), ["1", "2", "4"]);
-    same_end(&interrupted(&elastic, [5, 16]), &unbroken);
+    TinyRun::new().interrupted(&elastic, &[5, 16]).assert_ends_as(&unbroken, &END);
 
     // Without narrower passes it would be another model, and before they begin it is the same.
     let whole = TinyRun::new();
@@ -245,8 +226,8 @@ fn muon_learns_and_an_interrupted_run_of_it_goes_on_to_the_same_bits() {
     let unigram = unigram_entropy();
     assert!(first > 5.0 && last < unigram && evaluation.loss < unigram, "{first} {last} {} {unigram}", evaluation.loss);
 
-    let run = interrupted(&muon, [5, 16]);
-    same_end(&run, &unbroken);
+    let run = TinyRun::new().interrupted(&muon, &[5, 16]);
+    run.assert_ends_as(&unbroken, &END);
     let refused = message(run.train(&["optimizer.kind=muon"]));
     assert!(refused.contains("[optimizer] is not what the run began with"), "{refused}");
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lowkey_model::{ModelConfig, Recompute, checkpoint::WeightDtype};
+use lowkey_model::{ModelConfig, checkpoint::WeightDtype, cost::Training};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
@@ -136,7 +136,16 @@ impl Target for Config {
         assert!(count.blocks <= count.total && count.attention <= count.blocks, "{count:?}");
         assert!(config.forward_flops_per_token(config.max_position_embeddings) > 0.0);
         assert!(config.softmax_scale().is_finite());
-        assert!(config.train_bytes(8, 1 << 20, 8, Recompute::None, 8, 1) > count.total);
+        assert!(
+            config.train_bytes(Training {
+                micro_batch: 8,
+                seq: 1 << 20,
+                threads: 8,
+                evaluated: 8,
+                terms: 1,
+                ..Training::default()
+            }) > count.total
+        );
         assert!(config.cache_width().latent <= config.cache_width().expanded.max(1 << 22));
         match ModelConfig::from_json(config.to_json("float32").as_object().unwrap()) {
             Ok(again) => assert_eq!(again, config),

@@ -389,6 +389,7 @@ fn trained(
         eps: 1e-8,
         weight_decay: 0.1,
         grad_clip: limit,
+        layer_lr_decay: None,
     };
     let mut optimizer = Optimizer::new(&section, &model.trained_parameters(), decays);
     let mut losses = Vec::new();

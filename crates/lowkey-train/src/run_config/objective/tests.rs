@@ -51,6 +51,15 @@ fn the_reference_is_the_model_that_a_run_starts_from() {
     let text = with("kind = \"preference\"\n").replace(&model, "[init]\nfrom = \"a/model\"\n");
     let config = load(&text, &[]).unwrap();
     assert_eq!(config.other_model().unwrap().dir, Path::new("a/model"));
+    // Beside an adapter it is there already, unless parts of it are trained whole.
+    let is_base = |more: &str| {
+        let config = load(&format!("{text}{more}"), &[]).unwrap();
+        config.other_is_base(config.adapter.as_ref())
+    };
+    let adapter = "\n[adapter]\ntarget_modules = \"all-linear\"\n";
+    assert!(is_base(adapter) && !is_base(""));
+    assert!(!is_base(&format!("{adapter}modules_to_save = [\"norm\"]\n")));
+    assert!(!is_base(&format!("\nreference = \"b/model\"\n{adapter}")));
 }
 
 #[test]

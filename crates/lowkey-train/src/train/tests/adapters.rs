@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use lowkey_model::{ModelDir, adapter::AdapterDir};
 
 use super::*;
+use crate::plan::train_bytes;
 
 pub(super) const ADAPTER: &str = "[adapter]\ntarget_modules = \"all-linear\"\nr = 3\nmodules_to_save = [\"norm\"]\n";
 
@@ -82,21 +83,70 @@ fn an_adapter_learns_and_its_base_stays_as_it_was() {
 fn an_interrupted_adapter_goes_on_to_the_same_bits() {
     let (unbroken, _) = beside(ADAPTER, "");
     unbroken.train(&[]).unwrap();
-    let (mut run, _) = beside(ADAPTER, "");
-    for stop in [5, 16, 21] {
-        let interrupt = AtomicBool::new(false);
-        run.watch(&[], &interrupt, &mut |event| {
-            if matches!(event, Event::Step(metrics) if metrics.step == stop) {
-                interrupt.store(true, Ordering::Relaxed);
-            }
-        })
-        .unwrap();
-        run = run.resumed();
-    }
-    run.train(&[]).unwrap();
-    for file in ["adapter_model.safetensors", "trainer.safetensors"] {
-        let read = |run: &TinyRun| std::fs::read(run.checkpoint(STEPS).join(file)).unwrap();
-        assert!(read(&run) == read(&unbroken), "{file} differs");
+    let run = beside(ADAPTER, "").0.interrupted(&[], &[5, 16, 21]);
+    run.assert_ends_as(&unbroken, &["adapter_model.safetensors", "trainer.safetensors"]);
+}
+
+#[test]
+fn an_adapter_is_averaged_without_its_base_and_its_layers_have_rates_of_their_own() {
+    let overrides = ["training.ema_decay=0.9", "optimizer.layer_lr_decay=0.5"];
+    let (unbroken, _) = beside(ADAPTER, "");
+    let evaluation = unbroken.train(&overrides).unwrap().evaluation.unwrap();
+    let run = beside(ADAPTER, "").0.interrupted(&overrides, &[5, 16]);
+    run.assert_ends_as(
+        &unbroken,
+        &["adapter_model.safetensors", "ema/adapter_model.safetensors", "trainer.safetensors"],
+    );
+    let last = unbroken.checkpoint(STEPS);
+    let (own, averaged) = (tensors(&last), tensors(&last.join("ema")));
+    assert_eq!(own.keys().collect::<Vec<_>>(), averaged.keys().collect::<Vec<_>>());
+    assert!(own.iter().all(|(name, values)| averaged[name] != *values));
+    assert!(evaluation.ema.unwrap().loss != evaluation.loss);
+    // The first step of AdamW is as large as its rate: of the first of two layers half that of the second.
+    let (run, _) = beside(ADAPTER, "");
+    let once = [
+        "training.steps=1",
+        "optimizer.layer_lr_decay=0.5",
+        "lr_scheduler.warmup_steps=0",
+        "lr_scheduler.kind=constant",
+    ];
+    run.train(&once).unwrap();
+    let largest = |layer: &str| {
+        let of_layer =
+            tensors(&run.checkpoint(1)).into_iter().filter(|(name, _)| name.contains(layer) && name.contains("lora_B"));
+        of_layer.flat_map(|(_, values)| values).fold(0.0f32, |most, x| most.max(x.abs()))
+    };
+    let (first, second) = (largest("layers.0."), largest("layers.1."));
+    assert!((second / 1e-2 - 1.0).abs() < 1e-3 && (first / 5e-3 - 1.0).abs() < 1e-3, "{first} {second}");
+}
+
+#[test]
+fn the_plan_of_an_adapter_counts_its_base_without_gradients_and_moments() {
+    for more in ["", "use_dora = true\n"] {
+        let (run, base) = beside(&format!("{ADAPTER}{more}"), "");
+        let config = run.config(&["training.steps=2"]);
+        let model = ModelConfig::read(&base.join("config.json")).unwrap();
+        run.train(&["training.steps=2", "eval.every=0"]).unwrap();
+        let trained = ModelDir::open(&run.checkpoint(2)).unwrap().load(&Device::flex()).unwrap();
+        let count = |keep: &dyn Fn(&Parameter) -> bool| -> usize {
+            trained.parameters().iter().filter(|p| keep(p)).map(|p| p.shape.iter().product::<usize>()).sum()
+        };
+        let (frozen, added) = (count(&|p| !p.trainable), count(&|p| p.role.is_adapter()));
+        assert_eq!(config.frozen_and_added(&model), (frozen, added), "{more}");
+        // In a model as small as this the activations are the most of what gradients follow on.
+        let bytes = |config: &RunConfig| train_bytes(config, &model, 2) as i64;
+        let whole = RunConfig { adapter: None, ..config.clone() };
+        let less = 4.0 * (1.5 * frozen as f64 - 2.5 * added as f64);
+        assert!((bytes(&whole) - bytes(&config) - less as i64).abs() <= 1, "{more}");
+        let patterns = |patterns: &[&str]| {
+            let mut config = whole.clone();
+            config.training.trainable = Some(patterns.iter().map(|pattern| (*pattern).to_owned()).collect());
+            bytes(&config)
+        };
+        let norms = count(&|p| !p.role.is_adapter() && p.name.contains("norm"));
+        let others = count(&|p| !p.role.is_adapter()) - norms;
+        assert_eq!(bytes(&whole) - patterns(&["*norm.weight"]), 6 * others as i64);
+        assert_eq!(patterns(&["*"]), bytes(&whole));
     }
 }
 

@@ -72,13 +72,7 @@ fn a_run_does_not_become_shorter_than_it_is() {
 
     // Stopped on the way, it may end earlier than planned, and is the run that was planned so from there on.
     let run = TinyRun::new();
-    let interrupt = AtomicBool::new(false);
-    run.watch(&[], &interrupt, &mut |event| {
-        if matches!(event, Event::Step(metrics) if metrics.step == 9) {
-            interrupt.store(true, Ordering::Relaxed);
-        }
-    })
-    .unwrap();
+    run.stop_after(&[], 9).unwrap();
     let run = run.resumed();
     run.train(&["training.steps=15"]).unwrap();
     assert!(numbers(&run.checkpoint(15)) == numbers(&trained_anew(&run, 15)));

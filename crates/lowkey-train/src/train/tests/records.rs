@@ -65,19 +65,8 @@ fn a_mixture_learns_measures_each_dataset_and_goes_on_to_the_same_bits() {
     let template = std::fs::read_to_string(unbroken.checkpoint(STEPS).join("chat_template.jinja")).unwrap();
     assert!(template.contains("m.content"));
 
-    let mut run = run_on(MIXTURE);
-    for stop in [5, 16] {
-        let interrupt = AtomicBool::new(false);
-        run.watch(&[], &interrupt, &mut |event| {
-            if matches!(event, Event::Step(metrics) if metrics.step == stop) {
-                interrupt.store(true, Ordering::Relaxed);
-            }
-        })
-        .unwrap();
-        run = run.resumed();
-    }
-    run.train(&[]).unwrap();
-    same_end(&run, &unbroken);
+    let run = run_on(MIXTURE).interrupted(&[], &[5, 16]);
+    run.assert_ends_as(&unbroken, &END);
     let file = std::fs::read_to_string(run.file()).unwrap();
     std::fs::write(run.file(), file.replace("0.75", "0.5")).unwrap();
     let refused = message(run.train(&[]));
@@ -121,4 +110,37 @@ fn another_way_to_learn_records_is_another_folder_of_tokens() {
     assert!(usual != all && usual == last, "the last answer is the only one");
     let folders = names(&run.dir.path().join("prepared"));
     assert_eq!(folders.iter().filter(|name| name.starts_with("talk-")).count(), 3, "{folders:?}");
+}
+
+#[test]
+fn messages_are_answered_at_evaluations_up_to_the_end_of_a_turn() {
+    let run = run_on("dataset = \"talk.toml\"");
+    let overrides = [
+        "eval.chat=[\"up 3\", \"in 5\"]",
+        "eval.prompts=[]",
+        "eval.every=60",
+        "eval.temperature=0",
+        "eval.sample_tokens=20",
+        "training.steps=120",
+    ];
+    let mut answers = Vec::new();
+    run.watch(&overrides, &AtomicBool::new(false), &mut |event| {
+        if let Event::Sample { prompt, text, chat } = event {
+            assert!(chat);
+            answers.push((prompt.to_owned(), text.to_owned()));
+        }
+    })
+    .unwrap();
+    // Learnt by then: the answer's words without the `;` that ends it, and nothing behind.
+    let expected = [("up 3", "down"), ("in 5", "out")].map(|(message, answer)| (message.to_owned(), answer.to_owned()));
+    assert_eq!((answers.len(), &answers[2..]), (4, &expected[..]));
+    let samples = run_dir::Samples::read(&run.out().join("samples.jsonl")).unwrap();
+    assert_eq!(samples.messages.iter().collect::<Vec<_>>(), ["in 5", "up 3"]);
+    assert_eq!(samples.prompts["up 3"].values().next_back().unwrap(), "down");
+
+    let long = format!("eval.chat=[\"{}\"]", "x".repeat(50));
+    let refused = message(run_on("dataset = \"talk.toml\"").train(&[&long]));
+    assert!(refused.starts_with("eval.chat = ") && refused.contains("40 positions"), "{refused}");
+    let refused = message(run_on("dataset = \"lines.toml\"").train(&["eval.chat=[\"up\"]"]));
+    assert!(refused.starts_with("eval.chat = ") && refused.contains("no chat template"), "{refused}");
 }
