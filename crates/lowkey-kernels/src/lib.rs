@@ -6,7 +6,8 @@
 //!
 //! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
 //! [`gated_mlp`], the [`loss`]es for training; [`cache::absorbed_attention`], and [`cache::attention`] with a [`cache::Mask`], for queries
-//! against a cache, which may be [`cache::Stored`] in fewer bits; [`optim`] for updates; [`routing`] for mixtures of experts.
+//! against a cache, which may be [`cache::Stored`] in fewer bits; [`quantized_linear`] for frozen matrices in 4 or 8 bits; [`optim`] for
+//! updates; [`routing`] for mixtures of experts.
 //!
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
@@ -93,6 +94,7 @@ mod mlp;
 mod norm;
 pub mod optim;
 pub mod precision;
+pub mod quantized_linear;
 pub mod reference;
 mod rotary;
 pub mod routing;
