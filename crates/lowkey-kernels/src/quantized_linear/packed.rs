@@ -47,6 +47,22 @@ impl Packed {
         Self { codes, scales, layout }
     }
 
+    /// The same from its parts; none where they are not as many as such a matrix has.
+    pub fn from_parts(
+        codes: Vec<u8>,
+        scales: Vec<f32>,
+        [d_out, d_in]: [usize; 2],
+        quantization: Quantization,
+    ) -> Option<Self> {
+        let layout = Layout { d_out, d_in, quantization };
+        d_out.checked_mul(d_in)?;
+        (codes.len() == layout.code_bytes() && scales.len() == layout.scales()).then_some(Self {
+            codes,
+            scales,
+            layout,
+        })
+    }
+
     /// Its numbers of rows and columns, `[d_out, d_in]`.
     pub fn dims(&self) -> [usize; 2] {
         [self.layout.d_out, self.layout.d_in]

@@ -59,6 +59,10 @@ fn each_number_becomes_the_nearest_that_its_scale_allows() {
             // What has been packed stays as it is.
             let again = Packed::new(&found, shape, quantization);
             assert_close("packed twice", again.values(), found);
+            let Packed { codes, scales, .. } = packed.clone();
+            let parts = |codes: &[u8]| Packed::from_parts(codes.to_vec(), scales.clone(), shape, quantization);
+            assert_eq!(parts(&codes), Some(packed));
+            assert_eq!(parts(&codes[1..]), None);
         }
     }
 }

@@ -36,16 +36,23 @@ impl CausalLm {
         device: &Device,
     ) -> Result<Self> {
         let plan = adapter.plan(config)?;
+        let tensors = if adapter.use_dora { config.tensors() } else { Vec::new() };
+        // The lengths of the rows that the model computes with.
+        let lengths = |name: &str, rows: usize, base: &Base| -> Result<Vec<f32>> {
+            let weight = base(name)?;
+            let spec = tensors.iter().find(|spec| spec.name == name);
+            Ok(row_lengths(&spec.map_or_else(|| weight.clone(), |spec| plan.as_packed(spec, weight.clone())), rows))
+        };
         let begun = |spec: &TensorSpec, base: &Base| match spec.role {
             Role::LoraA => Ok(Some(first_values(seed, spec))),
             Role::LoraB => Ok(Some(vec![0.0; spec.shape.iter().product()])),
             Role::Magnitude => {
                 let rows = spec.shape.iter().product::<usize>();
-                base(&format!("{}.weight", module_of(&spec.name))).map(|weight| Some(row_lengths(&weight, rows)))
+                lengths(&format!("{}.weight", module_of(&spec.name)), rows, base).map(Some)
             }
             Role::Embedding | Role::Head | Role::Matrix | Role::Residual | Role::Norm | Role::Bias => Ok(None),
         };
-        Self::adapted(dir, config, (adapter, plan), device, &begun)
+        Self::adapted(dir, config, (adapter, plan.clone()), device, &begun)
     }
 
     /// The model in `dir` with the adapter of a directory.
@@ -97,24 +104,40 @@ impl CausalLm {
         self.adapter.as_deref().map(|(adapter, _)| adapter)
     }
 
-    /// The same function without adapters: each matrix with its adapter multiplied in. Itself where there is none.
+    /// The same function without adapters and in whole matrices: each with its adapter multiplied in, and unpacked where it was packed.
+    /// Itself where there is neither.
     pub fn merged(&self) -> Self {
         self.without_adapters(true)
     }
 
-    /// The model that the adapters stand beside. What is trained whole stays as it was trained.
+    /// The model that the adapters stand beside. What is trained whole stays as it was trained, and what is packed packed.
     pub fn unadapted(&self) -> Self {
         self.without_adapters(false)
     }
 
     fn without_adapters(&self, merge: bool) -> Self {
         let mut model = self.clone();
-        if self.adapter.is_none() {
+        let unpacks = merge && !self.quantized.is_empty();
+        if self.adapter.is_none() && !unpacks {
             return model;
         }
         model.linears_mut().into_iter().for_each(|linear| linear.end_adapter(merge));
-        model.tensors = self.tensors.iter().filter(|spec| !spec.role.is_adapter()).cloned().collect();
+        let own = self.tensors.iter().filter(|spec| !spec.role.is_adapter()).cloned();
+        model.tensors = if unpacks {
+            let mut own = own.peekable();
+            let all = self.config.tensors().into_iter();
+            // What was packed is no parameter of this one, and frozen in the other.
+            let of = |spec: TensorSpec| {
+                own.next_if(|own| own.name == spec.name).unwrap_or(TensorSpec { trainable: false, ..spec })
+            };
+            all.map(of).collect()
+        } else {
+            own.collect()
+        };
         model.adapter = None;
+        if unpacks {
+            model.quantized = Arc::new([]);
+        }
         model
     }
 

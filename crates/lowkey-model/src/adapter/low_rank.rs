@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use lowkey_kernels::{add_linear, linear};
 
 use super::plan::LowRank;
-use crate::layers::Builder;
+use crate::layers::{Builder, Weight};
 use crate::tensor::{HeadRows, Role};
 
 /// What is added to a matrix W `[d_out, d_in]`: s·B·A, and where there is a magnitude, the length of each row.
@@ -49,24 +49,25 @@ impl Adapter {
     /// `residual + x W'ᵀ (+ b)`, without W': the product with B·A goes through r numbers.
     ///
     /// # Shapes
-    /// `x [batch, seq, d_in]`, `weight [d_out, d_in]`, `residual [batch, seq, d_out]`.
+    /// `x [batch, seq, d_in]`, `weight [d_out, d_in]`, `residual [batch, seq, d_out]`. Beside a packed matrix it is packed numbers that
+    /// are multiplied; the lengths of rows that DoRA divides by are those of the matrix unpacked for a moment.
     pub(crate) fn apply(
         &self,
         residual: Option<Tensor<3>>,
         x: Tensor<3>,
-        weight: Tensor<2>,
+        weight: &Weight,
         bias: Option<Tensor<1>>,
     ) -> Tensor<3> {
         let low = linear(x.clone(), self.lora_a.val(), None) * self.scale;
         let Some(magnitude) = &self.magnitude else {
             let y = match residual {
-                Some(residual) => add_linear(residual, x, weight, bias),
-                None => linear(x, weight, bias),
+                Some(residual) => weight.add_linear(residual, x, bias),
+                None => weight.linear(x, bias),
             };
             return add_linear(y, low, self.lora_b.val(), None);
         };
-        let factor = magnitude.val() / row_lengths(self.sum(weight.clone()));
-        let y = add_linear(linear(x, weight, None), low, self.lora_b.val(), None) * factor.unsqueeze::<3>();
+        let factor = magnitude.val() / row_lengths(self.sum(weight.matrix()));
+        let y = add_linear(weight.linear(x, None), low, self.lora_b.val(), None) * factor.unsqueeze::<3>();
         let y = match bias {
             Some(bias) => y + bias.unsqueeze::<3>(),
             None => y,

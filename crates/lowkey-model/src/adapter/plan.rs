@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use lowkey_kernels::quantized_linear::Quantization;
 use regex::Regex;
 
 use super::config::{AdapterConfig, ByPattern, Modules};
@@ -27,9 +28,16 @@ pub struct AdapterPlan {
     adapters: BTreeMap<String, LowRank>,
     /// Names of the tensors that are trained whole.
     saved: Vec<String>,
+    /// How the frozen matrices are packed.
+    pub(super) quantization: Option<Quantization>,
 }
 
 impl AdapterPlan {
+    /// A plan without adapters.
+    pub(crate) fn packing(quantization: Quantization) -> Self {
+        Self { adapters: BTreeMap::new(), saved: Vec::new(), quantization: Some(quantization) }
+    }
+
     /// The adapter of the map of that name, where it has one.
     pub fn of(&self, module: &str) -> Option<&LowRank> {
         self.adapters.get(module)
@@ -110,7 +118,7 @@ impl AdapterConfig {
             let per = if self.use_rslora { (r as f64).sqrt() } else { r as f64 };
             adapters.insert(name.to_string(), LowRank { r, scale: alpha / per, use_dora: self.use_dora });
         }
-        Ok(AdapterPlan { adapters, saved })
+        Ok(AdapterPlan { adapters, saved, quantization: self.quantization })
     }
 
     /// The tensors that `modules_to_save` names.
