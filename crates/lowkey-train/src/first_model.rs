@@ -10,7 +10,8 @@ use crate::error::Result;
 use crate::run_config::RunConfig;
 
 /// The model of `resume`, a checkpoint of the run; else that of `[init]`, with new adapters where the run has some; else a random one.
-/// What the run does not train is frozen.
+/// What the run does not train is frozen, and packed where the run says so: the same way each time, so that a run goes on with the same
+/// numbers.
 ///
 /// The configuration comes from the run file or the model of `[init]` each time: a decimal fraction need not survive `config.json` to
 /// the last bit.
@@ -34,7 +35,10 @@ pub(crate) fn first_model(
         if config.adapter_keys()?.is_some()
             && let Some(dir) = resume.or(adapter)
         {
-            return Ok(CausalLm::load_adapted(init.path(), model, &AdapterDir::open(dir)?, device)?);
+            let mut dir = AdapterDir::open(dir)?;
+            // A directory of PEFT does not say how a run holds its base.
+            dir.config.quantization = config.adapter.as_ref().and_then(|adapter| adapter.quantization);
+            return Ok(CausalLm::load_adapted(init.path(), model, &dir, device)?);
         }
         if let Some(adapter) = &config.adapter {
             return Ok(CausalLm::begin_adapter(init.path(), model, adapter, config.run.seed, device)?);

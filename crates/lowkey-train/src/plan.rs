@@ -75,5 +75,9 @@ impl Plan {
 pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usize) -> usize {
     let (rows, seq, recompute) = (config.rows_of_a_pass(), config.data.seq_len, config.training.recompute);
     let terms = Passes::new(config, model).most_terms();
-    model.train_bytes(rows, seq, threads, recompute, config.training.batch_size, terms) + config.other_bytes()
+    let bytes =
+        model.train_bytes(rows, seq, threads, recompute, config.training.batch_size, terms) + config.other_bytes();
+    // A plan that cannot be made is refused elsewhere.
+    let packed = config.plan_adapter(model).ok().flatten();
+    bytes.saturating_sub(packed.map_or(0, |plan| plan.bytes_spared(&model.tensors())))
 }
