@@ -39,9 +39,11 @@ impl CausalLm {
         let tensors = if adapter.use_dora { config.tensors() } else { Vec::new() };
         // The lengths of the rows that the model computes with.
         let lengths = |name: &str, rows: usize, base: &Base| -> Result<Vec<f32>> {
-            let weight = base(name)?;
-            let spec = tensors.iter().find(|spec| spec.name == name);
-            Ok(row_lengths(&spec.map_or_else(|| weight.clone(), |spec| plan.as_packed(spec, weight.clone())), rows))
+            let weight = match tensors.iter().find(|spec| spec.name == name) {
+                Some(spec) => plan.as_packed(spec, base(name)?),
+                None => base(name)?,
+            };
+            Ok(row_lengths(&weight, rows))
         };
         let begun = |spec: &TensorSpec, base: &Base| match spec.role {
             Role::LoraA => Ok(Some(first_values(seed, spec))),
