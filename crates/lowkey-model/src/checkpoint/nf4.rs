@@ -1,5 +1,5 @@
-//! Matrices in 4 bits as bitsandbytes stores them. Of a matrix `P.weight` there are its codes under that name, `P.weight.absmax` (the scales),
-//! `P.weight.quant_map` (the levels) and `P.weight.quant_state.bitsandbytes__nf4`, JSON that says format and shape.
+//! Matrices in 4 bits as bitsandbytes stores them. Of a matrix `P.weight` there are its codes under that name, `P.weight.absmax` (the
+//! scales), `P.weight.quant_map` (the levels) and `P.weight.quant_state.bitsandbytes__nf4`, JSON that says format and shape.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
