@@ -133,7 +133,7 @@ fn write(source: &Source, options: &Options, plan: &[LayerPlan], staging: &NewMo
     }
     let model = canonical(&source.model)?;
     let dtype = target.weight_dtype()?;
-    hf::write(dir, &model, tokenizer, &source.generation, dtype, *max_shard_bytes)?;
+    hf::write(dir, &model, tokenizer, &source.generation, (dtype, target.is_packed()), *max_shard_bytes)?;
     // Templates that no file of the tokenizer names, and the tokenizer's other spellings.
     staging.carry(&source.dir)?;
     lowkey_files::write(&dir.join(CARD), card::card(source, &model, target).as_bytes())?;

@@ -9,7 +9,7 @@ use crate::error::Result;
 
 /// Writes weights, configuration, tokenizer and generation settings.
 ///
-/// `model` must be canonical ([`crate::source::canonical`]).
+/// Matrices are packed where `packs`, and all else has the format `dtype`. `model` must be canonical ([`crate::source::canonical`]).
 ///
 /// # Errors
 /// [`Error::Model`] where a value does not fit `dtype`, [`Error::Io`] where a file cannot be written.
@@ -18,10 +18,13 @@ pub(crate) fn write(
     model: &CausalLm,
     tokenizer: Option<&Tokenizer>,
     generation: &Generation,
-    dtype: WeightDtype,
+    (dtype, packs): (WeightDtype, bool),
     max_shard_bytes: usize,
 ) -> Result<()> {
-    model.save(dir, dtype, max_shard_bytes)?;
+    match packs {
+        true => model.save_nf4(dir, dtype, max_shard_bytes)?,
+        false => model.save(dir, dtype, max_shard_bytes)?,
+    }
     // Copies the files that came with a tokenizer, chat template included, as they were.
     if let Some(tokenizer) = tokenizer {
         tokenizer.save(dir)?;

@@ -13,7 +13,8 @@ use crate::gguf::TensorType;
 pub struct Target {
     /// The layout.
     pub to: Layout,
-    /// The number format of matrices: `f32`, `bf16`, `f16`, and `q8_0` for GGUF.
+    /// The number format of matrices: `f32`, `bf16`, `f16`, `q8_0` for GGUF, and `nf4` of bitsandbytes for [`Layout::Hf`], whose other
+    /// tensors are bf16.
     pub dtype: String,
 }
 
@@ -67,9 +68,16 @@ impl Target {
             "f32" => Ok(WeightDtype::F32),
             "bf16" => Ok(WeightDtype::Bf16),
             "f16" => Ok(WeightDtype::F16),
+            "nf4" if self.to == Layout::Hf => Ok(WeightDtype::Bf16),
+            "nf4" => Err(Error::setting("dtype", &self.dtype, "is a format of bitsandbytes: use --to hf")),
             "q8_0" => Err(Error::setting("dtype", &self.dtype, "is a format of GGUF: use --to gguf")),
-            other => Err(Error::setting("dtype", other, "must be f32, bf16 or f16, or q8_0 for GGUF")),
+            other => Err(Error::setting("dtype", other, "must be f32, bf16 or f16, nf4 for hf, or q8_0 for GGUF")),
         }
+    }
+
+    /// Whether matrices are packed.
+    pub(crate) fn is_packed(&self) -> bool {
+        self.dtype == "nf4"
     }
 
     /// The format of GGUF's matrices.
@@ -80,7 +88,7 @@ impl Target {
     /// What is demanded of an export in this format unless the user says otherwise: for f32 that nothing but rounding differs;
     /// for the narrower formats that the weights are rounded correctly, and that the model is as near to its source as
     /// models usually are at that width. A weight's error is the format's unit roundoff, for `q8_0` half a step of 1/127 and
-    /// the rounding of the step itself.
+    /// the rounding of the step itself, for `nf4` half the widest gap between two levels.
     pub fn bounds(&self) -> Bounds {
         let bits = |significand: i32| 2f64.powi(-significand);
         let bounds = |weight: f64, [logit, kl, top1, perplexity]: [f64; 4], greedy| Bounds {
@@ -96,6 +104,7 @@ impl Target {
             "f32" => bounds(bits(24), [1e-5, 1e-8, 0.999, 1e-5], true),
             "f16" => bounds(bits(11), [0.02, 1e-3, 0.99, 2e-3], false),
             "bf16" => bounds(bits(8), [0.1, 0.02, 0.95, 0.01], false),
+            "nf4" => bounds(0.16, [0.5, 0.2, 0.8, 0.1], false),
             _ => Bounds { weight_max: 4.5e-3, ..bounds(1.5e-2, [0.2, 0.02, 0.95, 0.01], false) },
         }
     }

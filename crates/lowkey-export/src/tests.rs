@@ -108,7 +108,9 @@ fn every_layout_holds_every_model() {
 fn narrow_formats_are_rounded_once_and_hold_their_bounds() {
     let folder = Folder::new();
     let source = source(&folder, &config_with(|c, m| (c.hidden_size, m.v_head_dim) = (32, 8)), 5);
-    for (to, dtype) in [("hf", "bf16"), ("absorbed", "f16"), ("fused", "bf16"), ("gguf", "q8_0"), ("gguf", "bf16")] {
+    for (to, dtype) in
+        [("hf", "bf16"), ("hf", "nf4"), ("absorbed", "f16"), ("fused", "bf16"), ("gguf", "q8_0"), ("gguf", "bf16")]
+    {
         let out = folder.file(&format!("{to}-{dtype}"));
         // Weights at random are a harder case than trained ones.
         let mut options = options(&source, out.clone(), to, dtype);

@@ -10,8 +10,9 @@ use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
 
 use crate::fixtures::{Leaf, compare, device, host, random};
 use crate::{
-    LatentWeights, MlaDims, MlpWeights, add_linear, causal_attention, gated_mlp, latent_attention, linear, rms_norm,
-    rotate,
+    LatentWeights, MlaDims, add_linear, causal_attention, latent_attention, linear,
+    mlp::{MlpWeights, gated_mlp},
+    rms_norm, rotate,
 };
 
 /// Half the distance of two points: a power of two, so that moving a value that f32 holds by it rounds nothing.

@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use burn::tensor::{Device, Distribution, Tensor};
 
-use crate::MlpWeights;
+use crate::mlp::MlpWeights;
 
 /// The device of all tests, with autodiff: the CPU, or what the environment variable `LOWKEY_TEST_DEVICE` names.
 pub(crate) fn device() -> Device {

@@ -5,8 +5,10 @@
 //! functions and never touches a backend primitive.
 //!
 //! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
-//! [`gated_mlp`], the [`loss`]es for training; [`linear_of`] and [`swiglu`] where adapters stand beside the maps;
-//! [`cache::absorbed_attention`], and [`cache::attention`] with a [`cache::Mask`], for queries against a cache, which may be [`cache::Stored`] in fewer bits; [`optim`] for updates; [`routing`] for mixtures of experts.
+//! [`mlp::gated_mlp`], the [`loss`]es for training; [`recalled`] for maps that adapters stand beside;
+//! [`cache::absorbed_attention`], and [`cache::attention`] with a [`cache::Mask`], for queries against a cache, which may be
+//! [`cache::Stored`] in fewer bits; [`quantized_linear`] for frozen matrices in 4 or 8 bits; [`optim`] for updates; [`routing`] for
+//! mixtures of experts.
 //!
 //! **Flow.** `lowkey-model` calls the functions from its blocks. Each fused one is an operation of its own in Burn's autodiff,
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
@@ -89,11 +91,12 @@ mod latent_attention;
 mod linear;
 pub mod loss;
 mod masked_attention;
-mod mlp;
+pub mod mlp;
 mod norm;
 pub mod optim;
 pub mod precision;
-mod recalled;
+pub mod quantized_linear;
+pub mod recalled;
 pub mod reference;
 mod rotary;
 pub mod routing;
@@ -103,9 +106,6 @@ pub use causal_attention::causal_attention;
 pub use embedding::embed;
 pub use latent_attention::{LatentWeights, MlaDims, latent_attention};
 pub use linear::{add_linear, linear};
-pub use mlp::{MlpWeights, gated_mlp};
 pub use norm::rms_norm;
 pub use precision::Precision;
-pub use recalled::{MadeOf, linear_of};
 pub use rotary::rotate;
-pub use swiglu::swiglu;

@@ -1,7 +1,7 @@
 //! The linear map, alone and added to a residual.
 
 pub(crate) mod autodiff;
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(feature = "gpu")]
 mod gpu;
 pub(crate) mod reference;

@@ -16,6 +16,7 @@ use burn::tensor::{DType, Tensor};
 use self::autodiff::RecalledOps;
 use crate::linear::reference::linear;
 use crate::precision;
+pub use crate::swiglu::swiglu;
 
 /// What an input was made of.
 #[derive(Clone, Debug)]
@@ -29,7 +30,7 @@ pub enum MadeOf {
         /// Added to the mean square.
         eps: f64,
     },
-    /// [`crate::swiglu`] of two activations `[batch, seq, f]`.
+    /// [`swiglu`] of two activations `[batch, seq, f]`.
     Swiglu {
         /// The activation that goes through silu.
         gate: Tensor<3>,

@@ -13,5 +13,6 @@ pub use crate::linear::reference::linear;
 pub use crate::loss::reference::{cross_entropy_each, cross_entropy_sum, distill_sum, diverge_sum};
 pub use crate::mlp::reference::gated_mlp;
 pub use crate::norm::reference::rms_norm;
+pub use crate::quantized_linear::reference::quantized_linear;
 pub use crate::rotary::reference::rotate;
 pub use crate::swiglu::reference::swiglu;

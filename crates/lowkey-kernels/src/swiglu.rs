@@ -14,7 +14,7 @@ use burn::tensor::{DType, Tensor};
 use self::autodiff::SwigluOps;
 
 /// `silu(gate) · up` with `silu(x) = x · sigmoid(x)` (Shazeer, arXiv 2002.05202). Where nothing stands beside the products around it,
-/// [`crate::gated_mlp`] does all at once.
+/// [`crate::mlp::gated_mlp`] does all at once.
 ///
 /// # Shapes
 /// `gate`, `up [batch, seq, f]` → `[batch, seq, f]`.

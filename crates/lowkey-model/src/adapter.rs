@@ -15,6 +15,9 @@
 //!   [`CausalLm::with_draws`](crate::CausalLm::with_draws) that it trains.
 //! * [`AdapterDir`] reads and writes the directories of PEFT.
 //!
+//! The frozen matrices may be packed in few bits (QLoRA, arXiv 2305.14314): with [`AdapterConfig::quantization`] while the model is
+//! loaded, or by [`CausalLm::quantized`](crate::CausalLm::quantized).
+//!
 //! Whoever asks a map for its matrix ([`Linear::matrix`](crate::model::Linear::matrix)) gets W': the adapter of MLA's `kv_b_proj`
 //! is thereby in force in every way to compute attention, which other engines that split this matrix when they load it overlook.
 
@@ -25,13 +28,16 @@ mod dropout;
 mod files;
 mod low_rank;
 mod plan;
+mod quantization;
 
 pub use config::{AdapterConfig, ByPattern, Layers, Modules};
 pub use dropout::Draws;
 pub(crate) use files::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
 pub use files::{AdapterDir, companions_dir, is_adapter};
 pub use low_rank::Adapter;
+pub use lowkey_kernels::quantized_linear::Quantization;
 pub use plan::{AdapterPlan, LowRank, adapted_module};
+pub use quantization::QuantizedLayer;
 
 #[cfg(test)]
 mod tests;

@@ -15,12 +15,14 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
+use crate::adapter::{AdapterPlan, Quantization};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::model::CausalLm;
 use crate::params::Parameter;
 use crate::tensor::{Role, TensorSpec};
 
+pub(crate) mod nf4;
 pub(crate) mod stored;
 
 const SINGLE: &str = "model.safetensors";
@@ -102,6 +104,16 @@ struct Entry {
     dtype: Dtype,
     shape: Vec<usize>,
     range: std::ops::Range<usize>,
+    /// Of a packed matrix, where its scales lie.
+    scales: Option<(usize, std::ops::Range<usize>)>,
+}
+
+/// A tensor as a file holds it.
+struct Raw {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
 }
 
 impl Weights {
@@ -111,6 +123,7 @@ impl Weights {
         for path in weight_files(dir)? {
             weights.add(path, &mut aliases)?;
         }
+        nf4::settle(&mut weights.tensors, &weights.files)?;
         weights.base = stored::settle_names(&mut weights.tensors, aliases, config.tie_word_embeddings);
         Ok(weights)
     }
@@ -151,6 +164,7 @@ impl Weights {
                 dtype: view.dtype(),
                 shape: view.shape().to_vec(),
                 range: at..at + view.data().len(),
+                scales: None,
             };
             if self.tensors.insert(name.clone(), entry).is_some() {
                 return Err(Error::file(&path, format!("tensor {name} stands in another shard too")));
@@ -221,8 +235,12 @@ impl Weights {
 
     fn values(&self, name: &str, entry: &Entry) -> Result<Vec<f32>> {
         let (path, map) = &self.files[entry.file];
-        stored::decode(entry.dtype, &map[entry.range.clone()])
-            .map_err(|why| Error::file(path, format!("tensor {name} {why}")))
+        let bytes = &map[entry.range.clone()];
+        let decoded = match &entry.scales {
+            Some((file, range)) => nf4::decode(bytes, &self.files[*file].1[range.clone()], &entry.shape),
+            None => stored::decode(entry.dtype, bytes),
+        };
+        decoded.map_err(|why| Error::file(path, format!("tensor {name} {why}")))
     }
 }
 
@@ -329,11 +347,39 @@ impl CausalLm {
     /// # Errors
     /// [`Error::Io`] naming the file that cannot be written; [`Error::File`] where a value does not fit `dtype`.
     pub fn save(&self, dir: &Path, dtype: WeightDtype, max_shard_bytes: usize) -> Result<()> {
+        self.save_as(dir, dtype, None, max_shard_bytes)
+    }
+
+    /// The same with the matrices between hidden states but `kv_b_proj` in 4 bits, as bitsandbytes stores nf4 and transformers opens
+    /// it; what is left has the format `dtype`. [`CausalLm::load`] reads it, too.
+    ///
+    /// # Errors
+    /// As [`CausalLm::save`].
+    pub fn save_nf4(&self, dir: &Path, dtype: WeightDtype, max_shard_bytes: usize) -> Result<()> {
+        self.save_as(dir, dtype, Some(Quantization::Nf4), max_shard_bytes)
+    }
+
+    fn save_as(
+        &self,
+        dir: &Path,
+        dtype: WeightDtype,
+        quantization: Option<Quantization>,
+        max_shard_bytes: usize,
+    ) -> Result<()> {
         if self.adapter().is_some() {
             let why = "a model with adapters is not one set of weights; merge it, or save the adapter";
             return Err(Error::file(dir, why));
         }
+        if !self.quantized_layers().is_empty() {
+            return Err(Error::file(
+                dir,
+                "a model with packed matrices cannot be written here; merge it, which unpacks them",
+            ));
+        }
         create_dir(dir)?;
+        let plan = quantization.map(AdapterPlan::packing);
+        let packed = self.tensors().iter().filter(|spec| plan.as_ref().is_some_and(|plan| plan.packs(spec).is_some()));
+        let packed: BTreeSet<&str> = packed.map(|spec| spec.name.as_str()).collect();
         let shards = split(self.parameters(), dtype, max_shard_bytes);
         let count = shards.len();
         let mut staged = Vec::with_capacity(count + 1);
@@ -343,19 +389,27 @@ impl CausalLm {
                 1 => SINGLE.to_string(),
                 _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
             };
-            for parameter in &shard {
-                weight_map.insert(parameter.name.clone(), json!(file));
-                total += parameter.shape.iter().product::<usize>() * dtype.bytes_per_value();
+            let path = dir.join(&file);
+            let mut encoded = Vec::with_capacity(shard.len());
+            for parameter in shard {
+                let packs = packed.contains(parameter.name.as_str());
+                encoded.extend(encode(&path, parameter, dtype, packs)?);
             }
-            let path = dir.join(file);
-            let bytes = encode_shard(&path, shard, dtype)?;
-            staged.push(Staged::write(path, &bytes)?);
+            for raw in &encoded {
+                weight_map.insert(raw.name.clone(), json!(file));
+                total += raw.bytes.len();
+            }
+            staged.push(Staged::write(path.clone(), &serialized(&path, &encoded)?)?);
         }
         if count > 1 {
             let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
             staged.push(Staged::write_json(dir.join(INDEX), &index)?);
         }
-        let config = Staged::write_json(dir.join(CONFIG), &self.config.to_json(dtype.name()))?;
+        let mut config = self.config.to_json(dtype.name());
+        if let (Some(_), Value::Object(config)) = (quantization, &mut config) {
+            config.insert("quantization_config".into(), nf4::config(dtype));
+        }
+        let config = Staged::write_json(dir.join(CONFIG), &config)?;
 
         remove(&config.path)?;
         let mut written = BTreeSet::new();
@@ -388,20 +442,31 @@ fn split(parameters: Vec<Parameter>, dtype: WeightDtype, max_bytes: usize) -> Ve
 
 /// The content of one safetensors file.
 pub(crate) fn encode_shard(path: &Path, shard: Vec<Parameter>, dtype: WeightDtype) -> Result<Vec<u8>> {
-    let mut encoded = Vec::with_capacity(shard.len());
-    for Parameter { name, shape, value, .. } in shard {
-        let values = value
-            .try_into_vec_as::<f32>()
-            .map_err(|e| Error::file(path, format!("tensor {name} cannot be read back: {e:?}")))?;
-        let bytes = dtype.encode(&values).map_err(|value| {
-            let why = format!("tensor {name} holds {value}, too large for {}; save as float32", dtype.name());
-            Error::file(path, why)
-        })?;
-        encoded.push((name, shape, bytes));
+    let encoded = shard.into_iter().map(|parameter| encode(path, parameter, dtype, false));
+    let encoded: Vec<Vec<Raw>> = encoded.collect::<Result<_>>()?;
+    serialized(path, &encoded.into_iter().flatten().collect::<Vec<_>>())
+}
+
+/// The tensors that a parameter becomes: one, or those of a packed matrix.
+fn encode(path: &Path, parameter: Parameter, dtype: WeightDtype, packs: bool) -> Result<Vec<Raw>> {
+    let Parameter { name, shape, value, .. } = parameter;
+    let values = value
+        .try_into_vec_as::<f32>()
+        .map_err(|e| Error::file(path, format!("tensor {name} cannot be read back: {e:?}")))?;
+    if let (true, [d_out, d_in]) = (packs, &shape[..]) {
+        return Ok(nf4::encode(&name, &values, [*d_out, *d_in], dtype));
     }
-    let views = encoded
+    let bytes = dtype.encode(&values).map_err(|value| {
+        let why = format!("tensor {name} holds {value}, too large for {}; save as float32", dtype.name());
+        Error::file(path, why)
+    })?;
+    Ok(vec![Raw { name, dtype: dtype.format(), shape, bytes }])
+}
+
+fn serialized(path: &Path, tensors: &[Raw]) -> Result<Vec<u8>> {
+    let views = tensors
         .iter()
-        .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(dtype.format(), shape.clone(), bytes)?)))
+        .map(|raw| Ok((raw.name.as_str(), TensorView::new(raw.dtype, raw.shape.clone(), &raw.bytes)?)))
         .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
     // transformers asks for the format tag.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);

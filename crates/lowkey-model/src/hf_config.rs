@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
+use crate::checkpoint::nf4;
 use crate::config::{Family, ModelConfig, default_eps};
 use crate::error::{Error, Result};
 use crate::layer_config::{LayerConfig, Layers, MlpConfig};
@@ -266,11 +267,11 @@ fn refuse_unsupported(keys: &Keys, family: Family) -> Result<()> {
     {
         return Err(Error::config("hidden_act", act, "only \"silu\" (SwiGLU) is implemented"));
     }
-    if keys.0.get("quantization_config").is_some_and(|v| !v.is_null()) {
+    if keys.0.get("quantization_config").is_some_and(|v| !v.is_null() && !nf4::is_read(v)) {
         return Err(Error::config(
             "quantization_config",
             "(set)",
-            "quantised checkpoints are not read; convert it to bf16, f16 or f32 first",
+            "of quantised checkpoints only those in nf4 of bitsandbytes are read; convert it to bf16, f16 or f32 first",
         ));
     }
     if keys.flag("mlp_bias")?.unwrap_or(false) && !matches!(family, Family::Llama | Family::DeepseekV2 | Family::Lowkey)

@@ -1,7 +1,8 @@
 //! What a linear map reads.
 
 use burn::tensor::Tensor;
-use lowkey_kernels::{MadeOf, linear, linear_of, swiglu};
+use lowkey_kernels::linear;
+use lowkey_kernels::recalled::{MadeOf, linear_of, swiglu};
 
 use crate::layers::RmsNorm;
 

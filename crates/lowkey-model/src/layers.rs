@@ -1,23 +1,29 @@
 //! The small layers: linear map, norm, embedding. Weights lie as Hugging Face stores them, `[d_out, d_in]`.
 
+mod weight;
+
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use lowkey_kernels::{add_linear, embed, linear, rms_norm};
+use lowkey_kernels::quantized_linear::{Packed, QuantizedMatrix};
+use lowkey_kernels::{embed, rms_norm};
 
-use crate::adapter::{Adapter, AdapterPlan, Draws};
+use crate::adapter::{Adapter, AdapterPlan, Draws, QuantizedLayer};
 use crate::input::Input;
 use crate::tensor::{HeadRows, Role, TensorSpec};
+pub(crate) use weight::Weight;
 
 /// Supplies the values of each tensor: random ones, or those of a file. No values at all make an empty tensor, for a model that is
 /// about to be refused: nothing as large as a wrong configuration claims is allocated.
 pub(crate) struct Builder<'a> {
     device: &'a Device,
     fill: &'a mut dyn FnMut(&TensorSpec) -> Vec<f32>,
-    /// The adapters of the maps that are built.
+    /// The adapters of the maps that are built, and how their matrices are packed.
     adapters: Option<&'a AdapterPlan>,
     /// What has been built, in the order of the module's fields.
     pub(crate) built: Vec<TensorSpec>,
+    /// The matrices that were packed, which are not among them.
+    pub(crate) packed: Vec<QuantizedLayer>,
 }
 
 impl<'a> Builder<'a> {
@@ -26,7 +32,7 @@ impl<'a> Builder<'a> {
         adapters: Option<&'a AdapterPlan>,
         fill: &'a mut dyn FnMut(&TensorSpec) -> Vec<f32>,
     ) -> Self {
-        Self { device, fill, adapters, built: Vec::new() }
+        Self { device, fill, adapters, built: Vec::new(), packed: Vec::new() }
     }
 
     pub(crate) fn tensor<const D: usize>(
@@ -38,9 +44,27 @@ impl<'a> Builder<'a> {
     ) -> Param<Tensor<D>> {
         let spec = TensorSpec { name, shape: shape.to_vec(), role, head_rows, trainable: true };
         let values = (self.fill)(&spec);
+        self.parameter(spec, shape, values)
+    }
+
+    fn parameter<const D: usize>(&mut self, spec: TensorSpec, shape: [usize; D], values: Vec<f32>) -> Param<Tensor<D>> {
         self.built.push(spec);
         let shape = if values.is_empty() { [0; D] } else { shape };
         Param::from_data(TensorData::new(values, shape), self.device)
+    }
+
+    /// A matrix, packed as soon as its values are there: of a model that is packed no more than one is whole at a time.
+    fn weight(&mut self, name: String, shape: [usize; 2], role: Role, head_rows: HeadRows) -> Weight {
+        let spec = TensorSpec { name, shape: shape.to_vec(), role, head_rows, trainable: true };
+        let values = (self.fill)(&spec);
+        match self.adapters.and_then(|plan| plan.packs(&spec)) {
+            Some(quantization) if !values.is_empty() => {
+                let packed = Packed::new(&values, shape, quantization);
+                self.packed.push(QuantizedLayer::new(&spec.name, &values, &packed));
+                Weight::Packed(QuantizedMatrix::new(&packed, self.device))
+            }
+            _ => Weight::Whole(self.parameter(spec, shape, values)),
+        }
     }
 
     pub(crate) fn vector(&mut self, name: String, len: usize, role: Role) -> Param<Tensor<1>> {
@@ -48,10 +72,10 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// `y = x Wᵀ + b`, where W may have an [`Adapter`] beside it.
+/// `y = x Wᵀ + b`, where W may be packed and may have an [`Adapter`] beside it.
 #[derive(Module, Debug)]
 pub struct Linear {
-    weight: Param<Tensor<2>>,
+    weight: Weight,
     bias: Option<Param<Tensor<1>>>,
     adapter: Option<Adapter>,
 }
@@ -70,29 +94,24 @@ impl Linear {
     fn build_rows(b: &mut Builder, name: &str, d_in: usize, role: Role, head_rows: HeadRows, bias: bool) -> Self {
         let d_out = head_rows.total();
         Self {
-            weight: b.tensor(format!("{name}.weight"), [d_out, d_in], role, head_rows),
+            weight: b.weight(format!("{name}.weight"), [d_out, d_in], role, head_rows),
             bias: bias.then(|| b.vector(format!("{name}.bias"), d_out, Role::Bias)),
             adapter: b.adapters.and_then(|plan| plan.of(name)).map(|low| Adapter::build(b, name, [d_out, d_in], low)),
         }
     }
 
     /// W `[d_out, d_in]`, as the map applies it, its adapter's share included: the only way to it, for kernels that take the matrix
-    /// as for whoever reads it.
+    /// as for whoever reads it. Of a packed matrix it is unpacked.
     pub fn matrix(&self) -> Tensor<2> {
         match &self.adapter {
-            None => self.beside(),
-            Some(adapter) => adapter.matrix(self.beside()),
+            None => self.weight.matrix(),
+            Some(adapter) => adapter.matrix(self.weight.matrix()),
         }
-    }
-
-    /// The matrix without its adapter.
-    fn beside(&self) -> Tensor<2> {
-        self.weight.val()
     }
 
     /// The matrix without its adapter, for whoever puts another one there.
     pub(crate) fn own_matrix(&self) -> Tensor<2> {
-        self.beside()
+        self.weight.matrix()
     }
 
     /// Whether an adapter stands beside the matrix.
@@ -100,9 +119,14 @@ impl Linear {
         self.adapter.is_some()
     }
 
-    /// Takes the adapter away; `merge` multiplies it into the matrix.
+    /// Whether its matrix is packed.
+    pub(crate) fn is_packed(&self) -> bool {
+        self.weight.is_packed()
+    }
+
+    /// Takes the adapter away; `merge` multiplies it into the matrix, which is then whole.
     pub(crate) fn end_adapter(&mut self, merge: bool) {
-        let matrix = (merge && self.is_adapted()).then(|| self.matrix());
+        let matrix = (merge && (self.is_adapted() || self.is_packed())).then(|| self.matrix());
         self.adapter = None;
         if let Some(matrix) = matrix {
             self.set_matrix(matrix);
@@ -116,8 +140,8 @@ impl Linear {
 
     /// Keeps of its adapter what no step will change any more.
     pub(crate) fn settle(&mut self) {
-        let weight = self.beside();
-        self.adapter.iter_mut().for_each(|adapter| adapter.settle(weight.clone()));
+        let weight = &self.weight;
+        self.adapter.iter_mut().for_each(|adapter| adapter.settle(weight));
     }
 
     /// Its numbers of rows and columns, `[d_out, d_in]`.
@@ -125,7 +149,7 @@ impl Linear {
         self.weight.dims()
     }
 
-    /// The format of its numbers.
+    /// The format of the numbers that it multiplies with.
     pub fn dtype(&self) -> DType {
         self.weight.dtype()
     }
@@ -133,7 +157,7 @@ impl Linear {
     /// Puts another matrix in its place, which is trained or frozen as the old one was. Of a map that has an adapter this is the
     /// matrix beside it: whoever means the whole takes a [merged](crate::CausalLm::merged) model.
     pub fn set_matrix(&mut self, matrix: Tensor<2>) {
-        replace(&mut self.weight, matrix);
+        self.weight.set(matrix);
     }
 
     /// b `[d_out]`, where there is one.
@@ -150,8 +174,8 @@ impl Linear {
     pub fn forward(&self, x: impl Into<Input>) -> Tensor<3> {
         let x = x.into();
         match &self.adapter {
-            None => linear(x.value, self.beside(), self.bias()),
-            Some(adapter) => adapter.apply(None, x, self.beside(), self.bias()),
+            None => self.weight.linear(x.value, self.bias()),
+            Some(adapter) => adapter.apply(None, x, &self.weight, self.bias()),
         }
     }
 
@@ -159,8 +183,8 @@ impl Linear {
     pub(crate) fn add_to(&self, residual: Tensor<3>, x: impl Into<Input>) -> Tensor<3> {
         let x = x.into();
         match &self.adapter {
-            None => add_linear(residual, x.value, self.beside(), self.bias()),
-            Some(adapter) => adapter.apply(Some(residual), x, self.beside(), self.bias()),
+            None => self.weight.add_linear(residual, x.value, self.bias()),
+            Some(adapter) => adapter.apply(Some(residual), x, &self.weight, self.bias()),
         }
     }
 }

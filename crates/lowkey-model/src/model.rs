@@ -6,9 +6,12 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowkey_batch::Rows;
-use lowkey_kernels::{MlpWeights, gated_mlp, loss::LossSum};
+use lowkey_kernels::{
+    loss::LossSum,
+    mlp::{MlpWeights, gated_mlp},
+};
 
-use crate::adapter::{AdapterConfig, AdapterPlan};
+use crate::adapter::{AdapterConfig, AdapterPlan, QuantizedLayer};
 use crate::attention::{Attention, Seen};
 use crate::config::{Family, ModelConfig};
 pub use crate::context::{Context, Trace};
@@ -36,6 +39,9 @@ pub struct CausalLm {
     /// What its adapters were made from, where it has any, and the directory of the model that they stand beside.
     #[module(skip)]
     pub(crate) adapter: Option<Arc<(AdapterConfig, PathBuf)>>,
+    /// What packing did to the matrices that are packed.
+    #[module(skip)]
+    pub(crate) quantized: Arc<[QuantizedLayer]>,
 }
 
 /// The part of a [`CausalLm`] below the output head.
@@ -97,8 +103,9 @@ impl Block {
     /// The second half: `x + mlp(norm(x))`, `[batch, seq, d]`.
     pub(crate) fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
         let (norm, mlp) = (&self.post_attention_layernorm, &self.mlp);
-        if mlp.gate_proj.bias().is_some() || mlp.linears().into_iter().any(Linear::is_adapted) {
-            // The fused kernel knows neither biases, which few models have, nor the factors of adapters. What is kept is the same.
+        let apart = |linear: &Linear| linear.is_adapted() || linear.is_packed();
+        if mlp.gate_proj.bias().is_some() || mlp.linears().into_iter().any(apart) {
+            // The one operation knows neither biases, which few models have, nor adapters, nor packed matrices. What is kept is the same.
             let normed = Input::normed(norm, x.clone());
             let gate = mlp.gate_proj.forward(normed.clone());
             return mlp.down_proj.add_to(x, Input::swiglu(gate, mlp.up_proj.forward(normed)));
@@ -161,9 +168,9 @@ impl CausalLm {
         let norm = RmsNorm::build(b, "model.norm", d, eps);
         let head = [d, config.vocab_size];
         let lm_head = (!config.tie_word_embeddings).then(|| Linear::build(b, "lm_head", head, Role::Head, false));
-        let tensors = std::mem::take(&mut b.built).into();
+        let (tensors, quantized) = (std::mem::take(&mut b.built).into(), std::mem::take(&mut b.packed).into());
         let model = Decoder { embed_tokens, layers, norm };
-        Self { model, lm_head, config: config.clone(), tensors, adapter: None }
+        Self { model, lm_head, config: config.clone(), tensors, adapter: None, quantized }
     }
 
     /// The model with layer ℓ caching and reading only the first `ranks[ℓ]` numbers of its latent. The latent is normalised over its

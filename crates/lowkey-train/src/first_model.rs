@@ -10,7 +10,8 @@ use crate::error::Result;
 use crate::run_config::RunConfig;
 
 /// The model of `resume`, a checkpoint of the run; else that of `[init]`, with new adapters where the run has some; else a random one.
-/// What the run does not train is frozen, and the tokens `new` begin as the mean of the others.
+/// What the run does not train is frozen, and packed where the run says so: the same way each time, so that a run goes on with the same
+/// numbers. The tokens `new` begin as the mean of the others.
 ///
 /// The configuration comes from the run file or the model of `[init]` each time: a decimal fraction need not survive `config.json` to
 /// the last bit.
@@ -26,9 +27,15 @@ pub(crate) fn first_model(
     device: &Device,
 ) -> Result<CausalLm> {
     if let Some(init) = init {
+        let open = |dir: &Path| -> Result<AdapterDir> {
+            let mut dir = AdapterDir::open(dir)?;
+            // A directory of PEFT does not say how a run holds its base.
+            dir.config.quantization = config.adapter.as_ref().and_then(|adapter| adapter.quantization);
+            Ok(dir)
+        };
         match (init.adapter(), &config.adapter, resume) {
             (Some(_), _, Some(dir)) | (None, Some(_), Some(dir)) => {
-                return Ok(CausalLm::load_adapted(init.path(), model, &AdapterDir::open(dir)?, device)?);
+                return Ok(CausalLm::load_adapted(init.path(), model, &open(dir)?, device)?);
             }
             (Some(adapter), _, None) => return Ok(CausalLm::load_adapted(init.path(), model, adapter, device)?),
             (None, Some(adapter), None) => {

@@ -88,5 +88,8 @@ pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usiz
         added,
         averaged: config.training.ema_decay.is_some(),
     };
-    model.train_bytes(training) + config.other_bytes()
+    // A plan that cannot be made is refused elsewhere.
+    let packed = config.plan_adapter(model).ok().flatten();
+    let spared = packed.map_or(0, |plan| plan.bytes_spared(&model.tensors()));
+    (model.train_bytes(training) + config.other_bytes()).saturating_sub(spared)
 }

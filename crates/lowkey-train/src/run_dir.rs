@@ -38,12 +38,14 @@ pub(crate) const OUTCOME: &str = "outcome.json";
 pub const REPORT: &str = "report.html";
 /// Where checkpoints lie.
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
+/// How far packed matrices are off, where the run has some.
+pub(crate) const QUANTIZATION: &str = "quantization.json";
 /// Events for TensorBoard.
 pub(crate) const TENSORBOARD: &str = "tensorboard";
 
 /// What a run writes in its folder. The tokens of a text file, in `data`, are marked by who prepares them.
-pub(crate) const NAMES: [&str; 9] =
-    [RUN_FILE, ENVIRONMENT, METRICS, SAMPLES, EVALUATION, OUTCOME, REPORT, CHECKPOINTS, TENSORBOARD];
+pub(crate) const NAMES: [&str; 10] =
+    [RUN_FILE, ENVIRONMENT, METRICS, SAMPLES, EVALUATION, OUTCOME, REPORT, CHECKPOINTS, QUANTIZATION, TENSORBOARD];
 
 /// Bytes of a file about the whole run that are read.
 const LARGEST: u64 = 16 << 20;

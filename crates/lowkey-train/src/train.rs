@@ -14,7 +14,7 @@ use lowkey_kernels::Precision;
 use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
 use lowkey_kernels::optim::Judgement;
 use lowkey_model::objective::{Term, preference::PairFigures};
-use lowkey_model::{CausalLm, ModelDir, Parameter};
+use lowkey_model::{CausalLm, ModelDir, Parameter, adapter::QuantizedLayer};
 use serde_json::json;
 
 use crate::average::Average;
@@ -110,12 +110,36 @@ pub fn train(
     if let Some(reducer) = run.world.reducer() {
         observe(Event::Note(format!("{} devices; gradients are added up by {reducer}", config.run.devices.len())));
     }
+    if let Some(note) = quantization_note(run.world.main().model.quantized_layers()) {
+        observe(Event::Note(note));
+    }
     if let (0, Some(example)) = (run.state.step, &run.data.example) {
         observe(Event::Example(example));
     }
     observe(Event::Ready { plan: &run.plan, step: run.state.step });
     run.warm_up(observe)?;
     run.steps(interrupt, observe)
+}
+
+/// What packing did to a model's matrices, in a line; none where none is packed.
+fn quantization_note(layers: &[QuantizedLayer]) -> Option<String> {
+    const MIB: f64 = (1u64 << 20) as f64;
+    let worst = layers.iter().max_by(|a, b| a.error.total_cmp(&b.error))?;
+    let least = layers.iter().map(|layer| layer.error).fold(f64::INFINITY, f64::min);
+    let bytes: usize = layers.iter().map(|layer| layer.bytes).sum();
+    let whole: usize = layers.iter().map(|layer| 4 * layer.shape.iter().product::<usize>()).sum();
+    Some(format!(
+        "{} frozen matrices are packed as {}: {:.1} MiB instead of {:.1}, each off by {:.2} % to {:.2} % of its norm (most of \
+         all {}); {} has them all",
+        layers.len(),
+        worst.quantization.name(),
+        bytes as f64 / MIB,
+        whole as f64 / MIB,
+        100.0 * least,
+        100.0 * worst.error,
+        worst.name,
+        run_dir::QUANTIZATION,
+    ))
 }
 
 /// Steps that may be queued on a GPU before the host waits for the first of them: enough that the device never waits for the host,
@@ -291,9 +315,14 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// `run.toml` as resolved and `environment.json`.
+    /// `run.toml` as resolved, `environment.json`, and what packing did where matrices are packed.
     fn write_head(&self, resumed: bool) -> Result<()> {
         let out = &self.options.out;
+        let quantization = out.join(run_dir::QUANTIZATION);
+        match self.world.main().model.quantized_layers() {
+            [] => lowkey_files::write::remove(&quantization)?,
+            layers => lowkey_files::write_json(&quantization, &layers)?,
+        }
         lowkey_files::write(&out.join(run_dir::RUN_FILE), self.config.to_toml()?.as_bytes())?;
         let mut environment = self.options.environment.clone();
         environment.insert("device".into(), json!(self.config.run.device));

@@ -28,4 +28,12 @@ impl<'a> Parts<'a> {
         // SAFETY: in bounds by the assertion, of a buffer borrowed mutably for longer than `self`, and unaliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }
+    /// Where rows of `width` numbers begin, `stride` apart, the first at `at`. All of them lie in the buffer; who writes there answers
+    /// for no two tasks using the same ones.
+    pub(crate) fn rows(&self, at: usize, [count, width]: [usize; 2], stride: usize) -> *mut f32 {
+        let end = at + count.saturating_sub(1) * stride + width;
+        assert!(count == 0 || width == 0 || end <= self.len && width <= stride, "rows exceed their buffer");
+        // In bounds by the assertion where anything is written at all.
+        self.start.wrapping_add(at)
+    }
 }

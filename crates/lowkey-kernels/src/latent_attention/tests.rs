@@ -3,8 +3,9 @@
 use super::*;
 use crate::fixtures::{Leaf, compare, device, host, is_cpu, mlp, plain_device, random};
 use crate::loss::{Labels, cross_entropy_sum};
+use crate::mlp::gated_mlp;
 use crate::precision::scope;
-use crate::{Precision, gated_mlp, linear};
+use crate::{Precision, linear};
 
 /// By how much two results differ, of the size of the second.
 fn distance<const D: usize>(found: Tensor<D>, expected: Tensor<D>) -> f64 {

@@ -9,7 +9,7 @@ use crate::cpu::tensors::{dims, new};
 use crate::precision::Precision;
 
 /// A tensor's memory and how far its rows of the last axis are apart, where all rows have one distance; else a copy that does.
-fn rows(tensor: &FlexTensor) -> FlexTensor {
+pub(crate) fn rows(tensor: &FlexTensor) -> FlexTensor {
     if row_stride(tensor).is_some() { tensor.clone() } else { tensor.to_contiguous() }
 }
 
@@ -34,7 +34,7 @@ fn row_stride(tensor: &FlexTensor) -> Option<usize> {
 }
 
 /// The rows of a tensor that [`rows`] returned.
-fn tokens(tensor: &FlexTensor) -> Tokens<'_> {
+pub(crate) fn tokens(tensor: &FlexTensor) -> Tokens<'_> {
     let shape = tensor.layout().shape();
     let width = shape[shape.num_dims() - 1];
     let data = &tensor.storage::<f32>()[tensor.layout().start_offset()..];

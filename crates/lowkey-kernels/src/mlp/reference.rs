@@ -7,7 +7,7 @@ use crate::linear::reference::linear;
 use crate::norm::reference::rms_norm;
 use crate::swiglu::reference::swiglu;
 
-/// See [`crate::gated_mlp`].
+/// See [`crate::mlp::gated_mlp`].
 pub fn gated_mlp(x: Tensor<3>, weights: MlpWeights, eps: f64) -> Tensor<3> {
     let normed = rms_norm(x.clone(), weights.norm, eps);
     let (gate, up) = (linear(normed.clone(), weights.gate), linear(normed, weights.up));

@@ -43,7 +43,7 @@ impl CausalLm {
         device: &Device,
     ) -> Result<Self> {
         let plan = adapter.plan(config)?;
-        Self::adapted(dir, config, (adapter, plan.clone()), device, &begun(&plan, seed))
+        Self::adapted(dir, config, (adapter, plan.clone()), device, &begun(config, &plan, seed))
     }
 
     /// A random model with adapters at their beginning: what measurements take. It stands beside no directory, so that its adapters
@@ -54,7 +54,7 @@ impl CausalLm {
     pub fn init_adapted(config: &ModelConfig, adapter: &AdapterConfig, seed: u64, device: &Device) -> Result<Self> {
         let plan = adapter.plan(config)?;
         let base = |spec: &TensorSpec| Ok(initial_values(config, seed, spec));
-        let model = Self::build_beside(config, &plan, device, &begun(&plan, seed), &base)?;
+        let model = Self::build_beside(config, &plan, device, &begun(config, &plan, seed), &base)?;
         Ok(model.trained_by(adapter, &plan, PathBuf::new()))
     }
 
@@ -118,25 +118,41 @@ impl CausalLm {
         self.adapter.as_deref().map(|(adapter, _)| adapter)
     }
 
-    /// The same function without adapters: each matrix with its adapter multiplied in. Itself where there is none.
+    /// The same function without adapters and in whole matrices: each with its adapter multiplied in, and unpacked where it was packed.
+    /// Itself where there is neither.
     pub fn merged(&self) -> Self {
         self.without_adapters(true)
     }
 
-    /// The model that the adapters stand beside. What is trained whole stays as it was trained.
+    /// The model that the adapters stand beside. What is trained whole stays as it was trained, and what is packed packed.
     pub fn unadapted(&self) -> Self {
         self.without_adapters(false)
     }
 
     fn without_adapters(&self, merge: bool) -> Self {
         let mut model = self.clone();
-        if self.adapter.is_none() {
+        let unpacks = merge && !self.quantized.is_empty();
+        if self.adapter.is_none() && !unpacks {
             return model;
         }
         model.model.embed_tokens.end_adapter(merge);
         model.linears_mut().into_iter().for_each(|linear| linear.end_adapter(merge));
-        model.tensors = self.tensors.iter().filter(|spec| !spec.role.is_adapter()).cloned().collect();
+        let own = self.tensors.iter().filter(|spec| !spec.role.is_adapter()).cloned();
+        model.tensors = if unpacks {
+            let mut own = own.peekable();
+            let all = self.config.tensors().into_iter();
+            // What was packed is no parameter of this one, and frozen in the other.
+            let of = |spec: TensorSpec| {
+                own.next_if(|own| own.name == spec.name).unwrap_or(TensorSpec { trainable: false, ..spec })
+            };
+            all.map(of).collect()
+        } else {
+            own.collect()
+        };
         model.adapter = None;
+        if unpacks {
+            model.quantized = Arc::new([]);
+        }
         model
     }
 
@@ -200,7 +216,12 @@ impl CausalLm {
 }
 
 /// What a new adapter begins with; no value for what is the base's.
-fn begun(plan: &AdapterPlan, seed: u64) -> impl Fn(&TensorSpec, &Base) -> Result<Option<Vec<f32>>> {
+fn begun(
+    config: &ModelConfig,
+    plan: &AdapterPlan,
+    seed: u64,
+) -> impl Fn(&TensorSpec, &Base) -> Result<Option<Vec<f32>>> {
+    let tensors = if plan.has_lengths() { config.tensors() } else { Vec::new() };
     let embeds = |spec: &TensorSpec| plan.of(adapted_module(&spec.name)).is_some_and(|low| low.embeds);
     let nothing = |spec: &TensorSpec| vec![0.0; spec.shape.iter().product()];
     move |spec, base| match spec.role {
@@ -209,9 +230,10 @@ fn begun(plan: &AdapterPlan, seed: u64) -> impl Fn(&TensorSpec, &Base) -> Result
         Role::LoraA => Ok(Some(even_values(seed, spec))),
         Role::LoraB => Ok(Some(nothing(spec))),
         Role::Magnitude => {
-            let rows = spec.shape.iter().product::<usize>();
-            let weight = TensorSpec { name: format!("{}.weight", module_of(&spec.name)), ..spec.clone() };
-            base(&weight).map(|weight| Some(row_lengths(&weight, rows)))
+            let name = format!("{}.weight", module_of(&spec.name));
+            let Some(weight) = tensors.iter().find(|spec| spec.name == name) else { return Ok(None) };
+            // The lengths of the rows that the model computes with.
+            base(weight).map(|values| Some(row_lengths(&plan.as_packed(weight, values), nothing(spec).len())))
         }
         Role::Embedding | Role::Head | Role::Matrix | Role::Residual | Role::Norm | Role::Bias => Ok(None),
     }

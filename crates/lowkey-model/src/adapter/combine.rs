@@ -80,6 +80,7 @@ fn keys(ranks: &BTreeMap<String, usize>) -> AdapterConfig {
         use_rslora: false,
         use_dora: false,
         lora_dropout: 0.0,
+        quantization: None,
         exclude_modules: None,
         layers_to_transform: None,
         modules_to_save: None,

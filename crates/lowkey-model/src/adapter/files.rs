@@ -194,6 +194,8 @@ impl AdapterDir {
             // A struct of plain fields is an object.
             _ => Map::new(),
         };
+        // How a run held its base changes nothing of what the adapter is.
+        keys.remove("quantization");
         if !matches!(self.config.target_modules, Modules::Ends(_)) || self.config.exclude_modules.is_some() {
             keys.insert("target_modules".into(), plan.modules().map(|(name, _)| name).collect());
             keys.remove("exclude_modules");

@@ -7,7 +7,7 @@ use lowkey_kernels::{add_linear, embed, linear};
 use super::dropout::{Draws, Dropout};
 use super::plan::LowRank;
 use crate::input::Input;
-use crate::layers::Builder;
+use crate::layers::{Builder, Weight};
 use crate::tensor::TensorSpec;
 
 /// What is added to a matrix W `[d_out, d_in]`: s·B·A, and where there is a magnitude, the length of each row.
@@ -58,14 +58,14 @@ impl Adapter {
     }
 
     /// Keeps what follows from weights alone, which no step will change any more.
-    pub(crate) fn settle(&mut self, weight: Tensor<2>) {
-        self.settled = self.row_factors(weight);
+    pub(crate) fn settle(&mut self, weight: &Weight) {
+        self.settled = self.row_factors(|| weight.matrix());
     }
 
     /// W' `[d_out, d_in]` in place of W.
     pub(crate) fn matrix(&self, weight: Tensor<2>) -> Tensor<2> {
         let product = self.product(self.dropout.of_columns(self.lora_a.val()));
-        match self.row_factors(weight.clone()) {
+        match self.row_factors(|| weight.clone()) {
             None => weight + product,
             Some(factors) => {
                 let factors = factors.unsqueeze_dim::<2>(1);
@@ -83,12 +83,13 @@ impl Adapter {
     /// `residual + x W'ᵀ (+ b)`, without W': the product with B·A goes through r numbers.
     ///
     /// # Shapes
-    /// `x [batch, seq, d_in]`, `weight [d_out, d_in]`, `residual [batch, seq, d_out]`.
+    /// `x [batch, seq, d_in]`, `weight [d_out, d_in]`, `residual [batch, seq, d_out]`. Beside a packed matrix it is packed numbers that
+    /// are multiplied; the lengths of rows that DoRA divides by are those of the matrix unpacked for a moment.
     pub(crate) fn apply(
         &self,
         residual: Option<Tensor<3>>,
         x: Input,
-        weight: Tensor<2>,
+        weight: &Weight,
         bias: Option<Tensor<1>>,
     ) -> Tensor<3> {
         let (heard, low) = match self.dropout.is_on() {
@@ -99,20 +100,20 @@ impl Adapter {
             }
         };
         let (x, low) = (x.value, low * self.scale);
-        let Some(factors) = self.row_factors(weight.clone()) else {
+        let Some(factors) = self.row_factors(|| weight.matrix()) else {
             let y = match residual {
-                Some(residual) => add_linear(residual, x, weight, bias),
-                None => linear(x, weight, bias),
+                Some(residual) => weight.add_linear(residual, x, bias),
+                None => weight.linear(x, bias),
             };
             return add_linear(y, low, self.lora_b.val(), None);
         };
         let factors = factors.unsqueeze::<3>();
         let y = match heard {
-            None => add_linear(linear(x, weight, None), low, self.lora_b.val(), None) * factors,
+            None => add_linear(weight.linear(x, None), low, self.lora_b.val(), None) * factors,
             // As PEFT has it: what is left out of the product is left out of what the lengths change of W.
             Some(heard) => {
-                let changed = linear(heard, weight.clone(), None) * (factors.clone() - 1.0);
-                linear(x, weight, None) + changed + linear(low, self.lora_b.val(), None) * factors
+                let changed = weight.linear(heard, None) * (factors.clone() - 1.0);
+                weight.linear(x, None) + changed + linear(low, self.lora_b.val(), None) * factors
             }
         };
         let y = match bias {
@@ -143,12 +144,12 @@ impl Adapter {
 
     /// m over the lengths of the rows of W + s·B·A, `[d_out]`; `None` without a magnitude. No gradient flows through the lengths: DoRA
     /// treats them as constants (arXiv 2402.09353, section 4.3).
-    fn row_factors(&self, weight: Tensor<2>) -> Option<Tensor<1>> {
+    fn row_factors(&self, weight: impl FnOnce() -> Tensor<2>) -> Option<Tensor<1>> {
         let magnitude = self.magnitude.as_ref()?;
         if let Some(settled) = &self.settled {
             return Some(settled.clone());
         }
-        let sum = (weight + self.product(self.lora_a.val())).detach();
+        let sum = (weight() + self.product(self.lora_a.val())).detach();
         Some(magnitude.val() / sum.powf_scalar(2.0).sum_dim(1).sqrt().squeeze_dim(1))
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use lowkey_kernels::quantized_linear::Quantization;
 use regex::Regex;
 
 use super::config::{AdapterConfig, ByPattern, Modules};
@@ -56,9 +57,16 @@ pub struct AdapterPlan {
     adapters: BTreeMap<String, LowRank>,
     /// Names of the tensors that are trained whole.
     saved: Vec<String>,
+    /// How the frozen matrices are packed.
+    pub(super) quantization: Option<Quantization>,
 }
 
 impl AdapterPlan {
+    /// A plan without adapters.
+    pub(crate) fn packing(quantization: Quantization) -> Self {
+        Self { adapters: BTreeMap::new(), saved: Vec::new(), quantization: Some(quantization) }
+    }
+
     /// The adapter of the map of that name, where it has one.
     pub fn of(&self, module: &str) -> Option<&LowRank> {
         self.adapters.get(module)
@@ -87,6 +95,11 @@ impl AdapterPlan {
             _ => 0,
         };
         self.factor_numbers(tensors) + tensors.iter().map(lengths).sum::<usize>()
+    }
+
+    /// Whether some adapter trains the lengths of rows (DoRA).
+    pub(super) fn has_lengths(&self) -> bool {
+        self.adapters.values().any(|low_rank| low_rank.use_dora)
     }
 
     /// Whether a tensor is trained: those of adapters, and those that are saved whole.
@@ -157,7 +170,7 @@ impl AdapterConfig {
             let (use_dora, dropout) = (self.use_dora, self.lora_dropout);
             adapters.insert(name.to_string(), LowRank { r, scale: alpha / per, use_dora, dropout, embeds });
         }
-        Ok(AdapterPlan { adapters, saved })
+        Ok(AdapterPlan { adapters, saved, quantization: self.quantization })
     }
 
     /// Refuses an adapter of the embedding where it cannot be had right.

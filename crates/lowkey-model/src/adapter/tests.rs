@@ -1,4 +1,5 @@
 mod dropping;
+mod quantization;
 mod several;
 
 use std::collections::BTreeMap;

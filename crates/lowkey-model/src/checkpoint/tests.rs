@@ -528,3 +528,94 @@ fn a_shard_that_is_no_file_is_named() {
         assert!(matches!(&error, Error::File { path, why } if *path == shard && why.contains("regular")), "{error}");
     }
 }
+
+#[test]
+fn nf4_is_stored_as_bitsandbytes_does_and_read_back() {
+    for (kind, config) in fixtures::every_kind() {
+        let model = scrambled(&config, 4, &Device::flex());
+        let dir = tempfile::tempdir().unwrap();
+        model.save_nf4(dir.path(), WeightDtype::F32, 4000).unwrap();
+        // What comes back is what the packed model computes with, and all else as it was.
+        assert_eq!(
+            bits(&load(dir.path()).unwrap()),
+            bits(&model.quantized(Quantization::Nf4).unwrap().merged()),
+            "{kind}"
+        );
+    }
+    let model = model(4);
+    let dir = tempfile::tempdir().unwrap();
+    model.save_nf4(dir.path(), WeightDtype::Bf16, ALL_IN_ONE).unwrap();
+    let path = dir.path().join(SINGLE);
+    let stored = read_tensors(&path);
+    let of = |name: &str| stored.iter().find(|(found, ..)| found == name).unwrap_or_else(|| panic!("no {name}"));
+    // Written down here a second time, element by element.
+    let (up, matrix) = ("model.layers.1.mlp.up_proj.weight", values(model.model.layers[1].mlp.up_proj.matrix()));
+    let count = matrix.len();
+    let (_, dtype, shape, codes) = of(up);
+    assert_eq!((*dtype, &shape[..]), (Dtype::U8, &[count.div_ceil(2), 1][..]));
+    let numbers = |bytes: &[u8]| stored::decode(Dtype::F32, bytes).unwrap();
+    let (_, dtype, shape, absmax) = of(&format!("{up}.absmax"));
+    assert_eq!((*dtype, &shape[..]), (Dtype::F32, &[count.div_ceil(64)][..]));
+    let (_, dtype, shape, map) = of(&format!("{up}.quant_map"));
+    assert_eq!((*dtype, &shape[..]), (Dtype::F32, &[16][..]));
+    let (absmax, map) = (numbers(absmax), numbers(map));
+    for (i, x) in matrix.iter().enumerate() {
+        let code = if i % 2 == 0 { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
+        let largest = matrix[i / 64 * 64..(i / 64 * 64 + 64).min(count)].iter().fold(0f32, |m, x| m.max(x.abs()));
+        assert_eq!(absmax[i / 64], largest);
+        let off = (map[usize::from(code)] * largest - x).abs();
+        assert!(map.iter().all(|level| (level * largest - x).abs() >= off - 1e-6), "{i}");
+    }
+    let (_, dtype, _, state) = of(&format!("{up}.quant_state.bitsandbytes__nf4"));
+    let state: Value = serde_json::from_slice(state).unwrap();
+    assert_eq!(*dtype, Dtype::U8);
+    assert_eq!(state, json!({ "quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [17, 12] }));
+    let kept = ["kv_b_proj.weight", "lm_head.weight", "norm.weight", "embed_tokens.weight"];
+    let plain = |dtype: &Dtype| *dtype == Dtype::BF16;
+    assert!(stored.iter().all(|(name, dtype, ..)| plain(dtype) == kept.iter().any(|end| name.ends_with(end))));
+    let config: Value = serde_json::from_str(&std::fs::read_to_string(dir.path().join(CONFIG)).unwrap()).unwrap();
+    assert_eq!(config["quantization_config"]["bnb_4bit_quant_type"], "nf4");
+    assert_eq!(config["quantization_config"]["llm_int8_skip_modules"], json!(["lm_head", "kv_b_proj"]));
+
+    // What is damaged or packed in another way is refused by name.
+    let refused = |change: &dyn Fn(&mut Stored) -> bool| {
+        let mut changed: Vec<Stored> = read_tensors(&path);
+        changed.retain_mut(|tensor| change(tensor));
+        let other = tempfile::tempdir().unwrap();
+        std::fs::copy(dir.path().join(CONFIG), other.path().join(CONFIG)).unwrap();
+        write_tensors(&other.path().join(SINGLE), &changed);
+        let why = load_error(other.path()).to_string();
+        assert!(why.contains(up), "{why}");
+        why
+    };
+    let end = |name: &str, end: &str| name.strip_prefix(up) == Some(end);
+    assert!(refused(&|(name, ..)| !end(name, ".absmax")).contains("missing"));
+    assert!(refused(&|(name, ..)| !end(name, "")).contains("missing"));
+    let state = |state: Value| {
+        move |(name, _, shape, bytes): &mut Stored| {
+            if end(name, ".quant_state.bitsandbytes__nf4") {
+                *bytes = state.to_string().into_bytes();
+                *shape = vec![bytes.len()];
+            }
+            true
+        }
+    };
+    let with = |blocksize: usize, shape: Value, nested: Value| {
+        state(json!({ "quant_type": "nf4", "blocksize": blocksize, "shape": shape, "nested_blocksize": nested }))
+    };
+    assert!(refused(&with(128, json!([17, 12]), Value::Null)).contains("another way"));
+    assert!(refused(&with(64, json!([17, 12]), json!(256))).contains("another way"));
+    assert!(refused(&with(64, json!([17, 14]), Value::Null)).contains("not those of a matrix"));
+    assert!(refused(&with(64, json!([usize::MAX, 3]), Value::Null)).contains("not those of a matrix"));
+    assert!(refused(&with(64, json!([12, 17]), Value::Null)).contains("expected"));
+    assert!(refused(&state(json!("nf4"))).contains("JSON"));
+    assert!(
+        refused(&|(name, _, _, bytes)| {
+            if end(name, ".quant_map") {
+                bytes[1] ^= 64;
+            }
+            true
+        })
+        .contains("levels")
+    );
+}

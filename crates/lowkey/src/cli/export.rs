@@ -46,8 +46,8 @@ pub(crate) struct ExportArguments {
     /// Folder to make [default: exports/NAME-LAYOUT, or exports/NAME-ENGINE]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
-    /// Number format of the weights: f32, bf16 or f16, and q8_0 for gguf
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16", "q8_0"])]
+    /// Number format of the weights: f32, bf16 or f16, q8_0 for gguf, and for hf nf4, the 4 bits of bitsandbytes
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16", "q8_0", "nf4"])]
     pub(crate) dtype: String,
     /// With --to fused: every layer in this form (expanded, absorbed or fused) instead of the one that reads least
     #[arg(long, value_name = "FORM")]

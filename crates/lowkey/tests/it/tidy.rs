@@ -247,7 +247,7 @@ const ONCE: &[Once] = &[
     },
     Once {
         mark: "weight.val()",
-        places: &[("lowkey-model/src/layers.rs", 3)],
+        places: &[("lowkey-model/src/layers.rs", 2), ("lowkey-model/src/layers/weight.rs", 3)],
         meaning: "a way to a weight past its layer, which an adapter would not see",
     },
 ];

@@ -1,8 +1,9 @@
 //! The operations of a training step. A new one is a new entry here.
 
 use burn::tensor::{Tensor, module::embedding};
+use lowkey_kernels::mlp::{MlpWeights, gated_mlp};
 use lowkey_kernels::{
-    LatentWeights, MlaDims, MlpWeights, add_linear, gated_mlp, latent_attention, linear,
+    LatentWeights, MlaDims, add_linear, latent_attention, linear,
     loss::{Labels, cross_entropy_sum},
     optim, rms_norm, rotate,
 };

@@ -177,3 +177,57 @@ fn another_run_goes_on_with_an_adapter_and_what_does_not_go_together_is_refused(
     let unknown = "[adapter]\ntarget_modules = [\"k_proj\"]\n";
     assert!(refused(unknown, "", &[]).contains("their names end in"), "{}", refused(unknown, "", &[]));
 }
+
+#[test]
+fn an_adapter_beside_packed_matrices_learns_and_goes_on_to_the_same_bits() {
+    let keys = |quantization: &str| format!("{ADAPTER}use_dora = true\nquantization = \"{quantization}\"\n");
+    for quantization in ["int8", "int4", "nf4"] {
+        let (unbroken, base) = beside(&keys(quantization), "");
+        let mut notes = Vec::new();
+        let outcome = unbroken.watch(&[], &AtomicBool::new(false), &mut |event| {
+            if let Event::Note(note) = event {
+                notes.push(note);
+            }
+        });
+        outcome.unwrap();
+        assert!(notes.iter().any(|note| note.contains(&format!("packed as {quantization}"))), "{notes:?}");
+        let losses: Vec<f64> = unbroken.metrics().into_iter().filter_map(|m| m.val_loss).collect();
+        assert!(losses.last() < losses.first(), "{quantization}: {losses:?}");
+        let text = std::fs::read_to_string(unbroken.out().join(run_dir::QUANTIZATION)).unwrap();
+        let layers: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let layers = layers.as_array().unwrap();
+        assert!(layers.iter().all(|layer| layer["error"].as_f64().is_some_and(|e| e > 0.0 && e < 0.2)), "{text}");
+        assert!(layers.iter().any(|layer| layer["name"] == "model.layers.0.mlp.up_proj"), "{text}");
+
+        let (mut run, _) = beside(&keys(quantization), "");
+        let interrupt = AtomicBool::new(false);
+        run.watch(&[], &interrupt, &mut |event| {
+            if matches!(event, Event::Step(metrics) if metrics.step == 7) {
+                interrupt.store(true, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+        run = run.resumed();
+        run.train(&[]).unwrap();
+        for file in ["adapter_model.safetensors", "trainer.safetensors"] {
+            let read = |run: &TinyRun| std::fs::read(run.checkpoint(STEPS).join(file)).unwrap();
+            assert!(read(&run) == read(&unbroken), "{quantization}: {file} differs");
+        }
+        // What it is packed as is part of what the run began with.
+        let other = if quantization == "nf4" { "int4" } else { "nf4" };
+        let refused = message(run.resumed().train(&[&format!("adapter.quantization={other}")]));
+        assert!(refused.contains("[adapter] is not what the run began with"), "{refused}");
+        let config = std::fs::read_to_string(unbroken.checkpoint(STEPS).join("adapter_config.json")).unwrap();
+        assert!(!config.contains("quantization"), "{config}");
+        drop(base);
+    }
+    // A plan counts what packing spares.
+    let bytes = |adapter: &str| {
+        let (run, _) = beside(adapter, "");
+        let config = RunConfig::load(&run.file(), &[]).unwrap();
+        let model = ModelDir::open(&config.init.as_ref().unwrap().from).unwrap().config().unwrap();
+        crate::plan::train_bytes(&config, &model, 1)
+    };
+    let (whole, packed) = (bytes(ADAPTER), bytes(&keys("nf4")));
+    assert!(packed < whole, "{packed} of {whole}");
+}
