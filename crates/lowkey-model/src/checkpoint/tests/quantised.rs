@@ -333,7 +333,7 @@ fn codes_that_cannot_be_read_are_an_error_that_names_the_tensor() {
     assert!(shapeless.contains("has no model.layers.1.self_attn.o_proj.weight_shape beside it"), "{shapeless}");
     let claim = |rows: i64, columns: i64| {
         refusal(&|tensors| {
-            part(tensors, "weight_shape").3 = [rows, columns].iter().flat_map(|n| n.to_le_bytes()).collect()
+            part(tensors, "weight_shape").3 = [rows, columns].iter().flat_map(|n| n.to_le_bytes()).collect();
         })
     };
     assert!(claim(192, i64::MAX).contains("which is no form"));
