@@ -32,6 +32,7 @@ mod time;
 
 pub use answers::{Answers, Span};
 pub use conversation::Conversation;
+pub(crate) use files::special_tokens_of;
 pub use template::{ChatTemplate, Options, Rendered};
 pub use time::{DateTime, Now};
 

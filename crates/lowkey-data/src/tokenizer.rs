@@ -540,8 +540,8 @@ impl Tokenizer {
         &self.json
     }
 
-    /// A file that came with the tokenizer from a model's folder: `tokenizer_config.json`, `special_tokens_map.json` or
-    /// `chat_template.jinja`.
+    /// A file that came with the tokenizer from a model's folder: `tokenizer_config.json`, `special_tokens_map.json`,
+    /// `chat_template.jinja` or `chat_template.json`.
     pub fn companion(&self, name: &str) -> Option<&str> {
         self.companions.iter().find(|(known, _)| known == name).map(|(_, text)| text.as_str())
     }

@@ -38,7 +38,7 @@ const fn of_tokenizer(name: &'static str, largest: u64) -> Companion {
 pub const COMPANIONS: [Companion; 13] = [
     companion("added_tokens.json", 64 * MIB),
     of_tokenizer("chat_template.jinja", 16 * MIB),
-    companion("chat_template.json", 16 * MIB),
+    of_tokenizer("chat_template.json", 16 * MIB),
     companion("generation_config.json", 16 * MIB),
     companion("merges.txt", GIB),
     companion("sentencepiece.bpe.model", GIB),

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use burn::tensor::Device;
 use half::{bf16, f16};
@@ -21,8 +22,11 @@ use crate::error::{Error, Result};
 use crate::model::CausalLm;
 use crate::params::Parameter;
 use crate::tensor::{Role, TensorSpec};
+use quantisation::Quantisation;
 
 pub(crate) mod nf4;
+pub(crate) mod quantisation;
+mod quantised;
 pub(crate) mod stored;
 
 const SINGLE: &str = "model.safetensors";
@@ -104,8 +108,8 @@ struct Entry {
     dtype: Dtype,
     shape: Vec<usize>,
     range: std::ops::Range<usize>,
-    /// Of a packed matrix, where its scales lie.
-    scales: Option<(usize, std::ops::Range<usize>)>,
+    /// What turns its bytes into values, where they are codes.
+    quantised: Option<Arc<quantised::Quantised>>,
 }
 
 /// A tensor as a file holds it.
@@ -125,6 +129,7 @@ impl Weights {
         }
         nf4::settle(&mut weights.tensors, &weights.files)?;
         weights.base = stored::settle_names(&mut weights.tensors, aliases, config.tie_word_embeddings);
+        quantised::settle(&mut weights, &Quantisation::of_directory(dir)?)?;
         Ok(weights)
     }
 
@@ -164,7 +169,7 @@ impl Weights {
                 dtype: view.dtype(),
                 shape: view.shape().to_vec(),
                 range: at..at + view.data().len(),
-                scales: None,
+                quantised: None,
             };
             if self.tensors.insert(name.clone(), entry).is_some() {
                 return Err(Error::file(&path, format!("tensor {name} stands in another shard too")));
@@ -234,13 +239,16 @@ impl Weights {
     }
 
     fn values(&self, name: &str, entry: &Entry) -> Result<Vec<f32>> {
-        let (path, map) = &self.files[entry.file];
-        let bytes = &map[entry.range.clone()];
-        let decoded = match &entry.scales {
-            Some((file, range)) => nf4::decode(bytes, &self.files[*file].1[range.clone()], &entry.shape),
+        let bytes = self.bytes(entry);
+        let values = match &entry.quantised {
+            Some(quantised) => quantised.decode(&entry.shape, bytes, |part| self.bytes(part)),
             None => stored::decode(entry.dtype, bytes),
         };
-        decoded.map_err(|why| Error::file(path, format!("tensor {name} {why}")))
+        values.map_err(|why| Error::file(&self.files[entry.file].0, format!("tensor {name} {why}")))
+    }
+
+    fn bytes(&self, entry: &Entry) -> &[u8] {
+        &self.files[entry.file].1[entry.range.clone()]
     }
 }
 
@@ -264,6 +272,10 @@ pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
         return Ok(vec![single]);
     }
     if !index.is_file() {
+        if let Some(name) = pickled(dir) {
+            let why = format!("holds its weights as {} alone; {PICKLED}", printable(&name));
+            return Err(Error::file(dir, why));
+        }
         let why = format!("no {SINGLE} and no {INDEX} here; a model directory needs one of them");
         return Err(Error::file(dir, why));
     }
@@ -281,9 +293,31 @@ pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
             let why = format!("weight_map.{} points outside the directory: {}", printable(tensor), printable(file));
             return Err(Error::file(&index, why));
         }
+        if is_pickled(file) {
+            return Err(Error::file(&index, format!("names {}; {PICKLED}", printable(file))));
+        }
         names.insert(file.to_string());
     }
     Ok(names.into_iter().map(|name| dir.join(name)).collect())
+}
+
+/// Why files of Python's pickles are not opened, and what to do.
+const PICKLED: &str = "a pickle is a program that runs when it is read, and is not opened here. Fetch the model's safetensors (most \
+                       have them, some on the branch refs/pr/1), or, where you trust the file, save it with transformers: \
+                       from_pretrained(DIR).save_pretrained(NEW)";
+
+fn is_pickled(name: &str) -> bool {
+    [".bin", ".pt", ".pth", ".ckpt", ".pkl"].iter().any(|end| name.ends_with(end))
+}
+
+/// A file of pickled weights in a folder; the first by name.
+fn pickled(dir: &Path) -> Option<String> {
+    let names = std::fs::read_dir(dir).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    // Other programs leave `training_args.bin` and the like.
+    let weights = |name: &String| {
+        is_pickled(name) && !["training_args", "optimizer", "scheduler"].iter().any(|n| name.starts_with(n))
+    };
+    names.filter(weights).min()
 }
 
 /// Compares the names and shapes of the tensors in `dir` with those that `config` asks for; no value is read.
@@ -295,7 +329,8 @@ pub fn check_weights(dir: &Path, config: &ModelConfig) -> Result<()> {
 }
 
 impl CausalLm {
-    /// Loads a Hugging Face directory; weights become f32.
+    /// Loads a Hugging Face directory; weights become f32, quantised ones too (`fp8` in blocks, and of `compressed-tensors` 8-bit
+    /// floats and integers of 8 and 4 bits), one tensor at a time.
     ///
     /// # Errors
     /// [`Error::Tensors`] lists every missing, unexpected and mis-shaped tensor; [`Error::File`] and [`Error::Io`] name the

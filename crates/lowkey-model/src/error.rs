@@ -87,7 +87,7 @@ fn report(missing: &[String], unexpected: &[String], mismatched: &[String]) -> S
 }
 
 /// A value as a message shows it: a file may hold a list of a million numbers where a number belongs.
-fn shortened(mut text: String) -> String {
+pub(crate) fn shortened(mut text: String) -> String {
     const SHOWN: usize = 200;
     if let Some((end, _)) = text.char_indices().nth(SHOWN) {
         text.truncate(end);

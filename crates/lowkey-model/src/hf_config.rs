@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
-use crate::checkpoint::nf4;
+use crate::checkpoint::quantisation::Quantisation;
 use crate::config::{Family, ModelConfig, default_eps};
 use crate::error::{Error, Result};
 use crate::layer_config::{LayerConfig, Layers, MlpConfig};
@@ -18,7 +18,7 @@ use crate::rope::{RopeConfig, RopeType};
 
 /// Largest `config.json` that is read. Those of published models have a few kilobytes; a tree of JSON takes a hundred times
 /// the room of its text.
-const LARGEST: u64 = 4 << 20;
+pub(crate) const LARGEST: u64 = 4 << 20;
 
 impl ModelConfig {
     /// Reads `config.json`.
@@ -267,13 +267,8 @@ fn refuse_unsupported(keys: &Keys, family: Family) -> Result<()> {
     {
         return Err(Error::config("hidden_act", act, "only \"silu\" (SwiGLU) is implemented"));
     }
-    if keys.0.get("quantization_config").is_some_and(|v| !v.is_null() && !nf4::is_read(v)) {
-        return Err(Error::config(
-            "quantization_config",
-            "(set)",
-            "of quantised checkpoints only those in nf4 of bitsandbytes are read; convert it to bf16, f16 or f32 first",
-        ));
-    }
+    // How the weights beside it are stored is no property of the model: it is read again where they are.
+    Quantisation::of_config(keys.0)?;
     if keys.flag("mlp_bias")?.unwrap_or(false) && !matches!(family, Family::Llama | Family::DeepseekV2 | Family::Lowkey)
     {
         let why =

@@ -7,6 +7,8 @@ use serde_json::{Map, Value, json};
 use super::*;
 use crate::tokenizer::Tokenizer;
 
+mod tools;
+
 fn conversation() -> Conversation {
     Conversation::new(vec![
         json!({"role": "system", "content": "Be brief."}),
@@ -95,29 +97,6 @@ fn each_built_in_template_writes_its_form_and_marks_the_answers() {
         assert_eq!(words, [2, 4], "{name}");
     }
     assert!(ChatTemplate::built_in("vicuna").unwrap_err().to_string().contains("chatml, llama3, qwen"));
-}
-
-#[test]
-fn tools_are_written_in_the_form_of_qwen() {
-    let chat = Conversation::from_json(json!({
-        "messages": [
-            {"role": "user", "content": "Weather?"},
-            {"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "sky", "arguments": {"city": "Bern", "days": 1.5}}}]},
-            {"role": "tool", "content": "grey"},
-            {"role": "assistant", "content": "Grey.", "reasoning_content": "It says so."},
-        ],
-        "tools": [{"type": "function", "function": {"name": "sky", "description": "<of> a & b"}}],
-    }))
-    .unwrap();
-    let template = ChatTemplate::built_in("qwen").unwrap();
-    let text = template.render(&chat, &Options::default()).unwrap().text;
-    assert!(text.contains(
-        "\n{\"type\": \"function\", \"function\": {\"name\": \"sky\", \"description\": \"<of> a & b\"}}\n</tools>"
-    ));
-    assert!(text.contains("<|im_start|>user\n<tool_response>\ngrey\n</tool_response><|im_end|>\n"));
-    let call = "<tool_call>\n{\"name\": \"sky\", \"arguments\": {\"city\": \"Bern\", \"days\": 1.5}}\n</tool_call><|im_end|>\n";
-    let last = "<think>\nIt says so.\n</think>\n\nGrey.<|im_end|>\n";
-    assert_eq!(answered(&template, &chat), [(1, call.to_owned()), (3, last.to_owned())]);
 }
 
 #[test]
@@ -334,6 +313,37 @@ fn a_models_template_is_found_wherever_it_lies() {
     fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
     write("chat_template.json", r#"{"chat_template": [1]}"#);
     assert!(ChatTemplate::of_directory(dir.path(), None).unwrap_err().to_string().contains("name and template"));
+}
+
+#[test]
+fn a_tokenizer_brings_the_template_that_its_folder_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+    Tokenizer::bytes().save(dir.path()).unwrap();
+    let both = || {
+        let found = ChatTemplate::of_directory(dir.path(), None).unwrap();
+        let tokenizer = Tokenizer::from_model_dir(dir.path()).unwrap();
+        let brought = ChatTemplate::of_tokenizer(&tokenizer).unwrap();
+        let source = |template: &Option<ChatTemplate>| template.as_ref().map(|t| t.source().to_owned());
+        assert_eq!(source(&found), source(&brought));
+        assert_eq!(source(&found), ChatTemplate::source_of_tokenizer(&tokenizer).unwrap());
+        brought
+    };
+    assert!(both().is_none());
+    write("chat_template.json", r#"{"chat_template": "{{ eos_token }}!"}"#);
+    let only = both().unwrap();
+    assert_eq!(only.render(&conversation(), &Options::default()).unwrap().text, "<|endoftext|>!");
+    // It goes where the tokenizer goes.
+    let other = tempfile::tempdir().unwrap();
+    Tokenizer::from_model_dir(dir.path()).unwrap().save(other.path()).unwrap();
+    let carried = ChatTemplate::of_directory(other.path(), None).unwrap().unwrap();
+    assert_eq!(carried.source(), "{{ eos_token }}!");
+    write("chat_template.jinja", "{{ bos_token }}");
+    assert_eq!(both().unwrap().source(), "{{ bos_token }}");
+    fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
+    write("chat_template.json", r#"{"chat_template": 7}"#);
+    let why = ChatTemplate::of_tokenizer(&Tokenizer::from_model_dir(dir.path()).unwrap()).unwrap_err().to_string();
+    assert!(why.starts_with("chat_template.json: chat_template must be a text"), "{why}");
 }
 
 #[test]

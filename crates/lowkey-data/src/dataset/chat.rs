@@ -117,6 +117,7 @@ impl DatasetConfig {
         hash.update(format!("{:?} {}\n", self.chat.template, self.train_on().name()));
         if self.chat.template.is_none() {
             hash.update(own("chat_template.jinja"));
+            hash.update(own("chat_template.json"));
             hash.update(own("tokenizer_config.json"));
         }
         Some(lowkey_files::hash::hex(&hash.finalize()).chars().take(8).collect())

@@ -16,6 +16,7 @@ use std::collections::HashSet;
 
 use lowkey_data::{
     Tokenizer,
+    chat::ChatTemplate,
     tokenizer::{END_OF_TEXT, byte_character},
 };
 use lowkey_model::ModelConfig;
@@ -106,7 +107,7 @@ pub(super) fn embed(
         out.set("tokenizer.ggml.merges", vocabulary.merges);
     }
     special_tokens(tokenizer, config, out, notes)?;
-    if let Some(template) = chat_template(tokenizer) {
+    if let Some(template) = ChatTemplate::source_of_tokenizer(tokenizer)? {
         out.set("tokenizer.chat_template", template);
     }
     Ok(())
@@ -237,21 +238,4 @@ fn special_tokens(
         notes.push(note.into());
     }
     Ok(())
-}
-
-/// The chat template that came with the tokenizer: its own file, or the entry of `tokenizer_config.json`, the default one
-/// where there are several.
-fn chat_template(tokenizer: &Tokenizer) -> Option<String> {
-    if let Some(text) = tokenizer.companion("chat_template.jinja") {
-        return Some(text.to_owned());
-    }
-    let config: Value = serde_json::from_str(tokenizer.companion("tokenizer_config.json")?).ok()?;
-    match config.get("chat_template")? {
-        Value::String(text) => Some(text.clone()),
-        Value::Array(named) => {
-            let default = named.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))?;
-            default.get("template")?.as_str().map(str::to_owned)
-        }
-        _ => None,
-    }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use lowkey_kernels::quantized_linear::{GROUP, NF4, Packed, Quantization};
 use memmap2::Mmap;
@@ -10,6 +11,7 @@ use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::quantised::Quantised;
 use super::{Entry, Raw, WeightDtype, stored};
 use crate::error::{Error, Result};
 
@@ -124,7 +126,7 @@ pub(super) fn settle(tensors: &mut BTreeMap<String, Entry>, files: &[(PathBuf, M
             return Err(refuse(format!("{MAP} has other levels than nf4")));
         }
         codes.shape = shape;
-        codes.scales = Some((absmax.file, absmax.range));
+        codes.quantised = Some(Arc::new(Quantised::nf4(absmax)));
     }
     Ok(())
 }

@@ -66,7 +66,11 @@ pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
             .collect(),
         // The upper half of an f16.
         Dtype::F8_E5M2 => Ok(bytes.iter().map(|b| f16::from_bits(u16::from(*b) << 8).to_f32()).collect()),
-        Dtype::F8_E4M3 => Ok(bytes.iter().map(|b| e4m3(*b)).collect()),
+        // Its one code that is no number has no place among weights.
+        Dtype::F8_E4M3 => match bytes.iter().position(|b| b & 0x7f == 0x7f) {
+            Some(at) => Err(format!("holds a code that is no number (NaN), at place {at}")),
+            None => Ok(bytes.iter().map(|b| e4m3(*b)).collect()),
+        },
         other => Err(format!(
             "has dtype {other:?}; only F32, BF16, F16, F64, F8_E4M3 and F8_E5M2 are read: save it in one of them"
         )),
@@ -74,7 +78,7 @@ pub(crate) fn decode(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
 }
 
 /// Sign, four bits of exponent, three of mantissa; no infinities (Micikevicius et al., arXiv 2209.05433).
-fn e4m3(bits: u8) -> f32 {
+pub(super) fn e4m3(bits: u8) -> f32 {
     let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
     let (exponent, mantissa) = (i32::from(bits >> 3 & 0xf), f32::from(bits & 7));
     sign * match (exponent, bits & 7) {
@@ -102,12 +106,35 @@ mod tests {
         ] {
             assert_eq!(read(Dtype::F8_E4M3, byte), value, "{byte:#x}");
         }
-        assert!(read(Dtype::F8_E4M3, 0x7f).is_nan() && read(Dtype::F8_E4M3, 0xff).is_nan());
+        for code in [0x7f, 0xff] {
+            assert!(decode(Dtype::F8_E4M3, &[0, code]).unwrap_err().contains("no number (NaN), at place 1"));
+        }
         assert!(read(Dtype::F8_E4M3, 0x80).is_sign_negative());
         for (byte, value) in [(0x01, 2f32.powi(-16)), (0x3c, 1.0), (0xbe, -1.5), (0x7b, 57344.0)] {
             assert_eq!(read(Dtype::F8_E5M2, byte), value, "{byte:#x}");
         }
         assert_eq!(read(Dtype::F8_E5M2, 0x7c), f32::INFINITY);
+    }
+
+    #[test]
+    fn each_of_the_256_codes_of_e4m3_is_its_formula() {
+        let mut finite = 0;
+        for code in 0..=u8::MAX {
+            let sign = if code < 128 { 1.0 } else { -1.0 };
+            let (exponent, mantissa) = ((code / 8 % 16) as f64, (code % 8) as f64);
+            // OFP8: 2^(e−7) · (1 + m/8), below e = 1 without the one; 448 is the largest.
+            let expected =
+                if exponent == 0.0 { mantissa / 512.0 } else { (exponent - 7.0).exp2() * (1.0 + mantissa / 8.0) };
+            match decode(Dtype::F8_E4M3, &[code]) {
+                Ok(value) => {
+                    assert_eq!(f64::from(value[0]), sign * expected, "{code:#x}");
+                    assert!(value[0].abs() <= 448.0 && value[0].is_sign_negative() == (code >= 128));
+                    finite += 1;
+                }
+                Err(why) => assert!(code % 128 == 127 && why.contains("NaN"), "{code:#x}: {why}"),
+            }
+        }
+        assert_eq!(finite, 254);
     }
 
     #[test]

@@ -2,6 +2,8 @@ use super::*;
 use crate::fixtures::{self, scrambled, values};
 use crate::model::ids_tensor;
 
+mod quantised;
+
 const ALL_IN_ONE: usize = usize::MAX;
 
 fn bits(model: &CausalLm) -> Vec<(String, Vec<usize>, Vec<u32>)> {

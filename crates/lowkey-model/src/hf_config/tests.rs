@@ -141,7 +141,7 @@ fn what_is_not_implemented_is_refused() {
     for (key, value) in [
         ("model_type", json!("minicpm3")),
         ("model_type", json!("qwen3_moe")),
-        ("quantization_config", json!({ "quant_method": "fp8" })),
+        ("quantization_config", json!({ "quant_method": "awq" })),
         ("hidden_act", json!("gelu")),
         ("first_k_dense_replace", json!(1)),
         ("head_dim", json!(11)),

@@ -19,6 +19,7 @@
 mod allocation;
 mod config;
 mod driver;
+mod finetune;
 mod gguf;
 mod models;
 mod mutate;
@@ -32,6 +33,11 @@ static ALLOCATOR: allocation::Counting = allocation::Counting;
 #[test]
 fn weights() {
     driver::fuzz(&weights::Single);
+}
+
+#[test]
+fn quantised() {
+    driver::fuzz(&weights::Quantised);
 }
 
 #[test]
@@ -67,4 +73,19 @@ fn export() {
 #[test]
 fn prepared() {
     driver::fuzz(&records::Prepared);
+}
+
+#[test]
+fn finetuning() {
+    driver::fuzz(&finetune::Records);
+}
+
+#[test]
+fn templates() {
+    driver::fuzz(&finetune::Templates);
+}
+
+#[test]
+fn adapters() {
+    driver::fuzz(&finetune::Adapters);
 }

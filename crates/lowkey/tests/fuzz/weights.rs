@@ -132,7 +132,7 @@ fn contradict(header: &mut Map<String, Value>, random: &mut ChaCha8Rng) {
     }
 }
 
-fn damage_weights(file: &mut Vec<u8>, random: &mut ChaCha8Rng) {
+pub(crate) fn damage_weights(file: &mut Vec<u8>, random: &mut ChaCha8Rng) {
     let Some((mut header, mut values)) = open(file) else { return mutate::bytes(file, random) };
     match below(random, 14) {
         0 => mutate::bytes(file, random),
@@ -213,6 +213,105 @@ impl Target for Single {
 
     fn inputs(&self) -> u64 {
         20_000
+    }
+}
+
+/// `CausalLm::load` of weights of 8 and 4 bits.
+pub(crate) struct Quantised;
+
+/// The saved model with its maps as codes, each with a scale for a row: floats of 8 bits, or four bits packed in words.
+fn coded(packed: bool) -> Input {
+    let group = json!({ "targets": ["Linear"], "weights": { "num_bits": if packed { 4 } else { 8 },
+                        "type": if packed { "int" } else { "float" }, "strategy": "channel" } });
+    let method = json!({ "quant_method": "compressed-tensors", "format": if packed { "pack-quantized" } else { "float-quantized" },
+                         "config_groups": { "group_0": group }, "ignore": ["lm_head"] });
+    let mut input = saved(&config(json!({ "quantization_config": null })), WeightDtype::F32, usize::MAX);
+    let Some(Entry::File(file)) = input.get_mut("config.json") else { panic!("no config.json") };
+    let mut keys: Value = serde_json::from_slice(file).unwrap();
+    keys["quantization_config"] = method;
+    *file = keys.to_string().into_bytes();
+    let Some(Entry::File(file)) = input.get_mut(SINGLE) else { panic!("no weights") };
+    let (header, values) = open(file).unwrap();
+    let (mut new, mut bytes) = (Map::new(), Vec::new());
+    let mut add = |name: String, dtype: &str, shape: Value, data: &[u8]| {
+        let start = bytes.len();
+        bytes.extend_from_slice(data);
+        new.insert(name, json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, bytes.len()] }));
+    };
+    for (name, info) in header.iter().filter(|(name, _)| *name != "__metadata__") {
+        let at = |i: usize| info["data_offsets"][i].as_u64().unwrap() as usize;
+        let Some(module) = name.strip_suffix(".weight").filter(|module| module.contains("proj")) else {
+            add(name.clone(), "F32", info["shape"].clone(), &values[at(0)..at(1)]);
+            continue;
+        };
+        let size = |i: usize| info["shape"][i].as_u64().unwrap() as usize;
+        let (rows, columns) = (size(0), size(1));
+        if packed {
+            let words = columns.div_ceil(8);
+            add(format!("{module}.weight_packed"), "I32", json!([rows, words]), &vec![0x5a; rows * words * 4]);
+            let shape: Vec<u8> = [rows as u64, columns as u64].iter().flat_map(|n| n.to_le_bytes()).collect();
+            add(format!("{module}.weight_shape"), "I64", json!([2]), &shape);
+        } else {
+            add(name.clone(), "F8_E4M3", info["shape"].clone(), &vec![0x31; rows * columns]);
+        }
+        add(format!("{module}.weight_scale"), "BF16", json!([rows, 1]), &vec![0x3c; rows * 2]);
+    }
+    *file = close(Value::Object(new).to_string().as_bytes(), &bytes);
+    input
+}
+
+impl Target for Quantised {
+    fn name(&self) -> &'static str {
+        "quantised"
+    }
+
+    fn seeds(&self) -> Vec<Input> {
+        vec![coded(false), coded(true)]
+    }
+
+    fn main_file(&self) -> &'static str {
+        SINGLE
+    }
+
+    fn damage(&self, input: &mut Input, random: &mut ChaCha8Rng) {
+        if once_in(random, 3)
+            && let Some(Entry::File(file)) = input.get_mut("config.json")
+        {
+            let mut keys: Value = serde_json::from_slice(file).unwrap();
+            let known =
+                [json!("group"), json!("tensor"), json!(8), json!("int-quantized"), json!([128, 128]), json!("fp8")];
+            mutate::value(&mut keys["quantization_config"], &known, random);
+            *file = keys.to_string().into_bytes();
+            return;
+        }
+        if let Some(Entry::File(file)) = input.get_mut(SINGLE) {
+            // The shape that a packed matrix claims, among other bytes.
+            if once_in(random, 3)
+                && let Some((header, mut values)) = open(file)
+            {
+                mutate::bytes(&mut values, random);
+                *file = close(Value::Object(header).to_string().as_bytes(), &values);
+            } else {
+                damage_weights(file, random);
+            }
+        }
+    }
+
+    fn read(&self, dir: &Path) -> Result<(), String> {
+        load(dir)
+    }
+
+    fn is_deep(&self, refusal: &str) -> bool {
+        !refusal.contains("not a readable safetensors file")
+    }
+
+    /// Four bits become 32. Names are put together for the parts of each matrix.
+    fn limit(&self, bytes: usize) -> usize {
+        MODEL + json_limit(bytes)
+    }
+
+    fn inputs(&self) -> u64 {
+        10_000
     }
 }
 

@@ -155,6 +155,12 @@ fn a_tokenizer_json_is_embedded_with_its_holes_and_its_template() {
     assert_eq!(metadata.integer("tokenizer.ggml.eos_token_id"), Some(258));
     assert_eq!(metadata.text("tokenizer.chat_template"), Some("{{ messages }}"));
     let (folder, _) = hugging_face(|json| json["model"]["merges"] = json!(["t h"]));
+    let template = || {
+        let (metadata, _) = embedded(&Tokenizer::from_model_dir(folder.0.path()).unwrap(), 262).unwrap();
+        metadata.text("tokenizer.chat_template").map(str::to_owned)
+    };
+    std::fs::write(folder.file("chat_template.json"), r#"{"chat_template": "{{ third }}"}"#).unwrap();
+    assert_eq!(template().as_deref(), Some("{{ third }}"));
     std::fs::write(folder.file("chat_template.jinja"), "{{ other }}").unwrap();
     let (metadata, _) = embedded(&Tokenizer::from_model_dir(folder.0.path()).unwrap(), 262).unwrap();
     assert_eq!(metadata.text("tokenizer.chat_template"), Some("{{ other }}"));
