@@ -226,7 +226,7 @@ fn an_adapter_beside_packed_matrices_learns_and_goes_on_to_the_same_bits() {
         let (run, _) = beside(adapter, "");
         let config = RunConfig::load(&run.file(), &[]).unwrap();
         let model = ModelDir::open(&config.init.as_ref().unwrap().from).unwrap().config().unwrap();
-        crate::plan::train_bytes(&config, &model, 1)
+        train_bytes(&config, &model, 1)
     };
     let (whole, packed) = (bytes(ADAPTER), bytes(&keys("nf4")));
     assert!(packed < whole, "{packed} of {whole}");
