@@ -46,7 +46,7 @@ pub(crate) fn attentions<'a>(model: &'a CausalLm, what: &'static str) -> Result<
         let why = format!("{} attention has no latent; only MLA models do", model.config.attention_name());
         Error::Unsupported { what, why }
     };
-    if model.config.attention().latent().is_some() && !model.config.attention().fuses() {
+    if model.config.attention().latent().is_some_and(|mla| !mla.reads_linearly()) {
         let why = "what reads its latents is not a matter of weights alone".to_owned();
         return Err(Error::Unsupported { what, why });
     }

@@ -30,6 +30,9 @@ fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig 
         rope_interleave: true,
         kv_cache_rank: None,
         latent_scale: false,
+        latent_norm: true,
+        query_bias: false,
+        rope_pairs: None,
     };
     let mut config = ModelConfig {
         vocab_size: 31,
@@ -74,6 +77,7 @@ fn zoo() -> Vec<(&'static str, ModelConfig)> {
         ("attention_bias", config(|_, m| (m.attention_bias, m.q_lora_rank) = (true, Some(6)))),
         ("yarn", config(|c, _| c.rope = yarn)),
         ("latent_scale", config(|_, m| m.latent_scale = true)),
+        ("no latent norm, query bias", config(|_, m| (m.latent_norm, m.query_bias) = (false, true))),
         ("no rope", config(|_, m| m.qk_rope_head_dim = 0)),
         ("tied, one head", config(|c, _| (c.tie_word_embeddings, c.num_attention_heads) = (true, 1))),
         ("latent wider than d", config(|_, m| m.kv_lora_rank = 19)),
