@@ -29,8 +29,8 @@ pub struct Wanted {
     /// Numbers of the shared key that turn with its position. Absent: under a budget as many as lose least on the text, otherwise as
     /// many as one head had.
     pub rotated: Option<usize>,
-    /// Which these are.
-    pub keep: Keep,
+    /// Which these are. Absent: of the strongest and as many of each frequency what loses less on the text.
+    pub keep: Option<Keep>,
     /// What decides which directions of a latent stay.
     pub importance: Importance,
 }
@@ -48,10 +48,21 @@ pub struct Converted {
     pub loss_before: f64,
     /// And after.
     pub loss_after: f64,
-    /// Widths of the shared key that were tried, with the loss that each came to with equal latents.
-    pub tried: Vec<(usize, f64)>,
+    /// Shared keys that were tried.
+    pub tried: Vec<Tried>,
     /// What cutting each layer alone costs, where layers share a budget.
     pub curves: Vec<Curve>,
+}
+
+/// A shared key that was tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Tried {
+    /// Numbers that turn.
+    pub rotated: usize,
+    /// Which.
+    pub keep: Keep,
+    /// The loss with equal latents beside it.
+    pub loss: f64,
 }
 
 /// Converts a model without norms on its heads.
@@ -82,8 +93,8 @@ pub fn fit(
     }
     let inputs = Inputs::measure(model, text, device, observe)?;
     let loss_before = loss(model, text, device)?;
-    let attempt = |rotated: usize, observe: Observer| -> Result<(Rotated, CausalLm, f64)> {
-        let latent = narrowed(model, rotated, wanted.keep, &inputs, device)?;
+    let attempt = |rotated: usize, keep: Keep, observe: Observer| -> Result<(Rotated, CausalLm, f64)> {
+        let latent = narrowed(model, rotated, keep, &inputs, device)?;
         let whole = latent.config.kv_ranks().into_iter().min().unwrap_or(0);
         let rank = match wanted.width {
             Width::Rank(rank) if rank == 0 || rank > whole => {
@@ -105,10 +116,15 @@ pub fn fit(
     };
     let mut tried = Vec::new();
     let mut best: Option<(usize, Rotated, CausalLm, f64)> = None;
-    for (done, rotated) in candidates.iter().enumerate() {
-        observe(Progress { doing: "widths of the rotated key", done, of: candidates.len() });
-        let (latents, cut, loss) = attempt(*rotated, observe)?;
-        tried.push((*rotated, loss));
+    let keeps = wanted.keep.map_or(vec![Keep::Energy, Keep::Uniform], |keep| vec![keep]);
+    // Where all or none turn it is the same for each.
+    let keeps = |rotated: usize| if (1..most).contains(&rotated) { &keeps[..] } else { &keeps[..1] };
+    let candidates: Vec<(usize, Keep)> =
+        candidates.iter().flat_map(|rotated| keeps(*rotated).iter().map(|keep| (*rotated, *keep))).collect();
+    for (done, (rotated, keep)) in candidates.iter().enumerate() {
+        observe(Progress { doing: "rotated keys", done, of: candidates.len() });
+        let (latents, cut, loss) = attempt(*rotated, *keep, observe)?;
+        tried.push(Tried { rotated: *rotated, keep: *keep, loss });
         if best.as_ref().is_none_or(|(.., least)| loss < *least) {
             best = Some((*rotated, latents, cut, loss));
         }

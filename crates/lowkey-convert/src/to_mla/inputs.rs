@@ -19,6 +19,13 @@ pub struct Inputs {
 }
 
 impl Inputs {
+    /// Distances of queries and keys by what they weigh: as often as they come, and with that power of the distance the less, as
+    /// attention gives more to what is near.
+    pub(crate) fn near(&self, power: i32) -> Vec<f64> {
+        let weigh = |(distance, pairs): (usize, &f64)| pairs / ((distance + 1) as f64).powi(power);
+        self.distances.iter().enumerate().map(weigh).collect()
+    }
+
     /// Of each sequence by itself.
     ///
     /// # Errors

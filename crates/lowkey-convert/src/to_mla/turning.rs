@@ -7,16 +7,17 @@
 //! eigenvectors of E^½ E[κκ*] E^½, E the energy of each head's queries: the eigenvalue of each is what it would cost to leave it out.
 
 use faer::{Mat, Side, c64};
+use serde::Serialize;
 
 use super::heads::Heads;
 use crate::error::{Error, Result};
 use crate::matrix::Origin;
 
 /// Which directions keep their rotation where not all can.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Keep {
     /// Those whose scores would miss most without.
-    #[default]
     Energy,
     /// As many of each frequency, the strongest first (TransMLA).
     Uniform,
@@ -31,8 +32,8 @@ pub(crate) struct Turning {
     pub(crate) key: Mat<c64>,
     /// A `[G, r]`: by whose rows queries read it.
     pub(crate) query: Mat<c64>,
-    /// What stands in for the rotation of the rest: the mean of e^(−iθΔ) over the distances Δ of queries and keys, which misses least
-    /// of all constants.
+    /// What stands in for the rotation of the rest: its mean over distances of queries and keys, of all constants the one by which
+    /// scores miss least.
     pub(crate) rest: c64,
 }
 
@@ -142,7 +143,8 @@ pub(crate) fn share(costs: &[Vec<f64>], groups: usize, pairs: usize, keep: Keep)
         Keep::Uniform => {
             let spread = costs.len();
             let last = pairs % spread.max(1);
-            let taken = |l: usize| last > 0 && (l * last) / spread != ((l + 1) * last) / spread;
+            // From the fastest on, in equal steps: of G heads' frequencies those that DeepSeek's attention would give a key so wide.
+            let taken = |l: usize| (l * last) % spread < last;
             order.sort_by_key(|(l, j)| (*j, if *j == pairs / spread.max(1) { !taken(*l) } else { false }, *l));
         }
     }

@@ -21,9 +21,9 @@ pub(crate) struct ConvertArguments {
     /// Numbers of the shared rotated key [default: as many as lose least of a budget; beside --kv-rank those of one head]
     #[arg(long, value_name = "R", requires = "to")]
     pub(crate) rope_dim: Option<usize>,
-    /// Which directions of the keys go on turning
-    #[arg(long, value_name = "WHICH", requires = "to", default_value = "energy")]
-    pub(crate) rope_keep: Keep,
+    /// Which directions of the keys go on turning [default: of energy and uniform what loses less]
+    #[arg(long, value_name = "WHICH", requires = "to")]
+    pub(crate) rope_keep: Option<Keep>,
     /// What decides which directions of a latent stay
     #[arg(long, value_name = "BY", requires = "to", default_value = "readers")]
     pub(crate) importance: Importance,

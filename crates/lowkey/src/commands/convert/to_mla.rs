@@ -96,7 +96,7 @@ fn make(
             let wanted = Wanted {
                 width,
                 rotated: arguments.rope_dim,
-                keep: arguments.rope_keep.into(),
+                keep: arguments.rope_keep.map(Into::into),
                 importance: arguments.importance.into(),
             };
             Some(fit(&plain, wanted, train, device, observe)?)
@@ -165,7 +165,10 @@ fn report(model: &CausalLm, made: &Made, text: Option<&text::Calibration>) -> Va
         "calibration": calibration,
         "held_out": made.held_out.map(losses),
         "rotated_keys_tried": made.fitted.as_ref().map(|fitted| {
-            fitted.tried.iter().map(|(rotated, loss)| json!({ "qk_rope_head_dim": rotated, "loss": loss })).collect::<Vec<_>>()
+            let tried = fitted.tried.iter().map(|tried| {
+                json!({ "qk_rope_head_dim": tried.rotated, "keep": tried.keep, "loss": tried.loss })
+            });
+            tried.collect::<Vec<_>>()
         }),
         "curves": made.fitted.as_ref().map(|fitted| &fitted.curves),
     })
