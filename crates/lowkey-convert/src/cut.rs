@@ -8,8 +8,9 @@ use lowkey_model::{CausalLm, Rows};
 use crate::allocation::{Curve, allocate, grid};
 use crate::basis::{Basis, fold, rotate};
 use crate::error::{Error, Result};
+use crate::importance::Importance;
 use crate::matrix::{check_finite, to_mat, to_tensor, trace};
-use crate::moments::{attentions, check_text, measure, readers};
+use crate::moments::{attentions, check_text, measure};
 use crate::{Observer, Progress};
 
 /// Share of the mean variance that a fit adds to each kept direction: far above what rounding in f64 leaves of a direction that no
@@ -47,6 +48,20 @@ impl Rotated {
     /// [`Error::Unsupported`] for a model without latents or with latents that are cut already, [`Error::Text`] for a text that it
     /// cannot read, [`Error::NotFinite`] for a weight that is no number.
     pub fn new(model: &CausalLm, text: &[Vec<u32>], device: &Device, observe: Observer) -> Result<Self> {
+        Self::by(Importance::default(), model, text, device, observe)
+    }
+
+    /// As [`Rotated::new`], with directions ordered by what `importance` counts.
+    ///
+    /// # Errors
+    /// As [`Rotated::new`].
+    pub fn by(
+        importance: Importance,
+        model: &CausalLm,
+        text: &[Vec<u32>],
+        device: &Device,
+        observe: Observer,
+    ) -> Result<Self> {
         check_finite(model)?;
         let model = fold(model)?;
         let moments = measure(&model, text, device, observe)?;
@@ -54,8 +69,9 @@ impl Rotated {
         let layers = attentions(&model, "rotating a latent")?;
         for (layer, (mla, moments)) in layers.iter().zip(&moments).enumerate() {
             observe(Progress { doing: "bases", done: layer, of: layers.len() });
-            let basis = Basis::of(&readers(mla, moments)?, &moments.latent, layer)?;
-            latents.push(basis.vectors.transpose() * &moments.latent * &basis.vectors);
+            let (readers, latent) = importance.of(mla, moments)?;
+            let basis = Basis::of(&readers, &latent, layer)?;
+            latents.push(basis.vectors.transpose() * &latent * &basis.vectors);
             bases.push(basis);
         }
         Ok(Self { model: rotate(&model, &bases, device)?, latents })

@@ -7,8 +7,9 @@ use serde::Serialize;
 
 use crate::basis::{Basis, fold};
 use crate::error::{Error, Result};
+use crate::importance::readers;
 use crate::matrix::{Origin, check_finite, eigen, rows, singular_values, to_mat};
-use crate::moments::{Moments, attentions, measure, readers};
+use crate::moments::{Moments, attentions, measure};
 use crate::{Observer, Progress};
 
 /// The spectrum of a matrix, and two ranks that need no threshold.

@@ -14,11 +14,11 @@ pub(crate) struct Origin {
 }
 
 impl Origin {
-    fn failed(self) -> Error {
+    pub(crate) fn failed(self) -> Error {
         Error::Decomposition { layer: self.layer, what: self.what }
     }
 
-    fn check_finite(self, matrix: &Mat<f64>) -> Result<()> {
+    pub(crate) fn check_finite(self, matrix: &Mat<f64>) -> Result<()> {
         let finite = (0..matrix.ncols()).all(|j| (0..matrix.nrows()).all(|i| matrix[(i, j)].is_finite()));
         if finite { Ok(()) } else { Err(Error::Overflow { layer: self.layer, what: self.what }) }
     }

@@ -11,7 +11,7 @@ use lowkey_model::{
 };
 
 use crate::error::{Error, Result};
-use crate::matrix::{to_mat, trace};
+use crate::matrix::to_mat;
 use crate::{Observer, Progress};
 
 /// Moments of one layer.
@@ -46,7 +46,7 @@ pub(crate) fn attentions<'a>(model: &'a CausalLm, what: &'static str) -> Result<
         let why = format!("{} attention has no latent; only MLA models do", model.config.attention_name());
         Error::Unsupported { what, why }
     };
-    if model.config.attention().latent().is_some() && !model.config.attention().fuses() {
+    if model.config.attention().latent().is_some_and(|mla| !mla.reads_linearly()) {
         let why = "what reads its latents is not a matter of weights alone".to_owned();
         return Err(Error::Unsupported { what, why });
     }
@@ -163,25 +163,4 @@ fn variance(scores: Tensor<3>, heads: usize, seq: usize) -> Result<f64> {
     let sum = sum.sum().try_into_vec_as::<f32>();
     let sum = sum.map_err(|e| Error::Device { what: "a variance", why: format!("{e:?}") })?;
     Ok(sum.first().copied().map_or(0.0, f64::from))
-}
-
-/// Σ_h W_UK,hᵀ E\[q qᵀ\] W_UK,h and Σ_h W_UV,hᵀ W_O,hᵀ W_O,h W_UV,h, each scaled so that it reads 1 of the given latents: what the
-/// logits and the residual stream see of a latent, `[L, L]`. The two have no common unit; each counts as much as the other.
-pub(crate) fn readers(mla: &Mla, moments: &Moments) -> Result<Mat<f64>> {
-    let MlaDims { heads, nope, value, rank, .. } = mla.dims;
-    let kv_b = to_mat(mla.kv_b_proj.matrix(), "kv_b_proj")?;
-    let w_o = to_mat(mla.o_proj.matrix(), "o_proj")?;
-    let (mut keys, mut values) = (Mat::zeros(rank, rank), Mat::zeros(rank, rank));
-    for (head, queries) in (0..heads).zip(&moments.queries) {
-        let first = head * (nope + value);
-        let (w_uk, w_uv) = (kv_b.subrows(first, nope), kv_b.subrows(first + nope, value));
-        keys += w_uk.transpose() * queries * w_uk;
-        let out = w_o.subcols(head * value, value) * w_uv;
-        values += out.transpose() * &out;
-    }
-    let scaled = |gram: Mat<f64>| {
-        let read = trace(&(&gram * &moments.latent));
-        faer::Scale(if read > 0.0 { 1.0 / read } else { 0.0 }) * &gram
-    };
-    Ok(scaled(keys) + scaled(values))
 }

@@ -11,11 +11,12 @@ use lowkey_model::{
 };
 
 use crate::basis::Basis;
+use crate::importance::readers;
 use crate::matrix::{to_mat, trace};
-use crate::moments::{measure, readers};
+use crate::moments::measure;
 use crate::*;
 
-fn device() -> Device {
+pub(crate) fn device() -> Device {
     Device::flex()
 }
 
@@ -30,6 +31,9 @@ fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig 
         rope_interleave: true,
         kv_cache_rank: None,
         latent_scale: false,
+        latent_norm: true,
+        query_bias: false,
+        rope_pairs: None,
     };
     let mut config = ModelConfig {
         vocab_size: 31,
@@ -74,6 +78,7 @@ fn zoo() -> Vec<(&'static str, ModelConfig)> {
         ("attention_bias", config(|_, m| (m.attention_bias, m.q_lora_rank) = (true, Some(6)))),
         ("yarn", config(|c, _| c.rope = yarn)),
         ("latent_scale", config(|_, m| m.latent_scale = true)),
+        ("no latent norm, query bias", config(|_, m| (m.latent_norm, m.query_bias) = (false, true))),
         ("no rope", config(|_, m| m.qk_rope_head_dim = 0)),
         ("tied, one head", config(|c, _| (c.tie_word_embeddings, c.num_attention_heads) = (true, 1))),
         ("latent wider than d", config(|_, m| m.kv_lora_rank = 19)),
@@ -81,7 +86,7 @@ fn zoo() -> Vec<(&'static str, ModelConfig)> {
 }
 
 /// Numbers in -1..1 by splitmix64.
-fn noise(seed: u64, len: usize) -> Vec<f64> {
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
     let mut next = || {
         state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -93,13 +98,13 @@ fn noise(seed: u64, len: usize) -> Vec<f64> {
     (0..len).map(|_| next()).collect()
 }
 
-fn random(seed: u64, rows: usize, columns: usize) -> Mat<f64> {
+pub(crate) fn random(seed: u64, rows: usize, columns: usize) -> Mat<f64> {
     let values = noise(seed, rows * columns);
     Mat::from_fn(rows, columns, |i, j| values[i * columns + j])
 }
 
 /// Every number at random, norms and biases included.
-fn model(config: &ModelConfig, seed: u64) -> CausalLm {
+pub(crate) fn model(config: &ModelConfig, seed: u64) -> CausalLm {
     let mut model = CausalLm::init(config, seed, &device());
     model.update(|parameters| {
         let changed = parameters.into_iter().enumerate().map(|(i, parameter)| {
@@ -115,22 +120,22 @@ fn model(config: &ModelConfig, seed: u64) -> CausalLm {
     model
 }
 
-fn text(rows: u32, len: u32) -> Vec<Vec<u32>> {
+pub(crate) fn text(rows: u32, len: u32) -> Vec<Vec<u32>> {
     (0..rows).map(|row| (0..len + row).map(|i| (i * i * (row + 1) + 5 * i + row) % 31).collect()).collect()
 }
 
-fn logits(model: &CausalLm, ids: &[u32]) -> Vec<f64> {
+pub(crate) fn logits(model: &CausalLm, ids: &[u32]) -> Vec<f64> {
     let logits = model.forward(ids_tensor(ids, 1, ids.len(), &device()));
     logits.try_into_vec_as::<f64>().unwrap_or_else(|_| panic!("logits"))
 }
 
 /// max |Δ| over max |a|.
-fn distance(a: &[f64], b: &[f64]) -> f64 {
+pub(crate) fn distance(a: &[f64], b: &[f64]) -> f64 {
     let most = a.iter().fold(0.0f64, |most, x| most.max(x.abs()));
     a.iter().zip(b).fold(0.0f64, |worst, (a, b)| worst.max((a - b).abs())) / most
 }
 
-fn wide(model: &CausalLm) -> CausalLm {
+pub(crate) fn wide(model: &CausalLm) -> CausalLm {
     let values = model.parameters().into_iter().map(|p| p.value.cast(FloatDType::F64)).collect();
     model.clone().with_values(values)
 }

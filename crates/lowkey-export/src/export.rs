@@ -9,6 +9,7 @@ use lowkey_infer::Form;
 use lowkey_model::{
     CausalLm, NewModelDir,
     attention::{FusedMla, Mla},
+    checkpoint::WeightDtype,
 };
 
 use crate::certificate::{
@@ -131,8 +132,12 @@ fn write(source: &Source, options: &Options, plan: &[LayerPlan], staging: &NewMo
             summary.fallbacks.iter().map(|name| format!("{name} is stored in f16: its rows are no whole blocks"));
         return Ok(summary.notes.into_iter().chain(fallbacks).collect());
     }
-    let model = canonical(&source.model)?;
     let dtype = target.weight_dtype()?;
+    if dtype == WeightDtype::F16 && source.model.config.attention().latent().is_some_and(|mla| !mla.latent_norm) {
+        let why = "its latents have no norm, and the numbers by which one that does nothing is written are too small for f16: use bf16";
+        return Err(Error::unsupported("f16", why));
+    }
+    let model = canonical(&source.model)?;
     hf::write(dir, &model, tokenizer, &source.generation, (dtype, target.is_packed()), *max_shard_bytes)?;
     // Templates that no file of the tokenizer names, and the tokenizer's other spellings.
     staging.carry(&source.dir)?;

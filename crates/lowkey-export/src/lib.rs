@@ -84,6 +84,7 @@ pub mod export;
 mod files;
 pub mod gguf;
 mod hf;
+mod idle_norm;
 mod markdown;
 pub mod plan;
 mod products;

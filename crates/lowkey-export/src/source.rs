@@ -8,6 +8,7 @@ use lowkey_files::hash::FileHash;
 use lowkey_model::{CausalLm, ModelDir, attention::AttentionConfig, config::Family};
 
 use crate::error::{Error, Result};
+use crate::idle_norm::with_idle_norms;
 
 /// A model directory, opened.
 #[derive(Debug)]
@@ -60,12 +61,14 @@ impl Source {
 ///
 /// A factor on the latent (`latent_scale`) is multiplied into the gain of the latent's norm, which is the same computation
 /// and leaves a plain DeepSeek-V3; each gain is rounded once. A cut latent is read whole again, with weights of zero for what was
-/// cut: the same function from a cache as wide as before, as no class of transformers has a narrower one. Adapters are multiplied in.
+/// cut: the same function from a cache as wide as before, as no class of transformers has a narrower one. A latent without a norm gets
+/// one that does nothing. Adapters are multiplied in.
 ///
 /// # Errors
 /// [`Error::Unsupported`] where no class of transformers computes the model.
 pub fn canonical(model: &CausalLm) -> Result<CausalLm> {
     let mut model = model.with_whole_latents();
+    with_idle_norms(&mut model)?;
     for block in &mut model.model.layers {
         if let Some(mla) = block.self_attn.latent_mut()
             && mla.dims.latent_scale != 1.0

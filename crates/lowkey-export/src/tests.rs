@@ -7,10 +7,10 @@ use burn::tensor::{Device, FloatDType, Tensor};
 use lowkey_infer::{Decoder, Form};
 use lowkey_model::{
     CausalLm, ModelConfig,
-    attention::{AttentionConfig, GroupedConfig},
+    attention::{AttentionConfig, GroupedConfig, MlaConfig},
     checkpoint::WeightDtype,
     ids_tensor,
-    rope::RopeConfig,
+    rope::{RopeConfig, RopePairs},
 };
 
 use crate::certificate::TensorError;
@@ -176,6 +176,40 @@ fn a_latent_scale_is_folded_into_a_plain_deepseek_v3() {
     let ids: Vec<u32> = (0..60).map(|i| (i * 7 + 1) % 29).collect();
     let off = distance(&logits(&plain, &ids), &logits(&model, &ids));
     assert!(off < 1e-5, "{off:e}");
+}
+
+#[test]
+fn a_latent_without_a_norm_gets_one_that_does_nothing() {
+    let config = config_with(|_, m| (m.latent_norm, m.attention_bias) = (false, true));
+    let model = random_model(&config, 3);
+    let plain = canonical(&model).unwrap();
+    assert_eq!(plain.config.family.model_type(), "deepseek_v3");
+    let ids: Vec<u32> = (0..60).map(|i| (i * 7 + 1) % 29).collect();
+    let off = distance(&logits(&plain, &ids), &logits(&model, &ids));
+    assert!(off < 1e-5, "{off:e}");
+    let folder = Folder::new();
+    let source = source(&folder, &config_with(|_, m| m.latent_norm = false), 4);
+    for to in ["hf", "absorbed", "fused"] {
+        let out = folder.file(to);
+        exported(&source, &out, to, "f32");
+        assert_eq!(verdict(&out, Some(&source)).failures, [""; 0], "{to}");
+    }
+    for (to, dtype, fragment) in [("hf", "f16", "use bf16"), ("gguf", "f32", "latent_norm = false")] {
+        let options = options(&source, folder.file("refused"), to, dtype);
+        let refused = export(&source, &options, &device(), &mut |_| {}).unwrap_err().to_string();
+        assert!(refused.contains(fragment), "{refused}");
+    }
+    let other = random_model(&config_with(|c, m| (c.rms_norm_eps, m.latent_norm) = (1e-5, false)), 1);
+    assert!(canonical(&other).unwrap_err().to_string().contains("programs disagree"));
+    for change in [|m: &mut MlaConfig| m.query_bias = true, |m: &mut MlaConfig| m.rope_pairs = Some(pairs())] {
+        let model = random_model(&config_with(|_, m| change(m)), 1);
+        let refused = canonical(&model).unwrap_err().to_string();
+        assert!(refused.contains("query_bias") || refused.contains("rope_pairs"), "{refused}");
+    }
+}
+
+fn pairs() -> RopePairs {
+    RopePairs { width: 4, frequencies: vec![1, 0, 1] }
 }
 
 /// Any byte of any file.

@@ -32,7 +32,10 @@ fn odd_mla() -> MlaConfig {
         v_head_dim: 5,
         attention_bias: false,
         latent_scale: false,
+        latent_norm: true,
+        query_bias: false,
         rope_interleave: true,
+        rope_pairs: None,
         kv_cache_rank: None,
     }
 }
@@ -107,6 +110,8 @@ fn zoo() -> Vec<(&'static str, ModelConfig)> {
         ("mla, yarn", with_rope(mla(3, |m| m.q_lora_rank = Some(11)), &yarn)),
         ("mla, attention_bias", mla(3, |m| (m.attention_bias, m.q_lora_rank) = (true, Some(7)))),
         ("mla, latent_scale", mla(3, |m| m.latent_scale = true)),
+        ("mla, no latent norm", mla(3, |m| m.latent_norm = false)),
+        ("mla, query bias", mla(3, |m| (m.query_bias, m.attention_bias) = (true, true))),
         ("mla, R = 0", mla(3, |m| m.qk_rope_head_dim = 0)),
         ("mla, L = 1", mla(3, |m| m.kv_lora_rank = 1)),
         ("mla, cut", cut(mla(3, |_| {}), [5, 3, 19])),
@@ -165,8 +170,8 @@ fn fused(mla: &Mla) -> FusedMla {
 
 fn fused_layers(model: &CausalLm) -> Vec<Option<FusedMla>> {
     let layer = |attention: &Attention| match attention {
-        Attention::Mla(mla) => Some(fused(mla)),
-        Attention::Grouped(_) => None,
+        Attention::Mla(mla) if model.config.attention().fuses() => Some(fused(mla)),
+        _ => None,
     };
     model.model.layers.iter().map(|block| layer(&block.self_attn)).collect()
 }

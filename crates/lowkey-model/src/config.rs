@@ -426,7 +426,22 @@ impl ModelConfig {
                 format!("does not compute this combination; {} does", self.natural_family().model_type()),
             ));
         }
-        self.rope.check(self.rotary_dim(), self.max_position_embeddings)
+        self.rope.check(self.rope_width(), self.max_position_embeddings)
+    }
+
+    /// Radians per position for each rotated pair.
+    pub fn inverse_frequencies(&self) -> Vec<f64> {
+        let all = self.rope.inverse_frequencies(self.rope_width(), self.max_position_embeddings);
+        match self.attention().latent().and_then(|mla| mla.rope_pairs.as_ref()) {
+            Some(pairs) => pairs.frequencies.iter().filter_map(|at| all.get(*at)).copied().collect(),
+            None => all,
+        }
+    }
+
+    /// The width whose frequencies the rotated pairs have: their own, or that which their frequencies were taken from.
+    fn rope_width(&self) -> usize {
+        let pairs = self.attention().latent().and_then(|mla| mla.rope_pairs.as_ref());
+        pairs.map_or_else(|| self.rotary_dim(), |pairs| pairs.width)
     }
 
     /// Width of the rotated part of a query.

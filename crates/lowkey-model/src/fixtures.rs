@@ -11,7 +11,7 @@ use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
 use crate::config::{Family, ModelConfig};
 use crate::layer_config::{LayerConfig, Layers, MlpConfig};
 use crate::model::CausalLm;
-use crate::rope::{RopeConfig, RopeType};
+use crate::rope::{RopeConfig, RopePairs, RopeType};
 use crate::tensor::{Role, TensorSpec};
 
 pub(crate) fn mla() -> MlaConfig {
@@ -23,7 +23,10 @@ pub(crate) fn mla() -> MlaConfig {
         v_head_dim: 7,
         attention_bias: false,
         latent_scale: false,
+        latent_norm: true,
+        query_bias: false,
         rope_interleave: true,
+        rope_pairs: None,
         kv_cache_rank: None,
     }
 }
@@ -115,6 +118,13 @@ pub(crate) fn every_kind() -> Vec<(&'static str, ModelConfig)> {
         ),
         ("MLA in halves", mla_with(|m| m.rope_interleave = false)),
         ("MLA with latent scale", mla_with(|m| m.latent_scale = true)),
+        ("MLA without a latent norm", mla_with(|m| m.latent_norm = false)),
+        ("MLA with a query bias", mla_with(|m| m.query_bias = true)),
+        ("MLA with a query latent and a bias behind it", mla_with(|m| (m.q_lora_rank, m.query_bias) = (Some(8), true))),
+        (
+            "MLA with frequencies that repeat",
+            mla_with(|m| m.rope_pairs = Some(RopePairs { width: 8, frequencies: vec![2, 0, 2] })),
+        ),
         ("MLA without rotation", mla_with(|m| m.qk_rope_head_dim = 0)),
         ("MLA, cut", cut(mla_with(|_| ()), &[4, 9])),
         (

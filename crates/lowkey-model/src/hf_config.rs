@@ -14,7 +14,7 @@ use crate::checkpoint::quantisation::Quantisation;
 use crate::config::{Family, ModelConfig, default_eps};
 use crate::error::{Error, Result};
 use crate::layer_config::{LayerConfig, Layers, MlpConfig};
-use crate::rope::{RopeConfig, RopeType};
+use crate::rope::{RopeConfig, RopePairs, RopeType};
 
 /// Largest `config.json` that is read. Those of published models have a few kilobytes; a tree of JSON takes a hundred times
 /// the room of its text.
@@ -208,7 +208,14 @@ impl ModelConfig {
                 &mut out,
                 match self.attention() {
                     AttentionConfig::Mla(mla) => {
-                        json!({ "latent_scale": mla.latent_scale, "kv_cache_ranks": self.kv_cache_ranks() })
+                        json!({
+                            "latent_scale": mla.latent_scale,
+                            "latent_norm": mla.latent_norm,
+                            "query_bias": mla.query_bias,
+                            "rope_pairs": mla.rope_pairs.as_ref().map(|pairs| &pairs.frequencies),
+                            "rope_pairs_width": mla.rope_pairs.as_ref().map(|pairs| pairs.width),
+                            "kv_cache_ranks": self.kv_cache_ranks(),
+                        })
                     }
                     AttentionConfig::Grouped(g) => json!({
                         "partial_rotary_factor": g.rotary_dim as f64 / g.head_dim as f64,
@@ -233,7 +240,10 @@ fn mla_json(mla: &MlaConfig, heads: usize, layers: usize) -> Value {
         v_head_dim,
         attention_bias,
         latent_scale: _,
+        latent_norm: _,
+        query_bias: _,
         rope_interleave,
+        rope_pairs: _,
         kv_cache_rank: _,
     } = mla;
     json!({
@@ -350,6 +360,8 @@ fn mla(keys: &Keys, family: Family, heads: usize) -> Result<AttentionConfig> {
             ),
         ));
     }
+    // Other programs do not know these keys, and compute as if they were not there.
+    let own = family == Family::Lowkey;
     Ok(AttentionConfig::Mla(MlaConfig {
         q_lora_rank: keys.size("q_lora_rank")?,
         kv_lora_rank: keys.need("kv_lora_rank")?,
@@ -357,11 +369,19 @@ fn mla(keys: &Keys, family: Family, heads: usize) -> Result<AttentionConfig> {
         qk_rope_head_dim,
         v_head_dim: keys.need("v_head_dim")?,
         attention_bias: keys.flag("attention_bias")?.unwrap_or(false),
-        latent_scale: family == Family::Lowkey && keys.flag("latent_scale")?.unwrap_or(false),
+        latent_scale: own && keys.flag("latent_scale")?.unwrap_or(false),
+        latent_norm: !own || keys.flag("latent_norm")?.unwrap_or(true),
+        query_bias: own && keys.flag("query_bias")?.unwrap_or(false),
         // DeepSeek-V2 knows no other convention.
         rope_interleave: family == Family::DeepseekV2 || keys.flag("rope_interleave")?.unwrap_or(true),
+        rope_pairs: if own { rope_pairs(keys)? } else { None },
         kv_cache_rank: None,
     }))
+}
+
+fn rope_pairs(keys: &Keys) -> Result<Option<RopePairs>> {
+    let Some(frequencies) = keys.sizes("rope_pairs")? else { return Ok(None) };
+    Ok(Some(RopePairs { width: keys.need("rope_pairs_width")?, frequencies }))
 }
 
 fn grouped(keys: &Keys, family: Family, hidden_size: usize, heads: usize) -> Result<AttentionConfig> {

@@ -226,7 +226,7 @@ impl CausalLm {
     /// Cosines and sines for the given positions, one row per sequence or one row for all.
     pub fn rope_table(&self, positions: &[Vec<usize>], device: &Device) -> RopeTable {
         let (config, dtype) = (&self.config, self.model.embed_tokens.table().dtype());
-        RopeTable::new(&config.rope, config.rotary_dim(), config.max_position_embeddings, positions, (device, dtype))
+        RopeTable::new(&config.inverse_frequencies(), config.rope.table_factor(), positions, (device, dtype))
     }
 
     /// Positions and documents of whole sequences of `seq` tokens with the given document starts (`[rows · seq]`).

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::limits::{WIDEST, check_size, even};
 pub use crate::reshape::RopeChange;
 
 /// `rope_parameters` of a configuration. Keys that a type does not use may be absent.
@@ -241,6 +242,36 @@ impl RopeConfig {
     }
 }
 
+/// Rotated pairs that turn with chosen frequencies, each as often as it is named: what keys of several heads are that have become one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RopePairs {
+    /// The width whose frequencies they are.
+    pub width: usize,
+    /// For each pair the index of its frequency, below `width / 2`.
+    pub frequencies: Vec<usize>,
+}
+
+impl RopePairs {
+    /// Checks that they are those of a key with `rotated` numbers.
+    pub(crate) fn check(&self, rotated: usize) -> Result<()> {
+        even("rope_pairs_width", self.width)?;
+        check_size("rope_pairs_width", self.width, WIDEST)?;
+        if self.frequencies.len() != rotated / 2 {
+            let why =
+                format!("must name a frequency for each of the {} pairs of qk_rope_head_dim = {rotated}", rotated / 2);
+            return Err(Error::config("rope_pairs", &format!("{} indices", self.frequencies.len()), why));
+        }
+        let half = self.width / 2;
+        match self.frequencies.iter().find(|at| **at >= half) {
+            Some(at) => {
+                let why = format!("rope_pairs_width = {} has frequencies 0 to {}", self.width, half - 1);
+                Err(Error::config("rope_pairs", at, why))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 /// Cosines and sines for one batch of positions.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
@@ -251,23 +282,23 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// Tables for the given positions, one row per sequence (or one row for all). All rows have the same length.
+    /// Tables for pairs that turn by `frequencies` radians per position
+    /// ([`ModelConfig::inverse_frequencies`](crate::ModelConfig::inverse_frequencies)), every cosine and sine times `factor`
+    /// ([`RopeConfig::table_factor`]), at the given positions, one row per sequence (or one row for all). All rows have the same length.
     ///
     /// Angles are formed in f64 and rounded once, to the format that `options` name, so that positions far from 0 lose nothing.
     pub fn new(
-        config: &RopeConfig,
-        dim: usize,
-        max_positions: usize,
+        frequencies: &[f64],
+        factor: f64,
         positions: &[Vec<usize>],
         options: impl Into<TensorCreationOptions>,
     ) -> Self {
-        let (options, frequencies) = (options.into(), config.inverse_frequencies(dim, max_positions));
-        let factor = config.table_factor();
+        let options = options.into();
         let (rows, seq) = (positions.len(), positions.first().map_or(0, Vec::len));
         let mut cos = Vec::with_capacity(rows * seq * frequencies.len());
         let mut sin = Vec::with_capacity(rows * seq * frequencies.len());
         for position in positions.iter().flatten() {
-            for frequency in &frequencies {
+            for frequency in frequencies {
                 let (s, c) = (*position as f64 * frequency).sin_cos();
                 cos.push(c * factor);
                 sin.push(s * factor);

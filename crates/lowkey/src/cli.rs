@@ -15,7 +15,7 @@ use crate::schema::FileKind;
 pub(crate) use bench::{
     BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchStepArguments, BenchTrainArguments,
 };
-pub(crate) use convert::ConvertArguments;
+pub(crate) use convert::{Attention, ConvertArguments};
 pub(crate) use export::{ExportArguments, MergeArguments, VerifyArguments, WeightedAdapter};
 pub(crate) use lab::{LabCommand, LabReportArguments, LabRunArguments};
 pub(crate) use runs::{ReportArguments, RunsArguments};
@@ -83,17 +83,22 @@ pub(crate) enum Command {
         lowkey verify exports/quickstart-absorbed\n  \
         lowkey verify exports/quickstart-gguf --source runs/quickstart/checkpoints/best")]
     Verify(VerifyArguments),
-    /// Make the latent of a trained model narrower without training
+    /// Make a trained model's latent narrower, or full keys and values a latent, without training
     #[command(after_help = "\
         The latents are rotated so that their directions come in the order in which queries and outputs\n\
         read them, which changes nothing; then each layer keeps its first ones, as many as lower the loss\n\
         most on a calibration text (of the model's run, or --data), and its readers are fitted to them.\n\
         A budget of 100% only rotates. --kv-rank keeps the first directions of every layer as they are,\n\
         for a model that was trained to be read so ([model.elastic]).\n\n\
+        --to mla makes a model of MHA, GQA or MQA one of latent attention that computes the same. With a\n\
+        width its keys go on turning only in their strongest directions, and its latents are cut: not the\n\
+        same model, but one to go on training from.\n\n\
         Examples:\n  \
         lowkey convert runs/quickstart/checkpoints/best --kv-rank-budget 50%\n  \
         lowkey convert runs/elastic/checkpoints/best --kv-rank 16\n  \
-        lowkey convert MODEL --kv-rank-budget 96 --data my.txt --out models/narrow --json")]
+        lowkey convert MODEL --kv-rank-budget 96 --data my.txt --out models/narrow --json\n  \
+        lowkey convert LLAMA --to mla\n  \
+        lowkey convert LLAMA --to mla --kv-rank-budget 50% --data my.txt")]
     Convert(ConvertArguments),
     /// Run experiments: many runs of one question, and an answer with error bars
     #[command(after_help = "Examples:\n  \

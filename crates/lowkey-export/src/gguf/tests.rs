@@ -32,7 +32,10 @@ pub(crate) fn odd_mla() -> MlaConfig {
         v_head_dim: 7,
         attention_bias: false,
         latent_scale: false,
+        latent_norm: true,
+        query_bias: false,
         rope_interleave: true,
+        rope_pairs: None,
         kv_cache_rank: None,
     }
 }

@@ -27,6 +27,11 @@ pub use config::MlaConfig;
 /// ε of the latent norms: transformers builds them without `rms_norm_eps`, whatever the configuration says.
 pub const LATENT_NORM_EPS: f64 = 1e-6;
 
+/// √ε of a norm that does nothing: beside ε = 2⁶⁰ no square of a latent counts in 32 bits, and times the root, a power of two, the
+/// latent is again what it was, to the last bit. So one operation serves latents with a norm and without, and its gradient is that of
+/// the identity.
+const NO_NORM: f64 = (1u64 << 30) as f64;
+
 /// Multi-head Latent Attention. Fields carry the checkpoint's tensor names.
 #[derive(Module, Debug)]
 pub struct Mla {
@@ -40,7 +45,7 @@ pub struct Mla {
     pub q_b_proj: Option<Linear>,
     /// W_DKV and W_KR `[L+R, d]`; first the latent, then the shared key.
     pub kv_a_proj_with_mqa: Linear,
-    /// Norm of the latent (not of the shared key).
+    /// Norm of the latent (not of the shared key); with `latent_norm = false` its gain alone.
     pub kv_a_layernorm: RmsNorm,
     /// W_UK and W_UV `[H(N+V), L]`; rows per head: N of the key, V of the value. Of a cut latent `[H(N+V), r]`.
     pub kv_b_proj: Linear,
@@ -87,14 +92,17 @@ impl Mla {
         let read = mla.kv_rank();
         let part = |part: &str| format!("{name}.{part}");
         let (compressed, bias) = (mla.q_lora_rank, mla.attention_bias);
+        let eps = if mla.latent_norm { LATENT_NORM_EPS } else { NO_NORM * NO_NORM };
         let queries = HeadRows { parts: vec![nope + rope], heads };
         Self {
-            q_proj: compressed.is_none().then(|| Linear::build_heads(b, &part("q_proj"), d, queries.clone(), false)),
+            q_proj: compressed
+                .is_none()
+                .then(|| Linear::build_heads(b, &part("q_proj"), d, queries.clone(), mla.query_bias)),
             q_a_proj: compressed.map(|q| Linear::build(b, &part("q_a_proj"), [d, q], Role::Matrix, bias)),
             q_a_layernorm: compressed.map(|q| RmsNorm::build(b, &part("q_a_layernorm"), q, LATENT_NORM_EPS)),
-            q_b_proj: compressed.map(|q| Linear::build_heads(b, &part("q_b_proj"), q, queries, false)),
+            q_b_proj: compressed.map(|q| Linear::build_heads(b, &part("q_b_proj"), q, queries, mla.query_bias)),
             kv_a_proj_with_mqa: Linear::build(b, &part("kv_a_proj_with_mqa"), [d, rank + rope], Role::Matrix, bias),
-            kv_a_layernorm: RmsNorm::build(b, &part("kv_a_layernorm"), rank, LATENT_NORM_EPS),
+            kv_a_layernorm: RmsNorm::build(b, &part("kv_a_layernorm"), rank, eps),
             kv_b_proj: Linear::build_heads(
                 b,
                 &part("kv_b_proj"),
@@ -110,8 +118,12 @@ impl Mla {
                 value,
                 rank: read,
                 scale: mla.softmax_scale(&config.rope),
-                latent_scale: if mla.latent_scale { (d as f64 / rank as f64).sqrt() } else { 1.0 },
-                latent_eps: LATENT_NORM_EPS,
+                latent_scale: match (mla.latent_norm, mla.latent_scale) {
+                    (false, _) => NO_NORM,
+                    (true, true) => (d as f64 / rank as f64).sqrt(),
+                    (true, false) => 1.0,
+                },
+                latent_eps: eps,
                 interleave: mla.rope_interleave,
             },
         }

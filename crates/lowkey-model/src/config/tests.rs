@@ -2,7 +2,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::fixtures;
-use crate::rope::RopeType;
+use crate::rope::{RopePairs, RopeType};
 
 /// A section that has the keys of every kind of attention.
 fn full(attention: &str) -> Value {
@@ -251,6 +251,26 @@ fn layers_differ_in_what_they_cache_and_in_nothing_else() {
 }
 
 #[test]
+fn repeated_frequencies_are_those_of_the_width_that_they_come_from() {
+    let with = |width, frequencies| fixtures::mla_with(|m| m.rope_pairs = Some(RopePairs { width, frequencies }));
+    let config = with(8, vec![2, 0, 2]);
+    config.check().unwrap();
+    assert_eq!(config.inverse_frequencies(), [0.01, 1.0, 0.01]);
+    assert_eq!(fixtures::mla_with(|_| ()).inverse_frequencies().len(), 3);
+    for (width, frequencies, key) in [
+        (8, vec![0, 1], "rope_pairs"),
+        (8, vec![0, 4, 1], "rope_pairs"),
+        (7, vec![0; 3], "rope_pairs_width"),
+        (0, vec![0; 3], "rope_pairs_width"),
+    ] {
+        let refused = with(width, frequencies.clone()).check().unwrap_err();
+        assert!(matches!(refused, Error::Config { key: named, .. } if named == key), "{frequencies:?}: {refused}");
+    }
+    let both = fixtures::mla_with(|m| (m.latent_norm, m.latent_scale) = (false, true));
+    assert!(matches!(both.check(), Err(Error::Config { key: "latent_scale", .. })));
+}
+
+#[test]
 fn there_is_no_model_without_layers_nor_one_that_no_machine_holds() {
     let layer = fixtures::mla_with(|_| ()).layers[0].clone();
     for count in [0, (1 << 12) + 1, usize::MAX] {
@@ -271,10 +291,17 @@ fn what_only_lowkey_computes_is_said_until_weights_have_taken_it_in() {
     for (key, mla) in [
         ("latent_scale", MlaConfig { latent_scale: true, ..plain.clone() }),
         ("kv_cache_ranks", MlaConfig { kv_cache_rank: Some(4), ..plain.clone() }),
+        ("latent_norm", MlaConfig { latent_norm: false, ..plain.clone() }),
+        ("query_bias", MlaConfig { query_bias: true, ..plain.clone() }),
+        (
+            "rope_pairs",
+            MlaConfig { rope_pairs: Some(RopePairs { width: 6, frequencies: vec![0; 3] }), ..plain.clone() },
+        ),
     ] {
         assert!(mla.beyond_deepseek().unwrap().contains(key));
         assert_eq!(fixtures::config(AttentionConfig::Mla(mla.clone())).natural_family(), Family::Lowkey);
-        assert_eq!(mla.folded(), plain);
+        assert_eq!(mla.folded() == plain, ["latent_scale", "kv_cache_ranks"].contains(&key), "{key}");
+        assert_eq!(mla.fuses(), key != "query_bias");
     }
     let unrotated = MlaConfig { qk_rope_head_dim: 0, latent_scale: true, ..plain };
     assert!(unrotated.folded().beyond_deepseek().unwrap().contains("qk_rope_head_dim = 0"));

@@ -5,6 +5,7 @@ use super::*;
 use crate::attention::AttentionConfig;
 use crate::attention::{Latent, Mask};
 use crate::fixtures::{self, distance, normal, scrambled, values};
+use crate::rope::RopePairs;
 use lowkey_batch::{IGNORE, VectorRows};
 
 fn ids(len: usize, vocab: usize, seed: u64) -> Vec<u32> {
@@ -392,7 +393,14 @@ impl<'a> Naive<'a> {
     /// Turns the pairs of `x` in place; the order of its components stays.
     fn turn(&self, x: &mut [f64], position: usize, adjacent: bool) {
         let half = x.len() / 2;
-        let frequencies = self.config.rope.inverse_frequencies(x.len(), self.config.max_position_embeddings);
+        let longest = self.config.max_position_embeddings;
+        let frequencies = match self.config.attention().latent().and_then(|mla| mla.rope_pairs.clone()) {
+            None => self.config.rope.inverse_frequencies(x.len(), longest),
+            Some(RopePairs { width, frequencies }) => {
+                let all = self.config.rope.inverse_frequencies(width, longest);
+                frequencies.into_iter().map(|at| all[at]).collect()
+            }
+        };
         let factor = self.config.rope.table_factor();
         for (i, frequency) in frequencies.into_iter().enumerate() {
             let (a, b) = if adjacent { (2 * i, 2 * i + 1) } else { (i, i + half) };
@@ -417,7 +425,13 @@ impl<'a> Naive<'a> {
                 let mut kv = self.linear(&name("kv_a_proj_with_mqa"), x);
                 let mut k_pe = kv.split_off(m.kv_lora_rank);
                 self.turn(&mut k_pe, position, m.rope_interleave);
-                let mut c_kv = self.norm(&name("kv_a_layernorm"), &kv, 1e-6);
+                let mut c_kv = match m.latent_norm {
+                    true => self.norm(&name("kv_a_layernorm"), &kv, 1e-6),
+                    false => {
+                        let (_, gain) = &self.weights[&name("kv_a_layernorm.weight")];
+                        kv.iter().zip(gain).map(|(c, g)| c * g).collect()
+                    }
+                };
                 if m.latent_scale {
                     let scale = (self.config.hidden_size as f64 / m.kv_lora_rank as f64).sqrt();
                     c_kv.iter_mut().for_each(|c| *c *= scale);

@@ -200,9 +200,9 @@ fn llama3_keeps_fast_frequencies_divides_slow_ones_and_ramps_between() {
 fn tables_far_from_zero_are_as_exact_as_f32_can_say() {
     let rope = RopeConfig { mscale: Some(1.4), mscale_all_dim: Some(0.6), ..yarn(4.0, 4096) };
     let positions = vec![vec![0, 99_999, 100_000], vec![5, 6, 1_000_003]];
-    let table = RopeTable::new(&rope, 16, 4096, &positions, &Device::flex());
-    assert_eq!(table.cos.dims(), [2, 3, 1, 8]);
     let (frequencies, factor) = (rope.inverse_frequencies(16, 4096), rope.table_factor());
+    let table = RopeTable::new(&frequencies, factor, &positions, &Device::flex());
+    assert_eq!(table.cos.dims(), [2, 3, 1, 8]);
     let angles: Vec<f64> = positions
         .iter()
         .flatten()
@@ -218,10 +218,7 @@ fn tables_far_from_zero_are_as_exact_as_f32_can_say() {
 
 #[test]
 fn a_table_without_columns_or_rows_is_no_error() {
-    assert_eq!(
-        RopeTable::new(&RopeConfig::default(), 0, 8, &[vec![0, 1, 2]], &Device::flex()).cos.dims(),
-        [1, 3, 1, 0]
-    );
+    assert_eq!(RopeTable::new(&[], 1.0, &[vec![0, 1, 2]], &Device::flex()).cos.dims(), [1, 3, 1, 0]);
 }
 
 #[test]

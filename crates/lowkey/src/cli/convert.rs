@@ -2,25 +2,38 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 #[derive(Debug, Args)]
 pub(crate) struct ConvertArguments {
-    /// A directory of a model with latent attention (MLA)
+    /// A directory of a model: with latent attention (MLA), or with --to mla one of MHA, GQA or MQA
     pub(crate) model: PathBuf,
-    /// Latent directions to keep in all layers together: a number, or a share such as 50%
-    #[arg(long, value_name = "N|P%", required_unless_present = "kv_rank")]
+    /// Make full keys and values a latent; without a width it computes the same
+    #[arg(long, value_name = "ATTENTION")]
+    pub(crate) to: Option<Attention>,
+    /// Latent directions to keep in all layers together, or a share such as 50%; with --to mla numbers cached per token in all layers,
+    /// rotated keys included, or a share of those now
+    #[arg(long, value_name = "N|P%")]
     pub(crate) kv_rank_budget: Option<String>,
-    /// Instead: the first R numbers of every latent as they are, without a rotation
-    #[arg(long, value_name = "R", conflicts_with_all = ["kv_rank_budget", "data", "tokens"])]
+    /// Instead: the first R numbers of every latent as they are, without a rotation; with --to mla latents of this width
+    #[arg(long, value_name = "R", conflicts_with = "kv_rank_budget")]
     pub(crate) kv_rank: Option<usize>,
+    /// Numbers of the shared rotated key [default: as many as lose least of a budget; beside --kv-rank those of one head]
+    #[arg(long, value_name = "R", requires = "to")]
+    pub(crate) rope_dim: Option<usize>,
+    /// Which directions of the keys go on turning [default: of energy and uniform what loses less]
+    #[arg(long, value_name = "WHICH", requires = "to")]
+    pub(crate) rope_keep: Option<Keep>,
+    /// What decides which directions of a latent stay
+    #[arg(long, value_name = "BY", requires = "to", default_value = "readers")]
+    pub(crate) importance: Importance,
     /// A dataset file (.toml) or a text file to calibrate with [default: the run's training text]
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,
-    /// Tokens to calibrate with
-    #[arg(long, default_value_t = 16384, value_name = "N")]
-    pub(crate) tokens: usize,
-    /// Folder to make [default: models/NAME-kvN, N directions in all layers together]
+    /// Tokens to calibrate with [default: 16384]
+    #[arg(long, value_name = "N")]
+    pub(crate) tokens: Option<usize>,
+    /// Folder to make [default: models/NAME-kvN, N directions in all layers together; models/NAME-mla]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Replace the model that is already in the folder
@@ -29,4 +42,50 @@ pub(crate) struct ConvertArguments {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Attention {
+    /// Multi-head Latent Attention
+    Mla,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Keep {
+    /// Those whose scores would miss most without
+    Energy,
+    /// As many of each frequency
+    Uniform,
+    /// All of the fastest frequencies
+    Fastest,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Importance {
+    /// What logits and outputs see of them
+    Readers,
+    /// The keys and values that a text makes
+    Activations,
+    /// The weights alone
+    Weights,
+}
+
+impl From<Keep> for lowkey_convert::to_mla::Keep {
+    fn from(keep: Keep) -> Self {
+        match keep {
+            Keep::Energy => Self::Energy,
+            Keep::Uniform => Self::Uniform,
+            Keep::Fastest => Self::Fastest,
+        }
+    }
+}
+
+impl From<Importance> for lowkey_convert::Importance {
+    fn from(importance: Importance) -> Self {
+        match importance {
+            Importance::Readers => Self::Readers,
+            Importance::Activations => Self::Activations,
+            Importance::Weights => Self::Weights,
+        }
+    }
 }

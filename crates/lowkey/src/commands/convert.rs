@@ -1,5 +1,7 @@
 //! `lowkey convert`.
 
+mod to_mla;
+
 use std::path::Path;
 
 use burn::tensor::Device;
@@ -9,23 +11,47 @@ use lowkey_model::{CausalLm, ModelDir, NewModelDir, checkpoint::WeightDtype};
 use serde_json::{Value, json};
 
 use super::{WrongUse, text};
-use crate::cli::ConvertArguments;
+use crate::cli::{Attention, ConvertArguments};
 use crate::output::{bytes, complain, pairs, say, say_json, table};
 use crate::progress::Measuring;
+
+/// Tokens to calibrate with where the command line does not say.
+const TOKENS: usize = 16_384;
 
 /// What was done, beside the model.
 const REPORT: &str = "convert.json";
 
 pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
     let device = Device::flex();
-    if arguments.tokens < 2 {
+    if arguments.tokens.is_some_and(|tokens| tokens < 2) {
         return Err(WrongUse("--tokens must be at least 2".into()).into());
+    }
+    if arguments.to.is_none() && arguments.kv_rank.is_none() && arguments.kv_rank_budget.is_none() {
+        let why =
+            "give --kv-rank-budget or --kv-rank to narrow a latent, or --to mla to make one of full keys and values";
+        return Err(WrongUse(why.into()).into());
+    }
+    if arguments.to.is_none() && arguments.kv_rank.is_some() && (arguments.data.is_some() || arguments.tokens.is_some())
+    {
+        return Err(WrongUse(
+            "--kv-rank keeps directions as they are: --data and --tokens have no use beside it".into(),
+        )
+        .into());
     }
     let source = ModelDir::open(&arguments.model)?;
     let model = source.load(&device)?.merged();
     lowkey_convert::check_finite(&model)?;
+    if arguments.to == Some(Attention::Mla) {
+        return to_mla::convert(arguments, &source, &model, &device);
+    }
+    if model.config.attention().latent().is_none() {
+        anyhow::bail!(
+            "{} attention has no latent; --to mla makes one of its keys and values",
+            model.config.attention_name()
+        );
+    }
     let (budget, prefix) = match (&arguments.kv_rank_budget, arguments.kv_rank) {
-        (Some(asked), _) => (budget(asked, &model)?, None),
+        (Some(asked), _) => (share_of(asked, model.config.kv_ranks().iter().sum(), "directions")?, None),
         (None, rank) => {
             let narrow = super::read_at(model.clone(), rank)?;
             (narrow.config.kv_ranks().iter().sum(), Some(narrow))
@@ -52,7 +78,12 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
         ));
         return Ok(());
     }
-    let calibration = text::Calibration::find(arguments.data.as_deref(), &arguments.model, &model, arguments.tokens)?;
+    let calibration = text::Calibration::find(
+        arguments.data.as_deref(),
+        &arguments.model,
+        &model,
+        arguments.tokens.unwrap_or(TOKENS),
+    )?;
     let bar = Measuring::new();
     let observe = &mut |p: lowkey_convert::Progress| bar.show(p.doing, p.done, p.of);
     let rotated = Rotated::new(&model, &calibration.train, &device, observe)?;
@@ -73,10 +104,9 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Directions in all layers together, of a number or a share of those that there are.
-fn budget(asked: &str, model: &CausalLm) -> anyhow::Result<usize> {
-    let wrong = || WrongUse(format!("--kv-rank-budget {asked}: a number of directions, or a share such as 50%"));
-    let all: usize = model.config.kv_ranks().iter().sum();
+/// A number, or a share of `all`.
+fn share_of(asked: &str, all: usize, what: &str) -> anyhow::Result<usize> {
+    let wrong = || WrongUse(format!("--kv-rank-budget {asked}: a number of {what}, or a share such as 50%"));
     match asked.strip_suffix('%') {
         Some(share) => {
             let share: f64 = share.trim().parse().map_err(|_| wrong())?;

@@ -13,7 +13,7 @@ use crate::mutate::{self, number, once_in, one_of, weird};
 const CONFIG: &str = "config.json";
 
 /// The keys that are read, whether a seed has them or not.
-const KEYS: [&str; 44] = [
+const KEYS: [&str; 48] = [
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -31,6 +31,10 @@ const KEYS: [&str; 44] = [
     "first_k_dense_replace",
     "attention_bias",
     "latent_scale",
+    "latent_norm",
+    "query_bias",
+    "rope_pairs",
+    "rope_pairs_width",
     "rope_interleave",
     "rms_norm_eps",
     "tie_word_embeddings",
@@ -73,7 +77,10 @@ impl Target for Config {
             "qk_norm": true, "eos_token_id": [1, 2], "bos_token_id": 0,
         });
         let scaled = json!({ "model_type": "lowkey", "latent_scale": true, "rope_interleave": false });
-        [json!({}), yarn(), json!({ "model_type": "deepseek_v2" }), llama(), lowkey, scaled]
+        let converted = json!({
+            "model_type": "lowkey", "latent_norm": false, "query_bias": true, "rope_pairs": [1], "rope_pairs_width": 4,
+        });
+        [json!({}), yarn(), json!({ "model_type": "deepseek_v2" }), llama(), lowkey, scaled, converted]
             .into_iter()
             .flat_map(|changes| {
                 let config = config(changes);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use burn::tensor::Device;
 use lowkey_convert::Rotated;
-use lowkey_model::{CausalLm, ids_tensor};
+use lowkey_model::{CausalLm, attention::AttentionConfig, ids_tensor};
 
 use crate::commands::{best, best_of, json, lowkey, succeed, text};
 
@@ -79,6 +79,101 @@ fn spectra_are_told_and_need_a_latent() {
     let grouped = best_of("grouped-spectrum", &["model.attention=gqa"]);
     let (code, _, message) = lowkey(&["info", text(&grouped), "--spectrum"]);
     assert!(code == 1 && message.contains("no latent"), "{message}");
+}
+
+#[test]
+fn full_keys_and_values_become_a_latent() {
+    let grouped = best_of("grouped-latent", &["model.attention=gqa"]);
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    let report = json(&["convert", text(&grouped), "--to", "mla", "--out", text(&whole), "--json"]);
+    let report = &report["report"];
+    assert!(report["exact"]["max_logit_difference"].as_f64().unwrap() < 1e-4, "{report}");
+    assert_eq!((report["cache_numbers_before"].as_u64(), report["cache_numbers"].as_u64()), (Some(48), Some(48)));
+    let load = |dir: &PathBuf| CausalLm::load(dir, &Device::flex()).unwrap();
+    let ids: Vec<u32> = (0..32).map(|i| (i * 5) % 60).collect();
+    assert!(apart(&load(&grouped), &load(&whole), &ids) < 1e-5);
+    let greedy = |model: &PathBuf, form| {
+        let prompt = ["generate", text(model), "--prompt", "The cat", "--temperature", "0", "--max-new-tokens", "20"];
+        succeed(&[&prompt[..], &["--decode", form]].concat())
+    };
+    let expected = greedy(&grouped, "auto");
+    for form in ["expanded", "absorbed"] {
+        assert_eq!(greedy(&whole, form), expected);
+    }
+    let mut losses = Vec::new();
+    for budget in ["25%", "36", "100%"] {
+        let out = dir.path().join(budget);
+        let asked = ["convert", text(&grouped), "--to", "mla", "--kv-rank-budget", budget, "--tokens", "2000"];
+        let made = json(&[&asked[..], &["--out", text(&out), "--json"]].concat());
+        let most = if budget == "25%" {
+            12
+        } else if budget == "36" {
+            36
+        } else {
+            48
+        };
+        assert!(made["report"]["cache_numbers"].as_u64().unwrap() <= most, "{made}");
+        assert_eq!(load(&out).config.cache_numbers() as u64, made["report"]["cache_numbers"].as_u64().unwrap());
+        losses.push(made["report"]["calibration"]["loss_after"].as_f64().unwrap());
+        assert!(out.join("tokenizer.json").is_file());
+        greedy(&out, "absorbed");
+    }
+    assert!(losses.windows(2).all(|pair| pair[0] > pair[1] - 2e-3), "{losses:?}");
+    let table = dir.path().join("table");
+    let asked = ["convert", text(&grouped), "--to", "mla", "--kv-rank", "6", "--rope-dim", "4", "--tokens", "2000"];
+    let table = succeed(&[&asked[..], &["--importance", "weights", "--out", text(&table)]].concat());
+    assert!(table.contains("GQA-2 as MLA") && table.contains("perplexity"), "{table}");
+    for (arguments, code, fragment) in [
+        (&["--to", "mla", "--kv-rank", "40", "--out", "x"][..], 2, "for a latent to hold"),
+        (&["--to", "mla", "--kv-rank-budget", "1", "--out", "x"], 2, "numbers per token"),
+        (&["--to", "mla", "--kv-rank-budget", "20", "--rope-dim", "10", "--out", "x"], 2, "10 that turn"),
+        (&["--to", "mla", "--kv-rank-budget", "110%", "--out", "x"], 2, "share such as 50%"),
+        (&["--to", "mla", "--rope-dim", "4", "--out", "x"], 2, "--kv-rank"),
+        (&["--rope-dim", "4"], 2, "--to"),
+        (&[], 2, "--to mla"),
+        (&["--kv-rank-budget", "4", "--out", "x"], 1, "no latent; --to mla"),
+    ] {
+        let (found, _, message) = lowkey(&[&["convert", text(&grouped)][..], arguments].concat());
+        assert!(found == code && message.contains(fragment), "{arguments:?}: {found} {message}");
+    }
+    let (code, _, message) = lowkey(&["convert", text(&best()), "--to", "mla", "--out", "x"]);
+    assert!(code == 1 && message.contains("latents already"), "{message}");
+    let (code, _, message) = lowkey(&["export", text(&whole), "--to", "hf", "--out", "x"]);
+    assert!(code == 1 && message.contains("rope_pairs"), "{message}");
+    // Of one key head the frequencies are those that DeepSeek's attention chooses, and a norm that does nothing stands for none.
+    let single = best_of("single-latent", &["model.attention=mqa"]);
+    let (latent, export) = (dir.path().join("latent"), dir.path().join("export"));
+    succeed(&["convert", text(&single), "--to", "mla", "--out", text(&latent)]);
+    succeed(&["export", text(&latent), "--to", "hf", "--out", text(&export)]);
+    assert_eq!(load(&export).config.family.model_type(), "deepseek_v3");
+    assert!(apart(&load(&single), &load(&export), &ids) < 1e-5);
+    assert!(!std::path::Path::new("x").exists());
+}
+
+/// Every dense reference checkpoint with full keys and values is the same model with latents.
+#[test]
+fn reference_checkpoints_with_full_keys_and_values_become_latent_exactly() {
+    let device = Device::flex();
+    let (mut turned, mut refused) = (0, 0);
+    for case in crate::reference::cases() {
+        let Ok(model) = CausalLm::load(&case, &device) else { continue };
+        let AttentionConfig::Grouped(grouped) = model.config.attention() else { continue };
+        let converted = lowkey_convert::to_mla::exact(&model, &device);
+        if grouped.qk_norm {
+            assert!(converted.unwrap_err().to_string().contains("qk_norm"));
+            refused += 1;
+            continue;
+        }
+        let converted = converted.unwrap();
+        let vocab = model.config.vocab_size as u32;
+        let ids: Vec<u32> = (0..48).map(|i| (i * i + 7 * i + 1) % vocab).collect();
+        let worst = apart(&model, &converted, &ids);
+        println!("{}: {worst:.1e}", case.display());
+        assert!(worst <= 1e-5, "{}: {worst}", case.display());
+        turned += 1;
+    }
+    assert!(turned >= 3 && refused >= 1, "{turned} and {refused} checkpoints");
 }
 
 /// Rotation at full rank on every dense reference checkpoint with MLA.

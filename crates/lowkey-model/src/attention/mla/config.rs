@@ -5,7 +5,7 @@ use crate::config::Family;
 use crate::decode_cost::{AttentionCost, DecodeCosts};
 use crate::error::{Error, Result};
 use crate::limits::{WIDEST, check_heads, check_size, even};
-use crate::rope::RopeConfig;
+use crate::rope::{RopeConfig, RopePairs};
 
 /// Sizes of Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434 §2.1 and appendix C).
 #[derive(Clone, Debug, PartialEq)]
@@ -24,8 +24,15 @@ pub struct MlaConfig {
     pub attention_bias: bool,
     /// Scale the normalised latent by √(d / L).
     pub latent_scale: bool,
+    /// Normalise the latent. Without, it is a linear map of the hidden state, as a latent made of full keys and values must be; its gain
+    /// stays.
+    pub latent_norm: bool,
+    /// A bias on the map that makes the heads' queries, `q_proj` or `q_b_proj`.
+    pub query_bias: bool,
     /// Rotate adjacent pairs instead of halves.
     pub rope_interleave: bool,
+    /// Which frequency each rotated pair turns with; absent: each has its own.
+    pub rope_pairs: Option<RopePairs>,
     /// Numbers of the latent that the layer caches and reads, at most L; absent: all. The norm of the latent is taken over all L, so
     /// that a cut is a projection.
     pub kv_cache_rank: Option<usize>,
@@ -43,7 +50,10 @@ impl MlaConfig {
             v_head_dim,
             attention_bias: false,
             latent_scale: false,
+            latent_norm: true,
+            query_bias: false,
             rope_interleave: true,
+            rope_pairs: None,
             kv_cache_rank: None,
         }
     }
@@ -61,11 +71,23 @@ impl MlaConfig {
             v_head_dim: _,
             attention_bias: _,
             latent_scale,
+            latent_norm,
+            query_bias,
             rope_interleave: _,
+            ref rope_pairs,
             kv_cache_rank,
         } = *self;
         if latent_scale {
             return Some("latent_scale = true, which only lowkey computes");
+        }
+        if !latent_norm {
+            return Some("latent_norm = false: DeepSeek's attention normalises every latent");
+        }
+        if query_bias {
+            return Some("query_bias = true: DeepSeek's attention has no bias on queries");
+        }
+        if rope_pairs.is_some() {
+            return Some("rope_pairs: in DeepSeek's attention each rotated pair has a frequency of its own");
         }
         if kv_cache_rank.is_some() {
             return Some("kv_cache_ranks, which only lowkey reads");
@@ -87,9 +109,15 @@ impl MlaConfig {
         Self { latent_scale: false, kv_cache_rank: None, ..self.clone() }
     }
 
-    /// Whether W_UK can be multiplied into the map of the queries and W_UV into W_O: nothing but linear maps of a head stands between.
-    /// Where it is not so, there is neither a fused form nor a readout of the latent in terms of weights alone.
+    /// Whether there is a fused form: nothing stands between the latent and its readers, and queries are a linear map without a bias,
+    /// for which the multiplied weights have no place.
     pub fn fuses(&self) -> bool {
+        self.reads_linearly() && !self.query_bias
+    }
+
+    /// Whether W_UK can be multiplied into the map of the queries and W_UV into W_O: nothing but linear maps of a head stands between.
+    /// Where it is not so, there is no readout of the latent in terms of weights alone.
+    pub fn reads_linearly(&self) -> bool {
         // Every option by its name: a new one must say here whether it stands between.
         let Self {
             q_lora_rank: _,
@@ -99,8 +127,12 @@ impl MlaConfig {
             v_head_dim: _,
             // On W_DQ, W_DKV and W_O, which lie outside.
             attention_bias: _,
+            // Before the latent and before its readers.
             latent_scale: _,
+            latent_norm: _,
+            query_bias: _,
             rope_interleave: _,
+            rope_pairs: _,
             kv_cache_rank: _,
         } = self;
         true
@@ -122,6 +154,13 @@ impl MlaConfig {
             check_size(key, size, WIDEST)?;
         }
         even("qk_rope_head_dim", self.qk_rope_head_dim)?;
+        if let Some(pairs) = &self.rope_pairs {
+            pairs.check(self.qk_rope_head_dim)?;
+        }
+        if self.latent_scale && !self.latent_norm {
+            let why = "scales a latent that is normalised; with latent_norm = false leave it out";
+            return Err(Error::config("latent_scale", &true, why));
+        }
         let widest = (self.qk_nope_head_dim + self.qk_rope_head_dim).max(self.v_head_dim);
         check_heads(heads, widest, WIDEST)
     }
@@ -169,6 +208,7 @@ impl MlaConfig {
         let query = self.q_lora_rank.map_or(d * q_width, |q| d * q + q * q_width);
         let q_latent = self.q_lora_rank.unwrap_or(0);
         let biases = if self.attention_bias { q_latent + down + d } else { 0 };
+        let biases = biases + if self.query_bias { q_width } else { 0 };
         AttentionSizes {
             matrices: query + d * down + latent * heads * (nope + value) + heads * value * d,
             vectors: q_latent + latent + biases,

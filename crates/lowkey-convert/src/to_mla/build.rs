@@ -1,0 +1,90 @@
+//! A model of latent attention from the weights of its layers.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use faer::Mat;
+use lowkey_model::CausalLm;
+use lowkey_model::attention::{AttentionConfig, MlaConfig};
+use lowkey_model::rope::RopePairs;
+
+use super::weights::Weights;
+use crate::error::Result;
+
+/// `model` with each layer's attention in the place of its own. `counts` says how many pairs turn with each frequency of `width`
+/// rotated numbers.
+pub(crate) fn with_attention(
+    model: &CausalLm,
+    layers: &[Weights],
+    counts: &[usize],
+    width: usize,
+    device: &Device,
+) -> Result<CausalLm> {
+    let [nope, rope, value] = layers.first().map_or([0; 3], |layer| layer.sizes);
+    // Layers differ in nothing but what they cache: one of lower rank has numbers that are 0.
+    let rank = layers.iter().map(|layer| layer.latent.nrows()).max().unwrap_or(0);
+    let d = model.config.hidden_size;
+    let any = |of: &dyn Fn(&Weights) -> bool| layers.iter().any(of);
+    let biased = |map: &Mat<f64>| map.subcols(d, 1).norm_max() > 0.0;
+    let mla = MlaConfig {
+        latent_norm: false,
+        rope_interleave: false,
+        attention_bias: any(&|layer| biased(&layer.shared) || layer.out_bias.norm_max() > 0.0),
+        query_bias: any(&|layer| biased(&layer.query)),
+        ..MlaConfig::deepseek(rank, [nope, rope, value])
+    };
+    let mut config = model.config.clone();
+    for layer in config.layers.iter_mut() {
+        layer.attention = AttentionConfig::Mla(mla.clone());
+    }
+    let frequencies: Vec<usize> = counts.iter().enumerate().flat_map(|(l, n)| std::iter::repeat_n(l, *n)).collect();
+    let all = model.config.inverse_frequencies();
+    let wanted = frequencies.iter().map(|l| all.get(*l).copied().unwrap_or(0.0));
+    // Those that DeepSeek's attention would choose itself need no mention.
+    let own = config.inverse_frequencies();
+    if !own.iter().zip(wanted).all(|(own, wanted)| (own - wanted).abs() <= 1e-12 * wanted) {
+        config.latents_mut().for_each(|mla| {
+            mla.rope_pairs = Some(RopePairs { width, frequencies: frequencies.clone() });
+        });
+    }
+    config.family = config.natural_family();
+    config.check()?;
+
+    let dtype = model.model.embed_tokens.table().dtype();
+    let mut kept: BTreeMap<String, Tensor<1>> =
+        model.parameters().into_iter().map(|parameter| (parameter.name, parameter.value)).collect();
+    for (i, layer) in layers.iter().enumerate() {
+        let name = |part: &str| format!("model.layers.{i}.self_attn.{part}");
+        let mut put = |part: &str, numbers: Vec<f64>| {
+            let data = TensorData::new(numbers.clone(), [numbers.len()]);
+            kept.insert(name(part), Tensor::from_data(data, (device, dtype)));
+        };
+        let low = layer.latent.nrows();
+        put("q_proj.weight", flat(layer.query.nrows(), d, |i, j| layer.query[(i, j)]));
+        put("q_proj.bias", flat(layer.query.nrows(), 1, |i, _| layer.query[(i, d)]));
+        let down = |i: usize, j: usize| match i {
+            _ if i >= rank => layer.shared[(i - rank, j)],
+            _ if i < low && j < d => layer.latent[(i, j)],
+            _ => 0.0,
+        };
+        put("kv_a_proj_with_mqa.weight", flat(rank + rope, d, down));
+        put("kv_a_proj_with_mqa.bias", flat(rank + rope, 1, |i, _| down(i, d)));
+        put("kv_a_layernorm.weight", vec![1.0; rank]);
+        let up = flat(layer.up.nrows(), rank, |i, j| if j < low { layer.up[(i, j)] } else { 0.0 });
+        put("kv_b_proj.weight", up);
+        put("o_proj.bias", flat(d, 1, |i, _| layer.out_bias[(i, 0)]));
+    }
+    let new = CausalLm::init(&config, 0, device);
+    let values = new.parameters().into_iter().map(|parameter| match kept.remove(&parameter.name) {
+        Some(value) => value,
+        None => parameter.value,
+    });
+    let values = values.collect();
+    Ok(new.with_values(values))
+}
+
+/// `of(row, column)`, row by row.
+fn flat(rows: usize, columns: usize, of: impl Fn(usize, usize) -> f64) -> Vec<f64> {
+    let of = &of;
+    (0..rows).flat_map(|i| (0..columns).map(move |j| of(i, j))).collect()
+}

@@ -1,0 +1,166 @@
+//! From a model with full keys and values to latents of a given width, in one go.
+
+use burn::tensor::Device;
+use lowkey_model::CausalLm;
+use lowkey_model::attention::AttentionConfig;
+
+use super::{Inputs, Keep, narrowed, widths};
+use crate::allocation::Curve;
+use crate::cut::{Rotated, loss};
+use crate::error::{Error, Result};
+use crate::importance::Importance;
+use crate::trim::trimmed;
+use crate::{Observer, Progress};
+
+/// How wide latents become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Width {
+    /// Each this wide.
+    Rank(usize),
+    /// All layers together cache so many numbers per token, rotated keys included: where a layer's loss falls fastest there are more.
+    Budget(usize),
+}
+
+/// What is asked of a conversion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Width of the latents.
+    pub width: Width,
+    /// Numbers of the shared key that turn with its position. Absent: under a budget as many as lose least on the text, otherwise as
+    /// many as one head had.
+    pub rotated: Option<usize>,
+    /// Which these are. Absent: of the strongest and as many of each frequency what loses less on the text.
+    pub keep: Option<Keep>,
+    /// What decides which directions of a latent stay.
+    pub importance: Importance,
+}
+
+/// A model that was converted, and what it cost.
+#[derive(Clone, Debug)]
+pub struct Converted {
+    /// The model.
+    pub model: CausalLm,
+    /// Numbers of its shared key.
+    pub rotated: usize,
+    /// Numbers of each layer's latent.
+    pub ranks: Vec<usize>,
+    /// Loss on the calibration text before, nats per token.
+    pub loss_before: f64,
+    /// And after.
+    pub loss_after: f64,
+    /// Shared keys that were tried.
+    pub tried: Vec<Tried>,
+    /// What cutting each layer alone costs, where layers share a budget.
+    pub curves: Vec<Curve>,
+}
+
+/// A shared key that was tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Tried {
+    /// Numbers that turn.
+    pub rotated: usize,
+    /// Which.
+    pub keep: Keep,
+    /// The loss with equal latents beside it.
+    pub loss: f64,
+}
+
+/// Converts a model without norms on its heads.
+///
+/// # Errors
+/// As [`narrowed`]; [`Error::Setting`] where a latent is to be wider than what there is to put into it, or a budget does not reach.
+pub fn fit(
+    model: &CausalLm,
+    wanted: Wanted,
+    text: &[Vec<u32>],
+    device: &Device,
+    observe: Observer,
+) -> Result<Converted> {
+    let [most, cache] = widths(model)?;
+    let layers = model.config.layers.len();
+    if let Width::Budget(budget) = wanted.width {
+        let least = layers * (wanted.rotated.unwrap_or(0) + 1);
+        let refuse = |why| Err(Error::Setting { field: "kv_rank_budget", value: budget.to_string(), why });
+        if budget < least {
+            let turns = wanted.rotated.map_or_else(String::new, |n| format!("{n} that turn and "));
+            return refuse(format!(
+                "{layers} layers with {turns}at least 1 of a latent need {least} numbers per token"
+            ));
+        }
+        if budget > layers * cache {
+            return refuse(format!("the model caches {} numbers per token now", layers * cache));
+        }
+    }
+    let inputs = Inputs::measure(model, text, device, observe)?;
+    let loss_before = loss(model, text, device)?;
+    let attempt = |rotated: usize, keep: Keep, observe: Observer| -> Result<(Rotated, CausalLm, f64)> {
+        let latent = narrowed(model, rotated, keep, &inputs, device)?;
+        let whole = latent.config.kv_ranks().into_iter().min().unwrap_or(0);
+        let rank = match wanted.width {
+            Width::Rank(rank) if rank == 0 || rank > whole => {
+                let why = format!("with {rotated} numbers that turn there are {whole} for a latent to hold");
+                return Err(Error::Setting { field: "kv_rank", value: rank.to_string(), why });
+            }
+            Width::Rank(rank) => rank,
+            Width::Budget(budget) => (budget / layers).saturating_sub(rotated).min(whole),
+        };
+        let latents = Rotated::by(wanted.importance, &latent, text, device, observe)?;
+        let cut = latents.cut(&vec![rank; layers], device)?;
+        let loss = loss(&cut, text, device)?;
+        Ok((latents, cut, loss))
+    };
+    let candidates = match (wanted.rotated, wanted.width) {
+        (Some(rotated), _) => vec![rotated],
+        (None, Width::Rank(_)) => vec![one_head(model)],
+        (None, Width::Budget(budget)) => candidates(most.min(budget / layers - 1)),
+    };
+    let mut tried = Vec::new();
+    let mut best: Option<(usize, Rotated, CausalLm, f64)> = None;
+    let keeps = wanted.keep.map_or(vec![Keep::Energy, Keep::Uniform], |keep| vec![keep]);
+    // Where all or none turn it is the same for each.
+    let keeps = |rotated: usize| if (1..most).contains(&rotated) { &keeps[..] } else { &keeps[..1] };
+    let candidates: Vec<(usize, Keep)> =
+        candidates.iter().flat_map(|rotated| keeps(*rotated).iter().map(|keep| (*rotated, *keep))).collect();
+    for (done, (rotated, keep)) in candidates.iter().enumerate() {
+        observe(Progress { doing: "rotated keys", done, of: candidates.len() });
+        let (latents, cut, loss) = attempt(*rotated, *keep, observe)?;
+        tried.push(Tried { rotated: *rotated, keep: *keep, loss });
+        if best.as_ref().is_none_or(|(.., least)| loss < *least) {
+            best = Some((*rotated, latents, cut, loss));
+        }
+    }
+    let Some((rotated, latents, cut, loss)) = best else {
+        return Err(Error::Text { why: "no width of the rotated key gave a loss that is a number".into() });
+    };
+    let (cut, loss_after, curves) = match wanted.width {
+        Width::Rank(_) => (cut, loss, Vec::new()),
+        Width::Budget(budget) => {
+            let left = (budget - layers * rotated).min(latents.model.config.kv_ranks().iter().sum());
+            let filled = latents.cut_to(left, text, device, observe)?;
+            // What is best layer by layer need not be best together.
+            if filled.loss_after < loss {
+                (filled.model, filled.loss_after, filled.curves)
+            } else {
+                (cut, loss, filled.curves)
+            }
+        }
+    };
+    let model = trimmed(&cut, device)?;
+    Ok(Converted { rotated, ranks: model.config.kv_ranks(), model, loss_before, loss_after, tried, curves })
+}
+
+/// Numbers of one key head that turn.
+fn one_head(model: &CausalLm) -> usize {
+    match model.config.attention() {
+        AttentionConfig::Grouped(grouped) => grouped.rotary_dim,
+        AttentionConfig::Mla(_) => 0,
+    }
+}
+
+/// Even widths from 0 to `most`, closer together where they are small.
+fn candidates(most: usize) -> Vec<usize> {
+    let parts = [0, 1, 2, 3, 4, 6, 8, 12, 16].map(|sixteenths| most * sixteenths / 16 / 2 * 2);
+    let mut widths = parts.to_vec();
+    widths.dedup();
+    widths
+}
