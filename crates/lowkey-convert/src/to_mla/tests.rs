@@ -176,7 +176,7 @@ fn complex_mixtures_of_heads_within_a_frequency_change_nothing() {
             .map(|(heads, moment)| (0..3).map(|at| Directions::of(heads, moment, at, 0).unwrap().mixed()).collect())
             .collect();
         assert!((turning[0][1].key[(0, 1)]).im.abs() > 1e-3, "the mixture is not complex");
-        let mixed = convert(&whole, &grouped, &layers, &turning, &vec![groups; 3], &device()).unwrap();
+        let mixed = convert(&whole, &grouped, &layers, &turning, &[groups; 3], &device()).unwrap();
         let apart = distance(&far(&whole, &ids(70)), &far(&mixed, &ids(70)));
         assert!(apart < 1e-10, "{apart}");
         let plain = exact(&whole, &device()).unwrap();
@@ -320,7 +320,7 @@ fn whitening_misses_less_of_a_text_than_the_weights_do() {
     let whole = model(
         &config(|c, g| {
             c.layers.resize(1).unwrap();
-            (g.num_key_value_heads, g.rotary_dim) = (2, 0)
+            (g.num_key_value_heads, g.rotary_dim) = (2, 0);
         }),
         4,
     );

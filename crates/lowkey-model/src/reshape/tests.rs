@@ -130,8 +130,8 @@ fn positions_reach_further_with_the_frequencies_of_a_configuration_that_says_so(
         assert_eq!(longer.softmax_scale(), expected.softmax_scale(), "{name}");
         let table = |config: &ModelConfig| {
             let positions = [(0..512).collect()];
-            let dim = config.rotary_dim();
-            let table = RopeTable::new(&config.rope, dim, config.max_position_embeddings, &positions, &Device::flex());
+            let (frequencies, factor) = (config.inverse_frequencies(), config.rope.table_factor());
+            let table = RopeTable::new(&frequencies, factor, &positions, &Device::flex());
             (values(table.cos), values(table.sin))
         };
         assert_eq!(table(&longer), table(&expected), "{name}");
