@@ -39,8 +39,8 @@ pub enum MadeOf {
     },
 }
 
-/// [`crate::linear`] of an `x` that is what `made` says: the same numbers, and the gradient goes to what `x` was made of, so that
-/// the backward pass needs no `x` but forms it anew.
+/// [`crate::linear`] of an `x` that is what `made` says: the same numbers and gradients, but `x` is not kept: the backward pass forms
+/// it anew.
 ///
 /// # Shapes
 /// `x [batch, seq, d_in]`, `weight [d_out, d_in]` → `[batch, seq, d_out]`.

@@ -1,4 +1,5 @@
-//! Their place in autodiff: the input is formed anew, and its gradient carried on to what it was made of.
+//! Their place in autodiff: for the gradient of the matrix the input is formed anew. That of the input goes to the input, as that of the
+//! map beside it does, and is carried on once for both.
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -9,9 +10,9 @@ use burn::backend::{Autodiff, Backend, backend_extension};
 
 use crate::autodiff::{Operands, Parents, Wanted};
 use crate::linear::autodiff::{LinearGradients, ProjectState};
-use crate::norm::autodiff::NormGradients;
+use crate::norm::autodiff::NormOps;
 use crate::precision::Precision;
-use crate::swiglu::autodiff::SwigluGradients;
+use crate::swiglu::autodiff::SwigluOps;
 
 /// Forward passes, dispatched to the backend of their arguments.
 #[backend_extension(Autodiff, Flex, Cube: cfg(feature = "gpu"))]
@@ -36,65 +37,80 @@ pub(crate) trait RecalledOps: Backend {
     ) -> FloatTensor<Self>;
 }
 
-/// What the backward pass needs from a backend: the gradients of the parts.
-trait RecalledGradients: LinearGradients + NormGradients + SwigluGradients + Operands {}
+/// What the backward pass needs from a backend.
+trait RecalledGradients: RecalledOps + LinearGradients + NormOps + SwigluOps + Operands {}
 
-impl<B: LinearGradients + NormGradients + SwigluGradients + Operands> RecalledGradients for B {}
+impl<B: RecalledOps + LinearGradients + NormOps + SwigluOps + Operands> RecalledGradients for B {}
 
-/// `[d x, d W]` of a map of `x`, each where it is wanted.
-fn gradients<B: RecalledGradients>(
-    x: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    grad: FloatTensor<B>,
-    precision: Precision,
-    [of_x, of_weight]: Wanted<2>,
-) -> [Option<FloatTensor<B>>; 2] {
-    let saved = ProjectState { x: of_weight.then(|| B::rounded(x, precision)), weight: of_x.then_some(weight) };
-    B::project_grad(saved, grad, precision)
-}
-
+/// Something that is a function of tensors which are kept anyway.
 #[derive(Debug)]
-struct ProjectNormed {
-    eps: f64,
-    precision: Precision,
+enum Recall<B: Backend> {
+    Norm { x: FloatTensor<B>, gain: FloatTensor<B>, eps: f64 },
+    Swiglu { gate: FloatTensor<B>, up: FloatTensor<B> },
 }
 
-impl<B: RecalledGradients> Backward<B, 3> for ProjectNormed {
-    type State = [FloatTensor<B>; 3];
-
-    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let grad = grads.consume::<B>(&ops.node);
-        let parents = Parents::of(&ops);
-        let [of_x, of_gain, of_weight] = parents.wanted();
-        let [x, gain, weight] = ops.state;
-        let normed = B::rms_norm(x.clone(), gain.clone(), self.eps);
-        let [d_normed, d_weight] = gradients::<B>(normed, weight, grad, self.precision, [of_x || of_gain, of_weight]);
-        let (d_x, d_gain) = d_normed.map(|grad| B::rms_norm_grad(x, gain, grad, self.eps)).unzip();
-        parents.register::<B>(grads, [d_x, d_gain, d_weight]);
+impl<B: Backend> Clone for Recall<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Norm { x, gain, eps } => Self::Norm { x: x.clone(), gain: gain.clone(), eps: *eps },
+            Self::Swiglu { gate, up } => Self::Swiglu { gate: gate.clone(), up: up.clone() },
+        }
     }
 }
 
-#[derive(Debug)]
-struct ProjectSwiglu {
-    precision: Precision,
-}
-
-impl<B: RecalledGradients> Backward<B, 3> for ProjectSwiglu {
-    type State = [FloatTensor<B>; 3];
-
-    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let grad = grads.consume::<B>(&ops.node);
-        let parents = Parents::of(&ops);
-        let [of_gate, of_up, of_weight] = parents.wanted();
-        let [gate, up, weight] = ops.state;
-        let inner = B::swiglu(gate.clone(), up.clone());
-        let [d_inner, d_weight] = gradients::<B>(inner, weight, grad, self.precision, [of_gate || of_up, of_weight]);
-        let (d_gate, d_up) = d_inner.map(|grad| B::swiglu_grad(gate, up, grad).into()).unzip();
-        parents.register::<B>(grads, [d_gate, d_up, d_weight]);
+impl<B: RecalledGradients> Recall<B> {
+    fn form(self) -> FloatTensor<B> {
+        match self {
+            Self::Norm { x, gain, eps } => B::rms_norm(x, gain, eps),
+            Self::Swiglu { gate, up } => B::swiglu(gate, up),
+        }
     }
 }
 
-impl<B: RecalledGradients + RecalledOps, C: CheckpointStrategy> RecalledOps for Autodiff<B, C> {
+/// What the forward pass keeps: of each argument what the gradient of the other takes, where that one is wanted.
+#[derive(Clone, Debug)]
+struct Kept<B: Backend> {
+    input: Option<Recall<B>>,
+    weight: Option<FloatTensor<B>>,
+}
+
+#[derive(Debug)]
+struct ProjectRecalled {
+    precision: Precision,
+}
+
+impl<B: RecalledGradients> Backward<B, 2> for ProjectRecalled {
+    type State = Kept<B>;
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let parents = Parents::of(&ops);
+        let Kept { input, weight } = ops.state;
+        let x = input.map(|input| B::rounded(input.form(), self.precision));
+        parents.register::<B>(grads, B::project_grad(ProjectState { x, weight }, grad, self.precision));
+    }
+}
+
+/// `x Wᵀ`, of an x that `input` forms.
+fn project<B: RecalledGradients, C: CheckpointStrategy>(
+    x: FloatTensor<Autodiff<B, C>>,
+    weight: FloatTensor<Autodiff<B, C>>,
+    input: Recall<B>,
+    precision: Precision,
+) -> FloatTensor<Autodiff<B, C>> {
+    let [of_x, of_weight]: Wanted<2> = [x.is_tracked(), weight.is_tracked()];
+    let prep = ProjectRecalled { precision }.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful();
+    let [x, weight] = [x, weight].map(|x| B::rounded(x.into_primitive(), precision));
+    match prep {
+        OpsKind::Tracked(prep) => {
+            let kept = Kept { input: of_weight.then_some(input), weight: of_x.then(|| weight.clone()) };
+            prep.finish(kept, B::project(x, weight, precision))
+        }
+        OpsKind::UnTracked(prep) => prep.finish(B::project(x, weight, precision)),
+    }
+}
+
+impl<B: RecalledGradients, C: CheckpointStrategy> RecalledOps for Autodiff<B, C> {
     fn project_normed(
         normed: FloatTensor<Self>,
         x: FloatTensor<Self>,
@@ -103,14 +119,8 @@ impl<B: RecalledGradients + RecalledOps, C: CheckpointStrategy> RecalledOps for 
         eps: f64,
         precision: Precision,
     ) -> FloatTensor<Self> {
-        let nodes = [x.node(), gain.node(), weight.node()];
-        let prep = ProjectNormed { eps, precision }.prepare::<C>(nodes).compute_bound().stateful();
-        let [normed, weight] = [normed, weight].map(|x| B::rounded(x.into_primitive(), precision));
-        let (x, gain) = (x.into_primitive(), gain.into_primitive());
-        match prep {
-            OpsKind::Tracked(prep) => prep.finish([x, gain, weight.clone()], B::project(normed, weight, precision)),
-            OpsKind::UnTracked(prep) => prep.finish(B::project(normed, weight, precision)),
-        }
+        let input = Recall::Norm { x: x.into_primitive(), gain: gain.into_primitive(), eps };
+        project::<B, C>(normed, weight, input, precision)
     }
 
     fn project_swiglu(
@@ -120,13 +130,7 @@ impl<B: RecalledGradients + RecalledOps, C: CheckpointStrategy> RecalledOps for 
         weight: FloatTensor<Self>,
         precision: Precision,
     ) -> FloatTensor<Self> {
-        let nodes = [gate.node(), up.node(), weight.node()];
-        let prep = ProjectSwiglu { precision }.prepare::<C>(nodes).compute_bound().stateful();
-        let [inner, weight] = [inner, weight].map(|x| B::rounded(x.into_primitive(), precision));
-        let (gate, up) = (gate.into_primitive(), up.into_primitive());
-        match prep {
-            OpsKind::Tracked(prep) => prep.finish([gate, up, weight.clone()], B::project(inner, weight, precision)),
-            OpsKind::UnTracked(prep) => prep.finish(B::project(inner, weight, precision)),
-        }
+        let input = Recall::Swiglu { gate: gate.into_primitive(), up: up.into_primitive() };
+        project::<B, C>(inner, weight, input, precision)
     }
 }
