@@ -15,7 +15,7 @@ mod turning;
 mod weights;
 
 use burn::tensor::Device;
-use faer::c64;
+use faer::{Mat, c64};
 use lowkey_model::CausalLm;
 use lowkey_model::attention::{AttentionConfig, GroupedConfig, MlaConfig};
 
@@ -31,7 +31,8 @@ use turning::{Directions, Turning, mean_turn, share};
 use weights::Weights;
 
 /// By which power of their distance pairs of query and key count less where a constant is to stand in for a rotation, and where it is
-/// asked what leaving a direction out costs. Of the powers 0 to 3 those by which small language models lost least.
+/// asked what leaving a direction out costs. Of the powers 0 to 3 those by which one small language
+/// model lost least.
 const STANDS_IN: i32 = 2;
 const COSTS: i32 = 1;
 
@@ -46,7 +47,8 @@ pub fn exact(model: &CausalLm, device: &Device) -> Result<CausalLm> {
     let turning = vec![Turning::whole(grouped.num_key_value_heads); grouped.rotary_dim / 2];
     let counts = vec![grouped.num_key_value_heads; turning.len()];
     let turning = vec![turning; layers.len()];
-    convert(model, &grouped, &layers, &turning, &counts, device)
+    let means = without_mean(model);
+    convert(model, &grouped, &layers, &turning, (&counts, &means), device)
 }
 
 /// Latent attention with `rotated` numbers of a shared key that turns, of those that [`exact`] would have; what no longer turns is in
@@ -93,7 +95,7 @@ pub fn narrowed(model: &CausalLm, rotated: usize, keep: Keep, inputs: &Inputs, d
             each.map(|((found, count), turn)| found.keep(*count, *turn * factor)).collect()
         })
         .collect();
-    convert(model, &grouped, &layers, &turning, &counts, device)
+    convert(model, &grouped, &layers, &turning, (&counts, &inputs.means()), device)
 }
 
 /// Numbers per token of the rotated keys, all heads together, and of what is cached.
@@ -115,6 +117,12 @@ fn sizes(model: &CausalLm) -> Result<GroupedConfig> {
     }
 }
 
+/// For each layer (0, 1): no mean that is taken away.
+fn without_mean(model: &CausalLm) -> Vec<Mat<f64>> {
+    let d = model.config.hidden_size;
+    vec![Mat::from_fn(d + 1, 1, |i, _| if i == d { 1.0 } else { 0.0 }); model.config.layers.len()]
+}
+
 fn source(model: &CausalLm) -> Result<(GroupedConfig, Vec<Heads>)> {
     let grouped = sizes(model)?;
     if grouped.qk_norm {
@@ -133,13 +141,13 @@ fn convert(
     grouped: &GroupedConfig,
     layers: &[Heads],
     turning: &[Vec<Turning>],
-    counts: &[usize],
+    (counts, means): (&[usize], &[Mat<f64>]),
     device: &Device,
 ) -> Result<CausalLm> {
     let mut made = Vec::with_capacity(layers.len());
-    for (layer, (heads, turning)) in layers.iter().zip(turning).enumerate() {
+    for (layer, ((heads, turning), mean)) in layers.iter().zip(turning).zip(means).enumerate() {
         let scale = scale_of(model, heads, turning);
-        made.push(Weights::of(heads, turning, scale, layer)?);
+        made.push(Weights::of(heads, turning, scale, mean, layer)?);
     }
     build::with_attention(model, &made, counts, grouped.rotary_dim, device)
 }

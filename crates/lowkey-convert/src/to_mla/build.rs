@@ -29,7 +29,9 @@ pub(crate) fn with_attention(
     let mla = MlaConfig {
         latent_norm: false,
         rope_interleave: false,
-        attention_bias: any(&|layer| biased(&layer.shared) || layer.out_bias.norm_max() > 0.0),
+        attention_bias: any(&|layer| {
+            biased(&layer.shared) || layer.latent_bias.norm_max() > 0.0 || layer.out_bias.norm_max() > 0.0
+        }),
         query_bias: any(&|layer| biased(&layer.query)),
         ..MlaConfig::deepseek(rank, [nope, rope, value])
     };
@@ -64,8 +66,9 @@ pub(crate) fn with_attention(
         put("q_proj.bias", flat(layer.query.nrows(), 1, |i, _| layer.query[(i, d)]));
         let down = |i: usize, j: usize| match i {
             _ if i >= rank => layer.shared[(i - rank, j)],
-            _ if i < low && j < d => layer.latent[(i, j)],
-            _ => 0.0,
+            _ if i >= low => 0.0,
+            _ if j == d => layer.latent_bias[(i, 0)],
+            _ => layer.latent[(i, j)],
         };
         put("kv_a_proj_with_mqa.weight", flat(rank + rope, d, down));
         put("kv_a_proj_with_mqa.bias", flat(rank + rope, 1, |i, _| down(i, d)));

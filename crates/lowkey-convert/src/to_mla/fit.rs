@@ -112,7 +112,7 @@ pub fn fit(
     let candidates = match (wanted.rotated, wanted.width) {
         (Some(rotated), _) => vec![rotated],
         (None, Width::Rank(_)) => vec![one_head(model)],
-        (None, Width::Budget(budget)) => candidates(most.min(budget / layers - 1)),
+        (None, Width::Budget(budget)) => candidates(one_head(model), most, budget / layers - 1),
     };
     let mut tried = Vec::new();
     let mut best: Option<(usize, Rotated, CausalLm, f64)> = None;
@@ -157,10 +157,12 @@ fn one_head(model: &CausalLm) -> usize {
     }
 }
 
-/// Even widths from 0 to `most`, closer together where they are small.
-fn candidates(most: usize) -> Vec<usize> {
-    let parts = [0, 1, 2, 3, 4, 6, 8, 12, 16].map(|sixteenths| most * sixteenths / 16 / 2 * 2);
-    let mut widths = parts.to_vec();
+/// Even widths from 0 to `most`: parts and multiples of the `head` numbers that turn in one head, and `all` of them where that many are
+/// to be had.
+fn candidates(head: usize, all: usize, most: usize) -> Vec<usize> {
+    let quarters = [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32].map(|quarters| head * quarters / 4 / 2 * 2);
+    let mut widths: Vec<usize> = quarters.into_iter().chain([all]).filter(|width| *width <= most.min(all)).collect();
+    widths.sort_unstable();
     widths.dedup();
     widths
 }

@@ -19,6 +19,12 @@ pub struct Inputs {
 }
 
 impl Inputs {
+    /// The mean of each layer's (x, 1), `[d+1, 1]`.
+    pub(crate) fn means(&self) -> Vec<Mat<f64>> {
+        let last = |moment: &Mat<f64>| moment.subcols(moment.ncols() - 1, 1).to_owned();
+        self.moments.iter().map(last).collect()
+    }
+
     /// Distances of queries and keys by what they weigh: as often as they come, and with that power of the distance the less, as
     /// attention gives more to what is near.
     pub(crate) fn near(&self, power: i32) -> Vec<f64> {

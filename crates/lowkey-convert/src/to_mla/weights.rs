@@ -20,8 +20,10 @@ pub(crate) struct Weights {
     pub(crate) sizes: [usize; 3],
     /// `[H(N+R), d+1]`
     pub(crate) query: Mat<f64>,
-    /// W_DKV `[L, d]`; no bias goes through a latent.
+    /// W_DKV `[L, d]`.
     pub(crate) latent: Mat<f64>,
+    /// Its bias `[L, 1]`, which takes the mean away.
+    pub(crate) latent_bias: Mat<f64>,
     /// W_KR `[R, d+1]`
     pub(crate) shared: Mat<f64>,
     /// `[H(N+V), L]`
@@ -36,8 +38,9 @@ impl Weights {
     /// What turns becomes the shared key, which each query reads at the places of its group's share. What does not, and the values,
     /// are linear in the hidden state: stacked they have some rank L, and a latent of that width holds them all. A bias that does not
     /// turn is the same for all keys, which a softmax does not see, and that of a value comes through as it is, since its weights sum
-    /// to 1: it goes to the output.
-    pub(crate) fn of(heads: &Heads, turning: &[Turning], scale: f64, layer: usize) -> Result<Self> {
+    /// to 1: it goes to the output. So does what inputs of the given mean `(x, 1)` make of them, and a latent holds only how an input
+    /// differs: a direction less where it is cut, and the same where it is not.
+    pub(crate) fn of(heads: &Heads, turning: &[Turning], scale: f64, mean: &Mat<f64>, layer: usize) -> Result<Self> {
         let (groups, width, rotary) = (heads.dims.kv_heads, heads.dims.head_dim, heads.dims.rotary_dim);
         let columns = heads.key.ncols();
         let d = columns - 1;
@@ -92,7 +95,7 @@ impl Weights {
         let mut out_bias = heads.out_bias.clone();
         for head in 0..heads.dims.heads {
             let first = heads.group(head) * width;
-            let bias = heads.value.subrows(first, width).subcols(d, 1);
+            let bias = heads.value.subrows(first, width) * mean;
             out_bias += heads.out.subcols(head * width, width) * bias;
         }
 
@@ -103,7 +106,8 @@ impl Weights {
             up.subrows_mut(first, filled).copy_from(read.subrows(from, filled));
             up.subrows_mut(first + nope, width).copy_from(read.subrows(from + filled, width));
         }
-        Ok(Self { sizes: [nope, rope, width], query, latent, shared, up, out_bias })
+        let latent_bias = faer::Scale(-1.0) * (&latent * mean.subrows(0, d));
+        Ok(Self { sizes: [nope, rope, width], query, latent, latent_bias, shared, up, out_bias })
     }
 }
 

@@ -16,7 +16,7 @@ fn adapted(config: &ModelConfig, keys: serde_json::Value, seed: u64) -> CausalLm
     let values = begun.parameters().into_iter().map(|parameter| {
         let mut values = parameter.value.try_into_vec_as::<f32>().unwrap();
         if parameter.role.is_adapter() {
-            values.iter_mut().for_each(|x| *x += random.random_range(-0.2f32..0.2));
+            values.iter_mut().for_each(|x| *x += random.random_range(-0.1f32..0.1));
         }
         Tensor::from_floats(&values[..], &device)
     });

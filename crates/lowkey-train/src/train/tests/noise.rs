@@ -2,7 +2,7 @@
 
 use super::*;
 
-const NOISE: &str = "training.neftune_noise_alpha=1";
+const NOISE: &str = "training.neftune_noise_alpha=0.1";
 
 #[test]
 fn noise_goes_on_to_the_same_bits_and_is_in_steps_alone() {
