@@ -7,7 +7,7 @@ use lowkey_data::Tokenizer;
 use lowkey_model::{ModelConfig, ModelDir};
 
 use crate::error::{Error, Result};
-use crate::run_config::{InitSection, RunConfig};
+use crate::run_config::{InitSection, RunConfig, at_least_one};
 
 /// The tokens of a model that a run starts from.
 #[derive(Clone, Debug)]
@@ -104,7 +104,8 @@ impl InitSection {
                 let why = format!("is shorter than data.seq_len = {seq_len}; make it at least that");
                 Err(Error::config("init.max_position_embeddings", longest, why))
             }
-            _ => Ok(()),
+            Some(longest) => at_least_one("init.max_position_embeddings", longest, 1 << 24),
+            None => Ok(()),
         }
     }
 }
