@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-/// The weights of [`crate::gated_mlp`].
+/// The weights of [`crate::mlp::gated_mlp`].
 #[derive(Clone, Debug)]
 pub struct MlpWeights {
     /// Gain of the norm, `[d]`.
