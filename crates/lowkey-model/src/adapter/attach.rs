@@ -64,7 +64,7 @@ impl CausalLm {
     /// As [`CausalLm::load_with`] and [`AdapterConfig::plan`]; [`Error::Tensors`] where the adapter's tensors are not those that its
     /// configuration asks for.
     pub fn load_adapted(dir: &Path, config: &ModelConfig, adapter: &AdapterDir, device: &Device) -> Result<Self> {
-        let plan = adapter.config.plan(config)?;
+        let plan = adapter.plan(config)?;
         let mut values = adapter.open_tensors(&plan, &config.tensors())?;
         // Taken as they are asked for: of each there is one.
         let taken = std::cell::RefCell::new(&mut values);

@@ -36,7 +36,7 @@ impl CausalLm {
         let mut ranks: BTreeMap<String, usize> = BTreeMap::new();
         for (adapter, weight) in adapters {
             check(adapter, *weight)?;
-            let plan = adapter.config.plan(config)?;
+            let plan = adapter.plan(config)?;
             let mut values = adapter.open_tensors(&plan, &tensors)?;
             for TensorSpec { name, shape, .. } in &tensors {
                 let module = name.strip_suffix(".weight").unwrap_or_default();

@@ -70,6 +70,14 @@ impl AdapterTensors {
 }
 
 impl AdapterDir {
+    /// What its keys mean for a model.
+    ///
+    /// # Errors
+    /// As [`AdapterConfig::plan`], with the file.
+    pub fn plan(&self, model: &ModelConfig) -> Result<AdapterPlan> {
+        self.config.plan(model).map_err(|e| Error::file(self.path.join(ADAPTER_CONFIG), e.to_string()))
+    }
+
     /// Reads `adapter_config.json`.
     ///
     /// # Errors

@@ -55,7 +55,7 @@ impl Target for Records {
         let tools = json!([{ "type": "function", "function": { "name": "f", "parameters": {} } }]);
         let seed = |records: &str, template: &str, lines: &[Value]| {
             let toml = format!(
-                "[source]\nkind = \"jsonl\"\npaths = [\"{LINES}\"]\nrecords = \"{records}\"\n[chat]\ntemplate = \"{template}\"\n[split]\n\
+                "name = \"records\"\n[source]\nkind = \"jsonl\"\npaths = [\"{LINES}\"]\nrecords = \"{records}\"\n[chat]\ntemplate = \"{template}\"\n[split]\n\
                  validation_fraction = 0.0\n"
             );
             let lines: String = lines.iter().map(|line| format!("{line}\n")).collect();

@@ -65,6 +65,7 @@ pub(crate) fn json_limit(bytes: usize) -> usize {
     160 * bytes
 }
 
-/// For a model in memory beside what was parsed: the table of frequencies, of 256 KiB for the widest rotation that a
-/// configuration may ask for, and parameters with their locks and names.
-pub(crate) const MODEL: usize = 512 << 10;
+/// For a model in memory beside what was parsed: the table of frequencies, of 256 KiB for the widest rotation that a configuration may
+/// ask for, parameters with their locks and names, and three times the configurations of the 4,096 layers that there may be, of 128
+/// bytes each (as they are read, as they are written, and read again).
+pub(crate) const MODEL: usize = (512 << 10) + 3 * 4096 * 128;

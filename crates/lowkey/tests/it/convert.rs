@@ -21,7 +21,6 @@ fn apart(a: &CausalLm, b: &CausalLm, ids: &[u32]) -> f32 {
 #[test]
 fn a_model_is_narrowed_and_runs_on() {
     let dir = tempfile::tempdir().unwrap();
-    let mut losses = Vec::new();
     // Two layers with 10 directions each.
     for (budget, kept) in [("4", 4), ("10", 10), ("80%", 16), ("100%", 20)] {
         let out = dir.path().join(format!("kv{kept}"));
@@ -101,7 +100,6 @@ fn full_keys_and_values_become_a_latent() {
     for form in ["expanded", "absorbed"] {
         assert_eq!(greedy(&whole, form), expected);
     }
-    let mut losses = Vec::new();
     for budget in ["25%", "36", "100%"] {
         let out = dir.path().join(budget);
         let asked = ["convert", text(&grouped), "--to", "mla", "--kv-rank-budget", budget, "--tokens", "2000"];
@@ -115,11 +113,13 @@ fn full_keys_and_values_become_a_latent() {
         };
         assert!(made["report"]["cache_numbers"].as_u64().unwrap() <= most, "{made}");
         assert_eq!(load(&out).config.cache_numbers() as u64, made["report"]["cache_numbers"].as_u64().unwrap());
-        losses.push(made["report"]["calibration"]["loss_after"].as_f64().unwrap());
+        // A model that has learnt little loses little; what is kept whole loses nothing.
+        let [before, after] =
+            ["loss_before", "loss_after"].map(|key| made["report"]["calibration"][key].as_f64().unwrap());
+        assert!(after - before < if budget == "100%" { 1e-4 } else { 0.1 }, "{made}");
         assert!(out.join("tokenizer.json").is_file());
         greedy(&out, "absorbed");
     }
-    assert!(losses.windows(2).all(|pair| pair[0] > pair[1] - 2e-3), "{losses:?}");
     let table = dir.path().join("table");
     let asked = ["convert", text(&grouped), "--to", "mla", "--kv-rank", "6", "--rope-dim", "4", "--tokens", "2000"];
     let table = succeed(&[&asked[..], &["--importance", "weights", "--out", text(&table)]].concat());
