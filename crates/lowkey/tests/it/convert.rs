@@ -21,6 +21,7 @@ fn apart(a: &CausalLm, b: &CausalLm, ids: &[u32]) -> f32 {
 #[test]
 fn a_model_is_narrowed_and_runs_on() {
     let dir = tempfile::tempdir().unwrap();
+    let mut losses = Vec::new();
     // Two layers with 10 directions each.
     for (budget, kept) in [("4", 4), ("10", 10), ("80%", 16), ("100%", 20)] {
         let out = dir.path().join(format!("kv{kept}"));
