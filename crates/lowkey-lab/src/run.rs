@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use lowkey_files::{self as files, Owned, lock::Lock, mark::Kind};
-use lowkey_train::{Event as TrainEvent, RunConfig, RunOptions, evaluate::Held, train};
+use lowkey_train::{Event as TrainEvent, RunConfig, RunOptions, evaluate::Held, run_dir::settle_finished, train};
 
 use crate::collect::{finished, other_section};
 use crate::error::{Error, Result};
@@ -107,6 +107,7 @@ pub fn sweep(
         if finished(&run.out) && (!expanded.experiment.quantised || quantise(&run.out, config, expanded)?) {
             // It may have been killed after its last file, before it gave up its lock.
             Owned::clear(&run.out, &["checkpoints"])?;
+            settle_finished(&run.out, config.training.steps)?;
             observe(Event::Skipped { run: i });
         } else {
             open.push(i);

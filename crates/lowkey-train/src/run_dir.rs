@@ -17,7 +17,7 @@ use crate::checkpoint;
 use crate::error::{Error, Result};
 pub use curves::{Curve, Curves, Point};
 pub(crate) use outcome::Ended;
-pub use outcome::State;
+pub use outcome::{State, settle_finished};
 pub use samples::Samples;
 pub(crate) use samples::SamplesFile;
 pub use standing::Standing;

@@ -72,6 +72,21 @@ impl Ended {
     }
 }
 
+/// Writes down that a run is over, where its process was stopped after its last result and before it could. `steps` are those that it was
+/// to take.
+///
+/// # Errors
+/// [`Error::Io`] where the file cannot be written.
+pub fn settle_finished(out: &Path, steps: u64) -> Result<()> {
+    let known = serde_json::from_value::<Ended>(super::json(&out.join(OUTCOME)));
+    if known.is_ok_and(|ended| ended.state == State::Finished) {
+        return Ok(());
+    }
+    let saved = checkpoint::steps(&out.join(super::CHECKPOINTS)).unwrap_or_default().last().map(|(step, _)| *step);
+    let ended = Ended { state: State::Finished, step: saved.unwrap_or(steps), why: None };
+    Ok(lowkey_files::write_json(&out.join(OUTCOME), &ended)?)
+}
+
 /// How a run stands, and why it failed.
 pub(super) fn state(run: &RunDir) -> (State, Option<String>) {
     let (out, steps) = (&run.path, run.steps());
