@@ -160,7 +160,7 @@ pub enum StorybookForm {
     /// The story.
     #[default]
     Text,
-    /// A conversation: the user tells a story and asks a question about it, the assistant answers.
+    /// A conversation: the user tells a story and asks all that it decides, the assistant answers.
     Chat,
     /// A pair of answers to the same question about a story: the right one was chosen, and one that is right of another story was not.
     Pairs,

@@ -15,12 +15,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::dataset::{DatasetConfig, Source, TokenizerConfig, TrainOn};
+use crate::dataset::{DatasetConfig, Source, StorybookForm, TokenizerConfig, TrainOn};
 use crate::error::{Error, Result};
 use crate::hub::HubConfig;
 use crate::oracle::{training_story, validation_story};
 use crate::samples::Method;
 use crate::shard::Shard;
+use crate::storybook::exchange;
 use crate::tokenizer::{Part, Tokenizer};
 use corpus::Corpus;
 
@@ -494,12 +495,15 @@ fn fingerprint(
         // The special tokens that a template may name.
         hash.update(given.and_then(|tokenizer| tokenizer.companion("tokenizer_config.json")).unwrap_or_default());
     }
-    if let Source::Storybook { seed, documents, validation_documents, .. } = config.source {
+    if let Source::Storybook { seed, documents, validation_documents, form } = config.source {
         hash.update(format!("{seed} {documents} {validation_documents}\n"));
         // A storybook has no file to hash. Its first stories stand for the generator, so that an improved one is noticed.
         for index in 0..16 {
             hash.update(training_story(seed, index).text);
             hash.update(validation_story(seed, index).text);
+            if form == StorybookForm::Chat {
+                hash.update(format!("{:?}", exchange(&training_story(seed, index)).chat.messages));
+            }
         }
     }
     lowkey_files::hash::hex(&hash.finalize())

@@ -4,6 +4,7 @@ use super::{
     Class,
     lexicon::{Form, Kind, Part, Slot},
     rule::Rule,
+    world::Fact,
 };
 
 /// One who carries the grammar out: [`super::writer::Writer`] makes or reads one story, [`super::ledger::Ledger`] adds
@@ -24,6 +25,9 @@ pub(super) trait Teller: Sized {
 
     /// Tells the rest of the story from a nonterminal of the grammar.
     fn expand(&mut self, rule: Rule);
+
+    /// Hears before each question what is so. It changes nothing of what is told.
+    fn heard(&mut self, _facts: &[Fact]) {}
 
     /// Says what cannot be otherwise: a choice of one.
     fn say(&mut self, class: Class, part: Part) {

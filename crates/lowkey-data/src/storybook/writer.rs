@@ -10,6 +10,7 @@ use super::{
     lexicon::{END, Form, Kind, Part, Slot, spell},
     rule::Rule,
     teller::{Teller, class_of},
+    world::Fact,
 };
 
 /// Who decides at a choice.
@@ -28,6 +29,8 @@ pub(super) struct Writer<'a> {
     classes: Vec<Class>,
     /// The words in use, as list and index; a slot's id is the position here.
     drawn: Vec<(Kind, usize)>,
+    /// What was so when the first question came.
+    facts: Option<Vec<[String; 4]>>,
     /// Where the text that is read left the grammar. From then on nothing is told.
     lost: Option<Lost>,
 }
@@ -52,7 +55,7 @@ impl<'a> Writer<'a> {
     }
 
     fn new(source: Source<'a>) -> Self {
-        Self { source, text: String::new(), log_probs: vec![], classes: vec![], drawn: vec![], lost: None }
+        Self { source, text: String::new(), log_probs: vec![], classes: vec![], drawn: vec![], facts: None, lost: None }
     }
 
     /// The story that was told.
@@ -70,6 +73,11 @@ impl<'a> Writer<'a> {
             }
             (None, _) => Ok(self.story()),
         }
+    }
+
+    /// What was so when the first question came, in words: who had what last, how it looks, what it is, where it is.
+    pub(super) fn facts(self) -> Vec<[String; 4]> {
+        self.facts.unwrap_or_default()
     }
 
     /// What may come where the text that was read stops, if it got that far.
@@ -146,6 +154,14 @@ impl Teller for Writer<'_> {
             then(self, chosen);
         }
         self.drawn.truncate(in_use);
+    }
+
+    fn heard(&mut self, facts: &[Fact]) {
+        if self.lost.is_none() && self.facts.is_none() {
+            let word = |slot: Slot| Part::Word(slot, Form::Plain).spell(|slot| self.drawn[slot.id].1).into_owned();
+            let words = |fact: &Fact| [fact.who, fact.adjective, fact.noun, fact.place].map(word);
+            self.facts = Some(facts.iter().map(words).collect());
+        }
     }
 
     fn expand(&mut self, rule: Rule) {

@@ -215,7 +215,7 @@ fn a_storybook_told_as_conversations_has_certain_answers() {
 }
 
 #[test]
-fn the_conversations_that_ship_fit_the_model_that_tells_the_stories() {
+fn the_conversations_that_ship_fit_the_context_of_their_run_files() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets/storybook-chat.toml");
     let mut config = DatasetConfig::load(&file).unwrap();
     if let Source::Storybook { documents, validation_documents, .. } = &mut config.source {
@@ -223,9 +223,8 @@ fn the_conversations_that_ship_fit_the_model_that_tells_the_stories() {
     }
     let dir = tempfile::tempdir().unwrap();
     let prepared = prepare(&config, &dir.path().join("out"), None, &mut go_on).unwrap();
-    let lengths = (0..100).map(|i| prepared.train.document(i).unwrap().unwrap().len());
-    let fits = lengths.filter(|length| *length <= 257).count();
-    assert!(fits >= 90, "{fits} of 100");
+    let longest = (0..100).map(|i| prepared.train.document(i).unwrap().unwrap().len()).max().unwrap();
+    assert!((400..=512).contains(&longest), "{longest}");
     let parts = prepared.example(0).unwrap().unwrap();
     assert!(parts.len() >= 2 && parts[0].text.ends_with('?') && !parts[0].learnt, "{parts:?}");
     assert!(
