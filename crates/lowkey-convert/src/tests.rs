@@ -21,20 +21,7 @@ pub(crate) fn device() -> Device {
 }
 
 fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig {
-    let mut mla = MlaConfig {
-        q_lora_rank: None,
-        kv_lora_rank: 9,
-        qk_nope_head_dim: 5,
-        qk_rope_head_dim: 4,
-        v_head_dim: 7,
-        attention_bias: false,
-        rope_interleave: true,
-        kv_cache_rank: None,
-        latent_scale: false,
-        latent_norm: true,
-        query_bias: false,
-        rope_pairs: None,
-    };
+    let mut mla = MlaConfig::deepseek(9, [5, 4, 7]);
     let mut config = ModelConfig {
         vocab_size: 31,
         hidden_size: 14,

@@ -18,6 +18,7 @@ use lowkey_files::mark::Kind;
 use lowkey_model::{
     ModelConfig, NewModelDir, Parameter,
     adapter::{AdapterConfig, AdapterDir, AdapterPlan, ByPattern, Modules, adapted_module},
+    attention::MlaConfig,
     tensor::{Role, TensorSpec},
 };
 
@@ -136,6 +137,10 @@ fn check(engine: Engine, config: &AdapterConfig, plan: &AdapterPlan, model: &Mod
         let why = format!("{what}; merge the adapter (lowkey merge), which every engine computes");
         Err(Error::Unsupported { format: "the engine's adapter", why })
     };
+    // An engine that cannot compute the base, or has it with other weights, would put the adapter beside something else.
+    if let Some(why) = model.attention().latent().map(MlaConfig::folded).as_ref().and_then(MlaConfig::beyond_deepseek) {
+        return refuse(format!("its base has {why}"));
+    }
     let (tensors, latent) = (model.tensors(), model.attention().latent().is_some());
     let adapted = tensors.iter().filter_map(|spec| {
         let module = spec.name.strip_suffix(".weight")?;

@@ -24,20 +24,7 @@ const FORMS: [Form; 4] = [Form::Expanded, Form::Absorbed, Form::Fused, Form::Aut
 
 /// Sizes that have no factor in common, so that a mixed-up axis cannot go unnoticed.
 fn odd_mla() -> MlaConfig {
-    MlaConfig {
-        q_lora_rank: None,
-        kv_lora_rank: 19,
-        qk_nope_head_dim: 6,
-        qk_rope_head_dim: 10,
-        v_head_dim: 5,
-        attention_bias: false,
-        latent_scale: false,
-        latent_norm: true,
-        query_bias: false,
-        rope_interleave: true,
-        rope_pairs: None,
-        kv_cache_rank: None,
-    }
+    MlaConfig::deepseek(19, [6, 10, 5])
 }
 
 fn grouped(num_key_value_heads: usize) -> GroupedConfig {

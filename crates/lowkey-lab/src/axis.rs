@@ -20,8 +20,14 @@ impl Axis {
         if low > high {
             (low, high) = if log { (1.0, 10.0) } else { (0.0, 1.0) };
         }
-        let room =
-            if log { (high / low).ln().max(0.2) * 0.06 } else { (high - low).max(1e-9 * high.abs()).max(1e-12) * 0.06 };
+        let room = if log {
+            (high / low).ln().max(0.2) * 0.06
+        } else if low == high {
+            // One value: wide enough that the marks beside it can be told apart as they are written.
+            (high.abs() * 0.05).max(1e-12)
+        } else {
+            (high - low).max(1e-9 * high.abs()) * 0.06
+        };
         let (low, high) = if log { (low * (-room).exp(), high * room.exp()) } else { (low - room, high + room) };
         let ticks = if !ticks.is_empty() {
             ticks.iter().copied().filter(|tick| (low..=high).contains(tick)).collect()
@@ -93,6 +99,18 @@ mod tests {
             assert_eq!(short(x), text);
         }
         assert_eq!(short(1e-9), "1e-9");
+    }
+
+    #[test]
+    fn the_marks_beside_a_single_value_read_differently() {
+        for value in [203.392, 0.2754, -3.0, 1e6] {
+            let axis = Axis::new([value, value].into_iter(), false, &[]);
+            let mut marks: Vec<_> = axis.ticks.iter().map(|tick| short(*tick)).collect();
+            let all = marks.len();
+            marks.dedup();
+            assert!(all > 1 && marks.len() == all && axis.share(value) > 0.4, "{value}: {marks:?}");
+        }
+        assert!(Axis::new([0.0].into_iter(), false, &[]).share(0.0).is_finite());
     }
 
     #[test]

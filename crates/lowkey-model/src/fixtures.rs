@@ -15,20 +15,7 @@ use crate::rope::{RopeConfig, RopePairs, RopeType};
 use crate::tensor::{Role, TensorSpec};
 
 pub(crate) fn mla() -> MlaConfig {
-    MlaConfig {
-        q_lora_rank: None,
-        kv_lora_rank: 9,
-        qk_nope_head_dim: 5,
-        qk_rope_head_dim: 6,
-        v_head_dim: 7,
-        attention_bias: false,
-        latent_scale: false,
-        latent_norm: true,
-        query_bias: false,
-        rope_interleave: true,
-        rope_pairs: None,
-        kv_cache_rank: None,
-    }
+    MlaConfig::deepseek(9, [5, 6, 7])
 }
 
 pub(crate) fn grouped() -> GroupedConfig {

@@ -73,9 +73,9 @@ pub(crate) enum Command {
         lowkey merge models/base --adapter runs/lora/checkpoints/best --out models/tuned\n  \
         lowkey merge MODEL --adapter ADAPTER --out OUT --dtype bf16 --data my.txt\n  \
         lowkey merge MODEL --adapter A=0.7 --adapter B=0.3 --out OUT\n\n\
-        Several adapters add up: to each matrix 0.7 times what A adds and 0.3 times what B does. The certificate\n\
-        compares the merged model with the one that has this sum beside it; lowkey verify OUT --source MODEL and\n\
-        the same adapters computes it again.\n\n\
+        Several adapters add up: to each matrix 0.7 times what A adds and 0.3 times what B does.\n\
+        The certificate compares the merged model with the one that has this sum beside it;\n\
+        lowkey verify OUT --source MODEL with the same adapters computes it again.\n\n\
         The merged model can be exported, converted and fine-tuned like any other.")]
     Merge(MergeArguments),
     /// Compute an export's certificate again from its files; exit code 1 where it does not hold

@@ -183,6 +183,25 @@ fn what_an_engine_would_ignore_is_refused_by_name() {
 }
 
 #[test]
+fn an_engine_that_cannot_compute_the_base_gets_no_adapter() {
+    let keys = || serde_json::json!({ "target_modules": ["o_proj"] });
+    for (name, config) in [
+        ("latent_norm", config_with(|_, m| m.latent_norm = false)),
+        ("query_bias", config_with(|_, m| m.query_bias = true)),
+    ] {
+        let folder = Folder::new();
+        let source = adapted(&folder, &config, keys());
+        let why = export_adapter(&source, Engine::Vllm, &folder.file("out"), false).unwrap_err().to_string();
+        assert!(why.contains(name) && why.contains("its base"), "{why}");
+        assert!(!folder.file("out").exists());
+    }
+    // What the export of the base takes into its weights is no obstacle.
+    let folder = Folder::new();
+    let source = adapted(&folder, &config_with(|_, m| m.latent_scale = true), keys());
+    export_adapter(&source, Engine::Vllm, &folder.file("out"), false).unwrap();
+}
+
+#[test]
 fn an_adapter_of_one_rank_and_factor_computes_what_that_of_many_does() {
     let folder = Folder::new();
     let mut keys = everything();

@@ -8,7 +8,7 @@ use lowkey_data::Prepared;
 use lowkey_export::{
     Certificate, Options, Progress, Source, Target, Text,
     adapter::Engine,
-    certificate::{Bounds, Evidence},
+    certificate::Evidence,
     export::FUSED,
     plan::{LayerForm, LayerPlan},
 };
@@ -115,7 +115,7 @@ pub(crate) fn verify(arguments: &VerifyArguments) -> anyhow::Result<ExitCode> {
         }))?;
     } else {
         if let Some(evidence) = &verdict.evidence {
-            say(&figures(evidence, &verdict.certificate.bounds));
+            say(&figures(evidence, &verdict.certificate));
         }
         verdict.notes.iter().for_each(|note| say(&format!("note: {note}")));
         let path = arguments.export.display();
@@ -195,7 +195,7 @@ fn report(out: &Path, certificate: &Certificate) -> String {
     if !certificate.plan.is_empty() {
         text += &(plan(&certificate.plan) + "\n");
     }
-    text += &figures(&certificate.evidence, &certificate.bounds);
+    text += &figures(&certificate.evidence, certificate);
     certificate.notes.iter().fold(text, |text, note| text + "\n  note        " + note)
 }
 
@@ -225,17 +225,21 @@ fn plan(plan: &[LayerPlan]) -> String {
     table(&["layers", "form    ", "weights", "read/token", "FLOPs/token", "      "], &rows)
 }
 
-fn figures(evidence: &Evidence, bounds: &Bounds) -> String {
-    let l = &evidence.logits;
+/// What was found, now or when the certificate was written, beside what it demands.
+fn figures(evidence: &Evidence, certificate: &Certificate) -> String {
+    let (l, bounds) = (&evidence.logits, &certificate.bounds);
     let worst = |errors: &mut dyn Iterator<Item = f64>| errors.fold(0.0, f64::max);
-    let mut rows = vec![(
-        "weights",
-        format!(
-            "max relative error {:.2e} (demanded ≤ {:.1e})",
-            worst(&mut evidence.weights.iter().map(|w| w.error.max)),
-            bounds.weight_max
+    let mut rows = vec![
+        ("text", certificate.text.description.clone()),
+        (
+            "weights",
+            format!(
+                "max relative error {:.2e} (demanded ≤ {:.1e})",
+                worst(&mut evidence.weights.iter().map(|w| w.error.max)),
+                bounds.weight_max
+            ),
         ),
-    )];
+    ];
     if !evidence.products.is_empty() {
         let error = worst(&mut evidence.products.iter().map(|p| p.error.max));
         rows.push(("products", format!("{}, max relative error against f64 {error:.2e}", evidence.products.len())));
