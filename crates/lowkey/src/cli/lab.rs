@@ -11,7 +11,8 @@ pub(crate) enum LabCommand {
         A sweep that was stopped or killed goes on where it was: give the same command again.\n\
         --shard i/n takes every n-th run, from i = 0 on, so that several machines share a sweep:\n  \
         Slurm:       sbatch --array=0-7 --wrap 'lowkey lab run E.toml --shard $SLURM_ARRAY_TASK_ID/8'\n  \
-        Kubernetes:  an Indexed Job with completions: 8, lowkey lab run E.toml --shard $JOB_COMPLETION_INDEX/8\n\n\
+        Kubernetes:  an Indexed Job with completions: 8,\n               \
+        lowkey lab run E.toml --shard $JOB_COMPLETION_INDEX/8\n\n\
         Examples:\n  \
         lowkey lab run experiments/rank-sweep/experiment.toml --dry-run\n  \
         lowkey lab run experiments/rank-sweep/experiment.toml --jobs 2")]
