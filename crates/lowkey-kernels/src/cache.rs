@@ -1,17 +1,20 @@
 //! What a cache stores, and attention straight from it.
 
 pub(crate) mod autodiff;
+mod chunk;
 mod cpu;
 pub(crate) mod reference;
 #[cfg(test)]
 mod tests;
 
 use burn::backend::Dispatch;
-use burn::tensor::{DType, FloatDType, Int, IntDType, Tensor, TensorData};
+use burn::tensor::{DType, FloatDType, Int, IntDType, Tensor};
 
+pub use self::chunk::{Keys, chunk_attention, largest_logit};
 pub use crate::masked_attention::{Mask, attention, scores};
 
 use self::autodiff::CacheOps;
+use self::chunk::offsets_tensor;
 use crate::device::facts::is_cpu;
 use crate::latent_attention::arguments::MlaDims;
 
@@ -116,8 +119,7 @@ pub fn absorbed_attention(
         let cache = cache.widen(q.dtype());
         return reference::absorbed_attention(q, cache, kv_b, offsets, dims);
     }
-    let at: Vec<i32> = offsets.iter().map(|offset| *offset as i32).collect();
-    let at = Tensor::<1, Int>::from_data(TensorData::new(at, [batch]), &q.device()).into_dispatch();
+    let at = offsets_tensor(offsets, &q.device()).into_dispatch();
     let kv_b = kv_b.unwrap_or_else(|| Tensor::empty([0, dims.rank], &q.device())).into_dispatch();
     let q = q.into_dispatch();
     Tensor::from_dispatch(match cache {
