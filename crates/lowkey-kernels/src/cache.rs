@@ -119,6 +119,10 @@ pub fn absorbed_attention(
         let cache = cache.widen(q.dtype());
         return reference::absorbed_attention(q, cache, kv_b, offsets, dims);
     }
+    let [_, seq, ..] = q.dims();
+    if seq >= chunk::LONG {
+        return chunk::absorbed_attention(q, cache.widen(DType::F32), kv_b, offsets, dims);
+    }
     let at = offsets_tensor(offsets, &q.device()).into_dispatch();
     let kv_b = kv_b.unwrap_or_else(|| Tensor::empty([0, dims.rank], &q.device())).into_dispatch();
     let q = q.into_dispatch();

@@ -6,10 +6,16 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use super::autodiff::CacheOps;
 use crate::causal_attention::starts_tensor;
 use crate::device::facts::is_cpu;
+use crate::latent_attention::arguments::MlaDims;
 use crate::masked_attention::{Mask, attention, scores};
 
 /// Queries of a row from which on blocks of scores pay: below, laying out the keys for them would take longer than the products.
 const FEWEST: usize = 2;
+
+/// Queries of a row from which on attention in latent space is that of a chunk. Fewer are bounded by reading the latents, which are then
+/// read once for all heads; more are bounded by their products, and laying out the latents for the blocks of each head, 2L+R numbers per
+/// key, is little beside 2L+R products per key and query.
+pub(super) const LONG: usize = 32;
 
 /// Keys and values of every head. Views are read where they lie: the filled part of a cache is one.
 #[derive(Clone, Debug)]
@@ -98,6 +104,47 @@ pub fn largest_logit(q: Tensor<4>, keys: Keys, document_starts: &[u32], scale: f
     let starts = starts_tensor(document_starts, [batch, seq], &device).into_dispatch();
     let (q, own, shared) = (q.into_dispatch(), keys.own.into_dispatch(), shared.into_dispatch());
     Tensor::<3>::from_dispatch(Dispatch::largest_logits(q, own, shared, starts, width, scale)).max()
+}
+
+/// [`super::absorbed_attention`] of a long chunk on the CPU: one key head, whose key is the latent with the shared key and whose value is
+/// the latent. It takes 2L+R products per pair and head where rebuilt keys and values take N+R+V: who wants the fewest products has
+/// keys and values rebuilt, and who asks for latent space, such as a comparison of weights that have the maps multiplied in, gets it.
+pub(super) fn absorbed_attention(
+    q: Tensor<4>,
+    latents: Tensor<3>,
+    kv_b: Option<Tensor<2>>,
+    offsets: &[usize],
+    dims: MlaDims,
+) -> Tensor<3> {
+    let MlaDims { heads, nope, rope, value, rank, scale, .. } = dims;
+    let [batch, seq, ..] = q.dims();
+    let tokens = batch * seq;
+    let by_head = |x: Tensor<4>, width| x.reshape([tokens, heads, width]).swap_dims(0, 1);
+    let by_token = |x: Tensor<3>, width| x.swap_dims(0, 1).reshape([batch, seq, heads, width]);
+    let maps = kv_b.map(|kv_b| {
+        let maps = kv_b.reshape([heads, nope + value, rank]);
+        [maps.clone().narrow(1, 0, nope), maps.narrow(1, nope, value).swap_dims(1, 2)]
+    });
+    let q = match &maps {
+        None => q,
+        Some([w_uk, _]) => {
+            let own = by_head(q.clone().narrow(3, 0, nope), nope).matmul(w_uk.clone());
+            let own = by_token(own, rank);
+            if rope > 0 { Tensor::cat(vec![own, q.narrow(3, nope, rope)], 3) } else { own }
+        }
+    };
+    let own = latents.unsqueeze_dim::<4>(1);
+    let values = own.clone().narrow(3, 0, rank);
+    let (keys, device) = (Keys { own, shared: None, values }, q.device());
+    let [_, _, of_keys, _] = keys.own.dims();
+    let out = chunk_attention(q, keys, offsets, &|| Mask::cached(offsets, seq, of_keys, &device), scale);
+    match maps {
+        None => out,
+        Some([_, w_uv]) => {
+            let out = by_head(out.reshape([batch, seq, heads, rank]), rank).matmul(w_uv);
+            by_token(out, value).reshape([batch, seq, heads * value])
+        }
+    }
 }
 
 /// Tokens of each row before a chunk, for a kernel.
