@@ -10,7 +10,7 @@ mod tests;
 use burn::backend::Dispatch;
 use burn::tensor::{DType, FloatDType, Int, IntDType, Tensor};
 
-pub use self::chunk::{Keys, chunk_attention, largest_logit};
+pub use self::chunk::{Keys, chunk_attention, expanded_attention, largest_logit};
 pub use crate::masked_attention::{Mask, attention, scores};
 
 use self::autodiff::CacheOps;
@@ -86,6 +86,8 @@ fn cast<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
 /// attends over the latents themselves, and W_UV maps the result. No key and no value of a head ever exists, and each cached
 /// token is read once for all heads, in the format that it is stored in. Without `kv_b`, queries come already mapped and the
 /// result leaves as it is, for weights that have the maps multiplied in ("fused").
+///
+/// Long chunks go through blocks of scores as in [`chunk_attention`], the latents being the keys and values of one head.
 ///
 /// Query `t` of row `b` sees the cached tokens `0..=offsets[b] + t`, as far as there are any. No gradient flows through it.
 ///

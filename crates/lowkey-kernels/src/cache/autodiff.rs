@@ -40,6 +40,15 @@ pub(crate) trait CacheOps: Backend {
         scale: f64,
     ) -> FloatTensor<Self>;
 
+    /// The same with keys and values made of latents; see [`crate::cache::expanded_attention`].
+    fn expanded_attention(
+        q: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self>;
+
     /// The largest score of each query of whole rows, `[batch, heads, seq]`; see [`crate::cache::largest_logit`].
     fn largest_logits(
         q: FloatTensor<Self>,
@@ -95,6 +104,17 @@ impl<B: Backend + CacheOps, C: CheckpointStrategy> CacheOps for Autodiff<B, C> {
     ) -> FloatTensor<Self> {
         let [q, own, shared, values] = [q, own, shared, values].map(|tensor| tensor.into_primitive());
         Self::from_inner(B::chunk_attention(q, own, shared, values, offsets, width, scale))
+    }
+
+    fn expanded_attention(
+        q: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self> {
+        let [q, latents, kv_b] = [q, latents, kv_b].map(|tensor| tensor.into_primitive());
+        Self::from_inner(B::expanded_attention(q, latents, kv_b, offsets, dims))
     }
 
     fn largest_logits(

@@ -7,6 +7,7 @@ use super::autodiff::CacheOps;
 use crate::causal_attention::starts_tensor;
 use crate::device::facts::is_cpu;
 use crate::latent_attention::arguments::MlaDims;
+use crate::linear::linear;
 use crate::masked_attention::{Mask, attention, scores};
 
 /// Queries of a row from which on blocks of scores pay: below, laying out the keys for them would take longer than the products.
@@ -29,6 +30,17 @@ pub struct Keys {
 }
 
 impl Keys {
+    /// Made of `latents [batch, keys, L+R]` by `kv_b [H(N+V), L]` (arXiv 2405.04434, eqs. 42, 44 and 45); the shared part is the latents'
+    /// own.
+    pub fn of_latents(latents: Tensor<3>, kv_b: Tensor<2>, dims: MlaDims) -> Self {
+        let MlaDims { heads, nope, rope, value, rank, .. } = dims;
+        let [batch, keys, _] = latents.dims();
+        let kv = linear(latents.clone().narrow(2, 0, rank), kv_b, None);
+        let kv = kv.reshape([batch, keys, heads, nope + value]).swap_dims(1, 2);
+        let shared = (rope > 0).then(|| latents.narrow(2, rank, rope));
+        Self { own: kv.clone().narrow(3, 0, nope), shared, values: kv.narrow(3, nope, value) }
+    }
+
     /// Whole keys, `[batch, G, keys, N+R]`.
     pub fn whole(&self) -> Tensor<4> {
         let [batch, groups, keys, _] = self.own.dims();
@@ -85,6 +97,43 @@ pub fn chunk_attention(q: Tensor<4>, keys: Keys, offsets: &[usize], mask: &dyn F
     let (own, values) = (keys.own.into_dispatch(), keys.values.into_dispatch());
     let (q, shared, at) = (q.into_dispatch(), shared.into_dispatch(), at.into_dispatch());
     Tensor::from_dispatch(Dispatch::chunk_attention(q, own, shared, values, at, width, scale))
+}
+
+/// [`chunk_attention`] over cached latents, keys and values being made of them ("expanded"): L(N+V) products per head and key of each
+/// chunk, N+R+V per pair and head. On the CPU they exist for one head and one block of keys at a time.
+///
+/// Rebuilding is L(N+V)/(seq · (N+R+V)) of what the pairs take behind a long past: with L = 64, N = V = 32 and R = 16 a tenth for 512
+/// queries, where in latent space each pair takes 2L+R products, 1.8 times as many.
+///
+/// # Shapes
+/// `q [batch, seq, H, N+R]`, `latents [batch, keys, L+R]`, `kv_b [H(N+V), L]`, `offsets` of length `batch` → `[batch, seq, H·V]`.
+pub fn expanded_attention(
+    q: Tensor<4>,
+    latents: Tensor<3>,
+    kv_b: Tensor<2>,
+    offsets: &[usize],
+    mask: &dyn Fn() -> Mask,
+    dims: MlaDims,
+) -> Tensor<3> {
+    let ([batch, seq, heads, width], MlaDims { nope, rope, value, rank, .. }) = (q.dims(), dims);
+    assert!(
+        [heads, width] == [dims.heads, nope + rope]
+            && latents.dims()[0] == batch
+            && latents.dims()[2] == rank + rope
+            && kv_b.dims() == [heads * (nope + value), rank]
+            && offsets.len() == batch,
+        "expanded_attention: q {:?}, latents {:?}, kv_b {:?}, {} rows do not fit {dims:?}",
+        q.dims(),
+        latents.dims(),
+        kv_b.dims(),
+        offsets.len(),
+    );
+    if !is_cpu(&q.device()) || q.dtype() != DType::F32 || seq < FEWEST {
+        return chunk_attention(q, Keys::of_latents(latents, kv_b, dims), offsets, mask, dims.scale);
+    }
+    let at = offsets_tensor(offsets, &q.device()).into_dispatch();
+    let (q, latents, kv_b) = (q.into_dispatch(), latents.into_dispatch(), kv_b.into_dispatch());
+    Tensor::from_dispatch(Dispatch::expanded_attention(q, latents, kv_b, at, dims))
 }
 
 /// The largest attention logit of whole rows, `[1]`: of query `t` and a key `document_starts[t] ≤ j ≤ t`. On the CPU no score outlives

@@ -166,6 +166,16 @@ impl CacheOps for Flex {
         chunk::attend([&q, &own, &shared, &values], &offsets, width, scale)
     }
 
+    fn expanded_attention(
+        q: FlexTensor,
+        latents: FlexTensor,
+        kv_b: FlexTensor,
+        offsets: FlexTensor,
+        mla: MlaDims,
+    ) -> FlexTensor {
+        chunk::attend_made(&q, &latents, &kv_b, &offsets, mla)
+    }
+
     fn largest_logits(
         q: FlexTensor,
         own: FlexTensor,

@@ -177,6 +177,38 @@ fn a_chunk_behind_cached_keys_agrees_with_plain_operations_on_any_number_of_thre
 }
 
 #[test]
+fn keys_and_values_made_of_latents_agree_with_plain_operations_on_any_number_of_threads() {
+    plain_device().seed(32);
+    for (heads, [nope, rope, value, rank]) in [(3, [12, 4, 9, 20]), (1, [1, 0, 1, 1]), (2, [5, 6, 33, 7])] {
+        let (latent_scale, latent_eps, interleave) = (1.0, 1e-6, false);
+        let dims = MlaDims { heads, nope, rope, value, rank, scale: 0.3, latent_scale, latent_eps, interleave };
+        for seq in [1, 7, 65, 300] {
+            for offsets in [vec![0], vec![1], vec![500], vec![0, 500, 191]] {
+                let (batch, of_keys) = (offsets.len(), offsets.iter().max().unwrap() + seq);
+                let q = random(batch * seq * heads * (nope + rope)).reshape([batch, seq, heads, nope + rope]);
+                let latents = random(batch * (of_keys + 5) * (rank + rope));
+                let latents = latents.reshape([batch, of_keys + 5, rank + rope]).narrow(1, 0, of_keys);
+                let kv_b = random(heads * (nope + value) * rank).reshape([heads * (nope + value), rank]);
+                let device = q.device();
+                let mask = || Mask::cached(&offsets, seq, of_keys, &device);
+                let run = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    let run = || expanded_attention(q.clone(), latents.clone(), kv_b.clone(), &offsets, &mask, dims);
+                    pool.install(|| host(run()))
+                };
+                let what = format!("{seq} queries, {dims:?}, {offsets:?}");
+                let one = run(1);
+                for threads in [3, 16] {
+                    assert_eq!(one, run(threads), "{what}: {threads} threads");
+                }
+                let keys = Keys::of_latents(latents.clone(), kv_b.clone(), dims);
+                assert_close(&what, one, host(plain_chunk(q.clone(), keys, &offsets, 0.3)));
+            }
+        }
+    }
+}
+
+#[test]
 fn a_row_of_a_batch_and_a_part_of_a_chunk_are_what_they_are_alone() {
     plain_device().seed(29);
     let (seq, offsets) = (70, [300, 12, 0]);

@@ -15,7 +15,7 @@ use burn_flex::FlexTensor;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use self::forward::{Reads, Sizes, Vectors};
+use self::forward::{Keys, Reads, Sizes, Vectors};
 use super::autodiff::{AttentionShape, AttentionState, CausalAttentionGradients, CausalAttentionOps};
 use crate::cpu::parts::Parts;
 use crate::cpu::tensors::{dims, integers, like, new};
@@ -181,6 +181,12 @@ impl Sight<'_> {
         seen(self.starts[self.q0 + i], t, self.k0)
     }
 
+    /// Whether none of the block's `count` queries sees a key of this block.
+    #[inline(always)]
+    fn sees_nothing(self, count: usize) -> bool {
+        self.k0 > self.offset + self.q0 + count - 1 || (self.starts[self.q0].max(0) as usize) >= self.k0 + KEYS
+    }
+
     #[inline(always)]
     fn of_tile(self, row: usize) -> (usize, usize) {
         let t = self.offset + self.q0 + row;
@@ -220,9 +226,11 @@ pub(crate) fn forward(dims: Dims, inputs: Inputs, out: &mut [f32], lse: &mut [f3
     let kv = Vectors { data: inputs.kv, row: seq * kv_stride, head: nope + value, token: kv_stride };
     let vectors = Reads {
         q: Vectors { data: inputs.q, row: seq * q_stride, head: dims.qk(), token: q_stride },
-        own: kv,
-        shared: Vectors { data: inputs.k_pe, row: seq * inputs.k_pe_stride, head: 0, token: inputs.k_pe_stride },
-        values: Vectors { data: &inputs.kv[nope..], ..kv },
+        keys: Keys::Given {
+            own: kv,
+            shared: Vectors { data: inputs.k_pe, row: seq * inputs.k_pe_stride, head: 0, token: inputs.k_pe_stride },
+            values: Vectors { data: &inputs.kv[nope..], ..kv },
+        },
         starts: inputs.starts,
         offsets: &[],
     };

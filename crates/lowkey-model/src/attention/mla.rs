@@ -10,7 +10,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use lowkey_kernels::{
     LatentWeights, MlaDims,
-    cache::{Keys, Mask, Stored, absorbed_attention, chunk_attention, largest_logit},
+    cache::{Keys, Mask, Stored, absorbed_attention, expanded_attention, largest_logit},
     latent_attention, rotate,
 };
 
@@ -268,24 +268,20 @@ impl Mla {
         self.dims.rank = self.latent_width();
     }
 
-    /// Keys and values of every head rebuilt from the latent, eqs. 42, 44 and 45.
+    /// Keys and values of every head rebuilt from the latent.
     fn keys(&self, latent: Latent) -> Keys {
-        let MlaDims { heads, nope, value, .. } = self.dims;
-        let [batch, keys, _] = latent.both.dims();
-        let kv = self.kv_b_proj.forward(latent.c_kv()).reshape([batch, keys, heads, nope + value]).swap_dims(1, 2);
-        Keys { own: kv.clone().narrow(3, 0, nope), shared: latent.k_pe(), values: kv.narrow(3, nope, value) }
+        Keys::of_latents(latent.both, self.kv_b_proj.matrix(), self.dims)
     }
 
-    /// The same with the shared part copied into each key: keys `[batch, H, keys, N+R]` and values `[batch, H, keys, V]`.
+    /// The same with the shared part copied into each key: keys `[batch, H, keys, N+R]` and values `[batch, H, keys, V]`, eqs. 42, 44
+    /// and 45.
     pub fn expand(&self, latent: Latent) -> (Tensor<4>, Tensor<4>) {
         let keys = self.keys(latent);
         (keys.whole(), keys.values)
     }
 
-    /// Attention over a cache with keys and values rebuilt from the latent: L(N+V) products per head and key of a chunk, N+R+V per
-    /// pair and head, in blocks of scores. The form for long prefills: rebuilding takes L(N+V)/(chunk · (N+R+V)) of what the pairs
-    /// do, a tenth for chunks of 512 with L = 64, N = V = 32 and R = 16, where in latent space each pair would take 2L+R products,
-    /// 1.8 times as many. Query `t` of row `b` sees the tokens `0..=offsets[b] + t`, which `mask` says, too.
+    /// Attention over a cache with keys and values rebuilt from the latent: N+R+V products per pair and head, in blocks of scores. The
+    /// form for long prefills. Query `t` of row `b` sees the tokens `0..=offsets[b] + t`, which `mask` says, too.
     ///
     /// # Shapes
     /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, H·V]`.
@@ -296,7 +292,7 @@ impl Mla {
         offsets: &[usize],
         mask: &dyn Fn() -> Mask,
     ) -> Tensor<3> {
-        chunk_attention(queries, self.keys(latent), offsets, mask, self.dims.scale)
+        expanded_attention(queries, latent.both, self.kv_b_proj.matrix(), offsets, mask, self.dims)
     }
 
     /// The same attention in latent space: q̃ = W_UKᵀ q_nope attends over c_kv itself, and W_UV maps the result: 2L+R products

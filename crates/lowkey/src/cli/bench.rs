@@ -28,9 +28,9 @@ pub(crate) enum BenchCommand {
     Decode(BenchDecodeArguments),
     /// Time whole prompts, in turn with training's forward pass over as many tokens
     #[command(after_help = "\
-        The ratio is the rate of prompts over that of the forward pass of training, loss included: the median\n\
-        of the rounds, in which both take turns. Memory is the most that the process had held after its first\n\
-        prompts of that length, shorter ones before and training after them.\n\n\
+        The ratio is the rate of prompts over that of the forward pass of training, loss included: the\n\
+        median of the rounds, in which both take turns. Memory is the most that the process had held\n\
+        after its first prompts of that length, shorter ones before and training after them.\n\n\
         Examples:\n  \
         lowkey bench prefill --shape d256 --context 512,2048,4096,8192\n  \
         lowkey bench prefill --shape d512 --way expanded,absorbed --chunk 256 --json")]

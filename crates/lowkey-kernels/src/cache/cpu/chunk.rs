@@ -2,8 +2,9 @@
 
 use burn_flex::FlexTensor;
 
-use crate::causal_attention::cpu::forward::{self, Reads, Sizes, Vectors};
+use crate::causal_attention::cpu::forward::{self, Keys, Latents, Reads, Sizes, Vectors};
 use crate::cpu::tensors::{dims, integers, new};
+use crate::latent_attention::arguments::MlaDims;
 
 /// A tensor of `[batch, heads, tokens, width]` or the like, with the axes that it is read along.
 struct View {
@@ -49,23 +50,35 @@ struct Arguments {
 
 impl Arguments {
     /// `q [batch, seq, heads, own+shared]`, `own [batch, groups, keys, own]`, `shared [batch, keys, width]`.
-    fn new(q: &FlexTensor, own: &FlexTensor, shared: &FlexTensor, width: usize, scale: f64) -> Self {
+    fn new([q, own, shared]: [&FlexTensor; 3], width: usize, scale: f64) -> Self {
         let [batch, seq, heads, _] = dims::<4>(q);
         let [_, groups, keys, of_own] = dims::<4>(own);
         let scale = scale as f32;
         Self {
-            q: View::new(q, [Some(0), Some(2), Some(1)]),
+            q: queries(q),
             own: View::new(own, [Some(0), Some(1), Some(2)]),
             shared: View::new(shared, [Some(0), None, Some(1)]),
             sizes: Sizes { batch, seq, keys, heads, groups, own: of_own, shared: width, value: 0, scale },
         }
     }
 
-    /// Without values and all that says who sees what.
-    fn reads(&self) -> Reads<'_> {
-        let (q, own, shared) = (self.q.vectors(), self.own.vectors(), self.shared.vectors());
-        Reads { q, own, shared, values: own, starts: &[], offsets: &[] }
+    fn keys<'a>(&'a self, values: Vectors<'a>) -> Keys<'a> {
+        Keys::Given { own: self.own.vectors(), shared: self.shared.vectors(), values }
     }
+}
+
+fn queries(q: &FlexTensor) -> View {
+    View::new(q, [Some(0), Some(2), Some(1)])
+}
+
+/// `[batch, seq, heads · value]`: query `t` of row `b` sees the keys up to `offsets[b] + t`.
+fn chunk(sizes: Sizes, q: &View, keys: Keys, offsets: &FlexTensor) -> FlexTensor {
+    let Sizes { batch, seq, heads, value, .. } = sizes;
+    let (starts, offsets) = (vec![0; batch * seq], integers(offsets));
+    let (mut out, mut lse) = (new([batch, seq, heads * value]), vec![0.0; batch * heads * seq]);
+    let reads = Reads { q: q.vectors(), keys, starts: &starts, offsets: &offsets };
+    forward::forward(sizes, reads, Some(out.storage_mut()), &mut lse);
+    out
 }
 
 /// `[batch, seq, heads · value]`; `shared` has `width` numbers, or is not read where that is 0.
@@ -75,22 +88,37 @@ pub(super) fn attend(
     width: usize,
     scale: f64,
 ) -> FlexTensor {
-    let arguments = Arguments::new(q, own, shared, width, scale);
+    let arguments = Arguments::new([q, own, shared], width, scale);
     let sizes = Sizes { value: dims::<4>(values)[3], ..arguments.sizes };
     let values = View::new(values, [Some(0), Some(1), Some(2)]);
-    let Sizes { batch, seq, heads, value, .. } = sizes;
-    let (starts, offsets) = (vec![0; batch * seq], integers(offsets));
-    let reads = Reads { values: values.vectors(), starts: &starts, offsets: &offsets, ..arguments.reads() };
-    let (mut out, mut lse) = (new([batch, seq, heads * value]), vec![0.0; batch * heads * seq]);
-    forward::forward(sizes, reads, Some(out.storage_mut()), &mut lse);
-    out
+    chunk(sizes, &arguments.q, arguments.keys(values.vectors()), offsets)
+}
+
+/// The same of keys and values made of `latents [batch, keys, L+R]` by `kv_b [heads(N+V), L]`.
+pub(super) fn attend_made(
+    q: &FlexTensor,
+    latents: &FlexTensor,
+    kv_b: &FlexTensor,
+    offsets: &FlexTensor,
+    mla: MlaDims,
+) -> FlexTensor {
+    let ([batch, seq, ..], [_, keys, _]) = (dims::<4>(q), dims::<3>(latents));
+    let MlaDims { heads, nope, rope, value, rank, scale, .. } = mla;
+    let scale = scale as f32;
+    let sizes = Sizes { batch, seq, keys, heads, groups: heads, own: nope, shared: rope, value, scale };
+    let (latents, kv_b) = (View::new(latents, [Some(0), None, Some(1)]), kv_b.to_contiguous());
+    let latents = Latents::new(sizes, latents.vectors(), rank, kv_b.storage());
+    chunk(sizes, &queries(q), Keys::Made(&latents), offsets)
 }
 
 /// The largest score of each query, `[batch, heads, seq]`.
-pub(super) fn largest([q, own, shared]: [&FlexTensor; 3], starts: &FlexTensor, width: usize, scale: f64) -> FlexTensor {
-    let arguments = Arguments::new(q, own, shared, width, scale);
+pub(super) fn largest(arguments: [&FlexTensor; 3], starts: &FlexTensor, width: usize, scale: f64) -> FlexTensor {
+    let arguments = Arguments::new(arguments, width, scale);
     let (sizes, starts) = (arguments.sizes, integers(starts));
     let mut top = new([sizes.batch, sizes.heads, sizes.seq]);
-    forward::forward(sizes, Reads { starts: &starts, ..arguments.reads() }, None, top.storage_mut());
+    // Values are not read.
+    let keys = arguments.keys(arguments.own.vectors());
+    let reads = Reads { q: arguments.q.vectors(), keys, starts: &starts, offsets: &[] };
+    forward::forward(sizes, reads, None, top.storage_mut());
     top
 }
