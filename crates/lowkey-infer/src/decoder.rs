@@ -116,7 +116,8 @@ impl Decoder {
     /// Appends `rows[b]` to sequence `b`, in chunks of at most `chunk` tokens, and returns the logits that follow each row's
     /// last token. Rows may differ in length. A later call goes on where this one ended.
     ///
-    /// A smaller chunk needs less memory for scores (rows · heads · chunk · length) and takes longer; the result is the same.
+    /// A smaller chunk needs less memory for activations (rows · chunk), and in the expanded form rebuilds keys and values more often; the
+    /// result is the same. On the CPU memory grows with the length alone, not with its square.
     ///
     /// # Shapes
     /// → `[batch, vocab]`
@@ -207,7 +208,7 @@ impl Decoder {
         let offsets = span.common_offset().map_or(span.offsets.clone(), |offset| vec![offset]);
         let positions: Vec<Vec<usize>> = offsets.iter().map(|offset| (*offset..offset + queries).collect()).collect();
         let rope = model.rope_table(&positions, device);
-        // Made where a layer asks for it: the absorbed form needs none.
+        // Made where a layer asks for it: on the CPU for single tokens in the expanded form alone.
         let mask = OnceCell::new();
         let mask = || mask.get_or_init(|| Mask::cached(&offsets, queries, span.filled(), device)).clone();
         let mut x = model.model.embed_tokens.forward(ids_tensor(&ids, rows.len(), queries, device));

@@ -13,7 +13,7 @@ use lowkey_model::{
     attention::{Attention, AttentionConfig, FusedMla, GroupedConfig, Mla, MlaConfig},
     config::{Family, LayerConfig, Layers, MlpConfig},
     ids_tensor,
-    rope::{RopeConfig, RopeType},
+    rope::{RopeConfig, RopePairs, RopeType},
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -99,6 +99,7 @@ fn zoo() -> Vec<(&'static str, ModelConfig)> {
         ("mla, latent_scale", mla(3, |m| m.latent_scale = true)),
         ("mla, no latent norm", mla(3, |m| m.latent_norm = false)),
         ("mla, query bias", mla(3, |m| (m.query_bias, m.attention_bias) = (true, true))),
+        ("mla, rope pairs", mla(3, |m| m.rope_pairs = Some(RopePairs { width: 12, frequencies: vec![3, 0, 5, 1, 1] }))),
         ("mla, R = 0", mla(3, |m| m.qk_rope_head_dim = 0)),
         ("mla, L = 1", mla(3, |m| m.kv_lora_rank = 1)),
         ("mla, cut", cut(mla(3, |_| {}), [5, 3, 19])),

@@ -1,17 +1,20 @@
 //! What a cache stores, and attention straight from it.
 
 pub(crate) mod autodiff;
+mod chunk;
 mod cpu;
 pub(crate) mod reference;
 #[cfg(test)]
 mod tests;
 
 use burn::backend::Dispatch;
-use burn::tensor::{DType, FloatDType, Int, IntDType, Tensor, TensorData};
+use burn::tensor::{DType, FloatDType, Int, IntDType, Tensor};
 
+pub use self::chunk::{Keys, chunk_attention, expanded_attention, largest_logit};
 pub use crate::masked_attention::{Mask, attention, scores};
 
 use self::autodiff::CacheOps;
+use self::chunk::offsets_tensor;
 use crate::device::facts::is_cpu;
 use crate::latent_attention::arguments::MlaDims;
 
@@ -84,6 +87,8 @@ fn cast<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
 /// token is read once for all heads, in the format that it is stored in. Without `kv_b`, queries come already mapped and the
 /// result leaves as it is, for weights that have the maps multiplied in ("fused").
 ///
+/// Long chunks go through blocks of scores as in [`chunk_attention`], the latents being the keys and values of one head.
+///
 /// Query `t` of row `b` sees the cached tokens `0..=offsets[b] + t`, as far as there are any. No gradient flows through it.
 ///
 /// # Shapes
@@ -116,8 +121,11 @@ pub fn absorbed_attention(
         let cache = cache.widen(q.dtype());
         return reference::absorbed_attention(q, cache, kv_b, offsets, dims);
     }
-    let at: Vec<i32> = offsets.iter().map(|offset| *offset as i32).collect();
-    let at = Tensor::<1, Int>::from_data(TensorData::new(at, [batch]), &q.device()).into_dispatch();
+    let [_, seq, ..] = q.dims();
+    if seq >= chunk::LONG {
+        return chunk::absorbed_attention(q, cache.widen(DType::F32), kv_b, offsets, dims);
+    }
+    let at = offsets_tensor(offsets, &q.device()).into_dispatch();
     let kv_b = kv_b.unwrap_or_else(|| Tensor::empty([0, dims.rank], &q.device())).into_dispatch();
     let q = q.into_dispatch();
     Tensor::from_dispatch(match cache {

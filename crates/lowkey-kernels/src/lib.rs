@@ -6,7 +6,7 @@
 //!
 //! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
 //! [`mlp::gated_mlp`], the [`loss`]es for training; [`recalled`] for maps that adapters stand beside;
-//! [`cache::absorbed_attention`], and [`cache::attention`] with a [`cache::Mask`], for queries against a cache, which may be
+//! [`cache::absorbed_attention`], [`cache::expanded_attention`] and [`cache::chunk_attention`] for queries against a cache, which may be
 //! [`cache::Stored`] in fewer bits; [`quantized_linear`] for frozen matrices in 4 or 8 bits; [`optim`] for updates; [`routing`] for
 //! mixtures of experts.
 //!

@@ -143,20 +143,19 @@ impl Attention {
         }
     }
 
-    /// Records what the attention makes of a normalised chunk before it attends, and the largest of a whole score matrix.
+    /// Records what the attention makes of whole normalised rows before it attends, and their largest score.
     pub(crate) fn report(&self, normed: &Input, context: &Context, report: &mut Trace) {
-        let [_, seq, _] = normed.value.dims();
-        let mask = Mask::documents(&context.document_starts, seq, &normed.value.device());
+        let starts = &context.document_starts;
         match self {
             Self::Mla(mla) => {
                 let latent = mla.latent(normed.clone(), &context.rope);
                 report.latent.push(latent.c_kv());
                 report.k_pe.extend(latent.k_pe());
-                report.max_logit.push(mla.max_logit(mla.queries(normed.clone(), &context.rope), latent, &mask));
+                report.max_logit.push(mla.max_logit(mla.queries(normed.clone(), &context.rope), latent, starts));
             }
             Self::Grouped(grouped) => {
                 let kv = grouped.key_value(normed.clone(), &context.rope);
-                report.max_logit.push(grouped.max_logit(grouped.queries(normed.clone(), &context.rope), kv, &mask));
+                report.max_logit.push(grouped.max_logit(grouped.queries(normed.clone(), &context.rope), kv, starts));
             }
         }
     }

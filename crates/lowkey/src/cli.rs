@@ -13,7 +13,8 @@ use lowkey_data::chat::DateTime;
 
 use crate::schema::FileKind;
 pub(crate) use bench::{
-    BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchStepArguments, BenchTrainArguments,
+    BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchPrefillArguments, BenchStepArguments,
+    BenchTrainArguments,
 };
 pub(crate) use convert::{Attention, ConvertArguments};
 pub(crate) use export::{ExportArguments, MergeArguments, VerifyArguments, WeightedAdapter};
@@ -161,6 +162,7 @@ pub(crate) enum Command {
     #[command(after_help = "Examples:\n  \
         lowkey bench train --shape d256\n  \
         lowkey bench decode --shape d512 --context 4096\n  \
+        lowkey bench prefill --shape d256 --context 4096\n  \
         lowkey bench ops --shape d256 --batch 1 --seq 2048")]
     Bench {
         #[command(subcommand)]

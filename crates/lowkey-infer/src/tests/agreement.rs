@@ -146,6 +146,45 @@ fn positions_far_from_zero_agree() {
     }
 }
 
+/// Chunks that take several blocks of keys and queries, behind a past that ends inside a block, and rows of different lengths; on any
+/// number of threads to the same bits.
+#[test]
+fn long_chunks_agree_with_the_forward_pass_in_every_form() {
+    for (seed, (name, mut config)) in zoo().into_iter().enumerate() {
+        config.max_position_embeddings = 400;
+        let model = random_model(&config, seed as u64);
+        let (long, short) = (tokens(310, 210), tokens(90, 211));
+        let expected = [uncached(&model, &long), uncached(&model, &short)];
+        for form in FORMS {
+            for chunk in [7, 65, 300] {
+                let what = |position| format!("{name}, {form}, chunk {chunk}, position {position}");
+                let mut decoder = decoder(&model, 2, 400, form);
+                let prefilled = rows(decoder.prefill(&[&long[..307], &short[..70]], chunk).unwrap());
+                assert_close(&prefilled[0], &expected[0][306], &what(306));
+                assert_close(&prefilled[1], &expected[1][69], &what(69));
+                for i in 0..3 {
+                    let found = rows(decoder.step(&[long[307 + i], short[70 + i]]).unwrap());
+                    assert_close(&found[0], &expected[0][307 + i], &what(307 + i));
+                    assert_close(&found[1], &expected[1][70 + i], &what(70 + i));
+                }
+            }
+            let whole = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    let mut decoder = decoder(&model, 1, 400, form);
+                    let first = rows(model.logits(decoder.advance(&[&long[..65]]).unwrap()));
+                    [first, rows(model.logits(decoder.advance(&[&long[65..]]).unwrap()))].concat()
+                })
+            };
+            let one = whole(1);
+            assert_eq!(one, whole(3), "{name}, {form}: one thread and three");
+            for (position, (found, expected)) in one.iter().zip(&expected[0]).enumerate() {
+                assert_close(found, expected, &format!("{name}, {form}, in two, position {position}"));
+            }
+        }
+    }
+}
+
 #[test]
 fn rows_of_unequal_length_equal_each_row_alone() {
     for (seed, (name, config)) in zoo().into_iter().enumerate() {

@@ -29,6 +29,36 @@ pub(crate) trait CacheOps: Backend {
         dims: MlaDims,
     ) -> FloatTensor<Self>;
 
+    /// Attention of a chunk; see [`crate::cache::chunk_attention`]. `shared` has `width` numbers per key; with 0 it is not read.
+    fn chunk_attention(
+        q: FloatTensor<Self>,
+        own: FloatTensor<Self>,
+        shared: FloatTensor<Self>,
+        values: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        width: usize,
+        scale: f64,
+    ) -> FloatTensor<Self>;
+
+    /// The same with keys and values made of latents; see [`crate::cache::expanded_attention`].
+    fn expanded_attention(
+        q: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self>;
+
+    /// The largest score of each query of whole rows, `[batch, heads, seq]`; see [`crate::cache::largest_logit`].
+    fn largest_logits(
+        q: FloatTensor<Self>,
+        own: FloatTensor<Self>,
+        shared: FloatTensor<Self>,
+        starts: IntTensor<Self>,
+        width: usize,
+        scale: f64,
+    ) -> FloatTensor<Self>;
+
     /// Numbers of 16 bits as f32.
     fn widen(x: FloatTensor<Self>) -> FloatTensor<Self>;
 
@@ -61,6 +91,42 @@ impl<B: Backend + CacheOps, C: CheckpointStrategy> CacheOps for Autodiff<B, C> {
     ) -> FloatTensor<Self> {
         let [q, scales, kv_b] = [q, scales, kv_b].map(|tensor| tensor.into_primitive());
         Self::from_inner(B::absorbed_attention_int8(q, codes, scales, kv_b, offsets, dims))
+    }
+
+    fn chunk_attention(
+        q: FloatTensor<Self>,
+        own: FloatTensor<Self>,
+        shared: FloatTensor<Self>,
+        values: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        width: usize,
+        scale: f64,
+    ) -> FloatTensor<Self> {
+        let [q, own, shared, values] = [q, own, shared, values].map(|tensor| tensor.into_primitive());
+        Self::from_inner(B::chunk_attention(q, own, shared, values, offsets, width, scale))
+    }
+
+    fn expanded_attention(
+        q: FloatTensor<Self>,
+        latents: FloatTensor<Self>,
+        kv_b: FloatTensor<Self>,
+        offsets: IntTensor<Self>,
+        dims: MlaDims,
+    ) -> FloatTensor<Self> {
+        let [q, latents, kv_b] = [q, latents, kv_b].map(|tensor| tensor.into_primitive());
+        Self::from_inner(B::expanded_attention(q, latents, kv_b, offsets, dims))
+    }
+
+    fn largest_logits(
+        q: FloatTensor<Self>,
+        own: FloatTensor<Self>,
+        shared: FloatTensor<Self>,
+        starts: IntTensor<Self>,
+        width: usize,
+        scale: f64,
+    ) -> FloatTensor<Self> {
+        let [q, own, shared] = [q, own, shared].map(|tensor| tensor.into_primitive());
+        Self::from_inner(B::largest_logits(q, own, shared, starts, width, scale))
     }
 
     fn widen(x: FloatTensor<Self>) -> FloatTensor<Self> {

@@ -1,6 +1,7 @@
 //! The operations on a cache on the CPU, which reads it where it lies.
 
 mod absorbed;
+mod chunk;
 mod numbers;
 
 use burn::backend::Flex;
@@ -151,6 +152,39 @@ impl CacheOps for Flex {
     ) -> FlexTensor {
         let cache = Quantised::new(&codes, &scales, mla.rank);
         attend(&q, cache.numbers(), &cache.codes, &kv_b, &offsets, mla)
+    }
+
+    fn chunk_attention(
+        q: FlexTensor,
+        own: FlexTensor,
+        shared: FlexTensor,
+        values: FlexTensor,
+        offsets: FlexTensor,
+        width: usize,
+        scale: f64,
+    ) -> FlexTensor {
+        chunk::attend([&q, &own, &shared, &values], &offsets, width, scale)
+    }
+
+    fn expanded_attention(
+        q: FlexTensor,
+        latents: FlexTensor,
+        kv_b: FlexTensor,
+        offsets: FlexTensor,
+        mla: MlaDims,
+    ) -> FlexTensor {
+        chunk::attend_made(&q, &latents, &kv_b, &offsets, mla)
+    }
+
+    fn largest_logits(
+        q: FlexTensor,
+        own: FlexTensor,
+        shared: FlexTensor,
+        starts: FlexTensor,
+        width: usize,
+        scale: f64,
+    ) -> FlexTensor {
+        chunk::largest([&q, &own, &shared], &starts, width, scale)
     }
 
     fn widen(x: FlexTensor) -> FlexTensor {

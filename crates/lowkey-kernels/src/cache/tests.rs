@@ -53,6 +53,8 @@ fn absorbed_attention_agrees_for_one_query_and_for_many_in_every_format() {
         (1, 70, [4, 3, 5, 33]),
         (5, 3, [24, 12, 12, 20]),
         (30, 7, [4, 2, 3, 16]),
+        (32, 3, [24, 12, 12, 20]),
+        (71, 2, [5, 0, 3, 17]),
     ] {
         let (latent_scale, latent_eps, interleave) = (1.0, 1e-6, false);
         let dims = MlaDims { heads, nope, rope, value, rank, scale: 0.3, latent_scale, latent_eps, interleave };
@@ -121,5 +123,143 @@ fn codes_and_scales_are_those_of_plain_operations() {
         let wide = Stored::quantise(x.clone().cast(FloatDType::F64), split);
         let Stored::Int8 { codes, scales, .. } = wide else { panic!() };
         assert_eq!((codes.dtype(), scales.dtype()), (DType::I8, DType::F32));
+    }
+}
+
+/// Queries and keys of a chunk, the keys the filled part of a longer cache.
+fn chunk(
+    [batch, seq, keys]: [usize; 3],
+    [heads, groups]: [usize; 2],
+    [nope, rope, value]: [usize; 3],
+) -> (Tensor<4>, Keys) {
+    let four = |[a, b, c, d]: [usize; 4]| random(a * b * c * d).reshape([a, b, c, d]);
+    let capacity = keys + 9;
+    // As a map from latents leaves them: token by token, key and value of a head side by side.
+    let kv = four([batch, capacity, groups, nope + value]).swap_dims(1, 2).narrow(2, 0, keys);
+    let shared = random(batch * capacity * (rope + 3)).reshape([batch, capacity, rope + 3]);
+    let shared = (rope > 0).then(|| shared.narrow(1, 0, keys).narrow(2, 3, rope));
+    let keys = Keys { own: kv.clone().narrow(3, 0, nope), shared, values: kv.narrow(3, nope, value) };
+    (four([batch, seq, heads, nope + rope]), keys)
+}
+
+/// In plain tensor operations.
+fn plain_chunk(q: Tensor<4>, keys: Keys, offsets: &[usize], scale: f64) -> Tensor<3> {
+    let ([batch, seq, heads, _], device) = (q.dims(), q.device());
+    let [_, _, of_keys, value] = keys.values.dims();
+    let mask = Mask::cached(offsets, seq, of_keys, &device);
+    let out = attention(q.swap_dims(1, 2), keys.whole(), keys.values, &mask, scale);
+    out.swap_dims(1, 2).reshape([batch, seq, heads * value])
+}
+
+#[test]
+fn a_chunk_behind_cached_keys_agrees_with_plain_operations_on_any_number_of_threads() {
+    plain_device().seed(28);
+    for (heads, widths) in [([3, 3], [12, 4, 9]), ([6, 2], [10, 0, 10]), ([5, 1], [7, 5, 16]), ([1, 1], [1, 2, 1])] {
+        for seq in [1, 7, 65, 300] {
+            for offsets in [vec![0], vec![1], vec![500], vec![0, 500, 191], vec![1, 0]] {
+                let of_keys = offsets.iter().max().unwrap() + seq;
+                let (q, keys) = chunk([offsets.len(), seq, of_keys], heads, widths);
+                let device = q.device();
+                let mask = || Mask::cached(&offsets, seq, of_keys, &device);
+                let run = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    pool.install(|| host(chunk_attention(q.clone(), keys.clone(), &offsets, &mask, 0.3)))
+                };
+                let what = format!("{seq} queries, {heads:?} heads, {widths:?}, {offsets:?}");
+                let one = run(1);
+                for threads in [3, 16] {
+                    assert_eq!(one, run(threads), "{what}: {threads} threads");
+                }
+                assert_close(&what, one, host(plain_chunk(q.clone(), keys.clone(), &offsets, 0.3)));
+            }
+        }
+    }
+}
+
+#[test]
+fn keys_and_values_made_of_latents_agree_with_plain_operations_on_any_number_of_threads() {
+    plain_device().seed(32);
+    for (heads, [nope, rope, value, rank]) in [(3, [12, 4, 9, 20]), (1, [1, 0, 1, 1]), (2, [5, 6, 33, 7])] {
+        let (latent_scale, latent_eps, interleave) = (1.0, 1e-6, false);
+        let dims = MlaDims { heads, nope, rope, value, rank, scale: 0.3, latent_scale, latent_eps, interleave };
+        for seq in [1, 7, 65, 300] {
+            for offsets in [vec![0], vec![1], vec![500], vec![0, 500, 191]] {
+                let (batch, of_keys) = (offsets.len(), offsets.iter().max().unwrap() + seq);
+                let q = random(batch * seq * heads * (nope + rope)).reshape([batch, seq, heads, nope + rope]);
+                let latents = random(batch * (of_keys + 5) * (rank + rope));
+                let latents = latents.reshape([batch, of_keys + 5, rank + rope]).narrow(1, 0, of_keys);
+                let kv_b = random(heads * (nope + value) * rank).reshape([heads * (nope + value), rank]);
+                let device = q.device();
+                let mask = || Mask::cached(&offsets, seq, of_keys, &device);
+                let run = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    let run = || expanded_attention(q.clone(), latents.clone(), kv_b.clone(), &offsets, &mask, dims);
+                    pool.install(|| host(run()))
+                };
+                let what = format!("{seq} queries, {dims:?}, {offsets:?}");
+                let one = run(1);
+                for threads in [3, 16] {
+                    assert_eq!(one, run(threads), "{what}: {threads} threads");
+                }
+                let keys = Keys::of_latents(latents.clone(), kv_b.clone(), dims);
+                assert_close(&what, one, host(plain_chunk(q.clone(), keys, &offsets, 0.3)));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_of_a_batch_and_a_part_of_a_chunk_are_what_they_are_alone() {
+    plain_device().seed(29);
+    let (seq, offsets) = (70, [300, 12, 0]);
+    let (q, keys) = chunk([3, seq, 370], [4, 2], [9, 6, 11]);
+    let device = q.device();
+    let run = |q: Tensor<4>, keys: Keys, offsets: &[usize]| {
+        let (seq, of_keys) = (q.dims()[1], keys.own.dims()[2]);
+        host(chunk_attention(q, keys, offsets, &|| Mask::cached(offsets, seq, of_keys, &device), 0.2))
+    };
+    let whole = run(q.clone(), keys.clone(), &offsets);
+    let per_row = whole.len() / 3;
+    for (row, offset) in offsets.into_iter().enumerate() {
+        // Slots beyond the row's own end are not there.
+        let filled = offset + seq;
+        let part = |x: Tensor<4>| x.narrow(0, row, 1).narrow(2, 0, filled);
+        let alone = Keys {
+            own: part(keys.own.clone()),
+            shared: keys.shared.clone().map(|shared| shared.narrow(0, row, 1).narrow(1, 0, filled)),
+            values: part(keys.values.clone()),
+        };
+        let expected = &whole[row * per_row..(row + 1) * per_row];
+        let q = q.clone().narrow(0, row, 1);
+        assert_close(&format!("row {row}"), run(q.clone(), alone.clone(), &[offset]), expected.to_vec());
+        let first = run(q.clone().narrow(1, 0, 33), alone.clone(), &[offset]);
+        let rest = run(q.narrow(1, 33, 37), alone, &[offset + 33]);
+        assert_close(&format!("row {row} in two parts"), [first, rest].concat(), expected.to_vec());
+    }
+}
+
+#[test]
+fn what_lies_in_slots_that_no_query_sees_does_not_matter() {
+    plain_device().seed(30);
+    let (q, keys) = chunk([1, 40, 250], [2, 2], [6, 0, 5]);
+    let device = q.device();
+    let mask = || Mask::cached(&[150], 40, 250, &device);
+    let expected = host(chunk_attention(q.clone(), keys.clone(), &[150], &mask, 0.4));
+    let spoilt = |x: Tensor<4>| x.slice_fill([0..1, 0..2, 190..250], f32::NAN);
+    let keys = Keys { own: spoilt(keys.own), shared: None, values: spoilt(keys.values) };
+    assert_eq!(host(chunk_attention(q, keys, &[150], &mask, 0.4)), expected);
+}
+
+#[test]
+fn the_largest_logit_is_that_of_whole_score_matrices() {
+    plain_device().seed(31);
+    for (seq, heads, widths) in [(1, [2, 2], [3, 0, 2]), (70, [6, 2], [9, 4, 5]), (400, [3, 1], [8, 2, 3])] {
+        let (q, keys) = chunk([2, seq, seq], heads, widths);
+        let middle = (seq / 3) as u32;
+        let starts: Vec<u32> = (0..2 * seq as u32).map(|t| if t < middle { 0 } else { t.min(middle) }).collect();
+        let starts: Vec<u32> = starts.into_iter().enumerate().map(|(i, s)| if i < seq { s } else { 0 }).collect();
+        let mask = Mask::documents(&starts, seq, &q.device());
+        let expected = host(scores(q.clone().swap_dims(1, 2), keys.whole(), &mask, 0.3).max());
+        assert_close(&format!("{seq}"), host(largest_logit(q, keys, &starts, 0.3)), expected);
     }
 }

@@ -5,6 +5,8 @@
 //! once for the tiles of [`multiply`] (with the other index running fastest for scores, as they are for the
 //! weighted sums), and every tile stops at the diagonal.
 
+pub(crate) mod forward;
+
 use std::ops::Range;
 
 use burn::backend::Flex;
@@ -13,11 +15,12 @@ use burn_flex::FlexTensor;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use self::forward::{Keys, Reads, Sizes, Vectors};
 use super::autodiff::{AttentionShape, AttentionState, CausalAttentionGradients, CausalAttentionOps};
 use crate::cpu::parts::Parts;
 use crate::cpu::tensors::{dims, integers, like, new};
 use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
-use crate::cpu::vector::{dot, exp, exp_shifted, max, scale};
+use crate::cpu::vector::{dot, exp};
 
 /// Queries per block: a multiple of the rows of a tile.
 const QUERIES: usize = 16 * ROWS;
@@ -151,27 +154,44 @@ fn seen(start: i32, t: usize, k0: usize) -> (usize, usize) {
     (from.min(to), to)
 }
 
-/// Blocks of keys that queries `q0..q0+queries` can see. Document starts never fall along a row, so the first query's is the
-/// least.
-fn key_blocks(starts: &[i32], q0: usize, queries: usize) -> impl Iterator<Item = usize> {
-    let first = starts[q0].max(0) as usize / KEYS * KEYS;
-    (first..q0 + queries).step_by(KEYS)
+/// Blocks of keys that queries can see of which the first sees keys from `start` on and the last all before `end`. Document starts
+/// never fall along a row, so the first query's is the least.
+fn key_blocks(start: i32, end: usize) -> impl Iterator<Item = usize> {
+    let first = start.max(0) as usize / KEYS * KEYS;
+    (first..end).step_by(KEYS)
 }
 
 /// The keys of a block that a tile of queries sees: from the first that its first query does to the last that its last does.
 #[derive(Clone, Copy)]
 struct Sight<'a> {
     starts: &'a [i32],
+    /// Keys before the first query of the row.
+    offset: usize,
+    /// Keys that there are.
+    keys: usize,
     q0: usize,
     k0: usize,
 }
 
 impl Sight<'_> {
+    /// The keys that query `i` of the block sees, relative to `k0`.
+    #[inline(always)]
+    fn of_query(self, i: usize) -> (usize, usize) {
+        let t = (self.offset + self.q0 + i).min(self.keys - 1);
+        seen(self.starts[self.q0 + i], t, self.k0)
+    }
+
+    /// Whether none of the block's `count` queries sees a key of this block.
+    #[inline(always)]
+    fn sees_nothing(self, count: usize) -> bool {
+        self.k0 > self.offset + self.q0 + count - 1 || (self.starts[self.q0].max(0) as usize) >= self.k0 + KEYS
+    }
+
     #[inline(always)]
     fn of_tile(self, row: usize) -> (usize, usize) {
-        let t = self.q0 + row;
-        let (from, _) = seen(self.starts[t], t, self.k0);
-        let (_, to) = seen(0, t + ROWS - 1, self.k0);
+        let t = self.offset + self.q0 + row;
+        let (from, _) = seen(self.starts[self.q0 + row], t, self.k0);
+        let (_, to) = seen(0, (t + ROWS - 1).min(self.keys - 1), self.k0);
         (from.min(to), to)
     }
 
@@ -187,7 +207,8 @@ impl Sight<'_> {
         move |row| Extent { inner: self.of_tile(row), columns: width }
     }
 
-    /// For sums over queries, row by row of keys: from the first query that sees the tile's first key.
+    /// For sums over queries, row by row of keys, where no keys come before the queries: from the first query that sees the tile's
+    /// first key.
     #[inline(always)]
     fn over_queries(self, queries: usize, width: usize) -> impl Fn(usize) -> Extent {
         move |row| {
@@ -199,104 +220,21 @@ impl Sight<'_> {
 
 /// Writes `out [batch, seq, heads, value]` and `lse [batch, heads, seq]`, the log-sum-exp of each query's scores.
 pub(crate) fn forward(dims: Dims, inputs: Inputs, out: &mut [f32], lse: &mut [f32]) {
-    let arch = Arch::new();
-    let out = &Parts::new(out);
-    let scratch = || ForwardScratch {
-        keys_t: Aligned::zeros(dims.padded_seq() * dims.qk()),
-        values: Aligned::zeros(dims.padded_seq() * dims.value.next_multiple_of(LANES)),
-        queries: Aligned::zeros(QUERIES * dims.qk()),
-        scores: Aligned::zeros(QUERIES * KEYS),
-        sums: Aligned::zeros(QUERIES * dims.value.next_multiple_of(LANES)),
+    let Dims { batch, seq, heads, groups, nope, rope, value, scale } = dims;
+    let sizes = Sizes { batch, seq, keys: seq, heads, groups, own: nope, shared: rope, value, scale };
+    let [q_stride, kv_stride, _] = dims.strides();
+    let kv = Vectors { data: inputs.kv, row: seq * kv_stride, head: nope + value, token: kv_stride };
+    let vectors = Reads {
+        q: Vectors { data: inputs.q, row: seq * q_stride, head: dims.qk(), token: q_stride },
+        keys: Keys::Given {
+            own: kv,
+            shared: Vectors { data: inputs.k_pe, row: seq * inputs.k_pe_stride, head: 0, token: inputs.k_pe_stride },
+            values: Vectors { data: &inputs.kv[nope..], ..kv },
+        },
+        starts: inputs.starts,
+        offsets: &[],
     };
-    lse.par_chunks_mut(dims.seq).enumerate().for_each_init(scratch, |scratch, (task, lse)| {
-        let place = [task / dims.heads, task % dims.heads];
-        arch.dispatch(HeadForward { dims, inputs, place, scratch, out, lse });
-    });
-}
-
-struct ForwardScratch {
-    /// `[blocks, qk, KEYS]`
-    keys_t: Aligned,
-    /// `[keys, value]`
-    values: Aligned,
-    /// `[QUERIES, qk]`, times the scale.
-    queries: Aligned,
-    /// `[QUERIES, KEYS]`
-    scores: Aligned,
-    /// `[QUERIES, value]`
-    sums: Aligned,
-}
-
-/// One head of one row.
-struct HeadForward<'a> {
-    dims: Dims,
-    inputs: Inputs<'a>,
-    /// Row and head.
-    place: [usize; 2],
-    scratch: &'a mut ForwardScratch,
-    out: &'a Parts<'a>,
-    lse: &'a mut [f32],
-}
-
-impl WithSimd for HeadForward<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { dims, inputs, place, scratch, out, lse } = self;
-        let Dims { seq, nope, value, .. } = dims;
-        let (qk, width) = (dims.qk(), value.next_multiple_of(LANES));
-        let [q_at, _, out_at] = dims.offsets(place[0], place[1]);
-        let [q_stride, _, out_stride] = dims.strides();
-        let ForwardScratch { keys_t, values, queries, scores, sums } = scratch;
-        dims.own(inputs, place, 0..nope).transpose_to(keys_t, 0, qk);
-        dims.shared(inputs, place[0]).transpose_to(keys_t, nope, qk);
-        dims.own(inputs, place, nope..nope + value).copy_to(0..seq, values, width, 0, 1.0);
-        let starts = &inputs.starts[place[0] * seq..(place[0] + 1) * seq];
-        let rows = Rows { data: &inputs.q[q_at..], stride: q_stride, width: qk, count: seq };
-        for q0 in (0..seq).step_by(QUERIES) {
-            let count = QUERIES.min(seq - q0);
-            rows.copy_to(q0..q0 + count, queries, qk, 0, dims.scale);
-            let mut top = [f32::NEG_INFINITY; QUERIES];
-            let mut mass = [0.0f32; QUERIES];
-            sums.fill(0.0);
-            for k0 in key_blocks(starts, q0, count) {
-                let sight = Sight { starts, q0, k0 };
-                let q = Left { data: queries, rows: qk, inner: 1 };
-                multiply(simd, count, q, (&keys_t[k0 * qk..], KEYS), (scores, KEYS), false, sight.scores(qk));
-                for (i, row) in scores.chunks_exact_mut(KEYS).take(count).enumerate() {
-                    let (from, to) = seen(starts[q0 + i], q0 + i, k0);
-                    if from == to {
-                        row.fill(0.0);
-                        continue;
-                    }
-                    // Whole vectors: what is masked is −∞ for the maximum and 0 for the sum.
-                    let whole = to.next_multiple_of(LANES);
-                    row[..from].fill(f32::NEG_INFINITY);
-                    row[to..whole].fill(f32::NEG_INFINITY);
-                    let highest = max(&row[..whole]).max(top[i]);
-                    let shrink = if top[i] == f32::NEG_INFINITY { 0.0 } else { (top[i] - highest).exp() };
-                    mass[i] = mass[i] * shrink + exp_shifted(&mut row[..whole], highest);
-                    row[..from].fill(0.0);
-                    row[to..].fill(0.0);
-                    top[i] = highest;
-                    scale(&mut sums[i * width..(i + 1) * width], shrink);
-                }
-                let p = Left { data: scores, rows: KEYS, inner: 1 };
-                multiply(simd, count, p, (&values[k0 * width..], width), (sums, width), true, sight.over_keys(value));
-            }
-            for (i, sums) in sums.chunks_exact(width).take(count).enumerate() {
-                // A query that sees nothing gets zeros.
-                let inv = if mass[i] > 0.0 { 1.0 / mass[i] } else { 0.0 };
-                // SAFETY: one head's columns of one token, which only this task writes, one at a time.
-                let out = unsafe { out.range(out_at + (q0 + i) * out_stride, value) };
-                for (o, sum) in out.iter_mut().zip(sums) {
-                    *o = sum * inv;
-                }
-                lse[q0 + i] = top[i] + mass[i].ln();
-            }
-        }
-    }
+    forward::forward(sizes, vectors, Some(out), lse);
 }
 
 /// Gradients of [`forward`]: `d_q`, `d_kv`, and `d_k_pe`, laid out as the inputs.
@@ -457,8 +395,8 @@ fn head_backward<S: Simd>(
             *pull = dot(d_out.row(q0 + i), out.row(q0 + i));
         }
         s.d_queries.fill(0.0);
-        for k0 in key_blocks(starts, q0, count) {
-            let sight = Sight { starts, q0, k0 };
+        for k0 in key_blocks(starts[q0], q0 + count) {
+            let sight = Sight { starts, offset: 0, keys: seq, q0, k0 };
             let q = Left { data: &s.queries, rows: width, inner: 1 };
             let d = Left { data: &s.d_out, rows: v_width, inner: 1 };
             let (keys_t, values_t) = (&s.keys_t[k0 * qk..], &s.values_t[k0 * value..]);

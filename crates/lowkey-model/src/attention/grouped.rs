@@ -5,7 +5,7 @@ mod config;
 use burn::module::Module;
 use burn::tensor::Tensor;
 use lowkey_kernels::{
-    cache::{Mask, attention, scores},
+    cache::{Keys, Mask, chunk_attention, largest_logit},
     causal_attention, rotate,
 };
 
@@ -62,6 +62,12 @@ pub(crate) struct KeyValue {
     pub v: Tensor<4>,
 }
 
+impl From<KeyValue> for Keys {
+    fn from(KeyValue { k, v }: KeyValue) -> Self {
+        Self { own: k, shared: None, values: v }
+    }
+}
+
 impl Grouped {
     pub(crate) fn build(b: &mut Builder, name: &str, config: &ModelConfig, grouped: &GroupedConfig) -> Self {
         let (d, heads) = (config.hidden_size, config.num_attention_heads);
@@ -103,13 +109,13 @@ impl Grouped {
                 let kv = KeyValue { k: rounded(k), v: rounded(v) };
                 self.attend_causal(self.queries(x, &context.rope), kv, &context.document_starts)
             }
-            Seen::Cache(Cached { rope, append, mask, .. }) => {
+            Seen::Cache(Cached { rope, append, offsets, mask, .. }) => {
                 let new = self.key_value(x.clone(), rope);
                 let queries = self.queries(x, rope);
                 let dtype = new.k.dtype();
                 let k = append(0, new.k).widen(dtype);
                 let kv = KeyValue { k, v: append(1, new.v).widen(dtype) };
-                self.attend_masked(queries, kv, &mask())
+                self.attend_chunk(queries, kv, offsets, mask)
             }
         }
     }
@@ -150,15 +156,20 @@ impl Grouped {
         causal_attention(q.swap_dims(1, 2), kv, None, document_starts, head_dim, scale)
     }
 
-    /// `[batch, seq, H·D]` from queries of `seq` positions and keys and values of `keys ≥ seq` positions.
-    pub(crate) fn attend_masked(&self, q: Tensor<4>, kv: KeyValue, mask: &Mask) -> Tensor<3> {
-        let out = attention(q, kv.k, kv.v, mask, self.dims.scale);
-        let [batch, heads, seq, head_dim] = out.dims();
-        out.swap_dims(1, 2).reshape([batch, seq, heads * head_dim])
+    /// `[batch, seq, H·D]` from queries of `seq` positions and keys and values of `keys ≥ seq` positions: query `t` of row `b` sees
+    /// those up to `offsets[b] + t`, which `mask` says, too.
+    pub(crate) fn attend_chunk(
+        &self,
+        q: Tensor<4>,
+        kv: KeyValue,
+        offsets: &[usize],
+        mask: &dyn Fn() -> Mask,
+    ) -> Tensor<3> {
+        chunk_attention(q.swap_dims(1, 2), kv.into(), offsets, mask, self.dims.scale)
     }
 
-    /// The largest attention logit, `[1]`.
-    pub(crate) fn max_logit(&self, q: Tensor<4>, kv: KeyValue, mask: &Mask) -> Tensor<1> {
-        scores(q, kv.k, mask, self.dims.scale).max()
+    /// The largest attention logit, `[1]`, within documents.
+    pub(crate) fn max_logit(&self, q: Tensor<4>, kv: KeyValue, document_starts: &[u32]) -> Tensor<1> {
+        largest_logit(q.swap_dims(1, 2), kv.into(), document_starts, self.dims.scale)
     }
 }

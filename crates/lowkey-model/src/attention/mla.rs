@@ -10,7 +10,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use lowkey_kernels::{
     LatentWeights, MlaDims,
-    cache::{Mask, Stored, absorbed_attention, attention, scores},
+    cache::{Keys, Mask, Stored, absorbed_attention, expanded_attention, largest_logit},
     latent_attention, rotate,
 };
 
@@ -195,8 +195,9 @@ impl Mla {
                 let latent = self.latent(x.clone(), &context.rope);
                 let rounded = |part: Tensor<3>| rounded(part.unsqueeze_dim(1)).squeeze_dim(1);
                 let both = Tensor::cat(std::iter::once(latent.c_kv()).chain(latent.k_pe()).map(rounded).collect(), 2);
-                let [batch, _, _] = both.dims();
-                self.attend_absorbed(self.queries(x, &context.rope), Stored::Float(both), &vec![0; batch]).into()
+                let ([batch, seq, _], device) = (both.dims(), both.device());
+                let (latent, mask) = (Latent { both, rank: latent.rank }, || Mask::causal(seq, seq, 0, &device));
+                self.attend_expanded(self.queries(x, &context.rope), latent, &vec![0; batch], &mask).into()
             }
             Seen::Cache(cache) => self.attend_cached(x, cache),
         }
@@ -211,7 +212,7 @@ impl Mla {
         match way {
             Way::Expanded => {
                 let latent = Latent { both: latents.widen(dtype), rank };
-                self.attend_expanded(self.queries(x, rope), latent, &mask()).into()
+                self.attend_expanded(self.queries(x, rope), latent, offsets, mask).into()
             }
             Way::Absorbed => self.attend_absorbed(self.queries(x, rope), latents, offsets).into(),
             Way::Fused(fused) => {
@@ -267,33 +268,31 @@ impl Mla {
         self.dims.rank = self.latent_width();
     }
 
-    /// Keys `[batch, H, keys, N+R]` and values `[batch, H, keys, V]` rebuilt from the latent, eqs. 42, 44 and 45.
-    pub fn expand(&self, latent: Latent) -> (Tensor<4>, Tensor<4>) {
-        let MlaDims { heads, nope, rope: r, value, .. } = self.dims;
-        let [batch, keys, _] = latent.both.dims();
-        let kv = self.kv_b_proj.forward(latent.c_kv()).reshape([batch, keys, heads, nope + value]).swap_dims(1, 2);
-        let k_nope = kv.clone().narrow(3, 0, nope);
-        let v = kv.narrow(3, nope, value);
-        let k = match latent.k_pe() {
-            Some(k_pe) => {
-                let shared = k_pe.unsqueeze_dim::<4>(1).expand([batch, heads, keys, r]);
-                Tensor::cat(vec![k_nope, shared], 3)
-            }
-            None => k_nope,
-        };
-        (k, v)
+    /// Keys and values of every head rebuilt from the latent.
+    fn keys(&self, latent: Latent) -> Keys {
+        Keys::of_latents(latent.both, self.kv_b_proj.matrix(), self.dims)
     }
 
-    /// Attention over a cache with keys and values rebuilt from the latent: N+R+V products per pair and head. The form for long
-    /// prefills.
+    /// The same with the shared part copied into each key: keys `[batch, H, keys, N+R]` and values `[batch, H, keys, V]`, eqs. 42, 44
+    /// and 45.
+    pub fn expand(&self, latent: Latent) -> (Tensor<4>, Tensor<4>) {
+        let keys = self.keys(latent);
+        (keys.whole(), keys.values)
+    }
+
+    /// Attention over a cache with keys and values rebuilt from the latent: N+R+V products per pair and head, in blocks of scores. The
+    /// form for long prefills. Query `t` of row `b` sees the tokens `0..=offsets[b] + t`, which `mask` says, too.
     ///
     /// # Shapes
     /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, H·V]`.
-    pub(crate) fn attend_expanded(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<3> {
-        let (k, v) = self.expand(latent);
-        let out = attention(queries.swap_dims(1, 2), k, v, mask, self.dims.scale);
-        let [batch, heads, seq, value] = out.dims();
-        out.swap_dims(1, 2).reshape([batch, seq, heads * value])
+    pub(crate) fn attend_expanded(
+        &self,
+        queries: Tensor<4>,
+        latent: Latent,
+        offsets: &[usize],
+        mask: &dyn Fn() -> Mask,
+    ) -> Tensor<3> {
+        expanded_attention(queries, latent.both, self.kv_b_proj.matrix(), offsets, mask, self.dims)
     }
 
     /// The same attention in latent space: q̃ = W_UKᵀ q_nope attends over c_kv itself, and W_UV maps the result: 2L+R products
@@ -311,10 +310,9 @@ impl Mla {
         absorbed_attention(queries, latents, Some(self.kv_b_proj.matrix()), offsets, self.dims)
     }
 
-    /// The largest attention logit, `[1]`: a growing one is the earliest sign of divergence (QK-Clip, arXiv 2507.20534).
-    pub(crate) fn max_logit(&self, queries: Tensor<4>, latent: Latent, mask: &Mask) -> Tensor<1> {
-        let (k, _) = self.expand(latent);
-        scores(queries.swap_dims(1, 2), k, mask, self.dims.scale).max()
+    /// The largest attention logit, `[1]`, within documents: a growing one is the earliest sign of divergence (QK-Clip, arXiv 2507.20534).
+    pub(crate) fn max_logit(&self, queries: Tensor<4>, latent: Latent, document_starts: &[u32]) -> Tensor<1> {
+        largest_logit(queries, self.keys(latent), document_starts, self.dims.scale)
     }
 }
 

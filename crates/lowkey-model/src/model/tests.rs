@@ -7,6 +7,7 @@ use crate::attention::{Latent, Mask};
 use crate::fixtures::{self, distance, normal, scrambled, values};
 use crate::rope::RopePairs;
 use lowkey_batch::{IGNORE, VectorRows};
+use lowkey_kernels::cache::attention;
 
 fn ids(len: usize, vocab: usize, seed: u64) -> Vec<u32> {
     normal(seed, len).iter().map(|x| (x.abs() * 1e4) as u32 % vocab as u32).collect()
@@ -16,22 +17,27 @@ fn random(seed: u64, shape: [usize; 3], device: &Device) -> Tensor<3> {
     Tensor::from_data(TensorData::new(normal(seed, shape.iter().product()), shape), device)
 }
 
-/// Attention of a whole model's kinds at given positions, one document per row: by the form for training, held to the one for
-/// caches.
+/// Attention of a whole model's kinds at given positions, one document per row: by the form for training, held to plain operations.
 fn attend(block: &Block, x: Tensor<3>, context: &Context) -> Tensor<3> {
     let [_, seq, _] = x.dims();
     let mask = Mask::documents(&context.document_starts, seq, &x.device());
+    let plain = |q, k, v, scale| {
+        let out = attention(q, k, v, &mask, scale).swap_dims(1, 2);
+        let [batch, seq, heads, value] = out.dims();
+        out.reshape([batch, seq, heads * value])
+    };
     let [causal, masked] = match &block.self_attn {
         Attention::Mla(mla) => {
-            let (latent, queries) = (mla.latent(x.clone(), &context.rope), mla.queries(x.clone(), &context.rope));
-            [mla.attend_causal(x.into(), context), mla.attend_expanded(queries, latent, &mask)]
+            let queries = mla.queries(x.clone(), &context.rope).swap_dims(1, 2);
+            let (k, v) = mla.expand(mla.latent(x.clone(), &context.rope));
+            [mla.attend_causal(x.into(), context), plain(queries, k, v, mla.dims.scale)]
         }
         Attention::Grouped(grouped) => {
             let (kv, q) =
                 (grouped.key_value(x.clone().into(), &context.rope), grouped.queries(x.into(), &context.rope));
             [
                 grouped.attend_causal(q.clone(), kv.clone(), &context.document_starts),
-                grouped.attend_masked(q, kv, &mask),
+                plain(q, kv.k, kv.v, grouped.dims.scale),
             ]
         }
     };
@@ -154,8 +160,8 @@ fn absorbed_attention_is_expanded_attention() {
             let x = random(10, [2, 11, 12], &device);
             let rope = model.rope_table(&[(0..11).collect()], &device);
             let (latent, queries) = (mla.latent(x.clone(), &rope), mla.queries(x.clone(), &rope));
-            let whole = Mask::causal(11, 11, 0, &device);
-            let expanded = mla.attend_expanded(queries.clone(), latent.clone(), &whole);
+            let whole = || Mask::causal(11, 11, 0, &device);
+            let expanded = mla.attend_expanded(queries.clone(), latent.clone(), &[0, 0], &whole);
             let absorbed = mla.attend_absorbed(queries, latent.clone(), &[0, 0]);
             let spread = values(expanded.clone()).iter().fold(0f32, |m, x| m.max(x.abs()));
             let error = distance(&values(expanded.clone()), &values(absorbed));
@@ -164,14 +170,13 @@ fn absorbed_attention_is_expanded_attention() {
             // The last three tokens alone, against the cached latent of all: what a decoder does.
             let tail = model.rope_table(&[(8..11).collect()], &device);
             let queries = mla.queries(x.narrow(1, 8, 3), &tail);
-            for mask in [Mask::causal(3, 11, 8, &device), Mask::cached(&[8, 8], 3, 11, &device)] {
-                for out in [
-                    mla.attend_expanded(queries.clone(), latent.clone(), &mask),
-                    mla.attend_absorbed(queries.clone(), latent.clone(), &[8, 8]),
-                ] {
-                    let error = distance(&values(out), &values(expanded.clone().narrow(1, 8, 3)));
-                    assert!(error < 2e-5 * spread.max(1.0), "{kind}, scale {latent_scale}: a chunk is off by {error}");
-                }
+            let mask = || Mask::cached(&[8, 8], 3, 11, &device);
+            for out in [
+                mla.attend_expanded(queries.clone(), latent.clone(), &[8, 8], &mask),
+                mla.attend_absorbed(queries.clone(), latent.clone(), &[8, 8]),
+            ] {
+                let error = distance(&values(out), &values(expanded.clone().narrow(1, 8, 3)));
+                assert!(error < 2e-5 * spread.max(1.0), "{kind}, scale {latent_scale}: a chunk is off by {error}");
             }
         }
     }
@@ -293,7 +298,7 @@ fn the_largest_logit_is_found_among_pairs_that_may_see_each_other() {
             }
         }
     }
-    let got = mla.max_logit(queries, latent, &Mask::causal(6, 6, 0, &device)).into_scalar::<f32>();
+    let got = mla.max_logit(queries, latent, &[0; 6]).into_scalar::<f32>();
     assert!((got - largest).abs() < 1e-5, "{got} instead of {largest}");
 }
 

@@ -195,7 +195,7 @@ pub fn decode(subject: Subject, options: &DecodeOptions, observe: Observer) -> R
     })
 }
 
-fn check_memory(config: &ModelConfig, batch: usize, positions: usize) -> Result<()> {
+pub(super) fn check_memory(config: &ModelConfig, batch: usize, positions: usize) -> Result<()> {
     let cache = batch.saturating_mul(positions).saturating_mul(config.cache_numbers());
     let needed = cache.saturating_add(config.parameter_count().total).saturating_mul(F32);
     check_bytes("decoding", needed, "the shape, the batch or the context", config)

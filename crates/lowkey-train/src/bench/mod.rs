@@ -1,13 +1,14 @@
 //! Measurements of speed and memory on random tokens.
 //!
 //! [`train`] times whole optimiser steps on fixed shapes, [`ops`] takes one apart, [`decode`] times single tokens of a shape or of any
-//! model over a filled cache. Each runs
+//! model over a filled cache, [`prefill`] whole prompts. Each runs
 //! the code that `lowkey train` and `lowkey generate` run, and reports its figure beside what the machine can do at most,
 //! measured in the same process.
 
 mod decode;
 mod machine;
 mod ops;
+mod prefill;
 mod shapes;
 mod train;
 
@@ -16,6 +17,7 @@ use burn::tensor::Device;
 pub use decode::{DecodeFigures, DecodeOptions, DecodeRow, Subject, decode};
 pub use machine::Spread;
 pub use ops::{OpFigures, OpsFigures, OpsOptions, ops};
+pub use prefill::{PrefillFigures, PrefillOptions, PrefillRow, prefill};
 pub use shapes::Shape;
 pub use train::{TrainFigures, TrainOptions, train};
 

@@ -26,6 +26,15 @@ pub(crate) enum BenchCommand {
         lowkey bench decode --shape d256 --context 512,4096,32768 --json\n  \
         lowkey bench decode --shape d512 --way absorbed --batch 4 --cache-dtype int8")]
     Decode(BenchDecodeArguments),
+    /// Time whole prompts, in turn with training's forward pass over as many tokens
+    #[command(after_help = "\
+        The ratio is the rate of prompts over that of the forward pass of training, loss included: the\n\
+        median of the rounds, in which both take turns. Memory is the most that the process had held\n\
+        after its first prompts of that length, shorter ones before and training after them.\n\n\
+        Examples:\n  \
+        lowkey bench prefill --shape d256 --context 512,2048,4096,8192\n  \
+        lowkey bench prefill --shape d512 --way expanded,absorbed --chunk 256 --json")]
+    Prefill(BenchPrefillArguments),
     /// Take a training step apart: time, rate and share of each operation
     #[command(after_help = "\
         Each operation runs by itself, shared between the same threads as in a step; what the whole step\n\
@@ -102,6 +111,40 @@ pub(crate) struct BenchDecodeArguments {
     pub(crate) batch: usize,
     /// How attention is computed in the steps: expanded, absorbed, fused [default: all that the model has]
     #[arg(long, value_delimiter = ',', value_name = "FORM,…")]
+    pub(crate) way: Vec<String>,
+    /// How the cache stores its numbers: f32, bf16, f16 or int8
+    #[arg(long, default_value = "f32", value_name = "DTYPE")]
+    pub(crate) cache_dtype: String,
+    /// Threads [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchPrefillArguments {
+    /// A model directory [default: a shape with random weights]
+    #[arg(value_name = "MODEL", conflicts_with = "shape")]
+    pub(crate) model: Option<PathBuf>,
+    /// The model: d256, d512, d768 or d1536
+    #[arg(long, default_value = "d256", value_name = "NAME")]
+    pub(crate) shape: String,
+    /// Tokens of a prompt
+    #[arg(long, default_values_t = [512, 4096], value_delimiter = ',', value_name = "N,…")]
+    pub(crate) context: Vec<usize>,
+    /// Rounds to time; a length that takes longer than 60 s ends with fewer
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub(crate) rounds: usize,
+    /// Prompts at a time
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) batch: usize,
+    /// Most tokens of a prompt that go through the model at once
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub(crate) chunk: usize,
+    /// How attention is computed: auto, expanded, absorbed, fused
+    #[arg(long, default_value = "auto", value_delimiter = ',', value_name = "FORM,…")]
     pub(crate) way: Vec<String>,
     /// How the cache stores its numbers: f32, bf16, f16 or int8
     #[arg(long, default_value = "f32", value_name = "DTYPE")]

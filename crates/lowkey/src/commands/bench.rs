@@ -1,16 +1,21 @@
 //! `lowkey bench`.
 
+use std::path::Path;
+
 use burn::tensor::Device;
 use lowkey_infer::{CacheDtype, Form};
 use lowkey_kernels::Precision;
 use lowkey_model::Recompute;
 use lowkey_train::bench::{
-    self, DecodeFigures, DecodeOptions, DecodeRow, OpFigures, OpsFigures, OpsOptions, Subject, TrainFigures,
-    TrainOptions,
+    self, DecodeFigures, DecodeOptions, DecodeRow, OpFigures, OpsFigures, OpsOptions, PrefillFigures, PrefillOptions,
+    PrefillRow, Subject, TrainFigures, TrainOptions,
 };
 
 use super::WrongUse;
-use crate::cli::{BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchStepArguments, BenchTrainArguments};
+use crate::cli::{
+    BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchPrefillArguments, BenchStepArguments,
+    BenchTrainArguments,
+};
 use crate::output::{bytes, count, pairs, say, say_json, table};
 use crate::progress::{Measuring, spaced};
 
@@ -26,6 +31,11 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
             let (subject, options) = decode_subject(&arguments)?;
             let figures = bench::decode(subject, &options, observe);
             report(bar, figures, arguments.json, decode_text)
+        }
+        BenchCommand::Prefill(arguments) => {
+            let (subject, options) = prefill_subject(&arguments)?;
+            let figures = bench::prefill(subject, &options, observe);
+            report(bar, figures, arguments.json, prefill_text)
         }
         BenchCommand::Ops(BenchOpsArguments { step, steps, warmup, json }) => {
             let figures = bench::ops(&OpsOptions { step: options(step, steps, warmup) }, observe);
@@ -105,36 +115,97 @@ fn train_text(f: &TrainFigures) -> String {
 /// The model to decode with, and how.
 fn decode_subject(arguments: &BenchDecodeArguments) -> anyhow::Result<(Subject, DecodeOptions)> {
     let BenchDecodeArguments { model, shape, context, new, batch, way, cache_dtype, threads, json: _ } = arguments;
+    let positions = context.iter().max().map_or(1, |longest| longest.saturating_add(*new));
+    let (subject, ways, cache_dtype) =
+        decoding(model.as_deref(), shape, [*batch, positions], Ways { asked: way, auto: false }, cache_dtype)?;
+    let (contexts, new, batch, threads) = (context.clone(), *new, *batch, *threads);
+    Ok((subject, DecodeOptions { batch, contexts, new, ways, cache_dtype, threads }))
+}
+
+/// The forms that are asked for, and whether the choice between them is one of them.
+struct Ways<'a> {
+    asked: &'a [String],
+    auto: bool,
+}
+
+/// A model of a directory or a shape, for so many sequences of so many tokens, with the ways to be measured of it, all where none is asked
+/// for, and what these need.
+fn decoding(
+    model: Option<&Path>,
+    shape: &str,
+    [batch, positions]: [usize; 2],
+    ways: Ways,
+    cache_dtype: &str,
+) -> anyhow::Result<(Subject, Vec<Form>, CacheDtype)> {
     let wrong = |flag: &str, value: &str, e: &dyn std::fmt::Display| WrongUse(format!("{flag} {value}: {e}"));
     let cache_dtype: CacheDtype = cache_dtype.parse().map_err(|e| wrong("--cache-dtype", cache_dtype, &e))?;
-    let ways: Vec<Form> =
-        way.iter().map(|way| way.parse().map_err(|e| wrong("--way", way, &e))).collect::<Result<_, _>>()?;
+    let parsed = ways.asked.iter().map(|way| way.parse().map_err(|e| wrong("--way", way, &e)));
+    let asked = parsed.collect::<Result<Vec<Form>, _>>()?;
     let device = Device::flex();
     let mut subject = match model {
         Some(path) => {
             let model = super::load_model(path, &device)?;
             Subject { name: path.display().to_string(), model, fused: Vec::new() }
         }
-        None => {
-            let positions = context.iter().max().map_or(1, |longest| longest.saturating_add(*new));
-            Subject::shape(shape, *batch, positions)?
-        }
+        None => Subject::shape(shape, batch, positions)?,
     };
     let attention = subject.model.config.attention();
     let mut forms = vec![Form::Expanded];
     forms.extend(attention.latent().map(|_| Form::Absorbed));
     forms.extend(attention.fuses().then_some(Form::Fused));
-    if let Some(way) = ways.iter().find(|way| !forms.contains(way)) {
+    let known = |way: &Form| forms.contains(way) || ways.auto && *way == Form::Auto;
+    if let Some(way) = asked.iter().find(|way| !known(way)) {
         let known: Vec<String> = forms.iter().map(Form::to_string).collect();
         let name = subject.model.config.attention_name();
         return Err(WrongUse(format!("--way {way}: {name} attention decodes in: {}", known.join(", "))).into());
     }
-    let ways = if ways.is_empty() { forms } else { ways };
-    if ways.contains(&Form::Fused) {
+    let asked = if asked.is_empty() { forms } else { asked };
+    if asked.contains(&Form::Fused) {
         subject.fused = lowkey_export::export::fused_layers(&subject.model, &device)?;
     }
-    let (contexts, new, batch, threads) = (context.clone(), *new, *batch, *threads);
-    Ok((subject, DecodeOptions { batch, contexts, new, ways, cache_dtype, threads }))
+    Ok((subject, asked, cache_dtype))
+}
+
+/// The model whose prompts are measured, and how.
+fn prefill_subject(arguments: &BenchPrefillArguments) -> anyhow::Result<(Subject, PrefillOptions)> {
+    let BenchPrefillArguments { model, shape, context, rounds, batch, chunk, way, cache_dtype, threads, json: _ } =
+        arguments;
+    let positions = context.iter().max().copied().unwrap_or(1);
+    let (subject, ways, cache_dtype) =
+        decoding(model.as_deref(), shape, [*batch, positions], Ways { asked: way, auto: true }, cache_dtype)?;
+    let (contexts, rounds, batch, chunk, threads) = (context.clone(), *rounds, *batch, *chunk, *threads);
+    Ok((subject, PrefillOptions { batch, contexts, chunk, rounds, ways, cache_dtype, threads }))
+}
+
+fn prefill_text(f: &PrefillFigures) -> String {
+    let row = |r: &PrefillRow| {
+        vec![
+            r.context.to_string(),
+            format!("{:<8}", r.way),
+            format!("{:.0}", r.tokens_per_s),
+            format!("{:.1}", r.ms),
+            format!("{:.1}..{:.1}", r.ms_min, r.ms_max),
+            format!("{:.0}", r.training_tokens_per_s),
+            format!("{:.2}", r.ratio),
+            bytes(r.cache_bytes),
+            r.peak_rss_mb.map_or_else(String::new, |mb| format!("{mb:.0} MiB")),
+        ]
+    };
+    let header = ["context", "way     ", "tokens/s", "ms", "range", "training", "ratio", "cache", "peak memory"];
+    let rows: Vec<Vec<String>> = f.rows.iter().map(row).collect();
+    let machine = format!("{:.1} GFLOP/s of matrix products, {} threads", f.matmul_flops_per_s / 1e9, f.threads);
+    let mut facts = vec![("machine", machine), ("cache", f.cache_dtype.clone())];
+    if let Some(positions) = f.max_position_embeddings {
+        facts.push(("note", format!("max_position_embeddings raised to {positions} for this measurement")));
+    }
+    let head = format!(
+        "{}: {} parameters, {} prompts at a time, in chunks of {} tokens",
+        f.model,
+        count(f.params as f64),
+        f.batch,
+        f.chunk
+    );
+    format!("{head}\n{}\n{}", pairs(&facts), table(&header, &rows))
 }
 
 fn decode_text(f: &DecodeFigures) -> String {

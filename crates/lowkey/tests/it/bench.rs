@@ -89,6 +89,33 @@ fn the_figures_of_decoding_fit_together() {
 }
 
 #[test]
+fn the_figures_of_prompts_fit_together() {
+    let at = ["--context", "70,9", "--rounds", "2", "--chunk", "33", "--batch", "2", "--way", "auto,fused"];
+    let f = json(&[&["bench", "prefill", "--json", "--threads", "2", "--cache-dtype", "bf16"][..], &at].concat());
+    assert_eq!((&f["what"], &f["model"], &f["chunk"]), (&"prefill".into(), &"d256".into(), &33.into()));
+    let rows = f["rows"].as_array().unwrap();
+    let case = |row: &Value| (row["context"].as_u64().unwrap(), row["way"].as_str().unwrap().to_owned());
+    let cases: Vec<_> = rows.iter().map(case).collect();
+    assert_eq!(cases, [9, 70].map(|n| ["auto", "fused"].map(|way| (n, way.to_owned()))).concat());
+    for row in rows {
+        let tokens = 2.0 * number(row, "context");
+        ascending(row, ["ms_min", "ms", "ms_max"]);
+        close(positive(row, "tokens_per_s") * number(row, "ms"), tokens * 1e3);
+        close(positive(row, "training_tokens_per_s") * positive(row, "training_ms"), tokens * 1e3);
+        positive(row, "ratio");
+        assert_eq!((&row["rounds"], number(row, "cache_bytes")), (&2.into(), tokens * 480.0 * 2.0));
+        if cfg!(target_os = "linux") {
+            assert!(positive(row, "peak_rss_mb") > 4.0 * 6.6);
+        }
+    }
+    let (code, _, message) = lowkey(&["bench", "prefill", "--way", "latent"]);
+    assert!(code == 2 && message.contains("--way latent"), "{message}");
+    let grouped = best_of("grouped", &["model.attention=gqa"]);
+    let f = json(&["bench", "prefill", text(&grouped), "--context", "300", "--rounds", "1", "--json"]);
+    assert_eq!((&f["rows"][0]["way"], &f["max_position_embeddings"]), (&"auto".into(), &300.into()));
+}
+
+#[test]
 fn any_model_decodes_beyond_what_it_was_made_for() {
     let latent = best();
     let path = text(&latent);
@@ -129,7 +156,8 @@ fn the_operations_of_a_step_make_the_whole_of_it() {
 #[test]
 fn the_tables_fit_a_hundred_columns() {
     let decode = ["--context", "40,32768", "--new", "2", "--threads", "2"];
-    for (command, arguments) in [("train", &TINY[..]), ("decode", &decode), ("ops", &TINY)] {
+    let prefill = ["--context", "40,300", "--rounds", "2", "--threads", "2"];
+    for (command, arguments) in [("train", &TINY[..]), ("decode", &decode), ("prefill", &prefill), ("ops", &TINY)] {
         let text = succeed(&[&["bench", command][..], arguments].concat());
         assert!(text.starts_with("d256: ") && text.lines().count() > 5, "{text}");
         assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
