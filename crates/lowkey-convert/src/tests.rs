@@ -20,7 +20,7 @@ pub(crate) fn device() -> Device {
     Device::flex()
 }
 
-fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig {
+pub(crate) fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig {
     let mut mla = MlaConfig {
         q_lora_rank: None,
         kv_lora_rank: 9,
