@@ -93,10 +93,10 @@ pub(crate) enum Command {
         --to mla makes a model of MHA, GQA or MQA one of latent attention that computes the same. With a\n\
         width its keys go on turning only in their strongest directions, and its latents are cut: not the\n\
         same model, but one to go on training from.\n\n\
-        --to mha gives a model with latents full keys and values, in the layout of Llama: the same model where\n\
-        its latents are not normalised, refused where they are. With --data a constant stands in the place of\n\
-        each such norm, and what that loses is told. --to mqa makes one key head as wide as latent and\n\
-        rotated key.\n\n\
+        --to mha gives a model with latents full keys and values, in the layout of Llama: the same model\n\
+        where its latents are not normalised, refused where they are. With --data a constant stands in the\n\
+        place of each such norm, and what that loses is told. --to mqa makes one key head, as wide as\n\
+        latent and rotated key together.\n\n\
         Examples:\n  \
         lowkey convert runs/quickstart/checkpoints/best --kv-rank-budget 50%\n  \
         lowkey convert runs/elastic/checkpoints/best --kv-rank 16\n  \

@@ -38,25 +38,41 @@ fn stacked(mla: &lowkey_model::attention::Mla, groups: usize) -> Mat<f64> {
     Mat::from_fn(groups * head, all.ncols(), |i, j| all[(i / head * several * head + i % head, j)])
 }
 
-/// Ranks of a budget by the greatest share of what is left.
-fn filled(spectra: &[Vec<f64>], budget: usize) -> Vec<usize> {
+/// By what a further rank of a layer is worth.
+#[derive(Clone, Copy, Debug)]
+enum Deal {
+    /// The share of what is left that it takes away, as the paper has it.
+    OfResidual,
+    /// The share of all.
+    OfAll,
+    /// As many to each layer.
+    Uniform,
+}
+
+/// Ranks of a budget, one by one to where it is worth most.
+fn filled(spectra: &[Vec<f64>], budget: usize, deal: Deal) -> Vec<usize> {
     let mut ranks = vec![1; spectra.len()];
     for _ in spectra.len()..budget {
-        let gain = |layer: usize| {
-            let left: f64 = spectra[layer][ranks[layer]..].iter().map(|s| s * s).sum();
-            spectra[layer].get(ranks[layer]).map_or(-1.0, |next| next * next / left.max(f64::MIN_POSITIVE))
+        let worth = |layer: usize| {
+            let energy = |from: usize| spectra[layer][from..].iter().map(|s| s * s).sum::<f64>().max(f64::MIN_POSITIVE);
+            let rank = ranks[layer];
+            spectra[layer].get(rank).map_or(-1.0, |next| match deal {
+                Deal::OfResidual => next * next / energy(rank),
+                Deal::OfAll => next * next / energy(0),
+                Deal::Uniform => 1.0 / rank as f64,
+            })
         };
-        let best = (0..spectra.len()).max_by(|a, b| gain(*a).total_cmp(&gain(*b))).unwrap();
+        let best = (0..spectra.len()).max_by(|a, b| worth(*a).total_cmp(&worth(*b))).unwrap();
         ranks[best] += 1;
     }
     ranks
 }
 
 /// The model of CARE's latents.
-fn care(latent: &CausalLm, inputs: &Inputs, groups: usize, budget: usize) -> CausalLm {
+fn care(latent: &CausalLm, inputs: &Inputs, groups: usize, budget: usize, deal: Deal) -> CausalLm {
     let found = directions(latent, inputs, groups);
     let spectra: Vec<Vec<f64>> = found.iter().map(|(.., singular)| singular.clone()).collect();
-    let ranks = filled(&spectra, budget);
+    let ranks = filled(&spectra, budget, deal);
     let mut model = latent.clone();
     for ((block, (stack, directions, _)), rank) in model.model.layers.iter_mut().zip(&found).zip(&ranks) {
         let mla = block.self_attn.latent_mut().unwrap();
@@ -152,10 +168,15 @@ fn latents_lose_no_more_than_those_of_care() {
         let inputs = Inputs::measure(&whole, &text, &device(), &mut |_| {}).unwrap();
         // All of it is the same model.
         let full: usize = latent.config.kv_ranks().iter().sum();
-        assert!(divergence(&whole, &care(&latent, &inputs, 2, full), &held_out) < 1e-6);
+        assert!(divergence(&whole, &care(&latent, &inputs, 2, full, Deal::OfResidual), &held_out) < 1e-6);
         for share in [4, 2] {
             let budget = full / share;
-            let oracle = care(&latent, &inputs, 2, budget);
+            // Of the ways to deal out ranks that which is best on the text: the paper's, and two that are plainer.
+            let dealt = [Deal::OfResidual, Deal::OfAll, Deal::Uniform].map(|deal| {
+                let model = care(&latent, &inputs, 2, budget, deal);
+                (loss(&model, &text, &device()).unwrap(), model)
+            });
+            let (_, oracle) = dealt.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
             let wanted =
                 Wanted { width: Width::Budget(budget), rotated: Some(0), keep: None, importance: Importance::Readers };
             let ours = fit(&whole, wanted, &text, &device(), &mut |_| {}).unwrap().model;
