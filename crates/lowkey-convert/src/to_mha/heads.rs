@@ -87,8 +87,8 @@ pub(crate) fn each(layers: &[Layer], frequencies: &[f64]) -> Vec<Parts> {
         }
     };
     let parts: Vec<Parts> = layers.iter().map(of_layer).collect();
-    let one_for = (1..=heads).rev().filter(|count| heads.is_multiple_of(*count));
-    let several = one_for.into_iter().find(|several| parts.iter().all(|layer| layer.share(*several))).unwrap_or(1);
+    let mut counts = (1..=heads).rev().filter(|count| heads.is_multiple_of(*count));
+    let several = counts.find(|several| parts.iter().all(|layer| layer.share(*several))).unwrap_or(1);
     parts.into_iter().map(|layer| layer.one_for(several)).collect()
 }
 
