@@ -6,7 +6,7 @@ use burn::tensor::Device;
 use lowkey_convert::Rotated;
 use lowkey_model::{CausalLm, attention::AttentionConfig, ids_tensor};
 
-use crate::commands::{best, best_of, json, lowkey, succeed, text};
+use crate::commands::{best, best_of, fixture, json, lowkey, succeed, text};
 
 /// The widest distance of two models' logits over the largest logit.
 fn apart(a: &CausalLm, b: &CausalLm, ids: &[u32]) -> f32 {
@@ -154,7 +154,7 @@ fn full_keys_and_values_become_a_latent() {
 
 #[test]
 fn a_latent_becomes_full_keys_and_values_again() {
-    let grouped = best_of("grouped-latent", &["model.attention=gqa"]);
+    let grouped = best_of("grouped-latent-again", &["model.attention=gqa"]);
     let dir = tempfile::tempdir().unwrap();
     let [latent, back, one] = ["latent", "back", "one"].map(|name| dir.path().join(name));
     let load = |dir: &PathBuf| CausalLm::load(dir, &Device::flex()).unwrap();
@@ -177,10 +177,9 @@ fn a_latent_becomes_full_keys_and_values_again() {
         succeed(&["verify", text(&out), "--source", text(model)]);
     }
     // A latent that is normalised has no such form; a text finds the nearest model, and what it loses is told.
-    let words = dir.path().join("words.txt");
-    std::fs::write(&words, "The cat sat on the mat, and the dog lay by the door.\n".repeat(200)).unwrap();
+    let story = fixture().join("story.txt");
     let near = dir.path().join("near");
-    let made = json(&["convert", text(&best()), "--to", "mha", "--data", text(&words), "--out", text(&near), "--json"]);
+    let made = json(&["convert", text(&best()), "--to", "mha", "--data", text(&story), "--out", text(&near), "--json"]);
     let made = &made["report"];
     assert_eq!((made["latent_norms_absorbed"].as_bool(), made["exact"].is_null()), (Some(true), true), "{made}");
     let [before, after] = ["loss_before", "loss_after"].map(|key| made["calibration"][key].as_f64().unwrap());
