@@ -239,7 +239,69 @@ ADAPTERS = {
 }
 STEPS = 10
 
-PARTS = ("cases", "adapters", "tokenizers")
+
+def longrope(divisors):
+    """Divisors of a model that reads no text beyond its original length."""
+    return dict(rope_type="longrope", rope_theta=10000.0, short_factor=divisors, long_factor=[9.0 * x for x in divisors],
+                original_max_position_embeddings=64)
+
+
+LLAMA4 = yarn(mscale=1.0, mscale_all_dim=1.0) | dict(original_max_position_embeddings=64, llama_4_scaling_beta=0.1)
+SCALES = dict(scale_emb=12, scale_depth=1.4, dim_model_base=8)
+
+# name: (model_type, keys beside COMMON and those of the family, rope parameters, what it is for). Read as one of the families above.
+DIALECTS = {
+    "minicpm3": ("minicpm3", dict(q_lora_rank=10, tie_word_embeddings=True, attention_bias=True, rms_norm_eps=1e-5, **SCALES),
+                 longrope([1.0, 2.5]), "MiniCPM3: factors between weights, one matrix as embedding and head, LongRoPE"),
+    "minicpm3_untied": ("minicpm3", dict(scale_emb=3, scale_depth=None, dim_model_base=None, mlp_bias=True), PLAIN,
+                        "MiniCPM3 with biases in the feed-forward layers and a head of its own"),
+    "mistral": ("mistral", dict(num_key_value_heads=2, head_dim=6, sliding_window=None), PLAIN, "Mistral, grouped queries"),
+    "mistral4": ("mistral4", dict(q_lora_rank=10), LLAMA4, "Mistral 4, latents"),
+    "mistral3": ("mistral4", dict(q_lora_rank=10), LLAMA4, "Mistral 4 inside a model of images and text"),
+}
+VISION = dict(model_type="pixtral", hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4,
+              image_size=16, patch_size=8)
+
+
+def make_dialect(name, out):
+    """A checkpoint of a model type that has other keys, names or factors, and its logits."""
+    kind, keys, rope, purpose = DIALECTS[name]
+    seed = sum(map(ord, name))
+    family = GROUPED if kind == "mistral" else MLA
+    keys = {**COMMON, **family, **keys}
+    if kind in ("mistral", "mistral4"):
+        keys.pop("attention_bias")
+    text = transformers.AutoConfig.for_model(kind, **keys, rope_parameters=dict(rope))
+    if name == "mistral3":
+        config = transformers.AutoConfig.for_model("mistral3", text_config=text.to_dict(), vision_config=VISION,
+                                                   tie_word_embeddings=False)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    else:
+        # No automatic class knows Mistral 4 by itself.
+        model = (transformers.Mistral4ForCausalLM(text) if kind == "mistral4" else transformers.AutoModelForCausalLM.from_config(text))
+    model = model.float().eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for tensor, parameter in model.named_parameters():
+            shape = tuple(parameter.shape)
+            # What is for images counts for nothing here.
+            parameter.copy_(torch.from_numpy(values(seed, tensor, shape)) if len(shape) < 3 else torch.zeros(shape))
+    random = np.random.Generator(np.random.Philox(key=seed))
+    ids = torch.from_numpy(random.integers(2, COMMON["vocab_size"], (ROWS, SEQ)))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    continued, margin = greedy(model, ids)
+    folder = out / "dialects" / name
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    save_file({"logits": logits.numpy(), "input_ids": ids.numpy().astype(np.int64).copy(),
+               "greedy_ids": continued.numpy().astype(np.int64).copy()}, folder / "expected.safetensors")
+    case = {"name": name, "purpose": purpose, "seed": seed, "greedy_min_margin": round(margin, 4)}
+    (folder / "case.json").write_text(json.dumps(case, indent=2) + "\n")
+
+
+PARTS = ("cases", "adapters", "dialects", "tokenizers")
 
 
 def make_adapter(name, out):
@@ -405,6 +467,8 @@ def make(out):
         print(f"{name}: {sum(p.stat().st_size for p in (out / 'cases' / name).iterdir()) // 1024} KiB", flush=True)
     for name in ADAPTERS:
         make_adapter(name, out)
+    for name in DIALECTS:
+        make_dialect(name, out)
     for name in TOKENIZERS:
         make_tokenizer(name, out)
 

@@ -1,4 +1,5 @@
-//! What a trained model's latent holds, how to make it narrower without training, and how to make one of full keys and values.
+//! What a trained model's latent holds, how to make it narrower without training, how to make one of full keys and values, and full keys
+//! and values of one.
 //!
 //! **Purpose.** Multi-head Latent Attention caches a latent whose width L was chosen before training. This crate measures how much of
 //! it a trained model uses ([`health`]), turns it so that its directions come in the order of their use without changing the model
@@ -22,6 +23,9 @@
 //! complex multiples within one frequency. [`to_mla::narrowed`] takes of each frequency the complex directions that scores miss most
 //! and leaves only those turning; the others go into the latent with the rotation's mean in place of the rotation. Then the latent is
 //! cut. [`to_mla::fit`] does all this for a budget, and finds how many numbers should turn by trying.
+//!
+//! **And back.** What a latent without a norm makes is affine in the hidden state, as full keys and values are: [`to_mha::exact`]
+//! multiplies the maps out, for programs that know no latents.
 //!
 //! **Flow.** model + calibration text → moments of latents and queries per layer → basis → [`Rotated`] → loss of each layer's cuts
 //! ([`Curve`]) → ranks by water-filling → [`Reduction`].
@@ -73,6 +77,7 @@ mod health;
 mod importance;
 mod matrix;
 mod moments;
+pub mod to_mha;
 pub mod to_mla;
 mod trim;
 

@@ -3,6 +3,7 @@
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use faer::{Mat, Side};
 use lowkey_model::CausalLm;
+use lowkey_model::model::Linear;
 
 use crate::error::{Error, Result};
 
@@ -30,6 +31,17 @@ pub(crate) fn to_mat(tensor: Tensor<2>, what: &'static str) -> Result<Mat<f64>> 
     let values =
         tensor.cast(DType::F64).try_into_vec_as::<f64>().map_err(|e| Error::Device { what, why: format!("{e:?}") })?;
     Ok(Mat::from_fn(rows, columns, |i, j| values.get(i * columns + j).copied().unwrap_or(f64::NAN)))
+}
+
+/// [W | b], which acts on (x, 1).
+pub(crate) fn affine(linear: &Linear, what: &'static str) -> Result<Mat<f64>> {
+    let matrix = to_mat(linear.matrix(), what)?;
+    let bias = match linear.bias() {
+        Some(bias) => to_mat(bias.unsqueeze_dim(1), what)?,
+        None => Mat::zeros(matrix.nrows(), 1),
+    };
+    let d = matrix.ncols();
+    Ok(Mat::from_fn(matrix.nrows(), d + 1, |i, j| if j < d { matrix[(i, j)] } else { bias[(i, 0)] }))
 }
 
 /// The matrix as a tensor of the given format, rounded once.

@@ -20,7 +20,7 @@ pub(crate) fn device() -> Device {
     Device::flex()
 }
 
-fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig {
+pub(crate) fn config(change: impl FnOnce(&mut ModelConfig, &mut MlaConfig)) -> ModelConfig {
     let mut mla = MlaConfig::deepseek(9, [5, 4, 7]);
     let mut config = ModelConfig {
         vocab_size: 31,

@@ -163,4 +163,4 @@ fn scale_of(model: &CausalLm, heads: &Heads, turning: &[Turning]) -> f64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use crate::adapter::{AdapterPlan, Quantization};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::hf_config::dialect::Dialect;
 use crate::model::CausalLm;
 use crate::params::Parameter;
 use crate::tensor::{Role, TensorSpec};
@@ -100,6 +101,8 @@ pub(crate) struct Weights {
     base: bool,
     /// Whether embedding and output head may have fewer rows than are asked for.
     growing: bool,
+    /// What its `config.json` asks for of names and values.
+    dialect: Dialect,
 }
 
 #[derive(Clone)]
@@ -122,15 +125,34 @@ struct Raw {
 
 impl Weights {
     pub(crate) fn open(dir: &Path, config: &ModelConfig) -> Result<Self> {
-        let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new(), base: false, growing: false };
+        let dialect = Dialect::of_directory(dir)?;
+        let mut weights = Self { files: Vec::new(), tensors: BTreeMap::new(), base: false, growing: false, dialect };
         let mut aliases = BTreeMap::new();
         for path in weight_files(dir)? {
             weights.add(path, &mut aliases)?;
         }
         nf4::settle(&mut weights.tensors, &weights.files)?;
-        weights.base = stored::settle_names(&mut weights.tensors, aliases, config.tie_word_embeddings);
+        let tied = config.tie_word_embeddings || weights.dialect.unties();
+        weights.base = stored::settle_names(&mut weights.tensors, aliases, tied);
+        if weights.dialect.unties() {
+            stored::untie(&mut weights.tensors);
+            weights.base = false;
+        }
         quantised::settle(&mut weights, &Quantisation::of_directory(dir)?)?;
         Ok(weights)
+    }
+
+    /// Refuses weights beside which an adapter would be one of another model than that of the files.
+    pub(crate) fn check_adaptable(&self, dir: &Path) -> Result<()> {
+        match self.dialect.against_adapters() {
+            None => Ok(()),
+            Some(why) => Err(Error::file(
+                dir,
+                format!(
+                    "no adapter can stand beside it: {why}; lowkey export --to hf writes a model that has them in its weights"
+                ),
+            )),
+        }
     }
 
     /// The same for a model that is asked for a larger vocabulary: the rows of further tokens are zeros.
@@ -163,6 +185,7 @@ impl Weights {
         }
         let start = map.as_ptr() as usize;
         for (name, view) in parsed.tensors() {
+            let Some(name) = self.dialect.name(&name) else { continue };
             let at = view.data().as_ptr() as usize - start;
             let entry = Entry {
                 file: self.files.len(),
@@ -232,6 +255,10 @@ impl Weights {
     pub(crate) fn of(&self, spec: &TensorSpec) -> Result<Vec<f32>> {
         let Some(entry) = self.tensors.get(&spec.name) else { return Ok(Vec::new()) };
         let mut values = self.values(&spec.name, entry)?;
+        let scale = self.dialect.scale(spec);
+        if scale != 1.0 {
+            values.iter_mut().for_each(|value| *value = (f64::from(*value) * scale) as f32);
+        }
         if self.growing && has_rows(spec) {
             values.resize(spec.shape.iter().product(), 0.0);
         }

@@ -217,6 +217,7 @@ impl ModelSection {
             eos_token_id: Vec::new(),
         };
         config.family = config.natural_family();
+        config.rope.settle(config.max_position_embeddings);
         config.check()?;
         if config.vocab_size < vocab_size {
             return Err(Error::config(

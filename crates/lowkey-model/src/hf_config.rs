@@ -3,6 +3,8 @@
 //! transformers 5 keeps the rotary parameters in `rope_parameters`; older versions, and the DeepSeek repositories, in
 //! `rope_theta` and `rope_scaling`. Where both are present transformers lets `rope_scaling` win, and so does this module.
 
+pub(crate) mod dialect;
+
 use std::path::Path;
 
 use lowkey_files::read_text;
@@ -15,6 +17,7 @@ use crate::config::{Family, ModelConfig, default_eps};
 use crate::error::{Error, Result};
 use crate::layer_config::{LayerConfig, Layers, MlpConfig};
 use crate::rope::{RopeConfig, RopePairs, RopeType};
+use dialect::{Dialect, NAMES};
 
 /// Largest `config.json` that is read. Those of published models have a few kilobytes; a tree of JSON takes a hundred times
 /// the room of its text.
@@ -41,6 +44,14 @@ impl ModelConfig {
     /// # Errors
     /// As [`ModelConfig::read`], without the file's name.
     pub fn from_json(map: &Map<String, Value>) -> Result<Self> {
+        match Dialect::of(map)? {
+            Some(translated) => Self::of_known(&translated.keys),
+            None => Self::of_known(map),
+        }
+    }
+
+    /// Of a model type that is read as it is.
+    fn of_known(map: &Map<String, Value>) -> Result<Self> {
         let keys = Keys(map);
         let model_type = keys.text("model_type")?.unwrap_or_default();
         let family = match model_type {
@@ -51,11 +62,10 @@ impl ModelConfig {
             "qwen3" => Family::Qwen3,
             "lowkey" => Family::Lowkey,
             other => {
-                return Err(Error::config(
-                    "model_type",
-                    other,
-                    "not implemented; known are deepseek_v2, deepseek_v3, llama, qwen2, qwen3, lowkey",
-                ));
+                let why = format!(
+                    "not implemented; known are deepseek_v2, deepseek_v3, llama, qwen2, qwen3, lowkey; and as such {NAMES}"
+                );
+                return Err(Error::config("model_type", other, why));
             }
         };
         refuse_unsupported(&keys, family)?;
@@ -98,6 +108,7 @@ impl ModelConfig {
             config.check_kv_ranks(&ranks)?;
             config.set_kv_cache_ranks(Some(&ranks));
         }
+        config.rope.settle(config.max_position_embeddings);
         config.check()?;
         Ok(config)
     }
@@ -437,12 +448,19 @@ fn rope(keys: &Keys) -> Result<RopeConfig> {
     if let Some(legacy) = map.remove("type") {
         map.entry("rope_type").or_insert(legacy);
     }
+    let longrope = map.get("rope_type").is_some_and(|kind| kind == "longrope");
+    if let (true, None, Some(original)) =
+        (longrope, map.get(ORIGINAL).filter(|value| !value.is_null()), keys.0.get(ORIGINAL))
+    {
+        // Where Phi-3 has it.
+        map.insert(ORIGINAL.into(), original.clone());
+    }
     if let (false, Some(theta)) = (map.contains_key("rope_theta"), keys.0.get("rope_theta")) {
         map.insert("rope_theta".into(), theta.clone());
     }
     // DeepSeek and Qwen files carry keys of other rope types; those that no type here uses are dropped.
     map.retain(|key, value| !value.is_null() && KNOWN_ROPE_KEYS.contains(&key.as_str()));
-    if let Some(original) = map.get_mut("original_max_position_embeddings")
+    if let Some(original) = map.get_mut(ORIGINAL)
         && let Some(positions) = whole(original)
     {
         *original = json!(positions);
@@ -451,11 +469,13 @@ fn rope(keys: &Keys) -> Result<RopeConfig> {
     RopeConfig::deserialize(&map).map_err(|e| Error::config("rope_parameters", &map, e.to_string()))
 }
 
-const KNOWN_ROPE_KEYS: [&str; 12] = [
+const ORIGINAL: &str = "original_max_position_embeddings";
+
+const KNOWN_ROPE_KEYS: [&str; 14] = [
     "rope_theta",
     "rope_type",
     "factor",
-    "original_max_position_embeddings",
+    ORIGINAL,
     "beta_fast",
     "beta_slow",
     "mscale",
@@ -464,6 +484,8 @@ const KNOWN_ROPE_KEYS: [&str; 12] = [
     "truncate",
     "low_freq_factor",
     "high_freq_factor",
+    "short_factor",
+    "long_factor",
 ];
 
 /// A whole number that is written with a point, as Python does after a division.

@@ -57,7 +57,7 @@ impl JsonSchema for RopeChange {
             ("rope_theta", "Base of the frequencies, above 0. Absent: that of the model."),
             (
                 "original_max_position_embeddings",
-                "YaRN and Llama 3: the original length in tokens. Absent: that of the model.",
+                "YaRN, Llama 3 and LongRoPE: the original length in tokens. Absent: that of the model.",
             ),
         ] {
             if let Some(Value::Object(key)) = schema.pointer_mut(&format!("/properties/{key}")) {
@@ -85,10 +85,11 @@ impl ModelConfig {
             }
         }
         self.max_position_embeddings = longest.unwrap_or(self.max_position_embeddings);
-        if matches!(self.rope.rope_type, RopeType::Yarn | RopeType::Llama3) {
+        if matches!(self.rope.rope_type, RopeType::Yarn | RopeType::Llama3 | RopeType::Longrope) {
             // Absent it would be the new length.
             self.rope.original_max_position_embeddings.get_or_insert(original);
         }
+        self.rope.settle(self.max_position_embeddings);
         self.check()?;
         Ok(self)
     }

@@ -21,10 +21,10 @@ pub struct RopeConfig {
     /// How the frequencies are changed to reach beyond the original length.
     #[serde(default)]
     pub rope_type: RopeType,
-    /// Needed unless `rope_type = "default"`: how many times longer the new length is than the original one, above 0.
+    /// Needed unless `rope_type` is "default" or "longrope": how many times longer the new length is than the original one, above 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub factor: Option<f64>,
-    /// YaRN and Llama 3: the original length in tokens. Absent: `max_position_embeddings`.
+    /// YaRN, Llama 3 and LongRoPE: the original length in tokens. Absent: `max_position_embeddings`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub original_max_position_embeddings: Option<usize>,
     /// YaRN: a frequency that turns more often than this within the original length is left alone. Absent: 32.
@@ -39,7 +39,8 @@ pub struct RopeConfig {
     /// YaRN: denominator of that factor; with MLA it scales the attention logits as well. Absent or 0: it does neither.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mscale_all_dim: Option<f64>,
-    /// YaRN: the factor on cosines and sines itself, in place of what `mscale` and `mscale_all_dim` make.
+    /// YaRN and LongRoPE: the factor on cosines and sines itself. Absent: with YaRN what `mscale` and `mscale_all_dim` make, with LongRoPE
+    /// √(1 + ln `factor` / ln `original_max_position_embeddings`), 1 without a `factor` above 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attention_factor: Option<f64>,
     /// YaRN: whether the ramp between the two kinds of frequencies begins and ends at a whole dimension. Absent: `true`.
@@ -51,6 +52,13 @@ pub struct RopeConfig {
     /// Llama 3, needed: a frequency that turns more often than this is left alone. Above `low_freq_factor`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub high_freq_factor: Option<f64>,
+    /// LongRoPE, needed: by what the frequency of each rotated pair is divided, all above 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub short_factor: Option<Vec<f64>>,
+    /// LongRoPE, needed: the same for texts longer than the original length. A model that reads such texts must have the same numbers in
+    /// both, as what a cache holds would otherwise turn anew with the text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub long_factor: Option<Vec<f64>>,
 }
 
 /// The kinds of position scaling that are implemented.
@@ -66,6 +74,8 @@ pub enum RopeType {
     Yarn,
     /// The same with the bounds of Llama 3.1.
     Llama3,
+    /// LongRoPE: each is divided by a number of its own (arXiv 2402.13753).
+    Longrope,
 }
 
 fn default_theta() -> f64 {
@@ -87,6 +97,8 @@ impl Default for RopeConfig {
             truncate: None,
             low_freq_factor: None,
             high_freq_factor: None,
+            short_factor: None,
+            long_factor: None,
         }
     }
 }
@@ -113,7 +125,7 @@ impl RopeConfig {
         let needed = self.rope_type != RopeType::Default;
         match self.factor {
             Some(factor) => positive("rope_parameters.factor", factor)?,
-            None if needed => {
+            None if needed && self.rope_type != RopeType::Longrope => {
                 let why = format!("rope_type = \"{:?}\" needs it", self.rope_type).to_lowercase();
                 return Err(Error::MissingKey { key: "rope_parameters.factor", why });
             }
@@ -156,6 +168,9 @@ impl RopeConfig {
                 ));
             }
         }
+        if self.rope_type == RopeType::Longrope {
+            self.check_divisors(dim, max_positions)?;
+        }
         if self.rope_type == RopeType::Yarn && self.rope_theta <= 1.0 {
             return Err(Error::config("rope_theta", &self.rope_theta, "YaRN needs frequencies that fall: more than 1"));
         }
@@ -173,6 +188,31 @@ impl RopeConfig {
         Ok(())
     }
 
+    /// LongRoPE: a divisor above 0 for each pair, and the same ones for every text that the model reads.
+    fn check_divisors(&self, dim: usize, max_positions: usize) -> Result<()> {
+        const KEYS: [&str; 2] = ["rope_parameters.short_factor", "rope_parameters.long_factor"];
+        for (key, divisors) in KEYS.into_iter().zip([&self.short_factor, &self.long_factor]) {
+            let why = "rope_type = \"longrope\" needs it";
+            let divisors = divisors.as_ref().ok_or_else(|| Error::MissingKey { key, why: why.into() })?;
+            if divisors.len() != dim / 2 {
+                let why = format!("must hold a number for each of the {} rotated pairs", dim / 2);
+                return Err(Error::config(key, &format!("{} numbers", divisors.len()), why));
+            }
+            if let Some(wrong) = divisors.iter().find(|x| !(x.is_finite() && **x > 0.0)) {
+                return Err(Error::config(key, wrong, "must be finite numbers > 0"));
+            }
+        }
+        let original = self.original_max_position_embeddings.unwrap_or(max_positions);
+        if max_positions > original && self.short_factor != self.long_factor {
+            let why = format!(
+                "beyond {original} tokens (original_max_position_embeddings) the model is to turn by other frequencies, also what was \
+                 read before, which no cache can follow; with max_position_embeddings = {original} it is read as it was trained"
+            );
+            return Err(Error::config(KEYS[1], &"other numbers than short_factor", why));
+        }
+        Ok(())
+    }
+
     /// The factor on the attention logits: m² with m = 0.1·mscale_all_dim·ln(factor)+1 when positions are scaled and
     /// `mscale_all_dim` is set, else 1.
     pub(crate) fn logit_factor(&self) -> f64 {
@@ -183,16 +223,34 @@ impl RopeConfig {
     }
 
     /// The factor on cosines and sines: `attention_factor`, or the ratio of the two mscales where both are set, or
-    /// 0.1·ln(factor)+1. 1 without YaRN.
+    /// 0.1·ln(factor)+1; LongRoPE's. 1 with other types.
     pub fn table_factor(&self) -> f64 {
-        if self.rope_type != RopeType::Yarn {
-            return 1.0;
-        }
         let factor = self.factor.unwrap_or(1.0);
+        match self.rope_type {
+            RopeType::Yarn => {}
+            RopeType::Longrope => return self.attention_factor.unwrap_or_else(|| self.longrope_factor(factor)),
+            RopeType::Default | RopeType::Linear | RopeType::Llama3 => return 1.0,
+        }
         match (self.attention_factor, truthy(self.mscale), truthy(self.mscale_all_dim)) {
             (Some(given), _, _) => given,
             (None, Some(mscale), Some(all)) => yarn_mscale(factor, mscale) / yarn_mscale(factor, all),
             (None, _, _) => yarn_mscale(factor, 1.0),
+        }
+    }
+
+    /// LongRoPE's factor on cosines and sines for a text `factor` times as long as the original one.
+    fn longrope_factor(&self, factor: f64) -> f64 {
+        match self.original_max_position_embeddings {
+            Some(original) if factor > 1.0 && original > 1 => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+            _ => 1.0,
+        }
+    }
+
+    /// LongRoPE without a `factor`: the one that the two lengths make, as every reader of such files takes it.
+    pub(crate) fn settle(&mut self, max_positions: usize) {
+        if self.rope_type == RopeType::Longrope && self.factor.is_none() {
+            let original = *self.original_max_position_embeddings.get_or_insert(max_positions);
+            self.factor = Some(max_positions as f64 / original.max(1) as f64);
         }
     }
 
@@ -226,6 +284,11 @@ impl RopeConfig {
                         plain(i) / factor * interpolated + plain(i) * (1.0 - interpolated)
                     })
                     .collect()
+            }
+            RopeType::Longrope => {
+                // Those of the trained length: a model that is read beyond it has the same ones there.
+                let divisors = self.short_factor.as_deref().unwrap_or_default();
+                (0..dim / 2).map(|i| plain(i) / divisors.get(i).copied().unwrap_or(1.0)).collect()
             }
             RopeType::Llama3 => {
                 let (slow, fast) = (self.low_freq_factor.unwrap_or(1.0), self.high_freq_factor.unwrap_or(4.0));

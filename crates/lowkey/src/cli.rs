@@ -84,7 +84,7 @@ pub(crate) enum Command {
         lowkey verify exports/quickstart-absorbed\n  \
         lowkey verify exports/quickstart-gguf --source runs/quickstart/checkpoints/best")]
     Verify(VerifyArguments),
-    /// Make a trained model's latent narrower, or full keys and values a latent, without training
+    /// Make a trained model's latent narrower, full keys and values a latent or the other way round, without training
     #[command(after_help = "\
         The latents are rotated so that their directions come in the order in which queries and outputs\n\
         read them, which changes nothing; then each layer keeps its first ones, as many as lower the loss\n\
@@ -94,12 +94,17 @@ pub(crate) enum Command {
         --to mla makes a model of MHA, GQA or MQA one of latent attention that computes the same. With a\n\
         width its keys go on turning only in their strongest directions, and its latents are cut: not the\n\
         same model, but one to go on training from.\n\n\
+        --to mha gives a model with latents full keys and values, in the layout of Llama: the same model\n\
+        where its latents are not normalised, refused where they are. With --data a constant stands in the\n\
+        place of each such norm, and what that loses is told. --to mqa makes one key head, as wide as\n\
+        latent and rotated key together.\n\n\
         Examples:\n  \
         lowkey convert runs/quickstart/checkpoints/best --kv-rank-budget 50%\n  \
         lowkey convert runs/elastic/checkpoints/best --kv-rank 16\n  \
         lowkey convert MODEL --kv-rank-budget 96 --data my.txt --out models/narrow --json\n  \
         lowkey convert LLAMA --to mla\n  \
-        lowkey convert LLAMA --to mla --kv-rank-budget 50% --data my.txt")]
+        lowkey convert LLAMA --to mla --kv-rank-budget 50% --data my.txt\n  \
+        lowkey convert models/LLAMA-mla --to mha")]
     Convert(ConvertArguments),
     /// Run experiments: many runs of one question, and an answer with error bars
     #[command(after_help = "Examples:\n  \

@@ -2,10 +2,9 @@
 
 use faer::Mat;
 use lowkey_model::attention::{Attention, Grouped, GroupedDims};
-use lowkey_model::model::Linear;
 
 use crate::error::{Error, Result};
-use crate::matrix::to_mat;
+use crate::matrix::{affine, to_mat};
 
 /// The maps of a layer. Those of the hidden state have its d columns and one more, the bias: they act on (x, 1).
 #[derive(Clone, Debug)]
@@ -55,17 +54,6 @@ impl Heads {
         let first = head * self.dims.head_dim + at;
         [first, first + self.frequencies()]
     }
-}
-
-/// [W | b].
-fn affine(linear: &Linear, what: &'static str) -> Result<Mat<f64>> {
-    let matrix = to_mat(linear.matrix(), what)?;
-    let bias = match linear.bias() {
-        Some(bias) => to_mat(bias.unsqueeze_dim(1), what)?,
-        None => Mat::zeros(matrix.nrows(), 1),
-    };
-    let d = matrix.ncols();
-    Ok(Mat::from_fn(matrix.nrows(), d + 1, |i, j| if j < d { matrix[(i, j)] } else { bias[(i, 0)] }))
 }
 
 /// The full keys and values of each layer.

@@ -1,5 +1,7 @@
 //! Theorems of conversion as they hold for the models that are made: exact at full width, best below.
 
+mod care;
+
 use burn::tensor::{DType, Tensor, TensorData};
 use lowkey_infer::{Form, GenerateConfig};
 use lowkey_model::config::{LayerConfig, Layers, MlpConfig};
@@ -12,7 +14,7 @@ use crate::tests::{device, distance, logits, model, random, text, wide};
 use crate::{Importance, Rotated, loss, trimmed};
 
 /// Odd sizes: 6 query heads of 6 numbers in a stream of 26.
-fn config(change: impl FnOnce(&mut ModelConfig, &mut GroupedConfig)) -> ModelConfig {
+pub(crate) fn config(change: impl FnOnce(&mut ModelConfig, &mut GroupedConfig)) -> ModelConfig {
     let mut grouped = GroupedConfig {
         num_key_value_heads: 3,
         head_dim: 6,
@@ -57,7 +59,7 @@ fn yarn() -> RopeConfig {
 }
 
 /// Every option of full keys and values that has an exact form, with the width of rotated key and latent that it must come to.
-fn zoo() -> Vec<(&'static str, ModelConfig, [usize; 2])> {
+pub(crate) fn zoo() -> Vec<(&'static str, ModelConfig, [usize; 2])> {
     vec![
         ("GQA", config(|_, _| {}), [18, 18]),
         (
@@ -79,14 +81,14 @@ fn zoo() -> Vec<(&'static str, ModelConfig, [usize; 2])> {
 }
 
 /// Logits at positions that begin far from 0.
-fn far(model: &CausalLm, ids: &[u32]) -> Vec<f64> {
+pub(crate) fn far(model: &CausalLm, ids: &[u32]) -> Vec<f64> {
     let rope = model.rope_table(&[(200_000..200_000 + ids.len()).collect()], &device());
     let context = Context { rope, ..model.context(&vec![0; ids.len()], ids.len(), &device()) };
     let hidden = model.hidden(ids_tensor(ids, 1, ids.len(), &device()), &context, None);
     model.logits(hidden).try_into_vec_as::<f64>().unwrap()
 }
 
-fn ids(len: u32) -> Vec<u32> {
+pub(crate) fn ids(len: u32) -> Vec<u32> {
     (0..len).map(|i| (i * i + 3) % 31).collect()
 }
 

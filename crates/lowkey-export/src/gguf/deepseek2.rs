@@ -54,7 +54,7 @@ pub(super) fn expressible(config: &ModelConfig, mla: &MlaConfig) -> Result<()> {
     match config.rope.rope_type {
         RopeType::Default => Ok(()),
         RopeType::Yarn => check_yarn(config, mla.qk_rope_head_dim),
-        RopeType::Linear | RopeType::Llama3 => {
+        RopeType::Linear | RopeType::Llama3 | RopeType::Longrope => {
             let name = format!("{:?}", config.rope.rope_type).to_lowercase();
             refuse(format!("rope_type = \"{name}\": deepseek2 is written with default or yarn; use --to hf"))
         }

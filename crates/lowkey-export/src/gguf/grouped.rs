@@ -6,7 +6,7 @@
 //! | biases | of q, k, v and of the output | of q, k, v | of q, k, v |
 //! | norms of q and k heads | none | none | always |
 //! | width of a head | any | `hidden_size / num_attention_heads` | any |
-//! | divisors of frequencies (`rope_type = "llama3"`) | yes | no | no |
+//! | divisors of frequencies (`rope_type = "llama3"`, `"longrope"`) | yes | no | no |
 //!
 //! lowkey rotates halves; for `llama` the rows of `q` and `k` are permuted when they are written, and back when they are read,
 //! which changes no value. A model with Qwen2's biases that `qwen2` cannot hold is written as `llama`, which computes the same.
@@ -68,7 +68,7 @@ impl Kind {
         if config.rope.rope_type == RopeType::Yarn {
             rope::check_yarn(config, head_dim)?;
         }
-        let llama3 = config.rope.rope_type == RopeType::Llama3;
+        let divided = matches!(config.rope.rope_type, RopeType::Llama3 | RopeType::Longrope);
         if qk_norm {
             if o_bias {
                 return Err(unsupported(
@@ -76,16 +76,16 @@ impl Kind {
                      without one of the two, or use --to hf",
                 ));
             }
-            if llama3 {
+            if divided {
                 return Err(unsupported(
-                    "rope_type = \"llama3\" with qk_norm: llama.cpp's qwen3 reads no divisors of frequencies; use yarn, \
-                     linear or default, or --to hf",
+                    "rope_type = \"llama3\" or \"longrope\" with qk_norm: llama.cpp's qwen3 reads no divisors of frequencies; use \
+                     yarn, linear or default, or --to hf",
                 ));
             }
             return Ok(Self::Qwen3);
         }
         let even = config.num_attention_heads.checked_mul(head_dim) == Some(config.hidden_size);
-        Ok(if qkv_bias && !o_bias && even && !llama3 { Self::Qwen2 } else { Self::Llama })
+        Ok(if qkv_bias && !o_bias && even && !divided { Self::Qwen2 } else { Self::Llama })
     }
 }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `linear` | `rope.scaling.type`, `rope.scaling.factor` |
 //! | `yarn` | the same and `rope.scaling.original_context_length`; the factor on cosines and sines in `rope.scaling.attn_factor`, where it is not the usual 0.1·ln(factor) + 1 (`deepseek2` has no such key: it is folded into weights) |
+//! | `longrope` | the same tensor, of its divisors; the factor on cosines and sines is folded into nothing, and must be 1 |
 //! | `llama3` | the tensor `rope_freqs.weight`, by which llama.cpp divides each pair's frequency; the parameters behind it, which it does not read, under `lowkey.rope.` |
 
 use lowkey_model::{
@@ -99,14 +100,33 @@ pub(super) fn metadata(config: &ModelConfig, name: &str, out: &mut Metadata) -> 
             let original = size("original_max_position_embeddings", original_context(config))?;
             out.set("lowkey.rope.original_context_length", original);
         }
+        RopeType::Longrope => {
+            if rope.table_factor() != 1.0 {
+                let why = format!(
+                    "LongRoPE's factor on cosines and sines, {}: llama.cpp's llama has no key for it; use --to hf",
+                    rope.table_factor()
+                );
+                return Err(unsupported(why));
+            }
+            out.set(LONGROPE, true);
+            let original = size("original_max_position_embeddings", original_context(config))?;
+            out.set("lowkey.rope.original_context_length", original);
+        }
     }
     Ok(())
 }
 
+/// Says that the divisors are those of LongRoPE, and not what follows from other parameters.
+const LONGROPE: &str = "lowkey.rope.longrope";
+
 /// The values of [`FREQUENCIES`], where there is such a tensor: plain frequencies over those of the model.
 pub(super) fn frequency_divisors(config: &ModelConfig, dim: usize) -> Option<Vec<f32>> {
-    if config.rope.rope_type != RopeType::Llama3 {
-        return None;
+    match config.rope.rope_type {
+        RopeType::Llama3 => {}
+        RopeType::Longrope => {
+            return config.rope.short_factor.as_ref().map(|all| all.iter().map(|x| *x as f32).collect());
+        }
+        RopeType::Default | RopeType::Linear | RopeType::Yarn => return None,
     }
     let plain = RopeConfig { rope_type: RopeType::Default, ..config.rope.clone() };
     let plain = plain.inverse_frequencies(dim, config.max_position_embeddings);
@@ -122,6 +142,19 @@ pub(super) fn config(keys: &Keys) -> std::result::Result<RopeConfig, String> {
     let need = |key: &str| metadata.number(key).ok_or_else(|| format!("{key} is missing or not a number"));
     if keys.file.tensor(FREQUENCIES).is_some() {
         let original = metadata.integer("lowkey.rope.original_context_length");
+        if metadata.get(LONGROPE).is_some() {
+            let divisors = keys.file.values(FREQUENCIES).unwrap_or_default();
+            let divisors: Vec<f64> = divisors.into_iter().map(f64::from).collect();
+            return Ok(RopeConfig {
+                rope_type: RopeType::Longrope,
+                factor: Some(1.0),
+                attention_factor: Some(1.0),
+                original_max_position_embeddings: original.and_then(|n| usize::try_from(n).ok()),
+                short_factor: Some(divisors.clone()),
+                long_factor: Some(divisors),
+                ..plain
+            });
+        }
         return Ok(RopeConfig {
             rope_type: RopeType::Llama3,
             factor: Some(need("lowkey.rope.factor")?),

@@ -85,6 +85,7 @@ impl CausalLm {
     ) -> Result<Self> {
         let weights = Weights::open(dir, config)?.growing();
         weights.check(dir, config, device)?;
+        weights.check_adaptable(dir)?;
         if weights.grows(config) {
             adapter.check_new_rows(config)?;
         }

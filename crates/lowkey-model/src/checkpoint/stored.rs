@@ -42,6 +42,13 @@ pub(super) fn settle_names(
     base
 }
 
+/// Lets the one matrix of a tied model stand under both of its names.
+pub(super) fn untie(tensors: &mut BTreeMap<String, Entry>) {
+    if let Some(entry) = tensors.get(EMBEDDING) {
+        tensors.insert(HEAD.into(), entry.clone());
+    }
+}
+
 /// Little-endian numbers in f32, which holds all of these exactly but the 64-bit ones: those are rounded, as in every program
 /// that computes in f32.
 ///

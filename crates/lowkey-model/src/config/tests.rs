@@ -112,7 +112,7 @@ fn unknown_keys_and_wrong_types_are_refused() {
         ("hidden_size", json!(-4)),
         ("hidden_size", json!("48")),
         ("rope_parameters", json!({ "theta": 3.0 })),
-        ("rope_parameters", json!({ "rope_type": "longrope" })),
+        ("rope_parameters", json!({ "rope_type": "dynamic" })),
     ] {
         let bad = with(full("mla"), key, value.clone());
         assert!(serde_json::from_value::<ModelSection>(bad).is_err(), "{key} = {value}");

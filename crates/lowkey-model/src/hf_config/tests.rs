@@ -139,7 +139,7 @@ fn what_is_not_implemented_is_refused() {
     let llama = written(&fixtures::grouped_with(|_| ()));
     let v2 = with(mla.clone(), "model_type", json!("deepseek_v2"));
     for (key, value) in [
-        ("model_type", json!("minicpm3")),
+        ("model_type", json!("mixtral")),
         ("model_type", json!("qwen3_moe")),
         ("quantization_config", json!({ "quant_method": "awq" })),
         ("hidden_act", json!("gelu")),
@@ -165,7 +165,7 @@ fn what_is_not_implemented_is_refused() {
     let deep = with(without(mla.clone(), "first_k_dense_replace"), "num_hidden_layers", json!(4));
     assert_eq!(refused(&deep), "first_k_dense_replace");
     assert_eq!(
-        refused(&with(mla.clone(), "rope_scaling", json!({ "type": "longrope", "factor": 2.0 }))),
+        refused(&with(mla.clone(), "rope_scaling", json!({ "type": "dynamic", "factor": 2.0 }))),
         "rope_parameters"
     );
     // A rotated width of 0 is read as "not given" by transformers.

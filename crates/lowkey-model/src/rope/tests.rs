@@ -261,3 +261,34 @@ fn every_rule_names_its_key() {
         }
     }
 }
+
+#[test]
+fn longrope_divides_each_frequency_by_its_own_number() {
+    let divisors = Some(vec![1.0, 2.0, 4.0, 8e24]);
+    let mut rope = RopeConfig {
+        rope_type: RopeType::Longrope,
+        original_max_position_embeddings: Some(64),
+        short_factor: divisors.clone(),
+        long_factor: divisors,
+        ..RopeConfig::default()
+    };
+    close(&rope.inverse_frequencies(8, 64), &[1.0, 0.05, 0.0025, 1.25e-28]);
+    assert!(rope.check(8, 64).is_ok() && rope.check(8, 256).is_ok());
+    // The factor of the lengths, as files without one mean it: √(1 + ln 4 / ln 64).
+    assert_eq!(rope.table_factor(), 1.0);
+    rope.settle(256);
+    assert!((rope.table_factor() - (4f64 / 3.0).sqrt()).abs() < 1e-12);
+    let given = RopeConfig { attention_factor: Some(0.5), ..rope.clone() };
+    assert_eq!(given.table_factor(), 0.5);
+    let message = |rope: &RopeConfig, longest| rope.check(8, longest).unwrap_err().to_string();
+    let other = RopeConfig { long_factor: Some(vec![3.0; 4]), ..rope.clone() };
+    assert!(other.check(8, 64).is_ok());
+    assert!(message(&other, 65).contains("beyond 64 tokens"));
+    for (wrong, fragment) in [
+        (RopeConfig { short_factor: None, ..rope.clone() }, "short_factor is missing"),
+        (RopeConfig { long_factor: Some(vec![1.0; 3]), ..rope.clone() }, "each of the 4 rotated pairs"),
+        (RopeConfig { long_factor: Some(vec![1.0, 0.0, 1.0, 1.0]), ..rope.clone() }, "finite numbers > 0"),
+    ] {
+        assert!(message(&wrong, 64).contains(fragment), "{}", message(&wrong, 64));
+    }
+}

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 pub(crate) struct ConvertArguments {
     /// A directory of a model: with latent attention (MLA), or with --to mla one of MHA, GQA or MQA
     pub(crate) model: PathBuf,
-    /// Make full keys and values a latent; without a width it computes the same
+    /// Make full keys and values a latent, or a latent full keys and values; without a width it computes the same
     #[arg(long, value_name = "ATTENTION")]
     pub(crate) to: Option<Attention>,
     /// Latent directions to keep in all layers together, or a share such as 50%; with --to mla numbers cached per token in all layers,
@@ -33,7 +33,7 @@ pub(crate) struct ConvertArguments {
     /// Tokens to calibrate with [default: 16384]
     #[arg(long, value_name = "N")]
     pub(crate) tokens: Option<usize>,
-    /// Folder to make [default: models/NAME-kvN, N directions in all layers together; models/NAME-mla]
+    /// Folder to make [default: models/NAME-kvN, N directions in all layers together; models/NAME-mla, -mha, -mqa]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Replace the model that is already in the folder
@@ -48,6 +48,10 @@ pub(crate) struct ConvertArguments {
 pub(crate) enum Attention {
     /// Multi-head Latent Attention
     Mla,
+    /// Full keys and values for each query head, or for several where they are the same
+    Mha,
+    /// One key and value head as wide as latent and rotated key together
+    Mqa,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

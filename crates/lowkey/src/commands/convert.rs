@@ -1,10 +1,13 @@
 //! `lowkey convert`.
 
+mod same;
+mod to_mha;
 mod to_mla;
 
 use std::path::Path;
 
 use burn::tensor::Device;
+use lowkey_convert::to_mha::Form;
 use lowkey_convert::{Reduction, Rotated};
 use lowkey_files::mark::Kind;
 use lowkey_model::{CausalLm, ModelDir, NewModelDir, checkpoint::WeightDtype};
@@ -27,8 +30,8 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
         return Err(WrongUse("--tokens must be at least 2".into()).into());
     }
     if arguments.to.is_none() && arguments.kv_rank.is_none() && arguments.kv_rank_budget.is_none() {
-        let why =
-            "give --kv-rank-budget or --kv-rank to narrow a latent, or --to mla to make one of full keys and values";
+        let why = "give --kv-rank-budget or --kv-rank to narrow a latent, --to mla to make one of full keys and values, or --to mha for the \
+             other way round";
         return Err(WrongUse(why.into()).into());
     }
     if arguments.to.is_none() && arguments.kv_rank.is_some() && (arguments.data.is_some() || arguments.tokens.is_some())
@@ -41,8 +44,11 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
     let source = ModelDir::open(&arguments.model)?;
     let model = source.load(&device)?.merged();
     lowkey_convert::check_finite(&model)?;
-    if arguments.to == Some(Attention::Mla) {
-        return to_mla::convert(arguments, &source, &model, &device);
+    match arguments.to {
+        Some(Attention::Mla) => return to_mla::convert(arguments, &source, &model, &device),
+        Some(Attention::Mha) => return to_mha::convert(arguments, Form::Heads, &source, &model, &device),
+        Some(Attention::Mqa) => return to_mha::convert(arguments, Form::Single, &source, &model, &device),
+        None => {}
     }
     if model.config.attention().latent().is_none() {
         anyhow::bail!(

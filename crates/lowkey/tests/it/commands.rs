@@ -77,7 +77,7 @@ tensorboard = true
 "#;
 
 /// A folder with a text, a run file, and the run that it describes.
-fn fixture() -> &'static Path {
+pub(crate) fn fixture() -> &'static Path {
     static FIXTURE: OnceLock<tempfile::TempDir> = OnceLock::new();
     let dir = FIXTURE.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();

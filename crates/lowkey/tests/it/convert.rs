@@ -6,7 +6,7 @@ use burn::tensor::Device;
 use lowkey_convert::Rotated;
 use lowkey_model::{CausalLm, attention::AttentionConfig, ids_tensor};
 
-use crate::commands::{best, best_of, json, lowkey, succeed, text};
+use crate::commands::{best, best_of, fixture, json, lowkey, succeed, text};
 
 /// The widest distance of two models' logits over the largest logit.
 fn apart(a: &CausalLm, b: &CausalLm, ids: &[u32]) -> f32 {
@@ -152,6 +152,49 @@ fn full_keys_and_values_become_a_latent() {
     assert!(!std::path::Path::new("x").exists());
 }
 
+#[test]
+fn a_latent_becomes_full_keys_and_values_again() {
+    let grouped = best_of("grouped-latent-again", &["model.attention=gqa"]);
+    let dir = tempfile::tempdir().unwrap();
+    let [latent, back, one] = ["latent", "back", "one"].map(|name| dir.path().join(name));
+    let load = |dir: &PathBuf| CausalLm::load(dir, &Device::flex()).unwrap();
+    let ids: Vec<u32> = (0..32).map(|i| (i * 5) % 60).collect();
+    succeed(&["convert", text(&grouped), "--to", "mla", "--out", text(&latent)]);
+    let report = json(&["convert", text(&latent), "--to", "mha", "--out", text(&back), "--json"]);
+    let report = &report["report"];
+    assert_eq!((report["to"].as_str(), report["model_type"].as_str()), (Some("GQA-2"), Some("llama")), "{report}");
+    assert!(report["exact"]["max_logit_difference"].as_f64().unwrap() < 1e-4, "{report}");
+    assert_eq!(report["greedy_tokens"]["same"], report["greedy_tokens"]["of"], "{report}");
+    assert!(apart(&load(&grouped), &load(&back), &ids) < 1e-5);
+    assert_eq!(load(&back).config.rope, load(&grouped).config.rope);
+    assert!(back.join("tokenizer.json").is_file());
+    let table = succeed(&["convert", text(&latent), "--to", "mqa", "--out", text(&one)]);
+    assert!(table.contains("MLA as MQA (llama)") && table.contains("tokens the same"), "{table}");
+    assert!(apart(&load(&grouped), &load(&one), &ids) < 1e-5);
+    for (model, to) in [(&back, "hf"), (&back, "gguf"), (&one, "hf"), (&one, "gguf")] {
+        let out = dir.path().join(format!("export-{}-{to}", model.file_name().unwrap().to_str().unwrap()));
+        succeed(&["export", text(model), "--to", to, "--out", text(&out)]);
+        succeed(&["verify", text(&out), "--source", text(model)]);
+    }
+    // A latent that is normalised has no such form; a text finds the nearest model, and what it loses is told.
+    let story = fixture().join("story.txt");
+    let near = dir.path().join("near");
+    let made = json(&["convert", text(&best()), "--to", "mha", "--data", text(&story), "--out", text(&near), "--json"]);
+    let made = &made["report"];
+    assert_eq!((made["latent_norms_absorbed"].as_bool(), made["exact"].is_null()), (Some(true), true), "{made}");
+    let [before, after] = ["loss_before", "loss_after"].map(|key| made["calibration"][key].as_f64().unwrap());
+    assert!(before.is_finite() && after.is_finite() && before != after, "{made}");
+    for (model, arguments, code, fragment) in [
+        (best(), &["--to", "mha", "--out", "x"][..], 1, "layer 0 normalises its latent"),
+        (best(), &["--to", "mqa", "--kv-rank", "4", "--out", "x"], 2, "width of a latent"),
+        (grouped, &["--to", "mha", "--out", "x"], 1, "GQA-2 attention has them already"),
+    ] {
+        let (found, _, message) = lowkey(&[&["convert", text(&model)][..], arguments].concat());
+        assert!(found == code && message.contains(fragment), "{arguments:?}: {found} {message}");
+    }
+    assert!(!std::path::Path::new("x").exists());
+}
+
 /// Every dense reference checkpoint with full keys and values is the same model with latents.
 #[test]
 fn reference_checkpoints_with_full_keys_and_values_become_latent_exactly() {
@@ -172,6 +215,9 @@ fn reference_checkpoints_with_full_keys_and_values_become_latent_exactly() {
         let worst = apart(&model, &converted, &ids);
         println!("{}: {worst:.1e}", case.display());
         assert!(worst <= 1e-5, "{}: {worst}", case.display());
+        let back = lowkey_convert::to_mha::exact(&converted, lowkey_convert::to_mha::Form::Heads, &device).unwrap();
+        let worst = apart(&model, &back, &ids);
+        assert!(worst <= 1e-5, "{}, there and back: {worst}", case.display());
         turned += 1;
     }
     assert!(turned >= 3 && refused >= 1, "{turned} and {refused} checkpoints");

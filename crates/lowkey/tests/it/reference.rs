@@ -176,13 +176,15 @@ fn every_case_agrees_with_transformers() {
     for path in &second {
         let case = Case::open(path.clone());
         match CausalLm::load(&case.dir, &device) {
+            // Its factors are in the weights, so that its gradients are others. Logits are compared where such models are read.
+            Ok(_) if case.name == "minicpm3" => {}
             Ok(model) => {
                 check(&case, model, &device);
                 compared.push(case.name);
             }
             Err(e) => {
                 let message = e.to_string();
-                let known = message.contains("mixture-of-experts") || message.contains("minicpm3");
+                let known = message.contains("mixture-of-experts");
                 assert!(known, "{}: refused for another reason: {message}", case.name);
                 println!("{:<22} refused: not dense, or another architecture", case.name);
             }
@@ -213,7 +215,7 @@ fn the_cases_are_those_that_were_made() {
         }
     }
     let mut files = Vec::new();
-    for part in ["cases", "adapters", "tokenizers"] {
+    for part in ["cases", "adapters", "dialects", "tokenizers"] {
         walk(&own().join(part), &mut files);
     }
     let name = |path: &Path| path.strip_prefix(own()).unwrap().to_string_lossy().replace('\\', "/");

@@ -37,6 +37,20 @@ fn llama3() -> RopeConfig {
     }
 }
 
+fn longrope() -> RopeConfig {
+    // One of them does not turn, as in models that were made of latents.
+    let divisors = Some(vec![1.0, 2.5, 2f64.powi(80)]);
+    RopeConfig {
+        rope_type: RopeType::Longrope,
+        factor: Some(1.0),
+        attention_factor: Some(1.0),
+        original_max_position_embeddings: Some(200),
+        short_factor: divisors.clone(),
+        long_factor: divisors,
+        ..RopeConfig::default()
+    }
+}
+
 fn linear() -> RopeConfig {
     RopeConfig { rope_type: RopeType::Linear, factor: Some(2.5), ..RopeConfig::default() }
 }
@@ -62,6 +76,7 @@ fn zoo() -> Vec<(&'static str, &'static str, ModelConfig, bool)> {
         ("YaRN, mixed mscales", "llama", rope(yarn(Some(1.3), Some(0.6))), false),
         ("YaRN, factor 1", "llama", rope(RopeConfig { factor: Some(1.0), ..yarn(None, None) }), true),
         ("llama3", "llama", rope(llama3()), true),
+        ("LongRoPE", "llama", rope(longrope()), true),
         ("Qwen2", "qwen2", grouped_with(|_, g| g.qkv_bias = true), true),
         (
             "Qwen2, YaRN, tied",

@@ -7,26 +7,23 @@ use lowkey_convert::Progress;
 use lowkey_convert::to_mla::{Converted, Wanted, Width, absorb_head_norms, exact, fit, widths};
 use lowkey_files::mark::Kind;
 use lowkey_model::attention::AttentionConfig;
-use lowkey_model::{CausalLm, ModelDir, NewModelDir, ids_tensor};
+use lowkey_model::{CausalLm, ModelDir, NewModelDir};
 use serde_json::{Value, json};
 
+use super::same::Same;
 use super::{TOKENS, share_of, write};
 use crate::cli::ConvertArguments;
 use crate::commands::{WrongUse, text};
 use crate::output::{bytes, pairs, say, say_json, table};
 use crate::progress::Measuring;
 
-/// Tokens that an exact conversion is compared on where there is no text.
-const PROBE: usize = 256;
-
-/// Furthest that a logit of an exact conversion may be off, in units of the largest: what rounding in 32 bits does and more.
-const TOLERANCE: f32 = 1e-3;
-
 /// What became of a model.
 struct Made {
     model: CausalLm,
-    /// Largest difference of a logit and largest logit, of a conversion that is exact.
-    exact: Option<[f32; 2]>,
+    /// How it compares with what it was made of.
+    same: Same,
+    /// Whether it is to compute the same.
+    exact: bool,
     /// What a narrower one came to.
     fitted: Option<Converted>,
     /// Loss before and after on held-out text, and on the calibration text.
@@ -103,38 +100,22 @@ fn make(
         }
         None => None,
     };
-    let (made, exact) = match &fitted {
-        Some(fitted) => (fitted.model.clone(), None),
-        None => {
-            let made = exact(&plain, device)?;
-            let apart = compare(&plain, &made, train, device)?;
-            (made, Some(apart))
-        }
+    let made = match &fitted {
+        Some(fitted) => fitted.model.clone(),
+        None => exact(&plain, device)?,
     };
+    let exact = fitted.is_none();
+    let same = Same::of(&plain, &made, train, device)?;
+    if exact {
+        same.check()?;
+    }
     drop(bar);
     let losses = |text: &[Vec<u32>]| -> anyhow::Result<[f64; 2]> {
         Ok([lowkey_convert::loss(model, text, device)?, lowkey_convert::loss(&made, text, device)?])
     };
     let calibration = text.map(|text| losses(&text.train)).transpose()?;
     let held_out = text.filter(|text| !text.held_out.is_empty()).map(|text| losses(&text.held_out)).transpose()?;
-    Ok(Made { model: made, exact, fitted, held_out, calibration, absorbed })
-}
-
-/// Largest difference of two models' logits, and the largest logit: of the first sequence, or of tokens of all kinds.
-fn compare(before: &CausalLm, after: &CausalLm, text: &[Vec<u32>], device: &Device) -> anyhow::Result<[f32; 2]> {
-    let vocab = before.config.vocab_size as u64;
-    let count = PROBE.min(before.config.max_position_embeddings) as u64;
-    let probe: Vec<u32> = (0..count).map(|i| ((i * i * 31 + i * 7 + 1) % vocab) as u32).collect();
-    let ids = text.first().unwrap_or(&probe);
-    let logits = |model: &CausalLm| model.forward(ids_tensor(ids, 1, ids.len(), device));
-    let (before, after) = (logits(before), logits(after));
-    let number = |tensor: burn::tensor::Tensor<3>| tensor.abs().max().into_scalar::<f32>();
-    let (apart, largest) = (number(before.clone() - after), number(before));
-    let agrees = apart <= TOLERANCE * largest.max(1.0);
-    if !agrees {
-        anyhow::bail!("logits are off by {apart:e} where the largest is {largest}: not the same model; report this");
-    }
-    Ok([apart, largest])
+    Ok(Made { model: made, same, exact, fitted, held_out, calibration, absorbed })
 }
 
 fn out(arguments: &ConvertArguments) -> PathBuf {
@@ -157,7 +138,8 @@ fn report(model: &CausalLm, made: &Made, text: Option<&text::Calibration>) -> Va
     let mla = made.model.config.attention().latent();
     json!({
         "from": model.config.attention_name(),
-        "exact": made.exact.map(|[apart, largest]| json!({ "max_logit_difference": apart, "max_logit": largest })),
+        "exact": made.exact.then(|| made.same.report()),
+        "greedy_tokens": made.same.greedy_report(),
         "head_norms_absorbed": made.absorbed,
         "cache_numbers_before": model.config.cache_numbers(),
         "cache_numbers": made.model.config.cache_numbers(),
@@ -184,9 +166,7 @@ fn describe(out: &Path, model: &CausalLm, made: &Made, text: Option<&text::Calib
     let cache = |model: &CausalLm| bytes(2 * model.config.cache_numbers());
     let rotated = made.model.config.attention().latent().map_or(0, |mla| mla.qk_rope_head_dim);
     let mut facts = vec![("cache", format!("{} → {} per token in bf16", cache(model), cache(&made.model)))];
-    facts.extend(
-        made.exact.map(|[apart, largest]| ("logits", format!("off by {apart:.1e} at most, the largest {largest:.1}"))),
-    );
+    facts.extend(made.same.facts());
     if made.absorbed {
         facts.push((
             "norms",
