@@ -151,7 +151,7 @@ mod tests {
                         assert!(read.log_probs[range].iter().all(|log_prob| *log_prob == 0.0), "{text}");
                     }
                     Err(slip) => {
-                        assert!(slip.at < told.len() + question.len() && slip.at > told.len(), "{text}: {slip}")
+                        assert!(slip.at < told.len() + question.len() && slip.at > told.len(), "{text}: {slip}");
                     }
                 }
                 asked += 1;
