@@ -91,7 +91,9 @@ fn every_layout_holds_every_model() {
             let evidence = &certificate.evidence;
             assert_eq!(evidence.logits.positions, 256, "{name}, {to}");
             assert!(evidence.greedy.iter().all(|g| g.agree == 64), "{name}, {to}: {:?}", evidence.greedy);
-            assert!(evidence.logits.max_relative <= 1e-5 && evidence.logits.max_relative > 0.0, "{name}, {to}");
+            // What has other products adds up in another order, and so shows that the two were not the same model.
+            let apart = !matches!(to, "absorbed" | "fused") || evidence.logits.max_relative > 0.0;
+            assert!(evidence.logits.max_relative <= 1e-5 && apart, "{name}, {to}");
             let products = match to {
                 "absorbed" | "fused" => 2 * config.layers.len(),
                 _ => 0,

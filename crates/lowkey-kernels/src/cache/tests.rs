@@ -58,7 +58,9 @@ fn absorbed_attention_agrees_for_one_query_and_for_many_in_every_format() {
     ] {
         let (latent_scale, latent_eps, interleave) = (1.0, 1e-6, false);
         let dims = MlaDims { heads, nope, rope, value, rank, scale: 0.3, latent_scale, latent_eps, interleave };
-        for (offsets, capacity) in [(vec![0], 30), (vec![127], 200), (vec![128, 3, 700], 800), (vec![1500], 1600)] {
+        for (offsets, capacity) in
+            [(vec![0], seq.max(30)), (vec![127], 200), (vec![128, 3, 700], 800), (vec![1500], 1600)]
+        {
             let (batch, width) = (offsets.len(), rank + rope);
             let keys = offsets.iter().max().unwrap() + seq;
             let q = random(batch * seq * heads * (nope + rope)).reshape([batch, seq, heads, nope + rope]);
