@@ -376,7 +376,10 @@ fn look(model: &CausalLm, batch: Option<&Batch>, device: &Device) -> Result<Look
         max_logit = max_logit.max(f64::from(logit));
     }
     // A model that computes no numbers is refused for its loss.
-    let spectra = if max_logit.is_finite() { latent_spectra(trace.latent)? } else { Vec::new() };
+    let spectra = match max_logit.is_finite().then(|| latent_spectra(trace.latent)) {
+        None | Some(Err(lowkey_convert::Error::Overflow { .. })) => Vec::new(),
+        Some(spectra) => spectra?,
+    };
     let health = |covariance: Vec<f64>| LatentHealth { effective_rank: effective_rank(&covariance), covariance };
     Ok(Looks { max_logit, latents: spectra.into_iter().map(health).collect() })
 }
