@@ -110,7 +110,7 @@ fn the_figures_of_prompts_fit_together() {
     }
     let (code, _, message) = lowkey(&["bench", "prefill", "--way", "latent"]);
     assert!(code == 2 && message.contains("--way latent"), "{message}");
-    let grouped = best_of("grouped", &["model.attention=gqa"]);
+    let grouped = best_of("prompts", &["model.attention=gqa"]);
     let f = json(&["bench", "prefill", text(&grouped), "--context", "300", "--rounds", "1", "--json"]);
     assert_eq!((&f["rows"][0]["way"], &f["max_position_embeddings"]), (&"auto".into(), &300.into()));
 }
