@@ -44,7 +44,18 @@ pub(crate) fn assert_close(what: &str, found: Vec<f32>, expected: Vec<f32>) {
     // Where the terms of an expected 0 cancel, as in the gradient of a query that sees one key, every number keeps its own
     // rounding: the floor is one of the root mean square, not of the norm.
     let (off, size) = ((off / expected.len() as f64).sqrt(), (size / expected.len() as f64).sqrt());
-    assert!(off <= 1e-5 * size.max(0.1), "{what}: error {off:.1e} where numbers are of size {size:.1e}");
+    if off > 1e-5 * size.max(0.1) {
+        // Which ones are off tells a wrong tile from a wrong sum.
+        let wrong: Vec<usize> =
+            (0..found.len()).filter(|i| f64::from((found[*i] - expected[*i]).abs()) > 1e-4 * size.max(0.1)).collect();
+        let some: Vec<String> =
+            wrong.iter().take(6).map(|i| format!("{} for {} at {i}", found[*i], expected[*i])).collect();
+        let (count, of, last) = (wrong.len(), found.len(), wrong.last());
+        panic!(
+            "{what}: error {off:.1e} where numbers are of size {size:.1e}; {count} of {of} are off, the last at {last:?}: {}",
+            some.join(", ")
+        );
+    }
 }
 
 /// Compares values, and gradients under one random weighting of the outputs.

@@ -2,6 +2,8 @@
 
 use burn::tensor::{Bool, Device, Tensor, TensorData, activation::softmax};
 
+use crate::reference::product;
+
 /// Which keys a query must not see; `true` marks a forbidden pair.
 ///
 /// Built on the host, for queries against a cache and for the reference; training needs none.
@@ -32,6 +34,11 @@ impl Mask {
     /// Keys of a cache with different fill per row: query `i` of row `b` sits at `offsets[b] + i`.
     pub fn cached(offsets: &[usize], queries: usize, keys: usize, device: &Device) -> Self {
         Self::from_fn([offsets.len(), queries, keys], device, |row, q, k| k > offsets[row] + q)
+    }
+
+    /// The same for the first `keys` keys alone.
+    pub(crate) fn first_keys(self, keys: usize) -> Self {
+        Self { forbidden: self.forbidden.narrow(3, 0, keys) }
     }
 
     fn from_fn(shape: [usize; 3], device: &Device, forbidden: impl Fn(usize, usize, usize) -> bool) -> Self {
@@ -82,13 +89,13 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: &Mask, scale: f
     products(softmax(scores(q, k, mask, scale), 3), v).reshape([batch, heads, queries, d_v])
 }
 
-/// `a · b` of as many matrices each. Burn's `matmul` would compute it, too, but in TF32 where a GPU has it.
+/// `a · b` of as many matrices each, in f32 whatever units a GPU has.
 pub(crate) fn products(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
     #[cfg(feature = "gpu")]
     if let Some(out) = crate::gpu::product::batched(&a, &b) {
         return out;
     }
-    a.matmul(b)
+    product(a, b)
 }
 
 #[cfg(test)]

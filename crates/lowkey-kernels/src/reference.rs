@@ -16,3 +16,21 @@ pub use crate::norm::reference::rms_norm;
 pub use crate::quantized_linear::reference::quantized_linear;
 pub use crate::rotary::reference::rotate;
 pub use crate::swiglu::reference::swiglu;
+
+use burn::tensor::Tensor;
+
+use crate::device::facts::is_cpu;
+
+/// `a · b`, of matrices or of as many each. On a GPU from products and sums of single numbers: Burn's `matmul` rounds f32 to TF32 there,
+/// where the device has it, and what other kernels are held to must not be rounded to ten bits.
+pub(crate) fn product<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
+    if is_cpu(&a.device()) {
+        return a.matmul(b);
+    }
+    let (mut shape, n) = (a.dims(), b.dims()[D - 1]);
+    let [m, k] = [shape[D - 2], shape[D - 1]];
+    let each = shape[..D - 2].iter().product::<usize>();
+    shape[D - 1] = n;
+    let (a, b) = (a.reshape([each, m, k, 1]), b.reshape([each, 1, k, n]));
+    (a * b).sum_dim(2).reshape(shape)
+}

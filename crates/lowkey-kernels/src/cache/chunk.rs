@@ -89,8 +89,11 @@ pub fn chunk_attention(q: Tensor<4>, keys: Keys, offsets: &[usize], mask: &dyn F
     let [batch, seq, heads, _] = q.dims();
     keys.check(&q, offsets.len(), "chunk_attention");
     if !is_cpu(&q.device()) || q.dtype() != DType::F32 || seq < FEWEST {
-        let [.., value] = keys.values.dims();
-        let out = attention(q.swap_dims(1, 2), keys.whole(), keys.values, &mask(), scale);
+        let [.., of_keys, value] = keys.values.dims();
+        // What is in slots behind the last query's key may be no number, and 0 times that is none.
+        let seen = offsets.iter().map(|offset| offset + seq).max().map_or(of_keys, |seen| seen.min(of_keys));
+        let (k, v) = (keys.whole().narrow(2, 0, seen), keys.values.narrow(2, 0, seen));
+        let out = attention(q.swap_dims(1, 2), k, v, &mask().first_keys(seen), scale);
         return out.swap_dims(1, 2).reshape([batch, seq, heads * value]);
     }
     let ((shared, width), at) = (keys.shared_or_none(), offsets_tensor(offsets, &q.device()));

@@ -4,13 +4,14 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor};
 
 use super::Divergence;
+use crate::reference::product;
 
 /// `−log softmax(W h)[target]` of each token, 0 where the target is negative. See [`crate::loss::cross_entropy_each`].
 pub fn cross_entropy_each(h: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let [n] = targets.dims();
     let ignored = targets.clone().lower_elem(0);
     let index = targets.clamp_min(0).reshape([n, 1]);
-    let picked = log_softmax(h.matmul(weight.transpose()), 1).gather(1, index).reshape([n]);
+    let picked = log_softmax(product(h, weight.transpose()), 1).gather(1, index).reshape([n]);
     // A select, not a product: an ignored row may hold a non-finite logit, and 0 · inf would be NaN.
     picked.neg().mask_fill(ignored, 0.0f32)
 }
@@ -24,7 +25,7 @@ pub fn cross_entropy_sum(
     z_loss: f64,
 ) -> Tensor<1> {
     let [n] = targets.dims();
-    let logits = h.clone().matmul(weight.clone().transpose());
+    let logits = product(h.clone(), weight.clone().transpose());
     let highest = logits.clone().max_dim(1).detach();
     let log_z = (logits - highest.clone()).exp().sum_dim(1).log() + highest;
     let weights = label_weights.cast(log_z.dtype());
@@ -42,8 +43,8 @@ pub fn distill_sum(
     share: f64,
 ) -> Tensor<1> {
     let ignored = targets.clone().lower_elem(0);
-    let log_p = log_softmax(teacher.detach().matmul(weight.clone().detach().transpose()), 1);
-    let log_q = log_softmax(h.clone().matmul(weight.clone().transpose()), 1);
+    let log_p = log_softmax(product(teacher.detach(), weight.clone().detach().transpose()), 1);
+    let log_q = log_softmax(product(h.clone(), weight.clone().transpose()), 1);
     let [n] = targets.dims();
     let apart = (log_p.clone().exp() * (log_p - log_q)).sum_dim(1).reshape([n]).mask_fill(ignored, 0.0f32);
     (apart * share + cross_entropy_each(h, weight, targets) * (1.0 - share)).sum()
@@ -60,8 +61,8 @@ pub fn diverge_sum(
     let Divergence { beta, temperature, share } = divergence;
     let ([n, _], ignored) = (h.dims(), targets.clone().lower_elem(0));
     let [hidden, head] = teacher;
-    let log_s = log_softmax(h.clone().matmul(weight.clone().transpose()) / temperature, 1);
-    let log_t = log_softmax(hidden.matmul(head.transpose()) / temperature, 1).detach();
+    let log_s = log_softmax(product(h.clone(), weight.clone().transpose()) / temperature, 1);
+    let log_t = log_softmax(product(hidden, head.transpose()) / temperature, 1).detach();
     let apart = |p: Tensor<2>, q: Tensor<2>| (p.clone().exp() * (p - q)).sum_dim(1);
     let distance = if beta == 0.0 {
         apart(log_t, log_s)

@@ -4,6 +4,7 @@
 use burn::tensor::Tensor;
 
 use super::steps::{AdamWStep, MuonStep};
+use crate::reference::product;
 
 /// See [`super::adamw`].
 pub(crate) fn adamw(
@@ -50,7 +51,7 @@ pub(crate) fn muon(
         let block = ahead.clone().narrow(0, at * width, height * width).reshape([*height, width]);
         at += height;
         let scale = lr * MuonStep::scale(*height, width);
-        (orthogonalise(block, &Tensor::matmul) * scale).reshape([height * width])
+        (orthogonalise(block, &product) * scale).reshape([height * width])
     });
     let update = Tensor::cat(updates.collect(), 0);
     (value * (1.0 - lr * weight_decay) - update, buffer)

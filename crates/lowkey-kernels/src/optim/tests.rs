@@ -7,6 +7,7 @@ use burn::tensor::{DType, FloatDType, TensorData};
 use super::*;
 use crate::Precision;
 use crate::fixtures::{is_cpu, plain_device};
+use crate::reference::product;
 
 /// Around one piece, several pieces with a rest, and none.
 const LENGTHS: [usize; 6] = [0, 1, 37, 1 << 14, (1 << 14) + 1, 100_003];
@@ -55,11 +56,16 @@ fn adamw_is_the_composition_of_its_operations() {
         for step in [STEP, AdamWStep { clip: 1.0, weight_decay: 0.0, step: 1, ..STEP }] {
             let [value, gradient, m, v] = adamw_inputs(len);
             let (a, b, c) = adamw(value.clone(), gradient.clone(), m.clone(), v.clone(), step, None);
+            let before = [value.clone(), m.clone(), v.clone()];
             let (d, e, f) = reference::adamw(value, gradient, m, v, step);
-            for (what, found, expected) in [("value", a, d), ("m", b, e), ("v", c, f)] {
-                for (i, (found, expected)) in host(&found).into_iter().zip(host(&expected)).enumerate() {
+            for ((what, found, expected), before) in [("value", a, d), ("m", b, e), ("v", c, f)].into_iter().zip(before)
+            {
+                let rows = host(&found).into_iter().zip(host(&expected)).zip(host(&before));
+                for (i, ((found, expected), before)) in rows.enumerate() {
+                    // Where a step nearly undoes what was there, each keeps its own rounding: GPUs divide to two units of it.
+                    let size = expected.abs().max((expected - before).abs());
                     let off = (found - expected).abs();
-                    assert!(off <= 1e-6 * expected.abs().max(1e-6), "{what}[{i}] of {len}: {found} for {expected}");
+                    assert!(off <= 1e-6 * size.max(1e-6), "{what}[{i}] of {len}: {found} for {expected}");
                 }
             }
         }
@@ -151,7 +157,7 @@ fn orthogonalising_is_the_iteration_in_double_precision() {
         let x = gaussian(rows * columns, 1);
         let expected = exact_orthogonal(&x, rows, columns);
         let plain = tensor(x.clone()).reshape([rows, columns]);
-        let plain = host(&reference::orthogonalise(plain, &Tensor::matmul).reshape([rows * columns]));
+        let plain = host(&reference::orthogonalise(plain, &product).reshape([rows * columns]));
         let fused = orthogonal(x, rows, columns);
         for (what, found) in [("fused", fused), ("plain", plain)] {
             let off = found.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
