@@ -343,6 +343,8 @@ pub fn ceiling(threads: usize, devices: &[Device], precision: Precision) -> Resu
 fn gpu_ceiling(device: &Device, precision: Precision) -> Result<f64> {
     const LARGEST: usize = 8192;
     const LONG_ENOUGH_S: f64 = 5e-3;
+    /// Of a first product; a device that takes no longer computes one of a graphics card's size at once.
+    const AT_ONCE_S: f64 = 1e-3;
     let _scope = scope(precision);
     let failed = |e| Error::Device { what: "a matrix product", why: format!("{e:?}") };
     let mut best: f64 = 0.0;
@@ -359,9 +361,11 @@ fn gpu_ceiling(device: &Device, precision: Precision) -> Result<f64> {
         if took > LONG_ENOUGH_S || size >= LARGEST {
             return Ok(best);
         }
-        // What would take that long at this rate: few sizes, as each first use of one chooses its kernel.
+        // What would take that long at this rate: few sizes, as each first use of one chooses its kernel, which takes seconds. A small
+        // product tells no rate: it waits for its launch.
         let wanted = size as f64 * (LONG_ENOUGH_S / took).cbrt();
-        size = (wanted as usize / 256 * 256).max(2 * size).min(LARGEST);
+        let least = if took < AT_ONCE_S { LARGEST / 2 } else { 2 * size };
+        size = (wanted as usize / 256 * 256).max(least).min(LARGEST);
     }
 }
 
