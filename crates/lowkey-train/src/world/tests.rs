@@ -85,7 +85,8 @@ fn a_run_on_two_devices_is_the_run_on_one_with_passes_half_as_long() {
     for more in [&[][..], &["optimizer.kind=muon"]] {
         let (one, two) = (TinyRun::new(), TinyRun::new());
         let overrides = |of: &[&'static str]| [of, more, &["training.steps=16"]].concat();
-        one.train(&overrides(&["training.threads=1", "training.micro_batch_size=4"])).unwrap();
+        // Where there is a GPU, it would be taken by itself.
+        one.train(&overrides(&["run.device=cpu", "training.threads=1", "training.micro_batch_size=4"])).unwrap();
         let on_two = overrides(&["run.devices=[\"cpu\", \"cpu\"]", "training.threads=2"]);
         two.train(&on_two).unwrap();
         let checkpoint = |run: &TinyRun| std::fs::read(run.checkpoint(16).join("model.safetensors")).unwrap();
