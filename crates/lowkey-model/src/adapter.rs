@@ -33,7 +33,7 @@ mod quantization;
 pub use config::{AdapterConfig, ByPattern, Layers, Modules};
 pub use dropout::Draws;
 pub(crate) use files::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
-pub use files::{AdapterDir, companions_dir, is_adapter};
+pub use files::{AdapterDir, companion_dir, is_adapter};
 pub use kind::{Adapter, LowRank, PeftType, Planned};
 pub use lowkey_kernels::quantized_linear::Quantization;
 pub use plan::AdapterPlan;

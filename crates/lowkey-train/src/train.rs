@@ -13,7 +13,7 @@ use lowkey_files::companions::Companions;
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
 use lowkey_model::objective::Term;
-use lowkey_model::{CausalLm, ModelDir, Parameter, adapter::QuantizedLayer};
+use lowkey_model::{CausalLm, Parameter, adapter::QuantizedLayer};
 use serde_json::json;
 
 use crate::average::Average;
@@ -216,8 +216,11 @@ impl<'a> Run<'a> {
         }
         let Some(device) = devices.first() else { unreachable!("a run has a device") };
         let model = first_model(config, &model_config, init.as_ref(), new_tokens, resume, device)?;
-        let from = resume.or(init.as_ref().map(ModelDir::beside));
-        let companions = from.map(Companions::read).transpose()?.unwrap_or_default();
+        let companions = match (resume, &init) {
+            (Some(checkpoint), _) => Companions::read(checkpoint)?,
+            (None, Some(init)) => init.read_companions()?,
+            (None, None) => Companions::default(),
+        };
         let mut state = state.unwrap_or_default();
         (state.data, state.held_out) = (data.checksum(), Some(data.held_checksum()));
         state.newest_is_best = data.held.is_empty();

@@ -34,13 +34,13 @@ pub fn is_adapter(dir: &Path) -> bool {
     there(ADAPTER_CONFIG) && !there("model.safetensors") && !there("model.safetensors.index.json")
 }
 
-/// The folder that tokenizer, templates and generation settings of a model directory are read from: the directory itself, or that of
-/// the base where an adapter came without any.
+/// The folder that a companion of a model directory is read from, such as `generation_config.json`, or `tokenizer.json` and what is read
+/// with it: the directory itself, or that of the base where an adapter came without it.
 ///
 /// # Errors
 /// As [`AdapterDir::open`] and [`AdapterDir::base_dir`].
-pub fn companions_dir(dir: &Path) -> Result<PathBuf> {
-    if !is_adapter(dir) || dir.join("tokenizer.json").is_file() {
+pub fn companion_dir(dir: &Path, companion: &str) -> Result<PathBuf> {
+    if !is_adapter(dir) || dir.join(companion).is_file() {
         return Ok(dir.to_path_buf());
     }
     AdapterDir::open(dir)?.base_dir()
