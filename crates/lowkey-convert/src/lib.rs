@@ -70,6 +70,7 @@
 //! ```
 
 mod allocation;
+mod assemble;
 mod basis;
 mod cut;
 mod error;

@@ -17,9 +17,9 @@ use std::str::FromStr;
 use lowkey_files::mark::Kind;
 use lowkey_model::{
     ModelConfig, NewModelDir, Parameter,
-    adapter::{AdapterConfig, AdapterDir, AdapterPlan, ByPattern, Modules, adapted_module},
+    adapter::{AdapterConfig, AdapterDir, AdapterPlan, ByPattern, Modules, PeftType, Planned},
     attention::MlaConfig,
-    tensor::{Role, TensorSpec},
+    tensor::{Part, Role, TensorSpec},
 };
 
 use crate::error::{Error, Result};
@@ -68,6 +68,13 @@ impl fmt::Display for Engine {
 }
 
 impl Engine {
+    /// Whether it applies adapters of a kind at all. A kind that is not named here is applied by none, and merging it is the way.
+    fn applies(self, kind: PeftType) -> bool {
+        match self {
+            Self::Transformers | Self::Vllm | Self::Sglang | Self::LlamaCpp => matches!(kind, PeftType::Lora),
+        }
+    }
+
     /// Why it would not apply the adapter of a map with this matrix, where it would not.
     fn ignores(self, matrix: &TensorSpec, latent: bool) -> Option<&'static str> {
         // Which layer a map belongs to its role does not say.
@@ -121,7 +128,7 @@ pub fn export_adapter(source: &Source, engine: Engine, out: &Path, overwrite: bo
         }
         Engine::LlamaCpp => {
             let (uniform, parameters) = uniform(source, config, &plan)?;
-            gguf::write_adapter(&dir.join(GGUF), &source.model.config, uniform.lora_alpha, parameters)?;
+            gguf::write_adapter(&dir.join(GGUF), &source.model.config, &plan, uniform.lora_alpha, parameters)?;
         }
     }
     if engine != Engine::LlamaCpp {
@@ -140,6 +147,9 @@ fn check(engine: Engine, config: &AdapterConfig, plan: &AdapterPlan, model: &Mod
     // An engine that cannot compute the base, or has it with other weights, would put the adapter beside something else.
     if let Some(why) = model.attention().latent().map(MlaConfig::folded).as_ref().and_then(MlaConfig::beyond_deepseek) {
         return refuse(format!("its base has {why}"));
+    }
+    if !engine.applies(config.peft_type) {
+        return refuse(format!("{engine} applies no adapters of this kind ({:?})", config.peft_type));
     }
     let (tensors, latent) = (model.tensors(), model.attention().latent().is_some());
     let adapted = tensors.iter().filter_map(|spec| {
@@ -168,23 +178,23 @@ fn check(engine: Engine, config: &AdapterConfig, plan: &AdapterPlan, model: &Mod
 
 /// The same adapter with one rank and a factor of 1: A and B are as wide as the widest, with zeros, and B is multiplied by s.
 fn uniform(source: &Source, config: &AdapterConfig, plan: &AdapterPlan) -> Result<(AdapterConfig, Vec<Parameter>)> {
-    let widest = plan.modules().map(|(_, low)| low.r).max().unwrap_or(1);
+    let lows = plan.modules().filter_map(|(_, planned)| planned.as_low_rank());
+    let widest = lows.map(|low| low.r).max().unwrap_or(1);
     let mut parameters = Vec::new();
     for parameter in source.model.parameters() {
-        let module = adapted_module(&parameter.name);
-        let (Some(low), [rows, columns]) = (plan.of(module), &parameter.shape[..]) else { continue };
-        let (rows, columns) = (*rows, *columns);
+        let low = plan.adapted(&parameter.name).map(|(_, planned)| planned).and_then(Planned::as_low_rank);
+        let (Some(low), Ok([rows, columns])) = (low, <[usize; 2]>::try_from(&parameter.shape[..])) else { continue };
         let values = || {
             let values = parameter.value.clone().try_into_vec_as::<f32>();
             values.map_err(|e| Error::device(&parameter.name, e))
         };
         let (values, shape) = match parameter.role {
-            Role::LoraA => {
+            Role::Adapter(Part::Reads) => {
                 let mut values = values()?;
                 values.resize(widest * columns, 0.0);
                 (values, vec![widest, columns])
             }
-            Role::LoraB => {
+            Role::Adapter(Part::Writes) => {
                 let scaled = |x: &f32| (f64::from(*x) * low.scale) as f32;
                 let wide = |row: &[f32]| {
                     let nothing = std::iter::repeat_n(0.0, widest - columns);

@@ -37,7 +37,11 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_data::Tokenizer;
 use lowkey_files::printable;
-use lowkey_model::{CausalLm, ModelConfig, Parameter, adapter::adapted_module, tensor::Role};
+use lowkey_model::{
+    CausalLm, ModelConfig, Parameter,
+    adapter::AdapterPlan,
+    tensor::{Part, Role},
+};
 
 use crate::error::{Error, Result};
 use architecture::Architecture;
@@ -114,12 +118,18 @@ pub fn write(path: &Path, model: &CausalLm, tokenizer: Option<&Tokenizer>, kind:
     Ok(Summary { bytes, tensors: tensors.len(), kind, fallbacks, notes })
 }
 
-/// Writes an adapter as llama.cpp reads it with `--lora`: a pair of tensors for each adapted matrix, in its layout there, each with the
-/// same rank; the product is multiplied by `alpha` through that rank.
+/// Writes an adapter of low rank as llama.cpp reads it with `--lora`: a pair of tensors for each adapted matrix, in its layout there, each
+/// with the same rank; the product is multiplied by `alpha` through that rank.
 ///
 /// # Errors
 /// [`Error::Unsupported`] naming the matrix that the file's architecture stores otherwise; [`Error::Io`] where the file cannot be written.
-pub(crate) fn write_adapter(path: &Path, config: &ModelConfig, alpha: f64, parameters: Vec<Parameter>) -> Result<()> {
+pub(crate) fn write_adapter(
+    path: &Path,
+    config: &ModelConfig,
+    adapters: &AdapterPlan,
+    alpha: f64,
+    parameters: Vec<Parameter>,
+) -> Result<()> {
     let architecture = Architecture::of(config)?;
     let mut metadata = Metadata::default();
     metadata.set("general.type", "adapter");
@@ -133,7 +143,7 @@ pub(crate) fn write_adapter(path: &Path, config: &ModelConfig, alpha: f64, param
         .collect();
     let mut tensors = Vec::new();
     for Parameter { name, shape, role, value, .. } in parameters {
-        let module = adapted_module(&name);
+        let module = adapters.adapted(&name).map_or(name.as_str(), |(module, _)| module);
         let place = places.get(format!("{module}.weight").as_str());
         let (stored, change) = match place {
             Some((_, Change::Keys { .. } | Change::Values { .. })) | None => {
@@ -147,8 +157,17 @@ pub(crate) fn write_adapter(path: &Path, config: &ModelConfig, alpha: f64, param
         let values = value.try_into_vec_as::<f32>().map_err(|e| Error::device(&name, e))?;
         // Rows are moved and multiplied as the matrix's are: those of B.
         let (end, values) = match role {
-            Role::LoraB => ("lora_b", change.apply(values, &shape)),
-            _ => ("lora_a", values),
+            Role::Adapter(Part::Writes) => ("lora_b", change.apply(values, &shape)),
+            Role::Adapter(Part::Reads) => ("lora_a", values),
+            Role::Embedding | Role::Head | Role::Matrix | Role::Residual | Role::Norm | Role::Bias => {
+                return Err(Error::unsupported("GGUF", format!("{name}: no factor of an adapter")));
+            }
+            Role::Adapter(Part::Rows) => {
+                return Err(Error::unsupported(
+                    "GGUF",
+                    format!("{name}: adapters of llama.cpp have two factors alone"),
+                ));
+            }
         };
         tensors.push((TensorInfo { name: format!("{stored}.{end}"), shape, kind: TensorType::F32 }, values));
     }

@@ -46,7 +46,7 @@ impl Source {
             true => Some(Tokenizer::from_model_dir(dir.beside())?),
             false => None,
         };
-        let generation = Generation::from_model_dir(dir.beside(), tokenizer.as_ref())?;
+        let generation = Generation::from_model_dir(dir.beside_with("generation_config.json"), tokenizer.as_ref())?;
         // Whatever is made of it is to stop where it does.
         model.config.eos_token_id.clone_from(&generation.ends);
         let files = dir.hashes()?;

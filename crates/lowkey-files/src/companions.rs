@@ -3,6 +3,7 @@
 //! Whoever makes one model directory from another (a conversion, an export, a run that starts from it) takes all of them along,
 //! and reads none beyond its bound. What is in them is for others to know.
 
+use std::collections::{BTreeMap, btree_map::Entry};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -112,11 +113,24 @@ impl Companions {
     /// # Errors
     /// As [`found`]; [`Error::Refused`] for one that is no regular file or longer than it may be.
     pub fn read(dir: &Path) -> Result<Self> {
-        let file = |name: String| {
-            let bytes = read(&dir.join(&name), largest(&name).unwrap_or_default())?;
-            Ok((name, bytes))
-        };
-        Ok(Self { files: found(dir)?.into_iter().map(file).collect::<Result<_>>()? })
+        Self::read_first(&[dir])
+    }
+
+    /// All that are in any of these directories, each from the first that has it.
+    ///
+    /// # Errors
+    /// As [`Companions::read`].
+    pub fn read_first(dirs: &[&Path]) -> Result<Self> {
+        let mut files = BTreeMap::new();
+        for dir in dirs {
+            for name in found(dir)? {
+                if let Entry::Vacant(free) = files.entry(name) {
+                    let bytes = read(&dir.join(free.key()), largest(free.key()).unwrap_or_default())?;
+                    free.insert(bytes);
+                }
+            }
+        }
+        Ok(Self { files: files.into_iter().collect() })
     }
 
     /// Their names.

@@ -1,4 +1,4 @@
-//! Low-rank adapters: small matrices beside frozen ones, in the files and with the rules of PEFT.
+//! Adapters: small tensors beside frozen matrices, in the files and with the rules of PEFT. There is one kind ([`PeftType`]), of low rank.
 //!
 //! An adapted map applies W' = W + s·B·A, with A `[r, d_in]`, B `[d_out, r]` and s = α/r (LoRA, arXiv 2106.09685, section 4.1),
 //! or α/√r (rsLoRA, arXiv 2312.03732). With a magnitude m `[d_out]` (DoRA, arXiv 2402.09353, eq. 5) row i of W' is scaled to
@@ -26,17 +26,17 @@ mod combine;
 mod config;
 mod dropout;
 mod files;
-mod low_rank;
+mod kind;
 mod plan;
 mod quantization;
 
 pub use config::{AdapterConfig, ByPattern, Layers, Modules};
 pub use dropout::Draws;
 pub(crate) use files::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
-pub use files::{AdapterDir, companions_dir, is_adapter};
-pub use low_rank::Adapter;
+pub use files::{AdapterDir, companion_dir, is_adapter};
+pub use kind::{Adapter, LowRank, PeftType, Planned};
 pub use lowkey_kernels::quantized_linear::Quantization;
-pub use plan::{AdapterPlan, LowRank, adapted_module};
+pub use plan::AdapterPlan;
 pub use quantization::QuantizedLayer;
 
 #[cfg(test)]

@@ -188,6 +188,36 @@ impl Family {
 }
 
 impl ModelSection {
+    /// That of a file with the keys that every model needs and no other.
+    pub fn new(attention: AttentionKind, layers: usize, [hidden_size, heads, intermediate_size]: [usize; 3]) -> Self {
+        Self {
+            attention,
+            vocab_size: None,
+            hidden_size,
+            num_hidden_layers: layers,
+            num_attention_heads: heads,
+            num_key_value_heads: None,
+            intermediate_size,
+            max_position_embeddings: None,
+            kv_lora_rank: None,
+            q_lora_rank: None,
+            qk_nope_head_dim: None,
+            qk_rope_head_dim: None,
+            v_head_dim: None,
+            head_dim: None,
+            partial_rotary_factor: None,
+            qk_norm: false,
+            attention_bias: false,
+            latent_scale: false,
+            elastic: None,
+            rope_interleave: yes(),
+            rope_parameters: RopeConfig::default(),
+            rms_norm_eps: default_eps(),
+            tie_word_embeddings: false,
+            initializer_range: None,
+        }
+    }
+
     /// Fills the defaults, checks every size and says which keys the chosen attention leaves unused.
     ///
     /// `vocab_size` and `seq_len` are those of the data; they stand in for absent keys.

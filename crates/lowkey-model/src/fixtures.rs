@@ -158,7 +158,7 @@ pub(crate) fn scrambled(config: &ModelConfig, seed: u64, device: &Device) -> Cau
         match role {
             Role::Embedding => values,
             Role::Norm => values.iter().map(|x| 1.0 + 0.3 * x.tanh()).collect(),
-            Role::Bias | Role::LoraA | Role::LoraB | Role::Magnitude => values.iter().map(|x| 0.3 * x).collect(),
+            Role::Bias | Role::Adapter(_) => values.iter().map(|x| 0.3 * x).collect(),
             Role::Head | Role::Matrix | Role::Residual => values.iter().map(|x| x / (shape[1] as f32).sqrt()).collect(),
         }
     })

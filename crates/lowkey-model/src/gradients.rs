@@ -9,8 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::attention::Seen;
 use crate::model::{CausalLm, Context};
-use crate::objective::preference::PairFigures;
-use crate::objective::{Against, EmbeddingNoise, Learnt, Objective, Term, TermLoss};
+use crate::objective::{Against, EmbeddingNoise, Figures, Learnt, Objective, Term, TermLoss};
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -40,7 +39,7 @@ struct Passed {
     loss: LossSum,
     hidden: Tensor<2>,
     gradients: Vec<Tensor<1>>,
-    pairs: Option<PairFigures>,
+    figures: Figures,
 }
 
 /// The loss outside its graph.
@@ -122,12 +121,14 @@ impl CausalLm {
             }
         };
         let (first, others) = objective.terms.split_first().unwrap_or((&Term::Next { z_loss: 0.0 }, &[]));
-        let Passed { loss, hidden, mut gradients, pairs } = run(first, None);
+        let Passed { loss, hidden, mut gradients, mut figures } = run(first, None);
         for term in others {
-            let more = run(term, Some(&hidden)).gradients;
-            gradients = gradients.into_iter().zip(more).map(|(sum, more)| optim::accumulate(sum, vec![more])).collect();
+            let more = run(term, Some(&hidden));
+            let both = gradients.into_iter().zip(more.gradients);
+            gradients = both.map(|(sum, more)| optim::accumulate(sum, vec![more])).collect();
+            figures.add(more.figures);
         }
-        Learnt { loss, gradients, pairs }
+        Learnt { loss, gradients, figures }
     }
 
     /// What the blocks read in a pass.
@@ -143,9 +144,10 @@ impl CausalLm {
     fn at_once(&self, batch: Rows, pass: &Pass, device: &Device) -> Passed {
         let hidden = self.last_hidden_of(self.read(batch, pass, device), batch, pass.term.kv_rank(), device, None);
         let seen = hidden.clone().detach();
-        let TermLoss { minimised, loss, pairs } = self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against);
+        let TermLoss { minimised, loss, figures } =
+            self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against);
         let mut gradients = gradients_of(minimised, pass.scale);
-        Passed { loss: plain(loss), hidden: seen, gradients: take(self, &mut gradients), pairs }
+        Passed { loss: plain(loss), hidden: seen, gradients: take(self, &mut gradients), figures }
     }
 
     /// Takes each trained parameter's gradient (zeros where there is none), flattened, in the order of
@@ -174,7 +176,8 @@ impl CausalLm {
         let x = leaf(x);
         let hidden = self.model.norm.forward(x.clone()).reshape([rows * seq_len, self.config.hidden_size]);
         let seen = hidden.clone().detach();
-        let TermLoss { minimised, loss, pairs } = self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against);
+        let TermLoss { minimised, loss, figures } =
+            self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against);
         let mut gradients = gradients_of(minimised, pass.scale);
         let loss = plain(loss);
         let mut pull = pulled(x, &mut gradients);
@@ -199,7 +202,7 @@ impl CausalLm {
             None => looked_up,
         };
         let parts = [table].into_iter().chain(blocks.into_iter().rev()).chain([norm, head]);
-        Passed { loss, hidden: seen, gradients: parts.flatten().collect(), pairs }
+        Passed { loss, hidden: seen, gradients: parts.flatten().collect(), figures }
     }
 }
 

@@ -1,14 +1,14 @@
 //! Random initial weights.
 
 use burn::tensor::Device;
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use sha2::{Digest, Sha256};
 
 use crate::config::ModelConfig;
 use crate::model::CausalLm;
-use crate::tensor::{Role, TensorSpec};
+use crate::tensor::{Start, TensorSpec};
 
 const EMBEDDING_STD: f64 = 0.02;
 
@@ -42,17 +42,22 @@ impl ModelConfig {
 pub(crate) fn initial_values(config: &ModelConfig, seed: u64, spec: &TensorSpec) -> Vec<f32> {
     let len = spec.shape.iter().product();
     let by_fan_in = || spec.shape.last().map_or(1.0, |d_in| (*d_in as f64).powf(-0.5));
-    let std = match spec.role {
-        Role::Norm => return vec![1.0; len],
-        // Adapters are begun beside a model that is there, in `adapter`.
-        Role::Bias | Role::LoraA | Role::LoraB | Role::Magnitude => return vec![0.0; len],
-        Role::Embedding | Role::Head => config.initializer_range.unwrap_or(EMBEDDING_STD),
-        Role::Matrix => config.initializer_range.unwrap_or_else(by_fan_in),
-        Role::Residual => {
+    let mut rng = stream(seed, &spec.name);
+    let std = match spec.start {
+        Start::Ones => return vec![1.0; len],
+        // Lengths are those of a matrix, which whoever begins an adapter has at hand.
+        Start::Zeros | Start::RowLengths => return vec![0.0; len],
+        Start::Even => {
+            let bound = by_fan_in();
+            return (0..len).map(|_| (bound * (2.0 * rng.random::<f64>() - 1.0)) as f32).collect();
+        }
+        Start::Normal => return (0..len).map(|_| Distribution::<f32>::sample(&StandardNormal, &mut rng)).collect(),
+        Start::Table => config.initializer_range.unwrap_or(EMBEDDING_STD),
+        Start::FanIn => config.initializer_range.unwrap_or_else(by_fan_in),
+        Start::FanInByDepth => {
             config.initializer_range.unwrap_or_else(by_fan_in) / (2.0 * config.layers.len() as f64).sqrt()
         }
     };
-    let mut rng = stream(seed, &spec.name);
     (0..len).map(|_| (std * Distribution::<f64>::sample(&StandardNormal, &mut rng)) as f32).collect()
 }
 

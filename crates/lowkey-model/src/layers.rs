@@ -42,8 +42,12 @@ impl<'a> Builder<'a> {
         role: Role,
         head_rows: HeadRows,
     ) -> Param<Tensor<D>> {
-        let spec = TensorSpec { name, shape: shape.to_vec(), role, head_rows, trainable: true };
-        let values = (self.fill)(&spec);
+        self.of(TensorSpec::new(name, shape.to_vec(), role, head_rows))
+    }
+
+    /// The tensor of a specification, which has `D` dimensions.
+    pub(crate) fn of<const D: usize>(&mut self, spec: TensorSpec) -> Param<Tensor<D>> {
+        let (values, shape) = ((self.fill)(&spec), <[usize; D]>::try_from(&spec.shape[..]).unwrap_or([0; D]));
         self.parameter(spec, shape, values)
     }
 
@@ -55,7 +59,7 @@ impl<'a> Builder<'a> {
 
     /// A matrix, packed as soon as its values are there: of a model that is packed no more than one is whole at a time.
     fn weight(&mut self, name: String, shape: [usize; 2], role: Role, head_rows: HeadRows) -> Weight {
-        let spec = TensorSpec { name, shape: shape.to_vec(), role, head_rows, trainable: true };
+        let spec = TensorSpec::new(name, shape.to_vec(), role, head_rows);
         let values = (self.fill)(&spec);
         match self.adapters.and_then(|plan| plan.packs(&spec)) {
             Some(quantization) if !values.is_empty() => {
@@ -96,7 +100,7 @@ impl Linear {
         Self {
             weight: b.weight(format!("{name}.weight"), [d_out, d_in], role, head_rows),
             bias: bias.then(|| b.vector(format!("{name}.bias"), d_out, Role::Bias)),
-            adapter: b.adapters.and_then(|plan| plan.of(name)).map(|low| Adapter::build(b, name, [d_out, d_in], low)),
+            adapter: b.adapters.and_then(|plan| plan.of(name)).map(|own| Adapter::build(b, name, [d_out, d_in], own)),
         }
     }
 
@@ -236,7 +240,7 @@ impl Embedding {
     pub(crate) fn build(b: &mut Builder, name: &str, rows: usize, width: usize) -> Self {
         Self {
             weight: b.tensor(format!("{name}.weight"), [rows, width], Role::Embedding, HeadRows::one(rows)),
-            adapter: b.adapters.and_then(|plan| plan.of(name)).map(|low| Adapter::build(b, name, [rows, width], low)),
+            adapter: b.adapters.and_then(|plan| plan.of(name)).map(|own| Adapter::build(b, name, [rows, width], own)),
         }
     }
 
@@ -244,7 +248,7 @@ impl Embedding {
     pub fn table(&self) -> Tensor<2> {
         match &self.adapter {
             None => self.own_table(),
-            Some(adapter) => self.own_table() + adapter.table(),
+            Some(adapter) => adapter.table(self.own_table()),
         }
     }
 

@@ -1,5 +1,6 @@
 //! A model directory as one thing: opened once, or written aside and put in its place whole.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -110,12 +111,28 @@ impl ModelDir {
         self.adapter().map_or(&self.path, |adapter| &adapter.path)
     }
 
-    /// The folder that tokenizer, templates and generation settings come from.
+    /// The folder that its tokenizer comes from, and what is read together with it.
     pub fn beside(&self) -> &Path {
-        match self.adapter() {
-            Some(adapter) if adapter.path.join("tokenizer.json").is_file() => &adapter.path,
-            _ => &self.path,
-        }
+        self.beside_with("tokenizer.json")
+    }
+
+    /// The folder that the companion of this name comes from: of an adapter its own where it is there, else that of the base.
+    pub fn beside_with(&self, companion: &str) -> &Path {
+        let has = |dir: &&Path| dir.join(companion).symlink_metadata().is_ok();
+        self.folders().into_iter().find(has).unwrap_or(&self.path)
+    }
+
+    /// Where companions are looked for: of an adapter first in its own folder, then in that of the base.
+    fn folders(&self) -> Vec<&Path> {
+        self.adapter().map(|adapter| &*adapter.path).into_iter().chain([&*self.path]).collect()
+    }
+
+    /// Its [companions](Self::companions) with what is in them.
+    ///
+    /// # Errors
+    /// As [`Companions::read`].
+    pub fn read_companions(&self) -> Result<Companions> {
+        Ok(Companions::read_first(&self.folders())?)
     }
 
     /// The adapter that was opened, where it was one, and is taken as it is.
@@ -166,7 +183,11 @@ impl ModelDir {
     /// # Errors
     /// As [`companions::found`].
     pub fn companions(&self) -> Result<Vec<String>> {
-        Ok(companions::found(self.beside())?)
+        let mut names = BTreeSet::new();
+        for dir in self.folders() {
+            names.extend(companions::found(dir)?);
+        }
+        Ok(names.into_iter().collect())
     }
 
     /// Names, lengths and times of all files in the folder, and in those of its adapters: two that are equal were taken of the same files.
@@ -204,7 +225,7 @@ impl ModelDir {
             Ok(())
         };
         add(&self.path, CONFIG)?;
-        self.companions()?.iter().try_for_each(|name| add(self.beside(), name))?;
+        self.companions()?.iter().try_for_each(|name| add(self.beside_with(name), name))?;
         index.iter().try_for_each(|name| add(&self.path, name))?;
         for (i, (adapter, weight)) in self.adapters.iter().enumerate() {
             let before = match self.adapter() {
@@ -266,7 +287,7 @@ impl NewModelDir {
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] naming the file.
     pub fn carry(&self, source: &ModelDir) -> Result<()> {
-        Ok(Companions::read(source.beside())?.write(self.dir())?)
+        Ok(source.read_companions()?.write(self.dir())?)
     }
 
     /// Writes a value as JSON.

@@ -3,6 +3,7 @@
 //! Each term is a pass over the batch, and says what it reads, what it costs and what it is held against. A new one is a variant here;
 //! which terms a step has is the run's to say.
 
+mod figures;
 mod noise;
 pub mod preference;
 mod teacher;
@@ -12,8 +13,9 @@ use lowkey_batch::{IGNORE, Rows};
 pub use lowkey_kernels::loss::{Divergence, LossSum, TopTokens};
 use lowkey_kernels::loss::{Labels, cross_entropy_each, cross_entropy_sum, distill_sum};
 
+pub use self::figures::Figures;
 pub use self::noise::EmbeddingNoise;
-use self::preference::{PairFigures, Preference};
+use self::preference::Preference;
 use crate::model::CausalLm;
 
 /// A term of an [`Objective`].
@@ -92,8 +94,8 @@ pub struct Learnt {
     pub loss: LossSum,
     /// Gradients of the objective, flattened, in the order of [`CausalLm::trained_parameters`].
     pub gradients: Vec<Tensor<1>>,
-    /// Of rows in pairs under a [`Term::Preference`].
-    pub pairs: Option<PairFigures>,
+    /// What its terms tell beside.
+    pub figures: Figures,
 }
 
 /// The loss of a term: what to go back from, and what to tell.
@@ -101,12 +103,12 @@ pub(crate) struct TermLoss {
     /// What has the loss's gradient.
     pub(crate) minimised: Tensor<1>,
     pub(crate) loss: LossSum,
-    pub(crate) pairs: Option<PairFigures>,
+    pub(crate) figures: Figures,
 }
 
 impl From<LossSum> for TermLoss {
     fn from(loss: LossSum) -> Self {
-        Self { minimised: loss.nats.clone(), loss, pairs: None }
+        Self { minimised: loss.nats.clone(), loss, figures: Figures::default() }
     }
 }
 
@@ -159,7 +161,7 @@ impl CausalLm {
         let labels = Labels { targets: batch.targets, weights: Some(&weights), z_loss: 0.0 };
         let LossSum { nats, z_loss, targets } = cross_entropy_sum(hidden, self.head_weight(), labels);
         let told = Tensor::from_data(TensorData::new(vec![figures.loss as f32], [1]), &device);
-        TermLoss { minimised: nats, loss: LossSum { nats: told, z_loss, targets }, pairs: Some(figures) }
+        TermLoss { minimised: nats, loss: LossSum { nats: told, z_loss, targets }, figures: figures.into() }
     }
 
     /// The log-probability of each row's targets, summed, and their number. Waits for the device; of one that does not answer the sums

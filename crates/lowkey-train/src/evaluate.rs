@@ -373,13 +373,11 @@ fn look(model: &CausalLm, batch: Option<&Batch>, device: &Device) -> Result<Look
         let logit = logit
             .try_into_scalar::<f32>()
             .map_err(|e| Error::Device { what: "an attention logit", why: format!("{e:?}") })?;
-        max_logit = max_logit.max(f64::from(logit));
+        // What is no number stays none.
+        max_logit = if max_logit.is_nan() || f64::from(logit) < max_logit { max_logit } else { f64::from(logit) };
     }
     // A model that computes no numbers is refused for its loss.
-    let spectra = match max_logit.is_finite().then(|| latent_spectra(trace.latent)) {
-        None | Some(Err(lowkey_convert::Error::Overflow { .. })) => Vec::new(),
-        Some(spectra) => spectra?,
-    };
+    let spectra = if max_logit.is_finite() { latent_spectra(trace.latent)? } else { Vec::new() };
     let health = |covariance: Vec<f64>| LatentHealth { effective_rank: effective_rank(&covariance), covariance };
     Ok(Looks { max_logit, latents: spectra.into_iter().map(health).collect() })
 }

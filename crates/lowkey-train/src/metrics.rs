@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use lowkey_model::objective::preference::PairFigures;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -65,10 +64,11 @@ pub struct Metrics {
     /// Largest attention logit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_attention_logit: Option<f64>,
-    /// Pairs of answers, by the names that TRL gives these figures: `rewards/chosen`, `rewards/rejected`, `rewards/margins`,
-    /// `rewards/accuracies`, `logps/chosen` and `logps/rejected` of the step, and the same after `eval_` held out.
+    /// What the terms of the step tell beside their loss ([`lowkey_model::objective::Figures`]), by name, and the same after `eval_` held
+    /// out. Of pairs of answers by the names that TRL gives these figures: `rewards/chosen`, `rewards/rejected`, `rewards/margins`,
+    /// `rewards/accuracies`, `logps/chosen` and `logps/rejected`.
     #[serde(flatten)]
-    pub pairs: BTreeMap<String, f64>,
+    pub figures: BTreeMap<String, f64>,
 }
 
 impl Metrics {
@@ -79,7 +79,7 @@ impl Metrics {
         self.bits_per_byte = evaluation.bits_per_byte;
         self.accuracy = evaluation.accuracy;
         self.mse = evaluation.mse;
-        self.pairs.extend(evaluation.pairs.iter().map(|(name, value)| (format!("eval_{name}"), *value)));
+        self.figures.extend(evaluation.pairs.iter().map(|(name, value)| (format!("eval_{name}"), *value)));
         self.gap = evaluation.gap;
         self.max_attention_logit = Some(evaluation.max_logit);
         if !evaluation.latents.is_empty() {
@@ -97,13 +97,6 @@ impl Metrics {
             let gaps = evaluation.classes.iter().map(|c| (c.class.clone(), serde_json::json!(c.gap)));
             self.class_gap = Some(gaps.collect());
         }
-        self
-    }
-
-    /// Adds the figures of a step's pairs.
-    pub(crate) fn with_pairs(mut self, pairs: Option<PairFigures>) -> Self {
-        let named = pairs.iter().flat_map(PairFigures::named);
-        self.pairs.extend(named.map(|(name, value)| (name.to_owned(), value)));
         self
     }
 
@@ -132,7 +125,7 @@ impl Metrics {
         // Beneath `val/loss`: TensorBoard shows them in one group.
         let of_datasets = self.dataset_loss.iter().flatten();
         out.extend(of_datasets.filter_map(|(name, loss)| Some((format!("val/loss/{name}"), loss.as_f64()?))));
-        out.extend(self.pairs.iter().map(|(name, value)| match name.strip_prefix("eval_") {
+        out.extend(self.figures.iter().map(|(name, value)| match name.strip_prefix("eval_") {
             Some(name) => (format!("eval/{name}"), *value),
             None => (format!("train/{name}"), *value),
         }));
@@ -220,6 +213,8 @@ pub(crate) fn told(path: &Path) -> Result<Option<Told>> {
 mod tests {
     use std::fs::OpenOptions;
 
+    use lowkey_model::objective::{Figures, preference::PairFigures};
+
     use super::*;
 
     #[test]
@@ -244,8 +239,9 @@ mod tests {
     #[test]
     fn figures_of_pairs_have_the_names_that_dashboards_look_for() {
         let figures = PairFigures { pairs: 2, loss: 1.0, rewards: [3.0, 1.0], preferred: 1, log_p: [-4.0, -6.0] };
-        let mut metrics = Metrics { step: 3, val_loss: Some(0.5), ..Metrics::default() }.with_pairs(Some(figures));
-        metrics.pairs.insert("eval_rewards/accuracies".into(), 0.25);
+        let figures = Figures::from(figures).means(&[], 2);
+        let mut metrics = Metrics { step: 3, val_loss: Some(0.5), figures, ..Metrics::default() };
+        metrics.figures.insert("eval_rewards/accuracies".into(), 0.25);
         let line = serde_json::to_string(&metrics).unwrap();
         assert!(line.contains("\"rewards/margins\":1.0") && line.contains("\"logps/rejected\":-3.0"), "{line}");
         assert_eq!(serde_json::from_str::<Metrics>(&line).unwrap(), metrics);
@@ -273,7 +269,7 @@ mod tests {
         };
         assert_eq!(sorted(of_datasets), expected.map(|(tag, value)| (tag.to_owned(), value)));
         // A line without them is what it was.
-        let plain = serde_json::to_string(&Metrics::default().with_pairs(None)).unwrap();
+        let plain = serde_json::to_string(&Metrics::default()).unwrap();
         assert!(plain.ends_with("\"epoch\":0.0}"), "{plain}");
     }
 }

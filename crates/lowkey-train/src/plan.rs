@@ -7,7 +7,7 @@ use lowkey_model::{
 use serde::Serialize;
 
 use crate::passes::Passes;
-use crate::run_config::RunConfig;
+use crate::run_config::{RunConfig, Weights};
 
 /// The figures of a run, from the configuration alone but for the measured matrix-product rate.
 #[derive(Clone, Debug, Serialize)]
@@ -76,7 +76,7 @@ impl Plan {
 
 /// Estimated peak bytes of a run on `threads` threads of one device.
 pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usize) -> usize {
-    let (frozen, added) = config.frozen_and_added(model);
+    let Weights { frozen, added, spared } = config.weights(model);
     let training = Training {
         micro_batch: config.rows_of_a_pass(),
         seq: config.data.seq_len,
@@ -88,8 +88,5 @@ pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usiz
         added,
         averaged: config.training.ema_decay.is_some(),
     };
-    // A plan that cannot be made is refused elsewhere.
-    let packed = config.plan_adapter(model).ok().flatten();
-    let spared = packed.map_or(0, |plan| plan.bytes_spared(&model.tensors()));
     (model.train_bytes(training) + config.other_bytes()).saturating_sub(spared)
 }

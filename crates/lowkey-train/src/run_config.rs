@@ -25,6 +25,7 @@ pub(crate) use objective::{Asked, OtherModel};
 pub use objective::{LossTypes, ObjectiveSection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
+pub(crate) use trainable::Weights;
 
 use crate::error::{Error, Result};
 use crate::workers::PassSettings;

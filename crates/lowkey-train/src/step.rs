@@ -1,9 +1,11 @@
 //! One optimiser step: gradients, a check that all is finite, clipping, new weights.
 
+use std::collections::BTreeMap;
+
 use lowkey_batch::Batch;
 use lowkey_kernels::optim::{Fault, Gate, Judgement, Terms, Verdict, clip_factor};
 use lowkey_model::CausalLm;
-use lowkey_model::objective::preference::PairFigures;
+use lowkey_model::objective::Figures;
 
 use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
@@ -28,24 +30,37 @@ pub(crate) struct StepTaken {
     rows: u64,
     /// Targets of its batch.
     pub(crate) targets: usize,
-    /// Of pairs of answers.
-    pub(crate) pairs: Option<PairFigures>,
+    /// What its terms tell beside their loss,
+    figures: Figures,
+    /// as means over so many targets or pairs.
+    count: usize,
     outcome: Outcome,
+}
+
+/// What is known of a step once it is over.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct StepFigures {
+    /// Mean loss per target before it: nats, or the squared error per number; of pairs the mean per pair.
+    pub(crate) loss: f64,
+    /// Global norm of the gradient before clipping.
+    pub(crate) norm: f64,
+    /// What its terms tell beside, by name.
+    pub(crate) named: BTreeMap<String, f64>,
 }
 
 #[derive(Debug)]
 enum Outcome {
-    /// The host has decided.
-    Known(Judgement),
+    /// The host has decided, and has read these sums of the figures.
+    Known(Judgement, Vec<f32>),
     /// The device will have decided, and has not written anything if the step was impossible.
     Queued(Box<Verdict>),
 }
 
 impl Outcome {
     /// Waits for the device where it is the one that decides.
-    fn wait(self) -> Result<Judgement> {
+    fn wait(self) -> Result<(Judgement, Vec<f32>)> {
         match self {
-            Self::Known(judgement) => Ok(judgement),
+            Self::Known(judgement, sums) => Ok((judgement, sums)),
             Self::Queued(verdict) => verdict.wait().map_err(|why| Error::Device { what: "a step's loss", why }),
         }
     }
@@ -54,18 +69,21 @@ impl Outcome {
 impl StepTaken {
     /// Whether the host already knows the outcome.
     pub(crate) fn is_known(&self) -> bool {
-        matches!(self.outcome, Outcome::Known(_))
+        matches!(self.outcome, Outcome::Known(..))
     }
 
-    /// Mean loss per target before the step, and the global norm of the gradient before clipping. Waits for the device.
+    /// What is known of the step. Waits for the device.
     ///
     /// # Errors
     /// [`Error::NonFinite`], with model and optimiser as they were before the step, where loss or gradient is no number;
     /// [`Error::Device`] where the device does not answer.
-    pub(crate) fn wait(self, model: &CausalLm) -> Result<Judgement> {
-        let judgement = self.outcome.wait()?;
+    pub(crate) fn wait(self, model: &CausalLm) -> Result<StepFigures> {
+        let (judgement, sums) = self.outcome.wait()?;
         match judgement.fault {
-            None => Ok(judgement),
+            None => {
+                let named = self.figures.means(&sums, self.count);
+                Ok(StepFigures { loss: judgement.loss, norm: judgement.norm, named })
+            }
             Some(fault) => Err(non_finite(self.step, self.rows, fault, judgement, model)),
         }
     }
@@ -109,25 +127,26 @@ impl StepSettings<'_> {
             let results = world.gradients(batch, passes)?;
             let mut decision = self.decide(world, &results, factor, scale.is_some())?;
             if let Some(scale) = scale.as_deref_mut() {
-                let judgement = decision.outcome.wait()?;
+                let (judgement, sums) = decision.outcome.wait()?;
                 match judgement.fault {
                     None => scale.passed(),
                     // A loss that is no number is none at any scale.
                     Some(Fault::Gradient(_) | Fault::Norm) if scale.overflowed() => continue,
                     Some(_) => {}
                 }
-                decision.outcome = Outcome::Known(judgement);
+                decision.outcome = Outcome::Known(judgement, sums);
             }
             break (results, decision);
         };
         let targets = batch.target_tokens();
-        let pairs = results.first().and_then(|result| result.pairs);
-        let taken = |outcome| StepTaken { step, rows, targets, pairs, outcome };
+        let (figures, count) =
+            results.first().map_or_else(Default::default, |result| (result.figures.clone(), result.targets));
+        let taken = |outcome| StepTaken { step, rows, targets, figures, count, outcome };
         let Decision { outcome, gates, clip } = decision;
-        if let Outcome::Known(judgement) = outcome
+        if let Outcome::Known(judgement, _) = &outcome
             && let Some(fault) = judgement.fault
         {
-            return Err(non_finite(step, rows, fault, judgement, &world.main().model));
+            return Err(non_finite(step, rows, fault, *judgement, &world.main().model));
         }
         let precision = self.passes.precision;
         world.update(results, gates, |gate| Update { clip, lr, gate, precision });
@@ -160,7 +179,7 @@ impl StepSettings<'_> {
         let gates: Vec<Option<Gate>> = world.members().iter().zip(results).map(judge).collect();
         // All of them judge the same sums.
         if let Some(Some(gate)) = gates.first() {
-            let verdict = Box::new(gate.ask());
+            let verdict = Box::new(gate.ask(result.figures.on_device()));
             return Ok(Decision { outcome: Outcome::Queued(verdict), gates, clip: 1.0 });
         }
         let loss = result.loss()?;
@@ -170,7 +189,10 @@ impl StepSettings<'_> {
             Err((i, value)) => (value, Some(Fault::Gradient(i))),
         };
         let clip = self.grad_clip.map_or(1.0, |limit| clip_factor(norm, limit)) / factor;
-        Ok(Decision { outcome: Outcome::Known(Judgement { loss, norm, fault }), gates, clip })
+        let sums = result.figures.on_device().into_iter().map(|sum| sum.try_into_scalar::<f32>());
+        let sums = sums.collect::<std::result::Result<Vec<f32>, _>>();
+        let sums = sums.map_err(|e| Error::Device { what: "a figure of the step", why: format!("{e:?}") })?;
+        Ok(Decision { outcome: Outcome::Known(Judgement { loss, norm, fault }, sums), gates, clip })
     }
 }
 

@@ -12,9 +12,8 @@ use lowkey_data::Tokenizer;
 use lowkey_files::companions::Companions;
 use lowkey_kernels::Precision;
 use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
-use lowkey_kernels::optim::Judgement;
-use lowkey_model::objective::{Term, preference::PairFigures};
-use lowkey_model::{CausalLm, ModelDir, Parameter, adapter::QuantizedLayer};
+use lowkey_model::objective::Term;
+use lowkey_model::{CausalLm, Parameter, adapter::QuantizedLayer};
 use serde_json::json;
 
 use crate::average::Average;
@@ -35,7 +34,7 @@ use crate::run_config::RunConfig;
 use crate::run_data::{RunData, TrainBatches};
 use crate::run_dir::{self, Ended, SamplesFile};
 use crate::setup::{Setup, check_memory, check_precision, check_tensors, devices, setup_run};
-use crate::step::{StepSettings, StepTaken};
+use crate::step::{StepFigures, StepSettings, StepTaken};
 use crate::tensorboard::EventWriter;
 use crate::workers::{Workers, ceiling, check_threads};
 use crate::world::{Replica, World, threads_each};
@@ -217,8 +216,11 @@ impl<'a> Run<'a> {
         }
         let Some(device) = devices.first() else { unreachable!("a run has a device") };
         let model = first_model(config, &model_config, init.as_ref(), new_tokens, resume, device)?;
-        let from = resume.or(init.as_ref().map(ModelDir::beside));
-        let companions = from.map(Companions::read).transpose()?.unwrap_or_default();
+        let companions = match (resume, &init) {
+            (Some(checkpoint), _) => Companions::read(checkpoint)?,
+            (None, Some(init)) => init.read_companions()?,
+            (None, None) => Companions::default(),
+        };
         let mut state = state.unwrap_or_default();
         (state.data, state.held_out) = (data.checksum(), Some(data.held_checksum()));
         state.newest_is_best = data.held.is_empty();
@@ -465,9 +467,9 @@ impl<'a> Run<'a> {
         let (mut known, mut targets, mut flops, mut refused) = (Vec::new(), 0, 0.0, None);
         while refused.is_none() && self.queued.len() >= most.max(1) {
             let Some(Queued { taken, step, tokens, lr, flops_per_token }) = self.queued.pop_front() else { break };
-            let (more, pairs) = (taken.targets, taken.pairs);
+            let more = taken.targets;
             match taken.wait(&self.world.main().model) {
-                Ok(judgement) => known.push((judgement, step, tokens, lr, pairs)),
+                Ok(figures) => known.push((figures, step, tokens, lr)),
                 Err(error) => refused = Some(error),
             }
             targets += more;
@@ -480,22 +482,20 @@ impl<'a> Run<'a> {
         self.plan.matmul_flops_per_s = self.plan.matmul_flops_per_s.max(flops_per_s);
         self.counted = Instant::now();
         self.state.time_s = self.earlier_s + self.started.elapsed().as_secs_f64();
-        let figures = |(judgement, step, tokens, lr, pairs): (Judgement, u64, u64, f64, Option<PairFigures>)| {
-            let metrics = Metrics {
-                step,
-                tokens,
-                time_s: self.state.time_s,
-                train_loss: judgement.loss,
-                lr,
-                grad_norm: judgement.norm,
-                tokens_per_s,
-                mfu: flops_per_s / self.plan.matmul_flops_per_s,
-                epoch: self.batches.epoch(step),
-                ..Metrics::default()
-            };
-            metrics.with_pairs(pairs)
+        let line = |(figures, step, tokens, lr): (StepFigures, u64, u64, f64)| Metrics {
+            step,
+            tokens,
+            time_s: self.state.time_s,
+            train_loss: figures.loss,
+            lr,
+            grad_norm: figures.norm,
+            tokens_per_s,
+            mfu: flops_per_s / self.plan.matmul_flops_per_s,
+            epoch: self.batches.epoch(step),
+            figures: figures.named,
+            ..Metrics::default()
         };
-        let mut known: Vec<Metrics> = known.into_iter().map(figures).collect();
+        let mut known: Vec<Metrics> = known.into_iter().map(line).collect();
         let newest = if refused.is_none() { known.pop() } else { None };
         for metrics in &known {
             self.report(metrics, observe)?;

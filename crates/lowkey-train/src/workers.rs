@@ -14,7 +14,7 @@ use lowkey_kernels::{Precision, linear, optim, precision::scope};
 use lowkey_model::{
     CausalLm, Recompute,
     adapter::Draws,
-    objective::{EmbeddingNoise, Learnt, Objective, Term, preference::PairFigures},
+    objective::{EmbeddingNoise, Figures, Learnt, Objective, Term},
 };
 use rayon::prelude::*;
 
@@ -62,8 +62,8 @@ pub struct StepGradients {
     pub targets: usize,
     /// Gradients of the mean loss, flattened, in the order of the model's parameters.
     pub gradients: Vec<Tensor<1>>,
-    /// Of pairs of answers.
-    pub pairs: Option<PairFigures>,
+    /// What the terms tell beside their loss.
+    pub figures: Figures,
 }
 
 impl StepGradients {
@@ -190,7 +190,7 @@ impl Workers {
         let objective = Objective { scale, terms };
         let mut losses: Vec<Tensor<1>> = Vec::new();
         let mut total: Vec<Tensor<1>> = Vec::new();
-        let (mut pairs, unit) = (None, batch.unit());
+        let (mut figures, unit) = (Figures::default(), batch.unit());
         let micro_batch = micro_batch.next_multiple_of(unit);
         for from in rows.clone().step_by(micro_batch) {
             let pass = (rows.end - from).min(micro_batch);
@@ -207,9 +207,10 @@ impl Workers {
                 let said = other.map(|other| other.says(rows));
                 let against = said.as_ref().map(Said::against).unwrap_or_default();
                 let noise = noise.map(|noise| EmbeddingNoise { first_row: *from, ..noise });
-                let Learnt { loss, gradients, pairs } = fork.learn(rows, objective, against, noise, recompute, device);
+                let Learnt { loss, gradients, figures } =
+                    fork.learn(rows, objective, against, noise, recompute, device);
                 // What is reported is the loss without what only steers the training.
-                ((loss.nats - loss.z_loss).without_autodiff(), gradients, pairs)
+                ((loss.nats - loss.z_loss).without_autodiff(), gradients, figures)
             });
             // The graphs are gone, and the forks with them, before anything is summed.
             drop(forks);
@@ -217,20 +218,12 @@ impl Workers {
             for (loss, gradients, more) in results {
                 losses.push(loss);
                 parts.push(gradients);
-                pairs = joined([pairs, more]);
+                figures.add(more);
             }
             total = self.together(|| sum(total, parts));
         }
-        StepGradients { losses: Tensor::cat(losses, 0), targets, gradients: total, pairs }
+        StepGradients { losses: Tensor::cat(losses, 0), targets, gradients: total, figures }
     }
-}
-
-/// The figures of several parts of a step together.
-pub(crate) fn joined(parts: impl IntoIterator<Item = Option<PairFigures>>) -> Option<PairFigures> {
-    parts.into_iter().flatten().reduce(|mut sum, more| {
-        sum.add(more);
-        sum
-    })
 }
 
 /// Adds `parts` to `total` (empty: to the first part) in their order, parameter by parameter; each is freed once it is added.

@@ -16,13 +16,13 @@ use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_batch::Batch;
 use lowkey_kernels::device::{has_collectives, is_cpu};
 use lowkey_kernels::optim::{self, Gate};
-use lowkey_model::CausalLm;
+use lowkey_model::{CausalLm, objective::Figures};
 
 use crate::buckets::{BUCKET, packed, read, sums, unpacked};
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, Update};
 use crate::other_model::Counterpart;
-use crate::workers::{PassSettings, StepGradients, Workers, joined};
+use crate::workers::{PassSettings, StepGradients, Workers};
 
 /// The model on one device, with what trains it there.
 #[derive(Debug)]
@@ -127,11 +127,14 @@ impl World {
     fn reduced(&self, own: Vec<StepGradients>) -> Result<Vec<StepGradients>> {
         let lengths: Vec<usize> = own.iter().take(1).flat_map(|own| &own.gradients).map(|g| g.dims()[0]).collect();
         let targets = own.first().map_or(0, |own| own.targets);
-        let pairs = joined(own.iter().map(|own| own.pairs));
+        let mut figures = Figures::default();
+        own.iter().for_each(|own| figures.add(own.figures.clone()));
+        // Those of the host are added up; of a device's each member has as many.
+        let beside = own.first().map_or(0, |own| own.figures.on_device().len());
         let packed = |own: StepGradients| {
             // Along the axis: the sum over all would be one of atomic additions on a GPU, in an order that changes.
             let losses = own.losses.sum_dim(0);
-            packed(own.gradients.into_iter().chain([losses]).collect(), BUCKET)
+            packed(own.gradients.into_iter().chain([losses]).chain(own.figures.on_device()).collect(), BUCKET)
         };
         let sums = match self.reducer {
             Reducer::Devices => {
@@ -153,9 +156,11 @@ impl World {
             }
         };
         let unpacked = |buckets: Vec<Tensor<1>>| {
-            let mut gradients = unpacked(buckets, lengths.iter().copied().chain([1]));
-            let losses = gradients.pop().unwrap_or_else(|| unreachable!("the losses come last"));
-            StepGradients { losses, targets, gradients, pairs }
+            let numbers = std::iter::repeat_n(1, 1 + beside);
+            let mut gradients = unpacked(buckets, lengths.iter().copied().chain(numbers));
+            let mut sums = gradients.split_off(lengths.len()).into_iter();
+            let losses = sums.next().unwrap_or_else(|| unreachable!("the losses come behind the gradients"));
+            StepGradients { losses, targets, gradients, figures: figures.clone().with_sums(sums) }
         };
         Ok(sums.into_iter().map(unpacked).collect())
     }

@@ -1,13 +1,12 @@
 //! A model of full keys and values from the weights of its layers.
 
-use std::collections::BTreeMap;
-
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::Device;
 use faer::Mat;
 use lowkey_model::CausalLm;
 use lowkey_model::attention::{AttentionConfig, GroupedConfig};
 
 use super::arrange::Arrangement;
+use crate::assemble::with_tensors;
 use crate::error::Result;
 
 /// What a layer of full keys and values is made of, in f64. Maps of the hidden state have d columns and one of biases.
@@ -60,15 +59,12 @@ pub(crate) fn with_heads(
     config.family = config.natural_family();
     config.check()?;
 
-    let dtype = model.model.embed_tokens.table().dtype();
-    let mut kept: BTreeMap<String, Tensor<1>> =
-        model.parameters().into_iter().map(|parameter| (parameter.name, parameter.value)).collect();
+    let mut tensors = Vec::new();
     for (i, layer) in layers.iter().enumerate() {
         let mut put = |part: &str, map: &Mat<f64>, columns: std::ops::Range<usize>| {
             let columns = &columns;
-            let numbers: Vec<f64> = (0..map.nrows()).flat_map(|i| columns.clone().map(move |j| map[(i, j)])).collect();
-            let data = TensorData::new(numbers.clone(), [numbers.len()]);
-            kept.insert(format!("model.layers.{i}.self_attn.{part}"), Tensor::from_data(data, (device, dtype)));
+            let numbers = (0..map.nrows()).flat_map(|i| columns.clone().map(move |j| map[(i, j)])).collect();
+            tensors.push((format!("model.layers.{i}.self_attn.{part}"), numbers));
         };
         for (name, map) in [("q_proj", &layer.query), ("k_proj", &layer.key), ("v_proj", &layer.value)] {
             put(&format!("{name}.weight"), map, 0..d);
@@ -77,11 +73,5 @@ pub(crate) fn with_heads(
         put("o_proj.weight", &layer.out, 0..layer.out.ncols());
         put("o_proj.bias", &layer.out_bias, 0..1);
     }
-    let new = CausalLm::init(&config, 0, device);
-    let values = new.parameters().into_iter().map(|parameter| match kept.remove(&parameter.name) {
-        Some(value) => value,
-        None => parameter.value,
-    });
-    let values = values.collect();
-    Ok(new.with_values(values))
+    Ok(with_tensors(model, &config, tensors, device))
 }

@@ -1,14 +1,13 @@
 //! A model of latent attention from the weights of its layers.
 
-use std::collections::BTreeMap;
-
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::Device;
 use faer::Mat;
 use lowkey_model::CausalLm;
 use lowkey_model::attention::{AttentionConfig, MlaConfig};
 use lowkey_model::rope::RopePairs;
 
 use super::weights::Weights;
+use crate::assemble::with_tensors;
 use crate::error::Result;
 
 /// `model` with each layer's attention in the place of its own. `counts` says how many pairs turn with each frequency of `width`
@@ -52,15 +51,10 @@ pub(crate) fn with_attention(
     config.family = config.natural_family();
     config.check()?;
 
-    let dtype = model.model.embed_tokens.table().dtype();
-    let mut kept: BTreeMap<String, Tensor<1>> =
-        model.parameters().into_iter().map(|parameter| (parameter.name, parameter.value)).collect();
+    let mut tensors = Vec::new();
     for (i, layer) in layers.iter().enumerate() {
         let name = |part: &str| format!("model.layers.{i}.self_attn.{part}");
-        let mut put = |part: &str, numbers: Vec<f64>| {
-            let data = TensorData::new(numbers.clone(), [numbers.len()]);
-            kept.insert(name(part), Tensor::from_data(data, (device, dtype)));
-        };
+        let mut put = |part: &str, numbers: Vec<f64>| tensors.push((name(part), numbers));
         let low = layer.latent.nrows();
         put("q_proj.weight", flat(layer.query.nrows(), d, |i, j| layer.query[(i, j)]));
         put("q_proj.bias", flat(layer.query.nrows(), 1, |i, _| layer.query[(i, d)]));
@@ -77,13 +71,7 @@ pub(crate) fn with_attention(
         put("kv_b_proj.weight", up);
         put("o_proj.bias", flat(d, 1, |i, _| layer.out_bias[(i, 0)]));
     }
-    let new = CausalLm::init(&config, 0, device);
-    let values = new.parameters().into_iter().map(|parameter| match kept.remove(&parameter.name) {
-        Some(value) => value,
-        None => parameter.value,
-    });
-    let values = values.collect();
-    Ok(new.with_values(values))
+    Ok(with_tensors(model, &config, tensors, device))
 }
 
 /// `of(row, column)`, row by row.

@@ -139,8 +139,8 @@ pub fn expanded_attention(
     Tensor::from_dispatch(Dispatch::expanded_attention(q, latents, kv_b, at, dims))
 }
 
-/// The largest attention logit of whole rows, `[1]`: of query `t` and a key `document_starts[t] ≤ j ≤ t`. On the CPU no score outlives
-/// its block. No gradient flows through it.
+/// The largest attention logit of whole rows, `[1]`: of query `t` and a key `document_starts[t] ≤ j ≤ t`; NaN where one of them is none.
+/// On the CPU no score outlives its block. No gradient flows through it.
 ///
 /// # Shapes
 /// `q [batch, seq, H, N+R]`, as many keys, `document_starts` of length `batch · seq`.
@@ -150,7 +150,10 @@ pub fn largest_logit(q: Tensor<4>, keys: Keys, document_starts: &[u32], scale: f
     assert_eq!(document_starts.len(), batch * seq, "largest_logit: document starts");
     if !is_cpu(&device) || q.dtype() != DType::F32 {
         let mask = Mask::documents(document_starts, seq, &device);
-        return scores(q.swap_dims(1, 2), keys.whole(), &mask, scale).max();
+        let scores = scores(q.swap_dims(1, 2), keys.whole(), &mask, scale);
+        // Said apart: not every device's maximum keeps it.
+        let none = scores.clone().is_nan().any();
+        return scores.max().mask_fill(none, f32::NAN);
     }
     let (shared, width) = keys.shared_or_none();
     let starts = starts_tensor(document_starts, [batch, seq], &device).into_dispatch();

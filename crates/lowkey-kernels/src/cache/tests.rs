@@ -262,6 +262,16 @@ fn the_largest_logit_is_that_of_whole_score_matrices() {
         let starts: Vec<u32> = starts.into_iter().enumerate().map(|(i, s)| if i < seq { s } else { 0 }).collect();
         let mask = Mask::documents(&starts, seq, &q.device());
         let expected = host(scores(q.clone().swap_dims(1, 2), keys.whole(), &mask, 0.3).max());
-        assert_close(&format!("{seq}"), host(largest_logit(q, keys, &starts, 0.3)), expected);
+        let found = host(largest_logit(q.clone(), keys.clone(), &starts, 0.3));
+        assert_close(&format!("{seq}"), found, expected);
+        // One key that is no number among hundreds that are, wherever it lies.
+        for at in [0, seq / 2, seq - 1] {
+            for spoilt in [f32::NAN, f32::INFINITY] {
+                let own = keys.own.clone().slice_fill([1..2, 0..1, at..at + 1], spoilt);
+                let spoilt = Keys { own, shared: keys.shared.clone(), values: keys.values.clone() };
+                let found = host(largest_logit(q.clone(), spoilt, &starts, 0.3));
+                assert!(!found[0].is_finite(), "{seq}, key {at}: {found:?}");
+            }
+        }
     }
 }

@@ -39,6 +39,20 @@ pub(crate) fn max(row: &[f32]) -> f32 {
     rest.iter().chain(&lanes).fold(f32::NEG_INFINITY, |a, x| if *x > a { *x } else { a })
 }
 
+/// Largest element, or NaN where one is not finite; −∞ for none.
+#[inline(always)]
+pub(crate) fn max_of_finite(row: &[f32]) -> f32 {
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    // 0 times a finite number is 0, and times any other NaN.
+    let mut lanes = [0.0; LANES];
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane += x * 0.0;
+        }
+    }
+    max(row) + lanes.iter().chain(rest).map(|x| x * 0.0).sum::<f32>()
+}
+
 /// Replaces x by e^(x − shift) and returns the sum.
 #[inline(always)]
 pub(crate) fn exp_shifted(row: &mut [f32], shift: f32) -> f32 {
@@ -148,6 +162,14 @@ mod tests {
             assert_eq!(dot(&a, &a), naive);
             assert_eq!(dot_weighted(&a, &a, &vec![2.0; len]), 2.0 * naive);
             assert_eq!(max(&a), a.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            assert_eq!(max_of_finite(&a), max(&a));
+            for at in 0..len {
+                for spoilt in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let mut a = a.clone();
+                    a[at] = spoilt;
+                    assert!(max_of_finite(&a).is_nan(), "{spoilt} at {at} of {len}");
+                }
+            }
             let mut b = a.clone();
             let sum = exp_shifted(&mut b, 1.0);
             let expected: f32 = a.iter().map(|x| (x - 1.0).exp()).sum();

@@ -18,12 +18,15 @@ impl Gate {
         None
     }
 
-    /// Asks for the decision, behind what is queued so far and before what comes later.
-    pub fn ask(&self) -> Verdict {
+    /// Asks for the decision and for numbers `[1]` that lie beside it, behind what is queued so far and before what comes later.
+    pub fn ask(&self, beside: Vec<Tensor<1>>) -> Verdict {
         #[cfg(feature = "gpu")]
-        let wait = super::gpu::ask(&self.numbers);
+        let wait = super::gpu::ask(&self.numbers, beside);
         #[cfg(not(feature = "gpu"))]
-        let wait = None;
+        let wait = {
+            drop(beside);
+            None
+        };
         Verdict { gradients: self.gradients, wait }
     }
 }

@@ -244,9 +244,14 @@ pub(crate) fn judge(
     Some(Tensor::from_primitive::<CubeBackend>(out))
 }
 
-/// Queues the reading of a gate's numbers.
-pub(crate) fn ask(numbers: &Tensor<1>) -> Option<Wait> {
-    let [numbers] = on_gpu([numbers])?;
+/// Queues the reading of a gate's numbers, and of those `beside` them.
+pub(crate) fn ask(numbers: &Tensor<1>, beside: Vec<Tensor<1>>) -> Option<Wait> {
+    // One after the other, to be read at once.
+    let all = match beside.is_empty() {
+        true => numbers.clone(),
+        false => Tensor::cat([vec![numbers.clone()], beside].concat(), 0),
+    };
+    let [numbers] = on_gpu([&all])?;
     // The copy is queued here, not when it is waited for.
     let reading = kept_client(&numbers).read_async(vec![numbers.handle.clone()]);
     Some(Box::new(move || {
@@ -256,6 +261,8 @@ pub(crate) fn ask(numbers: &Tensor<1>) -> Option<Wait> {
             .flat_map(|bytes| bytes.chunks_exact(4))
             .filter_map(|number| number.first_chunk::<4>().map(|number| f32::from_le_bytes(*number)))
             .collect();
-        numbers.try_into().map_err(|_| "it returns fewer numbers than were asked for".to_owned())
+        let split = numbers.split_first_chunk::<NUMBERS>();
+        let (gate, beside) = split.ok_or_else(|| "it returns fewer numbers than were asked for".to_owned())?;
+        Ok((*gate, beside.to_vec()))
     }))
 }

@@ -57,8 +57,8 @@ pub struct Judgement {
     pub fault: Option<Fault>,
 }
 
-/// What gives the numbers of a gate once the device has them.
-pub(super) type Wait = Box<dyn FnOnce() -> Result<[f32; NUMBERS], String> + Send>;
+/// What gives the numbers of a gate, and those that were asked for with them, once the device has them.
+pub(super) type Wait = Box<dyn FnOnce() -> Result<([f32; NUMBERS], Vec<f32>), String> + Send>;
 
 /// A judgement that has been asked for and may not have been made yet.
 pub struct Verdict {
@@ -73,20 +73,20 @@ impl std::fmt::Debug for Verdict {
 }
 
 impl Verdict {
-    /// Waits for the device.
+    /// Waits for the device: the judgement, and the numbers that were asked for beside it.
     ///
     /// # Errors
     /// The device's reason, where it does not answer.
-    pub fn wait(mut self) -> Result<Judgement, String> {
+    pub fn wait(mut self) -> Result<(Judgement, Vec<f32>), String> {
         let wait = self.wait.take().ok_or_else(|| "it was never asked".to_owned())?;
-        let [_, _, loss, norm, fault] = wait()?;
+        let ([_, _, loss, norm, fault], beside) = wait()?;
         let fault = match fault {
             NO_FAULT => None,
             LOSS => Some(Fault::Loss),
             i if (i as usize) < self.gradients => Some(Fault::Gradient(i as usize)),
             _ => Some(Fault::Norm),
         };
-        Ok(Judgement { loss: f64::from(loss), norm: f64::from(norm), fault })
+        Ok((Judgement { loss: f64::from(loss), norm: f64::from(norm), fault }, beside))
     }
 }
 

@@ -328,7 +328,8 @@ fn judged(losses: &[f32], gradients: &[Tensor<1>], terms: Terms, before: Option<
         println!("skipped: the CPU has nothing to wait for");
         return None;
     };
-    let judgement = gate.ask().wait().unwrap();
+    let (judgement, beside) = gate.ask(vec![tensor(vec![0.25]), tensor(vec![-8.0])]).wait().unwrap();
+    assert_eq!(beside, [0.25, -8.0]);
     Some((gate, judgement))
 }
 

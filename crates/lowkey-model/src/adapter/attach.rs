@@ -1,23 +1,22 @@
 //! Models with adapters: begun anew, loaded, left off, multiplied out.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::Device;
 use lowkey_files::write_json;
-use rand::RngExt;
-use rand_distr::{Distribution, StandardNormal};
 
 use super::config::AdapterConfig;
 use super::dropout::Draws;
 use super::files::AdapterDir;
-use super::plan::{AdapterPlan, adapted_module, module_of};
+use super::plan::AdapterPlan;
 use crate::checkpoint::{CONFIG, WeightDtype, Weights};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::init::{initial_values, stream};
+use crate::init::initial_values;
 use crate::model::{CausalLm, Linear};
-use crate::tensor::{Role, TensorSpec};
+use crate::tensor::{Role, Start, TensorSpec};
 
 /// Values of a tensor of the base.
 type Base<'a> = dyn Fn(&TensorSpec) -> Result<Vec<f32>> + 'a;
@@ -26,9 +25,9 @@ type Base<'a> = dyn Fn(&TensorSpec) -> Result<Vec<f32>> + 'a;
 type Own<'a> = dyn Fn(&TensorSpec, &Base) -> Result<Option<Vec<f32>>> + 'a;
 
 impl CausalLm {
-    /// The model in `dir` with new adapters: what it computes is what it computed. A is drawn evenly from ±1/√d_in, as PEFT does, each
-    /// map from a stream of its own; B is zero; lengths are those of the rows. Of the embedding A is zero, and B is normal. All but
-    /// adapters and what is saved with them is frozen.
+    /// The model in `dir` with new adapters: what it computes is what it computed. They begin as PEFT begins them ([`Start`]), each tensor
+    /// from a stream of its own: of LoRA A is drawn evenly from ±1/√d_in and B is zero, and lengths are those of the rows; of the
+    /// embedding A is zero, and B is normal. All but adapters and what is saved with them is frozen.
     ///
     /// The vocabulary of `config` may be larger than that of the files where the adapter saves the embedding and the output head: what
     /// is to stand in their new rows, [`CausalLm::with_new_rows`] says.
@@ -177,10 +176,7 @@ impl CausalLm {
         let whole =
             model.model.layers.iter_mut().filter_map(|block| Some(&mut block.self_attn.latent_mut()?.kv_b_proj));
         whole.chain(model.lm_head.as_mut()).for_each(|linear| linear.end_adapter(true));
-        let merged = |spec: &TensorSpec| {
-            let module = adapted_module(&spec.name);
-            module == "lm_head" || module.ends_with(".kv_b_proj")
-        };
+        let merged = |spec: &TensorSpec| spec.name.starts_with("lm_head.") || spec.name.contains(".kv_b_proj.");
         let kept = |spec: &&TensorSpec| !(spec.role.is_adapter() && merged(spec));
         model.tensors = self.tensors.iter().filter(kept).cloned().collect();
         model
@@ -222,35 +218,21 @@ fn begun(
     plan: &AdapterPlan,
     seed: u64,
 ) -> impl Fn(&TensorSpec, &Base) -> Result<Option<Vec<f32>>> {
-    let tensors = if plan.has_lengths() { config.tensors() } else { Vec::new() };
-    let embeds = |spec: &TensorSpec| plan.of(adapted_module(&spec.name)).is_some_and(|low| low.embeds);
-    let nothing = |spec: &TensorSpec| vec![0.0; spec.shape.iter().product()];
-    move |spec, base| match spec.role {
-        Role::LoraA if embeds(spec) => Ok(Some(nothing(spec))),
-        Role::LoraB if embeds(spec) => Ok(Some(normal_values(seed, spec))),
-        Role::LoraA => Ok(Some(even_values(seed, spec))),
-        Role::LoraB => Ok(Some(nothing(spec))),
-        Role::Magnitude => {
-            let name = format!("{}.weight", module_of(&spec.name));
-            let Some(weight) = tensors.iter().find(|spec| spec.name == name) else { return Ok(None) };
-            // The lengths of the rows that the model computes with.
-            base(weight).map(|values| Some(row_lengths(&plan.as_packed(weight, values), nothing(spec).len())))
+    let tensors = OnceCell::new();
+    move |spec, base| {
+        if !spec.role.is_adapter() {
+            return Ok(None);
         }
-        Role::Embedding | Role::Head | Role::Matrix | Role::Residual | Role::Norm | Role::Bias => Ok(None),
+        if spec.start != Start::RowLengths {
+            return Ok(Some(initial_values(config, seed, spec)));
+        }
+        let tensors = tensors.get_or_init(|| config.tensors());
+        let name = plan.adapted(&spec.name).map(|(module, _)| format!("{module}.weight")).unwrap_or_default();
+        let Some(weight) = tensors.iter().find(|spec| spec.name == name) else { return Ok(None) };
+        // The lengths of the rows that the model computes with.
+        let rows = spec.shape.iter().product();
+        base(weight).map(|values| Some(row_lengths(&plan.as_packed(weight, values), rows)))
     }
-}
-
-/// From N(0, 1).
-fn normal_values(seed: u64, spec: &TensorSpec) -> Vec<f32> {
-    let mut rng = stream(seed, &spec.name);
-    (0..spec.shape.iter().product()).map(|_| Distribution::<f32>::sample(&StandardNormal, &mut rng)).collect()
-}
-
-/// Even between ±1/√d_in (Kaiming's bound with a = √5).
-fn even_values(seed: u64, spec: &TensorSpec) -> Vec<f32> {
-    let bound = spec.shape.last().map_or(1.0, |d_in| (*d_in as f64).powf(-0.5));
-    let mut rng = stream(seed, &spec.name);
-    (0..spec.shape.iter().product()).map(|_| (bound * (2.0 * rng.random::<f64>() - 1.0)) as f32).collect()
 }
 
 /// The length of each of so many rows.

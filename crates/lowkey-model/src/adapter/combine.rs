@@ -14,7 +14,7 @@ use super::plan::AdapterPlan;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::model::CausalLm;
-use crate::tensor::{Role, TensorSpec};
+use crate::tensor::{Part, Role};
 
 /// A factor as it grows: its shape and its numbers.
 type Factor = ([usize; 2], Vec<f32>);
@@ -38,17 +38,19 @@ impl CausalLm {
             check(adapter, *weight)?;
             let plan = adapter.plan(config)?;
             let mut values = adapter.open_tensors(&plan, &tensors)?;
-            for TensorSpec { name, shape, .. } in &tensors {
-                let module = name.strip_suffix(".weight").unwrap_or_default();
-                let (Some(low), [rows, columns]) = (plan.of(module), &shape[..]) else { continue };
+            for (module, shape, planned) in plan.beside(&tensors) {
+                let low = planned.as_low_rank().ok_or_else(|| {
+                    let why = format!("{} is no product, and no sum of products therefore", adapter.path.display());
+                    Error::adapter("peft_type", &format!("{:?}", adapter.config.peft_type), why)
+                })?;
                 *ranks.entry(module.to_string()).or_default() += low.r;
-                for spec in low.tensors(module, [*rows, *columns]) {
+                for spec in planned.tensors(module, shape) {
                     let found = values.take(&spec.name)?;
                     let [rows, columns] = <[usize; 2]>::try_from(spec.shape).unwrap_or_default();
-                    let (shape, sum) = factors.entry(spec.name).or_insert_with(|| {
-                        (if spec.role == Role::LoraA { [0, columns] } else { [rows, 0] }, Vec::new())
-                    });
-                    if spec.role == Role::LoraA {
+                    let reads = spec.role == Role::Adapter(Part::Reads);
+                    let empty = if reads { [0, columns] } else { [rows, 0] };
+                    let (shape, sum) = factors.entry(spec.name).or_insert_with(|| (empty, Vec::new()));
+                    if reads {
                         sum.extend(found);
                         shape[0] += rows;
                     } else {
@@ -73,17 +75,10 @@ fn keys(ranks: &BTreeMap<String, usize>) -> AdapterConfig {
     let widest = ranks.values().copied().max().unwrap_or(1);
     AdapterConfig {
         target_modules: Modules::Ends(ranks.keys().cloned().collect()),
-        r: widest,
         lora_alpha: widest as f64,
         rank_pattern: ByPattern(ranks.iter().map(|(module, r)| (pattern(module), *r)).collect()),
         alpha_pattern: ByPattern(ranks.iter().map(|(module, r)| (pattern(module), *r as f64)).collect()),
-        use_rslora: false,
-        use_dora: false,
-        lora_dropout: 0.0,
-        quantization: None,
-        exclude_modules: None,
-        layers_to_transform: None,
-        modules_to_save: None,
+        ..AdapterConfig::all_linear(widest)
     }
 }
 

@@ -8,10 +8,15 @@ use serde::de::{MapAccess, Visitor};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::kind::PeftType;
+
 /// `[adapter]`: low-rank matrices that are trained beside frozen ones. The keys are PEFT's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AdapterConfig {
+    /// The kind of adapter, by PEFT's name. Absent: `LORA`.
+    #[serde(default, skip_serializing_if = "PeftType::is_default")]
+    pub peft_type: PeftType,
     /// Which maps get an adapter: the ends of their names, such as `["q_proj", "o_proj"]`; or one text: `all-linear` (all but the output
     /// head), `vllm-safe` (all but the output head and `kv_b_proj`, whose adapter vLLM does not apply), `everything` (the output head
     /// as well), or a regular expression that fits whole names, such as `model.layers.[01].self_attn.o_proj`. The embedding
@@ -62,6 +67,7 @@ impl AdapterConfig {
     /// Adapters of one width beside all maps, with α twice the width.
     pub fn all_linear(r: usize) -> Self {
         Self {
+            peft_type: PeftType::Lora,
             target_modules: Modules::One("all-linear".to_owned()),
             r,
             lora_alpha: 2.0 * r as f64,

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use lowkey_files::{printable, read, read_text, write, write_json};
+use lowkey_files::{read, read_text, write, write_json};
 use safetensors::SafeTensors;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::config::{AdapterConfig, Modules};
+use super::kind::PeftType;
 use super::plan::AdapterPlan;
 use crate::checkpoint::{CONFIG, WeightDtype, encode_shard, stored};
 use crate::config::ModelConfig;
@@ -32,13 +34,13 @@ pub fn is_adapter(dir: &Path) -> bool {
     there(ADAPTER_CONFIG) && !there("model.safetensors") && !there("model.safetensors.index.json")
 }
 
-/// The folder that tokenizer, templates and generation settings of a model directory are read from: the directory itself, or that of
-/// the base where an adapter came without any.
+/// The folder that a companion of a model directory is read from, such as `generation_config.json`, or `tokenizer.json` and what is read
+/// with it: the directory itself, or that of the base where an adapter came without it.
 ///
 /// # Errors
 /// As [`AdapterDir::open`] and [`AdapterDir::base_dir`].
-pub fn companions_dir(dir: &Path) -> Result<PathBuf> {
-    if !is_adapter(dir) || dir.join("tokenizer.json").is_file() {
+pub fn companion_dir(dir: &Path, companion: &str) -> Result<PathBuf> {
+    if !is_adapter(dir) || dir.join(companion).is_file() {
         return Ok(dir.to_path_buf());
     }
     AdapterDir::open(dir)?.base_dir()
@@ -81,7 +83,7 @@ impl AdapterDir {
     /// Reads `adapter_config.json`.
     ///
     /// # Errors
-    /// [`Error::File`] where it is no LoRA, or asks for what lowkey does not compute.
+    /// [`Error::File`] where it is of no kind that lowkey knows, or asks for what lowkey does not compute.
     pub fn open(path: &Path) -> Result<Self> {
         let file = path.join(ADAPTER_CONFIG);
         let text = read_text(&file, LARGEST_CONFIG)?;
@@ -91,19 +93,16 @@ impl AdapterDir {
         else {
             return Err(refuse("is no JSON object".into()));
         };
-        match keys.get("peft_type").and_then(Value::as_str) {
-            Some("LORA") => {}
-            Some(other) => return Err(refuse(format!("peft_type = {}: only LORA is understood", printable(other)))),
+        let kind = match keys.get("peft_type") {
+            Some(kind) => PeftType::deserialize(kind).map_err(|e| refuse(format!("peft_type: {e}")))?,
             None => return Err(refuse("has no peft_type; an adapter of PEFT says \"LORA\"".into())),
-        }
-        refuse_unknown_arithmetic(&keys).map_err(&refuse)?;
+        };
+        kind.read(&mut keys).map_err(&refuse)?;
         let base = match keys.get("base_model_name_or_path") {
             Some(Value::String(base)) => PathBuf::from(base),
             _ => PathBuf::new(),
         };
-        // PEFT's default, where a file leaves it out.
-        keys.entry("lora_alpha").or_insert(json!(8));
-        keys.retain(|key, value| KEYS.contains(&key.as_str()) && !value.is_null());
+        keys.retain(|key, value| known(kind, key) && !value.is_null());
         let config = serde_json::from_value(Value::Object(keys)).map_err(|e| refuse(e.to_string()))?;
         Ok(Self { path: path.to_path_buf(), config, base })
     }
@@ -202,8 +201,8 @@ impl AdapterDir {
             // A struct of plain fields is an object.
             _ => Map::new(),
         };
-        // How a run held its base changes nothing of what the adapter is.
-        keys.remove("quantization");
+        // What is of another kind, or says how a run held its base, changes nothing of what the adapter is.
+        keys.retain(|key, _| known(self.config.peft_type, key));
         if !matches!(self.config.target_modules, Modules::Ends(_)) || self.config.exclude_modules.is_some() {
             keys.insert("target_modules".into(), plan.modules().map(|(name, _)| name).collect());
             keys.remove("exclude_modules");
@@ -213,79 +212,34 @@ impl AdapterDir {
             keys.remove("layers_to_transform");
         }
         let fixed = [
-            ("peft_type", json!("LORA")),
+            ("peft_type", json!(self.config.peft_type)),
             ("task_type", json!("CAUSAL_LM")),
             ("base_model_name_or_path", json!(self.base.display().to_string())),
             ("bias", json!("none")),
             ("fan_in_fan_out", json!(false)),
             ("inference_mode", json!(true)),
-            ("init_lora_weights", json!(true)),
         ];
         for (key, value) in fixed {
             keys.insert(key.into(), value);
         }
-        for (key, absent) in
-            [("rank_pattern", json!({})), ("alpha_pattern", json!({})), ("modules_to_save", Value::Null)]
-        {
-            keys.entry(key).or_insert(absent);
-        }
+        keys.entry("modules_to_save").or_insert(Value::Null);
+        self.config.peft_type.write(&mut keys);
         keys.sort_keys();
         Value::Object(keys)
     }
 }
 
-/// The keys of `adapter_config.json` that say what is computed and that lowkey knows.
-const KEYS: [&str; 11] = [
-    "target_modules",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "lora_dropout",
-    "exclude_modules",
-    "layers_to_transform",
-    "modules_to_save",
-];
+/// The keys of `adapter_config.json` that lowkey knows of every kind.
+const KEYS: [&str; 5] = ["peft_type", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"];
 
-/// Keys of PEFT that change what an adapter computes, each with the value that changes nothing. A file that has another is not
-/// understood here, and would compute something else in silence.
-fn refuse_unknown_arithmetic(keys: &Map<String, Value>) -> std::result::Result<(), String> {
-    let neutral = |key: &str, value: &Value| match key {
-        "bias" => value == "none",
-        "fan_in_fan_out" | "lora_bias" | "use_qalora" | "use_bdlora" | "monteclora_config" | "kasa_config"
-        | "velora_config" => !value.as_bool().unwrap_or(!value.is_null()),
-        "layer_replication"
-        | "target_parameters"
-        | "trainable_token_indices"
-        | "alora_invocation_tokens"
-        | "layers_pattern"
-        | "megatron_config"
-        | "arrow_config" => {
-            value.is_null()
-                || value.as_array().is_some_and(Vec::is_empty)
-                || value.as_object().is_some_and(Map::is_empty)
-        }
-        _ => true,
-    };
-    match keys.iter().find(|(key, value)| !neutral(key, value)) {
-        Some((key, value)) => Err(format!("{key} = {}: not understood here", printable(&value.to_string()))),
-        None => Ok(()),
-    }
+/// Whether a key says what an adapter of that kind is.
+fn known(kind: PeftType, key: &str) -> bool {
+    KEYS.contains(&key) || kind.keys().contains(&key)
 }
 
 /// Names and shapes of the tensors that an adapter has.
 fn expected(plan: &AdapterPlan, tensors: &[TensorSpec]) -> BTreeMap<String, Vec<usize>> {
-    let mut expected = BTreeMap::new();
-    for TensorSpec { name, shape, .. } in tensors {
-        if plan.saves(name) {
-            expected.insert(name.clone(), shape.clone());
-        }
-        let module = name.strip_suffix(".weight");
-        let (Some(module), [rows, columns]) = (module, &shape[..]) else { continue };
-        let Some(low_rank) = plan.of(module) else { continue };
-        expected.extend(low_rank.tensors(module, [*rows, *columns]).into_iter().map(|spec| (spec.name, spec.shape)));
-    }
-    expected
+    let saved = tensors.iter().filter(|spec| plan.saves(&spec.name)).cloned();
+    let own = plan.beside(tensors).flat_map(|(module, shape, planned)| planned.tensors(module, shape));
+    saved.chain(own).map(|spec| (spec.name, spec.shape)).collect()
 }

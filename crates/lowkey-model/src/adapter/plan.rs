@@ -6,55 +6,24 @@ use lowkey_kernels::quantized_linear::Quantization;
 use regex::Regex;
 
 use super::config::{AdapterConfig, ByPattern, Modules};
+use super::kind::Planned;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::tensor::{HeadRows, Role, TensorSpec, layer_of};
+use crate::tensor::{Role, TensorSpec, layer_of};
 
-/// The adapter of one map.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LowRank {
-    /// Numbers between A and B.
-    pub r: usize,
-    /// s: α/r, or α/√r.
-    pub scale: f64,
-    /// Whether the lengths of the rows are trained, too.
-    pub use_dora: bool,
-    /// The chance that a number is left out in training.
-    pub dropout: f64,
-    /// Whether the map is the embedding, whose table stands on its side: `[d_in, d_out]`.
-    pub embeds: bool,
-}
-
-impl LowRank {
-    /// Its tensors beside the map of that name, whose matrix has that shape: A, B, and of DoRA the lengths of the rows. The only place
-    /// where they are named.
-    pub(crate) fn tensors(&self, module: &str, [rows, columns]: [usize; 2]) -> Vec<TensorSpec> {
-        let Self { r, use_dora, embeds, .. } = *self;
-        let ([d_out, d_in], [a, b]) = match embeds {
-            false => ([rows, columns], ["lora_A.weight", "lora_B.weight"]),
-            // PEFT writes these without `.weight`, and the lengths.
-            true => ([columns, rows], ["lora_embedding_A", "lora_embedding_B"]),
-        };
-        let of = |part: &str, shape: Vec<usize>, role: Role, rows: usize| TensorSpec {
-            name: format!("{module}.{part}"),
-            shape,
-            role,
-            head_rows: HeadRows::one(rows),
-            trainable: true,
-        };
-        let mut tensors = vec![of(a, vec![r, d_in], Role::LoraA, r), of(b, vec![d_out, r], Role::LoraB, d_out)];
-        if use_dora {
-            tensors.push(of("lora_magnitude_vector", vec![d_out], Role::Magnitude, d_out));
-        }
-        tensors
-    }
+/// A map that gets an adapter.
+pub(super) struct Target<'a> {
+    /// Its name.
+    pub(super) name: &'a str,
+    /// Whether it is the embedding.
+    pub(super) embeds: bool,
 }
 
 /// What [`AdapterConfig`] means for one model.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AdapterPlan {
     /// Adapters by the name of their map, such as `model.layers.0.self_attn.kv_b_proj`.
-    adapters: BTreeMap<String, LowRank>,
+    adapters: BTreeMap<String, Planned>,
     /// Names of the tensors that are trained whole.
     saved: Vec<String>,
     /// How the frozen matrices are packed.
@@ -68,38 +37,44 @@ impl AdapterPlan {
     }
 
     /// The adapter of the map of that name, where it has one.
-    pub fn of(&self, module: &str) -> Option<&LowRank> {
+    pub fn of(&self, module: &str) -> Option<&Planned> {
         self.adapters.get(module)
     }
 
+    /// The map that a tensor belongs to whose name is that of a map with something behind it, where that map has an adapter: of a tensor of
+    /// an adapter the one that it stands beside.
+    pub fn adapted<'t>(&self, tensor: &'t str) -> Option<(&'t str, &Planned)> {
+        let modules = tensor.match_indices('.').map(|(at, _)| &tensor[..at]);
+        modules.into_iter().find_map(|module| Some((module, self.of(module)?)))
+    }
+
     /// The maps that have an adapter, by name.
-    pub fn modules(&self) -> impl Iterator<Item = (&str, &LowRank)> {
-        self.adapters.iter().map(|(name, low_rank)| (name.as_str(), low_rank))
+    pub fn modules(&self) -> impl Iterator<Item = (&str, &Planned)> {
+        self.adapters.iter().map(|(name, planned)| (name.as_str(), planned))
     }
 
-    /// Numbers of the factors that a token is multiplied by, for a model with these tensors before it has adapters: of all but the
-    /// embedding's first factor, in which it is looked up.
+    /// The adapters of a model with these tensors before it has any, each with the name of its map and the shape of that one's matrix.
+    pub(super) fn beside<'a>(
+        &'a self,
+        tensors: &'a [TensorSpec],
+    ) -> impl Iterator<Item = (&'a str, [usize; 2], &'a Planned)> {
+        tensors.iter().filter_map(|spec| {
+            let module = spec.name.strip_suffix(".weight")?;
+            let shape = <[usize; 2]>::try_from(&spec.shape[..]).ok()?;
+            Some((module, shape, self.of(module)?))
+        })
+    }
+
+    /// Numbers of adapters that a token is multiplied by, for a model with these tensors before it has adapters: of the embedding's all
+    /// but those in which it is looked up.
     pub fn factor_numbers(&self, tensors: &[TensorSpec]) -> usize {
-        let of = |spec: &TensorSpec| match (self.of(module_of(&spec.name)), &spec.shape[..]) {
-            (Some(LowRank { r, embeds: true, .. }), [_, d_out]) => r * d_out,
-            (Some(LowRank { r, .. }), [d_out, d_in]) => r * (d_out + d_in),
-            _ => 0,
-        };
-        tensors.iter().map(of).sum()
+        self.beside(tensors).map(|(_, shape, planned)| planned.products(shape)).sum()
     }
 
-    /// Numbers of all adapters, the lengths of rows that DoRA trains included, as [`AdapterPlan::factor_numbers`].
+    /// Numbers of all adapters, for such a model.
     pub fn numbers(&self, tensors: &[TensorSpec]) -> usize {
-        let lengths = |spec: &TensorSpec| match (self.of(module_of(&spec.name)), &spec.shape[..]) {
-            (Some(LowRank { use_dora: true, .. }), [d_out, _]) => *d_out,
-            _ => 0,
-        };
-        self.factor_numbers(tensors) + tensors.iter().map(lengths).sum::<usize>()
-    }
-
-    /// Whether some adapter trains the lengths of rows (DoRA).
-    pub(super) fn has_lengths(&self) -> bool {
-        self.adapters.values().any(|low_rank| low_rank.use_dora)
+        let specs = self.beside(tensors).flat_map(|(module, shape, planned)| planned.tensors(module, shape));
+        specs.map(|spec| spec.shape.iter().product::<usize>()).sum()
     }
 
     /// Whether a tensor is trained: those of adapters, and those that are saved whole.
@@ -126,7 +101,7 @@ impl AdapterConfig {
     pub(crate) fn plan_for(&self, tensors: &[TensorSpec]) -> Result<AdapterPlan> {
         let is_map = |spec: &&TensorSpec| match spec.role {
             Role::Matrix | Role::Residual | Role::Head | Role::Embedding => true,
-            Role::Norm | Role::Bias | Role::LoraA | Role::LoraB | Role::Magnitude => false,
+            Role::Norm | Role::Bias | Role::Adapter(_) => false,
         };
         let maps: Vec<(&str, &TensorSpec)> =
             tensors.iter().filter(is_map).map(|spec| (module_of(&spec.name), spec)).collect();
@@ -149,44 +124,11 @@ impl AdapterConfig {
         if chosen.is_empty() && saved.is_empty() {
             return Err(Error::adapter("target_modules", "…", "no map is left that would get an adapter"));
         }
-        if !(0.0..1.0).contains(&self.lora_dropout) {
-            return Err(Error::adapter("lora_dropout", &self.lora_dropout, "must lie in 0 ≤ p < 1"));
-        }
         let embedding = tensors.iter().find(|spec| spec.role == Role::Embedding).map(|spec| module_of(&spec.name));
-        self.check_embedding(tensors, embedding.filter(|name| chosen.contains(name)))?;
-        let ranks = Patterns::new("rank_pattern", &self.rank_pattern, &chosen)?;
-        let alphas = Patterns::new("alpha_pattern", &self.alpha_pattern, &chosen)?;
-        let mut adapters = BTreeMap::new();
-        for name in chosen {
-            let (r, alpha) = (ranks.of(name).unwrap_or(self.r), alphas.of(name).unwrap_or(self.lora_alpha));
-            if r == 0 || r > 1 << 16 {
-                return Err(Error::adapter("r", &r, format!("of {name} must lie between 1 and {}", 1 << 16)));
-            }
-            if !(alpha.is_finite() && alpha > 0.0) {
-                return Err(Error::adapter("lora_alpha", &alpha, format!("of {name} must be a finite number > 0")));
-            }
-            let per = if self.use_rslora { (r as f64).sqrt() } else { r as f64 };
-            let embeds = embedding == Some(name);
-            let (use_dora, dropout) = (self.use_dora, self.lora_dropout);
-            adapters.insert(name.to_string(), LowRank { r, scale: alpha / per, use_dora, dropout, embeds });
-        }
+        check_embedding(tensors, embedding.filter(|name| chosen.contains(name)))?;
+        let targets = chosen.iter().map(|name| Target { name, embeds: embedding == Some(*name) });
+        let adapters = self.peft_type.plan(self, &targets.collect::<Vec<_>>())?;
         Ok(AdapterPlan { adapters, saved, quantization: self.quantization })
-    }
-
-    /// Refuses an adapter of the embedding where it cannot be had right.
-    fn check_embedding(&self, tensors: &[TensorSpec], chosen: Option<&str>) -> Result<()> {
-        let Some(name) = chosen else { return Ok(()) };
-        let refuse = |why: &str| Err(Error::adapter("target_modules", name, why));
-        if !tensors.iter().any(|spec| spec.role == Role::Head) {
-            return refuse(
-                "the embedding is the output head, too, and PEFT applies such an adapter to one of them alone, so that it could not \
-                 be merged; train it whole: modules_to_save = [\"embed_tokens\"]",
-            );
-        }
-        if self.use_dora {
-            return refuse("use_dora is not for the embedding; leave one of them out");
-        }
-        Ok(())
     }
 
     /// Refuses an adapter of a model with new tokens that would not save their rows.
@@ -236,14 +178,25 @@ impl AdapterConfig {
     }
 }
 
+/// Refuses an adapter of the embedding where it cannot be had right.
+fn check_embedding(tensors: &[TensorSpec], chosen: Option<&str>) -> Result<()> {
+    let Some(name) = chosen else { return Ok(()) };
+    if tensors.iter().any(|spec| spec.role == Role::Head) {
+        return Ok(());
+    }
+    let why = "the embedding is the output head, too, and PEFT applies such an adapter to one of them alone, so that it could not be \
+               merged; train it whole: modules_to_save = [\"embed_tokens\"]";
+    Err(Error::adapter("target_modules", name, why))
+}
+
 /// Numbers by pattern, each of which fits something.
-struct Patterns<T>(Vec<(Regex, T)>);
+pub(super) struct Patterns<T>(Vec<(Regex, T)>);
 
 impl<T: Copy> Patterns<T> {
-    fn new(key: &'static str, patterns: &ByPattern<T>, targets: &[&str]) -> Result<Self> {
+    pub(super) fn new(key: &'static str, patterns: &ByPattern<T>, targets: &[Target]) -> Result<Self> {
         let parsed = |(pattern, value): &(String, T)| {
             let regex = regex(key, pattern, &format!(r"^(?:.*\.)?(?:{pattern})$"))?;
-            if !targets.iter().any(|name| regex.is_match(name)) {
+            if !targets.iter().any(|target| regex.is_match(target.name)) {
                 return Err(Error::adapter(key, pattern, "fits no map that gets an adapter"));
             }
             Ok((regex, *value))
@@ -251,7 +204,7 @@ impl<T: Copy> Patterns<T> {
         Ok(Self(patterns.0.iter().map(parsed).collect::<Result<_>>()?))
     }
 
-    fn of(&self, name: &str) -> Option<T> {
+    pub(super) fn of(&self, name: &str) -> Option<T> {
         self.0.iter().find(|(pattern, _)| pattern.is_match(name)).map(|(_, value)| *value)
     }
 }
@@ -310,9 +263,4 @@ fn ends_with(name: &str, end: &str) -> bool {
 /// The module of a tensor: its name without the last part.
 pub(crate) fn module_of(tensor: &str) -> &str {
     tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
-}
-
-/// The module that a tensor of an adapter stands beside: what its name was made of in [`LowRank`]'s adapter.
-pub fn adapted_module(tensor: &str) -> &str {
-    tensor.split(".lora_").next().unwrap_or_default()
 }

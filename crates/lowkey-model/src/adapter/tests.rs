@@ -14,7 +14,7 @@ use crate::config::ModelConfig;
 use crate::fixtures::{self, distance, normal, scrambled, values};
 use crate::model::CausalLm;
 use crate::objective::{Objective, Term};
-use crate::tensor::{Role, TensorSpec};
+use crate::tensor::{Part, Role, TensorSpec};
 use crate::{Error, ModelDir, Recompute, checkpoint::WeightDtype, ids_tensor};
 
 fn keys(json: serde_json::Value) -> AdapterConfig {
@@ -53,8 +53,8 @@ fn beside(base_dir: &Path, config: &ModelConfig, adapter: &AdapterConfig, seed: 
             tensors += 1;
             let random = normal(seed * 777 + tensors, shape.iter().product());
             match role {
-                Role::LoraA | Role::LoraB => random.iter().map(|x| 0.2 * x).collect(),
-                Role::Magnitude => random.iter().map(|x| 1.0 + 0.3 * x.tanh()).collect(),
+                Role::Adapter(Part::Reads | Part::Writes) => random.iter().map(|x| 0.2 * x).collect(),
+                Role::Adapter(Part::Rows) => random.iter().map(|x| 1.0 + 0.3 * x.tanh()).collect(),
                 _ => base[name].clone(),
             }
         });
@@ -134,7 +134,7 @@ fn gradients_of_adapters_follow_from_those_of_the_merged_matrices() {
                 for (gradient, parameter) in gradients.into_iter().zip(trained) {
                     let found = values(gradient);
                     let module = parameter.name.split(".lora_").next().unwrap();
-                    let LowRank { r, scale, use_dora, .. } = *plan.of(module).unwrap();
+                    let LowRank { r, scale, use_dora, .. } = *plan.of(module).and_then(Planned::as_low_rank).unwrap();
                     let (shape, weight) = &parts[&format!("{module}.weight")];
                     let (d_out, d_in) = (shape[0], shape[1]);
                     let (a, b) =
@@ -157,14 +157,14 @@ fn gradients_of_adapters_follow_from_those_of_the_merged_matrices() {
                         .map(|(i, j)| f64::from(of_merged[i * d_in + j]) * factor(i))
                         .collect();
                     let expected: Vec<f32> = match parameter.role {
-                        Role::LoraA => (0..r)
+                        Role::Adapter(Part::Reads) => (0..r)
                             .flat_map(|k| (0..d_in).map(move |j| (k, j)))
                             .map(|(k, j)| {
                                 (0..d_out).map(|i| f64::from(b[i * r + k]) * d_sum[i * d_in + j]).sum::<f64>()
                             })
                             .map(|x| (scale * x) as f32)
                             .collect(),
-                        Role::LoraB => (0..d_out)
+                        Role::Adapter(Part::Writes) => (0..d_out)
                             .flat_map(|i| (0..r).map(move |k| (i, k)))
                             .map(|(i, k)| {
                                 (0..d_in).map(|j| f64::from(a[k * d_in + j]) * d_sum[i * d_in + j]).sum::<f64>()
@@ -201,7 +201,7 @@ fn an_adapter_comes_back_from_its_directory_and_a_new_one_changes_nothing() {
         let new = logits(&begun, &config);
         // The feed-forward layer is computed step by step beside adapters, and DoRA divides by what it multiplies with.
         assert!(close(&new, &expected, 1e-5), "{kind}");
-        let of_a = begun.trained_parameters().into_iter().find(|p| p.role == Role::LoraA).unwrap();
+        let of_a = begun.trained_parameters().into_iter().find(|p| p.role == Role::Adapter(Part::Reads)).unwrap();
         assert!(values(of_a.value).iter().any(|x| *x != 0.0), "{kind}: B alone is zero");
 
         let model = beside(&base_dir, &config, &adapter, 3, &device);
@@ -282,7 +282,7 @@ fn patterns_choose_as_peft_does_and_what_fits_nothing_is_an_error() {
         "rank_pattern": { "layers.0.self_attn.o_proj": 2, "o_proj": 4, "up_.*": 6 }, "alpha_pattern": { "o_proj": 4.0 },
     }));
     let plan = ranks.plan(&config).unwrap();
-    let of = |name: &str| plan.of(name).map(|low| (low.r, low.scale)).unwrap();
+    let of = |name: &str| plan.of(name).and_then(Planned::as_low_rank).map(|low| (low.r, low.scale)).unwrap();
     assert_eq!(of("model.layers.0.self_attn.o_proj"), (2, 2.0));
     assert_eq!(of("model.layers.1.self_attn.o_proj"), (4, 1.0));
     assert_eq!(of("model.layers.1.mlp.up_proj"), (6, 16.0 / 6.0));

@@ -3,6 +3,7 @@ use std::fs;
 use lowkey_files::companions::TEMPLATES;
 
 use super::*;
+use crate::adapter::{AdapterConfig, companion_dir};
 use crate::attention::AttentionConfig;
 use crate::checksums::{CHECKSUMS, write_checksums};
 use crate::fixtures;
@@ -86,5 +87,48 @@ fn the_model_that_is_read_is_not_replaced() {
     for target in [from.as_path(), from.parent().unwrap(), dir.path()] {
         let why = NewModelDir::begin(target, Kind::Export, true, &source).unwrap_err().to_string();
         assert!(why.contains("the model that is read"), "{why}");
+    }
+}
+
+#[test]
+fn of_an_adapter_each_companion_is_its_own_or_the_bases() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, adapter, to) = (dir.path().join("base"), dir.path().join("adapter"), dir.path().join("to"));
+    let model = saved(&base);
+    fs::create_dir(&adapter).unwrap();
+    let keys = AdapterConfig::all_linear(2);
+    let begun = CausalLm::begin_adapter(&base, &model.config, &keys, 1, &Device::flex()).unwrap();
+    begun.save_adapter(&adapter).unwrap();
+    let write = |dir: &Path, name: &str| fs::write(dir.join(name), format!("{name} of {}", dir.display())).unwrap();
+    for name in ["tokenizer.json", "generation_config.json", "vocab.json"] {
+        write(&base, name);
+    }
+    // Without any of its own all are the base's.
+    let found = ModelDir::open(&adapter).unwrap();
+    let real = base.canonicalize().unwrap();
+    assert_eq!(found.companions().unwrap(), ["generation_config.json", "tokenizer.json", "vocab.json"]);
+    assert_eq!(found.beside(), real);
+    assert_eq!(companion_dir(&adapter, "tokenizer.json").unwrap(), real);
+    for name in ["tokenizer.json", "chat_template.jinja"] {
+        write(&adapter, name);
+    }
+    let found = ModelDir::open(&adapter).unwrap();
+    let own = adapter.canonicalize().unwrap();
+    let all = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "vocab.json"];
+    assert_eq!(found.companions().unwrap(), all);
+    assert_eq!((found.beside(), found.beside_with("generation_config.json")), (&*own, &*real));
+    assert_eq!(companion_dir(&adapter, "tokenizer.json").unwrap(), adapter);
+    assert_eq!(companion_dir(&adapter, "generation_config.json").unwrap(), real);
+    // What is made of it has all of them, and its hashes are those of the files that were taken.
+    let new = NewModelDir::begin(&to, Kind::Model, false, &found).unwrap();
+    new.save(&begun.merged(), WeightDtype::F32, usize::MAX).unwrap();
+    new.carry(&found).unwrap();
+    new.commit().unwrap();
+    let hashes = found.hashes().unwrap();
+    for name in all {
+        let from = if ["tokenizer.json", "chat_template.jinja"].contains(&name) { &adapter } else { &base };
+        assert_eq!(fs::read_to_string(to.join(name)).unwrap(), format!("{name} of {}", from.display()));
+        let hash_of = hash(&from.join(name)).unwrap().sha256;
+        assert_eq!(hashes.iter().find(|file| file.name == name).unwrap().sha256, hash_of, "{name}");
     }
 }

@@ -11,6 +11,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::figures::Figures;
+
 /// What is lost where the margin between two answers is too small. Δ is the log-probability of the chosen answer above that of the
 /// rejected one, less the same of the reference; a bar denotes means over the tokens of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -250,18 +252,18 @@ impl PairFigures {
     pub fn mean_loss(&self) -> f64 {
         self.loss / self.pairs.max(1) as f64
     }
+}
 
-    /// The means, by the names that TRL gives them.
-    pub fn named(&self) -> [(&'static str, f64); 6] {
-        let mean = |sum: f64| sum / self.pairs.max(1) as f64;
-        [
-            ("rewards/chosen", mean(self.rewards[0])),
-            ("rewards/rejected", mean(self.rewards[1])),
-            ("rewards/accuracies", mean(self.preferred as f64)),
-            ("rewards/margins", mean(self.rewards[0] - self.rewards[1])),
-            ("logps/chosen", mean(self.log_p[0])),
-            ("logps/rejected", mean(self.log_p[1])),
-        ]
+/// By the names that TRL gives them.
+impl From<PairFigures> for Figures {
+    fn from(sums: PairFigures) -> Self {
+        Self::default()
+            .with("rewards/chosen", sums.rewards[0])
+            .with("rewards/rejected", sums.rewards[1])
+            .with("rewards/accuracies", sums.preferred as f64)
+            .with_difference("rewards/margins", ["rewards/chosen", "rewards/rejected"])
+            .with("logps/chosen", sums.log_p[0])
+            .with("logps/rejected", sums.log_p[1])
     }
 }
 

@@ -97,8 +97,8 @@ fn a_step_of_pairs_goes_down_the_losses_of_plain_tensors() {
                     "{kind} {loss:?}: {told} {}",
                     figures.loss
                 );
-                let found = learnt.pairs.unwrap();
-                assert_eq!((found.pairs, found.preferred), (2, figures.preferred));
+                let found = learnt.figures.means(&[], figures.pairs);
+                assert_eq!((figures.pairs, found["rewards/accuracies"]), (2, figures.preferred as f64 / 2.0));
                 assert_gradients(&format!("{kind} {loss:?}"), &model, learnt.gradients, expected.clone());
             }
         }
@@ -125,10 +125,15 @@ fn a_model_that_is_its_reference_begins_at_ln_2_to_the_last_bit() {
                     recompute,
                     &device,
                 );
-                let figures = learnt.pairs.unwrap();
+                let Term::Preference(preference) = &terms[0] else { unreachable!() };
+                let (sums, tokens) = model.valid().row_log_probs(pairs.rows(), &Device::flex());
+                let (_, figures) = preference.judge_rows(&sums, &tokens, Some(&reference));
                 assert_eq!(figures.mean_loss(), expected, "{kind} {loss:?} {recompute:?}");
                 assert_eq!(values(learnt.loss.nats), [(2.0 * expected) as f32]);
-                assert_eq!((figures.rewards, figures.preferred), ([0.0; 2], 0));
+                let told = learnt.figures.means(&[], 2);
+                for name in ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"] {
+                    assert_eq!(told[name], 0.0, "{kind} {loss:?} {recompute:?}: {name}");
+                }
             }
         }
     }

@@ -3,7 +3,6 @@
 use lowkey_model::{
     ModelConfig,
     config::{AttentionKind, ModelSection},
-    rope::RopeConfig,
 };
 
 use crate::error::{Error, Result};
@@ -68,31 +67,16 @@ impl Shape {
     /// [`Error::Model`] where `positions` is out of range.
     pub fn config(&self, positions: usize) -> Result<ModelConfig> {
         let section = ModelSection {
-            elastic: None,
-            attention: AttentionKind::Mla,
             vocab_size: Some(self.vocab),
-            hidden_size: self.hidden,
-            num_hidden_layers: self.layers,
-            num_attention_heads: self.heads,
-            num_key_value_heads: None,
-            intermediate_size: self.feed_forward,
             max_position_embeddings: Some(positions),
             kv_lora_rank: Some(self.rank),
-            q_lora_rank: None,
             qk_nope_head_dim: Some(self.nope),
             qk_rope_head_dim: Some(self.rope),
             v_head_dim: Some(self.value),
-            head_dim: None,
-            partial_rotary_factor: None,
-            qk_norm: false,
-            attention_bias: false,
-            latent_scale: false,
             // The convention that takes fewest instructions elsewhere, so that no comparison is about the other one.
             rope_interleave: false,
-            rope_parameters: RopeConfig::default(),
-            rms_norm_eps: 1e-6,
-            tie_word_embeddings: false,
             initializer_range: Some(0.02),
+            ..ModelSection::new(AttentionKind::Mla, self.layers, [self.hidden, self.heads, self.feed_forward])
         };
         Ok(section.resolve(self.vocab, positions)?.0)
     }

@@ -4,12 +4,15 @@ use burn::module::Module;
 use burn::tensor::Device;
 use lowkey_batch::Batch;
 use lowkey_model::CausalLm;
-use lowkey_model::objective::preference::Preference;
+use lowkey_model::objective::{
+    Figures,
+    preference::{PairFigures, Preference},
+};
 
 use super::{Evaluation, Looks, look};
 use crate::error::Result;
 use crate::other_model::Counterpart;
-use crate::workers::{Workers, joined};
+use crate::workers::Workers;
 
 /// Evaluates a model on pairs of answers, as a run that learns from them minimises their loss.
 ///
@@ -30,14 +33,18 @@ pub(crate) fn evaluate_pairs(
         preference.judge_rows(&sums, &tokens, reference.as_deref()).1
     });
     reference.map_or(Ok(()), Counterpart::in_order)?;
-    let figures = joined(figures.into_iter().map(Some)).unwrap_or_default();
+    let add = |mut sum: PairFigures, more| {
+        sum.add(more);
+        sum
+    };
+    let figures = figures.into_iter().reduce(add).unwrap_or_default();
     let Looks { max_logit, latents } = look(&model, batches.first(), &device)?;
     Ok(Evaluation {
         loss: figures.mean_loss(),
         tokens: batches.iter().map(Batch::target_tokens).sum(),
         max_logit,
         latents,
-        pairs: figures.named().into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        pairs: Figures::from(figures).means(&[], figures.pairs),
         ..Evaluation::default()
     })
 }

@@ -1,5 +1,8 @@
 use burn::tensor::{Device, TensorData};
-use lowkey_model::{CausalLm, ModelConfig, tensor::Role};
+use lowkey_model::{
+    CausalLm, ModelConfig,
+    tensor::{Part, Role},
+};
 
 use lowkey_kernels::optim::clip_factor;
 
@@ -103,7 +106,7 @@ fn in_layers() -> Vec<Parameter> {
     vec![
         parameter("model.embed_tokens.weight", Role::Embedding),
         parameter("model.layers.0.self_attn.o_proj.weight", Role::Residual),
-        parameter("model.layers.0.self_attn.o_proj.lora_A.weight", Role::LoraA),
+        parameter("model.layers.0.self_attn.o_proj.lora_A.weight", Role::Adapter(Part::Reads)),
         parameter("model.layers.2.mlp.down_proj.weight", Role::Residual),
         parameter("model.layers.2.input_layernorm.weight", Role::Norm),
         parameter("model.norm.weight", Role::Norm),

@@ -51,17 +51,26 @@ fn pairs_stay_together_however_a_step_is_divided() {
         Workers::new(threads, micro_batch).unwrap().gradients(&model, &batch, settings, &device)
     };
     let whole = step(1, 12, Recompute::None);
-    let figures = whole.pairs.unwrap();
-    assert_eq!((whole.targets, figures.pairs), (6, 6));
-    assert!((whole.loss().unwrap() - figures.mean_loss()).abs() < 1e-6);
+    let figures = whole.figures.means(&[], 6);
+    assert_eq!(whole.targets, 6);
+    let judge = |rows| {
+        let Term::Preference(preference) = &terms[0] else { unreachable!() };
+        let (sums, tokens) = model.valid().row_log_probs(rows, &Device::flex());
+        preference.judge_rows(&sums, &tokens, Some(&reference.measures(rows))).1
+    };
+    let judged = judge(batch.all());
+    assert!((whole.loss().unwrap() - judged.mean_loss()).abs() < 1e-6);
+    assert_eq!((judged.pairs, judged.preferred as f64 / 6.0), (6, figures["rewards/accuracies"]));
     for (threads, micro_batch, recompute) in
         [(1, 2, Recompute::None), (2, 12, Recompute::None), (3, 8, Recompute::Block), (5, 4, Recompute::None)]
     {
         let found = step(threads, micro_batch, recompute);
         let case = format!("{threads} threads, passes of {micro_batch}");
-        let pairs = found.pairs.unwrap();
-        assert_eq!((pairs.pairs, pairs.preferred), (6, figures.preferred), "{case}");
-        assert!((pairs.loss - figures.loss).abs() < 1e-5, "{case}");
+        assert!((found.loss().unwrap() - whole.loss().unwrap()).abs() < 1e-6, "{case}");
+        let told = found.figures.means(&[], found.targets);
+        assert_eq!((found.targets, told["rewards/accuracies"]), (6, figures["rewards/accuracies"]), "{case}");
+        assert!(told.keys().eq(figures.keys()), "{case}");
+        assert!(told.values().zip(figures.values()).all(|(a, b)| (a - b).abs() < 1e-5), "{case}: {told:?} {figures:?}");
         for (found, expected) in found.gradients.iter().zip(&whole.gradients) {
             let (found, expected) = (crate::fixtures::values(found), crate::fixtures::values(expected));
             let size = expected.iter().fold(1e-4f32, |m, x| m.max(x.abs()));
@@ -84,11 +93,11 @@ fn a_run_on_pairs_begins_at_ln_2_and_learns_which_answer_was_chosen() {
         let mut seen = Vec::new();
         for step in 0..30 {
             let taken = settings.step(&mut world, &pairs(8, step), step, 1e-2, None).unwrap();
-            seen.push(taken.pairs.unwrap());
+            seen.push(taken.wait(&world.main().model).unwrap());
         }
-        assert_eq!((seen[0].pairs, seen[0].mean_loss()), (4, std::f64::consts::LN_2), "{members} members");
+        assert_eq!(seen[0].loss, f64::from(std::f32::consts::LN_2), "{members} members");
         let last = seen.last().unwrap();
-        assert!(last.mean_loss() < 0.3 && last.preferred == 4, "{members} members: {last:?}");
+        assert!(last.loss < 0.3 && last.named["rewards/accuracies"] == 1.0, "{members} members: {last:?}");
         assert!(world.agree());
     }
 }

@@ -13,6 +13,17 @@ use crate::error::{Error, Result};
 /// The key, as messages call it.
 const KEY: &str = "training.trainable";
 
+/// What a run does with the weights of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Weights {
+    /// Numbers that it does not train,
+    pub(crate) frozen: usize,
+    /// and of adapters that it trains beside them.
+    pub(crate) added: usize,
+    /// Bytes that frozen matrices take less because they are packed.
+    pub(crate) spared: usize,
+}
+
 impl RunConfig {
     /// The patterns of [`TrainingSection::trainable`](super::TrainingSection::trainable); `None`: everything is trained.
     ///
@@ -45,12 +56,13 @@ impl RunConfig {
         Ok(model.with_trained(|spec| patterns.iter().any(|pattern| pattern.matches(&spec.name))))
     }
 
-    /// Numbers of the model that the run does not train, and those of adapters that it trains beside them.
-    pub(crate) fn frozen_and_added(&self, model: &ModelConfig) -> (usize, usize) {
+    /// What a run does with the weights of a model.
+    pub(crate) fn weights(&self, model: &ModelConfig) -> Weights {
         let tensors = model.tensors();
         let (trained, plan) = self.trained(model);
         let frozen = tensors.iter().filter(|spec| !trained(spec)).map(|spec| spec.shape.iter().product::<usize>());
-        (frozen.sum(), plan.map_or(0, |plan| plan.numbers(&tensors)))
+        let (added, spared) = plan.map_or((0, 0), |plan| (plan.numbers(&tensors), plan.bytes_spared(&tensors)));
+        Weights { frozen: frozen.sum(), added, spared }
     }
 
     /// Which of a model's tensors the run trains, and its adapters. Whoever starts the run says what is wrong with either.

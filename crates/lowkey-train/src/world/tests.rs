@@ -62,6 +62,40 @@ fn replicas_have_the_gradients_of_the_whole_batch_each() {
 }
 
 #[test]
+fn figures_of_members_are_added_up_where_they_lie() {
+    let batch = uneven_batch(6, 13, VOCAB, 1);
+    for count in [1, 2, 3] {
+        let world = world(count, OptimizerKind::AdamW);
+        let tensor = |x: f32| Tensor::<1>::from_floats([x], &Device::flex());
+        // As if a term had told them: each member two passes.
+        let of_pass = |x: f64| {
+            let host =
+                Figures::default().with("host", x).with("half", 0.5 * x).with_difference("above", ["host", "half"]);
+            host.with_tensor("tensor", tensor(3.0 * x as f32)).with_tensor("other", tensor(-1.0))
+        };
+        let own = |(i, replica): (usize, &Replica)| {
+            let mut own = replica.workers.gradients(&replica.model, &batch, passes(6), &replica.device);
+            own.figures.add(of_pass(1.0 + i as f64));
+            own.figures.add(of_pass(10.0));
+            own
+        };
+        let own: Vec<StepGradients> = world.members().iter().enumerate().map(own).collect();
+        let alone = bits(&own[0].gradients);
+        let all = if count == 1 { own } else { world.reduced(own).unwrap() };
+        assert_eq!(all.len(), count);
+        let sum = (1..=count).sum::<usize>() as f64 + 10.0 * count as f64;
+        for found in all {
+            let read: Vec<f32> = found.figures.on_device().iter().flat_map(values).collect();
+            assert_eq!(read, [3.0 * sum as f32, -2.0 * count as f32], "{count} members");
+            let means = found.figures.means(&read, 4);
+            assert_eq!((means["host"], means["above"], means["tensor"]), (sum / 4.0, sum / 8.0, 3.0 * sum / 4.0));
+            assert_eq!(found.gradients.len(), world.main().model.trained_parameters().len());
+            assert!(count > 1 || bits(&found.gradients) == alone);
+        }
+    }
+}
+
+#[test]
 fn replicas_stay_equal_to_the_last_bit() {
     for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
         let mut world = world(3, kind);

@@ -92,26 +92,18 @@ pub(crate) struct BenchTrainArguments {
     pub(crate) json: bool,
 }
 
+/// The model whose cache is measured.
 #[derive(Debug, Args)]
-pub(crate) struct BenchDecodeArguments {
+pub(crate) struct BenchCacheArguments {
     /// A model directory [default: a shape with random weights]
     #[arg(value_name = "MODEL", conflicts_with = "shape")]
     pub(crate) model: Option<PathBuf>,
     /// The model: d256, d512, d768 or d1536
     #[arg(long, default_value = "d256", value_name = "NAME")]
     pub(crate) shape: String,
-    /// Tokens in the cache before the first step
-    #[arg(long, default_values_t = [512, 4096], value_delimiter = ',', value_name = "N,…")]
-    pub(crate) context: Vec<usize>,
-    /// Steps to time, of one token per sequence; a way that takes longer than 20 s ends with fewer
-    #[arg(long, default_value_t = 64, value_name = "N")]
-    pub(crate) new: usize,
     /// Sequences at a time
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) batch: usize,
-    /// How attention is computed in the steps: expanded, absorbed, fused [default: all that the model has]
-    #[arg(long, value_delimiter = ',', value_name = "FORM,…")]
-    pub(crate) way: Vec<String>,
     /// How the cache stores its numbers: f32, bf16, f16 or int8
     #[arg(long, default_value = "f32", value_name = "DTYPE")]
     pub(crate) cache_dtype: String,
@@ -124,37 +116,36 @@ pub(crate) struct BenchDecodeArguments {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct BenchDecodeArguments {
+    #[command(flatten)]
+    pub(crate) over: BenchCacheArguments,
+    /// Tokens in the cache before the first step
+    #[arg(long, default_values_t = [512, 4096], value_delimiter = ',', value_name = "N,…")]
+    pub(crate) context: Vec<usize>,
+    /// Steps to time, of one token per sequence; a way that takes longer than 20 s ends with fewer
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub(crate) new: usize,
+    /// How attention is computed in the steps: expanded, absorbed, fused [default: all that the model has]
+    #[arg(long, value_delimiter = ',', value_name = "FORM,…")]
+    pub(crate) way: Vec<String>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct BenchPrefillArguments {
-    /// A model directory [default: a shape with random weights]
-    #[arg(value_name = "MODEL", conflicts_with = "shape")]
-    pub(crate) model: Option<PathBuf>,
-    /// The model: d256, d512, d768 or d1536
-    #[arg(long, default_value = "d256", value_name = "NAME")]
-    pub(crate) shape: String,
+    #[command(flatten)]
+    pub(crate) over: BenchCacheArguments,
     /// Tokens of a prompt
     #[arg(long, default_values_t = [512, 4096], value_delimiter = ',', value_name = "N,…")]
     pub(crate) context: Vec<usize>,
     /// Rounds to time; a length that takes longer than 60 s ends with fewer
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub(crate) rounds: usize,
-    /// Prompts at a time
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    pub(crate) batch: usize,
     /// Most tokens of a prompt that go through the model at once
     #[arg(long, default_value_t = 512, value_name = "N")]
     pub(crate) chunk: usize,
     /// How attention is computed: auto, expanded, absorbed, fused
     #[arg(long, default_value = "auto", value_delimiter = ',', value_name = "FORM,…")]
     pub(crate) way: Vec<String>,
-    /// How the cache stores its numbers: f32, bf16, f16 or int8
-    #[arg(long, default_value = "f32", value_name = "DTYPE")]
-    pub(crate) cache_dtype: String,
-    /// Threads [default: one per core]
-    #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<usize>,
-    /// Print JSON
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

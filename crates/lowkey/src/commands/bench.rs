@@ -1,7 +1,5 @@
 //! `lowkey bench`.
 
-use std::path::Path;
-
 use burn::tensor::Device;
 use lowkey_infer::{CacheDtype, Form};
 use lowkey_kernels::Precision;
@@ -13,8 +11,8 @@ use lowkey_train::bench::{
 
 use super::WrongUse;
 use crate::cli::{
-    BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchPrefillArguments, BenchStepArguments,
-    BenchTrainArguments,
+    BenchCacheArguments, BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchPrefillArguments,
+    BenchStepArguments, BenchTrainArguments,
 };
 use crate::output::{bytes, count, pairs, say, say_json, table};
 use crate::progress::{Measuring, spaced};
@@ -30,12 +28,12 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Decode(arguments) => {
             let (subject, options) = decode_subject(&arguments)?;
             let figures = bench::decode(subject, &options, observe);
-            report(bar, figures, arguments.json, decode_text)
+            report(bar, figures, arguments.over.json, decode_text)
         }
         BenchCommand::Prefill(arguments) => {
             let (subject, options) = prefill_subject(&arguments)?;
             let figures = bench::prefill(subject, &options, observe);
-            report(bar, figures, arguments.json, prefill_text)
+            report(bar, figures, arguments.over.json, prefill_text)
         }
         BenchCommand::Ops(BenchOpsArguments { step, steps, warmup, json }) => {
             let figures = bench::ops(&OpsOptions { step: options(step, steps, warmup) }, observe);
@@ -114,11 +112,10 @@ fn train_text(f: &TrainFigures) -> String {
 
 /// The model to decode with, and how.
 fn decode_subject(arguments: &BenchDecodeArguments) -> anyhow::Result<(Subject, DecodeOptions)> {
-    let BenchDecodeArguments { model, shape, context, new, batch, way, cache_dtype, threads, json: _ } = arguments;
+    let BenchDecodeArguments { over, context, new, way } = arguments;
     let positions = context.iter().max().map_or(1, |longest| longest.saturating_add(*new));
-    let (subject, ways, cache_dtype) =
-        decoding(model.as_deref(), shape, [*batch, positions], Ways { asked: way, auto: false }, cache_dtype)?;
-    let (contexts, new, batch, threads) = (context.clone(), *new, *batch, *threads);
+    let (subject, ways, cache_dtype) = decoding(over, positions, Ways { asked: way, auto: false })?;
+    let (contexts, new, batch, threads) = (context.clone(), *new, over.batch, over.threads);
     Ok((subject, DecodeOptions { batch, contexts, new, ways, cache_dtype, threads }))
 }
 
@@ -128,15 +125,14 @@ struct Ways<'a> {
     auto: bool,
 }
 
-/// A model of a directory or a shape, for so many sequences of so many tokens, with the ways to be measured of it, all where none is asked
-/// for, and what these need.
+/// A model of a directory or a shape, for sequences of so many tokens, with the ways to be measured of it, all where none is asked for, and
+/// what these need.
 fn decoding(
-    model: Option<&Path>,
-    shape: &str,
-    [batch, positions]: [usize; 2],
+    over: &BenchCacheArguments,
+    positions: usize,
     ways: Ways,
-    cache_dtype: &str,
 ) -> anyhow::Result<(Subject, Vec<Form>, CacheDtype)> {
+    let BenchCacheArguments { model, shape, batch, cache_dtype, threads: _, json: _ } = over;
     let wrong = |flag: &str, value: &str, e: &dyn std::fmt::Display| WrongUse(format!("{flag} {value}: {e}"));
     let cache_dtype: CacheDtype = cache_dtype.parse().map_err(|e| wrong("--cache-dtype", cache_dtype, &e))?;
     let parsed = ways.asked.iter().map(|way| way.parse().map_err(|e| wrong("--way", way, &e)));
@@ -147,7 +143,7 @@ fn decoding(
             let model = super::load_model(path, &device)?;
             Subject { name: path.display().to_string(), model, fused: Vec::new() }
         }
-        None => Subject::shape(shape, batch, positions)?,
+        None => Subject::shape(shape, *batch, positions)?,
     };
     let attention = subject.model.config.attention();
     let mut forms = vec![Form::Expanded];
@@ -168,12 +164,10 @@ fn decoding(
 
 /// The model whose prompts are measured, and how.
 fn prefill_subject(arguments: &BenchPrefillArguments) -> anyhow::Result<(Subject, PrefillOptions)> {
-    let BenchPrefillArguments { model, shape, context, rounds, batch, chunk, way, cache_dtype, threads, json: _ } =
-        arguments;
+    let BenchPrefillArguments { over, context, rounds, chunk, way } = arguments;
     let positions = context.iter().max().copied().unwrap_or(1);
-    let (subject, ways, cache_dtype) =
-        decoding(model.as_deref(), shape, [*batch, positions], Ways { asked: way, auto: true }, cache_dtype)?;
-    let (contexts, rounds, batch, chunk, threads) = (context.clone(), *rounds, *batch, *chunk, *threads);
+    let (subject, ways, cache_dtype) = decoding(over, positions, Ways { asked: way, auto: true })?;
+    let (contexts, rounds, batch, chunk, threads) = (context.clone(), *rounds, over.batch, *chunk, over.threads);
     Ok((subject, PrefillOptions { batch, contexts, chunk, rounds, ways, cache_dtype, threads }))
 }
 

@@ -12,7 +12,7 @@ use lowkey_data::{
     prepare,
     sampler::validation_batches,
 };
-use lowkey_model::{CausalLm, adapter::companions_dir};
+use lowkey_model::{CausalLm, adapter::companion_dir};
 use lowkey_train::{
     evaluate,
     evaluate::{Evaluation, Held},
@@ -126,7 +126,10 @@ fn on_task(
     }
     let dir = arguments.model.display();
     let fits = match corpus.tokenizer() {
-        Some(own) => Tokenizer::from_model_dir(&companions_dir(&arguments.model)?)?.fingerprint() == own.fingerprint(),
+        Some(own) => {
+            let beside = companion_dir(&arguments.model, "tokenizer.json")?;
+            Tokenizer::from_model_dir(&beside)?.fingerprint() == own.fingerprint()
+        }
         // Widths alone may agree by chance; a model of words has a tokenizer.
         None => corpus.width() <= model.config.vocab_size && !arguments.model.join("tokenizer.json").exists(),
     };

@@ -6,7 +6,7 @@ use std::path::Path;
 use lowkey_data::chat::{ChatTemplate, Conversation, Options};
 use lowkey_data::{Generation, Tokenizer};
 use lowkey_infer::{CacheDtype, Finish, Form, GenerateConfig, SamplingConfig, Weights};
-use lowkey_model::adapter::companions_dir;
+use lowkey_model::adapter::companion_dir;
 use serde_json::json;
 
 use super::WrongUse;
@@ -33,8 +33,9 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let device = super::open_device(&arguments.device)?;
     let tokenizer = super::open_tokenizer(&arguments.model, arguments.add_special_tokens)?;
     let whole = super::load_model(&arguments.model, &device)?;
-    let beside = companions_dir(&arguments.model)?;
-    let declared = Generation::from_model_dir(&beside, Some(&tokenizer))?;
+    let beside = companion_dir(&arguments.model, "tokenizer.json")?;
+    let settings = companion_dir(&arguments.model, "generation_config.json")?;
+    let declared = Generation::from_model_dir(&settings, Some(&tokenizer))?;
     // Weights that were fused are of the whole latent.
     let fused = match arguments.kv_rank {
         None => super::export::fused_weights(&arguments.model, &whole, &device)?,

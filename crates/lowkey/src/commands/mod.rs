@@ -22,7 +22,7 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
-use lowkey_model::{CausalLm, ModelDir, adapter::companions_dir};
+use lowkey_model::{CausalLm, ModelDir, adapter::companion_dir};
 
 use crate::cli::{Arguments, Command, DataCommand, DeviceArgument, LabCommand};
 use crate::output::{complain, work_goes_on};
@@ -52,7 +52,7 @@ fn load_model(dir: &Path, device: &Device) -> anyhow::Result<CausalLm> {
 
 /// The tokenizer of a model directory, with the special tokens around a text or without as the command line says.
 fn open_tokenizer(dir: &Path, add_special_tokens: Option<bool>) -> anyhow::Result<Tokenizer> {
-    let dir = &companions_dir(dir)?;
+    let dir = &companion_dir(dir, "tokenizer.json")?;
     let tokenizer = Tokenizer::from_model_dir(dir)?;
     if add_special_tokens.is_none()
         && let Some(note) = lowkey_train::setup::special_tokens_note(dir, &tokenizer, "--add-special-tokens false")

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::{KEYS, QUERIES, Rows, Sight, key_blocks};
 use crate::cpu::parts::Parts;
 use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
-use crate::cpu::vector::{exp_shifted, max, scale};
+use crate::cpu::vector::{exp_shifted, max, max_of_finite, scale};
 
 /// Queries that a block of keys is made for at once: as many as leave their sums in a core's second cache beside it.
 const SPAN: usize = 12 * QUERIES;
@@ -147,7 +147,7 @@ impl Sizes {
 }
 
 /// Writes `out [batch, seq, heads, value]` and `told [batch, heads, seq]`, the log-sum-exp of each query's scores. Without `out`, the
-/// largest of each query's scores instead, and nothing more is computed.
+/// largest of each query's scores instead, or NaN where one of them is not finite, and nothing more is computed.
 pub(crate) fn forward(sizes: Sizes, reads: Reads, out: Option<&mut [f32]>, told: &mut [f32]) {
     let Sizes { batch, seq, heads, .. } = sizes;
     let arch = Arch::new();
@@ -293,18 +293,22 @@ impl WithSimd for Head<'_> {
                             row.fill(0.0);
                             continue;
                         }
+                        if out.is_none() {
+                            let largest = max_of_finite(&row[from..to]);
+                            // What is none stays none.
+                            top[i] = if top[i].is_nan() || largest < top[i] { top[i] } else { largest };
+                            continue;
+                        }
                         // Whole vectors: what is masked is −∞ for the maximum and 0 for the sum.
                         let whole = to.next_multiple_of(LANES);
                         row[..from].fill(f32::NEG_INFINITY);
                         row[to..whole].fill(f32::NEG_INFINITY);
                         let highest = max(&row[..whole]).max(top[i]);
-                        if out.is_some() {
-                            let shrink = if top[i] == f32::NEG_INFINITY { 0.0 } else { (top[i] - highest).exp() };
-                            mass[i] = mass[i] * shrink + exp_shifted(&mut row[..whole], highest);
-                            row[..from].fill(0.0);
-                            row[to..].fill(0.0);
-                            scale(&mut sums[i * width..(i + 1) * width], shrink);
-                        }
+                        let shrink = if top[i] == f32::NEG_INFINITY { 0.0 } else { (top[i] - highest).exp() };
+                        mass[i] = mass[i] * shrink + exp_shifted(&mut row[..whole], highest);
+                        row[..from].fill(0.0);
+                        row[to..].fill(0.0);
+                        scale(&mut sums[i * width..(i + 1) * width], shrink);
                         top[i] = highest;
                     }
                     if out.is_some() {

@@ -109,15 +109,9 @@ impl MlaConfig {
         Self { latent_scale: false, kv_cache_rank: None, ..self.clone() }
     }
 
-    /// Whether there is a fused form: nothing stands between the latent and its readers, and queries are a linear map without a bias,
-    /// for which the multiplied weights have no place.
+    /// Whether there is a fused form, in which W_UK is multiplied into the map of the queries and W_UV into W_O: nothing but linear maps
+    /// of a head stands between these, and queries have no bias, for which the multiplied weights have no place.
     pub fn fuses(&self) -> bool {
-        self.reads_linearly() && !self.query_bias
-    }
-
-    /// Whether W_UK can be multiplied into the map of the queries and W_UV into W_O: nothing but linear maps of a head stands between.
-    /// Where it is not so, there is no readout of the latent in terms of weights alone.
-    pub fn reads_linearly(&self) -> bool {
         // Every option by its name: a new one must say here whether it stands between.
         let Self {
             q_lora_rank: _,
@@ -130,6 +124,30 @@ impl MlaConfig {
             // Before the latent and before its readers.
             latent_scale: _,
             latent_norm: _,
+            query_bias,
+            rope_interleave: _,
+            rope_pairs: _,
+            kv_cache_rank: _,
+        } = self;
+        !*query_bias
+    }
+
+    /// Whether what is read of a latent is a matter of weights alone: keys and values are linear maps of it, and so is what the layer
+    /// makes of the values. Conversions and spectra ask.
+    pub fn reads_linearly(&self) -> bool {
+        // Every option by its name: a new one must say here whether more than weights reads.
+        let Self {
+            q_lora_rank: _,
+            kv_lora_rank: _,
+            qk_nope_head_dim: _,
+            qk_rope_head_dim: _,
+            v_head_dim: _,
+            // Beside the latent and its readers.
+            attention_bias: _,
+            // Before the latent and before its readers.
+            latent_scale: _,
+            latent_norm: _,
+            // Of what reads, and a weight, too.
             query_bias: _,
             rope_interleave: _,
             rope_pairs: _,

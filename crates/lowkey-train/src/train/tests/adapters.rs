@@ -132,7 +132,8 @@ fn the_plan_of_an_adapter_counts_its_base_without_gradients_and_moments() {
             trained.parameters().iter().filter(|p| keep(p)).map(|p| p.shape.iter().product::<usize>()).sum()
         };
         let (frozen, added) = (count(&|p| !p.trainable), count(&|p| p.role.is_adapter()));
-        assert_eq!(config.frozen_and_added(&model), (frozen, added), "{more}");
+        let weights = config.weights(&model);
+        assert_eq!((weights.frozen, weights.added), (frozen, added), "{more}");
         // In a model as small as this the activations are the most of what gradients follow on.
         let bytes = |config: &RunConfig| train_bytes(config, &model, 2) as i64;
         let whole = RunConfig { adapter: None, ..config.clone() };

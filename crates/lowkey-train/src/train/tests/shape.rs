@@ -1,7 +1,7 @@
 //! Runs that change the shape of the model they start from, and adapters that leave numbers out.
 
 use lowkey_data::Tokenizer;
-use lowkey_model::adapter::Draws;
+use lowkey_model::{ModelDir, adapter::Draws};
 
 use super::adapters::{ADAPTER, beside};
 use super::*;
