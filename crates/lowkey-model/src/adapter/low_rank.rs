@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
+use lowkey_kernels::adapted::{AdaptedMatrix, adapted_linear};
 use lowkey_kernels::{add_linear, embed, linear};
 
 use super::dropout::{Draws, Dropout};
@@ -80,6 +81,13 @@ impl Adapter {
         }
     }
 
+    /// Both matrices beside `weight`, where W' is the sum and no more, for as long as nothing is left out.
+    pub(crate) fn beside(&self, weight: &Weight) -> Option<AdaptedMatrix> {
+        let plain = self.magnitude.is_none() && !self.dropout.is_on();
+        let weight = plain.then(|| weight.frozen())??;
+        Some(AdaptedMatrix { weight, a: self.lora_a.val(), b: self.lora_b.val(), scale: self.scale })
+    }
+
     /// `residual + x W'ᵀ (+ b)`, without W': the product with B·A goes through r numbers.
     ///
     /// # Shapes
@@ -92,6 +100,13 @@ impl Adapter {
         weight: &Weight,
         bias: Option<Tensor<1>>,
     ) -> Tensor<3> {
+        if let Some(map) = self.beside(weight) {
+            let y = adapted_linear(residual, x.value, x.made, map);
+            return match bias {
+                Some(bias) => y + bias.unsqueeze::<3>(),
+                None => y,
+            };
+        }
         let (heard, low) = match self.dropout.is_on() {
             false => (None, x.by(self.lora_a.val())),
             true => {
