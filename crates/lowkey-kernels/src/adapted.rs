@@ -39,7 +39,7 @@ pub struct AdaptedMatrix {
 }
 
 impl AdaptedMatrix {
-    fn map(self) -> Map<Dispatch> {
+    pub(crate) fn map(self) -> Map<Dispatch> {
         let Self { weight, a, b, scale } = self;
         Map { weight: weight.into_dispatch(), a: a.into_dispatch(), b: b.into_dispatch(), scale }
     }

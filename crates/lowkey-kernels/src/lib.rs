@@ -106,7 +106,7 @@ mod swiglu;
 
 pub use causal_attention::causal_attention;
 pub use embedding::embed;
-pub use latent_attention::{LatentWeights, MlaDims, latent_attention};
+pub use latent_attention::{LatentWeights, MadeQueries, MlaDims, latent_attention, latent_attention_of};
 pub use linear::{add_linear, linear};
 pub use norm::rms_norm;
 pub use precision::Precision;

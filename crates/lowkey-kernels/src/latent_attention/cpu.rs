@@ -142,13 +142,14 @@ struct LatentArguments {
 
 impl LatentArguments {
     fn new(inputs: LatentInputs<Flex>) -> Self {
-        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims: mla, precision } = inputs;
+        let LatentInputs { q, made, kv_a, norm, kv_b, cos, sin, starts, dims: mla, precision } = inputs;
         let [batch, seq, ..] = dims::<4>(&q);
         let MlaDims { heads, nope, rope, value, rank, scale, latent_scale, latent_eps, interleave } = mla;
         let attention = Dims { batch, seq, heads, groups: heads, nope, rope, value, scale: scale as f32 };
         let (latent_scale, eps) = (latent_scale as f32, latent_eps as f32);
         let inputs = LatentInputs {
             q: q.to_contiguous(),
+            made,
             kv_a: kv_a.to_contiguous(),
             norm: norm.to_contiguous(),
             kv_b: kv_b.to_contiguous(),

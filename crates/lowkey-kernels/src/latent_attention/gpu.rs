@@ -52,9 +52,9 @@ impl Latent {
 }
 
 fn contiguous(inputs: LatentInputs<CubeBackend>) -> LatentInputs<CubeBackend> {
-    let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
+    let LatentInputs { q, made, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
     let [q, kv_a, norm, kv_b, cos, sin, starts] = [q, kv_a, norm, kv_b, cos, sin, starts].map(into_contiguous);
-    LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision }
+    LatentInputs { q, made, kv_a, norm, kv_b, cos, sin, starts, dims, precision }
 }
 
 impl LatentAttentionOps for CubeBackend {
@@ -79,7 +79,7 @@ impl LatentAttentionGradients for CubeBackend {
         let inputs = contiguous(inputs);
         let [batch, seq, width] = dims::<3>(&inputs.kv_a);
         let Latent { c_kv, kv, k_pe, rows, shape } = Latent::new(&inputs);
-        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
+        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision, .. } = inputs;
         let sizes = Attention::new(&q, &kv, shape);
         let state = AttentionState { q, kv, k_pe, starts, out, lse, shape };
         let [d_q, d_kv, d_pe] = sizes.backward(state, into_contiguous(grad));
