@@ -332,6 +332,9 @@ fn resolve_model(
         };
         return Err(Error::config("data.seq_len", seq_len, why));
     }
+    if config.init.as_ref().is_some_and(|init| init.packed_by_adapter) {
+        notes.push("adapter.quantization: the key stands in [init] now, and means there what it meant here".to_owned());
+    }
     notes.extend(config.without_effect(!model.elastic_ranks().is_empty()));
     Ok((model, notes))
 }
