@@ -94,6 +94,13 @@ impl Generation {
         self
     }
 
+    /// Ending at another token as well, behind those that it ends at already.
+    #[must_use]
+    pub fn ending_at(mut self, id: Option<u32>) -> Self {
+        self.ends.extend(id.filter(|id| !self.ends.contains(id)));
+        self
+    }
+
     /// What to write as `generation_config.json` beside a model: all that the file said, and every token that ends a text, so
     /// that programs that look at this file alone stop where this one does.
     pub fn to_json(&self) -> Value {

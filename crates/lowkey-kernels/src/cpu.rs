@@ -5,6 +5,7 @@
 
 pub(crate) mod gemm;
 pub(crate) mod linear;
+pub(crate) mod narrow;
 pub(crate) mod parts;
 pub(crate) mod tensors;
 pub(crate) mod tile;

@@ -27,6 +27,11 @@ pub(crate) fn random<const D: usize>(shape: [usize; D], spread: f64) -> Tensor<D
     Tensor::random(shape, Distribution::Normal(0.0, spread), &device()).require_grad()
 }
 
+/// The same numbers outside every graph.
+pub(crate) fn frozen<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    tensor.without_autodiff().autodiff()
+}
+
 pub(crate) fn mlp(d: usize, f: usize) -> MlpWeights {
     MlpWeights { norm: random([d], 1.0), gate: random([f, d], 0.5), up: random([f, d], 0.5), down: random([d, f], 0.5) }
 }

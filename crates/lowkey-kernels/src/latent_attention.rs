@@ -12,8 +12,8 @@ mod tests;
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Tensor};
 
-pub use self::arguments::{LatentWeights, MlaDims};
-use self::autodiff::{LatentAttentionOps, LatentInputs};
+pub use self::arguments::{LatentWeights, MadeQueries, MlaDims};
+use self::autodiff::{LatentAttentionOps, LatentInputs, Queries};
 use crate::causal_attention::starts_tensor;
 use crate::precision;
 
@@ -28,6 +28,21 @@ use crate::precision;
 /// `document_starts` of length `batch · seq` → `[batch, seq, H·V]`.
 pub fn latent_attention(
     q: Tensor<4>,
+    kv_a: Tensor<3>,
+    weights: LatentWeights,
+    document_starts: &[u32],
+    dims: MlaDims,
+) -> Tensor<3> {
+    latent_attention_of(q, None, kv_a, weights, document_starts, dims)
+}
+
+/// [`latent_attention`] of queries that are what `made` says: they are not kept for the backward pass, which forms them anew.
+///
+/// # Shapes
+/// As there.
+pub fn latent_attention_of(
+    q: Tensor<4>,
+    made: Option<MadeQueries>,
     kv_a: Tensor<3>,
     weights: LatentWeights,
     document_starts: &[u32],
@@ -52,6 +67,7 @@ pub fn latent_attention(
     let LatentWeights { norm, kv_b, cos, sin } = weights;
     Tensor::from_dispatch(Dispatch::latent_attention(LatentInputs {
         q: q.into_dispatch(),
+        made: made.map_or(Queries::Kept, |MadeQueries { map, of }| Queries::Made { map: map.map(), of: of.recall() }),
         kv_a: kv_a.into_dispatch(),
         norm: norm.into_dispatch(),
         kv_b: kv_b.into_dispatch(),

@@ -5,7 +5,8 @@
 //! functions and never touches a backend primitive.
 //!
 //! **Main functions.** [`linear`], [`add_linear`], [`rms_norm`], [`rotate`], [`latent_attention`], [`causal_attention`],
-//! [`mlp::gated_mlp`], the [`loss`]es for training; [`recalled`] for maps that adapters stand beside;
+//! [`mlp::gated_mlp`], the [`loss`]es for training; [`adapted`] for maps with an adapter beside them, [`recalled`] where that
+//! adapter is more than two factors;
 //! [`cache::absorbed_attention`], [`cache::expanded_attention`] and [`cache::chunk_attention`] for queries against a cache, which may be
 //! [`cache::Stored`] in fewer bits; [`quantized_linear`] for frozen matrices in 4 or 8 bits; [`optim`] for updates; [`routing`] for
 //! mixtures of experts.
@@ -75,6 +76,7 @@
 //! # }
 //! ```
 
+pub mod adapted;
 mod autodiff;
 pub mod cache;
 mod causal_attention;
@@ -104,7 +106,7 @@ mod swiglu;
 
 pub use causal_attention::causal_attention;
 pub use embedding::embed;
-pub use latent_attention::{LatentWeights, MlaDims, latent_attention};
+pub use latent_attention::{LatentWeights, MadeQueries, MlaDims, latent_attention, latent_attention_of};
 pub use linear::{add_linear, linear};
 pub use norm::rms_norm;
 pub use precision::Precision;

@@ -3,7 +3,7 @@
 //! The matrix A of a low-rank adapter is trained, and its gradient takes the input of the map beside which it stands. Those inputs are
 //! a norm or an activation, wide and soon computed; kept, they would be half of what a step with adapters keeps.
 
-mod autodiff;
+pub(crate) mod autodiff;
 mod cpu;
 #[cfg(feature = "gpu")]
 mod gpu;
@@ -13,7 +13,7 @@ mod tests;
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Tensor};
 
-use self::autodiff::RecalledOps;
+use self::autodiff::{Recall, RecalledOps};
 use crate::linear::reference::linear;
 use crate::precision;
 pub use crate::swiglu::swiglu;
@@ -48,13 +48,15 @@ pub fn linear_of(x: Tensor<3>, made: MadeOf, weight: Tensor<2>) -> Tensor<3> {
     if x.dtype() != DType::F32 {
         return linear(x, weight);
     }
-    let (x, weight, precision) = (x.into_dispatch(), weight.into_dispatch(), precision::current());
-    Tensor::from_dispatch(match made {
-        MadeOf::Norm { x: of, gain, eps } => {
-            Dispatch::project_normed(x, of.into_dispatch(), gain.into_dispatch(), weight, eps, precision)
+    let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(Dispatch::project_recalled(x, made.recall(), weight, precision::current()))
+}
+
+impl MadeOf {
+    pub(crate) fn recall(self) -> Recall<Dispatch> {
+        match self {
+            Self::Norm { x, gain, eps } => Recall::Norm { x: x.into_dispatch(), gain: gain.into_dispatch(), eps },
+            Self::Swiglu { gate, up } => Recall::Swiglu { gate: gate.into_dispatch(), up: up.into_dispatch() },
         }
-        MadeOf::Swiglu { gate, up } => {
-            Dispatch::project_swiglu(x, gate.into_dispatch(), up.into_dispatch(), weight, precision)
-        }
-    })
+    }
 }

@@ -5,6 +5,7 @@
 //!
 //! Each lies with its operation, in `reference.rs` of its folder.
 
+pub use crate::adapted::reference::{adapted_linear, adapted_mlp};
 pub use crate::cache::reference::{absorbed_attention, quantise, widen};
 pub use crate::causal_attention::reference::causal_attention;
 pub use crate::embedding::reference::embed;

@@ -11,7 +11,7 @@ use crate::layers::RmsNorm;
 #[derive(Clone, Debug)]
 pub struct Input {
     pub(crate) value: Tensor<3>,
-    made: Option<MadeOf>,
+    pub(crate) made: Option<MadeOf>,
 }
 
 impl From<Tensor<3>> for Input {

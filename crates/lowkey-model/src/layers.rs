@@ -5,6 +5,7 @@ mod weight;
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
+use lowkey_kernels::adapted::AdaptedMatrix;
 use lowkey_kernels::quantized_linear::{Packed, QuantizedMatrix};
 use lowkey_kernels::{embed, rms_norm};
 
@@ -172,6 +173,12 @@ impl Linear {
     /// Puts another bias in its place, or none.
     pub fn set_bias(&mut self, bias: Option<Tensor<1>>) {
         self.bias = bias.map(Param::from_tensor);
+    }
+
+    /// The matrix with its adapter, for an operation that takes both and no bias; `None` where the map is another.
+    pub(crate) fn adapted(&self) -> Option<AdaptedMatrix> {
+        let adapter = self.adapter.as_ref().filter(|_| self.bias.is_none())?;
+        adapter.beside(&self.weight)
     }
 
     /// `[batch, seq, d_in]` → `[batch, seq, d_out]`.

@@ -7,6 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowkey_batch::Rows;
 use lowkey_kernels::{
+    adapted::adapted_mlp,
     loss::LossSum,
     mlp::{MlpWeights, gated_mlp},
 };
@@ -103,9 +104,13 @@ impl Block {
     /// The second half: `x + mlp(norm(x))`, `[batch, seq, d]`.
     pub(crate) fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
         let (norm, mlp) = (&self.post_attention_layernorm, &self.mlp);
+        if let [Some(gate), Some(up), Some(down)] = mlp.linears().map(Linear::adapted) {
+            return adapted_mlp(x, norm.gain(), [gate, up, down], norm.eps);
+        }
         let apart = |linear: &Linear| linear.is_adapted() || linear.is_packed();
         if mlp.gate_proj.bias().is_some() || mlp.linears().into_iter().any(apart) {
-            // The one operation knows neither biases, which few models have, nor adapters, nor packed matrices. What is kept is the same.
+            // Neither operation knows biases, which few models have, nor packed matrices, nor maps of which only some have adapters. What is
+            // kept is the same.
             let normed = Input::normed(norm, x.clone());
             let gate = mlp.gate_proj.forward(normed.clone());
             return mlp.down_proj.add_to(x, Input::swiglu(gate, mlp.up_proj.forward(normed)));

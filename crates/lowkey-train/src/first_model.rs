@@ -27,22 +27,19 @@ pub(crate) fn first_model(
     device: &Device,
 ) -> Result<CausalLm> {
     if let Some(init) = init {
-        let open = |dir: &Path| -> Result<AdapterDir> {
-            let mut dir = AdapterDir::open(dir)?;
-            // A directory of PEFT does not say how a run holds its base.
-            dir.config.quantization = config.adapter.as_ref().and_then(|adapter| adapter.quantization);
-            Ok(dir)
+        // A directory of PEFT does not say how a run holds its base.
+        let load = |mut adapter: AdapterDir| {
+            adapter.config.quantization = config.quantization();
+            CausalLm::load_adapted(init.path(), model, &adapter, device)
         };
-        match (init.adapter(), &config.adapter, resume) {
-            (Some(_), _, Some(dir)) | (None, Some(_), Some(dir)) => {
-                return Ok(CausalLm::load_adapted(init.path(), model, &open(dir)?, device)?);
-            }
-            (Some(adapter), _, None) => return Ok(CausalLm::load_adapted(init.path(), model, adapter, device)?),
-            (None, Some(adapter), None) => {
-                let begun = CausalLm::begin_adapter(init.path(), model, adapter, config.run.seed, device)?;
+        match (config.adapter_keys()?, resume, init.adapter()) {
+            (None, ..) => {}
+            (Some(_), Some(dir), _) => return Ok(load(AdapterDir::open(dir)?)?),
+            (Some(_), None, Some(adapter)) => return Ok(load(adapter.clone())?),
+            (Some(adapter), None, None) => {
+                let begun = CausalLm::begin_adapter(init.path(), model, &adapter, config.run.seed, device)?;
                 return Ok(begun.with_new_rows(new));
             }
-            (None, None, _) => {}
         }
     }
     config.frozen(match (resume, init) {

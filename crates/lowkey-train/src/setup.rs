@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::{DType, Device};
+use lowkey_data::chat::ChatTemplate;
 use lowkey_data::tasks::TaskCorpus;
 use lowkey_data::{DatasetConfig, Generation, Tokenizer, dataset::TokenizerConfig};
 use lowkey_kernels::Precision;
@@ -184,7 +185,8 @@ pub(crate) fn setup_run(
     if let Some(init) = &init {
         data.generation = Generation::from_model_dir(init.path(), data.tokenizer.as_ref())?;
     }
-    data.generation = data.generation.or_sampling(SAVED_TEMPERATURE);
+    let end = end_of_turn(&data)?;
+    data.generation = data.generation.or_sampling(SAVED_TEMPERATURE).ending_at(end);
     model.eos_token_id.clone_from(&data.generation.ends);
     model.bos_token_id = model.bos_token_id.or(data.generation.begin);
     if let Some(tokenizer) = &data.tokenizer {
@@ -192,6 +194,20 @@ pub(crate) fn setup_run(
     }
     let other = other_model::check(config, &model, data.tokenizer.as_ref())?;
     Ok(Setup { model, data, init, new_tokens, notes, other })
+}
+
+/// The token that ends the turns of conversations that a run learns, where it is one that means nothing else: programs that run the model
+/// are to stop there, too. A line break, with which some templates end a turn, stands in the middle of texts as well.
+fn end_of_turn(data: &RunData) -> Result<Option<u32>> {
+    let (Some(tokenizer), Some(_)) = (&data.tokenizer, &data.example) else { return Ok(None) };
+    let Some(template) = ChatTemplate::of_tokenizer(tokenizer)? else { return Ok(None) };
+    // A template that answers cannot be told in has no turns that a model could end.
+    let Ok(end) = template.end_of_turn() else { return Ok(None) };
+    let ids: Vec<u32> = tokenizer.encode_placed(&end)?.into_iter().map(|token| token.id).collect();
+    Ok(match ids[..] {
+        [id] if tokenizer.token_bytes(id).is_empty() => Some(id),
+        _ => None,
+    })
 }
 
 /// Whether a checkpoint says that the documents of its run have special tokens around them; they have none where it says nothing,
@@ -315,6 +331,9 @@ fn resolve_model(
             None => format!("the model was made for {most} positions at most"),
         };
         return Err(Error::config("data.seq_len", seq_len, why));
+    }
+    if config.init.as_ref().is_some_and(|init| init.packed_by_adapter) {
+        notes.push("adapter.quantization: the key stands in [init] now, and means there what it meant here".to_owned());
     }
     notes.extend(config.without_effect(!model.elastic_ranks().is_empty()));
     Ok((model, notes))

@@ -92,6 +92,31 @@ pub(crate) fn multiply_either<S: Simd>(
     }
 }
 
+/// [`multiply`] of any number of rows, with no buffer longer than they are: whole tiles first, then row by row. An extent must hold for 8
+/// rows.
+#[inline(always)]
+pub(crate) fn multiply_by_lanes<S: Simd>(
+    simd: S,
+    rows: usize,
+    a: Left,
+    b: (&[f32], usize),
+    out: (&mut [f32], usize),
+    accumulate: bool,
+    extent: impl Fn(usize) -> Extent,
+) {
+    let tall = S::REGISTER_COUNT >= 32;
+    let whole = rows / if tall { 8 } else { 4 } * if tall { 8 } else { 4 };
+    let (data, stride) = out;
+    match tall {
+        true => multiply_by::<S, 8>(simd, whole, a, b, (&mut *data, stride), accumulate, &extent, 2),
+        false => multiply_by::<S, 4>(simd, whole, a, b, (&mut *data, stride), accumulate, &extent, 2),
+    }
+    if whole < rows {
+        let a = Left { data: &a.data[whole * a.rows..], ..a };
+        multiply_by::<S, 1>(simd, rows - whole, a, b, (&mut data[whole * stride..], stride), accumulate, &extent, 2);
+    }
+}
+
 /// The product in tiles of `M` rows and at most `most` vectors.
 #[allow(clippy::too_many_arguments, reason = "one more than the function it is the body of")]
 #[inline(always)]

@@ -2,6 +2,9 @@
 
 use burn::tensor::Tensor;
 
+use crate::adapted::AdaptedMatrix;
+use crate::recalled::MadeOf;
+
 /// Sizes and factors of a Multi-head Latent Attention, in the symbols of DeepSeek-V2 (arXiv 2405.04434).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MlaDims {
@@ -23,6 +26,15 @@ pub struct MlaDims {
     pub latent_eps: f64,
     /// Rotate adjacent pairs.
     pub interleave: bool,
+}
+
+/// What queries were made of: this map of that, rotated.
+#[derive(Clone, Debug)]
+pub struct MadeQueries {
+    /// To `H(N+R)` numbers; rows per head: N without, R with position.
+    pub map: AdaptedMatrix,
+    /// What it reads.
+    pub of: MadeOf,
 }
 
 /// The weights and tables that make keys and values of a latent.

@@ -5,11 +5,15 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, Backend, ExtensionType, backend_extension};
+use burn::backend::{Autodiff, Backend, ExtensionType, TensorMetadata, backend_extension};
+use burn::tensor::Shape;
 
 use super::arguments::MlaDims;
-use crate::autodiff::{Operands, Parents, Wanted};
+use crate::adapted::autodiff::{AdaptedGradients, Map};
+use crate::autodiff::{Parents, Wanted};
 use crate::precision::Precision;
+use crate::recalled::autodiff::Recall;
+use crate::rotary::autodiff::RotaryOps;
 
 /// The forward pass, dispatched to the backend of its arguments.
 #[backend_extension(Autodiff, Flex, Cube: cfg(feature = "gpu"))]
@@ -19,7 +23,7 @@ pub(crate) trait LatentAttentionOps: Backend {
 }
 
 /// What the backward pass needs from a backend.
-pub(crate) trait LatentAttentionGradients: LatentAttentionOps + Operands {
+pub(crate) trait LatentAttentionGradients: LatentAttentionOps + AdaptedGradients + RotaryOps {
     /// [`LatentAttentionOps::latent_attention`] with the log-sum-exp of each query's scores, `[batch, H, seq]`.
     fn latent_attention_saving(inputs: LatentInputs<Self>) -> (FloatTensor<Self>, FloatTensor<Self>);
 
@@ -31,11 +35,37 @@ pub(crate) trait LatentAttentionGradients: LatentAttentionOps + Operands {
     ) -> [Option<FloatTensor<Self>>; 4];
 }
 
+/// Where the backward pass has its queries from.
+#[derive(ExtensionType)]
+pub(crate) enum Queries<B: Backend> {
+    /// They are kept.
+    Kept,
+    /// A map of what can be formed anew, rotated.
+    Made {
+        #[extension_type]
+        map: Map<B>,
+        #[extension_type]
+        of: Recall<B>,
+    },
+}
+
+impl<B: Backend> Clone for Queries<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Kept => Self::Kept,
+            Self::Made { map, of } => Self::Made { map: map.clone(), of: of.clone() },
+        }
+    }
+}
+
 /// Arguments of a latent attention.
 #[derive(ExtensionType)]
 pub(crate) struct LatentInputs<B: Backend> {
     /// Rotated queries, as [`Operands::rounded`] has them where gradients are recorded.
     pub(crate) q: FloatTensor<B>,
+    /// What they were made of.
+    #[extension_type]
+    pub(crate) made: Queries<B>,
     /// Latent before its norm, shared key before its rotation.
     pub(crate) kv_a: FloatTensor<B>,
     /// Gain of the latent's norm.
@@ -68,6 +98,7 @@ impl<B: Backend> Clone for LatentInputs<B> {
     fn clone(&self) -> Self {
         Self {
             q: self.q.clone(),
+            made: self.made.clone(),
             kv_a: self.kv_a.clone(),
             norm: self.norm.clone(),
             kv_b: self.kv_b.clone(),
@@ -92,6 +123,27 @@ impl<B: Backend> std::fmt::Debug for LatentState<B> {
     }
 }
 
+impl<B: LatentAttentionGradients> LatentInputs<B> {
+    /// What is kept: where queries can be formed anew, a table that is kept anyway stands in for them.
+    fn without_queries(self) -> Self {
+        match self.made {
+            Queries::Kept => self,
+            Queries::Made { .. } => Self { q: self.cos.clone(), ..self },
+        }
+    }
+
+    /// The same with queries again.
+    fn with_queries(self) -> Self {
+        let Self { made, cos, sin, dims: MlaDims { heads, nope, rope, interleave, .. }, precision, .. } = &self;
+        let Queries::Made { map, of } = made.clone() else { return self };
+        let [q, _] = B::adapted_saving(None, of.form(*precision), map, *precision);
+        let [batch, seq] = [q.shape()[0], q.shape()[1]];
+        let q = B::float_reshape(q, Shape::from(vec![batch, seq, *heads, nope + rope]));
+        let q = if *rope > 0 { B::rotate(q, cos.clone(), sin.clone(), *nope, *interleave) } else { q };
+        Self { q: B::rounded(q, *precision), made: Queries::Kept, ..self }
+    }
+}
+
 #[derive(Debug)]
 struct LatentAttention;
 
@@ -101,23 +153,31 @@ impl<B: LatentAttentionGradients> Backward<B, 4> for LatentAttention {
     fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
         let parents = Parents::of(&ops);
-        let gradients = B::latent_attention_grad(ops.state, grad, parents.wanted());
+        let LatentState { inputs, out, lse } = ops.state;
+        let saved = LatentState { inputs: inputs.with_queries(), out, lse };
+        let gradients = B::latent_attention_grad(saved, grad, parents.wanted());
         parents.register::<B>(grads, gradients);
     }
 }
 
 impl<B: LatentAttentionGradients, C: CheckpointStrategy> LatentAttentionOps for Autodiff<B, C> {
     fn latent_attention(inputs: LatentInputs<Self>) -> FloatTensor<Self> {
-        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
+        let LatentInputs { q, made, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
         let nodes = [q.node(), kv_a.node(), norm.node(), kv_b.node()];
         let prep = LatentAttention.prepare::<C>(nodes).compute_bound().stateful();
         let [q, kv_a, norm, kv_b, cos, sin] = [q, kv_a, norm, kv_b, cos, sin].map(|tensor| tensor.into_primitive());
         let [q, kv_b] = [q, kv_b].map(|x| B::rounded(x, precision));
-        let inputs = LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision };
+        let made = match made {
+            Queries::Kept => Queries::Kept,
+            Queries::Made { map, of } => {
+                Queries::Made { map: Map::<B>::plain(map, precision), of: Recall::<B>::plain(of, precision) }
+            }
+        };
+        let inputs = LatentInputs { q, made, kv_a, norm, kv_b, cos, sin, starts, dims, precision };
         match prep {
             OpsKind::Tracked(prep) => {
                 let (out, lse) = B::latent_attention_saving(inputs.clone());
-                prep.finish(LatentState { inputs, out: out.clone(), lse }, out)
+                prep.finish(LatentState { inputs: inputs.without_queries(), out: out.clone(), lse }, out)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::latent_attention(inputs)),
         }

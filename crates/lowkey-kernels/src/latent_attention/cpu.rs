@@ -96,11 +96,11 @@ pub(crate) fn forward(shape: Shape, inputs: Inputs, out: &mut [f32], lse: &mut [
     attention::forward(shape.attention, inputs.attention(shape, &expanded), out, lse);
 }
 
-/// Gradients of [`forward`], laid out as the inputs; that of the matrix where it is wanted.
+/// Gradients of [`forward`], laid out as the inputs; those of the weights where they are wanted.
 pub(crate) struct Gradients<'a> {
     pub(crate) q: &'a mut [f32],
     pub(crate) kv_a: &'a mut [f32],
-    pub(crate) norm: &'a mut [f32],
+    pub(crate) norm: Option<&'a mut [f32]>,
     pub(crate) kv_b: Option<&'a mut [f32]>,
 }
 
@@ -142,13 +142,14 @@ struct LatentArguments {
 
 impl LatentArguments {
     fn new(inputs: LatentInputs<Flex>) -> Self {
-        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims: mla, precision } = inputs;
+        let LatentInputs { q, made, kv_a, norm, kv_b, cos, sin, starts, dims: mla, precision } = inputs;
         let [batch, seq, ..] = dims::<4>(&q);
         let MlaDims { heads, nope, rope, value, rank, scale, latent_scale, latent_eps, interleave } = mla;
         let attention = Dims { batch, seq, heads, groups: heads, nope, rope, value, scale: scale as f32 };
         let (latent_scale, eps) = (latent_scale as f32, latent_eps as f32);
         let inputs = LatentInputs {
             q: q.to_contiguous(),
+            made,
             kv_a: kv_a.to_contiguous(),
             norm: norm.to_contiguous(),
             kv_b: kv_b.to_contiguous(),
@@ -195,16 +196,16 @@ impl LatentAttentionGradients for Flex {
         let (arguments, grad) = (LatentArguments::new(inputs), grad.to_contiguous());
         let saved = Saved { out: out.storage(), lse: lse.storage(), d_out: grad.storage() };
         let LatentInputs { q, kv_a, norm, kv_b, .. } = &arguments.inputs;
-        let (mut d_q, mut d_kv_a, mut d_norm) = (like(q), like(kv_a), like(norm));
-        let [of_q, of_kv_a, of_norm, of_kv_b] = wanted;
-        let [mut d_kv_b] = wanted_like([kv_b], [of_kv_b]);
+        let (mut d_q, mut d_kv_a) = (like(q), like(kv_a));
+        let [of_q, of_kv_a, of_weights @ ..] = wanted;
+        let [mut d_norm, mut d_kv_b] = wanted_like([norm, kv_b], of_weights);
         let gradients = Gradients {
             q: d_q.storage_mut(),
             kv_a: d_kv_a.storage_mut(),
-            norm: d_norm.storage_mut(),
+            norm: numbers(&mut d_norm),
             kv_b: numbers(&mut d_kv_b),
         };
         backward(arguments.shape, arguments.slices(), saved, gradients);
-        [of_q.then_some(d_q), of_kv_a.then_some(d_kv_a), of_norm.then_some(d_norm), d_kv_b]
+        [of_q.then_some(d_q), of_kv_a.then_some(d_kv_a), d_norm, d_kv_b]
     }
 }

@@ -52,9 +52,9 @@ impl Latent {
 }
 
 fn contiguous(inputs: LatentInputs<CubeBackend>) -> LatentInputs<CubeBackend> {
-    let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
+    let LatentInputs { q, made, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
     let [q, kv_a, norm, kv_b, cos, sin, starts] = [q, kv_a, norm, kv_b, cos, sin, starts].map(into_contiguous);
-    LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision }
+    LatentInputs { q, made, kv_a, norm, kv_b, cos, sin, starts, dims, precision }
 }
 
 impl LatentAttentionOps for CubeBackend {
@@ -79,7 +79,7 @@ impl LatentAttentionGradients for CubeBackend {
         let inputs = contiguous(inputs);
         let [batch, seq, width] = dims::<3>(&inputs.kv_a);
         let Latent { c_kv, kv, k_pe, rows, shape } = Latent::new(&inputs);
-        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision } = inputs;
+        let LatentInputs { q, kv_a, norm, kv_b, cos, sin, starts, dims, precision, .. } = inputs;
         let sizes = Attention::new(&q, &kv, shape);
         let state = AttentionState { q, kv, k_pe, starts, out, lse, shape };
         let [d_q, d_kv, d_pe] = sizes.backward(state, into_contiguous(grad));
@@ -87,7 +87,7 @@ impl LatentAttentionGradients for CubeBackend {
         let [d_kv, c_kv, kv_b] = [d_kv, c_kv, kv_b].map(|x| operand(x, precision));
         let d_kv_b = of_kv_b.then(|| product(transposed(d_kv.clone()), c_kv, precision));
         let d_c_kv = into_contiguous(product(d_kv, kv_b, precision));
-        let (d_latent, d_norm) = rms_norm_grad(&kv_a, &norm, &d_c_kv, None, rows);
+        let (d_latent, d_norm) = rms_norm_grad(&kv_a, &norm, &d_c_kv, None, rows, of_norm);
         let d_latent = reshaped(d_latent, [batch, seq, dims.rank]);
         let d_kv_a = if dims.rope > 0 {
             let turn = Turn { from: 0, interleaved: dims.interleave, back: true };
@@ -97,6 +97,6 @@ impl LatentAttentionGradients for CubeBackend {
             d_latent
         };
         debug_assert_eq!(d_kv_a.meta.shape()[2], width);
-        [of_q.then_some(d_q), of_kv_a.then_some(d_kv_a), of_norm.then_some(d_norm), d_kv_b]
+        [of_q.then_some(d_q), of_kv_a.then_some(d_kv_a), d_norm, d_kv_b]
     }
 }

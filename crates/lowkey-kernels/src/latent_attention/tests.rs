@@ -1,11 +1,13 @@
 //! Latent attention against its reference: values and all gradients, at every length, width and pairing.
 
 use super::*;
-use crate::fixtures::{Leaf, compare, device, host, is_cpu, mlp, plain_device, random};
+use crate::adapted::{AdaptedMatrix, adapted_linear};
+use crate::fixtures::{Leaf, assert_close, compare, device, frozen, host, is_cpu, mlp, plain_device, random};
 use crate::loss::{Labels, cross_entropy_sum};
 use crate::mlp::gated_mlp;
 use crate::precision::scope;
-use crate::{Precision, linear};
+use crate::recalled::MadeOf;
+use crate::{Precision, linear, rms_norm, rotate};
 
 /// By how much two results differ, of the size of the second.
 fn distance<const D: usize>(found: Tensor<D>, expected: Tensor<D>) -> f64 {
@@ -151,4 +153,47 @@ fn the_number_of_threads_does_not_matter() {
     let one = run(1);
     assert_eq!(one, run(1));
     assert_eq!(one, run(3));
+}
+
+/// Of queries that are not kept, in rows of several documents: the same numbers, and the gradients of what they were made of.
+#[test]
+fn queries_that_are_formed_anew_are_those_that_were_kept() {
+    device().seed(29);
+    for (batch_seq, heads, sizes, interleave) in
+        [([2, 70], 3, [24, 12, 12, 20], true), ([1, 33], 2, [8, 0, 6, 16], false), ([2, 9], 4, [8, 8, 16, 16], false)]
+    {
+        let [batch, seq] = batch_seq;
+        let Case { dims, kv_a, weights, .. } = Case::new(batch_seq, heads, sizes, interleave);
+        let (d, rows) = (20, heads * (dims.nope + dims.rope));
+        let (x, gain) = (random([batch, seq, d], 2.0), random([d], 1.0));
+        let map = AdaptedMatrix {
+            weight: frozen(random([rows, d], 0.3)),
+            a: random([4, d], 0.3),
+            b: random([rows, 4], 0.3),
+            scale: 1.5,
+        };
+        let starts: Vec<u32> = (0..batch * seq).map(|i| if i % seq < 5 { 0 } else { 5 }).collect();
+        let run = |anew: bool| {
+            let normed = rms_norm(x.clone(), gain.clone(), 1e-5);
+            let of = MadeOf::Norm { x: x.clone(), gain: gain.clone(), eps: 1e-5 };
+            let q =
+                adapted_linear(None, normed, Some(of.clone()), map.clone()).reshape([batch, seq, heads, rows / heads]);
+            let (cos, sin) = (weights.cos.clone(), weights.sin.clone());
+            let q = if dims.rope > 0 { rotate(q, cos, sin, dims.nope, interleave) } else { q };
+            let made = anew.then(|| MadeQueries { map: map.clone(), of });
+            let out = latent_attention_of(q, made, kv_a.clone(), weights.clone(), &starts, dims);
+            let grads = out.clone().powf_scalar(2.0).sum().backward();
+            let two = |x: &Tensor<2>| host(x.grad(&grads).unwrap());
+            let others =
+                [host(x.grad(&grads).unwrap()), host(gain.grad(&grads).unwrap()), host(kv_a.grad(&grads).unwrap())];
+            [host(out), two(&map.a), two(&map.b), two(&weights.kv_b)].into_iter().chain(others).collect::<Vec<_>>()
+        };
+        for (i, (found, expected)) in run(true).into_iter().zip(run(false)).enumerate() {
+            if is_cpu() {
+                assert!(found == expected, "{sizes:?}: {i}");
+            } else {
+                assert_close(&format!("{sizes:?}: {i}"), found, expected);
+            }
+        }
+    }
 }

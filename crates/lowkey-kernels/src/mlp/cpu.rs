@@ -45,10 +45,10 @@ pub(crate) fn forward(x: &[f32], weights: Weights, gate: &mut [f32], up: &mut [f
     project(Tokens::dense(&inner, f), weights.down, f, out, true);
 }
 
-/// Gradients of [`forward`], those of matrices where they are wanted.
+/// Gradients of [`forward`], those of weights where they are wanted.
 pub(crate) struct Gradients<'a> {
     pub(crate) x: &'a mut [f32],
-    pub(crate) norm: &'a mut [f32],
+    pub(crate) norm: Option<&'a mut [f32]>,
     pub(crate) gate: Option<&'a mut [f32]>,
     pub(crate) up: Option<&'a mut [f32]>,
     pub(crate) down: Option<&'a mut [f32]>,
@@ -131,20 +131,19 @@ impl MlpGradients for Flex {
         let MlpState { x, weights, inner: [mut gate, mut up] } = saved;
         let (x, grad) = (x.to_contiguous(), grad.to_contiguous());
         let weights = weights.map(|weight| weight.to_contiguous());
-        let (mut d_x, mut d_norm) = (like(&x), like(&weights[0]));
-        let [of_x, of_norm, matrices @ ..] = wanted;
-        let mut d_matrices = wanted_like([&weights[1], &weights[2], &weights[3]], matrices);
-        let [d_gate, d_up, d_down] = &mut d_matrices;
+        let [of_x, of_weights @ ..] = wanted;
+        let (mut d_x, mut d_weights) = (like(&x), wanted_like(weights.each_ref(), of_weights));
+        let [d_norm, d_gate, d_up, d_down] = &mut d_weights;
         let gradients = Gradients {
             x: d_x.storage_mut(),
-            norm: d_norm.storage_mut(),
+            norm: numbers(d_norm),
             gate: numbers(d_gate),
             up: numbers(d_up),
             down: numbers(d_down),
         };
         let (gate, up) = (gate.storage_mut(), up.storage_mut());
         backward(x.storage(), mlp_weights(&weights, eps), gate, up, grad.storage(), gradients);
-        let [d_gate, d_up, d_down] = d_matrices;
-        [of_x.then_some(d_x), of_norm.then_some(d_norm), d_gate, d_up, d_down]
+        let [d_norm, d_gate, d_up, d_down] = d_weights;
+        [of_x.then_some(d_x), d_norm, d_gate, d_up, d_down]
     }
 }

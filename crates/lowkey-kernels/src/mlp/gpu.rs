@@ -64,7 +64,7 @@ impl MlpGradients for CubeBackend {
         drop(normed);
         let [by_gate, by_up] = [product(gate, gate_weight, precision), product(up, up_weight, precision)];
         let [by_gate, by_up] = [by_gate, by_up].map(into_contiguous);
-        let (d_x, d_norm) = rms_norm_grad(&flat, &norm, &by_gate, Some([by_up, d_out]), rows);
-        [of_x.then(|| reshaped(d_x, shape)), of_norm.then_some(d_norm), d_gate, d_up, d_down]
+        let (d_x, d_norm) = rms_norm_grad(&flat, &norm, &by_gate, Some([by_up, d_out]), rows, of_norm);
+        [of_x.then(|| reshaped(d_x, shape)), d_norm, d_gate, d_up, d_down]
     }
 }

@@ -18,13 +18,14 @@ pub(crate) trait NormOps: Backend {
 
 /// What the backward pass needs from a backend.
 pub(crate) trait NormGradients: NormOps {
-    /// `(d x, d weight)`.
+    /// `(d x, d weight)`, the second where it is wanted.
     fn rms_norm_grad(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         grad: FloatTensor<Self>,
         eps: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+        of_weight: bool,
+    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
 }
 
 #[derive(Debug)]
@@ -38,8 +39,9 @@ impl<B: NormGradients> Backward<B, 2> for Norm {
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
         let parents = Parents::of(&ops);
-        let (d_x, d_weight) = B::rms_norm_grad(ops.state.0, ops.state.1, grad, self.eps);
-        parents.register::<B>(grads, [Some(d_x), Some(d_weight)]);
+        let [_, of_weight] = parents.wanted();
+        let (d_x, d_weight) = B::rms_norm_grad(ops.state.0, ops.state.1, grad, self.eps, of_weight);
+        parents.register::<B>(grads, [Some(d_x), d_weight]);
     }
 }
 

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::autodiff::{NormGradients, NormOps};
 use crate::cpu::linear::Tokens;
 use crate::cpu::parts::PIECE;
-use crate::cpu::tensors::{dims, like};
+use crate::cpu::tensors::{dims, like, numbers, wanted_like};
 use crate::cpu::vector::{dot, dot_weighted};
 
 /// `out = x / sqrt(mean(x²) + eps) · weight · factor`, row by row; rows of `out` are `stride` apart.
@@ -37,8 +37,8 @@ pub(crate) struct Target<'a> {
     pub(crate) accumulate: bool,
 }
 
-/// `(d x, d weight)` of [`rms_norm`] from the gradient of its output, whose rows lie side by side. With n = x·inv:
-/// `d x = inv · (w·g − n · mean(w·g·n))`, `d weight = Σ_rows g·n`.
+/// `(d x, d weight)` of [`rms_norm`], the second where it is wanted, from the gradient of its output, whose rows lie side by side. With
+/// n = x·inv: `d x = inv · (w·g − n · mean(w·g·n))`, `d weight = Σ_rows g·n`.
 pub(crate) fn rms_norm_grad(
     x: Tokens,
     weight: &[f32],
@@ -46,28 +46,30 @@ pub(crate) fn rms_norm_grad(
     eps: f32,
     factor: f32,
     d_x: Target,
-    d_weight: &mut [f32],
+    d_weight: Option<&mut [f32]>,
 ) {
     let arch = Arch::new();
     let width = weight.len();
     let rows = (PIECE / width).max(1);
     let Target { data, stride, accumulate } = d_x;
     // Partial sums per piece, added in order afterwards: the result does not depend on which thread was first.
+    let of_weight = d_weight.is_some();
     let partial: Vec<Vec<f32>> = data
         .par_chunks_mut(rows * stride)
         .zip(grad.par_chunks(rows * width))
         .enumerate()
         .map(|(piece, (d_x, grad))| {
-            let mut sum = vec![0.0; width];
+            let mut sum = vec![0.0; if of_weight { width } else { 0 }];
             arch.dispatch(|| {
                 for (i, (d_x, grad)) in d_x.chunks_mut(stride).zip(grad.chunks_exact(width)).enumerate() {
                     let x = x.row(piece * rows + i, width);
                     let inv = 1.0 / (dot(x, x) / width as f32 + eps).sqrt();
                     let pull = dot_weighted(grad, x, weight) * inv * inv / width as f32;
                     let inv = inv * factor;
-                    let inputs = x.iter().zip(grad.iter().zip(weight));
-                    for ((d, sum), (x, (g, w))) in d_x.iter_mut().zip(sum.iter_mut()).zip(inputs) {
+                    for (sum, (x, g)) in sum.iter_mut().zip(x.iter().zip(grad)) {
                         *sum += g * x * inv;
+                    }
+                    for (d, (x, (g, w))) in d_x.iter_mut().zip(x.iter().zip(grad.iter().zip(weight))) {
                         let new = inv * (g * w - x * pull);
                         *d = if accumulate { *d + new } else { new };
                     }
@@ -76,6 +78,7 @@ pub(crate) fn rms_norm_grad(
             sum
         })
         .collect();
+    let Some(d_weight) = d_weight else { return };
     d_weight.fill(0.0);
     for sum in partial {
         for (d, s) in d_weight.iter_mut().zip(sum) {
@@ -96,14 +99,20 @@ impl NormOps for Flex {
 }
 
 impl NormGradients for Flex {
-    fn rms_norm_grad(x: FlexTensor, weight: FlexTensor, grad: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
+    fn rms_norm_grad(
+        x: FlexTensor,
+        weight: FlexTensor,
+        grad: FlexTensor,
+        eps: f64,
+        of_weight: bool,
+    ) -> (FlexTensor, Option<FlexTensor>) {
         let (x, weight, grad) = (x.to_contiguous(), weight.to_contiguous(), grad.to_contiguous());
-        let (mut d_x, mut d_weight) = (like(&x), like(&weight));
+        let (mut d_x, [mut d_weight]) = (like(&x), wanted_like([&weight], [of_weight]));
         let [width] = dims::<1>(&weight);
         let rows = Tokens::dense(x.storage(), width);
         let target = Target { data: d_x.storage_mut(), stride: width, accumulate: false };
-        let (grad, d_weight_out) = (grad.storage(), d_weight.storage_mut());
-        rms_norm_grad(rows, weight.storage(), grad, eps as f32, 1.0, target, d_weight_out);
+        let into = numbers(&mut d_weight);
+        rms_norm_grad(rows, weight.storage(), grad.storage(), eps as f32, 1.0, target, into);
         (d_x, d_weight)
     }
 }

@@ -60,7 +60,7 @@ pub(crate) fn rms_norm(x: &CubeTensor, weight: &CubeTensor, of: Rows, dtype: DTy
 /// Cubes of [`rms_norm_grad`]: enough to fill a device, few enough that summing their parts costs little.
 const NORM_CUBES: usize = 512;
 
-/// `(d x [count, width], d weight [width])`; in a residual branch with `branch`, the other gradient that reaches the norm and what flows
+/// `(d x [count, width], d weight [width])`, the second where it is wanted; in a residual branch with `branch`, the other gradient that reaches the norm and what flows
 /// past it.
 pub(crate) fn rms_norm_grad(
     x: &CubeTensor,
@@ -68,7 +68,8 @@ pub(crate) fn rms_norm_grad(
     grad: &CubeTensor,
     branch: Option<[CubeTensor; 2]>,
     of: Rows,
-) -> (CubeTensor, CubeTensor) {
+    of_weight: bool,
+) -> (CubeTensor, Option<CubeTensor>) {
     let in_branch = branch.is_some();
     let [more, past] = branch.unwrap_or_else(|| [grad.clone(), grad.clone()]);
     let cubes = of.count.min(NORM_CUBES);
@@ -91,7 +92,7 @@ pub(crate) fn rms_norm_grad(
         of.factor as f32,
         in_branch,
     );
-    (d_x, column_sums(parts))
+    (d_x, of_weight.then(|| column_sums(parts)))
 }
 
 /// All rows of a dense tensor.
@@ -109,11 +110,17 @@ impl NormOps for CubeBackend {
 }
 
 impl NormGradients for CubeBackend {
-    fn rms_norm_grad(x: CubeTensor, weight: CubeTensor, grad: CubeTensor, eps: f64) -> (CubeTensor, CubeTensor) {
+    fn rms_norm_grad(
+        x: CubeTensor,
+        weight: CubeTensor,
+        grad: CubeTensor,
+        eps: f64,
+        of_weight: bool,
+    ) -> (CubeTensor, Option<CubeTensor>) {
         let (x, weight, grad) = (into_contiguous(x), into_contiguous(weight), into_contiguous(grad));
         let shape = x.meta.shape().to_vec();
         let [width] = dims::<1>(&weight);
-        let (d_x, d_weight) = rms_norm_grad(&x, &weight, &grad, None, dense(&x, width, eps));
+        let (d_x, d_weight) = rms_norm_grad(&x, &weight, &grad, None, dense(&x, width, eps), of_weight);
         (reshaped(d_x, shape), d_weight)
     }
 }

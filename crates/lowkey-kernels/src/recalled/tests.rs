@@ -1,7 +1,7 @@
 //! Maps of what is formed anew against maps of what is kept: the same values, and all gradients.
 
 use super::*;
-use crate::fixtures::{Leaf, compare, device, random};
+use crate::fixtures::{Leaf, compare, device, frozen, random};
 use crate::norm::rms_norm;
 use crate::swiglu::swiglu;
 
@@ -42,7 +42,7 @@ fn a_map_of_an_activation_agrees() {
 #[test]
 fn a_frozen_map_passes_its_gradient_on() {
     device().seed(28);
-    let (x, gain, weight) = (random([1, 4, 7], 1.0), random([7], 1.0).detach(), random([3, 7], 0.5).detach());
+    let (x, gain, weight) = (random([1, 4, 7], 1.0), frozen(random([7], 1.0)), frozen(random([3, 7], 0.5)));
     compare(
         "linear_of with a frozen gain and map",
         &[("x", Leaf::Three(x.clone()))],

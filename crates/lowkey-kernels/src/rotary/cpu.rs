@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::autodiff::{RotaryGradients, RotaryOps};
 use crate::cpu::parts::PIECE;
-use crate::cpu::tensors::{dims, like};
+use crate::cpu::tensors::dims;
 
 /// Cosines and sines, `[table rows, half]`; token `t` uses row `t % table rows`.
 #[derive(Clone, Copy)]
@@ -74,6 +74,32 @@ pub(crate) fn rotate(x: &[f32], table: Table, [heads, width, from]: [usize; 3], 
     });
 }
 
+/// The same where `x` lies.
+fn rotate_in_place(x: &mut [f32], table: Table, [heads, width, from]: [usize; 3], turn: Turn) {
+    let Table { cos, sin, half } = table;
+    if half == 0 {
+        return;
+    }
+    let arch = Arch::new();
+    let token = heads * width;
+    let table_rows = cos.len() / half;
+    let per_piece = (PIECE / token).max(1);
+    x.par_chunks_mut(per_piece * token).enumerate().for_each(|(piece, x)| {
+        let mut before = vec![0.0; 2 * half];
+        arch.dispatch(|| {
+            for (i, x) in x.chunks_exact_mut(token).enumerate() {
+                let row = (piece * per_piece + i) % table_rows * half;
+                let (cos, sin) = (&cos[row..row + half], &sin[row..row + half]);
+                for x in x.chunks_exact_mut(width) {
+                    let part = &mut x[from..from + 2 * half];
+                    before.iter_mut().zip(part.iter()).for_each(|(before, x)| *before = *x);
+                    turn_pairs(&before, cos, sin, turn, part);
+                }
+            }
+        });
+    });
+}
+
 #[inline(always)]
 fn turn_pairs(x: &[f32], cos: &[f32], sin: &[f32], turn: Turn, out: &mut [f32]) {
     let half = cos.len();
@@ -106,24 +132,25 @@ fn turn_pairs(x: &[f32], cos: &[f32], sin: &[f32], turn: Turn, out: &mut [f32]) 
     }
 }
 
-fn rotated(x: &FlexTensor, cos: &FlexTensor, sin: &FlexTensor, from: usize, turn: Turn) -> FlexTensor {
-    let (x, cos, sin) = (x.to_contiguous(), cos.to_contiguous(), sin.to_contiguous());
-    let [.., heads, width] = dims::<4>(&x);
+fn rotated(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, from: usize, turn: Turn) -> FlexTensor {
+    let (mut out, cos, sin) = (x.to_contiguous(), cos.to_contiguous(), sin.to_contiguous());
+    // Where nobody else holds them, the numbers are turned where they lie.
+    drop(x);
+    let [.., heads, width] = dims::<4>(&out);
     let [.., half] = dims::<4>(&cos);
-    let mut out = like(&x);
     let table = Table { cos: cos.storage(), sin: sin.storage(), half };
-    rotate(x.storage(), table, [heads, width, from], turn, out.storage_mut());
+    rotate_in_place(out.storage_mut(), table, [heads, width, from], turn);
     out
 }
 
 impl RotaryOps for Flex {
     fn rotate(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, from: usize, interleaved: bool) -> FlexTensor {
-        rotated(&x, &cos, &sin, from, Turn::new(interleaved, false))
+        rotated(x, cos, sin, from, Turn::new(interleaved, false))
     }
 }
 
 impl RotaryGradients for Flex {
     fn rotate_back(grad: FlexTensor, cos: FlexTensor, sin: FlexTensor, from: usize, interleaved: bool) -> FlexTensor {
-        rotated(&grad, &cos, &sin, from, Turn::new(interleaved, true))
+        rotated(grad, cos, sin, from, Turn::new(interleaved, true))
     }
 }

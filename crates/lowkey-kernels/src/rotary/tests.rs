@@ -37,3 +37,16 @@ fn rotating_by_a_right_angle_swaps_the_pair() {
     // Half-split: (1, 3) turns to (-3, 1), (2, 4) stays.
     assert_eq!(host(rotate(x, cos, sin, 1, false)), vec![9.0, -3.0, 2.0, 1.0, 4.0]);
 }
+
+#[test]
+fn a_rotation_leaves_its_argument_as_it_was() {
+    device().seed(4);
+    let plain = plain_device();
+    let random = |shape: [usize; 4]| Tensor::<4>::random(shape, Distribution::Normal(0.0, 1.0), &plain);
+    let (x, angle) = (random([2, 5, 3, 8]), random([1, 5, 1, 3]));
+    let (cos, sin) = (angle.clone().cos(), angle.sin());
+    let before = host(x.clone());
+    let first = host(rotate(x.clone(), cos.clone(), sin.clone(), 1, false));
+    assert_eq!(host(x.clone()), before);
+    assert_eq!(host(rotate(x, cos, sin, 1, false)), first);
+}

@@ -56,9 +56,8 @@ pub struct AdapterConfig {
     /// Parts of the model that are trained whole and saved with the adapter: the ends of their names, such as `["norm", "lm_head"]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules_to_save: Option<Vec<String>>,
-    /// Pack the frozen matrices in few bits (QLoRA, arXiv 2305.14314): all but `kv_b_proj`, the output head, and what is trained whole.
-    /// They then take a quarter of the memory of f32, or a seventh. No key of PEFT's: it says how a run holds its base, and the directory
-    /// of an adapter does not record it. Absent: f32.
+    /// Where `quantization` of `[init]` stood before, which means the same. No key of PEFT's, and the directory of an adapter does not
+    /// record it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
 }

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
+use lowkey_kernels::adapted::AdaptedMatrix;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -138,6 +139,13 @@ impl Adapter {
     pub(crate) fn matrix(&self, weight: Tensor<2>) -> Tensor<2> {
         match self {
             Self::LowRank(low) => low.matrix(weight),
+        }
+    }
+
+    /// The matrices beside `weight` of which W' is made, where the kernels have an operation for both together.
+    pub(crate) fn beside(&self, weight: &Weight) -> Option<AdaptedMatrix> {
+        match self {
+            Self::LowRank(low) => low.beside(weight),
         }
     }
 

@@ -9,9 +9,9 @@ mod config;
 use burn::module::Module;
 use burn::tensor::Tensor;
 use lowkey_kernels::{
-    LatentWeights, MlaDims,
+    LatentWeights, MadeQueries, MlaDims,
     cache::{Keys, Mask, Stored, absorbed_attention, expanded_attention, largest_logit},
-    latent_attention, rotate,
+    latent_attention_of, rotate,
 };
 
 use super::{Cached, Heads, Seen, Way};
@@ -175,11 +175,19 @@ impl Mla {
     /// # Shapes
     /// `x [batch, seq, d]` → `[batch, seq, H, N+R]`, the rotated part in half-split order.
     pub fn queries(&self, x: impl Into<Input>, rope: &RopeTable) -> Tensor<4> {
+        self.queries_of(self.query_input(x.into()), rope)
+    }
+
+    /// The map that makes queries, of what [`Mla::query_input`] gives.
+    fn query_map(&self) -> Option<&Linear> {
+        self.q_b_proj.as_ref().or(self.q_proj.as_ref())
+    }
+
+    fn queries_of(&self, x: Input, rope: &RopeTable) -> Tensor<4> {
         let MlaDims { heads, nope, rope: r, interleave, .. } = self.dims;
-        let x = self.query_input(x.into());
         let [batch, seq, _] = x.value.dims();
         // `build` makes one or the other.
-        let q = match self.q_b_proj.as_ref().or(self.q_proj.as_ref()) {
+        let q = match self.query_map() {
             Some(up) => up.forward(x),
             None => x.value,
         };
@@ -229,7 +237,11 @@ impl Mla {
     /// `x [batch, seq, d]`, document starts of length `batch · seq` → `[batch, seq, H·V]`.
     pub(crate) fn attend_causal(&self, x: Input, context: &Context) -> Tensor<3> {
         let Context { rope, document_starts, kv_rank } = context;
-        let queries = self.queries(x.clone(), rope);
+        let of_queries = self.query_input(x.clone());
+        // Beside frozen weights queries are among the most of what is kept, and soon formed anew.
+        let made = self.query_map().and_then(Linear::adapted).zip(of_queries.made.clone());
+        let made = made.map(|(map, of)| MadeQueries { map, of });
+        let queries = self.queries_of(of_queries, rope);
         let kv_a = self.kv_a_proj_with_mqa.forward(x);
         let weights = LatentWeights {
             norm: self.kv_a_layernorm.gain(),
@@ -238,7 +250,7 @@ impl Mla {
             sin: rope.sin.clone(),
         };
         let dims = MlaDims { rank: self.latent_width(), ..self.dims };
-        latent_attention(queries, kv_a, weights, document_starts, dims)
+        latent_attention_of(queries, made, kv_a, weights, document_starts, dims)
     }
 
     /// `kv_b_proj` over the whole latent, `[H(N+V), L]`: columns of zeros for what was cut, or is not to be read past `rank`.

@@ -1,5 +1,6 @@
 //! Runs that train adapters beside a frozen model.
 
+use lowkey_kernels::quantized_linear::Quantization;
 use lowkey_model::{
     ModelConfig,
     adapter::{AdapterConfig, AdapterDir, AdapterPlan},
@@ -12,7 +13,16 @@ impl RunConfig {
     /// Refuses keys that do not go together with an adapter.
     pub(super) fn check_adapter(&self) -> Result<()> {
         let adapter = match (&self.adapter, self.init.as_ref().map(|init| &init.adapter)) {
-            (None, None | Some(None)) => return Ok(()),
+            (None, None | Some(None)) => {
+                return match self.quantization() {
+                    None => Ok(()),
+                    Some(packed) => {
+                        let why = "matrices of few bits are not trained themselves; write an [adapter] beside them, or \
+                                   init.adapter = the directory of one, or leave the key out";
+                        Err(Error::config("init.quantization", packed.name(), why))
+                    }
+                };
+            }
             (Some(_), Some(Some(dir))) => {
                 let why = "the adapter that is gone on with brings its own keys; leave [adapter] out";
                 return Err(Error::config("init.adapter", dir.display(), why));
@@ -48,16 +58,42 @@ impl RunConfig {
         }
     }
 
+    /// How the run holds the frozen matrices of its model.
+    pub(crate) fn quantization(&self) -> Option<Quantization> {
+        self.init.as_ref()?.quantization
+    }
+
+    /// Moves what `[adapter] quantization` says, where the key stood first, to `[init]`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where both places say something, and not the same.
+    pub(super) fn take_packing(&mut self) -> Result<()> {
+        let Some(init) = &mut self.init else { return Ok(()) };
+        let Some(packed) = self.adapter.as_mut().and_then(|adapter| adapter.quantization.take()) else { return Ok(()) };
+        match init.quantization {
+            Some(other) if other != packed => {
+                let why =
+                    format!("init.quantization = {:?} says otherwise; keep that key and remove this one", other.name());
+                Err(Error::config("adapter.quantization", packed.name(), why))
+            }
+            _ => {
+                (init.quantization, init.packed_by_adapter) = (Some(packed), true);
+                Ok(())
+            }
+        }
+    }
+
     /// The keys of the run's adapter: its own, or those of the adapter that it goes on with.
     ///
     /// # Errors
     /// As [`AdapterDir::open`].
     pub(crate) fn adapter_keys(&self) -> Result<Option<AdapterConfig>> {
-        match self.init.as_ref().map(|init| (&init.adapter, init.keys.get())) {
-            Some((Some(_), Some(keys))) => Ok(Some(keys.clone())),
-            Some((Some(dir), None)) => Ok(Some(AdapterDir::open(dir)?.config)),
-            _ => Ok(self.adapter.clone()),
-        }
+        let keys = match self.init.as_ref().map(|init| (&init.adapter, init.keys.get())) {
+            Some((Some(_), Some(keys))) => Some(keys.clone()),
+            Some((Some(dir), None)) => Some(AdapterDir::open(dir)?.config),
+            _ => self.adapter.clone(),
+        };
+        Ok(keys.map(|keys| AdapterConfig { quantization: self.quantization(), ..keys }))
     }
 
     /// What its adapter means for a model.

@@ -32,11 +32,12 @@ impl RunConfig {
             return Err(two_models(written));
         }
         // Straight from the text where that is all, so that a message can point at line and column.
-        let config: Self = if overrides.is_empty() {
+        let mut config: Self = if overrides.is_empty() {
             toml::from_str(&text).map_err(|e| fail(e.to_string()))?
         } else {
             toml::Value::Table(table).try_into().map_err(|e| fail(e.to_string()))?
         };
+        config.take_packing()?;
         config.check()?;
         Ok(config)
     }

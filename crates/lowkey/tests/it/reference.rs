@@ -9,11 +9,11 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_batch::{IGNORE, Rows};
 use lowkey_infer::{Form, GenerateConfig, generate};
 use lowkey_kernels::optim::clip_factor;
-use lowkey_model::{CausalLm, ModelDir, Parameter, config::Family, ids_tensor, model::Trace};
+use lowkey_model::{CausalLm, ModelDir, Parameter, adapter::Draws, config::Family, ids_tensor, model::Trace};
 use lowkey_train::{
     optimizer::{Optimizer, Update, global_norm},
     run_config::{OptimizerKind, OptimizerSection},
@@ -406,9 +406,43 @@ fn trained(
     (losses, model)
 }
 
-/// Adapters that PEFT saved: rank and factor by pattern with norms trained whole, rsLoRA by expression, DoRA in one layer, and the
-/// output head.
-const ADAPTERS: usize = 4;
+/// Adapters that PEFT saved: rank and factor by pattern with norms trained whole, rsLoRA by expression, DoRA in one layer, the
+/// output head, and the embedding with dropout beside it.
+const ADAPTERS: usize = 5;
+
+/// What a map makes of one input while numbers are left out, over many draws, where PEFT has done the same: its mean, which is what it
+/// makes of all numbers, and how far single outputs are from it.
+fn leaves_out_as_much(case: &Case, model: &CausalLm) {
+    let tensors = SafeTensors::deserialize(&case.expected).unwrap();
+    let Ok(view) = tensors.tensor("dropout.x") else { return };
+    const DRAWS: u64 = 4000;
+    let shape: [usize; 3] = view.shape().try_into().unwrap();
+    let device = model.model.norm.gain().device();
+    let x = Tensor::<3>::from_data(TensorData::new(case.floats("dropout.x"), shape), &device);
+    let outputs = |draws: Option<Draws>| {
+        let model = model.clone().with_draws(draws);
+        let q_proj = model.model.layers[0].self_attn.latent().unwrap().q_proj.clone().unwrap();
+        host(q_proj.forward(x.clone())).into_iter().map(f64::from).collect::<Vec<_>>()
+    };
+    let whole = outputs(None);
+    let (mut sums, mut squares) = (vec![0.0; whole.len()], vec![0.0; whole.len()]);
+    for step in 0..DRAWS {
+        let found = outputs(Some(Draws { seed: 5, step, first_row: 0 }));
+        for (i, (found, whole)) in found.into_iter().zip(&whole).enumerate() {
+            (sums[i], squares[i]) = (sums[i] + found - whole, squares[i] + (found - whole).powi(2));
+        }
+    }
+    let (means, deviations) = (case.floats("dropout.mean"), case.floats("dropout.deviation"));
+    for (i, (mean, deviation)) in means.into_iter().zip(deviations).enumerate() {
+        let (mean, deviation, count) = (f64::from(mean), f64::from(deviation), DRAWS as f64);
+        let found = (squares[i] / count - (sums[i] / count).powi(2)).sqrt();
+        // Five deviations of what so many draws leave to chance.
+        let off = |of: f64| 5.0 * deviation / count.sqrt() * of + 1e-5;
+        assert!((whole[i] + sums[i] / count - mean).abs() < off(1.2), "{}: {i}: mean", case.name);
+        assert!((whole[i] - mean).abs() < off(1.0), "{}: {i}: the mean is what all numbers give", case.name);
+        assert!((found - deviation).abs() < off(1.5), "{}: {i}: {found} and {deviation}", case.name);
+    }
+}
 
 #[test]
 fn every_adapter_of_peft_agrees() {
@@ -432,6 +466,7 @@ fn every_adapter_of_peft_agrees() {
         let logits = host(merged.forward(ids_tensor(&batch.ids, batch.rows, batch.seq, &device)));
         case.close("logits of the merged model", &logits, &expected, most);
 
+        leaves_out_as_much(&case, &model);
         let expected = case.floats("adamw.losses");
         let (found, trained) = trained(model, &batch, None, expected.len() - 1, Parameter::is_matrix, &device);
         case.close("losses of ten steps", &found, &expected, 1e-5);

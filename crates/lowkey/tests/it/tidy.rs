@@ -241,7 +241,7 @@ const ONCE: &[Once] = &[
         meaning: "a second forward pass of a block",
     },
     Once {
-        mark: "latent_attention(queries",
+        mark: "latent_attention_of(queries",
         places: &[("lowkey-model/src/attention/mla.rs", 1)],
         meaning: "a second way through latent attention",
     },

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
 use lowkey_files::printable;
+use lowkey_kernels::adapted::{AdaptedMatrix, adapted_linear};
 use lowkey_kernels::{add_linear, embed, linear};
 use serde_json::{Map, Value, json};
 
@@ -219,6 +220,13 @@ impl LowRankAdapter {
         }
     }
 
+    /// Both matrices beside `weight`, where W' is the sum and no more, for as long as nothing is left out.
+    pub(super) fn beside(&self, weight: &Weight) -> Option<AdaptedMatrix> {
+        let plain = self.magnitude.is_none() && !self.dropout.is_on();
+        let weight = plain.then(|| weight.frozen())??;
+        Some(AdaptedMatrix { weight, a: self.lora_a.val(), b: self.lora_b.val(), scale: self.scale })
+    }
+
     /// `residual + x W'ᵀ (+ b)`, without W': the product with B·A goes through r numbers. Beside a packed matrix the lengths of rows that
     /// DoRA divides by are those of the matrix unpacked for a moment.
     pub(super) fn apply(
@@ -228,6 +236,13 @@ impl LowRankAdapter {
         weight: &Weight,
         bias: Option<Tensor<1>>,
     ) -> Tensor<3> {
+        if let Some(map) = self.beside(weight) {
+            let y = adapted_linear(residual, x.value, x.made, map);
+            return match bias {
+                Some(bias) => y + bias.unsqueeze::<3>(),
+                None => y,
+            };
+        }
         let (heard, low) = match self.dropout.is_on() {
             false => (None, x.by(self.lora_a.val())),
             true => {

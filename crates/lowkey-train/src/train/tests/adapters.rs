@@ -162,6 +162,12 @@ fn another_run_goes_on_with_an_adapter_and_what_does_not_go_together_is_refused(
     let (before, after) = (tensors(&adapter), AdapterDir::open(&second.checkpoint(8)).unwrap());
     assert_eq!(after.config, AdapterDir::open(&adapter).unwrap().config);
     assert_ne!(tensors(&second.checkpoint(8)), before);
+    // Beside a base in few bits it goes on, too, to other numbers.
+    let (packed, _) = beside("", &format!("{init}quantization = \"int8\"\n"));
+    packed.train(&["training.steps=8", "eval.every=0"]).unwrap();
+    assert!(packed.out().join(run_dir::QUANTIZATION).is_file());
+    assert_eq!(AdapterDir::open(&packed.checkpoint(8)).unwrap().config, after.config);
+    assert_ne!(tensors(&packed.checkpoint(8)), tensors(&second.checkpoint(8)));
     drop(base);
 
     let refused = |adapter: &str, init: &str, overrides: &[&str]| {
@@ -173,6 +179,7 @@ fn another_run_goes_on_with_an_adapter_and_what_does_not_go_together_is_refused(
         }
     };
     assert!(refused(ADAPTER, &init, &[]).contains("init.adapter"));
+    assert!(refused("", "quantization = \"nf4\"\n", &[]).contains("init.quantization"));
     assert!(refused(ADAPTER, "", &["optimizer.kind=muon"]).contains("optimizer.kind"));
     assert!(refused(ADAPTER, "", &["training.trainable=[\"*norm*\"]"]).contains("training.trainable"));
     let unknown = "[adapter]\ntarget_modules = [\"k_proj\"]\n";
@@ -181,9 +188,12 @@ fn another_run_goes_on_with_an_adapter_and_what_does_not_go_together_is_refused(
 
 #[test]
 fn an_adapter_beside_packed_matrices_learns_and_goes_on_to_the_same_bits() {
-    let keys = |quantization: &str| format!("{ADAPTER}use_dora = true\nquantization = \"{quantization}\"\n");
+    let adapter = format!("{ADAPTER}use_dora = true\n");
+    let init = |quantization: &str| format!("quantization = \"{quantization}\"\n");
+    // Where the key stood before.
+    let old = |quantization: &str| format!("{adapter}{}", init(quantization));
     for quantization in ["int8", "int4", "nf4"] {
-        let (unbroken, base) = beside(&keys(quantization), "");
+        let (unbroken, base) = beside(&adapter, &init(quantization));
         let mut notes = Vec::new();
         let outcome = unbroken.watch(&[], &AtomicBool::new(false), &mut |event| {
             if let Event::Note(note) = event {
@@ -200,7 +210,7 @@ fn an_adapter_beside_packed_matrices_learns_and_goes_on_to_the_same_bits() {
         assert!(layers.iter().all(|layer| layer["error"].as_f64().is_some_and(|e| e > 0.0 && e < 0.2)), "{text}");
         assert!(layers.iter().any(|layer| layer["name"] == "model.layers.0.mlp.up_proj"), "{text}");
 
-        let (mut run, _) = beside(&keys(quantization), "");
+        let (mut run, _) = beside(&old(quantization), "");
         let interrupt = AtomicBool::new(false);
         run.watch(&[], &interrupt, &mut |event| {
             if matches!(event, Event::Step(metrics) if metrics.step == 7) {
@@ -209,26 +219,35 @@ fn an_adapter_beside_packed_matrices_learns_and_goes_on_to_the_same_bits() {
         })
         .unwrap();
         run = run.resumed();
-        run.train(&[]).unwrap();
+        let mut told = false;
+        run.watch(&[], &AtomicBool::new(false), &mut |event| {
+            told |= matches!(event, Event::Note(note) if note.contains("adapter.quantization: the key stands in [init] now"));
+        })
+        .unwrap();
+        assert!(told, "{quantization}");
         for file in ["adapter_model.safetensors", "trainer.safetensors"] {
             let read = |run: &TinyRun| std::fs::read(run.checkpoint(STEPS).join(file)).unwrap();
             assert!(read(&run) == read(&unbroken), "{quantization}: {file} differs");
         }
         // What it is packed as is part of what the run began with.
         let other = if quantization == "nf4" { "int4" } else { "nf4" };
-        let refused = message(run.resumed().train(&[&format!("adapter.quantization={other}")]));
-        assert!(refused.contains("[adapter] is not what the run began with"), "{refused}");
+        let other = format!("init.quantization={other}");
+        let refused = RunConfig::load(&run.file(), std::slice::from_ref(&other)).unwrap_err().to_string();
+        assert!(refused.contains("adapter.quantization = ") && refused.contains("says otherwise"), "{refused}");
+        let unbroken = unbroken.resumed();
+        let refused = message(unbroken.train(&[&other]));
+        assert!(refused.contains("[init] is not what the run began with"), "{refused}");
         let config = std::fs::read_to_string(unbroken.checkpoint(STEPS).join("adapter_config.json")).unwrap();
         assert!(!config.contains("quantization"), "{config}");
         drop(base);
     }
     // A plan counts what packing spares.
-    let bytes = |adapter: &str| {
-        let (run, _) = beside(adapter, "");
+    let bytes = |init: &str| {
+        let (run, _) = beside(ADAPTER, init);
         let config = RunConfig::load(&run.file(), &[]).unwrap();
         let model = ModelDir::open(&config.init.as_ref().unwrap().from).unwrap().config().unwrap();
         train_bytes(&config, &model, 1)
     };
-    let (whole, packed) = (bytes(ADAPTER), bytes(&keys("nf4")));
+    let (whole, packed) = (bytes(""), bytes(&init("nf4")));
     assert!(packed < whole, "{packed} of {whole}");
 }

@@ -144,3 +144,38 @@ fn messages_are_answered_at_evaluations_up_to_the_end_of_a_turn() {
     let refused = message(run_on("dataset = \"lines.toml\"").train(&["eval.chat=[\"up\"]"]));
     assert!(refused.starts_with("eval.chat = ") && refused.contains("no chat template"), "{refused}");
 }
+
+#[test]
+fn what_ends_a_turn_ends_a_text_of_the_trained_model_where_it_is_a_token_of_its_own() {
+    let ends = |run: &TinyRun, step: u64, file: &str| -> Vec<u64> {
+        let text = std::fs::read_to_string(run.checkpoint(step).join(file)).unwrap();
+        let keys: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let ends = &keys["eos_token_id"];
+        ends.as_array().map_or_else(
+            || ends.as_u64().into_iter().collect(),
+            |ends| ends.iter().flat_map(|id| id.as_u64()).collect(),
+        )
+    };
+    // Of bytes `;` ends a turn, and stands in texts as well.
+    let plain = run_on("dataset = \"talk.toml\"");
+    plain.train(&["training.steps=2"]).unwrap();
+    assert_eq!(ends(&plain, 2, "generation_config.json"), [256]);
+
+    for (dataset, expected) in [("talk.toml", &[256, 257][..]), ("lines.toml", &[256])] {
+        let (run, _base) = adapters::beside("", "new_tokens = [\"<|end|>\"]\n");
+        for name in ["talk.jsonl", "talk.toml", "lines.toml"] {
+            std::fs::copy(plain.dir.path().join(name), run.dir.path().join(name)).unwrap();
+        }
+        std::fs::write(
+            run.dir.path().join("talk.jinja"),
+            "{% for m in messages %}{{ m.content }}{{ ':' if m.role == 'user' else '<|end|>' }}{% endfor %}",
+        )
+        .unwrap();
+        let file = std::fs::read_to_string(run.file()).unwrap();
+        std::fs::write(run.file(), file.replace("path = \"text.txt\"", &format!("dataset = \"{dataset}\""))).unwrap();
+        run.train(&["training.steps=2"]).unwrap();
+        for file in ["generation_config.json", "config.json"] {
+            assert_eq!(ends(&run, 2, file), expected, "{dataset}: {file}");
+        }
+    }
+}
