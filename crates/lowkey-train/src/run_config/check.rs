@@ -107,6 +107,7 @@ impl RunConfig {
             return Err(Error::config("eval.temperature", self.eval.temperature, "must be a finite number ≥ 0"));
         }
         at_least_one("checkpoint.keep", self.checkpoint.keep, usize::MAX)?;
+        at_least_one("ranks.patience_s", self.ranks.patience_s as usize, 86_400)?;
         if self.metrics.every == 0 {
             return Err(Error::config("metrics.every", 0, "must be at least 1"));
         }
