@@ -336,6 +336,37 @@ impl Ranks {
         }
     }
 
+    /// The numbers of each rank, of which each knows how many they are, one after the other. All have met just now.
+    ///
+    /// # Errors
+    /// [`Error::Mpi`].
+    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
+    pub(crate) fn gather_numbers(&self, own: Vec<f32>, lengths: &[usize]) -> Result<Vec<f32>> {
+        match &self.world {
+            World::Alone => Ok(own),
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.gather_numbers(&own, lengths),
+        }
+    }
+
+    /// The numbers of each rank, one after the other, on the first one; the others have none.
+    ///
+    /// # Errors
+    /// As [`Ranks::agree`].
+    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
+    pub(crate) fn gather_numbers_to_first(&self, at: Meeting, own: Result<Vec<f32>>) -> Result<Vec<f32>> {
+        let (own, word) = apart(own, |numbers| length_word(numbers.len()));
+        let lengths = self.meet(at, word)?;
+        let own = own.unwrap_or_default();
+        match &self.world {
+            World::Alone => Ok(own),
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => {
+                comm.gather_numbers_to_first(&own, &lengths.iter().map(word_length).collect::<Vec<_>>())
+            }
+        }
+    }
+
     /// The results of a job for each item, the items shared among the ranks; all of them have all results, in order. `run` does the
     /// job for those that are this rank's.
     ///

@@ -503,6 +503,12 @@ pub struct RanksSection {
     /// How the gradients of all ranks become one.
     #[serde(default)]
     pub sum: RankSum,
+    /// 1: the optimiser's memory is divided among the ranks (ZeRO's first stage, arXiv 1910.02054); each of them updates its part of the
+    /// parameters and sends it to the others. The same bits and the same checkpoints for less memory, and half as much more to send in
+    /// a step. 0: each rank has all of it.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1))]
+    pub zero: u8,
     /// Seconds that ranks wait for one that does not answer, once the steps have begun; then it is named and all end. Longer than the
     /// longest that rank 0 writes or samples at once.
     #[serde(default = "default_patience_s")]
@@ -516,7 +522,7 @@ fn default_patience_s() -> u64 {
 
 impl Default for RanksSection {
     fn default() -> Self {
-        Self { sum: RankSum::default(), patience_s: default_patience_s() }
+        Self { sum: RankSum::default(), zero: 0, patience_s: default_patience_s() }
     }
 }
 

@@ -41,7 +41,7 @@ use crate::setup::{Setup, check_memory, check_precision, check_tensors, devices,
 use crate::step::{StepSettings, StepTaken};
 use crate::tensorboard::EventWriter;
 use crate::workers::{Workers, ceiling, check_threads};
-use crate::world::{Replica, World, threads_each};
+use crate::world::{Replica, World, optimized, threads_each};
 use opening::Opened;
 
 /// Trains as the run file says. `interrupt` stops it after the current step, with a checkpoint, or while the corpus is prepared.
@@ -252,11 +252,12 @@ impl<'a> Run<'a> {
         let mut others_of = Counterpart::load(config, other.as_ref(), &model, &devices, ranks)?.into_iter();
         let mut replica = |model: CausalLm, device: &Device| -> Result<Replica> {
             let parameters = model.trained_parameters();
+            let parameters = &parameters[optimized(ranks, config.ranks, &parameters)];
             let (layer_lr_decay, layers) = (config.optimizer.layer_lr_decay, model.config.layers.len());
-            let optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
-            let mut optimizer = optimizer.with_layer_rates(layer_lr_decay, &parameters, layers);
+            let optimizer = Optimizer::new(&config.optimizer, parameters, Parameter::is_matrix);
+            let mut optimizer = optimizer.with_layer_rates(layer_lr_decay, parameters, layers);
             if let Some(dir) = resume {
-                let (_, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, device)?;
+                let (_, states) = checkpoint::load_state(dir, parameters, optimizer.state().0, device)?;
                 optimizer.restore(states, state.step);
             }
             let rows = config.rows_of_a_pass().min(config.training.batch_size / ranks.size());
@@ -309,7 +310,7 @@ impl<'a> Run<'a> {
             byte_lengths: data.tokenizer.as_ref().map(Tokenizer::byte_lengths).unwrap_or_default(),
             data,
             companions,
-            world: World::new(first, others).among(ranks.clone(), config.ranks.sum),
+            world: World::new(first, others).among(ranks.clone(), config.ranks),
             ranks: ranks.clone(),
             average,
             queued: VecDeque::new(),
@@ -620,6 +621,7 @@ impl<'a> Run<'a> {
             });
         }
         self.world.agree_with_ranks()?;
+        let whole = self.world.whole_optimizer(&self.config.optimizer)?;
         self.state.kernels = chosen_kernels();
         let Some(checkpoints) = &self.checkpoints else {
             self.saved = Some(self.state.step);
@@ -629,7 +631,7 @@ impl<'a> Run<'a> {
         let averaged = self.average.as_ref().map(|average| average.of(model));
         let beside =
             Beside { tokenizer: tokenizer.as_ref(), generation, companions: &self.companions, ema: averaged.as_ref() };
-        let path = checkpoints.save(model, beside, optimizer, &self.state)?;
+        let path = checkpoints.save(model, beside, whole.as_ref().unwrap_or(optimizer), &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });
         Ok(())

@@ -27,6 +27,7 @@ use crate::other_model::Counterpart;
 use crate::ranks::Ranks;
 use crate::run_config::RankSum;
 use crate::workers::{PassSettings, StepGradients, Workers, joined};
+pub(crate) use ranks::optimized;
 
 /// The model on one device, with what trains it there.
 #[derive(Debug)]
@@ -59,8 +60,10 @@ pub(crate) struct World {
     reducer: Reducer,
     /// The processes that share the batch, with one member each where there are several,
     ranks: Ranks,
-    /// and how they add up.
+    /// how they add up,
     sum: RankSum,
+    /// and the trained parameters that the optimiser of each is of, where each has a part of it.
+    owned: Option<Vec<Range<usize>>>,
 }
 
 /// Who adds up gradients.
@@ -82,7 +85,7 @@ impl World {
         let collectives = distinct && devices.iter().all(|device| has_collectives(device));
         let by_host = std::env::var_os("LOWKEY_REDUCE").is_some_and(|value| value == "host");
         let reducer = if collectives && !by_host { Reducer::Devices } else { Reducer::Host };
-        Self { members, reducer, ranks: Ranks::default(), sum: RankSum::default() }
+        Self { members, reducer, ranks: Ranks::default(), sum: RankSum::default(), owned: None }
     }
 
     /// Those in this process, in their order.
@@ -176,12 +179,15 @@ impl World {
     }
 
     /// Gives every replica its new values.
+    ///
+    /// # Errors
+    /// Where each rank has a part of the optimiser: [`Error::Mpi`] where the others' values do not come.
     pub(crate) fn update(
         &mut self,
         results: Vec<StepGradients>,
         gates: Vec<Option<Gate>>,
         update: impl Fn(Option<&Gate>) -> Update<'_> + Sync,
-    ) {
+    ) -> Result<()> {
         let one = |replica: &mut Replica, (result, gate): (StepGradients, Option<Gate>)| {
             replica.gate = gate;
             let Replica { model, optimizer, workers, gate, .. } = replica;
@@ -191,13 +197,21 @@ impl World {
         };
         let work = results.into_iter().zip(gates);
         match &mut self.members[..] {
-            [only] => work.for_each(|work| one(only, work)),
+            [only] => match &self.owned {
+                Some(owned) => {
+                    for (result, gate) in work {
+                        Self::update_own(only, (&self.ranks, owned), result.gradients, &update(gate.as_ref()))?;
+                    }
+                }
+                None => work.for_each(|work| one(only, work)),
+            },
             all => std::thread::scope(|scope| {
                 for (replica, work) in all.iter_mut().zip(work) {
                     scope.spawn(|| one(replica, work));
                 }
             }),
         }
+        Ok(())
     }
 
     /// Waits until everything that is queued is done.

@@ -305,6 +305,31 @@ impl Comm {
         self.transfer("MPI_Iallgatherv", Waiting::ForBytes, begin)
     }
 
+    /// The numbers of each rank, one after the other, on all of them.
+    pub(super) fn gather_numbers(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
+        let mut all = vec![0.0; lengths.iter().sum()];
+        self.all_gather_parts(own, &mut all, lengths, Kind::Floats)?;
+        Ok(all)
+    }
+
+    /// The same on the first rank alone; the others have none.
+    pub(super) fn gather_numbers_to_first(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
+        let (count, counts, at) = (int(own.len())?, ints(lengths.iter().copied())?, ints(places(lengths))?);
+        assert!(lengths.len() == self.size && lengths[self.rank] == own.len());
+        let mut all = vec![0.0f32; if self.rank == 0 { lengths.iter().sum() } else { 0 }];
+        let begin = |request: *mut raw::MPI_Request| {
+            // SAFETY: all buffers live until the transfer is over; on rank 0, the only one that receives, `all` holds all parts.
+            unsafe {
+                let float = raw::RSMPI_FLOAT;
+                let (from, to) = (own.as_ptr().cast::<c_void>(), all.as_mut_ptr().cast::<c_void>());
+                let (counts, at) = (counts.as_ptr(), at.as_ptr());
+                raw::MPI_Igatherv(from, count, float, to, counts, at, float, 0, raw::RSMPI_COMM_WORLD, request)
+            }
+        };
+        self.transfer("MPI_Igatherv", Waiting::ForBytes, begin)?;
+        Ok(all)
+    }
+
     /// Adds up the numbers of all ranks.
     pub(super) fn sum(&self, numbers: &mut [f32], order: RankSum) -> Result<()> {
         numbers.chunks_mut(AT_ONCE).try_for_each(|numbers| match order {

@@ -63,6 +63,31 @@ fn pairs_of_answers() {
 }
 
 #[test]
+fn an_optimiser_that_is_divided() {
+    for kind in ["optimizer.kind=adamw", "optimizer.kind=muon"] {
+        let more = [kind, "ranks.zero=1", "optimizer.layer_lr_decay=0.8", "training.ema_decay=0.9"];
+        same_bits(&Bench::new(), &more.map(|set| ["--set", set]).concat(), &[2, 4]);
+    }
+    let adapter = "[adapter]\ntarget_modules = \"all-linear\"\nr = 3\n";
+    let bench = Bench::beside_a_model(adapter, "path = \"text.txt\"\nseq_len = 24\n");
+    same_bits(&bench, &["--set", "ranks.zero=1"], &[3]);
+}
+
+#[test]
+fn a_divided_optimiser_goes_on_whole_and_the_other_way_round() {
+    let bench = Bench::new();
+    bench.train(3, "unbroken", &[]).succeeds();
+    for (out, first, then) in [("divided", "ranks.zero=1", "ranks.zero=0"), ("whole", "ranks.zero=0", "ranks.zero=1")] {
+        let job = bench.start(3, out, &["--set", first]);
+        job.until(&bench, out, 5);
+        job.signal(1, "-USR1");
+        job.wait().succeeds();
+        bench.train(3, out, &["--set", then, "--resume"]).succeeds();
+        bench.assert_same("unbroken", out, 12);
+    }
+}
+
+#[test]
 fn what_a_teacher_says_is_kept_by_each_rank() {
     let bench = Bench::beside_a_model("", "path = \"text.txt\"\nseq_len = 24\n");
     let file = std::fs::read_to_string(bench.path("run.toml")).unwrap();
