@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use lowkey_data::Tokenizer;
 use lowkey_train::{
     Event, RunConfig, RunOptions,
-    plan::Plan,
+    plan::{Link, Plan},
     ranks::Ranks,
     setup::planned_model,
     workers::{ceiling, check_threads},
@@ -19,7 +19,7 @@ use super::ranks;
 use crate::cli::{PlanArguments, RunFileArguments, TrainArguments};
 use crate::interrupt::Interrupt;
 use crate::output::{complain, quoted, say, say_json};
-use crate::progress::{View, plan_text};
+use crate::progress::{View, plan_text, ranks_text};
 
 pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     let ranks = ranks::join()?;
@@ -114,10 +114,18 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
         complain(&format!("note: {note}"));
     }
     let plan = Plan::new(&config, &model, ceiling(config.threads(), &devices, config.training.dtype)?);
+    let link = Link { bytes_per_s: arguments.bandwidth * 1e9 / 8.0, latency_s: arguments.latency * 1e-6 };
+    let on_ranks = arguments.ranks.map(|ranks| plan.on_ranks(&config, &model, ranks as usize, link));
+    let on_ranks = on_ranks.transpose().map_err(named)?;
     if arguments.json {
-        return say_json(&plan);
+        let mut said = json!(plan);
+        if let (Some(on_ranks), Some(said)) = (on_ranks, said.as_object_mut()) {
+            said.insert("on_ranks".into(), json!(on_ranks));
+        }
+        return say_json(&said);
     }
     say(&plan_text(&plan));
+    on_ranks.iter().for_each(|on_ranks| say(&ranks_text(on_ranks)));
     Ok(())
 }
 
