@@ -101,7 +101,8 @@ fn differing_key(own: &str, first: &str) -> String {
     }
     let keys = |text: &str| {
         let mut keys = Keys::new();
-        toml::from_str::<toml::Value>(text).iter().for_each(|value| walk("", value, &mut keys));
+        let table = toml::from_str::<toml::Table>(text).unwrap_or_default();
+        walk("", &toml::Value::Table(table), &mut keys);
         keys
     };
     let (own, first) = (keys(own), keys(first));

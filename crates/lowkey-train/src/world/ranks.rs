@@ -48,7 +48,7 @@ impl World {
                 Err(error) => {
                     failed = Some(error);
                     let mut values: Vec<_> = parameters.into_iter().map(|parameter| parameter.value).collect();
-                    values.splice(own.start..own.start, new);
+                    drop(values.splice(own.start..own.start, new));
                     values
                 }
             }

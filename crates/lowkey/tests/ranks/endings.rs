@@ -53,7 +53,7 @@ fn a_rank_that_is_killed_ends_the_job_and_the_run_goes_on_to_the_same_bits() {
         job.until(&bench, &out, 30 + 31 * i);
         job.signal(rank, "-KILL");
         let killed = Instant::now();
-        job.wait().is_lost();
+        job.wait().after_a_loss();
         assert!(killed.elapsed() < SOON, "{:?} after rank {rank} was killed", killed.elapsed());
         bench.train(3, &out, &[long, &["--resume"]].concat()).succeeds();
         bench.assert_same("unbroken", &out, 300);
@@ -87,10 +87,9 @@ fn an_error_of_all_is_said_once() {
 #[test]
 fn an_error_of_the_rank_that_writes_ends_all() {
     let bench = Bench::new();
-    // Where the second checkpoint belongs lies something else.
-    std::fs::create_dir_all(bench.path("out/checkpoints")).unwrap();
+    // Where the next checkpoint belongs lies something else.
     let job = bench.start(2, "out", &["--set", "training.steps=2000"]);
-    job.until(&bench, "out", 1);
+    job.until(&bench, "out", 2);
     std::fs::remove_dir_all(bench.path("out/checkpoints")).unwrap();
     std::fs::write(bench.path("out/checkpoints"), "a file").unwrap();
     let printed = job.wait().fails();

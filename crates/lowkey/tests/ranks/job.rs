@@ -243,7 +243,7 @@ impl Ended {
     }
 
     /// Has ended otherwise than well.
-    pub(crate) fn is_lost(self) -> String {
+    pub(crate) fn after_a_loss(self) -> String {
         assert!(!self.0.status.success(), "{}", self.printed());
         self.printed()
     }
