@@ -119,6 +119,32 @@ pub enum Error {
     /// A sample could not be drawn.
     #[error(transparent)]
     Infer(#[from] lowkey_infer::Error),
+    /// Processes were started together that cannot train together.
+    #[error("{why}")]
+    Launch {
+        /// The mend.
+        why: String,
+    },
+    /// Another rank has met an error, which ends them all.
+    #[error("rank {rank} of {size} (on {machine}): {why}")]
+    Rank {
+        /// Which one, from 0.
+        rank: usize,
+        /// Of how many.
+        size: usize,
+        /// Where it runs.
+        machine: String,
+        /// What it has met.
+        why: String,
+    },
+    /// MPI has refused a call.
+    #[error("MPI, {call}: {why}")]
+    Mpi {
+        /// The call.
+        call: &'static str,
+        /// Its reason.
+        why: String,
+    },
     /// The device failed.
     #[error("the device could not return {what}: {why}")]
     Device {

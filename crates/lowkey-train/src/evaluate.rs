@@ -272,11 +272,10 @@ fn evaluate_whole(
             &packed
         }
     };
-    let losses = workers
-        .map(batches, |batch| model.losses(batch.all(), device, None).try_into_vec_as::<f32>())
-        .into_iter()
-        .collect::<std::result::Result<Vec<_>, _>>()
-        .map_err(|e| Error::Device { what: "the losses", why: format!("{e:?}") })?;
+    let losses = workers.map_on_ranks(batches, |batch| {
+        let losses = model.losses(batch.all(), device, None).try_into_vec_as::<f32>();
+        losses.map_err(|e| Error::Device { what: "the losses", why: format!("{e:?}") })
+    })?;
     let (mut nats, mut tokens, mut bytes) = (0.0, 0, 0u64);
     for (batch, losses) in batches.iter().zip(&losses) {
         for (target, loss) in batch.targets.iter().zip(losses).filter(|(target, _)| **target != IGNORE) {

@@ -10,7 +10,7 @@
 //! **Flow.** [`RunConfig::load`] → [`setup()`] opens the corpus and resolves the model → each step: the sampler's batch for
 //! (seed, step), [`workers::Workers::gradients`], a check that all is finite, clipping to the global norm, [`optimizer::Optimizer::step`] → every so
 //! many steps an [`evaluate()`], samples, a line of metrics, a checkpoint. On a GPU the check and the clipping are the device's, and
-//! steps are queued ahead; several devices have a replica each and add up their gradients.
+//! steps are queued ahead; several devices have a replica each and add up their gradients, and so have several processes ([`ranks`]).
 //!
 //! **Invariants.** The batch is a pure function of (seed, step), so is the noise on its embeddings, and nothing else is random: a run
 //! that was killed and resumed ends with the same bits as one that was not, for the same number of threads or the same devices. Weights
@@ -63,6 +63,7 @@ pub mod passes;
 pub mod plan;
 mod prefetch;
 mod prompts;
+pub mod ranks;
 mod resume;
 pub mod run_config;
 pub mod run_data;
@@ -83,4 +84,4 @@ pub use evaluate::evaluate;
 pub use event::{Event, Outcome, RunOptions};
 pub use run_config::RunConfig;
 pub use setup::setup;
-pub use train::train;
+pub use train::{train, train_on};

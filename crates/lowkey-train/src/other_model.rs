@@ -17,6 +17,7 @@ use lowkey_model::{CausalLm, ModelConfig};
 use crate::checkpoint;
 use crate::error::{Error, Result};
 use crate::kept::{Kept, fingerprint, row_key};
+use crate::ranks::Ranks;
 use crate::run_config::{Asked, OtherModel, RunConfig};
 
 /// A model that is asked and not trained, on one device.
@@ -93,12 +94,14 @@ pub(crate) fn check(
 }
 
 impl Counterpart {
-    /// The other model of a run on each of its devices; none where the objective needs none. [`check`] has passed.
+    /// The other model of a run on each of its devices; none where the objective needs none. [`check`] has passed. What is kept of it,
+    /// one of several ranks keeps in a file of its own.
     pub(crate) fn load(
         config: &RunConfig,
         other: Option<&ModelConfig>,
         trained: &CausalLm,
         devices: &[Device],
+        ranks: &Ranks,
     ) -> Result<Vec<Option<Self>>> {
         let (Some(OtherModel { dir, cache, asked, .. }), Some(other)) = (config.other_model(), other) else {
             return Ok(devices.iter().map(|_| None).collect());
@@ -113,9 +116,11 @@ impl Counterpart {
                     Asked::Rows => "rows".to_owned(),
                     Asked::Tokens { top_k, temperature } => format!("top{}-t{temperature}", top_k.unwrap_or_default()),
                 };
+                let of_rank =
+                    if ranks.are_several() { format!("-{}of{}", ranks.rank(), ranks.size()) } else { String::new() };
                 Some(Arc::new(Kept::open(
                     cache,
-                    &format!("{}-{what}-{}", fingerprint(dir)?, format!("{precision:?}").to_lowercase()),
+                    &format!("{}-{what}-{}{of_rank}", fingerprint(dir)?, format!("{precision:?}").to_lowercase()),
                 )?))
             }
             None => None,

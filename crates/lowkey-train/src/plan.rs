@@ -1,5 +1,7 @@
 //! What a run will cost, said before it starts.
 
+mod ranks;
+
 use lowkey_model::{
     ModelConfig,
     cost::{ParameterCount, Training},
@@ -8,6 +10,7 @@ use serde::Serialize;
 
 use crate::passes::Passes;
 use crate::run_config::{RunConfig, Weights};
+pub use ranks::{Link, RanksPlan};
 
 /// The figures of a run, from the configuration alone but for the measured matrix-product rate.
 #[derive(Clone, Debug, Serialize)]

@@ -13,7 +13,6 @@ use crate::event::RunOptions;
 use crate::metrics;
 use crate::run_config::RunConfig;
 use crate::run_dir::NAMES;
-use crate::workers::available_threads;
 
 /// Keeps a second process out of a run's folder until the returned value is dropped: two would remove each other's unfinished
 /// checkpoints and mix their metrics. A folder in which something bears a name that a run writes is only taken where lowkey wrote it.
@@ -101,17 +100,22 @@ impl Earlier {
 }
 
 /// The configuration that a session trains with: with the number of threads fixed (that of the run file, else of the run that is
-/// gone on with, else one per core), and with the history of that run.
+/// gone on with, else `threads`), and with the history of that run.
 ///
 /// # Errors
 /// [`Error::File`] for a run file that describes another run than the one to go on with, [`Error::Config`] for fewer steps than it
 /// has taken.
-pub(crate) fn resolve(config: &RunConfig, options: &RunOptions, earlier: Option<&Earlier>) -> Result<RunConfig> {
+pub(crate) fn resolve(
+    config: &RunConfig,
+    options: &RunOptions,
+    earlier: Option<&Earlier>,
+    threads: usize,
+) -> Result<RunConfig> {
     let mut config = config.clone();
     if config.training.threads.is_none() {
         config.training.threads = match earlier {
             Some(earlier) => earlier.config.training.threads,
-            None => Some(available_threads()),
+            None => Some(threads),
         };
     }
     let Some(Earlier { config: then, state }) = earlier else { return Ok(config) };
@@ -125,8 +129,8 @@ pub(crate) fn resolve(config: &RunConfig, options: &RunOptions, earlier: Option<
     };
     if let Some(section) = differs.map(String::as_str).or(init).or(history) {
         let why = format!(
-            "[{section}] is not what the run began with; resume with the same run file (only eval, checkpoint, metrics \
-             and training.steps may change), or start a new run with --out DIR"
+            "[{section}] is not what the run began with; resume with the same run file (only eval, checkpoint, metrics, \
+             ranks and training.steps may change), or start a new run with --out DIR"
         );
         return Err(Error::file(options.out.join("run.toml"), why));
     }
@@ -197,7 +201,7 @@ fn comparable(config: &RunConfig) -> Result<toml::Table> {
     config.data.mixture.iter_mut().for_each(|part| part.dataset.clear());
     let mut table: toml::Table = toml::from_str(&config.to_toml()?)
         .map_err(|e| Error::RunFile { path: "run.toml".into(), why: e.to_string() })?;
-    for section in ["eval", "checkpoint", "metrics"] {
+    for section in ["eval", "checkpoint", "metrics", "ranks"] {
         table.remove(section);
     }
     Ok(table)

@@ -68,6 +68,9 @@ pub struct RunConfig {
     /// What is recorded while the run goes.
     #[serde(default)]
     pub metrics: MetricsSection,
+    /// How processes that share a run (`mpirun -n N lowkey train`) work together. No effect on a process by itself.
+    #[serde(default, skip_serializing_if = "RanksSection::is_usual")]
+    pub ranks: RanksSection,
     /// Earlier values of `training.steps`, if the run was made longer or shorter when it was resumed. Written by lowkey into the run's
     /// `run.toml`, so that this file trained anew gives the same weights; not meant to be written by hand.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -501,6 +504,54 @@ impl Default for MetricsSection {
     fn default() -> Self {
         Self { tensorboard: false, every: one() }
     }
+}
+
+/// `[ranks]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RanksSection {
+    /// How the gradients of all ranks become one.
+    #[serde(default)]
+    pub sum: RankSum,
+    /// 1: the optimiser's memory is divided among the ranks (ZeRO's first stage, arXiv 1910.02054); each of them updates its part of the
+    /// parameters and sends it to the others. The same bits and the same checkpoints for less memory, and half as much more to send in
+    /// a step. 0: each rank has all of it.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1))]
+    pub zero: u8,
+    /// Seconds that ranks wait for one that does not answer, once the steps have begun; then it is named and all end. Longer than the
+    /// longest that rank 0 writes or samples at once.
+    #[serde(default = "default_patience_s")]
+    #[schemars(range(min = 1, max = 86_400))]
+    pub patience_s: u64,
+}
+
+fn default_patience_s() -> u64 {
+    1800
+}
+
+impl Default for RanksSection {
+    fn default() -> Self {
+        Self { sum: RankSum::default(), zero: 0, patience_s: default_patience_s() }
+    }
+}
+
+impl RanksSection {
+    /// Whether it says nothing that is not so without it.
+    pub(crate) fn is_usual(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Ways to add up the gradients of all ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RankSum {
+    /// In the order of the ranks, each of which adds up a part: n ranks then give the bits of one process that takes a step in n passes.
+    #[default]
+    Ordered,
+    /// As `MPI_Allreduce` of the MPI at hand does it, in an order of its own: other last bits, also from one machine to another.
+    Fastest,
 }
 
 impl RunConfig {

@@ -149,7 +149,7 @@ impl StepSettings<'_> {
             return Err(non_finite(step, rows, fault, *judgement, &world.main().model));
         }
         let precision = self.passes.precision;
-        world.update(results, gates, |gate| Update { clip, lr, gate, precision });
+        world.update(results, gates, |gate| Update { clip, lr, gate, precision })?;
         Ok(taken(outcome))
     }
 

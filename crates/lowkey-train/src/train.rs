@@ -1,10 +1,12 @@
 //! The one training loop.
 
+mod opening;
+
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -29,6 +31,7 @@ use crate::passes::Passes;
 use crate::plan::Plan;
 use crate::prefetch::Prefetch;
 use crate::prompts::{Prompt, prompts};
+use crate::ranks::{self, Meeting, Ranks};
 use crate::resume::{self, Earlier};
 use crate::run_config::RunConfig;
 use crate::run_data::{RunData, TrainBatches};
@@ -37,7 +40,8 @@ use crate::setup::{Setup, check_memory, check_precision, check_tensors, devices,
 use crate::step::{StepFigures, StepSettings, StepTaken};
 use crate::tensorboard::EventWriter;
 use crate::workers::{Workers, ceiling, check_threads};
-use crate::world::{Replica, World, threads_each};
+use crate::world::{Replica, World, optimized, threads_each};
+use opening::Opened;
 
 /// Trains as the run file says. `interrupt` stops it after the current step, with a checkpoint, or while the corpus is prepared.
 ///
@@ -50,38 +54,50 @@ pub fn train(
     interrupt: &AtomicBool,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Outcome> {
+    train_on(&Ranks::default(), config, options, interrupt, observe)
+}
+
+/// [`train()`] as one of several ranks, which share every batch. The first one writes, and all are interrupted where one is.
+///
+/// # Errors
+/// As [`train()`]; what one rank meets, all return.
+pub fn train_on(
+    ranks: &Ranks,
+    config: &RunConfig,
+    options: &RunOptions,
+    interrupt: &AtomicBool,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Outcome> {
+    ranks.end(train_together(ranks, config, options, interrupt, observe))
+}
+
+fn train_together(
+    ranks: &Ranks,
+    config: &RunConfig,
+    options: &RunOptions,
+    interrupt: &AtomicBool,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Outcome> {
     let devices = devices(&config.run)?;
     for device in &devices {
         check_precision(config.training.dtype, device)?;
     }
     check_threads(config, &devices)?;
-    let checkpoints_dir = options.out.join(run_dir::CHECKPOINTS);
-    resume::refuse_to_lose_a_run(&checkpoints_dir, options)?;
-    let _held = resume::claim(&options.out)?;
-    let checkpoints = Checkpoints::open(&checkpoints_dir, config.checkpoint.keep)?;
-    let (found, damaged) = if options.resume { checkpoints.latest()? } else { (None, Vec::new()) };
-    if let (None, Some(first)) = (&found, damaged.first()) {
-        // Starting anew would write over what may still be mended.
-        let why =
-            format!("no checkpoint here is whole ({first}); put one back from a copy, or start anew with --overwrite");
-        return Err(Error::file(checkpoints_dir, why));
-    }
-    let earlier = match &found {
-        Some(checkpoint) => Some(Earlier::load(&options.out, checkpoint)?),
-        None => {
-            resume::refuse_to_lose_figures(options)?;
-            None
-        }
+    let threads = ranks::start::compare(ranks, config, options)?;
+    let opened = if ranks.is_first() { Some(Opened::new(config, options)?) } else { None };
+    let found = opening::found(ranks, options, opened.as_ref())?;
+    let (_held, checkpoints, damaged) = match opened {
+        Some(Opened { held, checkpoints, damaged, .. }) => (Some(held), Some(checkpoints), damaged),
+        None => (None, None, Vec::new()),
     };
-    let config = &resume::resolve(config, options, earlier.as_ref())?;
+    let earlier = found.as_ref().map(|checkpoint| Earlier::load(&options.out, checkpoint)).transpose()?;
+    let config = &resume::resolve(config, options, earlier.as_ref(), threads)?;
     let crowded = check_threads(config, &devices)?;
     let begun = found.as_deref().zip(earlier.as_ref().map(|earlier| &earlier.state));
-    let setup = match setup_run(config, options, begun, interrupt, observe) {
-        Err(Error::Data(lowkey_data::Error::Stopped)) => {
-            let step = begun.map_or(0, |(_, state)| state.step);
-            return Ok(Outcome { step, finished: false, evaluation: None });
-        }
-        setup => setup?,
+    let setup = opening::set_up(ranks, config, || setup_run(config, options, begun, interrupt, observe))?;
+    let Some(setup) = setup else {
+        let step = begun.map_or(0, |(_, state)| state.step);
+        return Ok(Outcome { step, finished: false, evaluation: None });
     };
     let elastic = !setup.model.elastic_ranks().is_empty();
     let since = earlier.as_ref().map(|earlier| resume::notes(config, earlier, elastic)).unwrap_or_default();
@@ -96,18 +112,25 @@ pub fn train(
         observe(Event::Note("no checkpoint to resume from; starting at step 0".into()));
     }
     let resumed = found.as_deref().zip(earlier.map(|earlier| earlier.state));
-    let mut run = Run::start(config, options, setup, checkpoints, resumed, devices)?;
-    match found {
-        // A process may have been killed between a checkpoint and what follows it.
-        Some(_) => run.checkpoints.settle(&run.state)?,
-        // Only now: whatever is wrong with the new run, the old one would be gone.
-        None if options.overwrite => run.checkpoints.clear()?,
-        None => {}
+    let mut run = Run::start(config, options, setup, (ranks, checkpoints), resumed, devices)?;
+    run.world.agree_with_ranks()?;
+    if let Some(checkpoints) = &run.checkpoints {
+        match found {
+            // A process may have been killed between a checkpoint and what follows it.
+            Some(_) => checkpoints.settle(&run.state)?,
+            // Only now: whatever is wrong with the new run, the old one would be gone.
+            None if options.overwrite => checkpoints.clear()?,
+            None => {}
+        }
+        run.open_logs()?;
+        run.write_head(found.is_some())?;
     }
-    run.open_logs()?;
-    run.write_head(found.is_some())?;
     if let Some(reducer) = run.world.reducer() {
-        observe(Event::Note(format!("{} devices; gradients are added up by {reducer}", config.run.devices.len())));
+        let members = match ranks.size() {
+            1 => format!("{} devices", config.run.devices.len()),
+            size => format!("{size} ranks of {} threads each", config.threads()),
+        };
+        observe(Event::Note(format!("{members}; gradients are added up by {reducer}")));
     }
     if let Some(note) = quantization_note(run.world.main().model.quantized_layers()) {
         observe(Event::Note(note));
@@ -176,7 +199,10 @@ struct Run<'a> {
     average: Option<Average>,
     /// Steps that are queued and not yet waited for, oldest first.
     queued: VecDeque<Queued>,
-    checkpoints: Checkpoints,
+    /// The processes that train together,
+    ranks: Ranks,
+    /// the first of which writes.
+    checkpoints: Option<Checkpoints>,
     /// After the last step that was queued.
     state: TrainerState,
     /// The step of the newest checkpoint.
@@ -200,7 +226,7 @@ impl<'a> Run<'a> {
         config: &'a RunConfig,
         options: &'a RunOptions,
         setup: Setup,
-        checkpoints: Checkpoints,
+        (ranks, checkpoints): (&Ranks, Option<Checkpoints>),
         resumed: Option<(&Path, TrainerState)>,
         devices: Vec<Device>,
     ) -> Result<Self> {
@@ -210,7 +236,7 @@ impl<'a> Run<'a> {
         let batches = Arc::new(data.batches(&config.data, config.training.batch_size, config.run.seed)?);
         config.check_pairs(data.is_pairs(), &data.name)?;
         let count = devices.len();
-        check_memory(config, &model_config, if devices.iter().any(is_cpu) { count } else { 1 })?;
+        check_memory(config, &model_config, if devices.iter().any(is_cpu) { count * ranks.here() } else { 1 })?;
         for device in &devices {
             check_tensors(config, &model_config, device)?;
         }
@@ -225,17 +251,19 @@ impl<'a> Run<'a> {
         (state.data, state.held_out) = (data.checksum(), Some(data.held_checksum()));
         state.newest_is_best = data.held.is_empty();
         let own_threads = if count > 1 { threads_each(threads, count) } else { threads };
-        let mut others_of = Counterpart::load(config, other.as_ref(), &model, &devices)?.into_iter();
+        let mut others_of = Counterpart::load(config, other.as_ref(), &model, &devices, ranks)?.into_iter();
         let mut replica = |model: CausalLm, device: &Device| -> Result<Replica> {
             let parameters = model.trained_parameters();
+            let parameters = &parameters[optimized(ranks, config.ranks, &parameters)];
             let (layer_lr_decay, layers) = (config.optimizer.layer_lr_decay, model.config.layers.len());
-            let optimizer = Optimizer::new(&config.optimizer, &parameters, Parameter::is_matrix);
-            let mut optimizer = optimizer.with_layer_rates(layer_lr_decay, &parameters, layers);
+            let optimizer = Optimizer::new(&config.optimizer, parameters, Parameter::is_matrix);
+            let mut optimizer = optimizer.with_layer_rates(layer_lr_decay, parameters, layers);
             if let Some(dir) = resume {
-                let (_, states) = checkpoint::load_state(dir, &parameters, optimizer.state().0, device)?;
+                let (_, states) = checkpoint::load_state(dir, parameters, optimizer.state().0, device)?;
                 optimizer.restore(states, state.step);
             }
-            let workers = Workers::for_device(own_threads, config.rows_of_a_pass(), device)?;
+            let rows = config.rows_of_a_pass().min(config.training.batch_size / ranks.size());
+            let workers = Workers::for_device(own_threads, rows, device)?.among(ranks.clone());
             Ok(Replica {
                 device: device.clone(),
                 model,
@@ -266,7 +294,11 @@ impl<'a> Run<'a> {
         };
         // Before anything is multiplied, as the first use of a shape chooses its kernel.
         choose_kernels(state.kernels.clone());
-        let plan = Plan::new(config, &first.model.config, ceiling(threads, &devices, config.training.dtype)?);
+        let plan = Plan::new(
+            config,
+            &first.model.config,
+            ceiling(threads, &devices, config.training.dtype)? * ranks.size() as f64,
+        );
         let passes = Passes::new(config, &first.model.config);
         if config.training.dtype == Precision::F16 {
             state.loss_scale.get_or_insert_default();
@@ -280,7 +312,8 @@ impl<'a> Run<'a> {
             byte_lengths: data.tokenizer.as_ref().map(Tokenizer::byte_lengths).unwrap_or_default(),
             data,
             companions,
-            world: World::new(first, others),
+            world: World::new(first, others).among(ranks.clone(), config.ranks),
+            ranks: ranks.clone(),
             average,
             queued: VecDeque::new(),
             checkpoints,
@@ -329,6 +362,7 @@ impl<'a> Run<'a> {
         let mut environment = self.options.environment.clone();
         environment.insert("device".into(), json!(self.config.run.device));
         environment.insert("devices".into(), json!(self.config.run.devices));
+        environment.insert("ranks".into(), json!(self.ranks.size()));
         environment.insert("seed".into(), json!(self.config.run.seed));
         environment.insert("threads".into(), json!(self.config.training.threads));
         environment.insert("dataset".into(), json!(self.data.name));
@@ -354,14 +388,21 @@ impl<'a> Run<'a> {
     }
 
     fn steps(mut self, interrupt: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
+        self.ranks.be_patient_for(Duration::from_secs(self.config.ranks.patience_s));
         let result = self.take_steps(interrupt, observe).map_err(|error| error.with_kept(self.saved));
+        if self.checkpoints.is_none() {
+            return result;
+        }
         Ended::keep(&self.options.out, self.state.step, result)
     }
 
     fn take_steps(&mut self, interrupt: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome> {
         let steps = self.config.training.steps;
         self.counted = Instant::now();
-        while self.state.step < steps && !self.stalls() && !interrupt.load(Ordering::Relaxed) {
+        while self.state.step < steps
+            && !self.stalls()
+            && !self.ranks.any(Meeting::Step, interrupt.load(Ordering::Relaxed))?
+        {
             self.queue()?;
             let step = self.state.step;
             let last = step == steps;
@@ -422,7 +463,9 @@ impl<'a> Run<'a> {
             None
         } else {
             let evaluation = self.evaluate(&self.data.held)?;
-            lowkey_files::write_json(&self.options.out.join(run_dir::EVALUATION), &evaluation)?;
+            if self.checkpoints.is_some() {
+                lowkey_files::write_json(&self.options.out.join(run_dir::EVALUATION), &evaluation)?;
+            }
             observe(Event::Finished { evaluation: &evaluation, on: &self.data.held_part() });
             Some(evaluation)
         };
@@ -540,7 +583,7 @@ impl<'a> Run<'a> {
     }
 
     fn sample(&mut self, observe: &mut dyn FnMut(Event)) -> Result<()> {
-        let Some(tokenizer) = &self.data.tokenizer else { return Ok(()) };
+        let (Some(tokenizer), Some(_)) = (&self.data.tokenizer, &self.checkpoints) else { return Ok(()) };
         let Replica { model, device, .. } = self.world.main();
         for prompt in &self.prompts {
             let written = prompt.written(model, &self.config.eval, self.config.run.seed, tokenizer, device)?;
@@ -577,12 +620,18 @@ impl<'a> Run<'a> {
                 why: "they have drifted apart".into(),
             });
         }
+        self.world.agree_with_ranks()?;
+        let whole = self.world.whole_optimizer(&self.config.optimizer)?;
         self.state.kernels = chosen_kernels();
+        let Some(checkpoints) = &self.checkpoints else {
+            self.saved = Some(self.state.step);
+            return Ok(());
+        };
         let RunData { tokenizer, generation, .. } = &self.data;
         let averaged = self.average.as_ref().map(|average| average.of(model));
         let beside =
             Beside { tokenizer: tokenizer.as_ref(), generation, companions: &self.companions, ema: averaged.as_ref() };
-        let path = self.checkpoints.save(model, beside, optimizer, &self.state)?;
+        let path = checkpoints.save(model, beside, whole.as_ref().unwrap_or(optimizer), &self.state)?;
         self.saved = Some(self.state.step);
         observe(Event::Saved { path: &path, best });
         Ok(())

@@ -20,6 +20,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::other_model::{Counterpart, Said};
+use crate::ranks::{Packed, Ranks};
 use crate::run_config::RunConfig;
 
 /// Thread pools among which rows are shared.
@@ -28,6 +29,8 @@ pub struct Workers {
     pools: Vec<rayon::ThreadPool>,
     /// All threads together, where they are not one pool already.
     all: Option<rayon::ThreadPool>,
+    /// The processes that share what is measured.
+    ranks: Ranks,
 }
 
 /// How a step's gradients are computed.
@@ -96,7 +99,13 @@ impl Workers {
             pool.map_err(|e| Error::io("thread pool", std::io::Error::other(e)))
         };
         let pools = (0..count).map(|i| pool(threads / count + usize::from(i < threads % count)));
-        Ok(Self { pools: pools.collect::<Result<_>>()?, all: if count > 1 { Some(pool(threads)?) } else { None } })
+        let all = if count > 1 { Some(pool(threads)?) } else { None };
+        Ok(Self { pools: pools.collect::<Result<_>>()?, all, ranks: Ranks::default() })
+    }
+
+    /// The same as those of one of several ranks, among which [`Workers::map_on_ranks`] shares its items.
+    pub(crate) fn among(self, ranks: Ranks) -> Self {
+        Self { ranks, ..self }
     }
 
     /// The same on the CPU; one thread for a GPU, which has units of its own and takes a pass whole.
@@ -157,6 +166,18 @@ impl Workers {
         });
         // Every lane has run to its end (a panic would have been raised by the scope), so no slot is empty.
         results.into_iter().flatten().collect()
+    }
+
+    /// [`Workers::map`] with the items shared among the ranks, each of which gets all results.
+    ///
+    /// # Errors
+    /// The job's, and as [`Ranks::agree`].
+    pub(crate) fn map_on_ranks<T: Sync, R: Packed + Send>(
+        &self,
+        items: &[T],
+        job: impl Fn(&T) -> Result<R> + Sync,
+    ) -> Result<Vec<R>> {
+        self.ranks.share(items, |own| self.map(own, job).into_iter().collect())
     }
 
     /// Loss and gradients of a batch, pass by pass. On a GPU they are queued, not waited for.

@@ -6,8 +6,10 @@
 //! gradients and hands back an update; it does not know how many members there are. What only one has to do (evaluate, write, speak)
 //! the first one does.
 //!
-//! Today a world is one process. Ranks of several would be another way to add up ([`Reducer`]) and another number of members to deal
-//! to; nothing else here or above depends on where they are.
+//! The members are devices of one process ([`Reducer`]), or one of each of several processes (`world/ranks.rs`); nothing else here or
+//! above depends on where they are.
+
+mod ranks;
 
 use std::ops::Range;
 
@@ -22,7 +24,10 @@ use crate::buckets::{BUCKET, packed, read, sums, unpacked};
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, Update};
 use crate::other_model::Counterpart;
+use crate::ranks::Ranks;
+use crate::run_config::RankSum;
 use crate::workers::{PassSettings, StepGradients, Workers};
+pub(crate) use ranks::optimized;
 
 /// The model on one device, with what trains it there.
 #[derive(Debug)]
@@ -53,6 +58,12 @@ impl Replica {
 pub(crate) struct World {
     members: Vec<Replica>,
     reducer: Reducer,
+    /// The processes that share the batch, with one member each where there are several,
+    ranks: Ranks,
+    /// how they add up,
+    sum: RankSum,
+    /// and the trained parameters that the optimiser of each is of, where each has a part of it.
+    owned: Option<Vec<Range<usize>>>,
 }
 
 /// Who adds up gradients.
@@ -74,7 +85,7 @@ impl World {
         let collectives = distinct && devices.iter().all(|device| has_collectives(device));
         let by_host = std::env::var_os("LOWKEY_REDUCE").is_some_and(|value| value == "host");
         let reducer = if collectives && !by_host { Reducer::Devices } else { Reducer::Host };
-        Self { members, reducer }
+        Self { members, reducer, ranks: Ranks::default(), sum: RankSum::default(), owned: None }
     }
 
     /// Those in this process, in their order.
@@ -90,6 +101,10 @@ impl World {
     /// What adds up gradients, in words; none where there is nothing to add.
     pub(crate) fn reducer(&self) -> Option<&'static str> {
         match self.reducer {
+            _ if self.ranks.are_several() => Some(match self.sum {
+                RankSum::Ordered => "MPI, in the order of the ranks",
+                RankSum::Fastest => "MPI, in its own order",
+            }),
             _ if self.members.len() == 1 => None,
             Reducer::Devices => Some("the devices among themselves (NCCL)"),
             Reducer::Host => Some("the host"),
@@ -103,6 +118,9 @@ impl World {
     /// kept.
     pub(crate) fn gradients(&self, batch: &Batch, passes: PassSettings<'_>) -> Result<Vec<StepGradients>> {
         if let [only] = &self.members[..] {
+            if self.ranks.are_several() {
+                return self.gradients_of_ranks(only, batch, passes);
+            }
             let gradients = only.workers.gradients(&only.model, batch, only.passes(passes), &only.device);
             only.other.as_ref().map_or(Ok(()), Counterpart::in_order)?;
             return Ok(vec![gradients]);
@@ -166,12 +184,15 @@ impl World {
     }
 
     /// Gives every replica its new values.
+    ///
+    /// # Errors
+    /// Where each rank has a part of the optimiser: [`Error::Mpi`] where the others' values do not come.
     pub(crate) fn update(
         &mut self,
         results: Vec<StepGradients>,
         gates: Vec<Option<Gate>>,
         update: impl Fn(Option<&Gate>) -> Update<'_> + Sync,
-    ) {
+    ) -> Result<()> {
         let one = |replica: &mut Replica, (result, gate): (StepGradients, Option<Gate>)| {
             replica.gate = gate;
             let Replica { model, optimizer, workers, gate, .. } = replica;
@@ -181,13 +202,21 @@ impl World {
         };
         let work = results.into_iter().zip(gates);
         match &mut self.members[..] {
-            [only] => work.for_each(|work| one(only, work)),
+            [only] => match &self.owned {
+                Some(owned) => {
+                    for (result, gate) in work {
+                        Self::update_own(only, (&self.ranks, owned), result.gradients, &update(gate.as_ref()))?;
+                    }
+                }
+                None => work.for_each(|work| one(only, work)),
+            },
             all => std::thread::scope(|scope| {
                 for (replica, work) in all.iter_mut().zip(work) {
                     scope.spawn(|| one(replica, work));
                 }
             }),
         }
+        Ok(())
     }
 
     /// Waits until everything that is queued is done.
@@ -207,12 +236,8 @@ impl World {
         if others.is_empty() {
             return true;
         }
-        let sums = |replica: &Replica| {
-            let values: Vec<_> = replica.model.parameters().into_iter().map(|p| p.value).collect();
-            optim::sums_of_squares(&values).into_iter().map(f64::to_bits).collect::<Vec<_>>()
-        };
-        let first = sums(main);
-        others.iter().all(|replica| sums(replica) == first)
+        let first = sums_of_squares(main);
+        others.iter().all(|replica| sums_of_squares(replica) == first)
     }
 
     /// Runs `job` for each replica in a thread of its own; results in their order.
@@ -227,6 +252,12 @@ impl World {
             threads.into_iter().map(join).collect()
         })
     }
+}
+
+/// What tells a replica's weights from others, as bits.
+fn sums_of_squares(replica: &Replica) -> Vec<u64> {
+    let values: Vec<_> = replica.model.parameters().into_iter().map(|p| p.value).collect();
+    optim::sums_of_squares(&values).into_iter().map(f64::to_bits).collect()
 }
 
 /// The rows of a batch that member `member` of `members` computes; `unit` of them belong together.

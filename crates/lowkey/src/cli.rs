@@ -47,7 +47,9 @@ pub(crate) enum Command {
         lowkey train configs/quickstart.toml --set model.attention=mha --out runs/quickstart-mha")]
     Train(TrainArguments),
     /// Say what a run will cost (parameters, FLOPs, cache, memory, time), without starting it
-    #[command(after_help = "Example:\n  lowkey plan configs/mla-124m.toml --set training.batch_size=8")]
+    #[command(after_help = "Examples:\n  \
+        lowkey plan configs/mla-124m.toml --set training.batch_size=8\n  \
+        lowkey plan configs/mla-124m.toml --ranks 8 --bandwidth 100 --latency 5")]
     Plan(PlanArguments),
     /// Continue a prompt with any model directory
     #[command(after_help = "Examples:\n  \
@@ -220,9 +222,25 @@ pub(crate) struct TrainArguments {
 pub(crate) struct PlanArguments {
     #[command(flatten)]
     pub(crate) file: RunFileArguments,
+    /// The same on so many ranks (`mpirun -n N lowkey train`), each on a machine as this one
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) ranks: Option<u32>,
+    /// The link of each rank, in Gbit/s
+    #[arg(long, value_name = "GBIT", requires = "ranks", default_value_t = 10.0, value_parser = above_zero)]
+    pub(crate) bandwidth: f64,
+    /// How long a message is under way, in microseconds
+    #[arg(long, value_name = "US", requires = "ranks", default_value_t = 50.0, value_parser = above_zero)]
+    pub(crate) latency: f64,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn above_zero(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
+        _ => Err("must be a number above 0".into()),
+    }
 }
 
 #[derive(Debug, Args)]

@@ -11,7 +11,7 @@ use crate::output::complain;
 /// What a shell adds to the number of the signal that ended a process.
 const BY_SIGNAL: usize = 128;
 
-/// Whether a signal came: Ctrl-C, or the end that a job manager asks for.
+/// Whether a signal came: Ctrl-C, the end that a job manager asks for, or its word (`SIGUSR1`) that the time is almost over.
 pub(crate) struct Interrupt {
     came: Arc<AtomicBool>,
     signal: Arc<AtomicUsize>,
@@ -30,19 +30,24 @@ impl Interrupt {
         &self.came
     }
 
-    /// The exit code of a process that was interrupted: 130 for Ctrl-C, 143 for a termination, as job managers expect.
+    /// The exit code of a process that was interrupted: 130 for Ctrl-C, 143 for a termination, as job managers expect; 0 for `SIGUSR1`,
+    /// which asks for just that.
     pub(crate) fn exit_code(&self) -> ExitCode {
+        #[cfg(unix)]
+        if self.signal.load(Ordering::Relaxed) == signal_hook::consts::SIGUSR1 as usize {
+            return ExitCode::SUCCESS;
+        }
         exit_code(self.signal.load(Ordering::Relaxed))
     }
 
     #[cfg(unix)]
     fn listen(&self, at_once: impl Fn() + Send + 'static) -> anyhow::Result<()> {
         use anyhow::Context;
-        use signal_hook::consts::SIGHUP;
+        use signal_hook::consts::{SIGHUP, SIGUSR1};
 
         // Under nohup a terminal that goes away is nothing to stop for.
         let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);
-        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM].into_iter().chain(hangup))
+        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGUSR1].into_iter().chain(hangup))
             .context("cannot watch for signals")?;
         let (came, first) = (Arc::clone(&self.came), Arc::clone(&self.signal));
         let watch = move || {

@@ -71,9 +71,14 @@ fn main() -> ExitCode {
             }
             Err(_) => {
                 let report = report.lock().unwrap_or_else(PoisonError::into_inner);
-                output::complain(&format!(
-                    "internal error: {report}. Please report this with the command that you ran."
+                let rank = lowkey_train::ranks::Launched::read().filter(|launched| launched.size > 1);
+                let who =
+                    rank.map(|launched| format!("rank {} of {}: ", launched.rank, launched.size)).unwrap_or_default();
+                output::complain_all_the_same(&format!(
+                    "internal error: {who}{report}. Please report this with the command that you ran."
                 ));
+                // Others may wait for this one.
+                lowkey_train::ranks::Ranks::abandon();
                 ExitCode::from(FAILED)
             }
         },
@@ -92,7 +97,7 @@ fn is_wrong_use(error: &anyhow::Error) -> bool {
     };
     error.chain().any(|cause| {
         cause.downcast_ref::<Train>().is_some_and(|e| match e {
-            Train::RunFile { .. } | Train::Config { .. } => true,
+            Train::RunFile { .. } | Train::Config { .. } | Train::Launch { .. } => true,
             Train::Model(e) => model(e),
             Train::Data(e) => data(e),
             Train::Infer(e) => infer(e),

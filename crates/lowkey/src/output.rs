@@ -16,6 +16,16 @@ static WORK_GOES_ON: AtomicBool = AtomicBool::new(false);
 /// Whether standard output has failed, so that nothing more is written to it.
 static SILENT: AtomicBool = AtomicBool::new(false);
 
+/// Whether another process speaks for this one.
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Says nothing from now on, as another process does the same work and speaks for this one. What only this one has met,
+/// [`complain_all_the_same`] says.
+pub(crate) fn be_quiet() {
+    SILENT.store(true, Ordering::Relaxed);
+    QUIET.store(true, Ordering::Relaxed);
+}
+
 /// The end of a command whose standard output failed: the payload that unwinds to `main`, so that temporary files go.
 pub(crate) enum OutputFailed {
     /// Nobody reads on (`lowkey info … | head`): no error.
@@ -78,6 +88,13 @@ fn try_write(text: &str, end: &str) -> std::io::Result<()> {
 
 /// Writes a line to standard error, as well as it can be, control characters escaped.
 pub(crate) fn complain(text: &str) {
+    if !QUIET.load(Ordering::Relaxed) {
+        complain_all_the_same(text);
+    }
+}
+
+/// [`complain`], also of a process that is to be quiet.
+pub(crate) fn complain_all_the_same(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{}", printable_lines(text));
 }
 

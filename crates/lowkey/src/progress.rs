@@ -11,7 +11,7 @@ use lowkey_train::{
     Event,
     evaluate::{ClassEvaluation, Evaluation},
     metrics::Metrics,
-    plan::Plan,
+    plan::{Plan, RanksPlan},
 };
 
 use crate::output::{bytes, complain, count, duration, pairs, say, say_parts, table};
@@ -230,6 +230,27 @@ pub(crate) fn plan_text(plan: &Plan) -> String {
                 spaced(count(plan.matmul_flops_per_s))
             ),
         ),
+    ];
+    pairs(&rows)
+}
+
+/// A plan for several ranks, in rows below that of one process.
+pub(crate) fn ranks_text(plan: &RanksPlan) -> String {
+    let rows = [
+        ("on ranks", format!("{}, each a machine as this one", plan.ranks)),
+        ("sent", format!("{} by each rank in a step, and as much received", bytes(plan.bytes_per_step as usize))),
+        (
+            "step",
+            format!(
+                "{:.1} ms of computing and {:.1} ms of sending: {:.0} % of what {} ranks would do without",
+                1e3 * plan.compute_s,
+                1e3 * plan.link_s,
+                100.0 * plan.efficiency,
+                plan.ranks
+            ),
+        ),
+        ("memory", format!("about {} at the peak of each", bytes(plan.rank_bytes))),
+        ("time", format!("about {}", duration(plan.seconds))),
     ];
     pairs(&rows)
 }

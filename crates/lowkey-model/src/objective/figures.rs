@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::{Device, FloatDType, Tensor};
 
 /// Sums by name, in the order in which they were given. Of two terms that give the same name the sums are added up.
 #[derive(Clone, Debug, Default)]
@@ -85,6 +85,43 @@ impl Figures {
         self
     }
 
+    /// All numbers, figure by figure, as another process is told them: a sum of the host, of a device one for each pass. Waits for the
+    /// device.
+    ///
+    /// # Errors
+    /// What the device says where a number cannot be read.
+    pub fn numbers(&self) -> Result<Vec<Vec<f64>>, String> {
+        let read = |sum: &Tensor<1>| {
+            let number = sum.clone().try_into_scalar::<f32>();
+            number.map(f64::from).map_err(|e| format!("{e:?}"))
+        };
+        let numbers = |(_, figure): &(_, Figure)| match figure {
+            Figure::Host(sum) => Ok(vec![*sum]),
+            Figure::Device(sums) => sums.iter().map(read).collect(),
+            Figure::Above(_) => Ok(Vec::new()),
+        };
+        self.0.iter().map(numbers).collect()
+    }
+
+    /// These figures as another process has them, by its [`Figures::numbers`]; none where it has others.
+    pub fn with_numbers(&self, numbers: &[Vec<f64>], device: &Device) -> Option<Self> {
+        let told = |((name, figure), numbers): (&(&'static str, Figure), &Vec<f64>)| {
+            let figure = match (figure, &numbers[..]) {
+                (Figure::Host(_), [sum]) => Figure::Host(*sum),
+                (Figure::Device(_), sums) => {
+                    Figure::Device(sums.iter().map(|sum| Tensor::from_floats([*sum as f32], device)).collect())
+                }
+                (Figure::Above(of), []) => Figure::Above(*of),
+                (Figure::Host(_) | Figure::Above(_), _) => return None,
+            };
+            Some((*name, figure))
+        };
+        if self.0.len() != numbers.len() {
+            return None;
+        }
+        self.0.iter().zip(numbers).map(told).collect::<Option<_>>().map(Self)
+    }
+
     /// The means over `count` targets or pairs; `read` are the numbers of [`Figures::on_device`].
     pub fn means(&self, read: &[f32], count: usize) -> BTreeMap<String, f64> {
         let (mut read, count) = (read.iter(), count.max(1) as f64);
@@ -109,8 +146,6 @@ impl Figures {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Device;
-
     use super::*;
     use crate::fixtures::values;
 
@@ -138,6 +173,12 @@ mod tests {
         let all = all.with_sums([plain(30.0), plain(3.0)]);
         let read: Vec<f32> = all.on_device().into_iter().flat_map(values).collect();
         assert_eq!((all.means(&read, 1)["c"], all.means(&read, 0)["last"]), (30.0, 3.0));
+        // What another process is told, and what is not of these figures.
+        let (part, device) = (part(4.5), Device::flex());
+        let there = part.with_numbers(&part.numbers().unwrap(), &device).unwrap();
+        let read: Vec<f32> = there.on_device().into_iter().flat_map(values).collect();
+        assert_eq!((read.clone(), there.means(&read, 2)), (vec![9.0], part.means(&[9.0], 2)));
+        assert!(part.with_numbers(&[vec![1.0]], &device).is_none() && part.with_numbers(&[], &device).is_none());
         assert!(Figures::default().means(&[], 4).is_empty() && Figures::default().on_device().is_empty());
     }
 }

@@ -38,14 +38,13 @@ fn tokens(
     device: &Device,
 ) -> Result<Evaluation> {
     let unreadable = |why: String| Error::Device { what: "the answers", why };
-    let answers = workers.map(batches, |AnswerBatch { batch, .. }| -> Result<(Vec<f32>, Vec<i64>)> {
+    let answers = workers.map_on_ranks(batches, |AnswerBatch { batch, .. }| -> Result<(Vec<f32>, Vec<i64>)> {
         let (losses, best) = model.answers(batch.all(), device);
         let losses = losses.try_into_vec_as::<f32>().map_err(|e| unreadable(format!("{e:?}")))?;
         Ok((losses, best.try_into_vec_as::<i64>().map_err(|e| unreadable(format!("{e:?}")))?))
-    });
+    })?;
     let mut sums = vec![Sum::default(); names.len()];
-    for (AnswerBatch { batch, classes }, answers) in batches.iter().zip(answers) {
-        let (losses, best) = answers?;
+    for (AnswerBatch { batch, classes }, (losses, best)) in batches.iter().zip(answers) {
         let answers = batch.targets.iter().zip(&best).zip(losses.iter().zip(classes));
         for ((target, best), (loss, class)) in answers.filter(|((target, _), _)| **target != IGNORE) {
             if let Some(sum) = sums.get_mut(usize::from(*class)) {
@@ -86,10 +85,12 @@ fn tokens(
 }
 
 fn vectors(model: &CausalLm, batches: &[Batch], workers: &Workers, device: &Device) -> Result<Evaluation> {
-    let errors = workers.map(batches, |batch| model.losses(batch.all(), device, None).try_into_vec_as::<f32>());
+    let errors = workers.map_on_ranks(batches, |batch| {
+        let errors = model.losses(batch.all(), device, None).try_into_vec_as::<f32>();
+        errors.map_err(|e| Error::Device { what: "the errors", why: format!("{e:?}") })
+    })?;
     let (mut total, mut tokens) = (0.0, 0);
     for (batch, errors) in batches.iter().zip(errors) {
-        let errors = errors.map_err(|e| Error::Device { what: "the errors", why: format!("{e:?}") })?;
         // 0 where nothing is asked.
         total += errors.into_iter().map(f64::from).sum::<f64>();
         tokens += batch.target_tokens();

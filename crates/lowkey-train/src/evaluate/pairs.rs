@@ -27,12 +27,12 @@ pub(crate) fn evaluate_pairs(
     device: &Device,
 ) -> Result<Evaluation> {
     let (model, device) = (model.valid(), device.clone().without_autodiff());
-    let figures = workers.map(batches, |batch| {
+    let figures = workers.map_on_ranks(batches, |batch| {
         let (sums, tokens) = model.row_log_probs(batch.all(), &device);
-        let reference = reference.map(|reference| reference.measures(batch.all()));
-        preference.judge_rows(&sums, &tokens, reference.as_deref()).1
-    });
-    reference.map_or(Ok(()), Counterpart::in_order)?;
+        let of_reference = reference.map(|reference| reference.measures(batch.all()));
+        reference.map_or(Ok(()), Counterpart::in_order)?;
+        Ok(preference.judge_rows(&sums, &tokens, of_reference.as_deref()).1)
+    })?;
     let add = |mut sum: PairFigures, more| {
         sum.add(more);
         sum

@@ -107,6 +107,11 @@ impl RunConfig {
             return Err(Error::config("eval.temperature", self.eval.temperature, "must be a finite number ≥ 0"));
         }
         at_least_one("checkpoint.keep", self.checkpoint.keep, usize::MAX)?;
+        at_least_one("ranks.patience_s", self.ranks.patience_s as usize, 86_400)?;
+        if self.ranks.zero > 1 {
+            let why = "must be 0 or 1; gradients and weights are not divided";
+            return Err(Error::config("ranks.zero", self.ranks.zero, why));
+        }
         if self.metrics.every == 0 {
             return Err(Error::config("metrics.every", 0, "must be at least 1"));
         }

@@ -102,7 +102,7 @@ fn replicas_stay_equal_to_the_last_bit() {
         for step in 0..3 {
             let batch = uneven_batch(3, 11, VOCAB, step);
             let results = world.gradients(&batch, passes(3)).unwrap();
-            world.update(results, vec![None; 3], |_| Update::new(0.7, 1e-2));
+            world.update(results, vec![None; 3], |_| Update::new(0.7, 1e-2)).unwrap();
         }
         assert!(world.agree());
         let all: Vec<_> = world.members.iter().map(|replica| weight_bits(&replica.model)).collect();

@@ -1,12 +1,23 @@
 //! `lowkey devices`.
 
+use std::process::ExitCode;
+
 use lowkey_kernels::device::{self, Found, Properties};
+use lowkey_train::ranks::Ranks;
 use serde_json::json;
 
+use super::ranks;
 use crate::cli::DevicesArguments;
 use crate::output::{say, say_json};
 
-pub(crate) fn devices(arguments: &DevicesArguments) -> anyhow::Result<()> {
+pub(crate) fn devices(arguments: &DevicesArguments) -> anyhow::Result<ExitCode> {
+    let ranks = ranks::join()?;
+    // Those of the machine of the first rank.
+    let shown = if ranks.is_first() { show(arguments, &ranks) } else { Ok(()) };
+    ranks::part(&ranks, shown.map(|()| ExitCode::SUCCESS))
+}
+
+fn show(arguments: &DevicesArguments, ranks: &Ranks) -> anyhow::Result<()> {
     let (found, left_out) = (device::list(), device::left_out());
     let chosen = device::open("auto")?;
     if arguments.json {
@@ -14,6 +25,8 @@ pub(crate) fn devices(arguments: &DevicesArguments) -> anyhow::Result<()> {
         return say_json(&json!({
             "devices": found.iter().map(|found| as_json(found, found.device == chosen)).collect::<Vec<_>>(),
             "not_built": left_out.collect::<Vec<_>>(),
+            "mpi": Ranks::library(),
+            "ranks": ranks.size(),
         }));
     }
     for one in &found {
@@ -35,6 +48,11 @@ pub(crate) fn devices(arguments: &DevicesArguments) -> anyhow::Result<()> {
     }
     for kind in device::silent() {
         say(&format!("{kind}: no driver answers"));
+    }
+    match (Ranks::library(), ranks.size()) {
+        (None, _) => say("MPI: not in this build; cargo build --release --features mpi"),
+        (Some(library), 1) => say(&format!("MPI: {library}")),
+        (Some(library), size) => say(&format!("MPI: {library}; {size} ranks")),
     }
     Ok(())
 }

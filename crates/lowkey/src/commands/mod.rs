@@ -10,6 +10,7 @@ mod generate;
 mod info;
 mod lab;
 mod logits;
+mod ranks;
 mod report;
 mod runs;
 mod schema;
@@ -108,6 +109,9 @@ fn keeps_its_work(command: &Command) -> bool {
 
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let done = |()| ExitCode::SUCCESS;
+    if !matches!(arguments.command, Command::Train(_) | Command::Devices(_)) {
+        ranks::refuse_several("this command")?;
+    }
     if keeps_its_work(&arguments.command) {
         work_goes_on();
     }
@@ -125,7 +129,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Runs(arguments) => runs::runs(&arguments).map(done),
         Command::Data { command: DataCommand::Prepare(arguments) } => data::prepare(&arguments).map(done),
         Command::Data { command: DataCommand::Info(arguments) } => data::info(&arguments).map(done),
-        Command::Devices(arguments) => devices::devices(&arguments).map(done),
+        Command::Devices(arguments) => devices::devices(&arguments),
         Command::Info(arguments) => info::info(&arguments).map(done),
         Command::Logits(arguments) => logits::logits(&arguments).map(done),
         Command::Template(arguments) => template::template(&arguments).map(done),

@@ -8,18 +8,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use lowkey_data::Tokenizer;
 use lowkey_train::{
     Event, RunConfig, RunOptions,
-    plan::Plan,
+    plan::{Link, Plan},
+    ranks::Ranks,
     setup::planned_model,
     workers::{ceiling, check_threads},
 };
 use serde_json::json;
 
+use super::ranks;
 use crate::cli::{PlanArguments, RunFileArguments, TrainArguments};
 use crate::interrupt::Interrupt;
 use crate::output::{complain, quoted, say, say_json};
-use crate::progress::{View, plan_text};
+use crate::progress::{View, plan_text, ranks_text};
 
 pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
+    let ranks = ranks::join()?;
+    ranks::part(&ranks, train_on(&ranks, arguments))
+}
+
+fn train_on(ranks: &Ranks, arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     let TrainArguments { mut file, resume, overwrite, device } = arguments;
     if let Some(device) = device {
         let several: Vec<&str> = device.split(',').map(str::trim).collect();
@@ -27,7 +34,7 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
         file.overrides.push(format!("run.device=\"{one}\""));
         file.overrides.push(format!("run.devices={several:?}"));
     }
-    let config = RunConfig::load(&file.run, &file.overrides).map_err(|e| in_run_file(e, &file.run))?;
+    let config = ranks.agree(RunConfig::load(&file.run, &file.overrides)).map_err(|e| in_run_file(e, &file.run))?;
     let mut options = options(&file, &config);
     (options.resume, options.overwrite) = (resume, overwrite);
     say(&format!("run {} in {}", config.run.name, options.out.display()));
@@ -41,15 +48,17 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     })?;
 
     let (mut view, mut begun) = (View::new(config.training.steps), false);
-    let result = lowkey_train::train(&config, &options, interrupt.came(), &mut |event| {
+    let result = lowkey_train::train_on(ranks, &config, &options, interrupt.came(), &mut |event| {
         if matches!(event, Event::Saved { .. } | Event::Ready { step: 1.., .. }) {
             saved.store(true, Ordering::Relaxed);
         }
         begun |= matches!(event, Event::Ready { .. });
-        view.show(event);
+        if ranks.is_first() {
+            view.show(event);
+        }
     });
     view.clear();
-    if begun {
+    if begun && ranks.is_first() {
         super::report::at_the_end(&options.out);
     }
     let outcome = result.map_err(|e| in_run_file(e, &file.run))?;
@@ -72,7 +81,8 @@ pub(crate) fn train(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
         outcome.step,
         path(&file.run)
     ));
-    Ok(interrupt.exit_code())
+    // A signal to any of several ranks is a wish of who started them all, and they have done as they were asked.
+    Ok(if ranks.are_several() { ExitCode::SUCCESS } else { interrupt.exit_code() })
 }
 
 /// A command that shows what a run has made, and that works as it stands: with a prompt of the run, else one that its tokenizer
@@ -104,10 +114,18 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
         complain(&format!("note: {note}"));
     }
     let plan = Plan::new(&config, &model, ceiling(config.threads(), &devices, config.training.dtype)?);
+    let link = Link { bytes_per_s: arguments.bandwidth * 1e9 / 8.0, latency_s: arguments.latency * 1e-6 };
+    let on_ranks = arguments.ranks.map(|ranks| plan.on_ranks(&config, &model, ranks as usize, link));
+    let on_ranks = on_ranks.transpose().map_err(named)?;
     if arguments.json {
-        return say_json(&plan);
+        let mut said = json!(plan);
+        if let (Some(on_ranks), Some(said)) = (on_ranks, said.as_object_mut()) {
+            said.insert("on_ranks".into(), json!(on_ranks));
+        }
+        return say_json(&said);
     }
     say(&plan_text(&plan));
+    on_ranks.iter().for_each(|on_ranks| say(&ranks_text(on_ranks)));
     Ok(())
 }
 

@@ -21,6 +21,7 @@ mod reference_text;
 mod report;
 mod resume;
 mod schema;
+mod several;
 mod tasks;
 mod template;
 mod text;

@@ -1,0 +1,460 @@
+//! Processes that train together: one rank each, started by `mpirun` or `srun`.
+//!
+//! Every rank holds the whole model and takes the same steps. What they say to each other is said at *meetings*, which all of them come
+//! to in the same order: each brings a word, or the error that it has met, and all leave with the words of all, or with the same error.
+//! So an error on one rank ends all of them at their next meeting, with its message said once, and nothing that several do together
+//! begins before all are known to be able to. Data ([`Ranks::gather`], [`Ranks::sum`]) travels only behind a meeting that went well.
+//!
+//! A process that was started by itself is a world of one, for which a meeting is nothing at all.
+
+#[cfg(feature = "mpi")]
+mod mpi;
+mod packed;
+pub(crate) mod start;
+
+use std::path::Path;
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::run_config::RankSum;
+pub(crate) use packed::Packed;
+
+/// The ranks of a run, seen from one of them.
+#[derive(Clone, Debug, Default)]
+pub struct Ranks {
+    world: World,
+}
+
+#[derive(Clone, Debug, Default)]
+enum World {
+    /// A process by itself.
+    #[default]
+    Alone,
+    /// One of several.
+    #[cfg(feature = "mpi")]
+    Several(std::sync::Arc<mpi::Comm>),
+}
+
+/// Who started this process as one of several, and what its environment says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launched {
+    /// The program.
+    pub by: &'static str,
+    /// Which of them this is, from 0.
+    pub rank: usize,
+    /// How many there are.
+    pub size: usize,
+}
+
+impl Launched {
+    /// Whether this process was started by `mpirun` or `srun`, as one of at least one.
+    pub fn read() -> Option<Self> {
+        Self::find(|name| std::env::var(name).ok())
+    }
+
+    fn find(variable: impl Fn(&str) -> Option<String>) -> Option<Self> {
+        /// Who it is, how many, which one; what must be there beside, as a job's script has the rest of it, too.
+        const LAUNCHERS: [(&str, &str, &str, Option<&str>); 4] = [
+            ("mpirun (Open MPI)", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", None),
+            ("mpiexec", "PMI_SIZE", "PMI_RANK", None),
+            ("mpirun (MVAPICH)", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", None),
+            ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", Some("SLURM_STEP_ID")),
+        ];
+        let number = |name: &str| variable(name)?.parse::<usize>().ok();
+        LAUNCHERS.iter().find_map(|(by, size, rank, beside)| {
+            let (size, rank) = (number(size)?, number(rank)?);
+            beside.is_none_or(|name| variable(name).is_some()).then_some(Self { by, rank, size })
+        })
+    }
+
+    /// Refuses to be one of several processes that know nothing of each other.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] with the mend.
+    pub fn refuse_several(what: &str) -> Result<()> {
+        match Self::read() {
+            Some(Self { by, size: size @ 2.., .. }) => {
+                let why =
+                    format!("{by} has started {size} processes, and {what} is the work of one; start it by itself");
+                Err(Error::Launch { why })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Where ranks meet: a rank that is elsewhere is told of as out of step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Meeting {
+    /// Nothing has been opened yet.
+    Begin = 1,
+    /// Bytes are exchanged while a run is set up.
+    SetUp,
+    /// Before a step: whether it is to be taken.
+    Step,
+    /// Gradients are there.
+    Gradients,
+    /// Figures of a part of what is held out are there.
+    Figures,
+    /// Before a checkpoint: whether all have the same weights.
+    Weights,
+    /// The work is done.
+    End,
+}
+
+/// What a rank brings to a meeting.
+pub(crate) type Word = [u8; 32];
+
+/// The word for a short text: its hash.
+pub(crate) fn word_of(bytes: &[u8]) -> Word {
+    Sha256::digest(bytes).into()
+}
+
+impl Ranks {
+    /// The world that this process was started in. Called once, from the thread that will train. `last_words` says why all ranks end at
+    /// once: that one of them does not answer, or that the network fails.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] where it is one of several and this build has no MPI, or where MPI and whoever started it do not know each
+    /// other; [`Error::Mpi`].
+    pub fn join(last_words: fn(&str)) -> Result<Self> {
+        match Launched::read() {
+            Some(launched @ Launched { size: 2.., .. }) => Self::several(launched, last_words),
+            _ => Ok(Self::default()),
+        }
+    }
+
+    #[cfg(feature = "mpi")]
+    fn several(launched: Launched, last_words: fn(&str)) -> Result<Self> {
+        let comm = mpi::Comm::join(last_words)?;
+        if comm.size() != launched.size {
+            let why = format!(
+                "{} has started {} processes, and MPI knows of {}: this lowkey was built with another MPI than that of its starter. \
+                 Use that one's mpirun, or srun --mpi=pmix or --mpi=pmi2 as your cluster has it",
+                launched.by,
+                launched.size,
+                comm.size()
+            );
+            return Err(Error::Launch { why });
+        }
+        Ok(Self { world: World::Several(std::sync::Arc::new(comm)) })
+    }
+
+    #[cfg(not(feature = "mpi"))]
+    fn several(launched: Launched, _: fn(&str)) -> Result<Self> {
+        let Launched { by, size, .. } = launched;
+        let why = format!(
+            "{by} has started {size} processes, and this build has no MPI, so that they know nothing of each other; build with \
+             --features mpi, or start one process"
+        );
+        Err(Error::Launch { why })
+    }
+
+    /// Which of them this is, from 0.
+    pub fn rank(&self) -> usize {
+        match &self.world {
+            World::Alone => 0,
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.rank(),
+        }
+    }
+
+    /// How many there are.
+    pub fn size(&self) -> usize {
+        match &self.world {
+            World::Alone => 1,
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.size(),
+        }
+    }
+
+    /// The machine that this one runs on, where there are several.
+    pub(crate) fn machine(&self) -> &str {
+        match &self.world {
+            World::Alone => "",
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.machine(comm.rank()),
+        }
+    }
+
+    /// How many of them, this one included, run on its machine.
+    pub(crate) fn here(&self) -> usize {
+        match &self.world {
+            World::Alone => 1,
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.here(),
+        }
+    }
+
+    /// Whether there are others.
+    pub fn are_several(&self) -> bool {
+        self.size() > 1
+    }
+
+    /// Whether this is the one that writes and speaks.
+    pub fn is_first(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// How it is called in messages.
+    pub fn name(&self) -> String {
+        format!("rank {} of {}", self.rank(), self.size())
+    }
+
+    /// A result that all ranks have, or the error that any of them has met.
+    ///
+    /// # Errors
+    /// Its own where all have met the same; else [`Error::Rank`], that of the lowest rank that has met one, on all of them.
+    pub fn agree<T>(&self, own: Result<T>) -> Result<T> {
+        let (own, word) = apart(own, |_| Word::default());
+        self.meet(Meeting::Begin, word)?;
+        own.ok_or_else(|| unreachable!("a meeting with an error ends with one"))
+    }
+
+    /// The last meeting: tells the others how it ended here, unless they know already, and takes leave of them.
+    ///
+    /// # Errors
+    /// As [`Ranks::agree`].
+    pub fn end<T>(&self, own: Result<T>) -> Result<T> {
+        if self.is_over() {
+            return own;
+        }
+        let (own, word) = apart(own, |_| Word::default());
+        self.meet(Meeting::End, word)?;
+        own.ok_or_else(|| unreachable!("a meeting with an error ends with one"))
+    }
+
+    /// Whether all ranks know how it ended: then the first one says it for all.
+    pub fn is_over(&self) -> bool {
+        match &self.world {
+            World::Alone => false,
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.is_over(),
+        }
+    }
+
+    /// Leaves an MPI that all ranks leave; to be called last, once [`Ranks::is_over`].
+    pub fn leave(&self) {
+        #[cfg(feature = "mpi")]
+        if let World::Several(comm) = &self.world {
+            comm.leave();
+        }
+    }
+
+    /// Ends all ranks at once, this one with them, where this process has joined others and not taken leave of them.
+    pub fn abandon() {
+        #[cfg(feature = "mpi")]
+        mpi::abandon();
+    }
+
+    /// The MPI that this build calls; none where it has none.
+    pub fn library() -> Option<String> {
+        #[cfg(feature = "mpi")]
+        return Some(mpi::library());
+        #[cfg(not(feature = "mpi"))]
+        None
+    }
+
+    /// From now on a rank that does not come to a meeting for so long is named, and the run ends.
+    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
+    pub(crate) fn be_patient_for(&self, patience: Duration) {
+        #[cfg(feature = "mpi")]
+        if let World::Several(comm) = &self.world {
+            comm.be_patient_for(patience);
+        }
+    }
+
+    /// The words of all ranks, in their order.
+    ///
+    /// # Errors
+    /// As [`Ranks::agree`].
+    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
+    pub(crate) fn meet(&self, at: Meeting, own: Result<Word>) -> Result<Vec<Word>> {
+        match &self.world {
+            World::Alone => own.map(|word| vec![word]),
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.meet(at, own),
+        }
+    }
+
+    /// Whether any rank says so.
+    ///
+    /// # Errors
+    /// As [`Ranks::agree`].
+    pub(crate) fn any(&self, at: Meeting, own: bool) -> Result<bool> {
+        let mut word = Word::default();
+        word[0] = own.into();
+        Ok(self.meet(at, Ok(word))?.iter().any(|word| word[0] != 0))
+    }
+
+    /// The first rank that says something else than rank 0, told by hashes; none where all say the same.
+    ///
+    /// # Errors
+    /// As [`Ranks::agree`].
+    pub(crate) fn other_than_first(&self, at: Meeting, own: Result<Word>) -> Result<Option<usize>> {
+        let words = self.meet(at, own)?;
+        Ok(words.iter().position(|word| *word != words[0]))
+    }
+
+    /// The bytes of all ranks, in their order.
+    ///
+    /// # Errors
+    /// As [`Ranks::agree`].
+    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
+    pub(crate) fn gather(&self, at: Meeting, own: Result<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+        let (own, word) = apart(own, |bytes| length_word(bytes.len()));
+        let lengths = self.meet(at, word)?;
+        let own = own.unwrap_or_default();
+        match &self.world {
+            World::Alone => Ok(vec![own]),
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.gather(&own, &lengths.iter().map(word_length).collect::<Vec<_>>()),
+        }
+    }
+
+    /// What rank 0 says, on all of them.
+    ///
+    /// # Errors
+    /// As [`Ranks::agree`].
+    pub(crate) fn told(&self, own: Result<Vec<u8>>) -> Result<Vec<u8>> {
+        let own = if self.is_first() { own } else { own.map(|_| Vec::new()) };
+        Ok(self.gather(Meeting::SetUp, own)?.swap_remove(0))
+    }
+
+    /// Adds up the numbers of all ranks, on all of them. All have met just now, and have as many.
+    ///
+    /// # Errors
+    /// [`Error::Mpi`].
+    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
+    pub(crate) fn sum(&self, numbers: &mut [f32], order: RankSum) -> Result<()> {
+        match &self.world {
+            World::Alone => Ok(()),
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.sum(numbers, order),
+        }
+    }
+
+    /// The numbers of each rank, of which each knows how many they are, one after the other. All have met just now.
+    ///
+    /// # Errors
+    /// [`Error::Mpi`].
+    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
+    pub(crate) fn gather_numbers(&self, own: Vec<f32>, lengths: &[usize]) -> Result<Vec<f32>> {
+        match &self.world {
+            World::Alone => Ok(own),
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.gather_numbers(&own, lengths),
+        }
+    }
+
+    /// The numbers of each rank, one after the other, on the first one; the others have none.
+    ///
+    /// # Errors
+    /// As [`Ranks::agree`].
+    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
+    pub(crate) fn gather_numbers_to_first(&self, at: Meeting, own: Result<Vec<f32>>) -> Result<Vec<f32>> {
+        let (own, word) = apart(own, |numbers| length_word(numbers.len()));
+        let lengths = self.meet(at, word)?;
+        let own = own.unwrap_or_default();
+        match &self.world {
+            World::Alone => Ok(own),
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => {
+                comm.gather_numbers_to_first(&own, &lengths.iter().map(word_length).collect::<Vec<_>>())
+            }
+        }
+    }
+
+    /// The results of a job for each item, the items shared among the ranks; all of them have all results, in order. `run` does the
+    /// job for those that are this rank's.
+    ///
+    /// # Errors
+    /// The job's, and as [`Ranks::agree`].
+    pub(crate) fn share<T, R: Packed>(&self, items: &[T], run: impl FnOnce(&[T]) -> Result<Vec<R>>) -> Result<Vec<R>> {
+        if !self.are_several() {
+            return run(items);
+        }
+        let (rank, size) = (self.rank(), self.size());
+        let own = &items[items.len() * rank / size..items.len() * (rank + 1) / size];
+        let packed = run(own).map(|results| {
+            let mut bytes = Vec::new();
+            results.iter().for_each(|result| result.pack(&mut bytes));
+            bytes
+        });
+        let mut all = Vec::with_capacity(items.len());
+        for bytes in self.gather(Meeting::Figures, packed)? {
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let broken = || Error::Mpi { call: "gather", why: "figures of another rank cannot be read".into() };
+                all.push(R::unpack(&mut rest).ok_or_else(broken)?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Refuses a folder that is not the same one for all ranks. All of them meet here.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] with the first one that sees another; [`Error::Io`].
+    pub(crate) fn check_shared(&self, dir: &Path) -> Result<()> {
+        /// How long a shared disk may take to show a new file.
+        const SHOWS_WITHIN: Duration = Duration::from_secs(10);
+        if !self.are_several() {
+            return Ok(());
+        }
+        let path = dir.join(".ranks");
+        let own = || -> Result<Vec<u8>> {
+            let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+            let mark = format!("{} {}", std::process::id(), since.as_nanos());
+            lowkey_files::write(&path, mark.as_bytes())?;
+            Ok(mark.into_bytes())
+        };
+        let mark = self.told(if self.is_first() { own() } else { Ok(Vec::new()) })?;
+        let begun = std::time::Instant::now();
+        let seen = || lowkey_files::read(&path, 1 << 10).is_ok_and(|found| found == mark);
+        while !seen() && begun.elapsed() < SHOWS_WITHIN {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let own = if seen() {
+            Ok(())
+        } else {
+            let why =
+                "is not the folder that rank 0 sees here: all ranks need one disk, as by NFS; give --out on such a one";
+            Err(Error::file(dir, why))
+        };
+        let agreed = self.agree(own);
+        if self.is_first() {
+            lowkey_files::write::remove(&path)?;
+        }
+        agreed
+    }
+}
+
+/// A value, and what is said of it at a meeting.
+fn apart<T>(own: Result<T>, word: impl FnOnce(&T) -> Word) -> (Option<T>, Result<Word>) {
+    match own {
+        Ok(value) => {
+            let word = word(&value);
+            (Some(value), Ok(word))
+        }
+        Err(error) => (None, Err(error)),
+    }
+}
+
+fn length_word(length: usize) -> Word {
+    let mut word = Word::default();
+    word[..8].copy_from_slice(&(length as u64).to_le_bytes());
+    word
+}
+
+#[cfg(feature = "mpi")]
+fn word_length(word: &Word) -> usize {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&word[..8]);
+    u64::from_le_bytes(bytes) as usize
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,228 @@
+//! What ranks compare before they open anything: whether they are of one build, one run file and one kind of machine.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Meeting, Ranks};
+use crate::error::{Error, Result};
+use crate::event::RunOptions;
+use crate::run_config::RunConfig;
+use crate::workers::available_threads;
+
+/// What a rank tells of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Card {
+    /// Version and commit.
+    version: String,
+    /// Hash of the program itself.
+    program: String,
+    /// What rounding depends on.
+    cpu: String,
+    /// Where it runs, and on which cores.
+    place: (String, String),
+    /// How many threads those serve.
+    threads: usize,
+    /// The run file, overrides in it, as TOML.
+    run_file: String,
+    /// `--resume` and `--overwrite`.
+    options: [bool; 2],
+}
+
+impl Card {
+    fn of_this(ranks: &Ranks, config: &RunConfig, options: &RunOptions) -> Result<Self> {
+        let told = |key: &str| options.environment.get(key).and_then(|value| value.as_str()).unwrap_or("?");
+        let program = std::env::current_exe().map_err(|e| Error::io("the program itself", e))?;
+        Ok(Self {
+            version: format!("{} ({})", told("lowkey"), told("commit")),
+            program: lowkey_files::hash::sha256(&program)?,
+            cpu: cpu(),
+            place: (ranks.machine().to_owned(), cores()),
+            threads: available_threads(),
+            run_file: config.to_toml()?,
+            options: [options.resume, options.overwrite],
+        })
+    }
+
+    /// What of it is not as on rank 0, with the mend.
+    fn differs(&self, first: &Self) -> Option<String> {
+        if self.version != first.version {
+            return Some(format!("is lowkey {}, and rank 0 is {}; start one program", self.version, first.version));
+        }
+        if self.program != first.program {
+            let (own, its) = (&self.program[..12], &first.program[..12]);
+            let why = format!("is another build than rank 0 (SHA-256 {own}…, not {its}…); start one program");
+            return Some(why);
+        }
+        if self.cpu != first.cpu {
+            let why = format!("computes on {}, and rank 0 on {}, which round differently", self.cpu, first.cpu);
+            return Some(format!("{why}; take machines of one kind"));
+        }
+        if self.run_file != first.run_file {
+            let key = differing_key(&self.run_file, &first.run_file);
+            let why = format!("has another run file than rank 0: {key}");
+            return Some(format!("{why}; give all ranks the same file and the same --set"));
+        }
+        (self.options != first.options).then(|| "was started with other options than rank 0".to_owned())
+    }
+}
+
+/// The CPU, as far as its arithmetic is concerned.
+fn cpu() -> String {
+    #[cfg(target_arch = "x86_64")]
+    let units = match () {
+        () if std::is_x86_feature_detected!("avx512f") => " with AVX-512",
+        () if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") => " with AVX2",
+        () => "",
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let units = "";
+    format!("{}{units}", std::env::consts::ARCH)
+}
+
+/// The cores that this process may run on, as the system lists them.
+fn cores() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    list.unwrap_or_default().trim().to_owned()
+}
+
+/// The first key whose value differs, with both.
+fn differing_key(own: &str, first: &str) -> String {
+    type Keys = BTreeSet<(String, String)>;
+    fn walk(at: &str, value: &toml::Value, keys: &mut Keys) {
+        match value {
+            toml::Value::Table(table) => table.iter().for_each(|(key, value)| {
+                let at = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
+                walk(&at, value, keys);
+            }),
+            value => _ = keys.insert((at.to_owned(), value.to_string())),
+        }
+    }
+    let keys = |text: &str| {
+        let mut keys = Keys::new();
+        let table = toml::from_str::<toml::Table>(text).unwrap_or_default();
+        walk("", &toml::Value::Table(table), &mut keys);
+        keys
+    };
+    let (own, first) = (keys(own), keys(first));
+    let value = |of: &Keys, key: &str| {
+        of.iter().find(|(known, _)| known == key).map_or("(absent)".to_owned(), |(_, value)| value.clone())
+    };
+    match own.symmetric_difference(&first).next() {
+        Some((key, _)) => format!("{key} = {} there, {} on rank 0", value(&own, key), value(&first, key)),
+        None => "it is written differently".to_owned(),
+    }
+}
+
+/// Threads for each rank: those of its cores, which it may have to share with others.
+fn threads(cards: &[Card]) -> usize {
+    let own = |card: &Card| card.threads / cards.iter().filter(|other| other.place == card.place).count().max(1);
+    cards.iter().map(own).min().unwrap_or(1).max(1)
+}
+
+/// Meets the other ranks of a run before anything is opened, and says how many threads each has where the run file does not.
+///
+/// # Errors
+/// [`Error::Config`] for a run that several ranks cannot share, [`Error::Launch`] naming the first rank that is not of this run.
+pub(crate) fn compare(ranks: &Ranks, config: &RunConfig, options: &RunOptions) -> Result<usize> {
+    if !ranks.are_several() {
+        return Ok(available_threads());
+    }
+    let own = check(ranks, config).and_then(|()| Card::of_this(ranks, config, options));
+    let own = own.map(|card| serde_json::to_vec(&card).unwrap_or_default());
+    let cards = ranks.gather(Meeting::Begin, own)?;
+    let read = |bytes: &Vec<u8>| serde_json::from_slice::<Card>(bytes);
+    let cards: Vec<Card> = cards.iter().map(read).collect::<std::result::Result<_, _>>().map_err(|_| {
+        let why = "the ranks are of different versions of lowkey; start one program".to_owned();
+        Error::Launch { why }
+    })?;
+    for (rank, card) in cards.iter().enumerate() {
+        if let Some(why) = card.differs(&cards[0]) {
+            let (size, machine) = (ranks.size(), &card.place.0);
+            return Err(Error::Launch { why: format!("rank {rank} of {size} (on {machine}) {why}") });
+        }
+    }
+    Ok(threads(&cards))
+}
+
+/// Refuses what ranks cannot share.
+fn check(ranks: &Ranks, config: &RunConfig) -> Result<()> {
+    let size = ranks.size();
+    if let [first, ..] = &config.run.devices[..] {
+        let why =
+            format!("each of {size} ranks is one device; leave it out, and start as many ranks as there are devices");
+        return Err(Error::config("run.devices", first, why));
+    }
+    let device = crate::setup::device(&config.run.device)?;
+    if !lowkey_kernels::device::is_cpu(&device) {
+        let why = "several ranks train on CPUs, and gradients of GPUs do not travel between processes; write \"cpu\", or take the \
+                   GPUs of one machine in one process with run.devices";
+        return Err(Error::config("run.device", &config.run.device, why));
+    }
+    let batch = config.training.batch_size;
+    if !batch.is_multiple_of(size) {
+        let why = format!("must be a multiple of {size}, the number of ranks: each has as many rows");
+        return Err(Error::config("training.batch_size", batch, why));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::TinyRun;
+
+    fn card(machine: &str, cores: &str, threads: usize) -> Card {
+        Card {
+            version: "1".into(),
+            program: "0123456789abcdef".into(),
+            cpu: "x86_64".into(),
+            place: (machine.into(), cores.into()),
+            threads,
+            run_file: "[run]\nname = \"a\"\n[optimizer]\nlr = 0.1\n".into(),
+            options: [false; 2],
+        }
+    }
+
+    #[test]
+    fn ranks_share_the_cores_that_they_share() {
+        for (cards, expected) in [
+            (vec![card("a", "0-7", 8)], 8),
+            (vec![card("a", "0-7", 8), card("a", "0-7", 8)], 4),
+            // Bound to cores of their own.
+            (vec![card("a", "0-3", 4), card("a", "4-7", 4)], 4),
+            (vec![card("a", "0-7", 8), card("b", "0-7", 8)], 8),
+            (vec![card("a", "0-7", 8), card("b", "0-1", 2)], 2),
+            (vec![card("a", "0", 1), card("a", "0", 1)], 1),
+        ] {
+            assert_eq!(threads(&cards), expected, "{cards:?}");
+        }
+    }
+
+    #[test]
+    fn what_differs_is_named() {
+        let first = card("a", "0", 1);
+        assert_eq!(card("b", "1-2", 2).differs(&first), None);
+        let lower = Card { run_file: first.run_file.replace("0.1", "0.01"), ..first.clone() };
+        let longer = Card { run_file: format!("{}[training]\nsteps = 3\n", first.run_file), ..first.clone() };
+        for (card, expected) in [
+            (Card { version: "2".into(), ..first.clone() }, "is lowkey 2, and rank 0 is 1"),
+            (Card { program: "f123456789abcdef".into(), ..first.clone() }, "is another build than rank 0"),
+            (Card { cpu: "aarch64".into(), ..first.clone() }, "computes on aarch64, and rank 0 on x86_64"),
+            (lower, "optimizer.lr = 0.01 there, 0.1 on rank 0"),
+            (longer, "training.steps = 3 there, (absent) on rank 0"),
+            (Card { options: [true, false], ..first.clone() }, "other options"),
+        ] {
+            let found = card.differs(&first).unwrap();
+            assert!(found.contains(expected), "{found}");
+        }
+    }
+
+    #[test]
+    fn a_process_by_itself_has_all_cores_and_compares_nothing() {
+        let run = TinyRun::new();
+        let config = run.config(&["training.batch_size=7"]);
+        assert_eq!(compare(&Ranks::default(), &config, &run.options()).unwrap(), available_threads());
+    }
+}

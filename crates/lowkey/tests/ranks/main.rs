@@ -1,0 +1,12 @@
+//! Runs on several ranks, under the `mpirun` of this machine (Open MPI or MPICH): the bits of one process, and how they end.
+//!
+//! ```sh
+//! cargo test --release --workspace --features lowkey/mpi --test ranks
+//! ```
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod bits;
+mod endings;
+mod job;
+mod refusals;
