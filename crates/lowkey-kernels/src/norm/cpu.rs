@@ -66,12 +66,18 @@ pub(crate) fn rms_norm_grad(
                     let inv = 1.0 / (dot(x, x) / width as f32 + eps).sqrt();
                     let pull = dot_weighted(grad, x, weight) * inv * inv / width as f32;
                     let inv = inv * factor;
-                    for (sum, (x, g)) in sum.iter_mut().zip(x.iter().zip(grad)) {
-                        *sum += g * x * inv;
-                    }
-                    for (d, (x, (g, w))) in d_x.iter_mut().zip(x.iter().zip(grad.iter().zip(weight))) {
-                        let new = inv * (g * w - x * pull);
-                        *d = if accumulate { *d + new } else { new };
+                    let inputs = d_x.iter_mut().zip(x.iter().zip(grad.iter().zip(weight)));
+                    if of_weight {
+                        for ((d, (x, (g, w))), sum) in inputs.zip(sum.iter_mut()) {
+                            *sum += g * x * inv;
+                            let new = inv * (g * w - x * pull);
+                            *d = if accumulate { *d + new } else { new };
+                        }
+                    } else {
+                        for (d, (x, (g, w))) in inputs {
+                            let new = inv * (g * w - x * pull);
+                            *d = if accumulate { *d + new } else { new };
+                        }
                     }
                 }
             });

@@ -40,10 +40,8 @@ impl Weight {
 
     /// The matrix where it lies, if it is whole and frozen.
     pub(crate) fn frozen(&self) -> Option<Tensor<2>> {
-        match self {
-            Self::Whole(weight) => Some(weight.val()).filter(|weight| !weight.is_require_grad()),
-            Self::Packed(_) => None,
-        }
+        let frozen = matches!(self, Self::Whole(weight) if !weight.is_require_grad());
+        frozen.then(|| self.matrix())
     }
 
     pub(crate) fn is_packed(&self) -> bool {

@@ -33,36 +33,33 @@ fn forward(x: &[f32], weights: Weights, lows: [&mut [f32]; 3], [gate, up]: [&mut
     let [gate_r, up_r, down_r] = [weights.gate.r, weights.up.r, weights.down.r];
     let mut normed = vec![0.0; x.len()];
     rms_norm(Tokens::dense(x, d), norm, eps, 1.0, &mut normed, d);
-    let (by_gate, by_up) = (weights.gate.forth(), weights.up.forth());
+    project(Tokens::dense(&normed, d), weights.gate.weight, d, gate, false);
+    project(Tokens::dense(&normed, d), weights.up.weight, d, up, false);
+    let mut inner = vec![0.0; gate.len()];
+    let [by_gate, by_up, by_down] = [weights.gate, weights.up, weights.down].map(Matrices::forth);
     let of_gate = gate.par_chunks_mut(SHARE * f).zip(gate_low.par_chunks_mut(SHARE * gate_r));
     let of_up = up.par_chunks_mut(SHARE * f).zip(up_low.par_chunks_mut(SHARE * up_r));
-    of_gate.zip(of_up).zip(normed.par_chunks(SHARE * d)).for_each(|(((gate, gate_low), (up, up_low)), normed)| {
-        let (mut gate_room, mut up_room) = (by_gate.room(), by_up.room());
-        let of_gate = gate.chunks_mut(TOKENS * f).zip(gate_low.chunks_mut(TOKENS * gate_r));
-        let of_up = up.chunks_mut(TOKENS * f).zip(up_low.chunks_mut(TOKENS * up_r));
-        for (((gate, gate_low), (up, up_low)), normed) in of_gate.zip(of_up).zip(normed.chunks(TOKENS * d)) {
-            by_gate.pass(normed, gate_low, gate, false, &mut gate_room);
-            by_up.pass(normed, up_low, up, false, &mut up_room);
-        }
-    });
-    project(Tokens::dense(&normed, d), weights.gate.weight, d, gate, true);
-    project(Tokens::dense(&normed, d), weights.up.weight, d, up, true);
+    let of_down = inner.par_chunks_mut(SHARE * f).zip(down_low.par_chunks_mut(SHARE * down_r));
+    let rows = out.par_chunks_mut(SHARE * d).zip(x.par_chunks(SHARE * d).zip(normed.par_chunks(SHARE * d)));
+    of_gate.zip(of_up).zip(of_down.zip(rows)).for_each(
+        |(((gate, gate_low), (up, up_low)), ((inner, down_low), (out, (x, normed))))| {
+            let (mut gate_room, mut up_room, mut down_room) = (by_gate.room(), by_up.room(), by_down.room());
+            let of_gate = gate.chunks_mut(TOKENS * f).zip(gate_low.chunks_mut(TOKENS * gate_r));
+            let of_up = up.chunks_mut(TOKENS * f).zip(up_low.chunks_mut(TOKENS * up_r));
+            let of_down = inner.chunks_mut(TOKENS * f).zip(down_low.chunks_mut(TOKENS * down_r));
+            let rows = out.chunks_mut(TOKENS * d).zip(x.chunks(TOKENS * d).zip(normed.chunks(TOKENS * d)));
+            for (((gate, gate_low), (up, up_low)), ((inner, down_low), (out, (x, normed)))) in
+                of_gate.zip(of_up).zip(of_down.zip(rows))
+            {
+                by_gate.pass(normed, gate_low, gate, true, &mut gate_room);
+                by_up.pass(normed, up_low, up, true, &mut up_room);
+                swiglu(gate, up, inner);
+                out.copy_from_slice(x);
+                by_down.pass(inner, down_low, out, true, &mut down_room);
+            }
+        },
+    );
     drop(normed);
-    let mut inner = vec![0.0; gate.len()];
-    let by_down = weights.down.forth();
-    let of_inner = inner.par_chunks_mut(SHARE * f).zip(gate.par_chunks(SHARE * f).zip(up.par_chunks(SHARE * f)));
-    let of_out =
-        out.par_chunks_mut(SHARE * d).zip(x.par_chunks(SHARE * d)).zip(down_low.par_chunks_mut(SHARE * down_r));
-    of_inner.zip(of_out).for_each(|((inner, (gate, up)), ((out, x), low))| {
-        let mut room = by_down.room();
-        let of_inner = inner.chunks_mut(TOKENS * f).zip(gate.chunks(TOKENS * f).zip(up.chunks(TOKENS * f)));
-        let of_out = out.chunks_mut(TOKENS * d).zip(x.chunks(TOKENS * d)).zip(low.chunks_mut(TOKENS * down_r));
-        for ((inner, (gate, up)), ((out, x), low)) in of_inner.zip(of_out) {
-            swiglu(gate, up, inner);
-            out.copy_from_slice(x);
-            by_down.pass(inner, low, out, true, &mut room);
-        }
-    });
     project(Tokens::dense(&inner, f), weights.down.weight, f, out, true);
 }
 
@@ -83,24 +80,22 @@ fn backward(
     // The gradient of the inner activation, and of what lies between the factors of `down`.
     let by_down = weights.down.back();
     let padded = by_down.padded();
-    let (mut inner, mut d_down_low) = (vec![0.0; gate.len()], vec![0.0; count * padded]);
-    let targets = inner.par_chunks_mut(SHARE * f).zip(d_down_low.par_chunks_mut(SHARE * padded));
+    let mut d_down_low = vec![0.0; count * padded];
     let sources = d_out.par_chunks(SHARE * d).zip(down_low.par_chunks(SHARE * down_r));
-    let of_down: Vec<Sums> = targets
+    let of_down: Vec<Sums> = d_down_low
+        .par_chunks_mut(SHARE * padded)
         .zip(sources)
-        .map(|((inner, d_low), (d_out, low))| {
+        .map(|(d_low, (d_out, low))| {
             let (mut sums, mut room) = (by_down.sums(), by_down.room());
-            let targets = inner.chunks_mut(TOKENS * f).zip(d_low.chunks_mut(TOKENS * padded));
             let sources = d_out.chunks(TOKENS * d).zip(low.chunks(TOKENS * down_r));
-            for ((inner, kept), (d_out, low)) in targets.zip(sources) {
-                let d_low = by_down.gather(d_out, low, &mut sums, &mut room);
-                kept.copy_from_slice(d_low);
-                by_down.spread(d_low, inner, false);
+            for (kept, (d_out, low)) in d_low.chunks_mut(TOKENS * padded).zip(sources) {
+                kept.copy_from_slice(by_down.gather(d_out, low, &mut sums, &mut room));
             }
             sums
         })
         .collect();
-    input_gradient(d_out, weights.down.weight, f, &mut inner, true);
+    let mut inner = vec![0.0; gate.len()];
+    input_gradient(d_out, weights.down.weight, f, &mut inner, false);
     let (by_gate, by_up) = (weights.gate.back(), weights.up.back());
     let mut d_normed = vec![0.0; x.len()];
     let activations =
@@ -123,6 +118,7 @@ fn backward(
             for ((((gate, up), inner), (d_normed, x)), ((gate_low, up_low), d_down_low)) in
                 activations.zip(rows).zip(between)
             {
+                by_down.spread(d_down_low, inner, true);
                 // The gradient of the activation gives way to it, and they to theirs.
                 swiglu_in_place(gate, up, inner);
                 by_down.collect(d_down_low, inner, &mut of_down);
