@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::{EXPECTED_MFU, Plan, train_bytes};
 use crate::buckets::BUCKET;
 use crate::error::{Error, Result};
-use crate::run_config::RunConfig;
+use crate::run_config::{RunConfig, Weights};
 
 /// The link of each rank to the others.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -57,7 +57,7 @@ impl Plan {
             return Err(Error::config("training.batch_size", batch, why));
         }
         let (n, steps) = (ranks as f64, config.training.steps as f64);
-        let (frozen, added) = config.frozen_and_added(model);
+        let Weights { frozen, added, .. } = config.weights(model);
         let trained = model.parameter_count().total.saturating_sub(frozen) + added;
         let (gradients, divided) = (4.0 * trained as f64, config.ranks.zero == 1 && ranks > 1);
         let others = (n - 1.0) / n;
