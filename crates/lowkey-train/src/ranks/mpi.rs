@@ -99,6 +99,19 @@ fn int(n: usize) -> Result<c_int> {
     n.try_into().map_err(|_| Error::Mpi { call: "a transfer", why: format!("{n} is more than is sent at once") })
 }
 
+/// What stands for a buffer of no bytes: an empty slice lies at an address that is no place, and MPI gives such ones a meaning of their
+/// own (`MPI_IN_PLACE` is 1 in Open MPI).
+static NOTHING: u64 = 0;
+
+fn address<T>(from: &[T]) -> *const c_void {
+    if from.is_empty() { std::ptr::from_ref(&NOTHING).cast() } else { from.as_ptr().cast() }
+}
+
+/// Of an empty one nothing is ever written to.
+fn address_mut<T>(to: &mut [T]) -> *mut c_void {
+    if to.is_empty() { std::ptr::from_ref(&NOTHING).cast_mut().cast() } else { to.as_mut_ptr().cast() }
+}
+
 fn ints(numbers: impl IntoIterator<Item = usize>) -> Result<Vec<c_int>> {
     numbers.into_iter().map(int).collect()
 }
@@ -267,7 +280,7 @@ impl Comm {
             // each rank.
             unsafe {
                 let bytes = raw::RSMPI_UINT8_T;
-                let (from, to) = (own.as_ptr().cast::<c_void>(), all.as_mut_ptr().cast::<c_void>());
+                let (from, to) = (address(own), address_mut(&mut all));
                 raw::MPI_Iallgather(from, count, bytes, to, count, bytes, raw::RSMPI_COMM_WORLD, request)
             }
         };
@@ -278,7 +291,9 @@ impl Comm {
     /// Bytes of each rank, whose numbers are known.
     pub(super) fn gather(&self, own: &[u8], lengths: &[usize]) -> Result<Vec<Vec<u8>>> {
         let mut all = vec![0; lengths.iter().sum()];
-        self.all_gather_parts(own, &mut all, lengths, Kind::Bytes)?;
+        if !all.is_empty() {
+            self.all_gather_parts(own, &mut all, lengths, Kind::Bytes)?;
+        }
         let mut rest = &all[..];
         let parts = lengths.iter().map(|length| {
             let (part, more) = rest.split_at(*length);
@@ -301,7 +316,7 @@ impl Comm {
             // SAFETY: all buffers live until the transfer is over; `all` holds all parts, see above.
             unsafe {
                 let kind = kind.raw();
-                let (from, to) = (own.as_ptr().cast::<c_void>(), all.as_mut_ptr().cast::<c_void>());
+                let (from, to) = (address(own), address_mut(all));
                 let (counts, at) = (counts.as_ptr(), at.as_ptr());
                 raw::MPI_Iallgatherv(from, count, kind, to, counts, at, kind, raw::RSMPI_COMM_WORLD, request)
             }
@@ -325,7 +340,7 @@ impl Comm {
             // SAFETY: all buffers live until the transfer is over; on rank 0, the only one that receives, `all` holds all parts.
             unsafe {
                 let float = raw::RSMPI_FLOAT;
-                let (from, to) = (own.as_ptr().cast::<c_void>(), all.as_mut_ptr().cast::<c_void>());
+                let (from, to) = (address(own), address_mut(&mut all));
                 let (counts, at) = (counts.as_ptr(), at.as_ptr());
                 raw::MPI_Igatherv(from, count, float, to, counts, at, float, 0, raw::RSMPI_COMM_WORLD, request)
             }
@@ -355,7 +370,7 @@ impl Comm {
             // room for this rank's slice of each rank.
             unsafe {
                 let (float, world) = (raw::RSMPI_FLOAT, raw::RSMPI_COMM_WORLD);
-                let (from, to) = (numbers.as_ptr().cast::<c_void>(), parts.as_mut_ptr().cast::<c_void>());
+                let (from, to) = (address(numbers), address_mut(&mut parts));
                 let (counts, at) = (counts.as_ptr(), at.as_ptr());
                 let (own_counts, own_at) = (own_counts.as_ptr(), own_at.as_ptr());
                 raw::MPI_Ialltoallv(from, counts, at, float, to, own_counts, own_at, float, world, request)
@@ -371,7 +386,7 @@ impl Comm {
         let begin = |request: *mut raw::MPI_Request| {
             // SAFETY: both buffers have `count` numbers, and live until the transfer is over.
             unsafe {
-                let (from, to) = (own.as_ptr().cast::<c_void>(), numbers.as_mut_ptr().cast::<c_void>());
+                let (from, to) = (address(&own), address_mut(numbers));
                 let (float, sum) = (raw::RSMPI_FLOAT, raw::RSMPI_SUM);
                 raw::MPI_Iallreduce(from, to, count, float, sum, raw::RSMPI_COMM_WORLD, request)
             }
