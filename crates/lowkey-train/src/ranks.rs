@@ -3,7 +3,7 @@
 //! Every rank holds the whole model and takes the same steps. What they say to each other is said at *meetings*, which all of them come
 //! to in the same order: each brings a word, or the error that it has met, and all leave with the words of all, or with the same error.
 //! So an error on one rank ends all of them at their next meeting, with its message said once, and nothing that several do together
-//! begins before all are known to be able to. Data ([`Ranks::gather`], [`Ranks::sum`]) travels only behind a meeting that went well.
+//! begins before all are known to be able to. Data (`Ranks::gather`, `Ranks::sum`) travels only behind a meeting that went well.
 //!
 //! A process that was started by itself is a world of one, for which a meeting is nothing at all.
 

@@ -15,9 +15,9 @@ pub(super) fn chain(ids: &[i32], chain: &mut [i32], tokens: usize) {
         let mut next = place + 1;
         let mut looking = true;
         while looking {
-            if next >= tokens {
-                looking = false;
-            } else if ids[next] == id {
+            // What is read beyond the end does not count.
+            let ended = next >= tokens;
+            if ended || ids[next] == id {
                 looking = false;
             } else {
                 next += 1;
@@ -38,7 +38,7 @@ pub(super) fn chain(ids: &[i32], chain: &mut [i32], tokens: usize) {
             next += tokens + 1;
         }
         chain[place] = next as i32;
-        place += CUBE_DIM as usize * CUBE_COUNT as usize;
+        place += CUBE_DIM as usize * CUBE_COUNT;
     }
 }
 
