@@ -15,8 +15,9 @@ use crate::attention::{AttentionConfig, GroupedConfig, MlaConfig};
 use crate::checkpoint::quantisation::Quantisation;
 use crate::config::{Family, ModelConfig, default_eps};
 use crate::error::{Error, Result};
+use crate::json_keys::Keys;
 use crate::layer_config::{LayerConfig, Layers, MlpConfig};
-use crate::rope::{RopeConfig, RopePairs, RopeType};
+use crate::rope::{RopeConfig, RopeType};
 use dialect::{Dialect, NAMES};
 
 /// Largest `config.json` that is read. Those of published models have a few kilobytes; a tree of JSON takes a hundred times
@@ -72,9 +73,11 @@ impl ModelConfig {
         let hidden_size = keys.need("hidden_size")?;
         let heads = keys.need("num_attention_heads")?;
         let attention = match family {
-            Family::DeepseekV2 | Family::DeepseekV3 => mla(&keys, family, heads)?,
-            Family::Lowkey if map.get("kv_lora_rank").is_some_and(|v| !v.is_null()) => mla(&keys, family, heads)?,
-            _ => grouped(&keys, family, hidden_size, heads)?,
+            Family::DeepseekV2 | Family::DeepseekV3 => AttentionConfig::Mla(MlaConfig::of_keys(&keys, family, heads)?),
+            Family::Lowkey if map.get("kv_lora_rank").is_some_and(|v| !v.is_null()) => {
+                AttentionConfig::Mla(MlaConfig::of_keys(&keys, family, heads)?)
+            }
+            _ => AttentionConfig::Grouped(GroupedConfig::of_keys(&keys, family, hidden_size, heads)?),
         };
         let layer = LayerConfig {
             attention,
@@ -173,12 +176,8 @@ impl ModelConfig {
             "torch_dtype": dtype,
         });
         let extra = match self.attention() {
-            AttentionConfig::Mla(mla) => mla_json(mla, self.num_attention_heads, self.layers.len()),
-            AttentionConfig::Grouped(g) => json!({
-                "num_key_value_heads": g.num_key_value_heads,
-                "head_dim": g.head_dim,
-                "attention_bias": g.o_bias,
-            }),
+            AttentionConfig::Mla(mla) => mla.keys(self.num_attention_heads, self.layers.len()),
+            AttentionConfig::Grouped(grouped) => grouped.keys(),
         };
         extend(&mut out, extra);
         // No layer has experts, so that no model depends on these. Some readers look at them before they know that: they find
@@ -215,64 +214,17 @@ impl ModelConfig {
             extend(&mut out, json!({ "kv_elastic_ranks": ranks }));
         }
         if self.family == Family::Lowkey {
-            extend(
-                &mut out,
-                match self.attention() {
-                    AttentionConfig::Mla(mla) => {
-                        json!({
-                            "latent_scale": mla.latent_scale,
-                            "latent_norm": mla.latent_norm,
-                            "query_bias": mla.query_bias,
-                            "rope_pairs": mla.rope_pairs.as_ref().map(|pairs| &pairs.frequencies),
-                            "rope_pairs_width": mla.rope_pairs.as_ref().map(|pairs| pairs.width),
-                            "kv_cache_ranks": self.kv_cache_ranks(),
-                        })
-                    }
-                    AttentionConfig::Grouped(g) => json!({
-                        "partial_rotary_factor": g.rotary_dim as f64 / g.head_dim as f64,
-                        "qkv_bias": g.qkv_bias,
-                        "qk_norm": g.qk_norm,
-                    }),
-                },
-            );
+            let own = match self.attention() {
+                AttentionConfig::Mla(mla) => mla.own_keys(),
+                AttentionConfig::Grouped(grouped) => grouped.own_keys(),
+            };
+            extend(&mut out, own);
+            if self.attention().latent().is_some() {
+                extend(&mut out, json!({ "kv_cache_ranks": self.kv_cache_ranks() }));
+            }
         }
         out
     }
-}
-
-/// The keys of latent attention that every family has.
-fn mla_json(mla: &MlaConfig, heads: usize, layers: usize) -> Value {
-    // Every option by its name: one that is not written is lost. Those of lowkey alone are written with its family.
-    let MlaConfig {
-        q_lora_rank,
-        kv_lora_rank,
-        qk_nope_head_dim,
-        qk_rope_head_dim,
-        v_head_dim,
-        attention_bias,
-        latent_scale: _,
-        latent_norm: _,
-        query_bias: _,
-        rope_interleave,
-        rope_pairs: _,
-        kv_cache_rank: _,
-    } = mla;
-    json!({
-        "q_lora_rank": q_lora_rank,
-        "kv_lora_rank": kv_lora_rank,
-        "qk_nope_head_dim": qk_nope_head_dim,
-        "qk_rope_head_dim": qk_rope_head_dim,
-        "qk_head_dim": qk_nope_head_dim + qk_rope_head_dim,
-        "v_head_dim": v_head_dim,
-        // transformers takes it as the width of the rotation.
-        "head_dim": qk_rope_head_dim,
-        "num_key_value_heads": heads,
-        "attention_bias": attention_bias,
-        "rope_interleave": rope_interleave,
-        // All layers dense; the defaults of these keys would make experts of them.
-        "first_k_dense_replace": layers,
-        "num_nextn_predict_layers": 0,
-    })
 }
 
 fn extend(target: &mut Value, more: Value) {
@@ -349,89 +301,6 @@ fn slides(keys: &Keys, family: Family) -> Result<bool> {
     Ok(layers && window < longest)
 }
 
-fn mla(keys: &Keys, family: Family, heads: usize) -> Result<AttentionConfig> {
-    if let Some(kv_heads) = keys.size("num_key_value_heads")?
-        && kv_heads != heads
-    {
-        return Err(Error::config(
-            "num_key_value_heads",
-            &kv_heads,
-            format!("MLA has no key heads of its own: write null or num_attention_heads = {heads}"),
-        ));
-    }
-    let qk_rope_head_dim = keys.need("qk_rope_head_dim")?;
-    if let Some(head_dim) = keys.size("head_dim")?
-        && head_dim != qk_rope_head_dim
-    {
-        return Err(Error::config(
-            "head_dim",
-            &head_dim,
-            format!(
-                "for MLA it is the width of the rotation: leave it out or write qk_rope_head_dim = {qk_rope_head_dim}"
-            ),
-        ));
-    }
-    // Other programs do not know these keys, and compute as if they were not there.
-    let own = family == Family::Lowkey;
-    Ok(AttentionConfig::Mla(MlaConfig {
-        q_lora_rank: keys.size("q_lora_rank")?,
-        kv_lora_rank: keys.need("kv_lora_rank")?,
-        qk_nope_head_dim: keys.need("qk_nope_head_dim")?,
-        qk_rope_head_dim,
-        v_head_dim: keys.need("v_head_dim")?,
-        attention_bias: keys.flag("attention_bias")?.unwrap_or(false),
-        latent_scale: own && keys.flag("latent_scale")?.unwrap_or(false),
-        latent_norm: !own || keys.flag("latent_norm")?.unwrap_or(true),
-        query_bias: own && keys.flag("query_bias")?.unwrap_or(false),
-        // DeepSeek-V2 knows no other convention.
-        rope_interleave: family == Family::DeepseekV2 || keys.flag("rope_interleave")?.unwrap_or(true),
-        rope_pairs: if own { rope_pairs(keys)? } else { None },
-        kv_cache_rank: None,
-    }))
-}
-
-fn rope_pairs(keys: &Keys) -> Result<Option<RopePairs>> {
-    let Some(frequencies) = keys.sizes("rope_pairs")? else { return Ok(None) };
-    Ok(Some(RopePairs { width: keys.need("rope_pairs_width")?, frequencies }))
-}
-
-fn grouped(keys: &Keys, family: Family, hidden_size: usize, heads: usize) -> Result<AttentionConfig> {
-    let head_dim = match keys.size("head_dim")? {
-        Some(width) => width,
-        // The only family whose default does not follow from the other sizes.
-        None if family == Family::Qwen3 => 128,
-        None if heads > 0 && hidden_size.is_multiple_of(heads) => hidden_size / heads,
-        None => {
-            return Err(Error::MissingKey {
-                key: "head_dim",
-                why: format!("hidden_size = {hidden_size} is no multiple of num_attention_heads = {heads}"),
-            });
-        }
-    };
-    let bias = keys.flag("attention_bias")?.unwrap_or(false);
-    let rotary = match family {
-        Family::Lowkey => keys.number("partial_rotary_factor")?.unwrap_or(1.0),
-        _ => 1.0,
-    };
-    if !(0.0..=1.0).contains(&rotary) {
-        return Err(Error::config("partial_rotary_factor", &rotary, "must lie between 0 and 1"));
-    }
-    let (qkv_bias, o_bias, qk_norm) = match family {
-        Family::Qwen2 => (true, false, false),
-        Family::Qwen3 => (bias, bias, true),
-        Family::Lowkey => (keys.flag("qkv_bias")?.unwrap_or(bias), bias, keys.flag("qk_norm")?.unwrap_or(false)),
-        _ => (bias, bias, false),
-    };
-    Ok(AttentionConfig::Grouped(GroupedConfig {
-        num_key_value_heads: keys.size("num_key_value_heads")?.unwrap_or(heads),
-        head_dim,
-        rotary_dim: (head_dim as f64 * rotary).round() as usize,
-        qkv_bias,
-        o_bias,
-        qk_norm,
-    }))
-}
-
 fn rope(keys: &Keys) -> Result<RopeConfig> {
     let object = |key: &'static str| match keys.0.get(key) {
         None | Some(Value::Null) => Ok(None),
@@ -502,48 +371,6 @@ fn token_ids(value: &Value) -> Option<Vec<u32>> {
     };
     let given = each.iter().filter(|id| id.as_i64().is_none_or(|id| id >= 0));
     given.map(|id| u32::try_from(id.as_u64()?).ok()).collect()
-}
-
-/// Typed access to the keys of a JSON object; `null` counts as absent.
-struct Keys<'a>(&'a Map<String, Value>);
-
-impl Keys<'_> {
-    fn get<T>(&self, key: &'static str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
-        match self.0.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => read(value).map(Some).ok_or_else(|| Error::config(key, value, format!("must be {want}"))),
-        }
-    }
-
-    fn size(&self, key: &'static str) -> Result<Option<usize>> {
-        self.get(key, "a whole number ≥ 0", |v| v.as_u64().and_then(|n| usize::try_from(n).ok()))
-    }
-
-    fn sizes(&self, key: &'static str) -> Result<Option<Vec<usize>>> {
-        self.get(key, "a list of whole numbers", |v| {
-            v.as_array()?.iter().map(|n| usize::try_from(n.as_u64()?).ok()).collect()
-        })
-    }
-
-    fn need(&self, key: &'static str) -> Result<usize> {
-        self.size(key)?.ok_or_else(|| Error::MissingKey { key, why: "config.json must give it".into() })
-    }
-
-    fn number(&self, key: &'static str) -> Result<Option<f64>> {
-        self.get(key, "a number", Value::as_f64)
-    }
-
-    fn flag(&self, key: &'static str) -> Result<Option<bool>> {
-        self.get(key, "true or false", Value::as_bool)
-    }
-
-    fn text(&self, key: &'static str) -> Result<Option<&str>> {
-        match self.0.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(other) => Err(Error::config(key, other, "must be a string")),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -89,6 +89,7 @@ mod gradients;
 mod hf_config;
 mod init;
 mod input;
+mod json_keys;
 mod layer_config;
 mod layers;
 mod limits;

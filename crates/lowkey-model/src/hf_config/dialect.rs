@@ -14,9 +14,10 @@ use std::path::Path;
 use lowkey_files::read_text;
 use serde_json::{Map, Value, json};
 
-use super::{Keys, LARGEST};
+use super::LARGEST;
 use crate::checkpoint::CONFIG;
 use crate::error::{Error, Result};
+use crate::json_keys::Keys;
 use crate::tensor::{Role, TensorSpec};
 
 /// The model types that are translated.

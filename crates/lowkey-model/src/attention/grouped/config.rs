@@ -1,9 +1,12 @@
 //! The sizes of multi-head, grouped-query and multi-query attention: rules, counts and costs.
 
+use serde_json::{Value, json};
+
 use super::super::config::{AttentionSizes, CacheBuffer};
 use crate::config::Family;
 use crate::decode_cost::{AttentionCost, DecodeCosts};
 use crate::error::{Error, Result};
+use crate::json_keys::Keys;
 use crate::limits::{WIDEST, check_heads, check_size, even};
 
 /// Sizes of multi-head, grouped-query and multi-query attention.
@@ -24,6 +27,62 @@ pub struct GroupedConfig {
 }
 
 impl GroupedConfig {
+    /// What the keys of `config.json` say in a model of `family` with `heads` query heads.
+    pub(crate) fn of_keys(keys: &Keys, family: Family, hidden_size: usize, heads: usize) -> Result<Self> {
+        let head_dim = match keys.size("head_dim")? {
+            Some(width) => width,
+            // The only family whose default does not follow from the other sizes.
+            None if family == Family::Qwen3 => 128,
+            None if heads > 0 && hidden_size.is_multiple_of(heads) => hidden_size / heads,
+            None => {
+                return Err(Error::MissingKey {
+                    key: "head_dim",
+                    why: format!("hidden_size = {hidden_size} is no multiple of num_attention_heads = {heads}"),
+                });
+            }
+        };
+        let bias = keys.flag("attention_bias")?.unwrap_or(false);
+        let rotary = match family {
+            Family::Lowkey => keys.number("partial_rotary_factor")?.unwrap_or(1.0),
+            _ => 1.0,
+        };
+        if !(0.0..=1.0).contains(&rotary) {
+            return Err(Error::config("partial_rotary_factor", &rotary, "must lie between 0 and 1"));
+        }
+        let (qkv_bias, o_bias, qk_norm) = match family {
+            Family::Qwen2 => (true, false, false),
+            Family::Qwen3 => (bias, bias, true),
+            Family::Lowkey => (keys.flag("qkv_bias")?.unwrap_or(bias), bias, keys.flag("qk_norm")?.unwrap_or(false)),
+            _ => (bias, bias, false),
+        };
+        Ok(Self {
+            num_key_value_heads: keys.size("num_key_value_heads")?.unwrap_or(heads),
+            head_dim,
+            rotary_dim: (head_dim as f64 * rotary).round() as usize,
+            qkv_bias,
+            o_bias,
+            qk_norm,
+        })
+    }
+
+    /// Its keys of `config.json` that every family has.
+    pub(crate) fn keys(&self) -> Value {
+        json!({
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "attention_bias": self.o_bias,
+        })
+    }
+
+    /// Those that lowkey's own family has besides.
+    pub(crate) fn own_keys(&self) -> Value {
+        json!({
+            "partial_rotary_factor": self.rotary_dim as f64 / self.head_dim as f64,
+            "qkv_bias": self.qkv_bias,
+            "qk_norm": self.qk_norm,
+        })
+    }
+
     pub(crate) fn check(&self, heads: usize) -> Result<()> {
         check_size("head_dim", self.head_dim, WIDEST)?;
         check_heads(heads, self.head_dim, WIDEST)?;

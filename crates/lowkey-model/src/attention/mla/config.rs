@@ -1,9 +1,12 @@
 //! The sizes of Multi-head Latent Attention: rules, counts and costs.
 
+use serde_json::{Value, json};
+
 use super::super::config::{AttentionSizes, CacheBuffer};
 use crate::config::Family;
 use crate::decode_cost::{AttentionCost, DecodeCosts};
 use crate::error::{Error, Result};
+use crate::json_keys::Keys;
 use crate::limits::{WIDEST, check_heads, check_size, even};
 use crate::rope::{RopeConfig, RopePairs};
 
@@ -156,6 +159,94 @@ impl MlaConfig {
         true
     }
 
+    /// What the keys of `config.json` say in a model of `family` with `heads` query heads.
+    pub(crate) fn of_keys(keys: &Keys, family: Family, heads: usize) -> Result<Self> {
+        if let Some(kv_heads) = keys.size("num_key_value_heads")?
+            && kv_heads != heads
+        {
+            return Err(Error::config(
+                "num_key_value_heads",
+                &kv_heads,
+                format!("MLA has no key heads of its own: write null or num_attention_heads = {heads}"),
+            ));
+        }
+        let qk_rope_head_dim = keys.need("qk_rope_head_dim")?;
+        if let Some(head_dim) = keys.size("head_dim")?
+            && head_dim != qk_rope_head_dim
+        {
+            return Err(Error::config(
+                "head_dim",
+                &head_dim,
+                format!(
+                    "for MLA it is the width of the rotation: leave it out or write qk_rope_head_dim = {qk_rope_head_dim}"
+                ),
+            ));
+        }
+        // Other programs do not know these keys, and compute as if they were not there.
+        let own = family == Family::Lowkey;
+        Ok(Self {
+            q_lora_rank: keys.size("q_lora_rank")?,
+            kv_lora_rank: keys.need("kv_lora_rank")?,
+            qk_nope_head_dim: keys.need("qk_nope_head_dim")?,
+            qk_rope_head_dim,
+            v_head_dim: keys.need("v_head_dim")?,
+            attention_bias: keys.flag("attention_bias")?.unwrap_or(false),
+            latent_scale: own && keys.flag("latent_scale")?.unwrap_or(false),
+            latent_norm: !own || keys.flag("latent_norm")?.unwrap_or(true),
+            query_bias: own && keys.flag("query_bias")?.unwrap_or(false),
+            // DeepSeek-V2 knows no other convention.
+            rope_interleave: family == Family::DeepseekV2 || keys.flag("rope_interleave")?.unwrap_or(true),
+            rope_pairs: if own { rope_pairs(keys)? } else { None },
+            kv_cache_rank: None,
+        })
+    }
+
+    /// Its keys of `config.json` that every family has.
+    pub(crate) fn keys(&self, heads: usize, layers: usize) -> Value {
+        // Every option by its name: one that is not written is lost. Those of lowkey alone are in `own_keys`.
+        let Self {
+            q_lora_rank,
+            kv_lora_rank,
+            qk_nope_head_dim,
+            qk_rope_head_dim,
+            v_head_dim,
+            attention_bias,
+            latent_scale: _,
+            latent_norm: _,
+            query_bias: _,
+            rope_interleave,
+            rope_pairs: _,
+            kv_cache_rank: _,
+        } = self;
+        json!({
+            "q_lora_rank": q_lora_rank,
+            "kv_lora_rank": kv_lora_rank,
+            "qk_nope_head_dim": qk_nope_head_dim,
+            "qk_rope_head_dim": qk_rope_head_dim,
+            "qk_head_dim": qk_nope_head_dim + qk_rope_head_dim,
+            "v_head_dim": v_head_dim,
+            // transformers takes it as the width of the rotation.
+            "head_dim": qk_rope_head_dim,
+            "num_key_value_heads": heads,
+            "attention_bias": attention_bias,
+            "rope_interleave": rope_interleave,
+            // All layers dense; the defaults of these keys would make experts of them.
+            "first_k_dense_replace": layers,
+            "num_nextn_predict_layers": 0,
+        })
+    }
+
+    /// Those that lowkey's own family has besides; other programs do not know them.
+    pub(crate) fn own_keys(&self) -> Value {
+        json!({
+            "latent_scale": self.latent_scale,
+            "latent_norm": self.latent_norm,
+            "query_bias": self.query_bias,
+            "rope_pairs": self.rope_pairs.as_ref().map(|pairs| &pairs.frequencies),
+            "rope_pairs_width": self.rope_pairs.as_ref().map(|pairs| pairs.width),
+        })
+    }
+
     /// Numbers of the latent that are cached and read: L, or less of one that was cut.
     pub fn kv_rank(&self) -> usize {
         self.kv_cache_rank.unwrap_or(self.kv_lora_rank)
@@ -270,4 +361,9 @@ impl MlaConfig {
             fused: self.fuses().then(|| in_latent_space(fused)),
         }
     }
+}
+
+fn rope_pairs(keys: &Keys) -> Result<Option<RopePairs>> {
+    let Some(frequencies) = keys.sizes("rope_pairs")? else { return Ok(None) };
+    Ok(Some(RopePairs { width: keys.need("rope_pairs_width")?, frequencies }))
 }
