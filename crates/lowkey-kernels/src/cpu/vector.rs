@@ -1,7 +1,26 @@
 //! Row primitives. All are `inline(always)`: they take the instruction set of the `pulp` dispatch around them.
 
+use pulp::{Arch, Simd, WithSimd};
+
 /// Numbers that a loop takes at a time.
 pub(crate) const LANES: usize = 16;
+
+/// `of(arguments)` with the widest vectors of this machine. `of` is to be a function that is `inline(always)`: `pulp` calls from a place
+/// per instruction set, so that the body of a closure would stay one function, of the vectors that every machine has.
+pub(crate) fn wide<A, R>(of: impl FnOnce(A) -> R, arguments: A) -> R {
+    Arch::new().dispatch(Call(of, arguments))
+}
+
+struct Call<F, A>(F, A);
+
+impl<A, R, F: FnOnce(A) -> R> WithSimd for Call<F, A> {
+    type Output = R;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> R {
+        (self.0)(self.1)
+    }
+}
 
 /// e^x for x ≤ 88, to about 1e-7 relative; below −87 it stays at e^−87, which is 0 beside anything it is added to.
 ///

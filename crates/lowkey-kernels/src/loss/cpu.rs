@@ -2,14 +2,13 @@
 
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::autodiff::{LossGradients, LossOps};
 use crate::autodiff::Wanted;
 use crate::cpu::gemm::{View, product};
 use crate::cpu::tensors::{dims, integers, new, numbers, wanted_like};
-use crate::cpu::vector::{exp_shifted, exp_shifted_with_gain, max, scale};
+use crate::cpu::vector::{exp_shifted, exp_shifted_with_gain, max, scale, wide};
 use crate::precision::Precision;
 
 /// Logits that exist at a time, about: enough tokens per block that the product does not spend its time on laying out W.
@@ -84,12 +83,22 @@ impl Inputs<'_> {
 
 /// Turns a row of logits into e^(logit − max); returns the loss and the sum.
 #[inline(always)]
-fn row_loss(row: &mut [f32], target: usize) -> (TokenLoss, f32) {
+fn row_loss((row, target): (&mut [f32], usize)) -> (TokenLoss, f32) {
     let at_target = row[target];
     let highest = max(row);
     let sum = exp_shifted(row, highest);
     // The target's logit first: far from 0, log_z alone has few digits left behind the point.
     (TokenLoss { nats: highest - at_target + sum.ln(), log_z: highest + sum.ln() }, sum)
+}
+
+/// Turns a row of logits into the gradient of `weight · (nats + z_loss · log_z²)`.
+#[inline(always)]
+fn row_loss_with_gradient((row, target, weight, z_loss): (&mut [f32], usize, f32, f32)) -> TokenLoss {
+    let (found, sum) = row_loss((&mut *row, target));
+    // d nats = p − 1[target]; d log_z² = 2 log_z · p.
+    scale(row, weight * (1.0 + 2.0 * z_loss * found.log_z) / sum);
+    row[target] -= weight;
+    found
 }
 
 /// The loss of each token, 0 without a target.
@@ -104,7 +113,7 @@ pub(crate) fn losses(inputs: Inputs) -> Vec<TokenLoss> {
         rows.for_each(|(i, (row, loss))| {
             let target = inputs.targets[from + i];
             if target >= 0 {
-                *loss = Arch::new().dispatch(|| row_loss(row, target as usize).0);
+                *loss = wide(row_loss, (row, target as usize)).0;
             }
         });
     }
@@ -156,13 +165,7 @@ pub(crate) fn sums_with_gradients(inputs: Inputs, mut gradients: Gradients) -> S
                 return;
             }
             let weight = inputs.label_weight(from + i);
-            Arch::new().dispatch(|| {
-                let (found, sum) = row_loss(row, target as usize);
-                // d nats = p − 1[target]; d log_z² = 2 log_z · p.
-                scale(row, weight * (1.0 + 2.0 * inputs.z_loss * found.log_z) / sum);
-                row[target as usize] -= weight;
-                *loss = found;
-            });
+            *loss = wide(row_loss_with_gradient, (row, target as usize, weight, inputs.z_loss));
         });
         gradients.add(inputs, &logits, from, count);
     }
@@ -180,7 +183,7 @@ pub(crate) struct Lesson<'a> {
 /// Turns a row of logits and the teacher's row into `share · KL(teacher ‖ student) + (1 − share) · nats` and its gradient, which
 /// replaces the student's row.
 #[inline(always)]
-fn row_lesson(student: &mut [f32], teacher: &mut [f32], target: usize, share: f32) -> f32 {
+fn row_lesson((student, teacher, target, share): (&mut [f32], &mut [f32], usize, f32)) -> f32 {
     // Far from 0, log-partitions alone have few digits left behind the point: everything is taken from the maxima.
     let (highest, of_teacher) = (max(student), max(teacher));
     let at_target = student[target] - highest;
@@ -209,7 +212,7 @@ pub(crate) fn lessons_with_gradients(inputs: Inputs, lesson: Lesson, mut gradien
         let rows = student.par_chunks_exact_mut(vocab).zip(teacher.par_chunks_exact_mut(vocab));
         rows.zip(losses.par_iter_mut()).enumerate().for_each(|(i, ((student, teacher), loss))| {
             match usize::try_from(inputs.targets[from + i]) {
-                Ok(target) => *loss = Arch::new().dispatch(|| row_lesson(student, teacher, target, lesson.share)),
+                Ok(target) => *loss = wide(row_lesson, (student, teacher, target, lesson.share)),
                 Err(_) => student.fill(0.0),
             }
         });

@@ -2,31 +2,43 @@
 
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::autodiff::{NormGradients, NormOps};
 use crate::cpu::linear::Tokens;
 use crate::cpu::parts::PIECE;
 use crate::cpu::tensors::{dims, like, numbers, wanted_like};
-use crate::cpu::vector::{dot, dot_weighted};
+use crate::cpu::vector::{dot, dot_weighted, wide};
 
 /// `out = x / sqrt(mean(x²) + eps) · weight · factor`, row by row; rows of `out` are `stride` apart.
 pub(crate) fn rms_norm(x: Tokens, weight: &[f32], eps: f32, factor: f32, out: &mut [f32], stride: usize) {
-    let arch = Arch::new();
+    let rows = (PIECE / weight.len()).max(1);
+    let norm = Norm { x, weight, eps, factor };
+    let pieces = out.par_chunks_mut(rows * stride).enumerate();
+    pieces.for_each(|(piece, out)| wide(norm_rows, (norm, piece * rows, out, stride)));
+}
+
+/// What is normalised, and how.
+#[derive(Clone, Copy)]
+struct Norm<'a> {
+    x: Tokens<'a>,
+    weight: &'a [f32],
+    eps: f32,
+    factor: f32,
+}
+
+/// The rows from `first` on, into as many as `out` has.
+#[inline(always)]
+fn norm_rows((norm, first, out, stride): (Norm, usize, &mut [f32], usize)) {
+    let Norm { x, weight, eps, factor } = norm;
     let width = weight.len();
-    let rows = (PIECE / width).max(1);
-    out.par_chunks_mut(rows * stride).enumerate().for_each(|(piece, out)| {
-        arch.dispatch(|| {
-            for (i, out) in out.chunks_mut(stride).enumerate() {
-                let x = x.row(piece * rows + i, width);
-                let inv = factor / (dot(x, x) / width as f32 + eps).sqrt();
-                for (o, (x, w)) in out.iter_mut().zip(x.iter().zip(weight)) {
-                    *o = x * inv * w;
-                }
-            }
-        });
-    });
+    for (i, out) in out.chunks_mut(stride).enumerate() {
+        let x = x.row(first + i, width);
+        let inv = factor / (dot(x, x) / width as f32 + eps).sqrt();
+        for (o, (x, w)) in out.iter_mut().zip(x.iter().zip(weight)) {
+            *o = x * inv * w;
+        }
+    }
 }
 
 /// Rows that receive a gradient, `stride` apart.
@@ -48,9 +60,9 @@ pub(crate) fn rms_norm_grad(
     d_x: Target,
     d_weight: Option<&mut [f32]>,
 ) {
-    let arch = Arch::new();
     let width = weight.len();
     let rows = (PIECE / width).max(1);
+    let norm = Norm { x, weight, eps, factor };
     let Target { data, stride, accumulate } = d_x;
     // Partial sums per piece, added in order afterwards: the result does not depend on which thread was first.
     let of_weight = d_weight.is_some();
@@ -60,27 +72,8 @@ pub(crate) fn rms_norm_grad(
         .enumerate()
         .map(|(piece, (d_x, grad))| {
             let mut sum = vec![0.0; if of_weight { width } else { 0 }];
-            arch.dispatch(|| {
-                for (i, (d_x, grad)) in d_x.chunks_mut(stride).zip(grad.chunks_exact(width)).enumerate() {
-                    let x = x.row(piece * rows + i, width);
-                    let inv = 1.0 / (dot(x, x) / width as f32 + eps).sqrt();
-                    let pull = dot_weighted(grad, x, weight) * inv * inv / width as f32;
-                    let inv = inv * factor;
-                    let inputs = d_x.iter_mut().zip(x.iter().zip(grad.iter().zip(weight)));
-                    if of_weight {
-                        for ((d, (x, (g, w))), sum) in inputs.zip(sum.iter_mut()) {
-                            *sum += g * x * inv;
-                            let new = inv * (g * w - x * pull);
-                            *d = if accumulate { *d + new } else { new };
-                        }
-                    } else {
-                        for (d, (x, (g, w))) in inputs {
-                            let new = inv * (g * w - x * pull);
-                            *d = if accumulate { *d + new } else { new };
-                        }
-                    }
-                }
-            });
+            let d_x = Target { data: d_x, stride, accumulate };
+            wide(norm_rows_grad, (norm, piece * rows, grad, d_x, &mut sum));
             sum
         })
         .collect();
@@ -89,6 +82,27 @@ pub(crate) fn rms_norm_grad(
     for sum in partial {
         for (d, s) in d_weight.iter_mut().zip(sum) {
             *d += s;
+        }
+    }
+}
+
+/// Of the rows from `first` on; adds to `sum`, the gradient of the weights, unless it is empty.
+#[inline(always)]
+fn norm_rows_grad((norm, first, grad, d_x, sum): (Norm, usize, &[f32], Target, &mut [f32])) {
+    let Norm { x, weight, eps, factor } = norm;
+    let Target { data, stride, accumulate } = d_x;
+    let width = weight.len();
+    for (i, (d_x, grad)) in data.chunks_mut(stride).zip(grad.chunks_exact(width)).enumerate() {
+        let x = x.row(first + i, width);
+        let inv = 1.0 / (dot(x, x) / width as f32 + eps).sqrt();
+        let pull = dot_weighted(grad, x, weight) * inv * inv / width as f32;
+        let inv = inv * factor;
+        for (sum, (x, g)) in sum.iter_mut().zip(x.iter().zip(grad)) {
+            *sum += g * x * inv;
+        }
+        for (d, (x, (g, w))) in d_x.iter_mut().zip(x.iter().zip(grad.iter().zip(weight))) {
+            let new = inv * (g * w - x * pull);
+            *d = if accumulate { *d + new } else { new };
         }
     }
 }

@@ -2,12 +2,12 @@
 
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::autodiff::{RotaryGradients, RotaryOps};
 use crate::cpu::parts::PIECE;
 use crate::cpu::tensors::dims;
+use crate::cpu::vector::wide;
 
 /// Cosines and sines, `[table rows, half]`; token `t` uses row `t % table rows`.
 #[derive(Clone, Copy)]
@@ -16,6 +16,15 @@ pub(crate) struct Table<'a> {
     pub(crate) sin: &'a [f32],
     /// Pairs that are rotated.
     pub(crate) half: usize,
+}
+
+impl<'a> Table<'a> {
+    /// Cosines and sines of a token.
+    #[inline(always)]
+    fn row(self, token: usize) -> (&'a [f32], &'a [f32]) {
+        let row = token % (self.cos.len() / self.half) * self.half;
+        (&self.cos[row..row + self.half], &self.sin[row..row + self.half])
+    }
 }
 
 /// Which way [`rotate`] turns, and in which order the components lie before and after.
@@ -47,57 +56,56 @@ impl Turn {
 ///
 /// `x` and `out [tokens, heads, width]`.
 pub(crate) fn rotate(x: &[f32], table: Table, [heads, width, from]: [usize; 3], turn: Turn, out: &mut [f32]) {
-    let Table { cos, sin, half } = table;
-    if half == 0 {
+    if table.half == 0 {
         out.copy_from_slice(x);
         return;
     }
-    let arch = Arch::new();
     let token = heads * width;
-    let table_rows = cos.len() / half;
     let per_piece = (PIECE / token).max(1);
     let pieces = out.par_chunks_mut(per_piece * token).zip(x.par_chunks(per_piece * token)).enumerate();
     pieces.for_each(|(piece, (out, x))| {
-        arch.dispatch(|| {
-            let tokens = out.chunks_exact_mut(token).zip(x.chunks_exact(token)).enumerate();
-            for (i, (out, x)) in tokens {
-                let row = (piece * per_piece + i) % table_rows * half;
-                let (cos, sin) = (&cos[row..row + half], &sin[row..row + half]);
-                for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                    out[..from].copy_from_slice(&x[..from]);
-                    out[from + 2 * half..].copy_from_slice(&x[from + 2 * half..]);
-                    let part = from..from + 2 * half;
-                    turn_pairs(&x[part.clone()], cos, sin, turn, &mut out[part]);
-                }
-            }
-        });
+        wide(rotate_tokens, (table, piece * per_piece, [heads, width, from], turn, x, out))
     });
+}
+
+#[inline(always)]
+fn rotate_tokens((table, first, sizes, turn, x, out): (Table, usize, [usize; 3], Turn, &[f32], &mut [f32])) {
+    let [heads, width, from] = sizes;
+    let part = from..from + 2 * table.half;
+    for (i, (out, x)) in out.chunks_exact_mut(heads * width).zip(x.chunks_exact(heads * width)).enumerate() {
+        let (cos, sin) = table.row(first + i);
+        for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+            out[..part.start].copy_from_slice(&x[..part.start]);
+            out[part.end..].copy_from_slice(&x[part.end..]);
+            turn_pairs(&x[part.clone()], cos, sin, turn, &mut out[part.clone()]);
+        }
+    }
 }
 
 /// The same where `x` lies.
 fn rotate_in_place(x: &mut [f32], table: Table, [heads, width, from]: [usize; 3], turn: Turn) {
-    let Table { cos, sin, half } = table;
-    if half == 0 {
+    if table.half == 0 {
         return;
     }
-    let arch = Arch::new();
     let token = heads * width;
-    let table_rows = cos.len() / half;
     let per_piece = (PIECE / token).max(1);
-    x.par_chunks_mut(per_piece * token).enumerate().for_each(|(piece, x)| {
-        let mut before = vec![0.0; 2 * half];
-        arch.dispatch(|| {
-            for (i, x) in x.chunks_exact_mut(token).enumerate() {
-                let row = (piece * per_piece + i) % table_rows * half;
-                let (cos, sin) = (&cos[row..row + half], &sin[row..row + half]);
-                for x in x.chunks_exact_mut(width) {
-                    let part = &mut x[from..from + 2 * half];
-                    before.iter_mut().zip(part.iter()).for_each(|(before, x)| *before = *x);
-                    turn_pairs(&before, cos, sin, turn, part);
-                }
-            }
-        });
-    });
+    let pieces = x.par_chunks_mut(per_piece * token).enumerate();
+    pieces
+        .for_each(|(piece, x)| wide(rotate_tokens_in_place, (table, piece * per_piece, [heads, width, from], turn, x)));
+}
+
+#[inline(always)]
+fn rotate_tokens_in_place((table, first, sizes, turn, x): (Table, usize, [usize; 3], Turn, &mut [f32])) {
+    let [heads, width, from] = sizes;
+    let mut before = vec![0.0; 2 * table.half];
+    for (i, x) in x.chunks_exact_mut(heads * width).enumerate() {
+        let (cos, sin) = table.row(first + i);
+        for x in x.chunks_exact_mut(width) {
+            let part = &mut x[from..from + 2 * table.half];
+            before.iter_mut().zip(part.iter()).for_each(|(before, x)| *before = *x);
+            turn_pairs(&before, cos, sin, turn, part);
+        }
+    }
 }
 
 #[inline(always)]

@@ -2,42 +2,42 @@
 
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::autodiff::{SwigluGradients, SwigluOps};
 use crate::cpu::parts::PIECE;
 use crate::cpu::tensors::like;
-use crate::cpu::vector::exp;
+use crate::cpu::vector::{exp, wide};
 
 /// `out = silu(gate) · up`
 pub(crate) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    let arch = Arch::new();
-    out.par_chunks_mut(PIECE).zip(gate.par_chunks(PIECE).zip(up.par_chunks(PIECE))).for_each(|(out, (gate, up))| {
-        arch.dispatch(|| {
-            for (o, (g, u)) in out.iter_mut().zip(gate.iter().zip(up)) {
-                *o = g / (1.0 + exp(-g)) * u;
-            }
-        });
-    });
+    let pieces = out.par_chunks_mut(PIECE).zip(gate.par_chunks(PIECE).zip(up.par_chunks(PIECE)));
+    pieces.for_each(|piece| wide(swiglu_piece, piece));
+}
+
+#[inline(always)]
+fn swiglu_piece((out, (gate, up)): (&mut [f32], (&[f32], &[f32]))) {
+    for (o, (g, u)) in out.iter_mut().zip(gate.iter().zip(up)) {
+        *o = g / (1.0 + exp(-g)) * u;
+    }
 }
 
 /// `(gate, up, d_inner)` → `(d_gate, d_up, inner)` for `inner = silu(gate) · up`.
 pub(crate) fn swiglu_in_place(gate: &mut [f32], up: &mut [f32], inner: &mut [f32]) {
-    let arch = Arch::new();
     let pieces = gate.par_chunks_mut(PIECE).zip(up.par_chunks_mut(PIECE)).zip(inner.par_chunks_mut(PIECE));
-    pieces.for_each(|((gate, up), inner)| {
-        arch.dispatch(|| {
-            for ((gate, up), inner) in gate.iter_mut().zip(up.iter_mut()).zip(inner.iter_mut()) {
-                let (g, u, d) = (*gate, *up, *inner);
-                let s = 1.0 / (1.0 + exp(-g));
-                let silu = g * s;
-                *inner = silu * u;
-                *up = d * silu;
-                *gate = d * u * s * (1.0 + g * (1.0 - s));
-            }
-        });
-    });
+    pieces.for_each(|piece| wide(swiglu_piece_in_place, piece));
+}
+
+#[inline(always)]
+fn swiglu_piece_in_place(((gate, up), inner): ((&mut [f32], &mut [f32]), &mut [f32])) {
+    for ((gate, up), inner) in gate.iter_mut().zip(up.iter_mut()).zip(inner.iter_mut()) {
+        let (g, u, d) = (*gate, *up, *inner);
+        let s = 1.0 / (1.0 + exp(-g));
+        let silu = g * s;
+        *inner = silu * u;
+        *up = d * silu;
+        *gate = d * u * s * (1.0 + g * (1.0 - s));
+    }
 }
 
 impl SwigluOps for Flex {

@@ -1,10 +1,10 @@
 //! Muon on slices: momentum, orthogonalisation, update.
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::passes::{PIECE, sum_of_squares};
 use crate::cpu::gemm::{View, product};
+use crate::cpu::vector::wide;
 
 /// The quintic of the Newton-Schulz iteration and how often it is applied (Jordan et al. 2024,
 /// <https://kellerjordan.github.io/posts/muon/>): steep at 0, and singular values end between 0.7 and 1.2.
@@ -49,26 +49,35 @@ pub(crate) fn muon(p: &mut [f32], g: &[f32], buffer: &mut [f32], width: usize, h
 
 /// `buffer ← μ·buffer + g`, `update = g + μ·buffer` with the clipped gradient g: Nesterov's form.
 fn look_ahead(g: &[f32], buffer: &mut [f32], update: &mut [f32], step: Muon) {
-    let arch = Arch::new();
-    let Muon { clip, momentum, .. } = step;
     let pieces = buffer.par_chunks_mut(PIECE).zip(update.par_chunks_mut(PIECE)).zip(g.par_chunks(PIECE));
-    pieces.for_each(|((buffer, update), g)| {
-        arch.dispatch(|| {
-            for ((b, u), g) in buffer.iter_mut().zip(update.iter_mut()).zip(g) {
-                let g = g * clip;
-                *b = *b * momentum + g;
-                *u = *b * momentum + g;
-            }
-        });
-    });
+    pieces.for_each(|piece| wide(look_ahead_piece, (piece, step)));
+}
+
+#[inline(always)]
+fn look_ahead_piece((((buffer, update), g), step): (((&mut [f32], &mut [f32]), &[f32]), Muon)) {
+    let Muon { clip, momentum, .. } = step;
+    for ((b, u), g) in buffer.iter_mut().zip(update.iter_mut()).zip(g) {
+        let g = g * clip;
+        *b = *b * momentum + g;
+        *u = *b * momentum + g;
+    }
 }
 
 /// `p ← keep·p − rate·update`
 fn descend(p: &mut [f32], update: &[f32], keep: f32, rate: f32) {
-    let arch = Arch::new();
-    p.par_chunks_mut(PIECE).zip(update.par_chunks(PIECE)).for_each(|(p, update)| {
-        arch.dispatch(|| p.iter_mut().zip(update).for_each(|(p, u)| *p = *p * keep - u * rate));
-    });
+    let pieces = p.par_chunks_mut(PIECE).zip(update.par_chunks(PIECE));
+    pieces.for_each(|(p, update)| wide(descend_piece, (p, update, keep, rate)));
+}
+
+#[inline(always)]
+fn descend_piece((p, update, keep, rate): (&mut [f32], &[f32], f32, f32)) {
+    p.iter_mut().zip(update).for_each(|(p, u)| *p = *p * keep - u * rate);
+}
+
+/// `to ← factor·from`
+#[inline(always)]
+fn scaled((to, from, factor): (&mut [f32], &[f32], f32)) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to = from * factor);
 }
 
 /// Replaces `x [rows, columns]` by about `U Vᵀ` of its singular value decomposition `U S Vᵀ`; zero stays zero.
@@ -81,26 +90,23 @@ pub(crate) fn orthogonalise(x: &mut [f32], rows: usize, columns: usize) {
         x.fill(0.0);
         return;
     }
-    let arch = Arch::new();
     let [a, b, c] = COEFFICIENTS;
     // In f64: the reciprocal of a small norm exceeds f32.
     x.iter_mut().for_each(|x| *x = (f64::from(*x) / norm) as f32);
-    let wide = rows <= columns;
+    let broad = rows <= columns;
     let side = rows.min(columns);
     let (mut gram, mut poly, mut other) = (vec![0.0; side * side], vec![0.0; side * side], vec![0.0; x.len()]);
     let (mut from, mut to) = (&mut *x, &mut other[..]);
     for _ in 0..ITERATIONS {
         let matrix = View::new(from, columns);
-        let (left, right, inner) = if wide { (matrix, matrix.t(), columns) } else { (matrix.t(), matrix, rows) };
+        let (left, right, inner) = if broad { (matrix, matrix.t(), columns) } else { (matrix.t(), matrix, rows) };
         product([side, side, inner], &mut gram, side, false, left, right, 1.0);
-        arch.dispatch(|| {
-            poly.iter_mut().zip(&gram).for_each(|(p, g)| *p = g * b);
-            to.iter_mut().zip(&*from).for_each(|(to, from)| *to = from * a);
-        });
+        wide(scaled, (&mut *poly, &*gram, b));
+        wide(scaled, (&mut *to, &*from, a));
         let square = View::new(&gram, side);
         product([side, side, side], &mut poly, side, true, square, square, c);
         let poly = View::new(&poly, side);
-        let (left, right) = if wide { (poly, matrix) } else { (matrix, poly) };
+        let (left, right) = if broad { (poly, matrix) } else { (matrix, poly) };
         product([rows, columns, side], to, columns, true, left, right, 1.0);
         (from, to) = (to, from);
     }

@@ -1,9 +1,8 @@
 //! Passes over parameters, gradients and moments: one read and one write of each number.
 
-use pulp::Arch;
 use rayon::prelude::*;
 
-use crate::cpu::vector::LANES;
+use crate::cpu::vector::{LANES, wide};
 
 /// Elements per parallel piece: four arrays of it fit the second-level cache, and a sum per piece does not depend on how many
 /// threads there are.
@@ -28,54 +27,54 @@ pub(crate) struct AdamW {
 
 /// Updates parameter and moments in place.
 pub(crate) fn adamw(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: AdamW) {
-    let arch = Arch::new();
-    let AdamW { clip, keep, betas: [beta1, rest1, beta2, rest2], correction, eps, rate } = step;
     let moments = m.par_chunks_mut(PIECE).zip(v.par_chunks_mut(PIECE));
-    p.par_chunks_mut(PIECE).zip(g.par_chunks(PIECE)).zip(moments).for_each(|((p, g), (m, v))| {
-        arch.dispatch(|| {
-            for ((p, g), (m, v)) in p.iter_mut().zip(g).zip(m.iter_mut().zip(v.iter_mut())) {
-                let g = g * clip;
-                *m = *m * beta1 + g * rest1;
-                *v = *v * beta2 + g * g * rest2;
-                *p = *p * keep - *m / (v.sqrt() / correction + eps) * rate;
-            }
-        });
-    });
+    let pieces = p.par_chunks_mut(PIECE).zip(g.par_chunks(PIECE)).zip(moments);
+    pieces.for_each(|((p, g), moments)| wide(adamw_piece, (p, g, moments, step)));
+}
+
+#[inline(always)]
+fn adamw_piece((p, g, (m, v), step): (&mut [f32], &[f32], (&mut [f32], &mut [f32]), AdamW)) {
+    let AdamW { clip, keep, betas: [beta1, rest1, beta2, rest2], correction, eps, rate } = step;
+    for ((p, g), (m, v)) in p.iter_mut().zip(g).zip(m.iter_mut().zip(v.iter_mut())) {
+        let g = g * clip;
+        *m = *m * beta1 + g * rest1;
+        *v = *v * beta2 + g * g * rest2;
+        *p = *p * keep - *m / (v.sqrt() / correction + eps) * rate;
+    }
 }
 
 /// `sum += Σ others`, in the order of `others`.
 pub(crate) fn accumulate(sum: &mut [f32], others: &[&[f32]]) {
-    let arch = Arch::new();
-    sum.par_chunks_mut(PIECE).enumerate().for_each(|(piece, sum)| {
-        let at = piece * PIECE;
-        arch.dispatch(|| {
-            // The piece stays in the cache meanwhile.
-            for other in others {
-                for (s, x) in sum.iter_mut().zip(&other[at..]) {
-                    *s += x;
-                }
-            }
-        });
-    });
+    let pieces = sum.par_chunks_mut(PIECE).enumerate();
+    pieces.for_each(|(piece, sum)| wide(accumulate_piece, (sum, others, piece * PIECE)));
+}
+
+#[inline(always)]
+fn accumulate_piece((sum, others, at): (&mut [f32], &[&[f32]], usize)) {
+    // The piece stays in the cache meanwhile.
+    for other in others {
+        for (s, x) in sum.iter_mut().zip(&other[at..]) {
+            *s += x;
+        }
+    }
 }
 
 /// Σ x², in f64: no overflow, and as exact as its numbers.
 pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
-    let arch = Arch::new();
-    let piece = |x: &[f32]| {
-        arch.dispatch(|| {
-            let (chunks, rest) = x.as_chunks::<LANES>();
-            let mut lanes = [0.0f64; LANES];
-            for chunk in chunks {
-                for (lane, x) in lanes.iter_mut().zip(chunk) {
-                    let x = f64::from(*x);
-                    *lane += x * x;
-                }
-            }
-            lanes.iter().sum::<f64>() + rest.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>()
-        })
-    };
     // Collected, then added in order: whichever thread was first.
-    let pieces: Vec<f64> = x.par_chunks(PIECE).map(piece).collect();
+    let pieces: Vec<f64> = x.par_chunks(PIECE).map(|piece| wide(squares, piece)).collect();
     pieces.iter().sum()
+}
+
+#[inline(always)]
+fn squares(x: &[f32]) -> f64 {
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [0.0f64; LANES];
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            let x = f64::from(*x);
+            *lane += x * x;
+        }
+    }
+    lanes.iter().sum::<f64>() + rest.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>()
 }
