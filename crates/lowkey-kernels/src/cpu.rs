@@ -9,4 +9,5 @@ pub(crate) mod narrow;
 pub(crate) mod parts;
 pub(crate) mod tensors;
 pub(crate) mod tile;
+pub(crate) mod transpose;
 pub(crate) mod vector;

@@ -20,7 +20,8 @@ use super::autodiff::{AttentionShape, AttentionState, CausalAttentionGradients, 
 use crate::cpu::parts::Parts;
 use crate::cpu::tensors::{dims, integers, like, new};
 use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
-use crate::cpu::vector::{dot, exp};
+use crate::cpu::transpose::transpose;
+use crate::cpu::vector::{copy_scaled, dot, exp};
 
 /// Queries per block: a multiple of the rows of a tile.
 const QUERIES: usize = 16 * ROWS;
@@ -115,9 +116,7 @@ impl<'a> Rows<'a> {
     #[inline(always)]
     fn copy_to(self, rows: Range<usize>, out: &mut [f32], stride: usize, column: usize, factor: f32) {
         for (i, out) in rows.zip(out.chunks_mut(stride)) {
-            for (o, x) in out[column..column + self.width].iter_mut().zip(self.row(i)) {
-                *o = x * factor;
-            }
+            copy_scaled(self.row(i), &mut out[column..column + self.width], factor);
         }
     }
 
@@ -125,22 +124,11 @@ impl<'a> Rows<'a> {
     /// with `height` numbers per row in all.
     #[inline(always)]
     fn transpose_to(self, out: &mut [f32], first: usize, height: usize) {
-        /// Rows that are written side by side.
-        const SIDE: usize = 8;
         for (block, out) in out.chunks_exact_mut(height * KEYS).enumerate() {
             let rows = self.count.saturating_sub(block * KEYS).min(KEYS);
-            let whole = rows / SIDE * SIDE;
-            for j in (0..whole).step_by(SIDE) {
-                let rows: [&[f32]; SIDE] = std::array::from_fn(|i| &self.row(block * KEYS + j + i)[..self.width]);
-                for c in 0..self.width {
-                    let side: [f32; SIDE] = std::array::from_fn(|i| rows[i][c]);
-                    out[(first + c) * KEYS + j..][..SIDE].copy_from_slice(&side);
-                }
-            }
-            for j in whole..rows {
-                for (c, x) in self.row(block * KEYS + j).iter().enumerate() {
-                    out[(first + c) * KEYS + j] = *x;
-                }
+            if rows > 0 && self.width > 0 {
+                let from = (&self.data[block * KEYS * self.stride..], self.stride);
+                transpose([rows, self.width], from, (&mut out[first * KEYS..], KEYS));
             }
         }
     }
@@ -413,7 +401,8 @@ fn head_backward<S: Simd>(
                         *d = *p * (*d - pull);
                     }
                 }
-                for masked in [0..from, to..KEYS] {
+                // The products below read a tile's keys up to the last that its last query sees.
+                for masked in [0..from, to..(to + ROWS).min(KEYS)] {
                     p[masked.clone()].fill(0.0);
                     d[masked].fill(0.0);
                 }

@@ -1,44 +1,30 @@
-//! Row primitives. All are `inline(always)`: they take the instruction set of the `pulp` dispatch around them.
+//! Row primitives. All are `inline(always)`: they take the instruction set of the `pulp` dispatch around them, which is a function with
+//! `pulp::with_simd`. A closure that is dispatched would not do: it is called from a place per instruction set, and where it is too long
+//! to be copied into each, it stays one function for the vectors that every machine has.
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::Simd;
 
 /// Numbers that a loop takes at a time.
 pub(crate) const LANES: usize = 16;
 
-/// `of(arguments)` with the widest vectors of this machine. `of` is to be a function that is `inline(always)`: `pulp` calls from a place
-/// per instruction set, so that the body of a closure would stay one function, of the vectors that every machine has.
-pub(crate) fn wide<A, R>(of: impl FnOnce(A) -> R, arguments: A) -> R {
-    Arch::new().dispatch(Call(of, arguments))
-}
-
-struct Call<F, A>(F, A);
-
-impl<A, R, F: FnOnce(A) -> R> WithSimd for Call<F, A> {
-    type Output = R;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> R {
-        (self.0)(self.1)
-    }
-}
-
 /// e^x for x ≤ 88, to about 1e-7 relative; below −87 it stays at e^−87, which is 0 beside anything it is added to.
 ///
-/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; a polynomial in r (Cephes `expf`), scaled by 2ⁿ through the exponent's bits.
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; a polynomial in r (Cephes `expf`), scaled by 2ⁿ through the exponent's bits. Half of its
+/// operations are of two that every processor with AVX2 or NEON does at once, which a compiler joins only where it is told to.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     // Adding 1.5·2²³ rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 88.0);
-    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = rounded - ROUND;
     // ln 2 in two parts: n · 0.693359375 is exact.
-    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
+    let mut p = 1.987_569_1e-4f32;
     for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = p * r + c;
+        p = p.mul_add(r, c);
     }
-    let p = p * r * r + r + 1.0;
+    let p = p.mul_add(r * r, r) + 1.0;
     // The last bits of `rounded` are n itself; a conversion of n to an integer would not be vectorised.
     let power = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
     // Arithmetic on bits would make a number of some of them.
@@ -72,6 +58,26 @@ pub(crate) fn max_of_finite(row: &[f32]) -> f32 {
     max(row) + lanes.iter().chain(rest).map(|x| x * 0.0).sum::<f32>()
 }
 
+/// Largest element, as [`max`], of rows so short that what comes after the vectors counts.
+#[inline(always)]
+pub(crate) fn max_of_few<S: Simd>(simd: S, row: &[f32]) -> f32 {
+    let (vectors, rest) = S::as_simd_f32s(row);
+    let lanes = vectors.iter().fold(simd.splat_f32s(f32::NEG_INFINITY), |lanes, x| simd.max_f32s(*x, lanes));
+    rest.iter().fold(simd.reduce_max_f32s(lanes), |a, x| if *x > a { *x } else { a })
+}
+
+/// Sum of the lanes, in halves: one after the other would wait sixteen times for an addition.
+#[inline(always)]
+fn total(lanes: [f32; LANES]) -> f32 {
+    let mut halves = lanes;
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            halves[i] += halves[i + half];
+        }
+    }
+    halves[0]
+}
+
 /// Replaces x by e^(x − shift) and returns the sum.
 #[inline(always)]
 pub(crate) fn exp_shifted(row: &mut [f32], shift: f32) -> f32 {
@@ -83,7 +89,7 @@ pub(crate) fn exp_shifted(row: &mut [f32], shift: f32) -> f32 {
             *lane += *x;
         }
     }
-    let mut sum: f32 = lanes.iter().sum();
+    let mut sum = total(lanes);
     for x in rest {
         *x = exp(*x - shift);
         sum += *x;
@@ -105,7 +111,7 @@ pub(crate) fn exp_shifted_with_gain(row: &mut [f32], shift: f32, other: &[f32], 
             *gain += *x * (above - (y - other_shift));
         }
     }
-    let (mut sum, mut gain) = (sums.iter().sum(), gains.iter().sum());
+    let (mut sum, mut gain) = (total(sums), total(gains));
     for (x, y) in rest.iter_mut().zip(other_rest) {
         let above = *x - shift;
         *x = exp(above);
@@ -113,6 +119,21 @@ pub(crate) fn exp_shifted_with_gain(row: &mut [f32], shift: f32, other: &[f32], 
         gain += *x * (above - (y - other_shift));
     }
     [sum, gain]
+}
+
+/// `to = from · factor`
+#[inline(always)]
+pub(crate) fn copy_scaled(from: &[f32], to: &mut [f32], factor: f32) {
+    let (chunks, rest) = from.as_chunks::<LANES>();
+    let (to_chunks, to_rest) = to.as_chunks_mut::<LANES>();
+    for (from, to) in chunks.iter().zip(to_chunks) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = from * factor;
+        }
+    }
+    for (from, to) in rest.iter().zip(to_rest) {
+        *to = from * factor;
+    }
 }
 
 /// Multiplies all elements.
@@ -134,7 +155,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
             *lane += x * y;
         }
     }
-    lanes.iter().sum::<f32>() + rest_a.iter().zip(rest_b).map(|(x, y)| x * y).sum::<f32>()
+    total(lanes) + rest_a.iter().zip(rest_b).map(|(x, y)| x * y).sum::<f32>()
 }
 
 /// Σ a·b·weight
@@ -150,7 +171,7 @@ pub(crate) fn dot_weighted(a: &[f32], b: &[f32], weight: &[f32]) -> f32 {
         }
     }
     let rest = rest_a.iter().zip(rest_b).zip(rest_w).map(|((x, y), w)| x * y * w);
-    lanes.iter().sum::<f32>() + rest.sum::<f32>()
+    total(lanes) + rest.sum::<f32>()
 }
 
 #[cfg(test)]
@@ -189,6 +210,10 @@ mod tests {
                     assert!(max_of_finite(&a).is_nan(), "{spoilt} at {at} of {len}");
                 }
             }
+            assert_eq!(max_of_few(pulp::Scalar::new(), &a), max(&a));
+            let mut doubled = vec![f32::NAN; len];
+            copy_scaled(&a, &mut doubled, 2.0);
+            assert!(doubled.iter().zip(&a).all(|(double, x)| *double == 2.0 * x));
             let mut b = a.clone();
             let sum = exp_shifted(&mut b, 1.0);
             let expected: f32 = a.iter().map(|x| (x - 1.0).exp()).sum();

@@ -2,13 +2,14 @@
 
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
 use super::autodiff::{LossGradients, LossOps};
 use crate::autodiff::Wanted;
 use crate::cpu::gemm::{View, product};
 use crate::cpu::tensors::{dims, integers, new, numbers, wanted_like};
-use crate::cpu::vector::{exp_shifted, exp_shifted_with_gain, max, scale, wide};
+use crate::cpu::vector::{exp_shifted, exp_shifted_with_gain, max, scale};
 use crate::precision::Precision;
 
 /// Logits that exist at a time, about: enough tokens per block that the product does not spend its time on laying out W.
@@ -82,8 +83,9 @@ impl Inputs<'_> {
 }
 
 /// Turns a row of logits into e^(logit − max); returns the loss and the sum.
+#[pulp::with_simd(row_loss = Arch::new())]
 #[inline(always)]
-fn row_loss((row, target): (&mut [f32], usize)) -> (TokenLoss, f32) {
+fn row_loss_with<S: Simd>(_simd: S, row: &mut [f32], target: usize) -> (TokenLoss, f32) {
     let at_target = row[target];
     let highest = max(row);
     let sum = exp_shifted(row, highest);
@@ -92,9 +94,10 @@ fn row_loss((row, target): (&mut [f32], usize)) -> (TokenLoss, f32) {
 }
 
 /// Turns a row of logits into the gradient of `weight · (nats + z_loss · log_z²)`.
+#[pulp::with_simd(row_gradient = Arch::new())]
 #[inline(always)]
-fn row_loss_with_gradient((row, target, weight, z_loss): (&mut [f32], usize, f32, f32)) -> TokenLoss {
-    let (found, sum) = row_loss((&mut *row, target));
+fn row_gradient_with<S: Simd>(simd: S, row: &mut [f32], target: usize, weight: f32, z_loss: f32) -> TokenLoss {
+    let (found, sum) = row_loss_with(simd, &mut *row, target);
     // d nats = p − 1[target]; d log_z² = 2 log_z · p.
     scale(row, weight * (1.0 + 2.0 * z_loss * found.log_z) / sum);
     row[target] -= weight;
@@ -113,7 +116,7 @@ pub(crate) fn losses(inputs: Inputs) -> Vec<TokenLoss> {
         rows.for_each(|(i, (row, loss))| {
             let target = inputs.targets[from + i];
             if target >= 0 {
-                *loss = wide(row_loss, (row, target as usize)).0;
+                *loss = row_loss(row, target as usize).0;
             }
         });
     }
@@ -165,7 +168,7 @@ pub(crate) fn sums_with_gradients(inputs: Inputs, mut gradients: Gradients) -> S
                 return;
             }
             let weight = inputs.label_weight(from + i);
-            *loss = wide(row_loss_with_gradient, (row, target as usize, weight, inputs.z_loss));
+            *loss = row_gradient(row, target as usize, weight, inputs.z_loss);
         });
         gradients.add(inputs, &logits, from, count);
     }
@@ -182,8 +185,15 @@ pub(crate) struct Lesson<'a> {
 
 /// Turns a row of logits and the teacher's row into `share · KL(teacher ‖ student) + (1 − share) · nats` and its gradient, which
 /// replaces the student's row.
+#[pulp::with_simd(row_lesson = Arch::new())]
 #[inline(always)]
-fn row_lesson((student, teacher, target, share): (&mut [f32], &mut [f32], usize, f32)) -> f32 {
+fn row_lesson_with<'a, S: Simd>(
+    _simd: S,
+    student: &'a mut [f32],
+    teacher: &'a mut [f32],
+    target: usize,
+    share: f32,
+) -> f32 {
     // Far from 0, log-partitions alone have few digits left behind the point: everything is taken from the maxima.
     let (highest, of_teacher) = (max(student), max(teacher));
     let at_target = student[target] - highest;
@@ -212,7 +222,7 @@ pub(crate) fn lessons_with_gradients(inputs: Inputs, lesson: Lesson, mut gradien
         let rows = student.par_chunks_exact_mut(vocab).zip(teacher.par_chunks_exact_mut(vocab));
         rows.zip(losses.par_iter_mut()).enumerate().for_each(|(i, ((student, teacher), loss))| {
             match usize::try_from(inputs.targets[from + i]) {
-                Ok(target) => *loss = wide(row_lesson, (student, teacher, target, lesson.share)),
+                Ok(target) => *loss = row_lesson(student, teacher, target, lesson.share),
                 Err(_) => student.fill(0.0),
             }
         });

@@ -2,20 +2,21 @@
 
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
 use super::autodiff::{NormGradients, NormOps};
 use crate::cpu::linear::Tokens;
 use crate::cpu::parts::PIECE;
 use crate::cpu::tensors::{dims, like, numbers, wanted_like};
-use crate::cpu::vector::{dot, dot_weighted, wide};
+use crate::cpu::vector::{dot, dot_weighted};
 
 /// `out = x / sqrt(mean(x²) + eps) · weight · factor`, row by row; rows of `out` are `stride` apart.
 pub(crate) fn rms_norm(x: Tokens, weight: &[f32], eps: f32, factor: f32, out: &mut [f32], stride: usize) {
     let rows = (PIECE / weight.len()).max(1);
     let norm = Norm { x, weight, eps, factor };
     let pieces = out.par_chunks_mut(rows * stride).enumerate();
-    pieces.for_each(|(piece, out)| wide(norm_rows, (norm, piece * rows, out, stride)));
+    pieces.for_each(|(piece, out)| norm_rows(norm, piece * rows, out, stride));
 }
 
 /// What is normalised, and how.
@@ -28,8 +29,9 @@ struct Norm<'a> {
 }
 
 /// The rows from `first` on, into as many as `out` has.
+#[pulp::with_simd(norm_rows = Arch::new())]
 #[inline(always)]
-fn norm_rows((norm, first, out, stride): (Norm, usize, &mut [f32], usize)) {
+fn norm_rows_with<'a, S: Simd>(_simd: S, norm: Norm<'a>, first: usize, out: &'a mut [f32], stride: usize) {
     let Norm { x, weight, eps, factor } = norm;
     let width = weight.len();
     for (i, out) in out.chunks_mut(stride).enumerate() {
@@ -73,7 +75,7 @@ pub(crate) fn rms_norm_grad(
         .map(|(piece, (d_x, grad))| {
             let mut sum = vec![0.0; if of_weight { width } else { 0 }];
             let d_x = Target { data: d_x, stride, accumulate };
-            wide(norm_rows_grad, (norm, piece * rows, grad, d_x, &mut sum));
+            norm_rows_grad(norm, piece * rows, grad, d_x, &mut sum);
             sum
         })
         .collect();
@@ -87,8 +89,16 @@ pub(crate) fn rms_norm_grad(
 }
 
 /// Of the rows from `first` on; adds to `sum`, the gradient of the weights, unless it is empty.
+#[pulp::with_simd(norm_rows_grad = Arch::new())]
 #[inline(always)]
-fn norm_rows_grad((norm, first, grad, d_x, sum): (Norm, usize, &[f32], Target, &mut [f32])) {
+fn norm_rows_grad_with<'a, S: Simd>(
+    _simd: S,
+    norm: Norm<'a>,
+    first: usize,
+    grad: &'a [f32],
+    d_x: Target<'a>,
+    sum: &'a mut [f32],
+) {
     let Norm { x, weight, eps, factor } = norm;
     let Target { data, stride, accumulate } = d_x;
     let width = weight.len();

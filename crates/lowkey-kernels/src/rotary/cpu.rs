@@ -2,12 +2,12 @@
 
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
 use super::autodiff::{RotaryGradients, RotaryOps};
 use crate::cpu::parts::PIECE;
 use crate::cpu::tensors::dims;
-use crate::cpu::vector::wide;
 
 /// Cosines and sines, `[table rows, half]`; token `t` uses row `t % table rows`.
 #[derive(Clone, Copy)]
@@ -64,12 +64,21 @@ pub(crate) fn rotate(x: &[f32], table: Table, [heads, width, from]: [usize; 3], 
     let per_piece = (PIECE / token).max(1);
     let pieces = out.par_chunks_mut(per_piece * token).zip(x.par_chunks(per_piece * token)).enumerate();
     pieces.for_each(|(piece, (out, x))| {
-        wide(rotate_tokens, (table, piece * per_piece, [heads, width, from], turn, x, out))
+        rotate_tokens(table, piece * per_piece, [heads, width, from], turn, x, out);
     });
 }
 
+#[pulp::with_simd(rotate_tokens = Arch::new())]
 #[inline(always)]
-fn rotate_tokens((table, first, sizes, turn, x, out): (Table, usize, [usize; 3], Turn, &[f32], &mut [f32])) {
+fn rotate_tokens_with<'a, S: Simd>(
+    _simd: S,
+    table: Table<'a>,
+    first: usize,
+    sizes: [usize; 3],
+    turn: Turn,
+    x: &'a [f32],
+    out: &'a mut [f32],
+) {
     let [heads, width, from] = sizes;
     let part = from..from + 2 * table.half;
     for (i, (out, x)) in out.chunks_exact_mut(heads * width).zip(x.chunks_exact(heads * width)).enumerate() {
@@ -90,12 +99,19 @@ fn rotate_in_place(x: &mut [f32], table: Table, [heads, width, from]: [usize; 3]
     let token = heads * width;
     let per_piece = (PIECE / token).max(1);
     let pieces = x.par_chunks_mut(per_piece * token).enumerate();
-    pieces
-        .for_each(|(piece, x)| wide(rotate_tokens_in_place, (table, piece * per_piece, [heads, width, from], turn, x)));
+    pieces.for_each(|(piece, x)| rotate_tokens_in_place(table, piece * per_piece, [heads, width, from], turn, x));
 }
 
+#[pulp::with_simd(rotate_tokens_in_place = Arch::new())]
 #[inline(always)]
-fn rotate_tokens_in_place((table, first, sizes, turn, x): (Table, usize, [usize; 3], Turn, &mut [f32])) {
+fn rotate_tokens_in_place_with<'a, S: Simd>(
+    _simd: S,
+    table: Table<'a>,
+    first: usize,
+    sizes: [usize; 3],
+    turn: Turn,
+    x: &'a mut [f32],
+) {
     let [heads, width, from] = sizes;
     let mut before = vec![0.0; 2 * table.half];
     for (i, x) in x.chunks_exact_mut(heads * width).enumerate() {

@@ -2,21 +2,23 @@
 
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
 use super::autodiff::{SwigluGradients, SwigluOps};
 use crate::cpu::parts::PIECE;
 use crate::cpu::tensors::like;
-use crate::cpu::vector::{exp, wide};
+use crate::cpu::vector::exp;
 
 /// `out = silu(gate) · up`
 pub(crate) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     let pieces = out.par_chunks_mut(PIECE).zip(gate.par_chunks(PIECE).zip(up.par_chunks(PIECE)));
-    pieces.for_each(|piece| wide(swiglu_piece, piece));
+    pieces.for_each(|(out, (gate, up))| swiglu_piece(gate, up, out));
 }
 
+#[pulp::with_simd(swiglu_piece = Arch::new())]
 #[inline(always)]
-fn swiglu_piece((out, (gate, up)): (&mut [f32], (&[f32], &[f32]))) {
+fn swiglu_piece_with<'a, S: Simd>(_simd: S, gate: &'a [f32], up: &'a [f32], out: &'a mut [f32]) {
     for (o, (g, u)) in out.iter_mut().zip(gate.iter().zip(up)) {
         *o = g / (1.0 + exp(-g)) * u;
     }
@@ -25,11 +27,12 @@ fn swiglu_piece((out, (gate, up)): (&mut [f32], (&[f32], &[f32]))) {
 /// `(gate, up, d_inner)` → `(d_gate, d_up, inner)` for `inner = silu(gate) · up`.
 pub(crate) fn swiglu_in_place(gate: &mut [f32], up: &mut [f32], inner: &mut [f32]) {
     let pieces = gate.par_chunks_mut(PIECE).zip(up.par_chunks_mut(PIECE)).zip(inner.par_chunks_mut(PIECE));
-    pieces.for_each(|piece| wide(swiglu_piece_in_place, piece));
+    pieces.for_each(|((gate, up), inner)| swiglu_piece_in_place(gate, up, inner));
 }
 
+#[pulp::with_simd(swiglu_piece_in_place = Arch::new())]
 #[inline(always)]
-fn swiglu_piece_in_place(((gate, up), inner): ((&mut [f32], &mut [f32]), &mut [f32])) {
+fn swiglu_piece_in_place_with<'a, S: Simd>(_simd: S, gate: &'a mut [f32], up: &'a mut [f32], inner: &'a mut [f32]) {
     for ((gate, up), inner) in gate.iter_mut().zip(up.iter_mut()).zip(inner.iter_mut()) {
         let (g, u, d) = (*gate, *up, *inner);
         let s = 1.0 / (1.0 + exp(-g));

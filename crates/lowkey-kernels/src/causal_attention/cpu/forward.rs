@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::{KEYS, QUERIES, Rows, Sight, key_blocks};
 use crate::cpu::parts::Parts;
 use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
-use crate::cpu::vector::{exp_shifted, max, max_of_finite, scale};
+use crate::cpu::vector::{exp, exp_shifted, max_of_few, max_of_finite, scale};
 
 /// Queries that a block of keys is made for at once: as many as leave their sums in a core's second cache beside it.
 const SPAN: usize = 12 * QUERIES;
@@ -303,12 +303,20 @@ impl WithSimd for Head<'_> {
                         let whole = to.next_multiple_of(LANES);
                         row[..from].fill(f32::NEG_INFINITY);
                         row[to..whole].fill(f32::NEG_INFINITY);
-                        let highest = max(&row[..whole]).max(top[i]);
-                        let shrink = if top[i] == f32::NEG_INFINITY { 0.0 } else { (top[i] - highest).exp() };
+                        let highest = max_of_few(simd, &row[..whole]).max(top[i]);
+                        // Most blocks of keys raise no maximum.
+                        let shrink = match top[i] {
+                            before if before == highest => 1.0,
+                            f32::NEG_INFINITY => 0.0,
+                            before => exp(before - highest),
+                        };
                         mass[i] = mass[i] * shrink + exp_shifted(&mut row[..whole], highest);
                         row[..from].fill(0.0);
-                        row[to..].fill(0.0);
-                        scale(&mut sums[i * width..(i + 1) * width], shrink);
+                        // The sum below reads a tile's keys up to the last that its last query sees.
+                        row[to..(to + ROWS).min(KEYS)].fill(0.0);
+                        if shrink != 1.0 {
+                            scale(&mut sums[i * width..(i + 1) * width], shrink);
+                        }
                         top[i] = highest;
                     }
                     if out.is_some() {

@@ -1,10 +1,11 @@
 //! Muon on slices: momentum, orthogonalisation, update.
 
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
 use super::passes::{PIECE, sum_of_squares};
 use crate::cpu::gemm::{View, product};
-use crate::cpu::vector::wide;
+use crate::cpu::vector::copy_scaled;
 
 /// The quintic of the Newton-Schulz iteration and how often it is applied (Jordan et al. 2024,
 /// <https://kellerjordan.github.io/posts/muon/>): steep at 0, and singular values end between 0.7 and 1.2.
@@ -50,11 +51,18 @@ pub(crate) fn muon(p: &mut [f32], g: &[f32], buffer: &mut [f32], width: usize, h
 /// `buffer ← μ·buffer + g`, `update = g + μ·buffer` with the clipped gradient g: Nesterov's form.
 fn look_ahead(g: &[f32], buffer: &mut [f32], update: &mut [f32], step: Muon) {
     let pieces = buffer.par_chunks_mut(PIECE).zip(update.par_chunks_mut(PIECE)).zip(g.par_chunks(PIECE));
-    pieces.for_each(|piece| wide(look_ahead_piece, (piece, step)));
+    pieces.for_each(|((buffer, update), g)| look_ahead_piece(g, buffer, update, step));
 }
 
+#[pulp::with_simd(look_ahead_piece = Arch::new())]
 #[inline(always)]
-fn look_ahead_piece((((buffer, update), g), step): (((&mut [f32], &mut [f32]), &[f32]), Muon)) {
+fn look_ahead_piece_with<'a, S: Simd>(
+    _simd: S,
+    g: &'a [f32],
+    buffer: &'a mut [f32],
+    update: &'a mut [f32],
+    step: Muon,
+) {
     let Muon { clip, momentum, .. } = step;
     for ((b, u), g) in buffer.iter_mut().zip(update.iter_mut()).zip(g) {
         let g = g * clip;
@@ -66,18 +74,20 @@ fn look_ahead_piece((((buffer, update), g), step): (((&mut [f32], &mut [f32]), &
 /// `p ← keep·p − rate·update`
 fn descend(p: &mut [f32], update: &[f32], keep: f32, rate: f32) {
     let pieces = p.par_chunks_mut(PIECE).zip(update.par_chunks(PIECE));
-    pieces.for_each(|(p, update)| wide(descend_piece, (p, update, keep, rate)));
+    pieces.for_each(|(p, update)| descend_piece(p, update, keep, rate));
 }
 
+#[pulp::with_simd(descend_piece = Arch::new())]
 #[inline(always)]
-fn descend_piece((p, update, keep, rate): (&mut [f32], &[f32], f32, f32)) {
+fn descend_piece_with<'a, S: Simd>(_simd: S, p: &'a mut [f32], update: &'a [f32], keep: f32, rate: f32) {
     p.iter_mut().zip(update).for_each(|(p, u)| *p = *p * keep - u * rate);
 }
 
 /// `to ← factor·from`
+#[pulp::with_simd(copy_times = Arch::new())]
 #[inline(always)]
-fn scaled((to, from, factor): (&mut [f32], &[f32], f32)) {
-    to.iter_mut().zip(from).for_each(|(to, from)| *to = from * factor);
+fn copy_times_with<'a, S: Simd>(_simd: S, from: &'a [f32], to: &'a mut [f32], factor: f32) {
+    copy_scaled(from, to, factor);
 }
 
 /// Replaces `x [rows, columns]` by about `U Vᵀ` of its singular value decomposition `U S Vᵀ`; zero stays zero.
@@ -93,20 +103,20 @@ pub(crate) fn orthogonalise(x: &mut [f32], rows: usize, columns: usize) {
     let [a, b, c] = COEFFICIENTS;
     // In f64: the reciprocal of a small norm exceeds f32.
     x.iter_mut().for_each(|x| *x = (f64::from(*x) / norm) as f32);
-    let broad = rows <= columns;
+    let wide = rows <= columns;
     let side = rows.min(columns);
     let (mut gram, mut poly, mut other) = (vec![0.0; side * side], vec![0.0; side * side], vec![0.0; x.len()]);
     let (mut from, mut to) = (&mut *x, &mut other[..]);
     for _ in 0..ITERATIONS {
         let matrix = View::new(from, columns);
-        let (left, right, inner) = if broad { (matrix, matrix.t(), columns) } else { (matrix.t(), matrix, rows) };
+        let (left, right, inner) = if wide { (matrix, matrix.t(), columns) } else { (matrix.t(), matrix, rows) };
         product([side, side, inner], &mut gram, side, false, left, right, 1.0);
-        wide(scaled, (&mut *poly, &*gram, b));
-        wide(scaled, (&mut *to, &*from, a));
+        copy_times(&gram, &mut poly, b);
+        copy_times(from, to, a);
         let square = View::new(&gram, side);
         product([side, side, side], &mut poly, side, true, square, square, c);
         let poly = View::new(&poly, side);
-        let (left, right) = if broad { (poly, matrix) } else { (matrix, poly) };
+        let (left, right) = if wide { (poly, matrix) } else { (matrix, poly) };
         product([rows, columns, side], to, columns, true, left, right, 1.0);
         (from, to) = (to, from);
     }

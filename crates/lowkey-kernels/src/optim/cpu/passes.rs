@@ -1,8 +1,9 @@
 //! Passes over parameters, gradients and moments: one read and one write of each number.
 
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
-use crate::cpu::vector::{LANES, wide};
+use crate::cpu::vector::LANES;
 
 /// Elements per parallel piece: four arrays of it fit the second-level cache, and a sum per piece does not depend on how many
 /// threads there are.
@@ -29,11 +30,19 @@ pub(crate) struct AdamW {
 pub(crate) fn adamw(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], step: AdamW) {
     let moments = m.par_chunks_mut(PIECE).zip(v.par_chunks_mut(PIECE));
     let pieces = p.par_chunks_mut(PIECE).zip(g.par_chunks(PIECE)).zip(moments);
-    pieces.for_each(|((p, g), moments)| wide(adamw_piece, (p, g, moments, step)));
+    pieces.for_each(|((p, g), (m, v))| adamw_piece(p, g, m, v, step));
 }
 
+#[pulp::with_simd(adamw_piece = Arch::new())]
 #[inline(always)]
-fn adamw_piece((p, g, (m, v), step): (&mut [f32], &[f32], (&mut [f32], &mut [f32]), AdamW)) {
+fn adamw_piece_with<'a, S: Simd>(
+    _simd: S,
+    p: &'a mut [f32],
+    g: &'a [f32],
+    m: &'a mut [f32],
+    v: &'a mut [f32],
+    step: AdamW,
+) {
     let AdamW { clip, keep, betas: [beta1, rest1, beta2, rest2], correction, eps, rate } = step;
     for ((p, g), (m, v)) in p.iter_mut().zip(g).zip(m.iter_mut().zip(v.iter_mut())) {
         let g = g * clip;
@@ -46,11 +55,12 @@ fn adamw_piece((p, g, (m, v), step): (&mut [f32], &[f32], (&mut [f32], &mut [f32
 /// `sum += Σ others`, in the order of `others`.
 pub(crate) fn accumulate(sum: &mut [f32], others: &[&[f32]]) {
     let pieces = sum.par_chunks_mut(PIECE).enumerate();
-    pieces.for_each(|(piece, sum)| wide(accumulate_piece, (sum, others, piece * PIECE)));
+    pieces.for_each(|(piece, sum)| accumulate_piece(sum, others, piece * PIECE));
 }
 
+#[pulp::with_simd(accumulate_piece = Arch::new())]
 #[inline(always)]
-fn accumulate_piece((sum, others, at): (&mut [f32], &[&[f32]], usize)) {
+fn accumulate_piece_with<'a, S: Simd>(_simd: S, sum: &'a mut [f32], others: &'a [&'a [f32]], at: usize) {
     // The piece stays in the cache meanwhile.
     for other in others {
         for (s, x) in sum.iter_mut().zip(&other[at..]) {
@@ -62,12 +72,13 @@ fn accumulate_piece((sum, others, at): (&mut [f32], &[&[f32]], usize)) {
 /// Σ x², in f64: no overflow, and as exact as its numbers.
 pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
     // Collected, then added in order: whichever thread was first.
-    let pieces: Vec<f64> = x.par_chunks(PIECE).map(|piece| wide(squares, piece)).collect();
+    let pieces: Vec<f64> = x.par_chunks(PIECE).map(squares).collect();
     pieces.iter().sum()
 }
 
+#[pulp::with_simd(squares = Arch::new())]
 #[inline(always)]
-fn squares(x: &[f32]) -> f64 {
+fn squares_with<S: Simd>(_simd: S, x: &[f32]) -> f64 {
     let (chunks, rest) = x.as_chunks::<LANES>();
     let mut lanes = [0.0f64; LANES];
     for chunk in chunks {
