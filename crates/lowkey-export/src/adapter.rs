@@ -148,6 +148,9 @@ fn check(engine: Engine, config: &AdapterConfig, plan: &AdapterPlan, model: &Mod
     if let Some(why) = model.attention().latent().map(MlaConfig::folded).as_ref().and_then(MlaConfig::beyond_deepseek) {
         return refuse(format!("its base has {why}"));
     }
+    if let Some((module, why)) = folded_away(plan, model) {
+        return refuse(format!("{module} is not the same in the exported base, where {why}"));
+    }
     if !engine.applies(config.peft_type) {
         return refuse(format!("{engine} applies no adapters of this kind ({:?})", config.peft_type));
     }
@@ -174,6 +177,23 @@ fn check(engine: Engine, config: &AdapterConfig, plan: &AdapterPlan, model: &Mod
         }
         _ => Ok(()),
     }
+}
+
+/// A module that the adapter replaces or multiplies, and that an export of the base writes with something folded into it.
+fn folded_away(plan: &AdapterPlan, model: &ModelConfig) -> Option<(String, &'static str)> {
+    let mla = model.attention().latent()?;
+    let cut = model.kv_cache_ranks().is_some();
+    model.tensors().into_iter().find_map(|spec| {
+        let module = spec.name.strip_suffix(".weight")?;
+        let why = if module.ends_with(".kv_a_layernorm") && mla.latent_scale && plan.saves(&spec.name) {
+            "latent_scale is multiplied into it"
+        } else if module.ends_with(".kv_b_proj") && cut && (plan.of(module).is_some() || plan.saves(&spec.name)) {
+            "latents are whole again"
+        } else {
+            return None;
+        };
+        Some((module.to_string(), why))
+    })
 }
 
 /// The same adapter with one rank and a factor of 1: A and B are as wide as the widest, with zeros, and B is multiplied by s.

@@ -1,6 +1,6 @@
-//! Adapters: small tensors beside frozen matrices, in the files and with the rules of PEFT. There is one kind ([`PeftType`]), of low rank.
+//! Adapters: small tensors beside frozen matrices, in the files and with the rules of PEFT. [`PeftType`] names their kinds.
 //!
-//! An adapted map applies W' = W + s·B·A, with A `[r, d_in]`, B `[d_out, r]` and s = α/r (LoRA, arXiv 2106.09685, section 4.1),
+//! Of low rank: an adapted map applies W' = W + s·B·A, with A `[r, d_in]`, B `[d_out, r]` and s = α/r (LoRA, arXiv 2106.09685, section 4.1),
 //! or α/√r (rsLoRA, arXiv 2312.03732). With a magnitude m `[d_out]` (DoRA, arXiv 2402.09353, eq. 5) row i of W' is scaled to
 //! length mᵢ. W is frozen: no gradient of it is formed, and the product with B·A goes through the r numbers between.
 //!

@@ -120,7 +120,7 @@ impl CausalLm {
                 Recompute::Block => self.block_by_block(batch, &pass, device),
             }
         };
-        let (first, others) = objective.terms.split_first().unwrap_or((&Term::Next { z_loss: 0.0 }, &[]));
+        let (first, others) = objective.terms.split_first().unwrap_or((&Term::NEXT, &[]));
         let Passed { loss, hidden, mut gradients, mut figures } = run(first, None);
         for term in others {
             let more = run(term, Some(&hidden));
@@ -239,7 +239,7 @@ mod tests {
             let of_cut = cut.last_hidden(batch, None, &Device::flex(), None);
             assert!(distance(&values(hidden.clone()), &values(of_cut)) < 1e-5, "{kind}");
 
-            let terms = |distillation: f64| [Term::Next { z_loss: 0.0 }, Term::Prefix { rank, distillation }];
+            let terms = |distillation: f64| [Term::NEXT, Term::Prefix { rank, distillation }];
             let objective = Objective { scale: 1.0, terms: &terms(0.0) };
             let (loss, found) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
             let whole = model.loss(batch, 0.0, &device);

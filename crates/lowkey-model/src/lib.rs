@@ -63,7 +63,7 @@
 //!     vectors: None,
 //!     pairs: false,
 //! };
-//! let objective = Objective { scale: 1.0 / 4.0, terms: &[Term::Next { z_loss: 0.0 }] };
+//! let objective = Objective { scale: 1.0 / 4.0, terms: &[Term::NEXT] };
 //! let (loss, gradients) = model.loss_and_gradients(batch, objective, Recompute::None, &device);
 //!
 //! // A new model guesses: ln 32 nats per token.

@@ -41,6 +41,9 @@ pub enum Term {
 }
 
 impl Term {
+    /// The next token and nothing else.
+    pub const NEXT: Self = Self::Next { z_loss: 0.0 };
+
     /// How much of each latent its pass reads, where not all.
     pub(crate) fn kv_rank(&self) -> Option<usize> {
         match self {

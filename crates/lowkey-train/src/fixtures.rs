@@ -74,7 +74,7 @@ pub(crate) fn passes(micro_batch: usize) -> PassSettings<'static> {
     PassSettings {
         micro_batch,
         recompute: Recompute::None,
-        terms: &[Term::Next { z_loss: 0.0 }],
+        terms: &[Term::NEXT],
         precision: Precision::F32,
         loss_scale: 1.0,
         seed: 0,

@@ -136,7 +136,7 @@ mod tests {
                     tokens: 6.0,
                     per_token: 2.0,
                     other: 3.0,
-                    first: Term::Next { z_loss: 0.0 },
+                    first: Term::NEXT,
                     distillation,
                 };
                 // The narrower ranks join at that share of the run, not a step before.

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::event::{Event, RunOptions};
 use crate::other_model;
 use crate::prompts::{Prompt, prompts};
-use crate::run_config::{ObjectiveSection, RunConfig, RunSection};
+use crate::run_config::{RunConfig, RunSection};
 use crate::run_data::{self, RunData};
 use crate::start;
 use crate::workers::memory;
@@ -253,15 +253,8 @@ fn task_setup(config: &RunConfig, dataset: &DatasetConfig, corpus: TaskCorpus) -
             return Err(Error::config(key, format!("{prompt:?}"), why));
         }
     }
-    if corpus.task().is_of_vectors() && config.training.z_loss != 0.0 {
-        let why = "the dataset is a task of vectors, whose loss has no log-partition; leave the key out";
-        return Err(Error::config("training.z_loss", config.training.z_loss, why));
-    }
-    if let (true, Some(ObjectiveSection::Distillation { teacher, .. })) =
-        (corpus.task().is_of_vectors(), config.objective.first())
-    {
-        let why = "the dataset is a task of vectors, and a teacher predicts tokens; leave [[objective]] out";
-        return Err(Error::config("objective.teacher", teacher.display(), why));
+    if corpus.task().is_of_vectors() {
+        config.check_objective_of_vectors()?;
     }
     if let Some(token) = config.init.iter().flat_map(|init| &init.new_tokens).next() {
         let why = "the dataset is a task, whose words are fixed; leave the key out";

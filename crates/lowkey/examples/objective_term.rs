@@ -23,7 +23,7 @@ fn entropy(model: &CausalLm, batch: &Batch, device: &Device) -> Tensor<1> {
 /// Gradients of the mean loss minus `beta` times the mean entropy.
 fn gradients(model: &CausalLm, batch: &Batch, beta: f64, device: &Device) -> Vec<Tensor<1>> {
     let scale = 1.0 / batch.target_tokens() as f64;
-    let objective = Objective { scale, terms: &[Term::Next { z_loss: 0.0 }] };
+    let objective = Objective { scale, terms: &[Term::NEXT] };
     let (_, own) = model.loss_and_gradients(batch.all(), objective, Recompute::None, device);
     if beta == 0.0 {
         return own;

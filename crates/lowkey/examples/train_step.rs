@@ -51,7 +51,7 @@ fn main() -> anyhow::Result<()> {
     let mut optimizer = Optimizer::new(&settings, &model.trained_parameters(), |parameter| parameter.is_matrix());
 
     let targets = batch.target_tokens() as f64;
-    let objective = Objective { scale: 1.0 / targets, terms: &[Term::Next { z_loss: 0.0 }] };
+    let objective = Objective { scale: 1.0 / targets, terms: &[Term::NEXT] };
     let (loss, gradients) = model.loss_and_gradients(batch.all(), objective, Recompute::None, &device);
     let before = f64::from(loss.nats.into_scalar::<f32>()) / targets;
 

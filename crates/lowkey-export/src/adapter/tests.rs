@@ -202,6 +202,31 @@ fn an_engine_that_cannot_compute_the_base_gets_no_adapter() {
 }
 
 #[test]
+fn what_an_export_of_the_base_folds_into_a_module_leaves_no_adapter_of_it() {
+    let scaled = config_with(|_, m| m.latent_scale = true);
+    let cut = config_with(|_, m| m.kv_cache_rank = Some(m.kv_lora_rank - 1));
+    let saved = |module: &str| serde_json::json!({ "target_modules": ["o_proj"], "modules_to_save": [module] });
+    let on = |module: &str| serde_json::json!({ "target_modules": [module] });
+    for (config, keys, why) in [
+        (&scaled, saved("norm"), Some("kv_a_layernorm")),
+        (&scaled, saved("post_attention_layernorm"), None),
+        (&scaled, on("kv_b_proj"), None),
+        (&cut, on("kv_b_proj"), Some("kv_b_proj")),
+        (&cut, saved("kv_b_proj"), Some("kv_b_proj")),
+        (&cut, saved("kv_a_layernorm"), None),
+    ] {
+        let folder = Folder::new();
+        let source = adapted(&folder, config, keys.clone());
+        let refused = export_adapter(&source, Engine::Transformers, &folder.file("out"), false);
+        let refused = refused.err().map(|e| e.to_string());
+        match why {
+            Some(module) => assert!(refused.unwrap().contains(&format!("{module} is not the same")), "{keys}"),
+            None => assert_eq!(refused, None, "{keys}"),
+        }
+    }
+}
+
+#[test]
 fn an_adapter_of_one_rank_and_factor_computes_what_that_of_many_does() {
     let folder = Folder::new();
     let mut keys = everything();

@@ -15,6 +15,7 @@ use lowkey_files::read_text;
 use serde_json::{Map, Value, json};
 
 use super::LARGEST;
+use crate::attention::MlaConfig;
 use crate::checkpoint::CONFIG;
 use crate::error::{Error, Result};
 use crate::json_keys::Keys;
@@ -189,11 +190,9 @@ fn minicpm3(keys: &Keys) -> Result<Dialect> {
     set(&mut map, "first_k_dense_replace", layers);
     set(&mut map, "rope_interleave", false);
     if keys.flag("mlp_bias")?.unwrap_or(false) {
-        // No other model type has such biases beside halves that are rotated.
+        // No other model type has such biases beside halves that are rotated. What only that type has besides is not meant.
         set(&mut map, "model_type", "lowkey");
-        ["latent_scale", "latent_norm", "query_bias", "rope_pairs", "kv_cache_ranks"].iter().for_each(|key| {
-            map.remove(*key);
-        });
+        map.retain(|key, _| !MlaConfig::is_own_key(key));
     }
     Ok(Dialect { keys: map, scales, nested: false })
 }

@@ -67,7 +67,7 @@ fn gradients_of_vectors_block_by_block_are_the_gradients() {
     for (kind, config) in fixtures::every_kind() {
         let model = scrambled(&config, 4, &device);
         let vectors = Vectors::new(7, normal(3, 18 * 7));
-        let objective = Objective { scale: 0.1, terms: &[Term::Next { z_loss: 0.0 }] };
+        let objective = Objective { scale: 0.1, terms: &[Term::NEXT] };
         let (loss, gradients) = model.loss_and_gradients(vectors.rows(), objective, Recompute::None, &device);
         let (again, anew) = model.loss_and_gradients(vectors.rows(), objective, Recompute::Block, &device);
         assert_eq!((values(loss.nats), loss.targets), (values(again.nats), again.targets), "{kind}");

@@ -220,7 +220,7 @@ impl Session {
             passes: PassSettings {
                 micro_batch: self.batch,
                 recompute: self.recompute,
-                terms: &[Term::Next { z_loss: 0.0 }],
+                terms: &[Term::NEXT],
                 precision: self.precision,
                 loss_scale: 1.0,
                 seed: 0,

@@ -299,6 +299,22 @@ impl RunConfig {
         self.objective.first().map_or(Term::Next { z_loss }, |section| section.term(z_loss))
     }
 
+    /// Refuses what of the objective has no meaning for a task of vectors, which predicts no tokens.
+    pub(crate) fn check_objective_of_vectors(&self) -> Result<()> {
+        let z_loss = self.training.z_loss;
+        if z_loss != 0.0 {
+            let why = "the dataset is a task of vectors, whose loss has no log-partition; leave the key out";
+            return Err(Error::config("training.z_loss", z_loss, why));
+        }
+        match self.objective.first() {
+            Some(ObjectiveSection::Distillation { teacher, .. }) => {
+                let why = "the dataset is a task of vectors, and a teacher predicts tokens; leave [[objective]] out";
+                Err(Error::config("objective.teacher", teacher.display(), why))
+            }
+            Some(ObjectiveSection::NextToken {} | ObjectiveSection::Preference { .. }) | None => Ok(()),
+        }
+    }
+
     /// Refuses data that the objective does not learn from; `pairs`: they are pairs of answers.
     pub(crate) fn check_pairs(&self, pairs: bool, dataset: &str) -> Result<()> {
         match (self.prefers(), pairs) {

@@ -247,6 +247,11 @@ impl MlaConfig {
         })
     }
 
+    /// Whether no other family's `config.json` has this key.
+    pub(crate) fn is_own_key(key: &str) -> bool {
+        key == "kv_cache_ranks" || Self::deepseek(1, [1, 2, 1]).own_keys().get(key).is_some()
+    }
+
     /// Numbers of the latent that are cached and read: L, or less of one that was cut.
     pub fn kv_rank(&self) -> usize {
         self.kv_cache_rank.unwrap_or(self.kv_lora_rank)

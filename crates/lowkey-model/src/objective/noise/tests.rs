@@ -59,7 +59,7 @@ fn a_pass_with_noise_learns_from_embeddings_that_are_shifted_by_it() {
     for (kind, config) in fixtures::every_kind() {
         let model = scrambled(&config, 4, &device);
         let batch = batch(2);
-        let objective = Objective { scale: 0.1, terms: &[Term::Next { z_loss: 0.0 }] };
+        let objective = Objective { scale: 0.1, terms: &[Term::NEXT] };
         let learn =
             |noise, recompute| model.learn(batch.all(), objective, Against::default(), noise, recompute, &device);
         let shifted = NOISE.added(model.embed(batch.all(), &device), batch.all());
