@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use mpi_sys as raw;
 use rayon::prelude::*;
 
-use super::{Meeting, Word};
+use super::{LEFT_TO_MPI, Meeting, Word};
 use crate::error::{Error, Result};
 use crate::run_config::RankSum;
 
@@ -398,8 +398,8 @@ impl Comm {
     /// Adds up the numbers of all ranks.
     pub(super) fn sum(&self, numbers: &mut [f32], order: RankSum) -> Result<()> {
         numbers.chunks_mut(AT_ONCE).try_for_each(|numbers| match order {
-            RankSum::Ordered => self.sum_in_order(numbers),
-            RankSum::Fastest => self.sum_as_mpi_likes(numbers),
+            RankSum::Fastest if self.size >= LEFT_TO_MPI => self.sum_as_mpi_likes(numbers),
+            RankSum::Ordered | RankSum::Fastest => self.sum_in_order(numbers),
         })
     }
 
