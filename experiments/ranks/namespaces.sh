@@ -39,9 +39,14 @@ wire=
 down() {
     if [ -n "$wire" ]; then kill "$wire" 2> /dev/null || true; wait "$wire" 2> /dev/null || true; fi
     wire=
-    for host in a b; do ip netns del lowkey-$host 2> /dev/null || true; done
+    # Where this was cut short, ranks that have lost each other would wait as long as they are patient.
+    for host in a b; do
+        ip netns pids lowkey-$host 2> /dev/null | xargs -r kill -KILL 2> /dev/null || true
+        ip netns del lowkey-$host 2> /dev/null || true
+    done
 }
 trap 'down; rm -rf "$work"' EXIT
+trap 'exit 1' INT TERM
 
 up() { # RATE DELAY LOSS
     down
@@ -87,7 +92,9 @@ train() { # OUT STEPS OPTIONS...
     ip netns exec lowkey-a taskset -c 0 unshare --uts sh -c 'hostname lowkey-a; exec "$@"' - mpirun --allow-run-as-root --bind-to none \
         --host 10.19.0.1:1,10.19.0.2:1 --mca plm_rsh_agent "$script agent" --mca oob_tcp_if_include 10.19.0.0/24 \
         --mca btl tcp,self --mca btl_tcp_if_include 10.19.0.0/24 ${MCA:-} -n 2 \
-        "$lowkey" train experiments/ranks/run.toml --out "$out" --set training.steps="$steps" "$@" > "$out.log" 2>&1
+        "$lowkey" train experiments/ranks/run.toml --out "$out" --set training.steps="$steps" "$@" > "$out.log" 2>&1 &
+    # So that a signal is heard at once.
+    wait $!
 }
 
 head=link,rate_mbit_s,delay_us,loss_ppm,tcp_gbit_s,planned_gbit_s,model,sum,zero,steps,seconds_per_step,planned_s,planned_compute_s,planned_link_s
