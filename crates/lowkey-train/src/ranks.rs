@@ -104,6 +104,10 @@ pub(crate) enum Meeting {
     End,
 }
 
+/// So many ranks leave the sum to MPI where its order is free. With fewer of them, Open MPI (as of 4.1) sends all numbers to one rank and
+/// back, one way after the other; the sum in order uses both ways of every link at once.
+pub(crate) const LEFT_TO_MPI: usize = 4;
+
 /// What a rank brings to a meeting.
 pub(crate) type Word = [u8; 32];
 

@@ -550,7 +550,8 @@ pub enum RankSum {
     /// In the order of the ranks, each of which adds up a part: n ranks then give the bits of one process that takes a step in n passes.
     #[default]
     Ordered,
-    /// As `MPI_Allreduce` of the MPI at hand does it, in an order of its own: other last bits, also from one machine to another.
+    /// As `MPI_Allreduce` of the MPI at hand does it, in an order of its own: other last bits, also from one machine to another. Fewer
+    /// than four ranks do it as `ordered`, which sends no more and uses both ways of a link at once.
     Fastest,
 }
 

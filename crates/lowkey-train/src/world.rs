@@ -24,7 +24,7 @@ use crate::buckets::{BUCKET, packed, read, sums, unpacked};
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, Update};
 use crate::other_model::Counterpart;
-use crate::ranks::Ranks;
+use crate::ranks::{LEFT_TO_MPI, Ranks};
 use crate::run_config::RankSum;
 use crate::workers::{PassSettings, StepGradients, Workers};
 pub(crate) use ranks::optimized;
@@ -102,8 +102,8 @@ impl World {
     pub(crate) fn reducer(&self) -> Option<&'static str> {
         match self.reducer {
             _ if self.ranks.are_several() => Some(match self.sum {
-                RankSum::Ordered => "MPI, in the order of the ranks",
-                RankSum::Fastest => "MPI, in its own order",
+                RankSum::Fastest if self.ranks.size() >= LEFT_TO_MPI => "MPI, in its own order",
+                RankSum::Ordered | RankSum::Fastest => "MPI, in the order of the ranks",
             }),
             _ if self.members.len() == 1 => None,
             Reducer::Devices => Some("the devices among themselves (NCCL)"),

@@ -6,14 +6,15 @@ use serde::Serialize;
 use super::{EXPECTED_MFU, Plan, train_bytes};
 use crate::buckets::BUCKET;
 use crate::error::{Error, Result};
-use crate::run_config::{RunConfig, Weights};
+use crate::ranks::LEFT_TO_MPI;
+use crate::run_config::{RankSum, RunConfig, Weights};
 
 /// The link of each rank to the others.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Link {
-    /// Bytes per second that leave a rank, while as many reach it.
+    /// Bytes per second that leave a rank, while as many reach it; those of headers and of gaps between frames are among them.
     pub bytes_per_s: f64,
-    /// Seconds until the first byte of a message is there.
+    /// Seconds until the first byte of a message is there, one way.
     pub latency_s: f64,
 }
 
@@ -45,6 +46,17 @@ pub struct RanksPlan {
 /// Transfers of a step beside those of the gradients: whether it is taken, whether all have their gradients, the losses.
 const SMALL: f64 = 3.0;
 
+/// What messages have of the bytes of a link, over TCP: 1448 of the 1538 that an Ethernet frame takes, with its gap.
+const PAYLOAD: f64 = 1448.0 / 1538.0;
+
+/// The longest message that is sent unasked, in bytes (of Open MPI over TCP; others ask at less, where it matters as little).
+const UNASKED: f64 = 65536.0;
+
+/// How often the way of a message has to be gone before it is there: one that is long is announced, asked for, and sent.
+fn ways(bytes: f64) -> f64 {
+    if bytes > UNASKED { 3.0 } else { 1.0 }
+}
+
 impl Plan {
     /// The same run on several ranks.
     ///
@@ -62,10 +74,17 @@ impl Plan {
         let (gradients, divided) = (4.0 * trained as f64, config.ranks.zero == 1 && ranks > 1);
         let others = (n - 1.0) / n;
         let bytes_per_step = others * gradients * if divided { 3.0 } else { 2.0 };
-        // Of each bucket the slices, and their sums.
-        let transfers = trained.div_ceil(BUCKET) as f64 * 2.0 + f64::from(u8::from(divided)) + SMALL;
+        // Of each bucket the slices, and their sums; where MPI chooses, it halves what is left to send, and then doubles it.
+        let of_a_bucket = match config.ranks.sum {
+            RankSum::Fastest if ranks >= LEFT_TO_MPI => 2.0 * n.log2().ceil(),
+            RankSum::Ordered | RankSum::Fastest => 2.0,
+        };
+        let buckets = (0..trained).step_by(BUCKET).map(|at| BUCKET.min(trained - at) as f64);
+        let summed: f64 = buckets.map(|numbers| of_a_bucket * ways(4.0 * numbers / n)).sum();
+        let latencies = SMALL + summed + if divided { ways(gradients / n) } else { 0.0 };
         let compute_s = self.flops / steps / n / (self.matmul_flops_per_s * EXPECTED_MFU);
-        let link_s = if ranks == 1 { 0.0 } else { bytes_per_step / link.bytes_per_s + transfers * link.latency_s };
+        let sent_s = bytes_per_step / (link.bytes_per_s * PAYLOAD);
+        let link_s = if ranks == 1 { 0.0 } else { sent_s + latencies * link.latency_s };
         // Two numbers of the optimiser for each that is trained, all but a part of which lie elsewhere.
         let spared = if divided { (2.0 * gradients * others) as usize } else { 0 };
         // A rank has fewer rows than the whole batch.
@@ -102,12 +121,21 @@ mod tests {
         let four = plan.on_ranks(&config, &model, 4, link).unwrap();
         assert_eq!(four.bytes_per_step, 1.5 * 4.0 * parameters);
         assert!((four.compute_s / (one.compute_s / 4.0) - 1.0).abs() < 1e-12);
-        assert!((four.link_s - (four.bytes_per_step / 1e6 + 5e-3)).abs() < 1e-12);
+        assert!((four.link_s - (four.bytes_per_step / PAYLOAD / 1e6 + 5e-3)).abs() < 1e-12);
         assert!(four.rank_bytes <= one.rank_bytes);
         let divided = run.config(&["ranks.zero=1"]);
         let divided = plan.on_ranks(&divided, &model, 4, link).unwrap();
         assert_eq!(divided.bytes_per_step, 2.25 * 4.0 * parameters);
         assert!(divided.rank_bytes < four.rank_bytes);
+        // A rank's slice is announced, asked for, and sent; so are the sums.
+        let wide = model_config(100_000, 24);
+        let (plan, bytes) = (Plan::new(&config, &wide, 1e9), 4.0 * wide.parameter_count().total as f64);
+        assert!(bytes / 4.0 > UNASKED && wide.parameter_count().total < BUCKET);
+        let four = plan.on_ranks(&config, &wide, 4, link).unwrap();
+        assert!((four.link_s - (four.bytes_per_step / PAYLOAD / 1e6 + 9e-3)).abs() < 1e-12);
+        let fastest = run.config(&["ranks.sum=fastest"]);
+        let fastest = plan.on_ranks(&fastest, &wide, 4, link).unwrap();
+        assert!((fastest.link_s - four.link_s - 6e-3).abs() < 1e-12);
         let refused = plan.on_ranks(&config, &model, 3, link).unwrap_err().to_string();
         assert!(refused.contains("training.batch_size = 8: must be a multiple of 3"), "{refused}");
     }

@@ -4,6 +4,7 @@
 //! until it is over, so that a rank that never comes can be told of by name instead of being waited for.
 
 use std::ffi::{c_int, c_void};
+use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::ThreadId;
@@ -12,12 +13,15 @@ use std::time::{Duration, Instant};
 use mpi_sys as raw;
 use rayon::prelude::*;
 
-use super::{Meeting, Word};
+use super::{LEFT_TO_MPI, Meeting, Word};
 use crate::error::{Error, Result};
 use crate::run_config::RankSum;
 
 /// Numbers that are summed at once: counts of MPI are 32 bits wide, and buffers are to stay small beside a model.
 const AT_ONCE: usize = 1 << 24;
+
+/// Numbers that are gathered at once: their places are counts of MPI, too.
+const MOST: usize = c_int::MAX as usize;
 
 /// What a rank says at a meeting: where it is, or 0 where it has met an error, and its word.
 const MESSAGE: usize = 1 + size_of::<Word>();
@@ -89,7 +93,7 @@ fn is_up() -> bool {
 /// Ends all ranks, where MPI is up.
 pub(super) fn abandon() {
     if is_up() {
-        // SAFETY: MPI is up; the call does not return.
+        // SAFETY: MPI is up. The call returns only where it fails, and whoever called this then ends by itself, which its starter sees.
         unsafe { raw::MPI_Abort(raw::RSMPI_COMM_WORLD, 1) };
     }
 }
@@ -128,6 +132,17 @@ fn places(lengths: &[usize]) -> impl Iterator<Item = usize> {
 /// A part of `length` numbers for each of `size` ranks.
 fn slices(length: usize, size: usize) -> Vec<usize> {
     (0..size).map(|rank| length * (rank + 1) / size - length * rank / size).collect()
+}
+
+/// What of each part of these lengths is sent in each of several rounds, of which none has more than `most` numbers in all.
+fn rounds(lengths: &[usize], most: usize) -> Vec<Vec<Range<usize>>> {
+    let longest = lengths.iter().max().copied().unwrap_or_default();
+    let each = if lengths.iter().sum::<usize>() <= most { longest.max(1) } else { (most / lengths.len()).max(1) };
+    let round = |i: usize| {
+        let piece = |length: &usize| (i * each).min(*length)..((i + 1) * each).min(*length);
+        lengths.iter().map(piece).collect()
+    };
+    (0..longest.div_ceil(each).max(1)).map(round).collect()
 }
 
 /// The sum of equal parts that lie one after the other, in their order, in the first of them.
@@ -205,9 +220,10 @@ impl Comm {
         self.patience.store(u64::try_from(patience.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
+    /// Leaves MPI; only the thread that has joined it may, and from any other this does nothing.
     pub(super) fn leave(&self) {
-        if is_up() {
-            // SAFETY: MPI is up, and no transfer is open: each was waited for.
+        if is_up() && std::thread::current().id() == self.thread {
+            // SAFETY: MPI is up, and no transfer is open: each was waited for. What it says is of no use: the work is done.
             unsafe { raw::MPI_Finalize() };
         }
     }
@@ -276,8 +292,7 @@ impl Comm {
     fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>> {
         let (count, mut all) = (int(own.len())?, vec![0; own.len() * self.size]);
         let begin = |request: *mut raw::MPI_Request| {
-            // SAFETY: both buffers live until the transfer is over, see `transfer`; `all` holds `count` bytes for
-            // each rank.
+            // SAFETY: both buffers outlive the transfer, see there; `all` holds `count` bytes for each rank.
             unsafe {
                 let bytes = raw::RSMPI_UINT8_T;
                 let (from, to) = (address(own), address_mut(&mut all));
@@ -292,7 +307,7 @@ impl Comm {
     pub(super) fn gather(&self, own: &[u8], lengths: &[usize]) -> Result<Vec<Vec<u8>>> {
         let mut all = vec![0; lengths.iter().sum()];
         if !all.is_empty() {
-            self.all_gather_parts(own, &mut all, lengths, Kind::Bytes)?;
+            self.all_gather_parts(own, &mut all, lengths)?;
         }
         let mut rest = &all[..];
         let parts = lengths.iter().map(|length| {
@@ -303,16 +318,60 @@ impl Comm {
         Ok(parts.collect())
     }
 
+    /// The numbers of each rank, one after the other, on all of them.
+    pub(super) fn gather_numbers(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
+        let mut all = vec![0.0; lengths.iter().sum()];
+        self.all_gather_parts(own, &mut all, lengths)?;
+        Ok(all)
+    }
+
+    /// The same on the first rank alone; the others have none.
+    pub(super) fn gather_numbers_to_first(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
+        let mut all = vec![0.0; if self.rank == 0 { lengths.iter().sum() } else { 0 }];
+        self.in_rounds(own, &mut all, lengths, Self::gather_once)?;
+        Ok(all)
+    }
+
     /// Parts of known lengths, one after the other; `own` has the length of this rank's.
-    fn all_gather_parts<T>(&self, own: &[T], all: &mut [T], lengths: &[usize], kind: Kind) -> Result<()> {
+    fn all_gather_parts<T: Number>(&self, own: &[T], all: &mut [T], lengths: &[usize]) -> Result<()> {
+        self.in_rounds(own, all, lengths, Self::all_gather_once)
+    }
+
+    /// Gathers parts that may be more than MPI counts at once: all at once where it can, else in pieces. `all` is empty on a rank that
+    /// receives nothing.
+    fn in_rounds<T: Number>(
+        &self,
+        own: &[T],
+        all: &mut [T],
+        lengths: &[usize],
+        gather: impl Fn(&Self, &[T], &mut [T], &[usize]) -> Result<()>,
+    ) -> Result<()> {
+        let (at, rounds): (Vec<usize>, _) = (places(lengths).collect(), rounds(lengths, MOST));
+        if let [_] = rounds[..] {
+            return gather(self, own, all, lengths);
+        }
+        for round in rounds {
+            let pieces: Vec<usize> = round.iter().map(ExactSizeIterator::len).collect();
+            let mut got = vec![T::default(); if all.is_empty() { 0 } else { pieces.iter().sum() }];
+            gather(self, &own[round[self.rank].clone()], &mut got, &pieces)?;
+            let mut rest = &got[..];
+            for (at, piece) in at.iter().zip(&round).take(if all.is_empty() { 0 } else { self.size }) {
+                let (first, more) = rest.split_at(piece.len());
+                all[at + piece.start..at + piece.end].copy_from_slice(first);
+                rest = more;
+            }
+        }
+        Ok(())
+    }
+
+    fn all_gather_once<T: Number>(&self, own: &[T], all: &mut [T], lengths: &[usize]) -> Result<()> {
         let (count, counts, at) = (int(own.len())?, ints(lengths.iter().copied())?, ints(places(lengths))?);
         assert!(lengths.len() == self.size && lengths.iter().sum::<usize>() == all.len());
         assert!(lengths[self.rank] == own.len());
         let begin = |request: *mut raw::MPI_Request| {
-            // SAFETY: all buffers live until the transfer is over; `all` holds all parts, see above.
+            // SAFETY: all buffers outlive the transfer, see there, and are of numbers of this kind; `all` holds all parts, see above.
             unsafe {
-                let kind = kind.raw();
-                let (from, to) = (address(own), address_mut(all));
+                let (from, to, kind) = (address(own), address_mut(all), T::kind());
                 let (counts, at) = (counts.as_ptr(), at.as_ptr());
                 raw::MPI_Iallgatherv(from, count, kind, to, counts, at, kind, raw::RSMPI_COMM_WORLD, request)
             }
@@ -320,36 +379,27 @@ impl Comm {
         self.transfer("MPI_Iallgatherv", Waiting::ForBytes, begin)
     }
 
-    /// The numbers of each rank, one after the other, on all of them.
-    pub(super) fn gather_numbers(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
-        let mut all = vec![0.0; lengths.iter().sum()];
-        self.all_gather_parts(own, &mut all, lengths, Kind::Floats)?;
-        Ok(all)
-    }
-
-    /// The same on the first rank alone; the others have none.
-    pub(super) fn gather_numbers_to_first(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
+    fn gather_once<T: Number>(&self, own: &[T], all: &mut [T], lengths: &[usize]) -> Result<()> {
         let (count, counts, at) = (int(own.len())?, ints(lengths.iter().copied())?, ints(places(lengths))?);
         assert!(lengths.len() == self.size && lengths[self.rank] == own.len());
-        let mut all = vec![0.0f32; if self.rank == 0 { lengths.iter().sum() } else { 0 }];
+        assert!(self.rank != 0 || lengths.iter().sum::<usize>() == all.len());
         let begin = |request: *mut raw::MPI_Request| {
-            // SAFETY: all buffers live until the transfer is over; on rank 0, the only one that receives, `all` holds all parts.
+            // SAFETY: all buffers outlive the transfer, see there, and are of numbers of this kind; on rank 0, the only one that
+            // receives, `all` holds all parts, see above.
             unsafe {
-                let float = raw::RSMPI_FLOAT;
-                let (from, to) = (address(own), address_mut(&mut all));
+                let (from, to, kind) = (address(own), address_mut(all), T::kind());
                 let (counts, at) = (counts.as_ptr(), at.as_ptr());
-                raw::MPI_Igatherv(from, count, float, to, counts, at, float, 0, raw::RSMPI_COMM_WORLD, request)
+                raw::MPI_Igatherv(from, count, kind, to, counts, at, kind, 0, raw::RSMPI_COMM_WORLD, request)
             }
         };
-        self.transfer("MPI_Igatherv", Waiting::ForBytes, begin)?;
-        Ok(all)
+        self.transfer("MPI_Igatherv", Waiting::ForBytes, begin)
     }
 
     /// Adds up the numbers of all ranks.
     pub(super) fn sum(&self, numbers: &mut [f32], order: RankSum) -> Result<()> {
         numbers.chunks_mut(AT_ONCE).try_for_each(|numbers| match order {
-            RankSum::Ordered => self.sum_in_order(numbers),
-            RankSum::Fastest => self.sum_as_mpi_likes(numbers),
+            RankSum::Fastest if self.size >= LEFT_TO_MPI => self.sum_as_mpi_likes(numbers),
+            RankSum::Ordered | RankSum::Fastest => self.sum_in_order(numbers),
         })
     }
 
@@ -362,8 +412,8 @@ impl Comm {
         let (counts, at) = (ints(lengths.iter().copied())?, ints(places(&lengths))?);
         let (own_counts, own_at) = (vec![int(own)?; self.size], ints((0..self.size).map(|rank| rank * own))?);
         let begin = |request: *mut raw::MPI_Request| {
-            // SAFETY: all buffers live until the transfer is over; `lengths` add up to `numbers`, and `parts` has
-            // room for this rank's slice of each rank.
+            // SAFETY: all buffers outlive the transfer, see there; `lengths` add up to `numbers`, and `parts` has room for this rank's
+            // slice of each rank.
             unsafe {
                 let (float, world) = (raw::RSMPI_FLOAT, raw::RSMPI_COMM_WORLD);
                 let (from, to) = (address(numbers), address_mut(&mut parts));
@@ -374,13 +424,13 @@ impl Comm {
         };
         self.transfer("MPI_Ialltoallv", Waiting::ForBytes, begin)?;
         add_up(&mut parts, own);
-        self.all_gather_parts(&parts[..own], numbers, &lengths, Kind::Floats)
+        self.all_gather_parts(&parts[..own], numbers, &lengths)
     }
 
     fn sum_as_mpi_likes(&self, numbers: &mut [f32]) -> Result<()> {
         let (own, count) = (numbers.to_vec(), int(numbers.len())?);
         let begin = |request: *mut raw::MPI_Request| {
-            // SAFETY: both buffers have `count` numbers, and live until the transfer is over.
+            // SAFETY: both buffers have `count` numbers, and outlive the transfer, see there.
             unsafe {
                 let (from, to) = (address(&own), address_mut(numbers));
                 let (float, sum) = (raw::RSMPI_FLOAT, raw::RSMPI_SUM);
@@ -390,8 +440,9 @@ impl Comm {
         self.transfer("MPI_Iallreduce", Waiting::ForBytes, begin)
     }
 
-    /// Begins a transfer and waits until it is over. One that fails under way, or that somebody does not come to, ends the process and
-    /// all ranks with it: its buffers may still be written to.
+    /// Begins a transfer and waits until it is over. One that fails, or that somebody does not come to, ends the process and all ranks
+    /// with it: its buffers may still be written to, and the others wait in it. So this returns, or unwinds, only once MPI has let go of
+    /// the buffers that `begin` has given it; they have to live no longer than the call.
     fn transfer(
         &self,
         call: &'static str,
@@ -403,28 +454,28 @@ impl Comm {
         }
         // SAFETY: the null request is a constant.
         let mut request = unsafe { raw::RSMPI_REQUEST_NULL };
-        checked(call, begin(&mut request))?;
+        if let Err(why) = checked(call, begin(&mut request)) {
+            self.lost(&format!("{why}"));
+        }
         let patience = self.patience();
         match self.over_within(&mut request, waiting, patience) {
             Ok(true) => Ok(()),
             Ok(false) => self.call_the_roll(patience.unwrap_or_default()),
-            Err(why) => self.lost(&format!("{call} failed: {why}")),
+            Err(why) => self.lost(&format!("{call}: {why}")),
         }
     }
 
-    /// Whether a transfer is over before that much time is; why it failed where it has.
-    fn over_within(
-        &self,
-        request: &mut raw::MPI_Request,
-        waiting: Waiting,
-        most: Option<Duration>,
-    ) -> std::result::Result<bool, String> {
+    /// Whether a transfer is over before that much time is.
+    ///
+    /// # Errors
+    /// [`Error::Mpi`] where it has failed; its buffers may still be written to.
+    fn over_within(&self, request: &mut raw::MPI_Request, waiting: Waiting, most: Option<Duration>) -> Result<bool> {
         let begun = Instant::now();
         loop {
             let mut over = 0;
-            // SAFETY: the request is one that was begun, or null, and `over` a number of this frame.
+            // SAFETY: the request is one that was begun, or null, and `over` a number of this frame; there is no status to be written.
             let code = unsafe { raw::MPI_Test(request, &mut over, raw::RSMPI_STATUS_IGNORE) };
-            checked("MPI_Test", code).map_err(|e| e.to_string())?;
+            checked("MPI_Test", code)?;
             if over != 0 {
                 return Ok(true);
             }
@@ -446,13 +497,15 @@ impl Comm {
         let named = |rank: usize| format!("rank {rank} of {} (on {})", self.size, self.machine(rank));
         if self.rank != 0 {
             let here = [1u8];
-            // SAFETY: one byte, which lives as long as the process: this function does not return.
+            // SAFETY: one byte, which lives as long as the process: this function neither returns nor unwinds.
             unsafe {
                 let mut request = raw::RSMPI_REQUEST_NULL;
                 let (byte, world) = (raw::RSMPI_UINT8_T, raw::RSMPI_COMM_WORLD);
-                raw::MPI_Isend(here.as_ptr().cast(), 1, byte, 0, ROLL_CALL, world, &mut request);
-                // Ended from here by rank 0, if that is alive; it may have come later than this one. The first one speaks.
-                let _ = self.over_within(&mut request, Waiting::ForARank, None);
+                // Where it cannot be sent, rank 0 takes this one for missing, and ends all.
+                if raw::MPI_Isend(here.as_ptr().cast(), 1, byte, 0, ROLL_CALL, world, &mut request) == 0 {
+                    // Ended from here by rank 0, if that is alive; it may have come later than this one. The first one speaks.
+                    let _ = self.over_within(&mut request, Waiting::ForARank, Some(patience));
+                }
             }
             std::thread::sleep(patience + Duration::from_secs(10 * self.rank as u64));
             self.lost(&format!("{} has not answered {waited}", named(0)));
@@ -460,20 +513,30 @@ impl Comm {
         let mut heard = vec![0u8; self.size];
         let mut requests = Vec::with_capacity(self.size);
         for (rank, heard) in heard.iter_mut().enumerate().skip(1) {
-            // SAFETY: each byte lives as long as the process: this function does not return.
+            // SAFETY: each byte lives as long as the process: this function neither returns nor unwinds.
             unsafe {
                 let mut request = raw::RSMPI_REQUEST_NULL;
                 let (byte, world) = (raw::RSMPI_UINT8_T, raw::RSMPI_COMM_WORLD);
                 let from = c_int::try_from(rank).unwrap_or_default();
-                raw::MPI_Irecv(std::ptr::from_mut(heard).cast(), 1, byte, from, ROLL_CALL, world, &mut request);
-                requests.push((rank, request));
+                let to = std::ptr::from_mut(heard).cast();
+                // Whoever cannot be asked has not answered.
+                let asked = raw::MPI_Irecv(to, 1, byte, from, ROLL_CALL, world, &mut request) == 0;
+                requests.push((rank, asked.then_some(request)));
             }
         }
         // Others may have come later than this one, and are as patient.
         let until = Instant::now() + patience / 2 + Duration::from_secs(2);
         while !requests.is_empty() && Instant::now() < until {
             requests.retain_mut(|(_, request)| {
-                !self.over_within(request, Waiting::ForARank, Some(Duration::ZERO)).unwrap_or(false)
+                let Some(asked) = request else { return true };
+                match self.over_within(asked, Waiting::ForARank, Some(Duration::ZERO)) {
+                    Ok(answered) => !answered,
+                    Err(_) => {
+                        // A request that has failed is no request any more, and would seem to be answered.
+                        *request = None;
+                        true
+                    }
+                }
             });
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -485,9 +548,9 @@ impl Comm {
         }
     }
 
-    /// Says why, and ends all ranks.
+    /// Says why, and ends all ranks. Never unwinds: that would free buffers which MPI still writes to.
     fn lost(&self, why: &str) -> ! {
-        (self.last_words)(why);
+        let _ = std::panic::catch_unwind(|| (self.last_words)(why));
         abandon();
         // What stays where MPI is in no state to.
         std::process::abort()
@@ -519,21 +582,43 @@ impl Waiting {
     }
 }
 
-/// What numbers are.
-#[derive(Clone, Copy)]
-enum Kind {
-    Bytes,
-    Floats,
+/// What can be sent: plain numbers, of which every pattern of bits is one.
+trait Number: Copy + Default {
+    /// MPI's name for it.
+    fn kind() -> raw::MPI_Datatype;
 }
 
-impl Kind {
-    fn raw(self) -> raw::MPI_Datatype {
-        // SAFETY: both are constants, which MPI may read from its start on.
-        unsafe {
-            match self {
-                Self::Bytes => raw::RSMPI_UINT8_T,
-                Self::Floats => raw::RSMPI_FLOAT,
+impl Number for u8 {
+    fn kind() -> raw::MPI_Datatype {
+        // SAFETY: a constant, which may be read from the start of MPI on.
+        unsafe { raw::RSMPI_UINT8_T }
+    }
+}
+
+impl Number for f32 {
+    fn kind() -> raw::MPI_Datatype {
+        // SAFETY: a constant, which may be read from the start of MPI on.
+        unsafe { raw::RSMPI_FLOAT }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_that_are_more_than_is_counted_go_in_pieces() {
+        assert_eq!(rounds(&[3, 0, 4], 7), [[0..3, 0..0, 0..4]]);
+        assert_eq!(rounds(&[0, 0], 7), [[0..0, 0..0]]);
+        assert_eq!(rounds(&[3, 0, 4], 6), [[0..2, 0..0, 0..2], [2..3, 0..0, 2..4]]);
+        for (lengths, most) in [(&[5, 1, 9][..], 4), (&[5, 1, 9], 3), (&[5, 1, 9], 1), (&[100], 33)] {
+            let rounds = rounds(lengths, most);
+            for (i, length) in lengths.iter().enumerate() {
+                let all: Vec<usize> = rounds.iter().flat_map(|round| round[i].clone()).collect();
+                assert_eq!(all, (0..*length).collect::<Vec<_>>());
             }
+            let largest = rounds.iter().map(|round| round.iter().map(ExactSizeIterator::len).sum::<usize>()).max();
+            assert!(largest.unwrap() <= most.max(lengths.len()), "{lengths:?} {most}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! n ranks are one process that takes each step in n passes, to the last bit.
 
-use super::job::Bench;
+use super::job::{Bench, Job, Starter};
 
 /// Holds runs on 2 and 4 ranks to those of one process with as many passes.
 fn same_bits(bench: &Bench, arguments: &[&str], ranks: &[usize]) {
@@ -103,9 +103,8 @@ fn over_tcp_as_over_memory() {
     bench.train(2, "memory", &[]).succeeds();
     let arguments = ["train", "run.toml", "--out", "tcp"];
     let mut command = bench.command(2, &arguments);
-    // Open MPI's, then MPICH's.
-    command.env("OMPI_MCA_btl", "tcp,self").env("MPIR_CVAR_NOLOCAL", "1");
-    super::job::Job::start(command, &bench.path("")).wait().succeeds();
+    command.envs(Starter::of_this_build().over_tcp.iter().copied());
+    Job::start(command, &bench.path("")).wait().succeeds();
     bench.assert_same("memory", "tcp", 12);
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -78,18 +79,9 @@ impl Bench {
 
     /// `mpirun` in this folder.
     pub(crate) fn mpirun(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new("mpirun");
-        command.args(arguments).current_dir(self.0.path());
-        // Of Open MPI: more ranks than cores, bound to none; in containers, whose users are root and may not read each other's memory.
-        for (name, value) in [
-            ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
-            ("OMPI_MCA_hwloc_base_binding_policy", "none"),
-            ("OMPI_MCA_btl_vader_single_copy_mechanism", "none"),
-            ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
-            ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
-        ] {
-            command.env(name, value);
-        }
+        let starter = Starter::of_this_build();
+        let mut command = Command::new(starter.program);
+        command.args(arguments).current_dir(self.0.path()).envs(starter.environment.iter().copied());
         command
     }
 
@@ -155,6 +147,53 @@ impl Bench {
             let text = |bytes: &[u8]| String::from_utf8_lossy(&bytes[..bytes.len().min(400)]).into_owned();
             assert!(a_bytes == b_bytes, "{name} of {a} and {b}:\n{}\n{}", text(a_bytes), text(b_bytes));
         }
+    }
+}
+
+/// What starts ranks of this build.
+pub(crate) struct Starter {
+    program: &'static str,
+    environment: &'static [(&'static str, &'static str)],
+    /// What lets ranks of one machine speak over TCP.
+    pub(crate) over_tcp: &'static [(&'static str, &'static str)],
+}
+
+/// More ranks than cores, bound to none; in containers, whose users are root and may not read each other's memory.
+const OPEN_MPI: Starter = Starter {
+    program: "",
+    environment: &[
+        ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+        ("OMPI_MCA_hwloc_base_binding_policy", "none"),
+        ("OMPI_MCA_btl_vader_single_copy_mechanism", "none"),
+        ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+        ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+    ],
+    over_tcp: &[("OMPI_MCA_btl", "tcp,self")],
+};
+
+/// It does so unasked.
+const MPICH: Starter =
+    Starter { program: "", environment: &[], over_tcp: &[("MPIR_CVAR_NOLOCAL", "1"), ("UCX_TLS", "tcp,self")] };
+
+impl Starter {
+    /// The `mpirun` of the MPI that the program was built with: where several are installed, Debian calls the others by their names.
+    pub(crate) fn of_this_build() -> &'static Self {
+        static FOUND: OnceLock<Starter> = OnceLock::new();
+        FOUND.get_or_init(|| {
+            let printed = |program: &str, argument: &str| {
+                let said = Command::new(program).arg(argument).output().ok()?;
+                Some(String::from_utf8_lossy(&said.stdout).into_owned())
+            };
+            let devices = printed(env!("CARGO_BIN_EXE_lowkey"), "devices").unwrap();
+            let (usual, names, said) = match devices.contains("MPI: Open MPI") {
+                true => (OPEN_MPI, ["mpirun", "mpirun.openmpi"], "Open MPI"),
+                false => (MPICH, ["mpirun", "mpirun.mpich"], "HYDRA"),
+            };
+            let serves = |name: &&str| printed(name, "--version").is_some_and(|version| version.contains(said));
+            let program = names.into_iter().find(serves);
+            let program = program.unwrap_or_else(|| panic!("no mpirun of the MPI of this build: {devices}"));
+            Starter { program, ..usual }
+        })
     }
 }
 
