@@ -121,7 +121,7 @@ fn attend(
 /// All vectors of a view as a new tensor of its shape.
 fn widened(numbers: Numbers, cache: &Stretches) -> FlexTensor {
     let shape = cache.tensor.layout().shape().clone();
-    let mut out = FlexTensor::empty(shape, DType::F32);
+    let mut out = new(shape);
     let vectors = Vectors { numbers, width: cache.width };
     let out_rows = out.storage_mut::<f32>().chunks_exact_mut(cache.keys * cache.width).take(cache.outer);
     for (i, out) in out_rows.enumerate() {
@@ -204,7 +204,7 @@ impl CacheOps for Flex {
         let mut of_scales: Vec<usize> = (0..last).map(|axis| shape[axis]).collect();
         of_scales.push(Numbers::parts(width, split));
         let mut codes = FlexTensor::empty(shape, DType::I8);
-        let mut scales = FlexTensor::empty(Shape::from(of_scales), DType::F32);
+        let mut scales = new(Shape::from(of_scales));
         numbers::quantise(x.storage(), width, split, codes.storage_mut(), scales.storage_mut());
         (codes, scales)
     }

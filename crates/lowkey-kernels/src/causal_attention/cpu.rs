@@ -10,7 +10,6 @@ pub(crate) mod forward;
 use std::ops::Range;
 
 use burn::backend::Flex;
-use burn::tensor::DType;
 use burn_flex::FlexTensor;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -112,11 +111,12 @@ impl<'a> Rows<'a> {
         &self.data[i * self.stride..i * self.stride + self.width]
     }
 
-    /// Copies the rows into `out`, `stride` apart, from column `column` on, times `factor`.
+    /// Copies the rows into `out`, which lie as far apart as stands beside it, from column `column` on, times `factor`.
     #[inline(always)]
-    fn copy_to(self, rows: Range<usize>, out: &mut [f32], stride: usize, column: usize, factor: f32) {
+    fn copy_to<S: Simd>(self, simd: S, rows: Range<usize>, out: (&mut [f32], usize), column: usize, factor: f32) {
+        let (out, stride) = out;
         for (i, out) in rows.zip(out.chunks_mut(stride)) {
-            copy_scaled(self.row(i), &mut out[column..column + self.width], factor);
+            copy_scaled(simd, self.row(i), &mut out[column..column + self.width], factor);
         }
     }
 
@@ -335,8 +335,8 @@ impl WithSimd for GroupBackward<'_> {
         let (own, shared) = (dims.own(inputs, [row, first], 0..nope), dims.shared(inputs, row));
         own.transpose_to(&mut s.keys_t, 0, qk);
         shared.transpose_to(&mut s.keys_t, nope, qk);
-        own.copy_to(0..seq, &mut s.keys, width, 0, 1.0);
-        shared.copy_to(0..seq, &mut s.keys, width, nope, 1.0);
+        own.copy_to(simd, 0..seq, (&mut s.keys, width), 0, 1.0);
+        shared.copy_to(simd, 0..seq, (&mut s.keys, width), nope, 1.0);
         dims.own(inputs, [row, first], nope..nope + value).transpose_to(&mut s.values_t, 0, value);
         s.d_keys.fill(0.0);
         s.d_values.fill(0.0);
@@ -375,12 +375,12 @@ fn head_backward<S: Simd>(
     let out = Rows { data: &saved.out[out_at..], ..d_out };
     for q0 in (0..seq).step_by(QUERIES) {
         let count = QUERIES.min(seq - q0);
-        queries.copy_to(q0..q0 + count, &mut s.queries, width, 0, dims.scale);
-        d_out.copy_to(q0..q0 + count, &mut s.d_out, v_width, 0, 1.0);
+        queries.copy_to(simd, q0..q0 + count, (&mut s.queries, width), 0, dims.scale);
+        d_out.copy_to(simd, q0..q0 + count, (&mut s.d_out, v_width), 0, 1.0);
         // Σ_j p_j · dp_j of each query equals dO·O.
         let mut pull = [0.0; QUERIES];
         for (i, pull) in pull.iter_mut().enumerate().take(count) {
-            *pull = dot(d_out.row(q0 + i), out.row(q0 + i));
+            *pull = dot(simd, d_out.row(q0 + i), out.row(q0 + i));
         }
         s.d_queries.fill(0.0);
         for k0 in key_blocks(starts[q0], q0 + count) {
@@ -472,7 +472,7 @@ impl CausalAttentionGradients for Flex {
         let inputs = Inputs { q: q.storage(), kv: kv.storage(), k_pe: k_pe.storage(), k_pe_stride: shape.rope, starts };
         let saved = Saved { out: out.storage(), lse: lse.storage(), d_out: grad.storage() };
         let (mut d_q, mut d_kv) = (like(&q), like(&kv));
-        let mut d_k_pe = FlexTensor::zeros(k_pe.layout().shape().clone(), DType::F32);
+        let mut d_k_pe = like(&k_pe);
         let gradients = Gradients { d_q: d_q.storage_mut(), d_kv: d_kv.storage_mut(), d_k_pe: d_k_pe.storage_mut() };
         backward(dims, inputs, saved, gradients);
         (d_q, d_kv, d_k_pe)

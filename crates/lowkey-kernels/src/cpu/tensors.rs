@@ -1,7 +1,7 @@
 //! The CPU backend's tensors: contiguous slices in and out of them.
 
 use burn::backend::Flex;
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, Shape, TensorData};
 use burn_flex::FlexTensor;
 
 use crate::autodiff::{Operands, Wanted};
@@ -9,12 +9,14 @@ use crate::autodiff::{Operands, Wanted};
 /// Nothing is rounded on the CPU.
 impl Operands for Flex {}
 
-pub(crate) fn new(shape: impl Into<Vec<usize>>) -> FlexTensor {
-    FlexTensor::empty(Shape::from(shape.into()), DType::F32)
+/// Zeros of a shape. [`FlexTensor::zeros`] takes room for bytes, finds it not aligned for every type, and copies it to where it is.
+pub(crate) fn new(shape: impl Into<Shape>) -> FlexTensor {
+    let shape = shape.into();
+    FlexTensor::from_data(TensorData::new(vec![0.0f32; shape.num_elements()], shape))
 }
 
 pub(crate) fn like(tensor: &FlexTensor) -> FlexTensor {
-    FlexTensor::empty(tensor.layout().shape().clone(), DType::F32)
+    new(tensor.layout().shape().clone())
 }
 
 /// Room for the gradients that are wanted of some tensors.

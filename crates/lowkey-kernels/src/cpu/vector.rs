@@ -123,13 +123,12 @@ pub(crate) fn exp_shifted_with_gain(row: &mut [f32], shift: f32, other: &[f32], 
 
 /// `to = from · factor`
 #[inline(always)]
-pub(crate) fn copy_scaled(from: &[f32], to: &mut [f32], factor: f32) {
-    let (chunks, rest) = from.as_chunks::<LANES>();
-    let (to_chunks, to_rest) = to.as_chunks_mut::<LANES>();
-    for (from, to) in chunks.iter().zip(to_chunks) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = from * factor;
-        }
+pub(crate) fn copy_scaled<S: Simd>(simd: S, from: &[f32], to: &mut [f32], factor: f32) {
+    let (vectors, rest) = S::as_simd_f32s(from);
+    let (to_vectors, to_rest) = S::as_mut_simd_f32s(to);
+    let factors = simd.splat_f32s(factor);
+    for (from, to) in vectors.iter().zip(to_vectors) {
+        *to = simd.mul_f32s(*from, factors);
     }
     for (from, to) in rest.iter().zip(to_rest) {
         *to = from * factor;
@@ -146,13 +145,14 @@ pub(crate) fn scale(row: &mut [f32], factor: f32) {
 
 /// Σ a·b
 #[inline(always)]
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     let (chunks_a, rest_a) = a.as_chunks::<LANES>();
     let (chunks_b, rest_b) = b.as_chunks::<LANES>();
     let mut lanes = [0.0; LANES];
+    let (sums, _) = S::as_mut_simd_f32s(&mut lanes);
     for (x, y) in chunks_a.iter().zip(chunks_b) {
-        for (lane, (x, y)) in lanes.iter_mut().zip(x.iter().zip(y)) {
-            *lane += x * y;
+        for (sum, (x, y)) in sums.iter_mut().zip(vectors::<S>(x).iter().zip(vectors::<S>(y))) {
+            *sum = simd.mul_add_e_f32s(*x, *y, *sum);
         }
     }
     total(lanes) + rest_a.iter().zip(rest_b).map(|(x, y)| x * y).sum::<f32>()
@@ -160,18 +160,26 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// Σ a·b·weight
 #[inline(always)]
-pub(crate) fn dot_weighted(a: &[f32], b: &[f32], weight: &[f32]) -> f32 {
+pub(crate) fn dot_weighted<S: Simd>(simd: S, a: &[f32], b: &[f32], weight: &[f32]) -> f32 {
     let (chunks_a, rest_a) = a.as_chunks::<LANES>();
     let (chunks_b, rest_b) = b.as_chunks::<LANES>();
     let (chunks_w, rest_w) = weight.as_chunks::<LANES>();
     let mut lanes = [0.0; LANES];
+    let (sums, _) = S::as_mut_simd_f32s(&mut lanes);
     for ((x, y), w) in chunks_a.iter().zip(chunks_b).zip(chunks_w) {
-        for (lane, ((x, y), w)) in lanes.iter_mut().zip(x.iter().zip(y).zip(w)) {
-            *lane += x * y * w;
+        let factors = vectors::<S>(x).iter().zip(vectors::<S>(y)).zip(vectors::<S>(w));
+        for (sum, ((x, y), w)) in sums.iter_mut().zip(factors) {
+            *sum = simd.mul_add_e_f32s(simd.mul_f32s(*x, *y), *w, *sum);
         }
     }
     let rest = rest_a.iter().zip(rest_b).zip(rest_w).map(|((x, y), w)| x * y * w);
     total(lanes) + rest.sum::<f32>()
+}
+
+/// The vectors of a chunk, which any width of them divides.
+#[inline(always)]
+fn vectors<S: Simd>(chunk: &[f32; LANES]) -> &[S::f32s] {
+    S::as_simd_f32s(chunk).0
 }
 
 #[cfg(test)]
@@ -195,12 +203,19 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_every_length_reduce_right() {
+    fn rows_of_every_length_reduce_right_with_vectors_and_without() {
+        with_vectors();
+        check(pulp::Scalar::new());
+    }
+
+    #[pulp::with_simd(with_vectors = pulp::Arch::new())]
+    #[inline(always)]
+    fn check<S: Simd>(simd: S) {
         for len in 0..50 {
             let a: Vec<f32> = (0..len).map(|i| ((i * 37 % 11) as f32) - 5.0).collect();
             let naive: f32 = a.iter().map(|x| x * x).sum();
-            assert_eq!(dot(&a, &a), naive);
-            assert_eq!(dot_weighted(&a, &a, &vec![2.0; len]), 2.0 * naive);
+            assert_eq!(dot(simd, &a, &a), naive);
+            assert_eq!(dot_weighted(simd, &a, &a, &vec![2.0; len]), 2.0 * naive);
             assert_eq!(max(&a), a.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             assert_eq!(max_of_finite(&a), max(&a));
             for at in 0..len {
@@ -210,9 +225,9 @@ mod tests {
                     assert!(max_of_finite(&a).is_nan(), "{spoilt} at {at} of {len}");
                 }
             }
-            assert_eq!(max_of_few(pulp::Scalar::new(), &a), max(&a));
+            assert_eq!(max_of_few(simd, &a), max(&a));
             let mut doubled = vec![f32::NAN; len];
-            copy_scaled(&a, &mut doubled, 2.0);
+            copy_scaled(simd, &a, &mut doubled, 2.0);
             assert!(doubled.iter().zip(&a).all(|(double, x)| *double == 2.0 * x));
             let mut b = a.clone();
             let sum = exp_shifted(&mut b, 1.0);

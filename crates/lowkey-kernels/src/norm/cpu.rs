@@ -31,12 +31,12 @@ struct Norm<'a> {
 /// The rows from `first` on, into as many as `out` has.
 #[pulp::with_simd(norm_rows = Arch::new())]
 #[inline(always)]
-fn norm_rows_with<'a, S: Simd>(_simd: S, norm: Norm<'a>, first: usize, out: &'a mut [f32], stride: usize) {
+fn norm_rows_with<'a, S: Simd>(simd: S, norm: Norm<'a>, first: usize, out: &'a mut [f32], stride: usize) {
     let Norm { x, weight, eps, factor } = norm;
     let width = weight.len();
     for (i, out) in out.chunks_mut(stride).enumerate() {
         let x = x.row(first + i, width);
-        let inv = factor / (dot(x, x) / width as f32 + eps).sqrt();
+        let inv = factor / (dot(simd, x, x) / width as f32 + eps).sqrt();
         for (o, (x, w)) in out.iter_mut().zip(x.iter().zip(weight)) {
             *o = x * inv * w;
         }
@@ -92,7 +92,7 @@ pub(crate) fn rms_norm_grad(
 #[pulp::with_simd(norm_rows_grad = Arch::new())]
 #[inline(always)]
 fn norm_rows_grad_with<'a, S: Simd>(
-    _simd: S,
+    simd: S,
     norm: Norm<'a>,
     first: usize,
     grad: &'a [f32],
@@ -104,8 +104,8 @@ fn norm_rows_grad_with<'a, S: Simd>(
     let width = weight.len();
     for (i, (d_x, grad)) in data.chunks_mut(stride).zip(grad.chunks_exact(width)).enumerate() {
         let x = x.row(first + i, width);
-        let inv = 1.0 / (dot(x, x) / width as f32 + eps).sqrt();
-        let pull = dot_weighted(grad, x, weight) * inv * inv / width as f32;
+        let inv = 1.0 / (dot(simd, x, x) / width as f32 + eps).sqrt();
+        let pull = dot_weighted(simd, grad, x, weight) * inv * inv / width as f32;
         let inv = inv * factor;
         for (sum, (x, g)) in sum.iter_mut().zip(x.iter().zip(grad)) {
             *sum += g * x * inv;

@@ -90,6 +90,14 @@ pub(crate) struct Latents<'a> {
     kv_b: &'a [f32],
 }
 
+/// A block of latents: all of each as columns, and the first `rank` numbers as rows.
+#[pulp::with_simd(lay_out = Arch::new())]
+#[inline(always)]
+fn lay_out_with<'a, S: Simd>(simd: S, rows: Rows<'a>, rank: usize, across: &'a mut [f32], along: &'a mut [f32]) {
+    rows.transpose_to(across, 0, rows.width);
+    Rows { width: rank, ..rows }.copy_to(simd, 0..rows.count, (along, rank), 0, 1.0);
+}
+
 impl<'a> Latents<'a> {
     /// Of latents with the shared key behind them.
     pub(crate) fn new(sizes: Sizes, latents: Vectors, rank: usize, kv_b: &'a [f32]) -> Self {
@@ -103,8 +111,7 @@ impl<'a> Latents<'a> {
             let whole = latents.rows([row, 0], width, sizes.keys);
             let count = KEYS.min(sizes.keys - block * KEYS);
             let rows = Rows { data: &whole.data[block * KEYS * whole.stride..], count, ..whole };
-            rows.transpose_to(across, 0, width);
-            Rows { width: rank, ..rows }.copy_to(0..count, along, rank, 0, 1.0);
+            lay_out(rows, rank, across, along);
         });
         Self { rank, along, across, kv_b }
     }
@@ -253,7 +260,7 @@ impl WithSimd for Head<'_> {
                 of_all.rows([row, 0], shared, visible).transpose_to(blocks, own, qk);
                 if out.is_some() {
                     let values = values.rows([row, group], value, visible);
-                    values.copy_to(0..visible, &mut scratch.values, width, 0, 1.0);
+                    values.copy_to(simd, 0..visible, (&mut scratch.values, width), 0, 1.0);
                 }
             }
         }
@@ -262,7 +269,7 @@ impl WithSimd for Head<'_> {
         let span = reads.keys.span(seq);
         for first in (from..to).step_by(span) {
             let last = (first + span).min(to);
-            rows.copy_to(first..last, &mut scratch.queries, qk, 0, sizes.scale);
+            rows.copy_to(simd, first..last, (&mut scratch.queries, qk), 0, sizes.scale);
             scratch.sums.fill(0.0);
             scratch.top.fill(f32::NEG_INFINITY);
             scratch.mass.fill(0.0);

@@ -86,8 +86,8 @@ fn descend_piece_with<'a, S: Simd>(_simd: S, p: &'a mut [f32], update: &'a [f32]
 /// `to ← factor·from`
 #[pulp::with_simd(copy_times = Arch::new())]
 #[inline(always)]
-fn copy_times_with<'a, S: Simd>(_simd: S, from: &'a [f32], to: &'a mut [f32], factor: f32) {
-    copy_scaled(from, to, factor);
+fn copy_times_with<'a, S: Simd>(simd: S, from: &'a [f32], to: &'a mut [f32], factor: f32) {
+    copy_scaled(simd, from, to, factor);
 }
 
 /// Replaces `x [rows, columns]` by about `U Vᵀ` of its singular value decomposition `U S Vᵀ`; zero stays zero.
