@@ -181,11 +181,14 @@ fn rows<const D: usize>(logits: Tensor<D>) -> Vec<Vec<f32>> {
     values.chunks(vocab).map(<[f32]>::to_vec).collect()
 }
 
+/// Within 1e-4, or 2.5e-5 of the row's largest logit: what f32 keeps is a share of the numbers, and the model with a factor on its latents
+/// brings the rounding of its fused weights to nearly 1e-4.
 fn assert_close(found: &[f32], expected: &[f32], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
+    let bound = expected.iter().fold(1e-4f32, |bound, x| bound.max(2.5e-5 * x.abs()));
     for (token, (found, expected)) in found.iter().zip(expected).enumerate() {
         // A NaN fails too.
-        assert!((found - expected).abs() < 1e-4, "{what}: logit {token} is {found}, expected {expected}");
+        assert!((found - expected).abs() < bound, "{what}: logit {token} is {found}, expected {expected}");
     }
 }
 
