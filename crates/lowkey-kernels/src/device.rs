@@ -77,6 +77,12 @@ pub fn profile<R>(job: impl FnOnce() -> R) -> (R, Vec<KernelTime>) {
     (job(), Vec::new())
 }
 
+/// The instructions with which the CPU multiplies bf16 (AMX, AVX512-BF16). `None`: it has none, and rounds operands for products in f32,
+/// which takes longer than f32 alone.
+pub fn cpu_bf16() -> Option<&'static str> {
+    crate::cpu::bf16::Unit::here().name()
+}
+
 /// Opens a device: `auto`, `cpu`, or a kind of GPU with or without a number, `cuda`, `wgpu:1`.
 ///
 /// `auto` is the first hardware GPU, CUDA before others; else the CPU.

@@ -5,8 +5,9 @@ use std::cell::Cell;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// The format of the operands of products with weights, on a GPU. Sums, norms, softmax, loss, residual stream, parameters and their
-/// gradients are f32 in any case (Micikevicius et al., arXiv 1710.03740).
+/// The format of the operands of products with weights. Sums, norms, softmax, loss, residual stream, parameters and their gradients are
+/// f32 in any case (Micikevicius et al., arXiv 1710.03740). The CPU knows `f32` and `bf16`, in which its attention, Muon's iterations and
+/// the small factors of adapters stay f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -38,7 +39,7 @@ impl Drop for Scope {
 }
 
 /// Until the result is dropped, operations that this thread begins compute in `precision`; their backward passes then do, too,
-/// whenever they run. Of no effect on the CPU.
+/// whenever they run.
 #[must_use = "the precision holds until this is dropped"]
 pub fn scope(precision: Precision) -> Scope {
     Scope { before: CURRENT.replace(precision) }

@@ -382,10 +382,13 @@ pub struct TrainingSection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("exclusiveMinimum" = 0, "exclusiveMaximum" = 1))]
     pub ema_decay: Option<f64>,
-    /// What products with weights are computed in; other than `f32` on a GPU alone. Weights, gradients, norms, softmax, loss and
-    /// evaluation are f32 in any case.
+    /// What products with weights are computed in; `tf32` and `f16` on a GPU alone, `bf16` also on CPUs that have instructions for it (AMX,
+    /// AVX512-BF16). Weights, gradients, norms, softmax, loss and evaluation are f32 in any case.
     #[serde(default)]
     pub dtype: Precision,
+    /// Let a CPU without such instructions compute in `bf16` all the same: with the same rounding, and slower than in `f32`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub emulate_dtype: bool,
     /// Threads of the CPU that share a pass. Sums are taken in an order that depends on their number, so that other numbers give
     /// other last bits. Absent: one per core.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -61,20 +61,28 @@ fn check_tf32(device: &Device) -> Result<()> {
     Err(Error::config("training.dtype", "tf32", why))
 }
 
-/// Refuses formats that a device does not calculate in.
+/// Refuses formats that a device does not calculate in, unless it is to `emulate` them and can.
 ///
 /// # Errors
 /// [`Error::Config`] with what it does.
-pub(crate) fn check_precision(precision: Precision, device: &Device) -> Result<()> {
+pub(crate) fn check_precision(precision: Precision, emulate: bool, device: &Device) -> Result<()> {
     let (name, dtype) = match precision {
         Precision::F32 => return Ok(()),
         Precision::Tf32 if !is_cpu(device) => return check_tf32(device),
         Precision::Tf32 => ("tf32", DType::F32),
+        Precision::Bf16 if is_cpu(device) => {
+            if emulate || lowkey_kernels::device::cpu_bf16().is_some() {
+                return Ok(());
+            }
+            let why = "this CPU has no instructions for it (AMX or AVX512-BF16) and would be slower than in \"f32\"; write that, \
+                       or training.emulate_dtype = true to have it all the same";
+            return Err(Error::config("training.dtype", "bf16", why));
+        }
         Precision::Bf16 => ("bf16", DType::BF16),
         Precision::F16 => ("f16", DType::F16),
     };
     if is_cpu(device) {
-        let why = "the CPU trains in f32; write \"f32\", or take a GPU with --device";
+        let why = "the CPU trains in f32 and bf16; write one of them, or take a GPU with --device";
         return Err(Error::config("training.dtype", name, why));
     }
     if !device.supports_dtype(dtype) {

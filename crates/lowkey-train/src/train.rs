@@ -80,7 +80,7 @@ fn train_together(
 ) -> Result<Outcome> {
     let devices = devices(&config.run)?;
     for device in &devices {
-        check_precision(config.training.dtype, device)?;
+        check_precision(config.training.dtype, config.training.emulate_dtype, device)?;
     }
     check_threads(config, &devices)?;
     let threads = ranks::start::compare(ranks, config, options)?;

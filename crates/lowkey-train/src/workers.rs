@@ -302,8 +302,8 @@ pub fn memory() -> Option<u64> {
     Some(limit.map_or(total, |limit: u64| limit.min(total)))
 }
 
-/// The rate, in floating-point operations per second, at which `threads` threads multiply f32 matrices of 512 × 512, or a GPU
-/// larger ones of `precision`: what a model's own products hardly exceed.
+/// The rate, in floating-point operations per second, at which `threads` threads multiply matrices of 512 × 512 in `precision`, or a GPU
+/// larger ones: what a model's own products hardly exceed.
 ///
 /// Best of rounds that go on until none has been better for a while, a third of a second on an idle machine: on one that others
 /// use, too, a few rounds may all fall into a busy moment, and a model would seem faster than its own products.
@@ -325,9 +325,13 @@ pub fn matmul_ceiling(threads: usize, device: &Device, precision: Precision) -> 
     for _ in 0..ROUNDS {
         let started = std::time::Instant::now();
         workers.map(&lanes, |_| {
+            let _scope = scope(precision);
             let a = Tensor::<2>::ones([SIZE, SIZE], &device);
             for _ in 0..8 {
-                drop(a.clone().matmul(a.clone()));
+                match precision {
+                    Precision::Bf16 => drop(linear(a.clone().unsqueeze(), a.clone(), None)),
+                    _ => drop(a.clone().matmul(a.clone())),
+                }
             }
         });
         let flops = (threads * 8) as f64 * 2.0 * (SIZE as f64).powi(3);

@@ -64,6 +64,7 @@ fn open(t: &mut impl Teller) {
 
 /// One sentence of the story, and all that comes after it.
 fn scene(t: &mut impl Teller, world: World) {
+    t.heard(&world.facts);
     t.text(" ");
     let deeds = world.deeds();
     let mut subjects = vec![];
@@ -212,7 +213,6 @@ fn beasts<T: Teller>(t: &mut T, setting: Setting, verb: Option<&'static str>, de
 /// "[Where was the ]key? In the barn."
 fn ask(t: &mut impl Teller, world: World, question: Question) {
     let facts: Vec<_> = world.facts.into_iter().enumerate().filter_map(|(i, fact)| Some((i, fact?))).collect();
-    t.heard(&facts.iter().map(|&(_, fact)| fact).collect::<Vec<_>>());
     let keys: Vec<_> = facts
         .iter()
         .map(|&(i, fact)| {

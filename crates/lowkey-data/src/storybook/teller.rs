@@ -26,8 +26,8 @@ pub(super) trait Teller: Sized {
     /// Tells the rest of the story from a nonterminal of the grammar.
     fn expand(&mut self, rule: Rule);
 
-    /// Hears before each question what is so. It changes nothing of what is told.
-    fn heard(&mut self, _facts: &[Fact]) {}
+    /// Hears after each sentence before the questions what is so. It changes nothing of what is told.
+    fn heard(&mut self, _facts: &[Option<Fact>]) {}
 
     /// Says what cannot be otherwise: a choice of one.
     fn say(&mut self, class: Class, part: Part) {

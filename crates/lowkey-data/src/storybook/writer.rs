@@ -29,8 +29,8 @@ pub(super) struct Writer<'a> {
     classes: Vec<Class>,
     /// The words in use, as list and index; a slot's id is the position here.
     drawn: Vec<(Kind, usize)>,
-    /// What was so when the first question came.
-    facts: Option<Vec<[String; 4]>>,
+    /// What was so after each sentence before the questions.
+    moments: Vec<Moment>,
     /// Where the text that is read left the grammar. From then on nothing is told.
     lost: Option<Lost>,
 }
@@ -38,6 +38,15 @@ pub(super) struct Writer<'a> {
 struct Lost {
     slip: Slip,
     continuations: Vec<Continuation>,
+}
+
+/// A story between two of its sentences.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Moment {
+    /// Where the next sentence begins, with the space before it.
+    pub(super) at: usize,
+    /// What is so, in words: who had what last, how it looks, what it is, where it is.
+    pub(super) facts: Vec<[String; 4]>,
 }
 
 /// One way to go on: its weight, its bytes, its class.
@@ -55,7 +64,15 @@ impl<'a> Writer<'a> {
     }
 
     fn new(source: Source<'a>) -> Self {
-        Self { source, text: String::new(), log_probs: vec![], classes: vec![], drawn: vec![], facts: None, lost: None }
+        Self {
+            source,
+            text: String::new(),
+            log_probs: vec![],
+            classes: vec![],
+            drawn: vec![],
+            moments: vec![],
+            lost: None,
+        }
     }
 
     /// The story that was told.
@@ -75,9 +92,9 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// What was so when the first question came, in words: who had what last, how it looks, what it is, where it is.
-    pub(super) fn facts(self) -> Vec<[String; 4]> {
-        self.facts.unwrap_or_default()
+    /// The moments after each sentence up to the first question.
+    pub(super) fn moments(self) -> Vec<Moment> {
+        self.moments
     }
 
     /// What may come where the text that was read stops, if it got that far.
@@ -156,11 +173,12 @@ impl Teller for Writer<'_> {
         self.drawn.truncate(in_use);
     }
 
-    fn heard(&mut self, facts: &[Fact]) {
-        if self.lost.is_none() && self.facts.is_none() {
+    fn heard(&mut self, facts: &[Option<Fact>]) {
+        if self.lost.is_none() {
             let word = |slot: Slot| Part::Word(slot, Form::Plain).spell(|slot| self.drawn[slot.id].1).into_owned();
             let words = |fact: &Fact| [fact.who, fact.adjective, fact.noun, fact.place].map(word);
-            self.facts = Some(facts.iter().map(words).collect());
+            let facts = facts.iter().flatten().map(words).collect();
+            self.moments.push(Moment { at: self.text.len(), facts });
         }
     }
 

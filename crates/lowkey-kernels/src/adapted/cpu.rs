@@ -30,6 +30,8 @@ pub(super) struct Matrices<'a> {
     pub(super) d_out: usize,
     pub(super) r: usize,
     few: Few,
+    /// Of the frozen product. Products with A and B are in f32.
+    pub(super) precision: Precision,
 }
 
 /// A map's tensors side by side; those of [`Matrices`] lie in them.
@@ -40,10 +42,10 @@ pub(super) fn dense(map: Map<Flex>) -> Map<Flex> {
 }
 
 impl<'a> Matrices<'a> {
-    pub(super) fn of(map: &'a Map<Flex>) -> Self {
+    pub(super) fn of(map: &'a Map<Flex>, precision: Precision) -> Self {
         let ([d_out, d_in], [r, _]) = (dims::<2>(&map.weight), dims::<2>(&map.a));
         let (weight, a, b) = (map.weight.storage(), map.a.storage(), map.b.storage());
-        Self { weight, a, b, scale: map.scale as f32, d_in, d_out, r, few: Few::new(r) }
+        Self { weight, a, b, scale: map.scale as f32, d_in, d_out, r, few: Few::new(r), precision }
     }
 
     /// What stands beside, as a forward pass reads it.
@@ -208,7 +210,7 @@ fn forward(x: &[f32], map: Matrices, low: &mut [f32], y: &mut [f32], add: bool) 
         let few = y.chunks_mut(TOKENS * d_out).zip(low.chunks_mut(TOKENS * r)).zip(x.chunks(TOKENS * d_in));
         few.for_each(|((y, low), x)| forth.pass(x, low, y, add, &mut room));
     });
-    project(Tokens::dense(x, d_in), map.weight, d_in, y, true);
+    project(map.precision, Tokens::dense(x, d_in), map.weight, d_in, y, true);
 }
 
 /// Gradients from that of the result: of A and B, and of the input what comes from them.
@@ -260,10 +262,15 @@ impl AdaptedOps for Flex {
 }
 
 impl AdaptedGradients for Flex {
-    fn adapted_saving(residual: Option<FlexTensor>, x: FlexTensor, map: Map<Self>, _: Precision) -> [FlexTensor; 2] {
+    fn adapted_saving(
+        residual: Option<FlexTensor>,
+        x: FlexTensor,
+        map: Map<Self>,
+        precision: Precision,
+    ) -> [FlexTensor; 2] {
         let (x, map) = (x.to_contiguous(), dense(map));
         let ([batch, seq, _], [r, _]) = (dims::<3>(&x), dims::<2>(&map.a));
-        let (map, add) = (Matrices::of(&map), residual.is_some());
+        let (map, add) = (Matrices::of(&map, precision), residual.is_some());
         // Where nobody else holds the residual, the sum takes its place.
         let mut y = residual.map_or_else(|| new([batch, seq, map.d_out]), |residual| residual.to_contiguous());
         let mut low = new([batch, seq, r]);
@@ -274,13 +281,13 @@ impl AdaptedGradients for Flex {
     fn adapted_grad(
         saved: AdaptedState<Self>,
         grad: FlexTensor,
-        _: Precision,
+        precision: Precision,
         [of_x, of_a, of_b]: Wanted<3>,
     ) -> [Option<FlexTensor>; 3] {
         let AdaptedState { input, map, low } = saved;
         let (map, low, grad) = (dense(map), low.to_contiguous(), grad.to_contiguous());
         let [batch, seq, _] = dims::<3>(&grad);
-        let matrices = Matrices::of(&map);
+        let matrices = Matrices::of(&map, precision);
         let mut d_x = of_x.then(|| new([batch, seq, matrices.d_in]));
         let [mut d_a, mut d_b] = wanted_like([&map.a, &map.b], [of_a, of_b]);
         let input = input.map(|input| match input {
@@ -295,7 +302,7 @@ impl AdaptedGradients for Flex {
             matrices.write(sums, [numbers(&mut d_a), numbers(&mut d_b)]);
         }
         if let Some(d_x) = numbers(&mut d_x) {
-            input_gradient(d_y, matrices.weight, matrices.d_in, d_x, true);
+            input_gradient(precision, d_y, matrices.weight, matrices.d_in, d_x, true);
         }
         [d_x, d_a, d_b]
     }

@@ -1,8 +1,10 @@
-//! Strided matrix products through the `gemm` crate.
+//! Strided matrix products: in f32 through the `gemm` crate, in bf16 by [`super::bf16`].
 
 use gemm::Parallelism;
 
+use super::bf16::{Product, Unit};
 use super::parts::Parts;
+use crate::precision::Precision;
 
 /// A matrix inside a slice: `(row, column)` lies at `row · rows + column · columns`.
 #[derive(Clone, Copy)]
@@ -29,11 +31,26 @@ impl<'a> View<'a> {
     }
 }
 
-/// `out (+)= alpha · a b` for `a [m, k]`, `b [k, n]`, `out [m, n]` with rows `stride` apart.
+/// `out (+)= a b` for `a [m, k]`, `b [k, n]`, `out [m, n]` with rows `stride` apart, of operands rounded as the precision says.
 ///
 /// Uses the threads of the current rayon pool where the product is large enough to be worth it.
 pub(crate) fn product(
-    [m, n, k]: [usize; 3],
+    precision: Precision,
+    sizes: [usize; 3],
+    out: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+    a: View,
+    b: View,
+) {
+    let threads = check(sizes, out, stride);
+    // SAFETY: the check above keeps every access within `out`, which is borrowed mutably, so nothing else reads or writes it.
+    unsafe { multiply(precision, sizes, out.as_mut_ptr(), stride, accumulate, a, b, threads) }
+}
+
+/// `out (+)= alpha · a b` in f32; else as [`product`].
+pub(crate) fn scaled_product(
+    sizes: [usize; 3],
     out: &mut [f32],
     stride: usize,
     accumulate: bool,
@@ -41,19 +58,27 @@ pub(crate) fn product(
     b: View,
     alpha: f32,
 ) {
+    let threads = check(sizes, out, stride);
+    // SAFETY: as of `product`.
+    unsafe { multiply_f32(sizes, out.as_mut_ptr(), stride, accumulate, a, b, alpha, threads) }
+}
+
+/// How many threads are worth their while.
+///
+/// # Panics
+/// Where the result is not in its slice.
+fn check([m, n, k]: [usize; 3], out: &[f32], stride: usize) -> usize {
     assert!(m == 0 || n == 0 || (m - 1) * stride + n <= out.len() && n <= stride, "product exceeds its slice");
-    let threads = rayon::current_num_threads();
-    let large = m * n * k > 1 << 21;
-    let parallelism = if threads > 1 && large { Parallelism::Rayon(threads) } else { Parallelism::None };
-    // SAFETY: the check above keeps every access within `out`, which is borrowed mutably, so nothing else reads or writes it.
-    unsafe { multiply([m, n, k], out.as_mut_ptr(), stride, accumulate, a, b, alpha, parallelism) }
+    if m * n * k > 1 << 21 { rayon::current_num_threads() } else { 1 }
 }
 
 /// `out (+)= a b` of a buffer whose other columns other tasks write: `[m, n]` from `at` on, rows `stride` apart. On this thread alone.
 ///
 /// # Safety
 /// Until it returns, no other task may read or write these numbers.
+#[expect(clippy::too_many_arguments, reason = "what a product is told")]
 pub(crate) unsafe fn product_of_part(
+    precision: Precision,
     [m, n, k]: [usize; 3],
     out: &Parts,
     at: usize,
@@ -64,15 +89,43 @@ pub(crate) unsafe fn product_of_part(
 ) {
     let out = out.rows(at, [m, n], stride);
     // SAFETY: `rows` has checked that all of them lie in the buffer, and by the caller's promise they are this task's.
-    unsafe { multiply([m, n, k], out, stride, accumulate, a, b, 1.0, Parallelism::None) }
+    unsafe { multiply(precision, [m, n, k], out, stride, accumulate, a, b, 1) }
 }
 
-/// `out (+)= alpha · a b`.
+/// `out (+)= a b`.
 ///
 /// # Safety
-/// The rows of `out`, `n` numbers `stride` apart, must be valid for writing, and nothing else may use them meanwhile.
+/// The rows of `out`, `n` numbers `stride` apart, must be valid for reading and writing, and nothing else may use them meanwhile.
 #[expect(clippy::too_many_arguments, reason = "what a product is told")]
 unsafe fn multiply(
+    precision: Precision,
+    sizes: [usize; 3],
+    out: *mut f32,
+    stride: usize,
+    accumulate: bool,
+    a: View,
+    b: View,
+    threads: usize,
+) {
+    let [m, n, k] = sizes;
+    a.check(m, k);
+    b.check(k, n);
+    // SAFETY: as the caller promises.
+    unsafe {
+        if precision == Precision::Bf16 && sizes.iter().all(|size| *size > 0) {
+            Product { sizes, a, b, accumulate, threads }.run(Unit::here(), out, stride);
+        } else {
+            multiply_f32(sizes, out, stride, accumulate, a, b, 1.0, threads);
+        }
+    }
+}
+
+/// `out (+)= alpha · a b` in f32.
+///
+/// # Safety
+/// As of [`multiply`].
+#[expect(clippy::too_many_arguments, reason = "what a product is told")]
+pub(super) unsafe fn multiply_f32(
     [m, n, k]: [usize; 3],
     out: *mut f32,
     stride: usize,
@@ -80,10 +133,11 @@ unsafe fn multiply(
     a: View,
     b: View,
     alpha: f32,
-    parallelism: Parallelism,
+    threads: usize,
 ) {
     a.check(m, k);
     b.check(k, n);
+    let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };
     // SAFETY: the two checks above keep every reading access within the slices, whose lengths the borrow guarantees; the caller
     // answers for `out`.
     unsafe {

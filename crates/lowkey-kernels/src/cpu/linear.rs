@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::gemm::{View, product};
 use super::parts::Parts;
+use crate::precision::Precision;
 
 /// Rows of an activation: `count` of them, `stride` apart.
 #[derive(Clone, Copy)]
@@ -35,26 +36,35 @@ impl<'a> Tokens<'a> {
 const FEW: usize = 8;
 
 /// `out (+)= x Wᵀ` for `weight [d_out, d_in]`, `out` in rows of `d_out`.
-pub(crate) fn project(x: Tokens, weight: &[f32], d_in: usize, out: &mut [f32], accumulate: bool) {
+pub(crate) fn project(precision: Precision, x: Tokens, weight: &[f32], d_in: usize, out: &mut [f32], accumulate: bool) {
     let d_out = weight.len() / d_in;
-    if x.count <= FEW {
+    if x.count <= FEW && precision != Precision::Bf16 {
         few(x, weight, [d_in, d_out], out, accumulate);
     } else {
-        product([x.count, d_out, d_in], out, d_out, accumulate, x.view(), View::new(weight, d_in).t(), 1.0);
+        let weight = View::new(weight, d_in).t();
+        product(precision, [x.count, d_out, d_in], out, d_out, accumulate, x.view(), weight);
     }
 }
 
 /// `d_x (+)= d_y W`, both side by side.
-pub(crate) fn input_gradient(d_y: &[f32], weight: &[f32], d_in: usize, d_x: &mut [f32], accumulate: bool) {
+pub(crate) fn input_gradient(
+    precision: Precision,
+    d_y: &[f32],
+    weight: &[f32],
+    d_in: usize,
+    d_x: &mut [f32],
+    accumulate: bool,
+) {
     let d_out = weight.len() / d_in;
     let d_y = View::new(d_y, d_out);
-    product([d_x.len() / d_in, d_in, d_out], d_x, d_in, accumulate, d_y, View::new(weight, d_in), 1.0);
+    let sizes = [d_x.len() / d_in, d_in, d_out];
+    product(precision, sizes, d_x, d_in, accumulate, d_y, View::new(weight, d_in));
 }
 
 /// `d_weight = d_yᵀ x`.
-pub(crate) fn weight_gradient(d_y: &[f32], x: Tokens, d_in: usize, d_weight: &mut [f32]) {
+pub(crate) fn weight_gradient(precision: Precision, d_y: &[f32], x: Tokens, d_in: usize, d_weight: &mut [f32]) {
     let d_out = d_weight.len() / d_in;
-    product([d_out, d_in, x.count], d_weight, d_in, false, View::new(d_y, d_out).t(), x.view(), 1.0);
+    product(precision, [d_out, d_in, x.count], d_weight, d_in, false, View::new(d_y, d_out).t(), x.view());
 }
 
 /// Products of few tokens: bounded by reading W, so W is read once, by all threads where it is large.
@@ -164,7 +174,7 @@ mod tests {
                 let x: Vec<f32> = (0..count * stride).map(|i| ((i * 53 % 23) as f32) - 11.0).collect();
                 for accumulate in [false, true] {
                     let mut out = vec![7.0; count * d_out];
-                    project(Tokens { data: &x, count, stride }, &weight, d_in, &mut out, accumulate);
+                    project(Precision::F32, Tokens { data: &x, count, stride }, &weight, d_in, &mut out, accumulate);
                     for (t, out) in out.chunks_exact(d_out).enumerate() {
                         for (o, found) in out.iter().enumerate() {
                             let dot: f32 = (0..d_in).map(|i| x[t * stride + i] * weight[o * d_in + i]).sum();

@@ -13,6 +13,7 @@ use crate::causal_attention::cpu::{self as attention, Dims, Saved};
 use crate::cpu::linear::{Tokens, input_gradient, project, weight_gradient};
 use crate::cpu::tensors::{dims, integers, like, new, numbers, wanted_like};
 use crate::norm::cpu::{Target, rms_norm, rms_norm_grad};
+use crate::precision::Precision;
 use crate::rotary::cpu::{Table, Turn, rotate};
 
 /// Sizes and factors of one latent attention.
@@ -26,6 +27,8 @@ pub(crate) struct Shape {
     pub(crate) eps: f32,
     /// Whether the shared key comes as adjacent pairs.
     pub(crate) interleaved: bool,
+    /// Of the products with `kv_b`.
+    pub(crate) precision: Precision,
 }
 
 /// `q [batch, seq, heads, nope+rope]`, rotated; `kv_a [batch, seq, rank+rope]`: latent before its norm, shared key before its
@@ -72,7 +75,7 @@ impl<'a> Inputs<'a> {
         rms_norm(raw, self.norm, eps, latent_scale, &mut latent, shape.width());
         let tokens = shape.latents(&latent);
         let mut kv = vec![0.0; tokens.count * self.kv_b.len() / rank];
-        project(tokens, self.kv_b, rank, &mut kv, false);
+        project(shape.precision, tokens, self.kv_b, rank, &mut kv, false);
         Expanded { latent, kv }
     }
 
@@ -106,7 +109,7 @@ pub(crate) struct Gradients<'a> {
 
 /// Fills `gradients` from what [`forward`] wrote and the gradient of its output.
 pub(crate) fn backward(shape: Shape, inputs: Inputs, saved: Saved, gradients: Gradients) {
-    let Shape { attention: dims, rank, latent_scale, eps, .. } = shape;
+    let Shape { attention: dims, rank, latent_scale, eps, precision, .. } = shape;
     let expanded = inputs.expand(shape);
     let tokens = dims.batch * dims.seq;
     let mut d_kv = vec![0.0; expanded.kv.len()];
@@ -116,11 +119,11 @@ pub(crate) fn backward(shape: Shape, inputs: Inputs, saved: Saved, gradients: Gr
     let Expanded { latent, kv } = expanded;
     drop(kv);
     if let Some(kv_b) = gradients.kv_b {
-        weight_gradient(&d_kv, shape.latents(&latent), rank, kv_b);
+        weight_gradient(precision, &d_kv, shape.latents(&latent), rank, kv_b);
     }
     drop(latent);
     let mut d_latent = vec![0.0; tokens * rank];
-    input_gradient(&d_kv, inputs.kv_b, rank, &mut d_latent, false);
+    input_gradient(precision, &d_kv, inputs.kv_b, rank, &mut d_latent, false);
     let raw = shape.latents(inputs.kv_a);
     let into = Target { data: gradients.kv_a, stride: shape.width(), accumulate: false };
     rms_norm_grad(raw, inputs.norm, &d_latent, eps, latent_scale, into, gradients.norm);
@@ -159,7 +162,7 @@ impl LatentArguments {
             dims: mla,
             precision,
         };
-        let shape = Shape { attention, rank, latent_scale, eps, interleaved: interleave };
+        let shape = Shape { attention, rank, latent_scale, eps, interleaved: interleave, precision };
         Self { inputs, starts: integers(&starts), shape }
     }
 

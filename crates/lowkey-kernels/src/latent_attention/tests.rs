@@ -47,8 +47,8 @@ fn products_of_rounded_operands_are_near_and_their_backward_pass_remembers() {
         }
         for (i, (found, expected)) in run(precision).into_iter().zip(exact.clone()).enumerate() {
             let off = distance(found, expected);
-            if is_cpu() {
-                assert_eq!(off, 0.0, "{precision:?} {i}: the CPU rounds nothing");
+            if is_cpu() && precision == Precision::F16 {
+                assert_eq!(off, 0.0, "{precision:?} {i}: the CPU does not round to it");
             } else {
                 assert!(off > 0.0 && off < most, "{precision:?} {i}: {off:.1e}");
             }

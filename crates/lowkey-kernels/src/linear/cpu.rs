@@ -42,42 +42,49 @@ pub(crate) fn tokens(tensor: &FlexTensor) -> Tokens<'_> {
     Tokens { data, count, stride: row_stride(tensor).unwrap_or(width) }
 }
 
-fn projected(x: &FlexTensor, weight: &FlexTensor, mut out: FlexTensor, accumulate: bool) -> FlexTensor {
+fn projected(
+    precision: Precision,
+    x: &FlexTensor,
+    weight: &FlexTensor,
+    mut out: FlexTensor,
+    accumulate: bool,
+) -> FlexTensor {
     let (x, weight) = (rows(x), weight.to_contiguous());
     let [_, d_in] = dims::<2>(&weight);
-    project(tokens(&x), weight.storage(), d_in, out.storage_mut(), accumulate);
+    project(precision, tokens(&x), weight.storage(), d_in, out.storage_mut(), accumulate);
     out
 }
 
 impl LinearOps for Flex {
-    fn project(x: FlexTensor, weight: FlexTensor, _: Precision) -> FlexTensor {
+    fn project(x: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
         let [batch, seq, _] = dims::<3>(&x);
         let [d_out, _] = dims::<2>(&weight);
-        projected(&x, &weight, new([batch, seq, d_out]), false)
+        projected(precision, &x, &weight, new([batch, seq, d_out]), false)
     }
 
-    fn add_project(residual: FlexTensor, x: FlexTensor, weight: FlexTensor, _: Precision) -> FlexTensor {
+    fn add_project(residual: FlexTensor, x: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
         // Where nobody else holds the residual, the sum takes its place.
         let out = residual.to_contiguous();
         drop(residual);
-        projected(&x, &weight, out, true)
+        projected(precision, &x, &weight, out, true)
     }
 }
 
 impl LinearGradients for Flex {
-    fn project_grad(saved: ProjectState<Self>, grad: FlexTensor, _: Precision) -> [Option<FlexTensor>; 2] {
+    fn project_grad(saved: ProjectState<Self>, grad: FlexTensor, precision: Precision) -> [Option<FlexTensor>; 2] {
         let grad = grad.to_contiguous();
         let [batch, seq, d_out] = dims::<3>(&grad);
         let d_x = saved.weight.map(|weight| {
             let [_, d_in] = dims::<2>(&weight);
             let mut d_x = new([batch, seq, d_in]);
-            input_gradient(grad.storage(), weight.to_contiguous().storage(), d_in, d_x.storage_mut(), false);
+            let weight = weight.to_contiguous();
+            input_gradient(precision, grad.storage(), weight.storage(), d_in, d_x.storage_mut(), false);
             d_x
         });
         let d_weight = saved.x.map(|x| {
             let ([.., d_in], x) = (dims::<3>(&x), rows(&x));
             let mut d_weight = new([d_out, d_in]);
-            weight_gradient(grad.storage(), tokens(&x), d_in, d_weight.storage_mut());
+            weight_gradient(precision, grad.storage(), tokens(&x), d_in, d_weight.storage_mut());
             d_weight
         });
         [d_x, d_weight]

@@ -28,6 +28,7 @@ pub(crate) struct Inputs<'a> {
     pub(crate) label_weights: &'a [f32],
     pub(crate) z_loss: f32,
     pub(crate) width: usize,
+    pub(crate) precision: Precision,
 }
 
 /// What the head says of one token.
@@ -66,7 +67,7 @@ impl Inputs<'_> {
     fn logits(self, from: usize, count: usize, logits: &mut [f32]) {
         let (d, vocab) = (self.width, self.vocab());
         let h = View::new(&self.h[from * d..], d);
-        product([count, vocab, d], logits, vocab, false, h, View::new(self.weight, d).t(), 1.0);
+        product(self.precision, [count, vocab, d], logits, vocab, false, h, View::new(self.weight, d).t());
     }
 
     /// Adds up in f64 and in order: the same for any number of threads.
@@ -140,13 +141,13 @@ impl Gradients<'_> {
 
     /// Adds what tokens `from..from+count` bring, whose logits have the gradient `d_logits [count, vocab]`.
     fn add(&mut self, inputs: Inputs, d_logits: &[f32], from: usize, count: usize) {
-        let (d, vocab) = (inputs.width, inputs.vocab());
+        let (d, vocab, precision) = (inputs.width, inputs.vocab(), inputs.precision);
         let p = View::new(d_logits, vocab);
         if let Some(h) = &mut self.h {
-            product([count, d, vocab], &mut h[from * d..], d, false, p, View::new(inputs.weight, d), 1.0);
+            product(precision, [count, d, vocab], &mut h[from * d..], d, false, p, View::new(inputs.weight, d));
         }
         if let Some(weight) = &mut self.weight {
-            product([vocab, d, count], weight, d, true, p.t(), View::new(&inputs.h[from * d..], d), 1.0);
+            product(precision, [vocab, d, count], weight, d, true, p.t(), View::new(&inputs.h[from * d..], d));
         }
     }
 }
@@ -241,10 +242,11 @@ fn head_inputs<'a>(
     targets: &'a [i32],
     label_weights: &'a [f32],
     z_loss: f64,
+    precision: Precision,
 ) -> Inputs<'a> {
     let [_, width] = dims::<2>(h);
     let z_loss = z_loss as f32;
-    Inputs { h: h.storage(), weight: weight.storage(), targets, label_weights, z_loss, width }
+    Inputs { h: h.storage(), weight: weight.storage(), targets, label_weights, z_loss, width, precision }
 }
 
 fn sums_tensor(sums: Sums) -> FlexTensor {
@@ -260,19 +262,19 @@ impl LossOps for Flex {
         targets: FlexTensor,
         label_weights: FlexTensor,
         z_loss: f64,
-        _: Precision,
+        precision: Precision,
     ) -> FlexTensor {
         let (h, weight, label_weights) = (h.to_contiguous(), weight.to_contiguous(), label_weights.to_contiguous());
         let targets = &integers(&targets);
-        let inputs = head_inputs(&h, &weight, targets, label_weights.storage(), z_loss);
+        let inputs = head_inputs(&h, &weight, targets, label_weights.storage(), z_loss, precision);
         sums_tensor(inputs.sums(losses(inputs).into_iter().enumerate()))
     }
 
-    fn cross_entropy_each(h: FlexTensor, weight: FlexTensor, targets: FlexTensor, _: Precision) -> FlexTensor {
+    fn cross_entropy_each(h: FlexTensor, weight: FlexTensor, targets: FlexTensor, precision: Precision) -> FlexTensor {
         let (h, weight) = (h.to_contiguous(), weight.to_contiguous());
         let targets = &integers(&targets);
         let mut out = new([targets.len()]);
-        let losses = losses(head_inputs(&h, &weight, targets, &[], 0.0));
+        let losses = losses(head_inputs(&h, &weight, targets, &[], 0.0, precision));
         out.storage_mut::<f32>().iter_mut().zip(losses).for_each(|(out, loss)| *out = loss.nats);
         out
     }
@@ -301,12 +303,12 @@ impl LossGradients for Flex {
         targets: FlexTensor,
         label_weights: FlexTensor,
         z_loss: f64,
-        _: Precision,
+        precision: Precision,
         wanted: Wanted<2>,
     ) -> (FlexTensor, [Option<FlexTensor>; 2]) {
         let (h, weight, label_weights) = (h.to_contiguous(), weight.to_contiguous(), label_weights.to_contiguous());
         let targets = &integers(&targets);
-        let inputs = head_inputs(&h, &weight, targets, label_weights.storage(), z_loss);
+        let inputs = head_inputs(&h, &weight, targets, label_weights.storage(), z_loss, precision);
         let mut gradients = wanted_like([&h, &weight], wanted);
         let sums = sums_with_gradients(inputs, head_gradients(&mut gradients));
         (sums_tensor(sums), gradients)
@@ -318,12 +320,12 @@ impl LossGradients for Flex {
         teacher: FlexTensor,
         targets: FlexTensor,
         share: f64,
-        _: Precision,
+        precision: Precision,
         wanted: Wanted<2>,
     ) -> (FlexTensor, [Option<FlexTensor>; 2]) {
         let (h, weight, teacher) = (h.to_contiguous(), weight.to_contiguous(), teacher.to_contiguous());
         let targets = &integers(&targets);
-        let inputs = head_inputs(&h, &weight, targets, &[], 0.0);
+        let inputs = head_inputs(&h, &weight, targets, &[], 0.0, precision);
         let lesson = Lesson { teacher: teacher.storage(), share: share as f32 };
         let (mut gradients, mut out) = (wanted_like([&h, &weight], wanted), new([1]));
         let sum = lessons_with_gradients(inputs, lesson, head_gradients(&mut gradients));

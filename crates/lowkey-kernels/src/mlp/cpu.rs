@@ -22,6 +22,7 @@ pub(crate) struct Weights<'a> {
     pub(crate) up: &'a [f32],
     pub(crate) down: &'a [f32],
     pub(crate) eps: f32,
+    pub(crate) precision: Precision,
 }
 
 impl Weights<'_> {
@@ -33,16 +34,16 @@ impl Weights<'_> {
 
 /// Writes `out [n, d]`, and `gate` and `up [n, f]`, which [`backward`] wants.
 pub(crate) fn forward(x: &[f32], weights: Weights, gate: &mut [f32], up: &mut [f32], out: &mut [f32]) {
-    let [d, f] = weights.widths();
+    let ([d, f], precision) = (weights.widths(), weights.precision);
     let mut normed = vec![0.0; x.len()];
     rms_norm(Tokens::dense(x, d), weights.norm, weights.eps, 1.0, &mut normed, d);
-    project(Tokens::dense(&normed, d), weights.gate, d, gate, false);
-    project(Tokens::dense(&normed, d), weights.up, d, up, false);
+    project(precision, Tokens::dense(&normed, d), weights.gate, d, gate, false);
+    project(precision, Tokens::dense(&normed, d), weights.up, d, up, false);
     drop(normed);
     let mut inner = vec![0.0; gate.len()];
     swiglu(gate, up, &mut inner);
     out.copy_from_slice(x);
-    project(Tokens::dense(&inner, f), weights.down, f, out, true);
+    project(precision, Tokens::dense(&inner, f), weights.down, f, out, true);
 }
 
 /// Gradients of [`forward`], those of weights where they are wanted.
@@ -63,13 +64,13 @@ pub(crate) fn backward(
     d_out: &[f32],
     gradients: Gradients,
 ) {
-    let [d, f] = weights.widths();
+    let ([d, f], precision) = (weights.widths(), weights.precision);
     // First the gradient of the inner activation, then in its place the activation itself, formed anew.
     let mut inner = vec![0.0; gate.len()];
-    input_gradient(d_out, weights.down, f, &mut inner, false);
+    input_gradient(precision, d_out, weights.down, f, &mut inner, false);
     swiglu_in_place(gate, up, &mut inner);
     if let Some(down) = gradients.down {
-        weight_gradient(d_out, Tokens::dense(&inner, f), f, down);
+        weight_gradient(precision, d_out, Tokens::dense(&inner, f), f, down);
     }
     drop(inner);
     let mut normed = vec![0.0; x.len()];
@@ -78,21 +79,21 @@ pub(crate) fn backward(
     }
     for (d_y, gradient) in [(&*gate, gradients.gate), (&*up, gradients.up)] {
         if let Some(gradient) = gradient {
-            weight_gradient(d_y, Tokens::dense(&normed, d), d, gradient);
+            weight_gradient(precision, d_y, Tokens::dense(&normed, d), d, gradient);
         }
     }
     let d_normed = &mut normed;
-    input_gradient(gate, weights.gate, d, d_normed, false);
-    input_gradient(up, weights.up, d, d_normed, true);
+    input_gradient(precision, gate, weights.gate, d, d_normed, false);
+    input_gradient(precision, up, weights.up, d, d_normed, true);
     gradients.x.copy_from_slice(d_out);
     let d_x = Target { data: gradients.x, stride: d, accumulate: true };
     let x = Tokens::dense(x, d);
     rms_norm_grad(x, weights.norm, d_normed, weights.eps, 1.0, d_x, gradients.norm);
 }
 
-fn mlp_weights<'a>(weights: &'a [FlexTensor; 4], eps: f64) -> Weights<'a> {
-    let [norm, gate, up, down] = weights;
-    Weights { norm: norm.storage(), gate: gate.storage(), up: up.storage(), down: down.storage(), eps: eps as f32 }
+fn mlp_weights<'a>(weights: &'a [FlexTensor; 4], eps: f64, precision: Precision) -> Weights<'a> {
+    let [norm, gate, up, down] = weights.each_ref().map(|weight| weight.storage());
+    Weights { norm, gate, up, down, eps: eps as f32, precision }
 }
 
 impl MlpOps for Flex {
@@ -111,13 +112,13 @@ impl MlpOps for Flex {
 }
 
 impl MlpGradients for Flex {
-    fn gated_mlp_saving(x: FlexTensor, weights: MlpWeights<Self>, eps: f64, _: Precision) -> [FlexTensor; 3] {
+    fn gated_mlp_saving(x: FlexTensor, weights: MlpWeights<Self>, eps: f64, precision: Precision) -> [FlexTensor; 3] {
         let (x, weights) = (x.to_contiguous(), weights.map(|weight| weight.to_contiguous()));
         let [batch, seq, _] = dims::<3>(&x);
         let [inner, _] = dims::<2>(&weights[1]);
         let (mut out, mut gate, mut up) = (like(&x), new([batch, seq, inner]), new([batch, seq, inner]));
         let (gate_data, up_data) = (gate.storage_mut(), up.storage_mut());
-        forward(x.storage(), mlp_weights(&weights, eps), gate_data, up_data, out.storage_mut());
+        forward(x.storage(), mlp_weights(&weights, eps, precision), gate_data, up_data, out.storage_mut());
         [out, gate, up]
     }
 
@@ -125,7 +126,7 @@ impl MlpGradients for Flex {
         saved: MlpState<Self>,
         grad: FlexTensor,
         eps: f64,
-        _: Precision,
+        precision: Precision,
         wanted: Wanted<5>,
     ) -> [Option<FlexTensor>; 5] {
         let MlpState { x, weights, inner: [mut gate, mut up] } = saved;
@@ -142,7 +143,7 @@ impl MlpGradients for Flex {
             down: numbers(d_down),
         };
         let (gate, up) = (gate.storage_mut(), up.storage_mut());
-        backward(x.storage(), mlp_weights(&weights, eps), gate, up, grad.storage(), gradients);
+        backward(x.storage(), mlp_weights(&weights, eps, precision), gate, up, grad.storage(), gradients);
         let [d_norm, d_gate, d_up, d_down] = d_weights;
         [of_x.then_some(d_x), d_norm, d_gate, d_up, d_down]
     }

@@ -64,7 +64,7 @@ fn stretches(count: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// `out (+)= x Wᵀ`, `out` in rows of `d_out`.
-fn project(x: Tokens, matrix: View, out: &mut [f32], accumulate: bool) {
+fn project(precision: Precision, x: Tokens, matrix: View, out: &mut [f32], accumulate: bool) {
     let Layout { d_out, d_in, .. } = matrix.layout;
     let out = &Parts::new(out);
     tiles(x.count, d_out, |tokens, rows, tile| {
@@ -75,13 +75,13 @@ fn project(x: Tokens, matrix: View, out: &mut [f32], accumulate: bool) {
             let weight = unpacked(matrix, rows.clone(), columns, tile).t();
             let at = tokens.start * d_out + rows.start;
             // SAFETY: these rows of W belong to this task alone for these tokens, and so do their numbers of the output.
-            unsafe { product_of_part(shape, out, at, d_out, add, from, weight) };
+            unsafe { product_of_part(precision, shape, out, at, d_out, add, from, weight) };
         }
     });
 }
 
 /// `d_x = d_y W`, both side by side.
-fn input_gradient(d_y: &[f32], matrix: View, d_x: &mut [f32]) {
+fn input_gradient(precision: Precision, d_y: &[f32], matrix: View, d_x: &mut [f32]) {
     let Layout { d_out, d_in, .. } = matrix.layout;
     let count = d_x.len() / d_in.max(1);
     let d_x = &Parts::new(d_x);
@@ -93,12 +93,13 @@ fn input_gradient(d_y: &[f32], matrix: View, d_x: &mut [f32]) {
             let weight = unpacked(matrix, rows, columns.clone(), tile);
             let at = tokens.start * d_in + columns.start;
             // SAFETY: these columns of W belong to this task alone for these tokens, and so do their numbers of the gradient.
-            unsafe { product_of_part(shape, d_x, at, d_in, add, from, weight) };
+            unsafe { product_of_part(precision, shape, d_x, at, d_in, add, from, weight) };
         }
     });
 }
 
 fn projected(
+    precision: Precision,
     x: &FlexTensor,
     matrix: &Matrix<Flex>,
     layout: Layout,
@@ -106,7 +107,7 @@ fn projected(
     accumulate: bool,
 ) -> FlexTensor {
     let x = rows(x);
-    with_view(matrix, layout, |matrix| project(tokens(&x), matrix, out.storage_mut(), accumulate));
+    with_view(matrix, layout, |matrix| project(precision, tokens(&x), matrix, out.storage_mut(), accumulate));
     out
 }
 
@@ -122,10 +123,10 @@ impl QuantizedLinearOps for Flex {
         words: FlexTensor,
         scales: FlexTensor,
         layout: Layout,
-        _: Precision,
+        precision: Precision,
     ) -> FlexTensor {
         let [batch, seq, _] = dims::<3>(&x);
-        projected(&x, &(words, scales), layout, new([batch, seq, layout.d_out]), false)
+        projected(precision, &x, &(words, scales), layout, new([batch, seq, layout.d_out]), false)
     }
 
     fn add_project_quantized(
@@ -134,21 +135,26 @@ impl QuantizedLinearOps for Flex {
         words: FlexTensor,
         scales: FlexTensor,
         layout: Layout,
-        _: Precision,
+        precision: Precision,
     ) -> FlexTensor {
         // Where nobody else holds the residual, the sum takes its place.
         let out = residual.to_contiguous();
         drop(residual);
-        projected(&x, &(words, scales), layout, out, true)
+        projected(precision, &x, &(words, scales), layout, out, true)
     }
 }
 
 impl QuantizedLinearGradients for Flex {
-    fn input_grad_quantized(matrix: Matrix<Self>, grad: FlexTensor, layout: Layout, _: Precision) -> FlexTensor {
+    fn input_grad_quantized(
+        matrix: Matrix<Self>,
+        grad: FlexTensor,
+        layout: Layout,
+        precision: Precision,
+    ) -> FlexTensor {
         let grad = grad.to_contiguous();
         let [batch, seq, _] = dims::<3>(&grad);
         let mut d_x = new([batch, seq, layout.d_in]);
-        with_view(&matrix, layout, |matrix| input_gradient(grad.storage(), matrix, d_x.storage_mut()));
+        with_view(&matrix, layout, |matrix| input_gradient(precision, grad.storage(), matrix, d_x.storage_mut()));
         d_x
     }
 }

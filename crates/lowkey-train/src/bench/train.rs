@@ -165,7 +165,7 @@ impl Session {
             .map_err(|e: serde::de::value::Error| Error::config("optimizer", &options.optimizer, e.to_string()))?;
         let config = shape.config(seq)?;
         let device = crate::setup::device(&options.device)?;
-        check_precision(options.dtype, &device)?;
+        check_precision(options.dtype, false, &device)?;
         let recompute = options.recompute;
         let training = Training { micro_batch: batch, seq, threads, recompute, terms: 1, ..Training::default() };
         check_bytes("training", config.train_bytes(training), "the shape, the batch or the length", &config)?;

@@ -69,7 +69,7 @@ pub(crate) struct BenchStepArguments {
     /// What to compute on, as --device of lowkey train
     #[arg(long, default_value = "cpu", value_name = "NAME")]
     pub(crate) device: String,
-    /// What products are computed in, on a GPU
+    /// What products are computed in; tf32 and f16 on a GPU alone
     #[arg(long, default_value = "f32", value_parser = ["f32", "tf32", "bf16", "f16"])]
     pub(crate) dtype: String,
     /// Train adapters of this width beside all maps, and nothing else

@@ -25,6 +25,7 @@ fn show(arguments: &DevicesArguments, ranks: &Ranks) -> anyhow::Result<()> {
         return say_json(&json!({
             "devices": found.iter().map(|found| as_json(found, found.device == chosen)).collect::<Vec<_>>(),
             "not_built": left_out.collect::<Vec<_>>(),
+            "cpu_bf16": device::cpu_bf16(),
             "mpi": Ranks::library(),
             "ranks": ranks.size(),
         }));
@@ -33,9 +34,10 @@ fn show(arguments: &DevicesArguments, ranks: &Ranks) -> anyhow::Result<()> {
         let mark = if one.device == chosen { "  (what `auto` takes)" } else { "" };
         match &one.properties {
             None => say(&format!(
-                "{}{mark}\n  {} threads; training, every command, f32 (f64 in tests)",
+                "{}{mark}\n  {} threads; training, every command, f32 (f64 in tests); bf16: {}",
                 one.name,
-                lowkey_train::workers::available_threads()
+                lowkey_train::workers::available_threads(),
+                device::cpu_bf16().map_or("no instructions for it".to_owned(), |unit| format!("with {unit}")),
             )),
             Some(properties) => say(&format!("{}{mark}\n{}", one.name, described(properties))),
         }

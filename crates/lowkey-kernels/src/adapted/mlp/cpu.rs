@@ -33,8 +33,8 @@ fn forward(x: &[f32], weights: Weights, lows: [&mut [f32]; 3], [gate, up]: [&mut
     let [gate_r, up_r, down_r] = [weights.gate.r, weights.up.r, weights.down.r];
     let mut normed = vec![0.0; x.len()];
     rms_norm(Tokens::dense(x, d), norm, eps, 1.0, &mut normed, d);
-    project(Tokens::dense(&normed, d), weights.gate.weight, d, gate, false);
-    project(Tokens::dense(&normed, d), weights.up.weight, d, up, false);
+    project(weights.gate.precision, Tokens::dense(&normed, d), weights.gate.weight, d, gate, false);
+    project(weights.up.precision, Tokens::dense(&normed, d), weights.up.weight, d, up, false);
     let mut inner = vec![0.0; gate.len()];
     let [by_gate, by_up, by_down] = [weights.gate, weights.up, weights.down].map(Matrices::forth);
     let of_gate = gate.par_chunks_mut(SHARE * f).zip(gate_low.par_chunks_mut(SHARE * gate_r));
@@ -60,7 +60,7 @@ fn forward(x: &[f32], weights: Weights, lows: [&mut [f32]; 3], [gate, up]: [&mut
         },
     );
     drop(normed);
-    project(Tokens::dense(&inner, f), weights.down.weight, f, out, true);
+    project(weights.down.precision, Tokens::dense(&inner, f), weights.down.weight, f, out, true);
 }
 
 /// From the gradient of the output that of the norm's, where it is wanted `below`, and those of the factors; overwrites `gate` and `up`,
@@ -95,7 +95,7 @@ fn backward(
         })
         .collect();
     let mut inner = vec![0.0; gate.len()];
-    input_gradient(d_out, weights.down.weight, f, &mut inner, false);
+    input_gradient(weights.down.precision, d_out, weights.down.weight, f, &mut inner, false);
     let (by_gate, by_up) = (weights.gate.back(), weights.up.back());
     let mut d_normed = vec![0.0; x.len()];
     let activations =
@@ -136,8 +136,8 @@ fn backward(
         .collect();
     drop(inner);
     if below {
-        input_gradient(gate, weights.gate.weight, d, &mut d_normed, true);
-        input_gradient(up, weights.up.weight, d, &mut d_normed, true);
+        input_gradient(weights.gate.precision, gate, weights.gate.weight, d, &mut d_normed, true);
+        input_gradient(weights.up.precision, up, weights.up.weight, d, &mut d_normed, true);
     }
     let mut of_maps: [Vec<Sums>; 3] = Default::default();
     for part in parts {
@@ -164,8 +164,13 @@ impl AdaptedMlpOps for Flex {
     }
 }
 
-fn weights<'a>(norm: &'a FlexTensor, [gate, up, down]: &'a [Map<Flex>; 3], eps: f64) -> Weights<'a> {
-    let [gate, up, down] = [gate, up, down].map(Matrices::of);
+fn weights<'a>(
+    norm: &'a FlexTensor,
+    [gate, up, down]: &'a [Map<Flex>; 3],
+    eps: f64,
+    precision: Precision,
+) -> Weights<'a> {
+    let [gate, up, down] = [gate, up, down].map(|map| Matrices::of(map, precision));
     Weights { norm: norm.storage(), eps: eps as f32, gate, up, down }
 }
 
@@ -175,7 +180,7 @@ impl AdaptedMlpGradients for Flex {
         norm: FlexTensor,
         maps: [Map<Self>; 3],
         eps: f64,
-        _: Precision,
+        precision: Precision,
     ) -> (FlexTensor, Between<Self>) {
         let (x, norm, maps) = (x.to_contiguous(), norm.to_contiguous(), maps.map(dense));
         let [batch, seq, _] = dims::<3>(&x);
@@ -184,7 +189,7 @@ impl AdaptedMlpGradients for Flex {
         let (mut out, mut inner) = (like(&x), [(); 2].map(|()| new([batch, seq, f])));
         forward(
             x.storage(),
-            weights(&norm, &maps, eps),
+            weights(&norm, &maps, eps, precision),
             lows.each_mut().map(FlexTensor::storage_mut),
             inner.each_mut().map(FlexTensor::storage_mut),
             out.storage_mut(),
@@ -196,7 +201,7 @@ impl AdaptedMlpGradients for Flex {
         saved: AdaptedMlpState<Self>,
         grad: FlexTensor,
         eps: f64,
-        _: Precision,
+        precision: Precision,
         [of_x, of_norm, of_factors @ ..]: Wanted<8>,
     ) -> [Option<FlexTensor>; 8] {
         let AdaptedMlpState { x, norm, maps, between: (lows, mut inner) } = saved;
@@ -207,7 +212,7 @@ impl AdaptedMlpGradients for Flex {
         let [gate, up, down] = &maps;
         let factors = [&gate.a, &gate.b, &up.a, &up.b, &down.a, &down.b];
         let mut d_factors = wanted_like(factors, of_factors);
-        let weights = weights(&norm, &maps, eps);
+        let weights = weights(&norm, &maps, eps, precision);
         let (d_normed, sums) = backward(
             x.storage(),
             weights,

@@ -13,6 +13,7 @@ use crate::cpu::linear::{Tokens, project};
 use crate::cpu::parts::Parts;
 use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply_either, paired_products};
 use crate::cpu::vector::{exp, scale};
+use crate::precision::Precision;
 
 /// Queries that one instruction's lanes hold: two lanes each.
 const COLUMNS: usize = LANES / 2;
@@ -223,7 +224,7 @@ impl Call<'_> {
             // SAFETY: as above.
             let out = unsafe { self.out.range(place * value, value) };
             let w_uv = &kv_b[(head * (nope + value) + nope) * rank..][..value * rank];
-            project(Tokens::dense(&sums, rank), w_uv, rank, out, false);
+            project(Precision::F32, Tokens::dense(&sums, rank), w_uv, rank, out, false);
         };
         if alone && self.kv_b.is_some() && group.count() * value * rank > WORK {
             (0..group.count()).into_par_iter().for_each(finish);

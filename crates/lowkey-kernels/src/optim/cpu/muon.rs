@@ -4,7 +4,7 @@ use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
 use super::passes::{PIECE, sum_of_squares};
-use crate::cpu::gemm::{View, product};
+use crate::cpu::gemm::{View, scaled_product};
 use crate::cpu::vector::copy_scaled;
 
 /// The quintic of the Newton-Schulz iteration and how often it is applied (Jordan et al. 2024,
@@ -110,14 +110,14 @@ pub(crate) fn orthogonalise(x: &mut [f32], rows: usize, columns: usize) {
     for _ in 0..ITERATIONS {
         let matrix = View::new(from, columns);
         let (left, right, inner) = if wide { (matrix, matrix.t(), columns) } else { (matrix.t(), matrix, rows) };
-        product([side, side, inner], &mut gram, side, false, left, right, 1.0);
+        scaled_product([side, side, inner], &mut gram, side, false, left, right, 1.0);
         copy_times(&gram, &mut poly, b);
         copy_times(from, to, a);
         let square = View::new(&gram, side);
-        product([side, side, side], &mut poly, side, true, square, square, c);
+        scaled_product([side, side, side], &mut poly, side, true, square, square, c);
         let poly = View::new(&poly, side);
         let (left, right) = if wide { (poly, matrix) } else { (matrix, poly) };
-        product([rows, columns, side], to, columns, true, left, right, 1.0);
+        scaled_product([rows, columns, side], to, columns, true, left, right, 1.0);
         (from, to) = (to, from);
     }
     // After an odd number of iterations the result lies in the other one.
