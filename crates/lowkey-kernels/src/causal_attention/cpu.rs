@@ -6,6 +6,7 @@
 //! weighted sums), and every tile stops at the diagonal.
 
 pub(crate) mod forward;
+mod packed;
 
 use std::ops::Range;
 
@@ -15,12 +16,15 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use self::forward::{Keys, Reads, Sizes, Vectors};
+use self::packed::BackwardRoom;
 use super::autodiff::{AttentionShape, AttentionState, CausalAttentionGradients, CausalAttentionOps};
+use crate::cpu::bf16::Core;
 use crate::cpu::parts::Parts;
 use crate::cpu::tensors::{dims, integers, like, new};
 use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
 use crate::cpu::transpose::transpose;
 use crate::cpu::vector::{copy_scaled, dot, exp};
+use crate::precision::Precision;
 
 /// Queries per block: a multiple of the rows of a tile.
 const QUERIES: usize = 16 * ROWS;
@@ -43,6 +47,8 @@ pub(crate) struct Dims {
     /// Width of a value.
     pub(crate) value: usize,
     pub(crate) scale: f32,
+    /// Of its products.
+    pub(crate) precision: Precision,
 }
 
 /// `q [batch, seq, heads, nope+rope]`, `kv [batch, seq, groups, nope+value]`, `k_pe [batch, seq, rope]` in rows
@@ -177,9 +183,15 @@ impl Sight<'_> {
 
     #[inline(always)]
     fn of_tile(self, row: usize) -> (usize, usize) {
+        self.of_rows(row, ROWS)
+    }
+
+    /// The keys that `count` queries from `row` on see, relative to `k0`.
+    #[inline(always)]
+    fn of_rows(self, row: usize, count: usize) -> (usize, usize) {
         let t = self.offset + self.q0 + row;
         let (from, _) = seen(self.starts[self.q0 + row], t, self.k0);
-        let (_, to) = seen(0, (t + ROWS - 1).min(self.keys - 1), self.k0);
+        let (_, to) = seen(0, (t + count - 1).min(self.keys - 1), self.k0);
         (from.min(to), to)
     }
 
@@ -208,8 +220,8 @@ impl Sight<'_> {
 
 /// Writes `out [batch, seq, heads, value]` and `lse [batch, heads, seq]`, the log-sum-exp of each query's scores.
 pub(crate) fn forward(dims: Dims, inputs: Inputs, out: &mut [f32], lse: &mut [f32]) {
-    let Dims { batch, seq, heads, groups, nope, rope, value, scale } = dims;
-    let sizes = Sizes { batch, seq, keys: seq, heads, groups, own: nope, shared: rope, value, scale };
+    let Dims { batch, seq, heads, groups, nope, rope, value, scale, precision } = dims;
+    let sizes = Sizes { batch, seq, keys: seq, heads, groups, own: nope, shared: rope, value, scale, precision };
     let [q_stride, kv_stride, _] = dims.strides();
     let kv = Vectors { data: inputs.kv, row: seq * kv_stride, head: nope + value, token: kv_stride };
     let vectors = Reads {
@@ -260,16 +272,19 @@ struct BackwardScratch {
     d_keys: Aligned,
     /// `[keys, value]`
     d_values: Aligned,
+    /// What is packed where products are in bf16, in place of `keys_t` and `values_t`.
+    packed: BackwardRoom,
 }
 
 impl BackwardScratch {
     fn new(dims: Dims) -> Self {
         let keys = dims.padded_seq();
         let (qk, value) = (dims.qk().next_multiple_of(LANES), dims.value.next_multiple_of(LANES));
+        let across = if dims.precision == Precision::Bf16 { 0 } else { keys };
         Self {
-            keys_t: Aligned::zeros(keys * dims.qk()),
+            keys_t: Aligned::zeros(across * dims.qk()),
             keys: Aligned::zeros(keys * qk),
-            values_t: Aligned::zeros(keys * dims.value),
+            values_t: Aligned::zeros(across * dims.value),
             queries: Aligned::zeros(QUERIES * qk),
             d_out: Aligned::zeros(QUERIES * value),
             scores: Aligned::zeros(QUERIES * KEYS),
@@ -277,6 +292,7 @@ impl BackwardScratch {
             d_queries: Aligned::zeros(QUERIES * qk),
             d_keys: Aligned::zeros(keys * qk),
             d_values: Aligned::zeros(keys * value),
+            packed: BackwardRoom::new(),
         }
     }
 }
@@ -333,15 +349,21 @@ impl WithSimd for GroupBackward<'_> {
         let per_group = heads / groups;
         let first = group * per_group;
         let (own, shared) = (dims.own(inputs, [row, first], 0..nope), dims.shared(inputs, row));
-        own.transpose_to(&mut s.keys_t, 0, qk);
-        shared.transpose_to(&mut s.keys_t, nope, qk);
+        let values = dims.own(inputs, [row, first], nope..nope + value);
         own.copy_to(simd, 0..seq, (&mut s.keys, width), 0, 1.0);
         shared.copy_to(simd, 0..seq, (&mut s.keys, width), nope, 1.0);
-        dims.own(inputs, [row, first], nope..nope + value).transpose_to(&mut s.values_t, 0, value);
+        let core = (dims.precision == Precision::Bf16).then(Core::here);
+        if let Some(core) = &core {
+            s.packed.take_keys(core, (&s.keys, width), (values.data, values.stride), [seq, qk, value]);
+        } else {
+            own.transpose_to(&mut s.keys_t, 0, qk);
+            shared.transpose_to(&mut s.keys_t, nope, qk);
+            values.transpose_to(&mut s.values_t, 0, value);
+        }
         s.d_keys.fill(0.0);
         s.d_values.fill(0.0);
         for head in first..first + per_group {
-            head_backward(simd, dims, inputs, saved, [row, head], s, d_q);
+            head_backward(simd, core.as_ref(), dims, inputs, saved, [row, head], s, d_q);
         }
         let [kv_at, kv_stride] = [dims.offsets(row, first)[1], dims.strides()[1]];
         for t in 0..seq {
@@ -355,8 +377,10 @@ impl WithSimd for GroupBackward<'_> {
 }
 
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "one more than where it is from")]
 fn head_backward<S: Simd>(
     simd: S,
+    core: Option<&Core>,
     dims: Dims,
     inputs: Inputs,
     saved: Saved,
@@ -383,13 +407,20 @@ fn head_backward<S: Simd>(
             *pull = dot(simd, d_out.row(q0 + i), out.row(q0 + i));
         }
         s.d_queries.fill(0.0);
+        if let Some(core) = core {
+            s.packed.take_queries(core, (&s.queries, width), (&s.d_out, v_width), [count, qk, value]);
+        }
         for k0 in key_blocks(starts[q0], q0 + count) {
             let sight = Sight { starts, offset: 0, keys: seq, q0, k0 };
-            let q = Left { data: &s.queries, rows: width, inner: 1 };
-            let d = Left { data: &s.d_out, rows: v_width, inner: 1 };
-            let (keys_t, values_t) = (&s.keys_t[k0 * qk..], &s.values_t[k0 * value..]);
-            multiply(simd, count, q, (keys_t, KEYS), (&mut s.scores, KEYS), false, sight.scores(qk));
-            multiply(simd, count, d, (values_t, KEYS), (&mut s.d_scores, KEYS), false, sight.scores(value));
+            if let Some(core) = core {
+                s.packed.scores(core, [count, qk, value], sight, [&mut s.scores, &mut s.d_scores]);
+            } else {
+                let q = Left { data: &s.queries, rows: width, inner: 1 };
+                let d = Left { data: &s.d_out, rows: v_width, inner: 1 };
+                let (keys_t, values_t) = (&s.keys_t[k0 * qk..], &s.values_t[k0 * value..]);
+                multiply(simd, count, q, (keys_t, KEYS), (&mut s.scores, KEYS), false, sight.scores(qk));
+                multiply(simd, count, d, (values_t, KEYS), (&mut s.d_scores, KEYS), false, sight.scores(value));
+            }
             let rows = s.scores.chunks_exact_mut(KEYS).zip(s.d_scores.chunks_exact_mut(KEYS)).take(count);
             for (i, (p, d)) in rows.enumerate() {
                 let (from, to) = seen(starts[q0 + i], q0 + i, k0);
@@ -401,11 +432,18 @@ fn head_backward<S: Simd>(
                         *d = *p * (*d - pull);
                     }
                 }
-                // The products below read a tile's keys up to the last that its last query sees.
-                for masked in [0..from, to..(to + ROWS).min(KEYS)] {
+                // The products below read a tile's keys up to the last that its last query sees; packed ones all of them.
+                let end = if core.is_some() { KEYS } else { (to + ROWS).min(KEYS) };
+                for masked in [0..from, to..end] {
                     p[masked.clone()].fill(0.0);
                     d[masked].fill(0.0);
                 }
+            }
+            let (d_keys, d_values) = (&mut s.d_keys[k0 * width..], &mut s.d_values[k0 * v_width..]);
+            if let Some(core) = core {
+                let sums = [(&mut s.d_queries[..], width), (d_keys, width), (d_values, v_width)];
+                s.packed.sums(core, [&s.scores, &s.d_scores], [count, qk, value], sight, sums);
+                continue;
             }
             let keys = (&s.keys[k0 * width..], width);
             let d = Left { data: &s.d_scores, rows: KEYS, inner: 1 };
@@ -413,7 +451,6 @@ fn head_backward<S: Simd>(
             // The same blocks, read across: row by row of keys.
             let keys = KEYS.min(q0 + count - k0);
             let (p, d) = (Left { data: &s.scores, rows: 1, inner: KEYS }, Left { rows: 1, inner: KEYS, ..d });
-            let (d_keys, d_values) = (&mut s.d_keys[k0 * width..], &mut s.d_values[k0 * v_width..]);
             multiply(simd, keys, d, (&s.queries, width), (d_keys, width), true, sight.over_queries(count, qk));
             multiply(simd, keys, p, (&s.d_out, v_width), (d_values, v_width), true, sight.over_queries(count, value));
         }
@@ -430,8 +467,8 @@ fn head_backward<S: Simd>(
 fn attention_dims(q: &FlexTensor, kv: &FlexTensor, shape: AttentionShape) -> Dims {
     let [batch, seq, heads, _] = dims::<4>(q);
     let [_, _, groups, width] = dims::<4>(kv);
-    let AttentionShape { nope, rope, scale, .. } = shape;
-    Dims { batch, seq, heads, groups, nope, rope, value: width - nope, scale: scale as f32 }
+    let AttentionShape { nope, rope, scale, precision } = shape;
+    Dims { batch, seq, heads, groups, nope, rope, value: width - nope, scale: scale as f32, precision }
 }
 
 impl CausalAttentionOps for Flex {

@@ -2,7 +2,7 @@
 
 use gemm::Parallelism;
 
-use super::bf16::{Product, Unit};
+use super::bf16::{self, Product, Unit};
 use super::parts::Parts;
 use crate::precision::Precision;
 
@@ -112,8 +112,8 @@ unsafe fn multiply(
     b.check(k, n);
     // SAFETY: as the caller promises.
     unsafe {
-        if precision == Precision::Bf16 && sizes.iter().all(|size| *size > 0) {
-            Product { sizes, a, b, accumulate, threads }.run(Unit::here(), out, stride);
+        if precision == Precision::Bf16 && m > 0 && n > 0 {
+            bf16::multiply(Product { sizes, a, b, accumulate, threads }, Unit::here(), out, stride);
         } else {
             multiply_f32(sizes, out, stride, accumulate, a, b, 1.0, threads);
         }
@@ -125,7 +125,7 @@ unsafe fn multiply(
 /// # Safety
 /// As of [`multiply`].
 #[expect(clippy::too_many_arguments, reason = "what a product is told")]
-pub(super) unsafe fn multiply_f32(
+unsafe fn multiply_f32(
     [m, n, k]: [usize; 3],
     out: *mut f32,
     stride: usize,

@@ -148,7 +148,7 @@ impl LatentArguments {
         let LatentInputs { q, made, kv_a, norm, kv_b, cos, sin, starts, dims: mla, precision } = inputs;
         let [batch, seq, ..] = dims::<4>(&q);
         let MlaDims { heads, nope, rope, value, rank, scale, latent_scale, latent_eps, interleave } = mla;
-        let attention = Dims { batch, seq, heads, groups: heads, nope, rope, value, scale: scale as f32 };
+        let attention = Dims { batch, seq, heads, groups: heads, nope, rope, value, scale: scale as f32, precision };
         let (latent_scale, eps) = (latent_scale as f32, latent_eps as f32);
         let inputs = LatentInputs {
             q: q.to_contiguous(),

@@ -5,6 +5,7 @@ use burn_flex::FlexTensor;
 use crate::causal_attention::cpu::forward::{self, Keys, Latents, Reads, Sizes, Vectors};
 use crate::cpu::tensors::{dims, integers, new};
 use crate::latent_attention::arguments::MlaDims;
+use crate::precision::Precision;
 
 /// A tensor of `[batch, heads, tokens, width]` or the like, with the axes that it is read along.
 struct View {
@@ -53,12 +54,12 @@ impl Arguments {
     fn new([q, own, shared]: [&FlexTensor; 3], width: usize, scale: f64) -> Self {
         let [batch, seq, heads, _] = dims::<4>(q);
         let [_, groups, keys, of_own] = dims::<4>(own);
-        let scale = scale as f32;
+        let (scale, precision) = (scale as f32, Precision::F32);
         Self {
             q: queries(q),
             own: View::new(own, [Some(0), Some(1), Some(2)]),
             shared: View::new(shared, [Some(0), None, Some(1)]),
-            sizes: Sizes { batch, seq, keys, heads, groups, own: of_own, shared: width, value: 0, scale },
+            sizes: Sizes { batch, seq, keys, heads, groups, own: of_own, shared: width, value: 0, scale, precision },
         }
     }
 
@@ -104,8 +105,8 @@ pub(super) fn attend_made(
 ) -> FlexTensor {
     let ([batch, seq, ..], [_, keys, _]) = (dims::<4>(q), dims::<3>(latents));
     let MlaDims { heads, nope, rope, value, rank, scale, .. } = mla;
-    let scale = scale as f32;
-    let sizes = Sizes { batch, seq, keys, heads, groups: heads, own: nope, shared: rope, value, scale };
+    let (scale, precision) = (scale as f32, Precision::F32);
+    let sizes = Sizes { batch, seq, keys, heads, groups: heads, own: nope, shared: rope, value, scale, precision };
     let (latents, kv_b) = (View::new(latents, [Some(0), None, Some(1)]), kv_b.to_contiguous());
     let latents = Latents::new(sizes, latents.vectors(), rank, kv_b.storage());
     chunk(sizes, &queries(q), Keys::Made(&latents), offsets)

@@ -6,10 +6,13 @@ use std::sync::{Mutex, PoisonError};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::packed::ForwardRoom;
 use super::{KEYS, QUERIES, Rows, Sight, key_blocks};
+use crate::cpu::bf16::Core;
 use crate::cpu::parts::Parts;
 use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
 use crate::cpu::vector::{exp, exp_shifted, max_of_few, max_of_finite, scale};
+use crate::precision::Precision;
 
 /// Queries that a block of keys is made for at once: as many as leave their sums in a core's second cache beside it.
 const SPAN: usize = 12 * QUERIES;
@@ -33,6 +36,8 @@ pub(crate) struct Sizes {
     /// Width of a value.
     pub(crate) value: usize,
     pub(crate) scale: f32,
+    /// Of products with keys and values that are given.
+    pub(crate) precision: Precision,
 }
 
 /// Vectors where they lie: of token `t` of head `h` of row `b` from number `b · row + h · head + t · token` on.
@@ -151,6 +156,11 @@ impl Sizes {
     fn qk(self) -> usize {
         self.own + self.shared
     }
+
+    /// Whether products are of packed operands.
+    fn packs(self, keys: Keys) -> bool {
+        self.precision == Precision::Bf16 && matches!(keys, Keys::Given { .. })
+    }
 }
 
 /// Writes `out [batch, seq, heads, value]` and `told [batch, heads, seq]`, the log-sum-exp of each query's scores. Without `out`, the
@@ -192,6 +202,8 @@ struct Scratch {
     /// A head's W_UK, `[own, L]`, and W_UV, `[L, value]`, where keys and values are made.
     w_uk: Aligned,
     w_uv: Aligned,
+    /// What is packed where products are in bf16; `keys_t` has the keys as rows then.
+    packed: ForwardRoom,
 }
 
 impl Scratch {
@@ -213,6 +225,7 @@ impl Scratch {
             mass: vec![0.0; span],
             w_uk: Aligned::zeros(sizes.own.next_multiple_of(ROWS) * rank),
             w_uv: Aligned::zeros(rank * value),
+            packed: ForwardRoom::new(),
         }
     }
 }
@@ -252,7 +265,15 @@ impl WithSimd for Head<'_> {
         let offset = reads.offsets.get(row).map_or(0, |offset| *offset as usize);
         // Keys that the last of these queries sees.
         let visible = (offset + to).min(keys);
+        let core = (out.is_some() && sizes.packs(reads.keys)).then(Core::here);
         match reads.keys {
+            Keys::Given { own: given, shared: of_all, values } if let Some(core) = &core => {
+                let rows = &mut scratch.keys_t[..visible * qk];
+                given.rows([row, group], own, visible).copy_to(simd, 0..visible, (rows, qk), 0, 1.0);
+                of_all.rows([row, 0], shared, visible).copy_to(simd, 0..visible, (rows, qk), own, 1.0);
+                let values = values.rows([row, group], value, visible);
+                scratch.packed.take_keys(core, rows, (values.data, values.stride), [visible, qk, value]);
+            }
             Keys::Made(latents) => latents.lay_out_maps(sizes, head, scratch),
             Keys::Given { own: given, shared: of_all, values } => {
                 let blocks = &mut scratch.keys_t[..visible.next_multiple_of(KEYS) * qk];
@@ -281,7 +302,7 @@ impl WithSimd for Head<'_> {
                         0
                     }
                 };
-                let Scratch { keys_t, values, queries, scores, sums, top, mass, .. } = &mut *scratch;
+                let Scratch { keys_t, values, queries, scores, sums, top, mass, packed, .. } = &mut *scratch;
                 for q0 in (first..last).step_by(QUERIES) {
                     let count = QUERIES.min(last - q0);
                     // Beyond what is visible lies what another task left.
@@ -292,8 +313,12 @@ impl WithSimd for Head<'_> {
                     let of_block = q0 - first;
                     let (queries, sums) = (&queries[of_block * qk..], &mut sums[of_block * width..]);
                     let (top, mass) = (&mut top[of_block..], &mut mass[of_block..]);
-                    let q = Left { data: queries, rows: qk, inner: 1 };
-                    multiply(simd, count, q, (&keys_t[at * qk..], KEYS), (scores, KEYS), false, sight.scores(qk));
+                    if let Some(core) = &core {
+                        packed.scores(core, queries, [count, qk], sight, scores);
+                    } else {
+                        let q = Left { data: queries, rows: qk, inner: 1 };
+                        multiply(simd, count, q, (&keys_t[at * qk..], KEYS), (scores, KEYS), false, sight.scores(qk));
+                    }
                     for (i, row) in scores.chunks_exact_mut(KEYS).take(count).enumerate() {
                         let (from, to) = sight.of_query(i);
                         if from == to {
@@ -319,14 +344,16 @@ impl WithSimd for Head<'_> {
                         };
                         mass[i] = mass[i] * shrink + exp_shifted(&mut row[..whole], highest);
                         row[..from].fill(0.0);
-                        // The sum below reads a tile's keys up to the last that its last query sees.
-                        row[to..(to + ROWS).min(KEYS)].fill(0.0);
+                        // The sum below reads a tile's keys up to the last that its last query sees; a packed one all of them.
+                        row[to..if core.is_some() { KEYS } else { (to + ROWS).min(KEYS) }].fill(0.0);
                         if shrink != 1.0 {
                             scale(&mut sums[i * width..(i + 1) * width], shrink);
                         }
                         top[i] = highest;
                     }
-                    if out.is_some() {
+                    if let Some(core) = &core {
+                        packed.sums(core, scores, [count, value], sight, (sums, width));
+                    } else if out.is_some() {
                         let p = Left { data: scores, rows: KEYS, inner: 1 };
                         let v = (&values[at * width..], width);
                         multiply(simd, count, p, v, (sums, width), true, sight.over_keys(value));

@@ -1,6 +1,7 @@
 //! Every unit against sums in f64 of rounded operands.
 
 use super::*;
+use crate::cpu::gemm::View;
 
 /// Numbers of different sizes, which bf16 rounds.
 fn numbers(count: usize, seed: usize) -> Vec<f32> {
@@ -52,7 +53,7 @@ fn every_unit_multiplies_rounded_operands() {
             for unit in Unit::all() {
                 let mut found = before.clone();
                 // SAFETY: `found` has all rows, and the unit is there.
-                unsafe { product.run(unit, found.as_mut_ptr(), stride) };
+                unsafe { multiply(product, unit, found.as_mut_ptr(), stride) };
                 for (at, (found, [expected, size])) in found.iter().zip(&expected).enumerate() {
                     let off = (f64::from(*found) - expected).abs();
                     let bound = f64::from(f32::EPSILON) / 2.0 * (2.0 + (k as f64).sqrt());
@@ -61,7 +62,7 @@ fn every_unit_multiplies_rounded_operands() {
                 let mut shared = before.clone();
                 let product = Product { threads: 3, ..product };
                 // SAFETY: as above.
-                unsafe { product.run(unit, shared.as_mut_ptr(), stride) };
+                unsafe { multiply(product, unit, shared.as_mut_ptr(), stride) };
                 assert_eq!(found, shared, "{unit:?} {m}×{n}×{k}: other bits for three tasks at a time");
             }
         }
@@ -78,7 +79,7 @@ fn what_is_no_number_stays_none() {
             let (a, b) = (View::new(&a, 40), View::new(&b, 20));
             let product = Product { sizes: [20, 20, 40], a, b, accumulate: false, threads: 1 };
             // SAFETY: `out` has all rows, and the unit is there.
-            unsafe { product.run(unit, out.as_mut_ptr(), 20) };
+            unsafe { multiply(product, unit, out.as_mut_ptr(), 20) };
             assert!(out[20..40].iter().all(|x| !x.is_finite()), "{unit:?}");
             assert!(out[..20].iter().chain(&out[40..]).all(|x| *x == 40.0), "{unit:?}");
         }

@@ -9,15 +9,14 @@ pub(crate) enum Unit {
     Tiles,
     /// Pairs of products in vectors (AVX512-BF16).
     Pairs,
-    /// None: rounded operands, multiplied in f32. As exact, and slower than f32.
+    /// Neither: rounded operands, multiplied in f32. As exact, and slower than f32.
     Emulated,
 }
 
 impl Unit {
     /// The fastest that the processor and its system have.
     pub(crate) fn here() -> Self {
-        static HERE: OnceLock<Unit> = OnceLock::new();
-        *HERE.get_or_init(|| Self::all().next().unwrap_or(Self::Emulated))
+        Self::all().next().unwrap_or(Self::Emulated)
     }
 
     /// What the processor's maker calls it.
@@ -31,10 +30,19 @@ impl Unit {
 
     /// All that there are here, the fastest first.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
-        let [tiles, pairs] = x86::units();
-        [(tiles, Self::Tiles), (pairs, Self::Pairs), (true, Self::Emulated)]
-            .into_iter()
-            .filter_map(|(there, unit)| there.then_some(unit))
+        [Self::Tiles, Self::Pairs, Self::Emulated].into_iter().filter(|unit| unit.is_here())
+    }
+
+    /// Whether it is one of these.
+    pub(super) fn is_here(self) -> bool {
+        // Asking a virtual processor takes longer than a small product.
+        static HERE: OnceLock<[bool; 2]> = OnceLock::new();
+        let [tiles, pairs] = *HERE.get_or_init(x86::units);
+        match self {
+            Self::Tiles => tiles,
+            Self::Pairs => pairs,
+            Self::Emulated => true,
+        }
     }
 }
 
