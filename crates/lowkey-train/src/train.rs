@@ -175,8 +175,8 @@ struct Queued {
     step: u64,
     tokens: u64,
     lr: f64,
-    /// Operations over one token, in all its passes.
-    flops_per_token: f64,
+    /// Operations over all positions, in all their passes: what is read and not learnt costs as much.
+    flops: f64,
 }
 
 fn settings<'a>(config: &RunConfig, terms: &'a [Term], step: u64) -> StepSettings<'a> {
@@ -499,8 +499,8 @@ impl<'a> Run<'a> {
             workers.together(|| average.update(model, taken));
         }
         self.state.tokens += taken.targets as u64;
-        let flops_per_token = self.passes.flops_per_token(step);
-        self.queued.push_back(Queued { taken, step: self.state.step, tokens: self.state.tokens, lr, flops_per_token });
+        let flops = (batch.rows * batch.seq_len) as f64 * self.passes.flops_per_token(step);
+        self.queued.push_back(Queued { taken, step: self.state.step, tokens: self.state.tokens, lr, flops });
         Ok(())
     }
 
@@ -509,14 +509,14 @@ impl<'a> Run<'a> {
     fn settle(&mut self, most: usize, observe: &mut dyn FnMut(Event)) -> Result<Option<Metrics>> {
         let (mut known, mut targets, mut flops, mut refused) = (Vec::new(), 0, 0.0, None);
         while refused.is_none() && self.queued.len() >= most.max(1) {
-            let Some(Queued { taken, step, tokens, lr, flops_per_token }) = self.queued.pop_front() else { break };
+            let Some(Queued { taken, step, tokens, lr, flops: of_step }) = self.queued.pop_front() else { break };
             let more = taken.targets;
             match taken.wait(&self.world.main().model) {
                 Ok(figures) => known.push((figures, step, tokens, lr)),
                 Err(error) => refused = Some(error),
             }
             targets += more;
-            flops += more as f64 * flops_per_token;
+            flops += of_step;
         }
         // Several may be over by the time that the first is asked for: they share its time.
         let elapsed = self.counted.elapsed().as_secs_f64();

@@ -6,7 +6,6 @@ mod timer;
 use std::borrow::Cow;
 use std::time::Instant;
 
-use lowkey_kernels::Precision;
 use lowkey_kernels::device::{is_cpu, profile};
 use serde::Serialize;
 
@@ -96,7 +95,7 @@ pub fn ops(options: &OpsOptions, observe: Observer) -> Result<OpsFigures> {
         return kernels(options, session, observe);
     }
     let (threads, device) = (session.threads, session.replica().device.clone());
-    let ((step_ms, mut ops), matmul_flops_per_s) = below_ceiling(threads, &device, Precision::F32, || {
+    let ((step_ms, mut ops), matmul_flops_per_s) = below_ceiling(threads, &device, options.dtype, || {
         for done in 0..options.warmup {
             observe(Progress { doing: "warm-up", done, of: options.warmup });
             let batch = session.batch();

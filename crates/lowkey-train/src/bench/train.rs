@@ -144,7 +144,7 @@ pub(super) struct Session {
     pub(super) optimizer_section: OptimizerSection,
     pub(super) world: World,
     pub(super) recompute: Recompute,
-    precision: Precision,
+    pub(super) precision: Precision,
     loss_scale: Option<LossScale>,
     random: ChaCha8Rng,
     steps: u64,

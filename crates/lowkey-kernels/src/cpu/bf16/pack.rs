@@ -88,32 +88,37 @@ pub(super) struct Part<'a> {
 impl Part<'_> {
     /// Writes whole strips, one after the other; those beyond the last row are zero.
     pub(super) fn pack(self, unit: Unit, strips: &mut [Tile]) {
-        let along = self.depth.div_ceil(DEPTH).max(1);
-        // A number of each row after the other: rows of 16 numbers that lie together in memory are read as such.
-        for tile in 0..along {
-            for strip in 0..strips.len() / along {
-                let count = self.count.saturating_sub(strip * STRIP).min(STRIP);
-                let depth = self.depth.saturating_sub(tile * DEPTH).min(DEPTH);
-                let out = &mut strips[strip * along + tile];
-                if count == 0 || depth == 0 {
-                    *out = Tile::ZERO;
-                    continue;
-                }
-                let View { data, rows, columns } = self.rows;
-                let data = &data[strip * STRIP * rows + tile * DEPTH * columns..];
-                tile_of(unit, View { data, rows, columns }, [count, depth], self.side, out);
-            }
+        match unit {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: both units have these instructions.
+            Unit::Tiles | Unit::Pairs => unsafe { x86::pack(self, strips) },
+            _ => self.each_tile(strips, |rows, sizes, out| plainly(rows, sizes, self.side, out)),
         }
     }
-}
 
-/// Packs one tile.
-fn tile_of(unit: Unit, rows: View, sizes: [usize; 2], side: Side, out: &mut Tile) {
-    match unit {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: both units have these instructions.
-        Unit::Tiles | Unit::Pairs => unsafe { x86::tile(rows, sizes, side, out) },
-        _ => plainly(rows, sizes, side, out),
+    /// Calls `pack` for each tile with what it has of the matrix, and how much of it there is.
+    #[inline(always)]
+    fn each_tile(self, strips: &mut [Tile], mut pack: impl FnMut(View, [usize; 2], &mut Tile)) {
+        let along = self.depth.div_ceil(DEPTH).max(1);
+        let View { data, rows, columns } = self.rows;
+        let count_of_strips = strips.len() / along;
+        let mut one = |strip: usize, tile: usize| {
+            let count = self.count.saturating_sub(strip * STRIP).min(STRIP);
+            let depth = self.depth.saturating_sub(tile * DEPTH).min(DEPTH);
+            let out = &mut strips[strip * along + tile];
+            if count == 0 || depth == 0 {
+                *out = Tile::ZERO;
+                return;
+            }
+            let data = &data[strip * STRIP * rows + tile * DEPTH * columns..];
+            pack(View { data, rows, columns }, [count, depth], out);
+        };
+        // As the numbers lie in memory: along the rows, or across them.
+        if columns == 1 {
+            (0..count_of_strips).for_each(|strip| (0..along).for_each(|tile| one(strip, tile)));
+        } else {
+            (0..along).for_each(|tile| (0..count_of_strips).for_each(|strip| one(strip, tile)));
+        }
     }
 }
 
@@ -133,107 +138,132 @@ fn plainly(rows: View, [count, depth]: [usize; 2], side: Side, out: &mut Tile) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m512i, __mmask16, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_loadu_si512, _mm512_maskz_loadu_ps,
-        _mm512_permutexvar_epi16, _mm512_set_epi16, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512,
-        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        __m512i, __mmask16, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_loadu_ps,
+        _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16, _mm512_set_epi16, _mm512_setzero_si512, _mm512_shuffle_i32x4,
+        _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+        _mm512_unpacklo_epi64,
     };
 
-    use super::{DEPTH, STRIP, Side, Tile};
+    use super::{DEPTH, Part, STRIP, Side, Tile};
     use crate::cpu::gemm::View;
 
-    /// A view has its rows or its columns side by side.
+    /// The elements of a tile in registers.
+    type Rows = [__m512i; STRIP];
+
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    pub(super) fn tile(view: View, sizes: [usize; 2], side: Side, out: &mut Tile) {
-        let by_rows = view.columns == 1;
-        if by_rows {
-            rows(view.data, view.rows, sizes, out);
-        } else {
-            pairs(view.data, view.columns, sizes, out);
-        }
-        if by_rows != (side == Side::Left) {
-            transpose(out);
-        }
+    pub(super) fn pack(part: Part, strips: &mut [Tile]) {
+        // A view has its rows or its columns side by side.
+        let by_rows = part.rows.columns == 1;
+        let left = part.side == Side::Left;
+        part.each_tile(strips, |view, sizes, out| {
+            let View { data, rows, columns } = view;
+            let packed = match (by_rows, left) {
+                (true, true) => by_row(data, rows, sizes),
+                (true, false) => transposed(by_row(data, rows, sizes)),
+                (false, true) => transposed(by_pair(data, columns, sizes)),
+                (false, false) => by_pair(data, columns, sizes),
+            };
+            for (out, row) in out.0.as_chunks_mut::<STRIP>().0.iter_mut().zip(packed) {
+                // SAFETY: 16 numbers of 32 bits are what the row has.
+                unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), row) };
+            }
+        });
     }
 
-    /// The first `count` numbers of a vector.
+    /// Up to 16 numbers.
     #[target_feature(enable = "avx512f")]
     #[inline]
     fn load(data: &[f32]) -> __m512i {
         let count = data.len().min(STRIP);
         let mask = ((1u32 << count) - 1) as __mmask16;
         // SAFETY: the mask lets no more than the slice be read.
-        unsafe { std::mem::transmute(_mm512_maskz_loadu_ps(mask, data.as_ptr())) }
+        _mm512_castps_si512(unsafe { _mm512_maskz_loadu_ps(mask, data.as_ptr()) })
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn load_whole(data: &[f32; STRIP]) -> __m512i {
+        // SAFETY: 16 numbers are what it has.
+        _mm512_castps_si512(unsafe { _mm512_loadu_ps(data.as_ptr()) })
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
     #[inline]
-    fn rounded([low, high]: [__m512i; 2]) -> __m512i {
+    fn rounded(low: __m512i, high: __m512i) -> __m512i {
         // SAFETY: both types are 512 bits of plain numbers.
         unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low))) }
     }
 
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn store(v: __m512i, tile: &mut Tile, row: usize) {
-        let out: &mut [u32] = &mut tile.0[row * STRIP..][..STRIP];
-        // SAFETY: 16 numbers of 32 bits are what the slice has.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) };
-    }
-
     /// Rows whose numbers of the inner dimension lie side by side.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn rows(data: &[f32], stride: usize, [count, depth]: [usize; 2], out: &mut Tile) {
-        for row in 0..STRIP {
-            let v = if row < count {
-                let numbers = &data[row * stride..row * stride + depth];
-                let (low, high) = numbers.split_at(depth.min(STRIP));
-                rounded([load(low), load(high)])
-            } else {
-                _mm512_setzero_si512()
-            };
-            store(v, out, row);
+    #[inline]
+    fn by_row(data: &[f32], stride: usize, [count, depth]: [usize; 2]) -> Rows {
+        let mut out = [_mm512_setzero_si512(); STRIP];
+        if depth == DEPTH {
+            for (row, out) in out.iter_mut().enumerate().take(count) {
+                if let (halves @ [_, _], _) = data[row * stride..row * stride + DEPTH].as_chunks::<STRIP>() {
+                    *out = rounded(load_whole(&halves[0]), load_whole(&halves[1]));
+                }
+            }
+            return out;
         }
+        for (row, out) in out.iter_mut().enumerate().take(count) {
+            let (low, high) = data[row * stride..row * stride + depth].split_at(depth.min(STRIP));
+            *out = rounded(load(low), load(high));
+        }
+        out
     }
 
     /// Rows whose numbers lie side by side for one number of the inner dimension: two of these are interleaved.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn pairs(data: &[f32], stride: usize, [count, depth]: [usize; 2], out: &mut Tile) {
+    #[inline]
+    fn by_pair(data: &[f32], stride: usize, [count, depth]: [usize; 2]) -> Rows {
         #[rustfmt::skip]
         let interleave = _mm512_set_epi16(
             31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
         );
-        for pair in 0..DEPTH / 2 {
-            let of = |inner: usize| if inner < depth { &data[inner * stride..inner * stride + count] } else { &[] };
-            let v = rounded([load(of(2 * pair)), load(of(2 * pair + 1))]);
-            store(_mm512_permutexvar_epi16(interleave, v), out, pair);
+        let mut out = [_mm512_setzero_si512(); STRIP];
+        if count == STRIP && depth == DEPTH {
+            for (pair, out) in out.iter_mut().enumerate() {
+                let [first, second] =
+                    [2 * pair, 2 * pair + 1].map(|inner| data[inner * stride..].first_chunk::<STRIP>());
+                if let (Some(first), Some(second)) = (first, second) {
+                    *out = _mm512_permutexvar_epi16(interleave, rounded(load_whole(first), load_whole(second)));
+                }
+            }
+            return out;
         }
+        for (pair, out) in out.iter_mut().enumerate() {
+            let of = |inner: usize| if inner < depth { &data[inner * stride..inner * stride + count] } else { &[] };
+            *out = _mm512_permutexvar_epi16(interleave, rounded(load(of(2 * pair)), load(of(2 * pair + 1))));
+        }
+        out
     }
 
-    /// The 16 × 16 elements of a tile, transposed: from rows to pairs, or back.
+    /// From rows to pairs, or back.
     #[target_feature(enable = "avx512f")]
-    fn transpose(tile: &mut Tile) {
-        let r: [__m512i; STRIP] = std::array::from_fn(|row| {
-            // SAFETY: each row is 16 numbers of 32 bits inside the tile.
-            unsafe { _mm512_loadu_si512(tile.0[row * STRIP..].as_ptr().cast()) }
-        });
+    #[inline]
+    fn transposed(r: Rows) -> Rows {
         // Within groups of four lanes, first of two rows, then of four.
-        let twos: [__m512i; STRIP] = std::array::from_fn(|i| {
+        let twos: Rows = std::array::from_fn(|i| {
             let (a, b) = (r[i / 2 * 2], r[i / 2 * 2 + 1]);
             if i % 2 == 0 { _mm512_unpacklo_epi32(a, b) } else { _mm512_unpackhi_epi32(a, b) }
         });
-        let fours: [__m512i; STRIP] = std::array::from_fn(|i| {
+        let fours: Rows = std::array::from_fn(|i| {
             let (a, b) = (twos[i / 4 * 4 + i % 4 / 2], twos[i / 4 * 4 + i % 4 / 2 + 2]);
             if i % 2 == 0 { _mm512_unpacklo_epi64(a, b) } else { _mm512_unpackhi_epi64(a, b) }
         });
         // Then the groups themselves: fours[4 g + j] holds, of rows 4 g to 4 g + 3, columns j, 4 + j, 8 + j and 12 + j.
+        let mut out = r;
         for j in 0..4 {
             let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
             let (even_ab, odd_ab) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
             let (even_cd, odd_cd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
-            store(_mm512_shuffle_i32x4::<0x88>(even_ab, even_cd), tile, j);
-            store(_mm512_shuffle_i32x4::<0x88>(odd_ab, odd_cd), tile, 4 + j);
-            store(_mm512_shuffle_i32x4::<0xdd>(even_ab, even_cd), tile, 8 + j);
-            store(_mm512_shuffle_i32x4::<0xdd>(odd_ab, odd_cd), tile, 12 + j);
+            out[j] = _mm512_shuffle_i32x4::<0x88>(even_ab, even_cd);
+            out[4 + j] = _mm512_shuffle_i32x4::<0x88>(odd_ab, odd_cd);
+            out[8 + j] = _mm512_shuffle_i32x4::<0xdd>(even_ab, even_cd);
+            out[12 + j] = _mm512_shuffle_i32x4::<0xdd>(odd_ab, odd_cd);
         }
+        out
     }
 }

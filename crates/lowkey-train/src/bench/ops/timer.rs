@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Distribution, Tensor};
+use lowkey_kernels::precision::scope;
 
 use super::super::machine::Spread;
 use super::super::train::Session;
@@ -67,7 +68,10 @@ impl Row {
             Run::Shared(job) => {
                 let lanes: Vec<Lane> =
                     session.replica().workers.shares(session.batch, 1).into_iter().map(Lane::from).collect();
-                let times = session.replica().workers.map(&lanes, &**job);
+                let times = session.replica().workers.map(&lanes, |lane| {
+                    let _scope = scope(session.precision);
+                    job(lane)
+                });
                 // The step waits for the slowest.
                 let slowest = |part: fn(&Times) -> f64| times.iter().map(part).fold(0.0, f64::max);
                 Times { forward: slowest(|t| t.forward), backward: slowest(|t| t.backward) }
