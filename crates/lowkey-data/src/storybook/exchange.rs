@@ -206,9 +206,10 @@ mod tests {
                 let Some(noun) = question.strip_prefix("Where was the ").and_then(|rest| rest.strip_suffix('?')) else {
                     continue;
                 };
-                let places = told[..at].split_inclusive('.').filter(|sentence| sentence.contains(&format!(" {noun} ")));
+                let mut places =
+                    told[..at].split_inclusive('.').filter(|sentence| sentence.contains(&format!(" {noun} ")));
                 let place = format!("{}{}", answer[..1].to_ascii_lowercase(), &answer[1..]);
-                assert!(places.last().unwrap().ends_with(&format!(" {place}")), "{told} {question} {answer}");
+                assert!(places.next_back().unwrap().ends_with(&format!(" {place}")), "{told} {question} {answer}");
                 early += usize::from(at < told.len());
             }
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use lowkey_kernels::Precision;
 use serde::{Deserialize, Serialize};
 
 use super::{Meeting, Ranks};
@@ -36,7 +37,7 @@ impl Card {
         Ok(Self {
             version: format!("{} ({})", told("lowkey"), told("commit")),
             program: lowkey_files::hash::sha256(&program)?,
-            cpu: cpu(),
+            cpu: cpu(config.training.dtype),
             place: (ranks.machine().to_owned(), cores()),
             threads: available_threads(),
             run_file: config.to_toml()?,
@@ -68,7 +69,7 @@ impl Card {
 }
 
 /// The CPU, as far as its arithmetic is concerned.
-fn cpu() -> String {
+fn cpu(dtype: Precision) -> String {
     #[cfg(target_arch = "x86_64")]
     let units = match () {
         () if std::is_x86_feature_detected!("avx512f") => " with AVX-512",
@@ -77,7 +78,9 @@ fn cpu() -> String {
     };
     #[cfg(not(target_arch = "x86_64"))]
     let units = "";
-    format!("{}{units}", std::env::consts::ARCH)
+    let of_bf16 = (dtype == Precision::Bf16).then(|| lowkey_kernels::device::cpu_bf16().unwrap_or("no instructions"));
+    let of_bf16 = of_bf16.map_or(String::new(), |unit| format!(" and {unit} for bf16"));
+    format!("{}{units}{of_bf16}", std::env::consts::ARCH)
 }
 
 /// The cores that this process may run on, as the system lists them.

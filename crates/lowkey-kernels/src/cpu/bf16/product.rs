@@ -60,7 +60,7 @@ pub(crate) unsafe fn multiply(product: Product, unit: Unit, out: *mut f32, strid
                 let add = accumulate || inner > 0;
                 // SAFETY: these columns are among those that the caller vouches for.
                 unsafe {
-                    rows(product, unit, [inner, depth], packed, Columns { start: out.add(column), stride, width, add })
+                    rows(product, unit, [inner, depth], packed, Columns { start: out.add(column), stride, width, add });
                 };
             });
         }

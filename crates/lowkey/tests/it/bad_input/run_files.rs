@@ -70,7 +70,7 @@ pub(super) fn cases() -> Vec<Case> {
         in_file("training.micro_batch_size=0", "training.micro_batch_size = 0: must lie between 1 and"),
         in_file("training.threads=0", "training.threads = 0: must lie between 1 and"),
         in_file("training.threads=9999999", "training.threads = 9999999: must lie between 1 and"),
-        in_file("training.dtype=bf16", "training.dtype = bf16: the CPU trains in f32; write \"f32\""),
+        in_file("training.dtype=f16", "training.dtype = f16: the CPU trains in f32 and bf16; write one of them"),
         in_file("training.recompute=layer", "unknown variant `layer`, expected `none` or `block`"),
         in_file("training.z_loss=-1e-4", "training.z_loss = -0.0001: must lie between 0 and 1"),
         in_file("training.z_loss=nan", "training.z_loss = NaN: must lie between 0 and 1"),
