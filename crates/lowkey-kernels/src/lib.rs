@@ -15,7 +15,7 @@
 //! with a backward pass that recomputes rather than stores: neither a T×T score matrix nor a matrix of tokens × vocabulary
 //! exists in training, and of a latent attention's keys and values nothing is kept. On the CPU they run on plain slices,
 //! vectorised for whatever the processor has, in parallel on the current rayon pool; products of weights are those of the
-//! `gemm` crate, those inside an attention are tiles of registers. On GPUs (feature `wgpu`, `vulkan`, `metal` or `cuda`) they are
+//! `gemm` crate, those inside an attention are tiles of registers; in bf16 both are blocks of packed operands. On GPUs (feature `wgpu`, `vulkan`, `metal` or `cuda`) they are
 //! CubeCL kernels, and what reads a cache is a composition; products of weights are kernels of CubeK and attentions of 16 bits run on
 //! matrix units, the fastest of several being chosen at a shape's first use. Tensors that are not f32 take the [`mod@reference`].
 //!

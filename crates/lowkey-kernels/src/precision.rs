@@ -6,8 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The format of the operands of products with weights. Sums, norms, softmax, loss, residual stream, parameters and their gradients are
-/// f32 in any case (Micikevicius et al., arXiv 1710.03740). The CPU knows `f32` and `bf16`, in which its attention, Muon's iterations and
-/// the small factors of adapters stay f32.
+/// f32 in any case (Micikevicius et al., arXiv 1710.03740). On the CPU, which knows `f32` and `bf16`,
+/// attention's products are rounded too, and those of Muon's iterations and of the small factors of adapters are not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {

@@ -382,7 +382,7 @@ pub struct TrainingSection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("exclusiveMinimum" = 0, "exclusiveMaximum" = 1))]
     pub ema_decay: Option<f64>,
-    /// What products with weights are computed in; `tf32` and `f16` on a GPU alone, `bf16` also on CPUs that have instructions for it (AMX,
+    /// What products with weights are computed in, and of an attention where the device has units for it; `tf32` and `f16` on a GPU alone, `bf16` also on CPUs that have instructions for it (AMX,
     /// AVX512-BF16). Weights, gradients, norms, softmax, loss and evaluation are f32 in any case.
     #[serde(default)]
     pub dtype: Precision,

@@ -41,10 +41,7 @@ fn relative_error(found: Tensor<3>, expected: Tensor<3>) -> f64 {
 #[test]
 fn all_forms_are_one_function_in_f64() {
     for (seed, (name, config)) in zoo().into_iter().enumerate() {
-        let narrow = random_model(&config, seed as u64);
-        let values = narrow.parameters().into_iter().map(|parameter| parameter.value.cast(FloatDType::F64));
-        let values = values.collect();
-        let model = narrow.with_values(values);
+        let model = widened(&random_model(&config, seed as u64));
         let sequences = [tokens(40, 120), tokens(40, 121)];
         let device = Device::flex();
         let expected = model.forward(ids_tensor(&sequences.concat(), 2, 40, &device));

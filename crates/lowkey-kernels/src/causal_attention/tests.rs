@@ -119,6 +119,10 @@ fn attention_of_packed_operands_is_near() {
             (0..130).map(|t| [0, 40, 41, 100][usize::from(t >= 40) + usize::from(t >= 41) + usize::from(t >= 100)]);
         cases.push((Attention::new(1, 130, [4, 2], widths, 0.5), starts.collect()));
     }
+    // Documents that begin inside blocks of keys which are not the first.
+    let start = |t: u32| [390, 205, 200, 0].into_iter().find(|start| *start <= t).unwrap();
+    let starts = (0..800).map(|t| start(t % 400)).collect();
+    cases.push((Attention::new(2, 400, [2, 2], [12, 20, 32], 0.5), starts));
     for (attention, starts) in cases {
         let run = |precision| {
             let scope = scope(precision);

@@ -112,7 +112,7 @@ unsafe fn multiply(
     b.check(k, n);
     // SAFETY: as the caller promises.
     unsafe {
-        if precision == Precision::Bf16 && m > 0 && n > 0 {
+        if precision == Precision::Bf16 {
             bf16::multiply(Product { sizes, a, b, accumulate, threads }, Unit::here(), out, stride);
         } else {
             multiply_f32(sizes, out, stride, accumulate, a, b, 1.0, threads);

@@ -1,6 +1,7 @@
 //! Rows written as columns, in squares that a core turns in its registers.
 
 /// Rows and columns of a square.
+#[cfg(target_arch = "x86_64")]
 const SIDE: usize = 8;
 
 /// `to[c][r] = from[r][c]` for `[rows, columns]` numbers, with rows of `from.1` numbers apart, and of `to.1`.
@@ -13,20 +14,8 @@ pub(crate) fn transpose([rows, columns]: [usize; 2], from: (&[f32], usize), to: 
         (rows - 1) * from.1 + columns <= from.0.len() && (columns - 1) * to.1 + rows <= to.0.len(),
         "transpose exceeds its buffers"
     );
-    let (mut whole_rows, mut whole_columns) = (0, 0);
-    #[cfg(target_arch = "x86_64")]
-    if std::is_x86_feature_detected!("avx") {
-        (whole_rows, whole_columns) = (rows / SIDE * SIDE, columns / SIDE * SIDE);
-        for row in (0..whole_rows).step_by(SIDE) {
-            for column in (0..whole_columns).step_by(SIDE) {
-                // SAFETY: the assertion above covers the square on both sides, and AVX is there.
-                unsafe {
-                    let from = (from.0.as_ptr().add(row * from.1 + column), from.1);
-                    square(from, (to.0.as_mut_ptr().add(column * to.1 + row), to.1));
-                }
-            }
-        }
-    }
+    // SAFETY: the assertion above covers both sides.
+    let [whole_rows, whole_columns] = unsafe { squares([rows, columns], from, (&mut *to.0, to.1)) };
     for row in 0..rows {
         let from = &from.0[row * from.1..][..columns];
         let first = if row < whole_rows { whole_columns } else { 0 };
@@ -34,6 +23,38 @@ pub(crate) fn transpose([rows, columns]: [usize; 2], from: (&[f32], usize), to: 
             to.0[column * to.1 + row] = *x;
         }
     }
+}
+
+/// Turns what fills squares, and says how many rows and columns that is.
+///
+/// # Safety
+/// The rows must lie in `from`, and the columns in `to`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn squares([rows, columns]: [usize; 2], from: (&[f32], usize), to: (&mut [f32], usize)) -> [usize; 2] {
+    if !std::is_x86_feature_detected!("avx") {
+        return [0; 2];
+    }
+    let whole = [rows / SIDE * SIDE, columns / SIDE * SIDE];
+    for row in (0..whole[0]).step_by(SIDE) {
+        for column in (0..whole[1]).step_by(SIDE) {
+            // SAFETY: by the caller's promise, and AVX is there.
+            unsafe {
+                let from = (from.0.as_ptr().add(row * from.1 + column), from.1);
+                square(from, (to.0.as_mut_ptr().add(column * to.1 + row), to.1));
+            }
+        }
+    }
+    whole
+}
+
+/// Nothing: what follows turns number by number.
+///
+/// # Safety
+/// None is needed.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn squares(_: [usize; 2], _: (&[f32], usize), _: (&mut [f32], usize)) -> [usize; 2] {
+    [0; 2]
 }
 
 /// One square: pairs of rows are interleaved, then pairs of these, then halves exchanged.

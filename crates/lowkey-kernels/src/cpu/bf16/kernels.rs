@@ -42,7 +42,12 @@ mod x86 {
 
     use super::{BLOCK, Block, DEPTH, STRIP};
 
-    /// While it lives, this thread's tile registers are eight of 16 rows by 64 bytes.
+    thread_local! {
+        /// How many hold this thread's registers.
+        static HOLDERS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+    }
+
+    /// While one lives, this thread's tile registers are eight of 16 rows by 64 bytes. What they hold is nobody's between two blocks.
     pub(in super::super) struct Registers {
         /// They are this thread's.
         _here: std::marker::PhantomData<*const ()>,
@@ -54,6 +59,10 @@ mod x86 {
         /// # Safety
         /// The processor has AMX, and the system has granted its state ([`super::super::Unit::Tiles`] is there).
         pub(in super::super) unsafe fn take() -> Self {
+            let holders = HOLDERS.replace(HOLDERS.get() + 1);
+            if holders > 0 {
+                return Self { _here: std::marker::PhantomData };
+            }
             #[repr(C, align(64))]
             struct Configuration([u8; 64]);
             let mut configuration = Configuration([0; 64]);
@@ -72,8 +81,11 @@ mod x86 {
 
     impl Drop for Registers {
         fn drop(&mut self) {
-            // SAFETY: they could be taken, so they can be given back. A thread without tiles is cheaper to switch to.
-            unsafe { asm!("tilerelease", options(nostack, nomem)) };
+            let holders = HOLDERS.replace(HOLDERS.get() - 1);
+            if holders == 1 {
+                // SAFETY: they could be taken, so they can be given back. A thread without tiles is cheaper to switch to.
+                unsafe { asm!("tilerelease", options(nostack, nomem)) };
+            }
         }
     }
 

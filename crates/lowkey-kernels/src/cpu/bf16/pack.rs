@@ -37,12 +37,14 @@ pub(crate) struct Packed {
     tiles: Vec<Tile>,
     /// Tiles of each strip.
     along: usize,
+    /// Strips that were packed.
+    strips: usize,
 }
 
 impl Packed {
     /// An empty one.
     pub(crate) fn new(side: Side) -> Self {
-        Self { side, tiles: Vec::new(), along: 1 }
+        Self { side, tiles: Vec::new(), along: 1, strips: 0 }
     }
 
     pub(super) fn side(&self) -> Side {
@@ -52,7 +54,8 @@ impl Packed {
     /// Makes room for so many rows or columns, and returns the strips.
     pub(super) fn room(&mut self, [count, depth]: [usize; 2]) -> &mut [Tile] {
         self.along = depth.div_ceil(DEPTH).max(1);
-        let tiles = count.next_multiple_of(2 * STRIP) / STRIP * self.along;
+        self.strips = count.next_multiple_of(2 * STRIP) / STRIP;
+        let tiles = self.strips * self.along;
         if self.tiles.len() < tiles {
             self.tiles.resize(tiles, Tile::ZERO);
         }
@@ -67,7 +70,8 @@ impl Packed {
 
     /// Two strips from row (or column) `from` on, each its tiles `first..last`.
     pub(super) fn strips(&self, from: usize, [first, last]: [usize; 2]) -> [&[Tile]; 2] {
-        assert!(from.is_multiple_of(2 * STRIP) && first <= last && last <= self.along, "no whole block");
+        let whole = from.is_multiple_of(2 * STRIP) && first <= last;
+        assert!(whole && last <= self.along && from / STRIP + 2 <= self.strips, "no block that was packed");
         [0, 1].map(|strip| {
             let at = (from / STRIP + strip) * self.along;
             &self.tiles[at + first..at + last]
@@ -86,11 +90,13 @@ pub(super) struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// Writes whole strips, one after the other; those beyond the last row are zero.
+    /// Writes whole strips, one after the other; those beyond the last row are zero. The unit is one that there is.
     pub(super) fn pack(self, unit: Unit, strips: &mut [Tile]) {
+        let View { rows, columns, .. } = self.rows;
+        assert!(unit.is_here() && (rows == 1 || columns == 1), "no unit, or no view of rows");
         match unit {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: both units have these instructions.
+            // SAFETY: both units have these instructions, and the unit is there.
             Unit::Tiles | Unit::Pairs => unsafe { x86::pack(self, strips) },
             _ => self.each_tile(strips, |rows, sizes, out| plainly(rows, sizes, self.side, out)),
         }
@@ -226,8 +232,8 @@ mod x86 {
         if count == STRIP && depth == DEPTH {
             for (pair, out) in out.iter_mut().enumerate() {
                 let [first, second] =
-                    [2 * pair, 2 * pair + 1].map(|inner| data[inner * stride..].first_chunk::<STRIP>());
-                if let (Some(first), Some(second)) = (first, second) {
+                    [2 * pair, 2 * pair + 1].map(|inner| &data[inner * stride..inner * stride + STRIP]);
+                if let (([first], _), ([second], _)) = (first.as_chunks::<STRIP>(), second.as_chunks::<STRIP>()) {
                     *out = _mm512_permutexvar_epi16(interleave, rounded(load_whole(first), load_whole(second)));
                 }
             }

@@ -47,10 +47,17 @@ fn with_room<R>(side: Side, work: impl FnOnce(&mut Packed) -> R) -> R {
 
 /// Computes a product with one of the units that there are here.
 ///
+/// # Panics
+/// Where there is no such unit.
+///
 /// # Safety
 /// The rows of `out`, `stride` apart, must be valid for reading and writing, and nothing else may use them meanwhile.
 pub(crate) unsafe fn multiply(product: Product, unit: Unit, out: *mut f32, stride: usize) {
-    let Product { sizes: [_, n, k], b, accumulate, threads, .. } = product;
+    assert!(unit.is_here(), "{unit:?} is not there");
+    let Product { sizes: [m, n, k], b, accumulate, threads, .. } = product;
+    if m == 0 || n == 0 {
+        return;
+    }
     for (inner, depth) in parts(k, INNER) {
         for (column, width) in parts(n, COLUMNS) {
             let data = b.data.get(inner * b.rows + column * b.columns..).unwrap_or_default();
