@@ -230,10 +230,11 @@ mod x86 {
         );
         let mut out = [_mm512_setzero_si512(); STRIP];
         if count == STRIP && depth == DEPTH {
+            assert!((DEPTH - 1) * stride + STRIP <= data.len(), "tile exceeds its slice");
             for (pair, out) in out.iter_mut().enumerate() {
                 let [first, second] =
-                    [2 * pair, 2 * pair + 1].map(|inner| &data[inner * stride..inner * stride + STRIP]);
-                if let (([first], _), ([second], _)) = (first.as_chunks::<STRIP>(), second.as_chunks::<STRIP>()) {
+                    [2 * pair, 2 * pair + 1].map(|inner| data[inner * stride..].first_chunk::<STRIP>());
+                if let (Some(first), Some(second)) = (first, second) {
                     *out = _mm512_permutexvar_epi16(interleave, rounded(load_whole(first), load_whole(second)));
                 }
             }
