@@ -129,8 +129,9 @@ fn attention_of_packed_operands_is_near() {
             let out = attention.fused(&starts);
             drop(scope);
             // Each number with another weight: keys are not interchangeable in the gradients.
-            let weights = Tensor::<1, Int>::arange(0..out.dims().iter().product::<usize>() as i64, &out.device());
-            let weights = (weights.float() * 0.37).sin().reshape(out.dims());
+            let numbers = out.dims().iter().product::<usize>();
+            let weights: Vec<f32> = (0..numbers).map(|i| (i as f32 * 0.37).sin()).collect();
+            let weights = Tensor::<1>::from_floats(weights.as_slice(), &out.device()).reshape(out.dims());
             let grads = (out.clone() * weights).sum().backward();
             let shared = attention.k_pe.as_ref().map(|k_pe| host(k_pe.grad(&grads).unwrap()));
             let [q, kv] = [&attention.q, &attention.kv].map(|x| host(x.grad(&grads).unwrap()));
