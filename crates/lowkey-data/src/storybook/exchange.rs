@@ -177,7 +177,7 @@ mod tests {
                         assert!(read.log_probs[range].iter().all(|log_prob| *log_prob == 0.0), "{text}");
                         asked += 1;
                     }
-                    Err(slip) => assert!(slip.at < at + question.len() && slip.at >= *at, "{text}: {slip}"),
+                    Err(slip) => assert!(slip.at < at + question.len() && slip.at > *at, "{text}: {slip}"),
                 }
                 asides += usize::from(*at < told.len());
             }
