@@ -59,10 +59,7 @@ fn main() -> ExitCode {
     let arguments = cli::Arguments::parse();
     match std::panic::catch_unwind(|| commands::run(arguments)) {
         Ok(Ok(code)) => code,
-        Ok(Err(error)) => {
-            output::complain(&format!("error: {error:#}"));
-            ExitCode::from(if is_wrong_use(&error) { WRONG_USE } else { FAILED })
-        }
+        Ok(Err(error)) => failed(&error),
         Err(end) => match end.downcast::<OutputFailed>().map(|end| *end) {
             Ok(OutputFailed::Closed) => ExitCode::from(NOBODY_READS),
             Ok(OutputFailed::Lost(e)) => {
@@ -83,6 +80,12 @@ fn main() -> ExitCode {
             }
         },
     }
+}
+
+/// Says an error, and gives the exit code for it.
+pub(crate) fn failed(error: &anyhow::Error) -> ExitCode {
+    output::complain(&format!("error: {error:#}"));
+    ExitCode::from(if is_wrong_use(error) { WRONG_USE } else { FAILED })
 }
 
 fn is_wrong_use(error: &anyhow::Error) -> bool {

@@ -1,6 +1,7 @@
 //! Commands that several processes share, started by `mpirun` or `srun`.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use lowkey_train::ranks::{Launched, Ranks};
 
@@ -11,8 +12,10 @@ pub(crate) fn join() -> anyhow::Result<Ranks> {
     let joined = Ranks::join(|why| complain_all_the_same(&format!("error: {why}")));
     // Where they cannot be joined, all of them come here.
     let rank = joined.as_ref().map_or_else(|_| Launched::read().map_or(0, |launched| launched.rank), Ranks::rank);
-    if rank > 0 {
-        be_quiet();
+    match &joined {
+        Ok(_) if rank > 0 => be_quiet(),
+        Err(_) if rank > 0 => let_the_first_one_say_it(),
+        _ => {}
     }
     Ok(joined?)
 }
@@ -21,27 +24,35 @@ pub(crate) fn join() -> anyhow::Result<Ranks> {
 pub(crate) fn refuse_several(command: &str) -> anyhow::Result<()> {
     let refused = Launched::refuse_several(command);
     if refused.is_err() && Launched::read().is_some_and(|launched| launched.rank > 0) {
-        be_quiet();
+        let_the_first_one_say_it();
     }
     Ok(refused?)
 }
 
-/// Takes leave of the others, with what this one has come to.
+/// Takes leave of the others, with what this one has come to. An error is said before that: whoever started the ranks ends all of them at
+/// the first that has failed, and they are bound to wait for each other only up to here.
 pub(crate) fn part(ranks: &Ranks, result: anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
     if !ranks.are_several() {
         return result;
     }
-    match (&result, ranks.is_over()) {
-        (_, true) => ranks.leave(),
-        (Ok(_), false) => {
-            ranks.end(Ok(()))?;
-            ranks.leave();
-        }
-        (Err(error), false) => {
-            // Nobody else knows of it.
-            complain_all_the_same(&format!("error: {}: {error:#}", ranks.name()));
-            Ranks::abandon();
-        }
+    let result = result.and_then(|code| Ok(ranks.end(Ok(code))?));
+    if ranks.is_over() {
+        let code = result.unwrap_or_else(|error| crate::failed(&error));
+        ranks.leave();
+        return Ok(code);
+    }
+    if let Err(error) = &result {
+        // Nobody else knows of it.
+        complain_all_the_same(&format!("error: {}: {error:#}", ranks.name()));
+        Ranks::abandon();
     }
     result
+}
+
+/// Says nothing, as the first rank says it, and waits for the end that this one's error brings to all: they know nothing of each other.
+fn let_the_first_one_say_it() {
+    /// As long as a machine that is too busy may take to start a process.
+    const PATIENCE: Duration = Duration::from_secs(5);
+    be_quiet();
+    std::thread::sleep(PATIENCE);
 }
