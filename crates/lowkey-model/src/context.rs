@@ -29,4 +29,18 @@ pub struct Trace {
     pub k_pe: Vec<Tensor<3>>,
     /// Largest attention logit of each block, `[1]`.
     pub max_logit: Vec<Tensor<1>>,
+    /// That nothing but [`Trace::attn_out`] is recorded, which then costs nothing and is part of the graph that the pass has.
+    attention_alone: bool,
+}
+
+impl Trace {
+    /// One that records [`Trace::attn_out`] and nothing else.
+    pub(crate) fn of_attention() -> Self {
+        Self { attention_alone: true, ..Self::default() }
+    }
+
+    /// Whether it records no more than that.
+    pub(crate) fn is_of_attention(&self) -> bool {
+        self.attention_alone
+    }
 }

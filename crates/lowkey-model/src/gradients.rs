@@ -8,8 +8,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::attention::Seen;
-use crate::model::{CausalLm, Context};
-use crate::objective::{Against, EmbeddingNoise, Figures, Learnt, Objective, Term, TermLoss};
+use crate::model::{CausalLm, Context, Trace};
+use crate::objective::{Against, EmbeddingNoise, Figures, Learnt, Lesson, Objective, Term, TermLoss, told};
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -142,10 +142,16 @@ impl CausalLm {
 
     /// One graph of everything.
     fn at_once(&self, batch: Rows, pass: &Pass, device: &Device) -> Passed {
-        let hidden = self.last_hidden_of(self.read(batch, pass, device), batch, pass.term.kv_rank(), device, None);
+        let lesson = Lesson::of(pass.term, pass.against, batch, device);
+        let mut trace = lesson.as_ref().map(|_| Trace::of_attention());
+        let x = self.read(batch, pass, device);
+        let hidden = self.last_hidden_of(x, batch, pass.term.kv_rank(), device, trace.as_mut());
         let seen = hidden.clone().detach();
-        let TermLoss { minimised, loss, figures } =
-            self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against);
+        let mut term = self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against, lesson.as_ref());
+        if let (Some(lesson), Some(trace)) = (&lesson, trace) {
+            term = lesson.join(trace.attn_out, term);
+        }
+        let TermLoss { minimised, loss, figures } = term;
         let mut gradients = gradients_of(minimised, pass.scale);
         Passed { loss: plain(loss), hidden: seen, gradients: take(self, &mut gradients), figures }
     }
@@ -176,19 +182,31 @@ impl CausalLm {
         let x = leaf(x);
         let hidden = self.model.norm.forward(x.clone()).reshape([rows * seq_len, self.config.hidden_size]);
         let seen = hidden.clone().detach();
-        let TermLoss { minimised, loss, figures } =
-            self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against);
+        let lesson = Lesson::of(pass.term, pass.against, batch, device);
+        let TermLoss { minimised, loss, mut figures } =
+            self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against, lesson.as_ref());
         let mut gradients = gradients_of(minimised, pass.scale);
-        let loss = plain(loss);
+        let mut loss = plain(loss);
         let mut pull = pulled(x, &mut gradients);
         let (norm, head) = (take(&self.model.norm, &mut gradients), take(&self.lm_head, &mut gradients));
         // Without a head of its own, the embedding is it.
         let as_head = self.lm_head.is_none().then(|| take(&self.model.embed_tokens, &mut gradients));
         let context = Context { kv_rank, ..self.context(batch.document_starts, seq_len, device) };
         let mut blocks = Vec::new();
-        for (block, x) in self.model.layers.iter().zip(inputs).rev() {
+        for (layer, (block, x)) in self.model.layers.iter().zip(inputs).enumerate().rev() {
             let x = leaf(x);
-            let mut gradients = pull_back(block.forward(x.clone(), Seen::Rows(&context), None), pull);
+            let mut trace = lesson.as_ref().map(|_| Trace::of_attention());
+            let y = block.forward(x.clone(), Seen::Rows(&context), trace.as_mut());
+            let own = trace.and_then(|mut trace| trace.attn_out.pop());
+            let mut gradients = match (&lesson, own) {
+                (Some(lesson), Some(own)) => {
+                    let error = lesson.error(layer, own);
+                    loss.nats = loss.nats + error.clone().without_autodiff() * lesson.weight;
+                    figures = told(figures, error.clone());
+                    ((y * pull.autodiff()).sum() + error * (lesson.weight * pass.scale)).backward()
+                }
+                _ => pull_back(y, pull),
+            };
             pull = pulled(x, &mut gradients);
             blocks.push(take(block, &mut gradients));
         }

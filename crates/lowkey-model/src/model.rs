@@ -88,6 +88,12 @@ impl Block {
     pub fn forward(&self, x: Tensor<3>, seen: Seen, report: Option<&mut Trace>) -> Tensor<3> {
         let normed = Input::normed(&self.input_layernorm, x.clone());
         let report = match (&seen, report) {
+            (_, Some(report)) if report.is_of_attention() => {
+                let heads = self.self_attn.attend(normed, seen);
+                let out = self.self_attn.o_proj().forward(heads.values);
+                report.attn_out.push(out.clone());
+                return self.feed_forward(x + out);
+            }
             (Seen::Rows(context), Some(report)) => {
                 self.self_attn.report(&normed, context, report);
                 Some(report)
@@ -248,13 +254,13 @@ impl CausalLm {
     /// The blocks and the final norm, `[batch, seq, d]` → `[batch, seq, d]`.
     fn through_blocks(&self, mut x: Tensor<3>, context: &Context, mut trace: Option<&mut Trace>) -> Tensor<3> {
         for block in &self.model.layers {
-            if let Some(trace) = trace.as_deref_mut() {
+            if let Some(trace) = trace.as_deref_mut().filter(|trace| !trace.is_of_attention()) {
                 trace.hidden.push(x.clone());
             }
             x = block.forward(x, Seen::Rows(context), trace.as_deref_mut());
         }
         let x = self.model.norm.forward(x);
-        if let Some(trace) = trace {
+        if let Some(trace) = trace.filter(|trace| !trace.is_of_attention()) {
             trace.hidden.push(x.clone());
         }
         x

@@ -4,6 +4,7 @@
 //! which terms a step has is the run's to say.
 
 mod figures;
+mod lesson;
 mod noise;
 pub mod preference;
 mod teacher;
@@ -14,6 +15,7 @@ pub use lowkey_kernels::loss::{Divergence, LossSum, TopTokens};
 use lowkey_kernels::loss::{Labels, cross_entropy_each, cross_entropy_sum, distill_sum};
 
 pub use self::figures::Figures;
+pub(crate) use self::lesson::{Lesson, told};
 pub use self::noise::EmbeddingNoise;
 use self::preference::Preference;
 use crate::model::CausalLm;
@@ -37,7 +39,13 @@ pub enum Term {
     /// Of rows in pairs ([`Rows::pairs`]), the chosen answer rather than the rejected one. Its loss is summed over pairs.
     Preference(Preference),
     /// What [`Against::teacher`] predicts, and the next token beside it.
-    Distillation(Divergence),
+    Distillation {
+        /// How far a prediction is from the teacher's.
+        divergence: Divergence,
+        /// Factor on how far the outputs of the attention are from those of the teacher's layers: the mean over layers of the squared
+        /// distance relative to the teacher's output. Above 0 it takes a teacher that is a model, of as many layers as wide.
+        attention: f64,
+    },
 }
 
 impl Term {
@@ -48,7 +56,7 @@ impl Term {
     pub(crate) fn kv_rank(&self) -> Option<usize> {
         match self {
             Self::Prefix { rank, .. } => Some(*rank),
-            Self::Next { .. } | Self::Preference(_) | Self::Distillation(_) => None,
+            Self::Next { .. } | Self::Preference(_) | Self::Distillation { .. } => None,
         }
     }
 
@@ -56,7 +64,7 @@ impl Term {
     /// computed twice to save memory does not count. What another model computes for it is counted where that model is known.
     pub fn passes(&self) -> f64 {
         match self {
-            Self::Next { .. } | Self::Prefix { .. } | Self::Preference(_) | Self::Distillation(_) => 1.0,
+            Self::Next { .. } | Self::Prefix { .. } | Self::Preference(_) | Self::Distillation { .. } => 1.0,
         }
     }
 }
@@ -117,7 +125,7 @@ impl From<LossSum> for TermLoss {
 
 impl CausalLm {
     /// The loss of a term from its pass's hidden states `[rows · seq, d]` after the final norm; `wider` are those of the first
-    /// term's pass.
+    /// term's pass. What of a `lesson` is of layers is not in it.
     pub(crate) fn loss_of_term(
         &self,
         term: &Term,
@@ -125,6 +133,7 @@ impl CausalLm {
         batch: Rows,
         wider: Option<&Tensor<2>>,
         against: Against,
+        lesson: Option<&Lesson>,
     ) -> TermLoss {
         let whole = |nats: Tensor<1>| LossSum {
             z_loss: nats.clone().detach().zeros_like(),
@@ -139,8 +148,8 @@ impl CausalLm {
             (Term::Prefix { .. }, ..) => self.loss_of(hidden, batch, 0.0).into(),
             (Term::Next { z_loss }, ..) => self.loss_of(hidden, batch, *z_loss).into(),
             (Term::Preference(preference), ..) => self.loss_of_pairs(preference, hidden, batch, against.reference),
-            (Term::Distillation(divergence), ..) => match against.teacher {
-                Some(teacher) => whole(self.distance_to(teacher, hidden, batch, *divergence)).into(),
+            (Term::Distillation { divergence, .. }, ..) => match against.teacher {
+                Some(teacher) => whole(self.distance_to(teacher, lesson, hidden, batch, *divergence)).into(),
                 None => self.loss_of(hidden, batch, 0.0).into(),
             },
         }

@@ -23,7 +23,9 @@ fn a_pupil_learns_what_its_teacher_says_and_goes_on_with_the_same_bits() {
     let from = teacher.checkpoint(40).display().to_string();
     let kept = tempfile::tempdir().unwrap();
     let cache = format!("top_k = 16\ncache = {:?}\n", kept.path().display().to_string());
-    for (more, whole) in [("", true), ("beta = 0.5\nshare = 0.7\ntemperature = 1.5\n", true), (&*cache, false)] {
+    for (more, whole) in
+        [("", true), ("beta = 0.5\nshare = 0.7\ntemperature = 1.5\nattention_weight = 0.3\n", true), (&*cache, false)]
+    {
         let objective = format!("kind = \"distillation\"\nteacher = {from:?}\n{more}");
         let unbroken = TinyRun::new();
         with_objective(&unbroken, &objective);
@@ -50,6 +52,14 @@ fn a_teacher_of_another_vocabulary_is_refused() {
     with_objective(&run, &format!("kind = \"distillation\"\nteacher = {from:?}"));
     let message = run.train(&["training.steps=2"]).unwrap_err().to_string();
     assert!(message.contains("objective.teacher") && message.contains("predicts 300 tokens"), "{message}");
+    // Layers learn from as many that are as wide.
+    let teacher = TinyRun::new();
+    teacher.train(&["training.steps=2", "model.num_hidden_layers=3"]).unwrap();
+    let run = TinyRun::new();
+    let from = teacher.checkpoint(2).display().to_string();
+    with_objective(&run, &format!("kind = \"distillation\"\nteacher = {from:?}\nattention_weight = 0.1"));
+    let message = run.train(&["training.steps=2"]).unwrap_err().to_string();
+    assert!(message.contains("objective.teacher") && message.contains("has 3 layers of width"), "{message}");
     let run = TinyRun::new();
     with_objective(&run, "kind = \"preference\"\nloss_type = \"simpo\"");
     let message = run.train(&["training.steps=2"]).unwrap_err().to_string();

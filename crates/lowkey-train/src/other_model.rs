@@ -72,6 +72,13 @@ pub(crate) fn check(
         let most = other.max_position_embeddings;
         return refuse(format!("was made for {most} positions at most; lower data.seq_len = {}", config.data.seq_len));
     }
+    let size = |config: &ModelConfig| (config.layers.len(), config.hidden_size);
+    if config.learns_attention() && size(&other) != size(model) {
+        let ((its_layers, its_width), (layers, width)) = (size(&other), size(model));
+        return refuse(format!(
+            "has {its_layers} layers of width {its_width}, and the model of this run {layers} of width {width};              objective.attention_weight takes layers that say the same: leave it out"
+        ));
+    }
     if let Asked::Tokens { top_k: Some(top_k), .. } = asked
         && top_k >= model.vocab_size
     {

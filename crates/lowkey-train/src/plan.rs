@@ -3,7 +3,7 @@
 mod ranks;
 
 use lowkey_model::{
-    ModelConfig,
+    ModelConfig, Recompute,
     cost::{ParameterCount, Training},
 };
 use serde::Serialize;
@@ -91,5 +91,13 @@ pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usiz
         added,
         averaged: config.training.ema_decay.is_some(),
     };
-    (model.train_bytes(training) + config.other_bytes()).saturating_sub(spared)
+    // What the attention of each layer gives, of the other model and, unless it is computed again, of this one.
+    let outputs = match (config.learns_attention(), config.training.recompute) {
+        (false, _) => 0,
+        (true, Recompute::Block) => 1,
+        (true, Recompute::None) => 2,
+    };
+    let tokens = config.rows_of_a_pass() * config.data.seq_len;
+    let outputs = outputs * model.layers.len() * model.hidden_size * tokens * size_of::<f32>();
+    (model.train_bytes(training) + config.other_bytes() + outputs).saturating_sub(spared)
 }

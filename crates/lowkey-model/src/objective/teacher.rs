@@ -4,25 +4,28 @@ use burn::tensor::{Device, Tensor};
 use lowkey_batch::{IGNORE, Rows};
 use lowkey_kernels::loss::{self, Divergence, TopTokens, diverge_sum};
 
-use super::Teacher;
+use super::{Lesson, Teacher};
 use crate::model::CausalLm;
 
 /// Logits that are on the host at a time, about.
 const LOGITS: usize = 1 << 22;
 
 impl CausalLm {
-    /// The summed distance of what follows from `hidden [rows · seq, d]` from what a teacher predicts, see [`diverge_sum`].
+    /// The summed distance of what follows from `hidden [rows · seq, d]` from what a teacher predicts, see [`diverge_sum`]; `lesson` is
+    /// its pass, where that was taken.
     pub(super) fn distance_to(
         &self,
         teacher: Teacher,
+        lesson: Option<&Lesson>,
         hidden: Tensor<2>,
         batch: Rows,
         divergence: Divergence,
     ) -> Tensor<1> {
         let teacher = match teacher {
             Teacher::Model(model) => {
-                let device = hidden.device().inner();
-                loss::Teacher::Whole(model.last_hidden(batch, None, &device, None), model.head_weight())
+                let pass = || model.last_hidden(batch, None, &hidden.device().inner(), None);
+                let taught = lesson.map_or_else(pass, |lesson| lesson.hidden.clone());
+                loss::Teacher::Whole(taught, model.head_weight())
             }
             Teacher::Top(top) => loss::Teacher::Top(top),
         };

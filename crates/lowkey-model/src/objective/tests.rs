@@ -8,7 +8,7 @@ use super::preference::{Preference, PreferenceLoss};
 use super::*;
 use crate::fixtures::{self, distance, scrambled, values};
 use crate::gradients::Recompute;
-use crate::model::ids_tensor;
+use crate::model::{Trace, ids_tensor};
 
 const ROWS: usize = 4;
 const SEQ: usize = 9;
@@ -147,20 +147,18 @@ fn learning_from_another_model_goes_down_the_distance_of_plain_tensors() {
         let teacher = scrambled(&fixtures::every_kind()[0].1, 5, &device).valid();
         for (beta, temperature, share) in [(0.0, 1.0, 1.0), (0.5, 0.9, 0.7), (1.0, 2.0, 1.0)] {
             let divergence = Divergence { beta, temperature, share };
-            let terms = [Term::Distillation(divergence)];
+            let terms = [Term::Distillation { divergence, attention: 0.0 }];
             let objective = Objective { scale: 0.1, terms: &terms };
             let against = Against { reference: None, teacher: Some(Teacher::Model(&teacher)) };
             let last = |model: &CausalLm, device: &Device| model.last_hidden(pairs.rows(), None, device, None);
             let index: Vec<i32> = pairs.targets.iter().map(|target| (*target).max(-1) as i32).collect();
             let index = Tensor::<1, Int>::from_data(TensorData::new(index, [ROWS * SEQ]), &device);
             let lesson = [last(&teacher, &Device::flex()).autodiff(), teacher.head_weight().autodiff()];
-            let plain = lowkey_kernels::reference::diverge_sum(
-                last(&model, &device),
-                model.head_weight(),
-                lesson,
-                index,
-                divergence,
-            );
+            let distance = || {
+                let (hidden, head) = (last(&model, &device), model.head_weight());
+                lowkey_kernels::reference::diverge_sum(hidden, head, lesson.clone(), index.clone(), divergence)
+            };
+            let plain = distance();
             let expected = model.take_gradients(&mut (plain.clone() * 0.1).backward());
             for recompute in [Recompute::None, Recompute::Block] {
                 let learnt = model.learn(pairs.rows(), objective, against, None, recompute, &device);
@@ -168,6 +166,41 @@ fn learning_from_another_model_goes_down_the_distance_of_plain_tensors() {
                 assert!((told / plain - 1.0).abs() < 1e-5, "{kind} {divergence:?}: {told} {plain}");
                 assert_eq!(learnt.loss.targets, 18);
                 assert_gradients(&format!("{kind} {divergence:?}"), &model, learnt.gradients, expected.clone());
+            }
+            // What the layers' attention gives is learnt beside it, where it is asked for.
+            let weight = 0.6;
+            let terms = [Term::Distillation { divergence, attention: weight }];
+            let objective = Objective { scale: 0.1, terms: &terms };
+            let traced = |model: &CausalLm, device: &Device| {
+                let mut trace = Trace::default();
+                model.last_hidden(pairs.rows(), None, device, Some(&mut trace));
+                trace.attn_out
+            };
+            let asked: Vec<f32> =
+                pairs.targets.iter().map(|target| if *target == IGNORE { 0.0 } else { 1.0 }).collect();
+            let asked = Tensor::<1>::from_floats(&asked[..], &device).reshape([ROWS, SEQ, 1]);
+            let layers = traced(&model, &device).into_iter().zip(traced(&teacher, &Device::flex()));
+            let apart = layers.map(|(own, taught)| {
+                let taught = taught.autodiff();
+                let relative = (own - taught.clone()).square().sum_dim(2) / taught.square().sum_dim(2);
+                (relative * asked.clone()).sum()
+            });
+            let apart = apart.reduce(|sum, more| sum + more).unwrap() / config.layers.len() as f64;
+            let whole = distance() + apart.clone() * weight;
+            let expected_of_both = model.take_gradients(&mut (whole.clone() * 0.1).backward());
+            for recompute in [Recompute::None, Recompute::Block] {
+                let learnt = model.learn(pairs.rows(), objective, against, None, recompute, &device);
+                let (told, whole) = (values(learnt.loss.nats)[0], values(whole.clone())[0]);
+                assert!((told / whole - 1.0).abs() < 1e-5, "{kind} {recompute:?}: {told} {whole}");
+                let read: Vec<f32> = learnt.figures.on_device().into_iter().flat_map(values).collect();
+                let (told, apart) = (learnt.figures.means(&read, 1)["attention_error"], values(apart.clone())[0]);
+                assert!((told / f64::from(apart) - 1.0).abs() < 1e-5, "{kind} {recompute:?}: {told} {apart}");
+                assert_gradients(
+                    &format!("{kind}, attention, {recompute:?}"),
+                    &model,
+                    learnt.gradients,
+                    expected_of_both.clone(),
+                );
             }
             // All of the vocabulary but one token, and that one: the same as all of it.
             let top = teacher.top_tokens(pairs.rows(), config.vocab_size - 1, temperature, &Device::flex());

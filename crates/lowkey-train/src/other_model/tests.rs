@@ -161,7 +161,10 @@ fn bytes_that_are_no_such_tokens_are_not_taken_for_some() {
 fn a_step_from_a_teacher_is_the_same_for_any_weights_that_were_kept() {
     let dir = tempfile::tempdir().unwrap();
     let asked = Asked::Tokens { top_k: Some(8), temperature: 1.0 };
-    let terms = [Term::Distillation(lowkey_model::objective::Divergence { beta: 0.0, temperature: 1.0, share: 0.5 })];
+    let terms = [Term::Distillation {
+        divergence: lowkey_model::objective::Divergence { beta: 0.0, temperature: 1.0, share: 0.5 },
+        attention: 0.0,
+    }];
     let train = || {
         let mut replica = replica(OptimizerKind::AdamW);
         replica.other = Some(counterpart(Some(Arc::new(Kept::open(dir.path(), "t").unwrap())), asked));

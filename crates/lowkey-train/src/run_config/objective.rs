@@ -76,6 +76,12 @@ pub enum ObjectiveSection {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         #[schemars(range(min = 1, max = 4096))]
         top_k: Option<usize>,
+        /// Factor on how far the output of each layer's attention lies from that of the teacher's layer: the squared distance relative to the
+        /// square of the teacher's output, a mean over layers and targets. For a teacher of as many layers as wide, such as the model that
+        /// this one was converted from; beside `top_k` there is none. Absent: 0.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 0))]
+        attention_weight: Option<f64>,
         /// A folder in which these likeliest tokens are kept, `6 · top_k + 2` bytes for each target: runs over the same sequences read them
         /// there. Absent: they are computed at every step.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -156,9 +162,10 @@ impl ObjectiveSection {
                     cpo_alpha: cpo_alpha.unwrap_or(1.0),
                 })
             }
-            Self::Distillation { beta, temperature, share, .. } => {
-                Term::Distillation(Divergence { beta: *beta, temperature: *temperature, share: *share })
-            }
+            Self::Distillation { beta, temperature, share, attention_weight, .. } => Term::Distillation {
+                divergence: Divergence { beta: *beta, temperature: *temperature, share: *share },
+                attention: attention_weight.unwrap_or(0.0),
+            },
         }
     }
 
@@ -167,13 +174,22 @@ impl ObjectiveSection {
         match self {
             Self::NextToken {} => Ok(()),
             Self::Preference { .. } => self.check_preference(config),
-            Self::Distillation { beta, temperature, share, top_k, cache, .. } => {
+            Self::Distillation { beta, temperature, share, top_k, cache, attention_weight, .. } => {
                 no_z_loss(config, "the distance to a teacher")?;
                 super::check::fraction("objective.beta", *beta)?;
                 super::check::fraction("objective.share", *share)?;
                 above_zero("objective.temperature", *temperature)?;
                 if let Some(top_k) = top_k {
                     super::at_least_one("objective.top_k", *top_k, 4096)?;
+                }
+                if let Some(weight) = attention_weight {
+                    if !(weight.is_finite() && *weight >= 0.0) {
+                        return Err(Error::config("objective.attention_weight", weight, "must be a finite number ≥ 0"));
+                    }
+                    if top_k.is_some() {
+                        let why = "is learnt from the teacher itself, and with top_k only what it predicts is asked of it; leave one out";
+                        return Err(Error::config("objective.attention_weight", weight, why));
+                    }
                 }
                 match (cache, top_k) {
                     (Some(cache), None) => {
@@ -367,6 +383,15 @@ impl RunConfig {
     /// Whether the run learns from pairs of answers.
     pub(crate) fn prefers(&self) -> bool {
         matches!(self.objective[..], [ObjectiveSection::Preference { .. }])
+    }
+
+    /// Whether the outputs of the other model's attention are learnt, too.
+    pub(crate) fn learns_attention(&self) -> bool {
+        let weight = |section: &ObjectiveSection| match section {
+            ObjectiveSection::Distillation { attention_weight, .. } => attention_weight.unwrap_or(0.0),
+            ObjectiveSection::NextToken {} | ObjectiveSection::Preference { .. } => 0.0,
+        };
+        self.objective.iter().any(|section| weight(section) > 0.0)
     }
 
     /// The other model that the objective needs.

@@ -89,6 +89,8 @@ fn what_does_not_go_together_is_refused_with_the_mend() {
         (distillation("temperature = 0.0"), &[], "objective.temperature = 0"),
         (distillation("top_k = 0"), &[], "objective.top_k = 0"),
         (distillation("cache = \"kept\""), &[], "write top_k = 64"),
+        (distillation("attention_weight = -1.0"), &[], "objective.attention_weight = -1: must be a finite number"),
+        (distillation("attention_weight = 0.5\ntop_k = 4"), &[], "with top_k only what it predicts is asked"),
         (with(DISTILLATION) + "[[objective]]\n" + PREFERENCE, &[], "a run has one"),
     ] {
         let message = refusal(&text, overrides);
