@@ -1,7 +1,7 @@
 //! What a text makes of a model's latents and queries: second moments, layer by layer.
 
 use burn::tensor::{Device, Tensor};
-use faer::Mat;
+use faer::{Mat, MatRef};
 use lowkey_model::{
     CausalLm,
     attention::{Mla, MlaDims},
@@ -85,7 +85,7 @@ pub(crate) fn measure(model: &CausalLm, text: &[Vec<u32>], device: &Device, obse
             continue;
         }
         let context = model.context(&vec![0; ids.len()], ids.len(), device);
-        let mut trace = Trace::default();
+        let mut trace = Trace::of_hidden();
         model.hidden(ids_tensor(ids, 1, ids.len(), device), &context, Some(&mut trace));
         for (((mla, block), input), sums) in attentions.iter().zip(&model.model.layers).zip(trace.hidden).zip(&mut sums)
         {
@@ -109,7 +109,7 @@ impl Sums {
 
     /// Adds one sequence; `x [1, seq, d]` is the attention's normed input.
     fn add(&mut self, mla: &Mla, x: Tensor<3>, rope: &RopeTable) -> Result<()> {
-        let MlaDims { heads, nope, rope: r, scale, .. } = mla.dims;
+        let MlaDims { nope, rope: r, scale, .. } = mla.dims;
         let latent = mla.latent(x.clone(), rope);
         let c_kv = latent.c_kv().squeeze_dim::<2>(0);
         let [seq, _] = c_kv.dims();
@@ -117,16 +117,14 @@ impl Sums {
         self.mean += Mat::from_fn(1, columns.ncols(), |_, j| columns.col(j).sum());
         self.latent += squares(&columns);
         let queries = mla.queries(x, rope).squeeze_dim::<3>(0).swap_dims(0, 1);
-        let q_nope = queries.clone().narrow(2, 0, nope);
-        for (head, sum) in self.queries.iter_mut().enumerate() {
-            *sum += squares(&to_mat(q_nope.clone().narrow(0, head, 1).squeeze_dim::<2>(0), "queries")?);
-        }
         let (keys, _) = mla.expand(latent);
-        let keys = keys.squeeze_dim::<3>(0).swap_dims(1, 2);
-        let products = |q: Tensor<3>, from, width| q.matmul(keys.clone().narrow(1, from, width)) * scale;
-        self.nope += variance(products(q_nope, 0, nope), heads, seq)?;
-        if r > 0 {
-            self.rope += variance(products(queries.narrow(2, nope, r), nope, r), heads, seq)?;
+        let keys = keys.squeeze_dim::<3>(0);
+        let of_head = |x: &Tensor<3>, head, what| to_mat(x.clone().narrow(0, head, 1).squeeze_dim::<2>(0), what);
+        for (head, sum) in self.queries.iter_mut().enumerate() {
+            let (q, k) = (of_head(&queries, head, "queries")?, of_head(&keys, head, "keys")?);
+            *sum += squares(&q.subcols(0, nope).to_owned());
+            self.nope += scale * scale * variance(q.subcols(0, nope), k.subcols(0, nope));
+            self.rope += scale * scale * variance(q.subcols(nope, r), k.subcols(nope, r));
         }
         self.tokens += seq;
         Ok(())
@@ -150,17 +148,46 @@ fn squares(x: &Mat<f64>) -> Mat<f64> {
     x.transpose() * x
 }
 
-/// Σ over heads and queries of the variance of `scores [H, seq, seq]` over the keys that a query sees: a softmax knows nothing of
-/// what is the same for all keys.
-fn variance(scores: Tensor<3>, heads: usize, seq: usize) -> Result<f64> {
-    let options = (&scores.device(), scores.dtype());
-    let seen = Tensor::<2>::ones([seq, seq], options).tril(0).unsqueeze_dim::<3>(0).expand([heads, seq, seq]);
-    let count = seen.clone().sum_dim(2);
-    let scores = scores * seen.clone();
-    let mean = scores.clone().sum_dim(2) / count.clone();
-    let apart = (scores - mean.expand([heads, seq, seq])) * seen;
-    let sum = (apart.clone() * apart).sum_dim(2) / count;
-    let sum = sum.sum().try_into_vec_as::<f32>();
-    let sum = sum.map_err(|e| Error::Device { what: "a variance", why: format!("{e:?}") })?;
-    Ok(sum.first().copied().map_or(0.0, f64::from))
+/// Σ over queries of the variance of `q·k` over the keys that a query sees, all up to its own, for `q, k [seq, width]`: a softmax knows
+/// nothing of what is the same for all keys. From the moments of the keys so far, so that no score is formed.
+fn variance(q: MatRef<f64>, k: MatRef<f64>) -> f64 {
+    let width = q.ncols();
+    let row = |x: MatRef<f64>, t: usize| -> Vec<f64> { (0..width).map(|i| x[(t, i)]).collect() };
+    let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+    let (mut first, mut second) = (vec![0.0; width], vec![0.0; width * width]);
+    let mut sum = 0.0;
+    for t in 0..q.nrows() {
+        let (q, k, seen) = (row(q, t), row(k, t), (t + 1) as f64);
+        first.iter_mut().zip(&k).for_each(|(first, k)| *first += k);
+        let mut square = 0.0;
+        for ((second, ki), qi) in second.chunks_exact_mut(width.max(1)).zip(&k).zip(&q) {
+            second.iter_mut().zip(&k).for_each(|(second, kj)| *second += ki * kj);
+            square += qi * dot(second, &q);
+        }
+        sum += (square / seen - (dot(&first, &q) / seen).powi(2)).max(0.0);
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against the scores themselves.
+    #[test]
+    fn the_variance_of_scores_comes_from_the_moments_of_keys() {
+        for (seq, width) in [(1, 3), (7, 1), (23, 6), (5, 0)] {
+            let q = Mat::from_fn(seq, width, |t, i| ((t * 7 + i * 3) % 11) as f64 - 4.0);
+            let k = Mat::from_fn(seq, width, |t, i| ((t * 5 + i * 2) % 13) as f64 + 20.0);
+            let scores = &q * k.transpose();
+            let of_query = |t: usize| {
+                let seen: Vec<f64> = (0..=t).map(|s| scores[(t, s)]).collect();
+                let mean = seen.iter().sum::<f64>() / seen.len() as f64;
+                seen.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / seen.len() as f64
+            };
+            let expected: f64 = (0..seq).map(of_query).sum();
+            let found = variance(q.as_ref(), k.as_ref());
+            assert!((found - expected).abs() <= 1e-9 * expected.max(1.0), "{seq} × {width}: {found} {expected}");
+        }
+    }
 }

@@ -29,18 +29,42 @@ pub struct Trace {
     pub k_pe: Vec<Tensor<3>>,
     /// Largest attention logit of each block, `[1]`.
     pub max_logit: Vec<Tensor<1>>,
-    /// That nothing but [`Trace::attn_out`] is recorded, which then costs nothing and is part of the graph that the pass has.
-    attention_alone: bool,
+    records: Records,
+}
+
+/// What of a pass is recorded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Records {
+    #[default]
+    All,
+    Hidden,
+    /// Part of the graph that the pass has.
+    Attention,
 }
 
 impl Trace {
-    /// One that records [`Trace::attn_out`] and nothing else.
-    pub(crate) fn of_attention() -> Self {
-        Self { attention_alone: true, ..Self::default() }
+    /// One that records [`Trace::hidden`] and nothing else, which costs nothing.
+    pub fn of_hidden() -> Self {
+        Self { records: Records::Hidden, ..Self::default() }
     }
 
-    /// Whether it records no more than that.
+    /// One that records [`Trace::attn_out`] and nothing else, which costs nothing.
+    pub(crate) fn of_attention() -> Self {
+        Self { records: Records::Attention, ..Self::default() }
+    }
+
+    /// Whether the inputs of blocks are recorded.
+    pub(crate) fn has_hidden(&self) -> bool {
+        self.records != Records::Attention
+    }
+
+    /// Whether what blocks make of them is recorded.
+    pub(crate) fn has_blocks(&self) -> bool {
+        self.records != Records::Hidden
+    }
+
+    /// Whether the outputs of the attention are all that is recorded.
     pub(crate) fn is_of_attention(&self) -> bool {
-        self.attention_alone
+        self.records == Records::Attention
     }
 }

@@ -254,13 +254,13 @@ impl CausalLm {
     /// The blocks and the final norm, `[batch, seq, d]` → `[batch, seq, d]`.
     fn through_blocks(&self, mut x: Tensor<3>, context: &Context, mut trace: Option<&mut Trace>) -> Tensor<3> {
         for block in &self.model.layers {
-            if let Some(trace) = trace.as_deref_mut().filter(|trace| !trace.is_of_attention()) {
+            if let Some(trace) = trace.as_deref_mut().filter(|trace| trace.has_hidden()) {
                 trace.hidden.push(x.clone());
             }
-            x = block.forward(x, Seen::Rows(context), trace.as_deref_mut());
+            x = block.forward(x, Seen::Rows(context), trace.as_deref_mut().filter(|trace| trace.has_blocks()));
         }
         let x = self.model.norm.forward(x);
-        if let Some(trace) = trace.filter(|trace| !trace.is_of_attention()) {
+        if let Some(trace) = trace.filter(|trace| trace.has_hidden()) {
             trace.hidden.push(x.clone());
         }
         x

@@ -59,7 +59,7 @@ pub(crate) fn fitted(
             continue;
         }
         let context = model.context(&vec![0; ids.len()], ids.len(), device);
-        let mut trace = Trace::default();
+        let mut trace = Trace::of_hidden();
         model.hidden(ids_tensor(ids, 1, ids.len(), device), &context, Some(&mut trace));
         for (((block, mla), hidden), [latent, query]) in
             model.model.layers.iter().zip(layers).zip(trace.hidden).zip(&mut sums)

@@ -33,7 +33,7 @@ pub fn absorb_head_norms(model: &CausalLm, text: &[Vec<u32>], device: &Device, o
             continue;
         }
         let context = model.context(&vec![0; ids.len()], ids.len(), device);
-        let mut trace = Trace::default();
+        let mut trace = Trace::of_hidden();
         model.hidden(ids_tensor(ids, 1, ids.len(), device), &context, Some(&mut trace));
         for (((block, layer), hidden), [queries, keys]) in
             model.model.layers.iter().zip(&layers).zip(trace.hidden).zip(&mut sums)

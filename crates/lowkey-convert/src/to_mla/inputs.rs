@@ -47,7 +47,7 @@ impl Inputs {
                 continue;
             }
             let context = model.context(&vec![0; ids.len()], ids.len(), device);
-            let mut trace = Trace::default();
+            let mut trace = Trace::of_hidden();
             model.hidden(ids_tensor(ids, 1, ids.len(), device), &context, Some(&mut trace));
             for ((block, hidden), moment) in model.model.layers.iter().zip(trace.hidden).zip(&mut moments) {
                 let x = to_mat(block.input_layernorm.forward(hidden).squeeze_dim::<2>(0), "inputs of attention")?;
