@@ -23,11 +23,11 @@ use crate::output::OutputFailed;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Keeps freed memory for the next step instead of handing it back after some milliseconds.
+/// Keeps freed memory for the next step instead of handing it back after a second.
 fn keep_freed_memory() {
-    /// `mi_option_purge_delay` of `mimalloc.h` (version 2), and its default.
+    /// `mi_option_purge_delay` of `mimalloc.h`, and its default.
     const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-    const DEFAULT_MS: std::ffi::c_long = 10;
+    const DEFAULT_MS: std::ffi::c_long = 1000;
     const NEVER: std::ffi::c_long = -1;
     // SAFETY: both functions only read and write an integer in the allocator's table of options. The default is compared so
     // that a later version that numbers its options anew is left alone, as is a user's own MIMALLOC_PURGE_DELAY.
