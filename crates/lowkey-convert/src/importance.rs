@@ -2,13 +2,15 @@
 
 use faer::Mat;
 use lowkey_model::attention::{Mla, MlaDims};
+use serde::Serialize;
 
 use crate::error::Result;
 use crate::matrix::{rows, to_mat, trace};
 use crate::moments::Moments;
 
 /// What decides the order of a latent's directions, and what its readers are fitted to after a cut.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Importance {
     /// The weights alone: the singular values of what is rebuilt from the latent, as a function of the hidden state.
     Weights,

@@ -31,8 +31,8 @@ pub struct Wanted {
     pub rotated: Option<usize>,
     /// Which these are. Absent: of the strongest and as many of each frequency what loses less on the text.
     pub keep: Option<Keep>,
-    /// What decides which directions of a latent stay.
-    pub importance: Importance,
+    /// What decides which directions of a latent stay. Absent: of what readers see and of what latents make what loses less on the text.
+    pub importance: Option<Importance>,
 }
 
 /// A model that was converted, and what it cost.
@@ -44,6 +44,8 @@ pub struct Converted {
     pub rotated: usize,
     /// Numbers of each layer's latent.
     pub ranks: Vec<usize>,
+    /// What has decided which directions of latents stay.
+    pub importance: Importance,
     /// Loss on the calibration text before, nats per token.
     pub loss_before: f64,
     /// And after.
@@ -76,7 +78,7 @@ pub fn fit(
     device: &Device,
     observe: Observer,
 ) -> Result<Converted> {
-    let [most, cache] = widths(model)?;
+    let [_, cache] = widths(model)?;
     let layers = model.config.layers.len();
     if let Width::Budget(budget) = wanted.width {
         let least = layers * (wanted.rotated.unwrap_or(0) + 1);
@@ -92,9 +94,36 @@ pub fn fit(
         }
     }
     let inputs = Inputs::measure(model, text, device, observe)?;
+    let importances = wanted.importance.map_or(vec![Importance::Readers, Importance::Activations], |by| vec![by]);
+    let mut best: Option<Converted> = None;
+    for importance in importances {
+        let found = fit_by(importance, model, wanted, (&inputs, text), device, observe)?;
+        if best.as_ref().is_none_or(|best| found.loss_after < best.loss_after) {
+            best = Some(found);
+        }
+    }
+    best.ok_or_else(none)
+}
+
+/// No way that was tried is one.
+fn none() -> Error {
+    Error::Text { why: "no width of the rotated key gave a loss that is a number".into() }
+}
+
+/// The same with directions that stay by what `importance` counts.
+fn fit_by(
+    importance: Importance,
+    model: &CausalLm,
+    wanted: Wanted,
+    (inputs, text): (&Inputs, &[Vec<u32>]),
+    device: &Device,
+    observe: Observer,
+) -> Result<Converted> {
+    let [most, _] = widths(model)?;
+    let layers = model.config.layers.len();
     let loss_before = loss(model, text, device)?;
     let attempt = |rotated: usize, keep: Keep, observe: Observer| -> Result<(Rotated, CausalLm, f64)> {
-        let latent = narrowed(model, rotated, keep, &inputs, device)?;
+        let latent = narrowed(model, rotated, keep, inputs, device)?;
         let whole = latent.config.kv_ranks().into_iter().min().unwrap_or(0);
         let rank = match wanted.width {
             Width::Rank(rank) if rank == 0 || rank > whole => {
@@ -104,7 +133,7 @@ pub fn fit(
             Width::Rank(rank) => rank,
             Width::Budget(budget) => (budget / layers).saturating_sub(rotated).min(whole),
         };
-        let latents = Rotated::by(wanted.importance, &latent, text, device, observe)?;
+        let latents = Rotated::by(importance, &latent, text, device, observe)?;
         let cut = latents.cut(&vec![rank; layers], device)?;
         let loss = loss(&cut, text, device)?;
         Ok((latents, cut, loss))
@@ -129,9 +158,7 @@ pub fn fit(
             best = Some((*rotated, latents, cut, loss));
         }
     }
-    let Some((rotated, latents, cut, loss)) = best else {
-        return Err(Error::Text { why: "no width of the rotated key gave a loss that is a number".into() });
-    };
+    let Some((rotated, latents, cut, loss)) = best else { return Err(none()) };
     let (cut, loss_after, curves) = match wanted.width {
         Width::Rank(_) => (cut, loss, Vec::new()),
         Width::Budget(budget) => {
@@ -146,7 +173,8 @@ pub fn fit(
         }
     };
     let model = trimmed(&cut, device)?;
-    Ok(Converted { rotated, ranks: model.config.kv_ranks(), model, loss_before, loss_after, tried, curves })
+    let ranks = model.config.kv_ranks();
+    Ok(Converted { rotated, ranks, importance, model, loss_before, loss_after, tried, curves })
 }
 
 /// Numbers of one key head that turn.

@@ -401,7 +401,7 @@ fn what_has_no_latent_form_is_refused() {
 fn a_conversion_keeps_to_its_budget() {
     let whole = model(&config(|_, g| (g.num_key_value_heads, g.qkv_bias) = (2, true)), 8);
     let text = text(4, 60);
-    let wanted = |width, rotated| Wanted { width, rotated, keep: None, importance: Importance::Readers };
+    let wanted = |width, rotated| Wanted { width, rotated, keep: None, importance: None };
     let fitted = |wanted| fit(&whole, wanted, &text, &device(), &mut |_| {});
     // 2 layers of 24 numbers.
     for budget in [2, 9, 24, 48] {
@@ -411,6 +411,11 @@ fn a_conversion_keeps_to_its_budget() {
         assert!((made.loss_after - loss(&made.model, &text, &device()).unwrap()).abs() < 1e-5);
         assert!(made.tried.iter().any(|tried| tried.rotated == made.rotated) && made.curves.len() == 2);
         assert!(made.tried.iter().all(|tried| tried.loss >= made.loss_after - 1e-6), "{:?}", made.tried);
+        // The better of two ways, whose losses are what they are by themselves.
+        let by = |importance| fitted(Wanted { importance: Some(importance), ..wanted(Width::Budget(budget), None) });
+        let each = [Importance::Readers, Importance::Activations].map(|way| (by(way).unwrap().loss_after, way));
+        let least = if each[1].0 < each[0].0 { each[1] } else { each[0] };
+        assert_eq!((made.loss_after, made.importance), least, "{budget}");
         let cost = made.loss_after - made.loss_before;
         assert!(if budget == 48 { cost < 1e-4 } else { cost.is_finite() }, "{budget}: {cost}");
     }

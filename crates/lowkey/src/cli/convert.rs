@@ -24,9 +24,9 @@ pub(crate) struct ConvertArguments {
     /// Which directions of the keys go on turning [default: of energy and uniform what loses less]
     #[arg(long, value_name = "WHICH", requires = "to")]
     pub(crate) rope_keep: Option<Keep>,
-    /// What decides which directions of a latent stay
-    #[arg(long, value_name = "BY", requires = "to", default_value = "readers")]
-    pub(crate) importance: Importance,
+    /// What decides which directions of a latent stay [default: of readers and activations what loses less]
+    #[arg(long, value_name = "BY", requires = "to")]
+    pub(crate) importance: Option<Importance>,
     /// A dataset file (.toml) or a text file to calibrate with [default: the run's training text]
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,

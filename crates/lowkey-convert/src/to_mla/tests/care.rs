@@ -181,8 +181,12 @@ fn latents_lose_no_more_than_those_of_care() {
                 (loss(&model, &text, &device()).unwrap(), divergence(&whole, &model, &held_out))
             });
             let best = dealt.iter().min_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
-            let wanted =
-                Wanted { width: Width::Budget(budget), rotated: Some(0), keep: None, importance: Importance::Readers };
+            let wanted = Wanted {
+                width: Width::Budget(budget),
+                rotated: Some(0),
+                keep: None,
+                importance: Some(Importance::Readers),
+            };
             let ours = fit(&whole, wanted, &text, &device(), &mut |_| {}).unwrap().model;
             assert!(ours.config.cache_numbers() <= budget);
             let (lost, apart) = (loss(&ours, &text, &device()).unwrap(), divergence(&whole, &ours, &held_out));

@@ -94,7 +94,7 @@ fn make(
                 width,
                 rotated: arguments.rope_dim,
                 keep: arguments.rope_keep.map(Into::into),
-                importance: arguments.importance.into(),
+                importance: arguments.importance.map(Into::into),
             };
             Some(fit(&plain, wanted, train, device, observe)?)
         }
@@ -145,6 +145,7 @@ fn report(model: &CausalLm, made: &Made, text: Option<&text::Calibration>) -> Va
         "cache_numbers": made.model.config.cache_numbers(),
         "qk_rope_head_dim": mla.map(|mla| mla.qk_rope_head_dim),
         "kv_ranks": made.model.config.kv_ranks(),
+        "importance": made.fitted.as_ref().map(|fitted| fitted.importance),
         "calibration": calibration,
         "held_out": made.held_out.map(losses),
         "rotated_keys_tried": made.fitted.as_ref().map(|fitted| {
