@@ -95,7 +95,7 @@ pub fn narrowed(model: &CausalLm, rotated: usize, keep: Keep, inputs: &Inputs, d
             each.map(|((found, count), turn)| found.keep(*count, *turn * factor)).collect()
         })
         .collect();
-    convert(model, &grouped, &layers, &turning, (&counts, &inputs.means()), device)
+    convert(model, &grouped, &layers, &turning, (&counts, &inputs.constants()), device)
 }
 
 /// Numbers per token of the rotated keys, all heads together, and of what is cached.

@@ -44,6 +44,7 @@ use lowkey_model::{
 };
 
 use crate::error::{Error, Result};
+use crate::idle_norm::with_idle_norms;
 use architecture::Architecture;
 pub use metadata::{Array, Metadata, Value};
 pub use read::{Gguf, TensorInfo};
@@ -94,9 +95,15 @@ struct Outline {
 /// [`Error::Unsupported`] naming the property of the model or of its tokenizer that the format has no way to say, or the tensor
 /// with a value that `kind` cannot hold, with the mend; [`Error::Io`] where the file cannot be written.
 pub fn write(path: &Path, model: &CausalLm, tokenizer: Option<&Tokenizer>, kind: TensorType) -> Result<Summary> {
-    // What llama.cpp has no way to cut is written whole, with weights of zero for what was cut.
-    let model = &model.with_whole_latents();
-    let Outline { metadata, plans, tensors, notes } = outline(path, model, tokenizer, kind)?;
+    let idle = has_no_norm(model);
+    if idle && matches!(kind, TensorType::F16 | TensorType::Q8_0) {
+        let why = "its latents have no norm, and the numbers by which one that does nothing is written are too small for halves: use f32 \
+                   or bf16";
+        return Err(Error::unsupported("GGUF in f16 or q8_0", why));
+    }
+    let model = &writable(model)?;
+    let Outline { metadata, plans, tensors, mut notes } = outline(path, model, tokenizer, kind)?;
+    notes.extend(idle.then(|| "its latents have no norm: the file has one that does nothing".into()));
     let fallen = |info: &&TensorInfo| info.shape.len() > 1 && info.kind != kind;
     let fallbacks = tensors.iter().filter(fallen).map(|info| info.name.clone()).collect();
     let parameters: HashMap<String, Parameter> =
@@ -177,6 +184,17 @@ pub(crate) fn write_adapter(
     Ok(())
 }
 
+/// The model that is written: what llama.cpp has no way to cut is whole, with weights of zero for what was cut, and latents have norms.
+fn writable(model: &CausalLm) -> Result<CausalLm> {
+    let mut whole = model.with_whole_latents();
+    with_idle_norms(&mut whole, "GGUF")?;
+    Ok(whole)
+}
+
+fn has_no_norm(model: &CausalLm) -> bool {
+    model.config.attention().latent().is_some_and(|mla| !mla.latent_norm)
+}
+
 /// Everything but the weights of the file that a model is written to.
 fn outline(path: &Path, model: &CausalLm, tokenizer: Option<&Tokenizer>, kind: TensorType) -> Result<Outline> {
     let config = &model.config;
@@ -222,7 +240,7 @@ pub(crate) fn differences(
     kind: TensorType,
 ) -> Result<Vec<String>> {
     let file = Gguf::open(path)?;
-    let expected = outline(path, &model.with_whole_latents(), tokenizer, kind)?;
+    let expected = outline(path, &writable(model)?, tokenizer, kind)?;
     let mut lines = file.metadata().differences(&expected.metadata);
     let mut found: HashMap<&str, &TensorInfo> = file.tensors().map(|info| (info.name.as_str(), info)).collect();
     for info in &expected.tensors {
@@ -273,7 +291,7 @@ fn folds(model: &CausalLm) -> Vec<String> {
 /// # Errors
 /// [`Error::Unsupported`] as [`write()`], [`Error::Device`] where a tensor cannot be read back.
 pub(crate) fn as_stored(model: &CausalLm) -> Result<CausalLm> {
-    let model = model.with_whole_latents();
+    let model = writable(model)?;
     let plans = plan(&model.config, Architecture::of(&model.config)?);
     let changes: HashMap<&str, Change> = plans
         .iter()

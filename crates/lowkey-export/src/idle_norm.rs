@@ -13,12 +13,12 @@ use crate::error::{Error, Result};
 /// Largest share of ε that the mean square of a latent may come to: half of it is the relative error, below what 32 bits resolve.
 const SHARE: f64 = 1.0 / (1u64 << 26) as f64;
 
-/// Gives each latent that has no norm one that does nothing.
+/// Gives each latent that has no norm one that does nothing, for `what` is to hold the model.
 ///
 /// # Errors
 /// [`Error::Unsupported`] where other programs would take another ε, which here is what counts; [`Error::Device`] where a device does
 /// not give back what it computed.
-pub(crate) fn with_idle_norms(model: &mut CausalLm) -> Result<()> {
+pub(crate) fn with_idle_norms(model: &mut CausalLm, what: &'static str) -> Result<()> {
     if model.config.attention().latent().is_none_or(|mla| mla.latent_norm) {
         return Ok(());
     }
@@ -28,7 +28,7 @@ pub(crate) fn with_idle_norms(model: &mut CausalLm) -> Result<()> {
              on which that is where rms_norm_eps = {} and not {LATENT_NORM_EPS}",
             model.config.rms_norm_eps
         );
-        return Err(Error::unsupported("a Hugging Face directory", why));
+        return Err(Error::unsupported(what, why));
     }
     for block in &mut model.model.layers {
         let before = block.input_layernorm.gain();

@@ -68,7 +68,7 @@ impl Source {
 /// [`Error::Unsupported`] where no class of transformers computes the model.
 pub fn canonical(model: &CausalLm) -> Result<CausalLm> {
     let mut model = model.with_whole_latents();
-    with_idle_norms(&mut model)?;
+    with_idle_norms(&mut model, "a Hugging Face directory")?;
     for block in &mut model.model.layers {
         if let Some(mla) = block.self_attn.latent_mut()
             && mla.dims.latent_scale != 1.0

@@ -31,6 +31,8 @@ pub struct Wanted {
     pub rotated: Option<usize>,
     /// Which these are. Absent: of the strongest and as many of each frequency what loses less on the text.
     pub keep: Option<Keep>,
+    /// Whether the mean of keys and values goes from the latents into a bias of the output, which loses less.
+    pub centred: bool,
     /// What decides which directions of a latent stay. Absent: of what readers see and of what latents make what loses less on the text.
     pub importance: Option<Importance>,
 }
@@ -94,6 +96,7 @@ pub fn fit(
         }
     }
     let inputs = Inputs::measure(model, text, device, observe)?;
+    let inputs = if wanted.centred { inputs } else { inputs.uncentred() };
     let importances = wanted.importance.map_or(vec![Importance::Readers, Importance::Activations], |by| vec![by]);
     let mut best: Option<Converted> = None;
     for importance in importances {

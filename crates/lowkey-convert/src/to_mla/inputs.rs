@@ -16,13 +16,24 @@ pub struct Inputs {
     pub(crate) moments: Vec<Mat<f64>>,
     /// How many pairs of query and key lie each distance apart.
     pub(crate) distances: Vec<f64>,
+    /// Whether what is the same for all inputs goes into biases.
+    centred: bool,
 }
 
 impl Inputs {
-    /// The mean of each layer's (x, 1), `[d+1, 1]`.
-    pub(crate) fn means(&self) -> Vec<Mat<f64>> {
-        let last = |moment: &Mat<f64>| moment.subcols(moment.ncols() - 1, 1).to_owned();
-        self.moments.iter().map(last).collect()
+    /// For latents that hold the mean of keys and values as well: the output then has no bias because of it.
+    #[must_use]
+    pub fn uncentred(self) -> Self {
+        Self { centred: false, ..self }
+    }
+
+    /// The part of each layer's (x, 1) that latents do not hold, `[d+1, 1]`: its mean or, for [`Inputs::uncentred`], the 1 alone.
+    pub(crate) fn constants(&self) -> Vec<Mat<f64>> {
+        let constant = |moment: &Mat<f64>| {
+            let last = moment.ncols() - 1;
+            Mat::from_fn(moment.nrows(), 1, |i, _| if self.centred || i == last { moment[(i, last)] } else { 0.0 })
+        };
+        self.moments.iter().map(constant).collect()
     }
 
     /// Distances of queries and keys by what they weigh: as often as they come, and with that power of the distance the less, as
@@ -59,6 +70,6 @@ impl Inputs {
         }
         let tokens: usize = text.iter().map(Vec::len).sum();
         let moments = moments.iter().map(|sum| faer::Scale(1.0 / tokens.max(1) as f64) * sum).collect();
-        Ok(Self { moments, distances })
+        Ok(Self { moments, distances, centred: true })
     }
 }

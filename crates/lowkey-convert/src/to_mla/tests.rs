@@ -401,7 +401,7 @@ fn what_has_no_latent_form_is_refused() {
 fn a_conversion_keeps_to_its_budget() {
     let whole = model(&config(|_, g| (g.num_key_value_heads, g.qkv_bias) = (2, true)), 8);
     let text = text(4, 60);
-    let wanted = |width, rotated| Wanted { width, rotated, keep: None, importance: None };
+    let wanted = |width, rotated| Wanted { width, rotated, keep: None, centred: true, importance: None };
     let fitted = |wanted| fit(&whole, wanted, &text, &device(), &mut |_| {});
     // 2 layers of 24 numbers.
     for budget in [2, 9, 24, 48] {
@@ -418,6 +418,15 @@ fn a_conversion_keeps_to_its_budget() {
         assert_eq!((made.loss_after, made.importance), least, "{budget}");
         let cost = made.loss_after - made.loss_before;
         assert!(if budget == 48 { cost < 1e-4 } else { cost.is_finite() }, "{budget}: {cost}");
+    }
+    // Without the text's mean in biases there are those alone that the source has.
+    let plain = model(&config(|_, g| g.num_key_value_heads = 2), 8);
+    for centred in [false, true] {
+        let wanted = Wanted { centred, ..wanted(Width::Budget(48), Some(6)) };
+        let made = fit(&plain, wanted, &text, &device(), &mut |_| {}).unwrap();
+        let biased = made.model.parameters().iter().any(|parameter| parameter.name.ends_with("bias"));
+        assert_eq!(biased, centred);
+        assert!(made.loss_after.is_finite());
     }
     let made = fitted(wanted(Width::Rank(7), None)).unwrap();
     assert_eq!((made.ranks, made.rotated, made.model.config.kv_cache_ranks()), (vec![7, 7], 6, None));

@@ -27,6 +27,10 @@ pub(crate) struct ConvertArguments {
     /// What decides which directions of a latent stay [default: of readers and activations what loses less]
     #[arg(long, value_name = "BY", requires = "to")]
     pub(crate) importance: Option<Importance>,
+    /// Leave the mean of keys and values in the latents instead of in a bias of the output: it loses more, and programs whose
+    /// DeepSeek has no biases, such as llama.cpp, can run the model
+    #[arg(long, requires = "to")]
+    pub(crate) no_bias: bool,
     /// A dataset file (.toml) or a text file to calibrate with [default: the run's training text]
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,

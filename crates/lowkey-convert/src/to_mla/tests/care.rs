@@ -185,6 +185,7 @@ fn latents_lose_no_more_than_those_of_care() {
                 width: Width::Budget(budget),
                 rotated: Some(0),
                 keep: None,
+                centred: true,
                 importance: Some(Importance::Readers),
             };
             let ours = fit(&whole, wanted, &text, &device(), &mut |_| {}).unwrap().model;

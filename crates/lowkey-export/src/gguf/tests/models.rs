@@ -35,6 +35,7 @@ fn zoo() -> Vec<(&'static str, ModelConfig, bool)> {
         ("halves", config_with(|_, m| m.rope_interleave = false), false),
         ("halves, YaRN", config_with(|c, m| (c.rope, m.rope_interleave) = (yarn(Some(1.3), None), false)), false),
         ("latent_scale", config_with(|_, m| m.latent_scale = true), false),
+        ("latent without a norm", config_with(|_, m| m.latent_norm = false), false),
         ("latent_scale, tied", config_with(|c, m| (m.latent_scale, c.tie_word_embeddings) = (true, true)), false),
     ]
 }
@@ -207,6 +208,12 @@ fn what_the_architecture_cannot_express_is_refused_by_name() {
         let error = write(&path, &model, None, TensorType::F32).unwrap_err();
         assert!(matches!(error, Error::Unsupported { format: "GGUF", .. }), "{error}");
         assert!(error.to_string().contains(part), "{part}: {error}");
+    }
+    // Numbers that are too small for halves.
+    let idle = CausalLm::init(&config_with(|_, m| m.latent_norm = false), 1, &Device::flex());
+    for kind in [TensorType::F16, TensorType::Q8_0] {
+        let error = write(&path, &idle, None, kind).unwrap_err().to_string();
+        assert!(error.contains("too small for halves"), "{error}");
     }
     assert_eq!(std::fs::read_dir(folder.0.path()).unwrap().count(), 0);
     let expressible = |config: &ModelConfig| Architecture::of(config).map(drop);

@@ -94,6 +94,7 @@ fn make(
                 width,
                 rotated: arguments.rope_dim,
                 keep: arguments.rope_keep.map(Into::into),
+                centred: !arguments.no_bias,
                 importance: arguments.importance.map(Into::into),
             };
             Some(fit(&plain, wanted, train, device, observe)?)
