@@ -191,12 +191,12 @@ fn a_latent_without_a_norm_gets_one_that_does_nothing() {
     assert!(off < 1e-5, "{off:e}");
     let folder = Folder::new();
     let source = source(&folder, &config_with(|_, m| m.latent_norm = false), 4);
-    for to in ["hf", "absorbed", "fused"] {
+    for to in ["hf", "absorbed", "fused", "gguf"] {
         let out = folder.file(to);
         exported(&source, &out, to, "f32");
         assert_eq!(verdict(&out, Some(&source)).failures, [""; 0], "{to}");
     }
-    for (to, dtype, fragment) in [("hf", "f16", "use bf16"), ("gguf", "f32", "latent_norm = false")] {
+    for (to, dtype, fragment) in [("hf", "f16", "use bf16"), ("gguf", "f16", "too small for halves")] {
         let options = options(&source, folder.file("refused"), to, dtype);
         let refused = export(&source, &options, &device(), &mut |_| {}).unwrap_err().to_string();
         assert!(refused.contains(fragment), "{refused}");

@@ -64,11 +64,8 @@ fn every_model_computes_the_same_after_the_round_trip() {
         assert!(off <= 2e-5, "{name}: {off:e}");
         let relative = (again.config.softmax_scale() / config.softmax_scale() - 1.0).abs();
         assert!(relative < 1e-7, "{name}: {relative:e}");
-        assert_eq!(
-            summary.notes.iter().any(|note| note.contains("folded") || note.contains("permuted")),
-            !exact,
-            "{name}"
-        );
+        let told = |note: &String| ["folded", "permuted", "no norm"].iter().any(|word| note.contains(word));
+        assert_eq!(summary.notes.iter().any(told), !exact, "{name}");
         // A second pass has nothing left to fold.
         write(&path, &again, None, TensorType::F32).unwrap();
         assert_eq!(bits(&read_model(&path, &Device::flex()).unwrap()), bits(&again), "{name}");
