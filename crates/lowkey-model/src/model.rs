@@ -88,23 +88,24 @@ impl Block {
     pub fn forward(&self, x: Tensor<3>, seen: Seen, report: Option<&mut Trace>) -> Tensor<3> {
         let normed = Input::normed(&self.input_layernorm, x.clone());
         let report = match (&seen, report) {
-            (_, Some(report)) if report.is_of_attention() => {
-                let heads = self.self_attn.attend(normed, seen);
-                let out = self.self_attn.o_proj().forward(heads.values);
-                report.attn_out.push(out.clone());
-                return self.feed_forward(x + out);
-            }
             (Seen::Rows(context), Some(report)) => {
-                self.self_attn.report(&normed, context, report);
+                if !report.is_of_attention() {
+                    self.self_attn.report(&normed, context, report);
+                }
                 Some(report)
             }
             _ => None,
         };
         let heads = self.self_attn.attend(normed, seen);
-        if let Some(report) = report {
-            report.attn_out.push(self.self_attn.o_proj().forward(heads.values.clone()));
-        }
-        self.feed_forward(self.self_attn.add_to(x, heads))
+        let x = match report {
+            None => self.self_attn.add_to(x, heads),
+            Some(report) => {
+                let out = self.self_attn.o_proj().forward(heads.values.clone());
+                report.attn_out.push(out.clone());
+                if report.is_of_attention() { x + out } else { self.self_attn.add_to(x, heads) }
+            }
+        };
+        self.feed_forward(x)
     }
 
     /// The second half: `x + mlp(norm(x))`, `[batch, seq, d]`.
