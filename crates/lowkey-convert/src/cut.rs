@@ -10,7 +10,7 @@ use crate::basis::{Basis, fold, rotate};
 use crate::error::{Error, Result};
 use crate::importance::Importance;
 use crate::matrix::{check_finite, to_mat, to_tensor, trace};
-use crate::moments::{attentions, check_text, measure};
+use crate::moments::{Moments, attentions, check_text, measure};
 use crate::{Observer, Progress};
 
 /// Share of the mean variance that a fit adds to each kept direction: far above what rounding in f64 leaves of a direction that no
@@ -41,6 +41,40 @@ pub struct Reduction {
     pub curves: Vec<Curve>,
 }
 
+/// A model whose norms are folded, and what a text makes of its latents: all that an order of directions is found from.
+pub(crate) struct Measured {
+    model: CausalLm,
+    moments: Vec<Moments>,
+}
+
+impl Measured {
+    /// # Errors
+    /// As [`Rotated::new`].
+    pub(crate) fn of(model: &CausalLm, text: &[Vec<u32>], device: &Device, observe: Observer) -> Result<Self> {
+        check_finite(model)?;
+        let model = fold(model)?;
+        let moments = measure(&model, text, device, observe)?;
+        Ok(Self { model, moments })
+    }
+
+    /// Its latents with their directions in the order of what `importance` counts.
+    ///
+    /// # Errors
+    /// As [`Rotated::new`].
+    pub(crate) fn rotated(&self, importance: Importance, device: &Device, observe: Observer) -> Result<Rotated> {
+        let (mut bases, mut latents) = (Vec::new(), Vec::new());
+        let layers = attentions(&self.model, "rotating a latent")?;
+        for (layer, (mla, moments)) in layers.iter().zip(&self.moments).enumerate() {
+            observe(Progress { doing: "bases", done: layer, of: layers.len() });
+            let (readers, latent) = importance.of(mla, moments)?;
+            let basis = Basis::of(&readers, &latent, layer)?;
+            latents.push(basis.vectors.transpose() * &latent * &basis.vectors);
+            bases.push(basis);
+        }
+        Ok(Rotated { model: rotate(&self.model, &bases, device)?, latents })
+    }
+}
+
 impl Rotated {
     /// Rotates the latents of a model by what a text makes of them.
     ///
@@ -62,19 +96,7 @@ impl Rotated {
         device: &Device,
         observe: Observer,
     ) -> Result<Self> {
-        check_finite(model)?;
-        let model = fold(model)?;
-        let moments = measure(&model, text, device, observe)?;
-        let (mut bases, mut latents) = (Vec::new(), Vec::new());
-        let layers = attentions(&model, "rotating a latent")?;
-        for (layer, (mla, moments)) in layers.iter().zip(&moments).enumerate() {
-            observe(Progress { doing: "bases", done: layer, of: layers.len() });
-            let (readers, latent) = importance.of(mla, moments)?;
-            let basis = Basis::of(&readers, &latent, layer)?;
-            latents.push(basis.vectors.transpose() * &latent * &basis.vectors);
-            bases.push(basis);
-        }
-        Ok(Self { model: rotate(&model, &bases, device)?, latents })
+        Measured::of(model, text, device, observe)?.rotated(importance, device, observe)
     }
 
     /// Keeps the first `ranks[ℓ]` directions of layer ℓ, and fits W_UK and W_UV to them.

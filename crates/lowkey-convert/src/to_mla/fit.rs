@@ -6,7 +6,7 @@ use lowkey_model::attention::AttentionConfig;
 
 use super::{Inputs, Keep, narrowed, widths};
 use crate::allocation::Curve;
-use crate::cut::{Rotated, loss};
+use crate::cut::{Measured, Rotated, loss};
 use crate::error::{Error, Result};
 use crate::importance::Importance;
 use crate::trim::trimmed;
@@ -80,7 +80,7 @@ pub fn fit(
     device: &Device,
     observe: Observer,
 ) -> Result<Converted> {
-    let [_, cache] = widths(model)?;
+    let [most, cache] = widths(model)?;
     let layers = model.config.layers.len();
     if let Width::Budget(budget) = wanted.width {
         let least = layers * (wanted.rotated.unwrap_or(0) + 1);
@@ -97,10 +97,45 @@ pub fn fit(
     }
     let inputs = Inputs::measure(model, text, device, observe)?;
     let inputs = if wanted.centred { inputs } else { inputs.uncentred() };
+    let loss_before = loss(model, text, device)?;
     let importances = wanted.importance.map_or(vec![Importance::Readers, Importance::Activations], |by| vec![by]);
+    let mut ways: Vec<Way> = importances.into_iter().map(Way::new).collect();
+    let candidates = match (wanted.rotated, wanted.width) {
+        (Some(rotated), _) => vec![rotated],
+        (None, Width::Rank(_)) => vec![one_head(model)],
+        (None, Width::Budget(budget)) => candidates(one_head(model), most, budget / layers - 1),
+    };
+    let keeps = wanted.keep.map_or(vec![Keep::Energy, Keep::Uniform], |keep| vec![keep]);
+    // Where all or none turn it is the same for each.
+    let keeps = |rotated: usize| if (1..most).contains(&rotated) { &keeps[..] } else { &keeps[..1] };
+    let candidates: Vec<(usize, Keep)> =
+        candidates.iter().flat_map(|rotated| keeps(*rotated).iter().map(|keep| (*rotated, *keep))).collect();
+    for (done, (rotated, keep)) in candidates.iter().copied().enumerate() {
+        observe(Progress { doing: "rotated keys", done, of: candidates.len() });
+        let latent = narrowed(model, rotated, keep, &inputs, device)?;
+        let whole = latent.config.kv_ranks().into_iter().min().unwrap_or(0);
+        let rank = match wanted.width {
+            Width::Rank(rank) if rank == 0 || rank > whole => {
+                let why = format!("with {rotated} numbers that turn there are {whole} for a latent to hold");
+                return Err(Error::Setting { field: "kv_rank", value: rank.to_string(), why });
+            }
+            Width::Rank(rank) => rank,
+            Width::Budget(budget) => (budget / layers).saturating_sub(rotated).min(whole),
+        };
+        let measured = Measured::of(&latent, text, device, observe)?;
+        for way in &mut ways {
+            let latents = measured.rotated(way.importance, device, observe)?;
+            let cut = latents.cut(&vec![rank; layers], device)?;
+            let loss = loss(&cut, text, device)?;
+            way.tried.push(Tried { rotated, keep, loss });
+            if way.best.as_ref().is_none_or(|best| loss < best.loss) {
+                way.best = Some(Attempt { rotated, latents, cut, loss });
+            }
+        }
+    }
     let mut best: Option<Converted> = None;
-    for importance in importances {
-        let found = fit_by(importance, model, wanted, (&inputs, text), device, observe)?;
+    for way in ways {
+        let found = way.converted(wanted.width, loss_before, text, device, observe)?;
         if best.as_ref().is_none_or(|best| found.loss_after < best.loss_after) {
             best = Some(found);
         }
@@ -113,71 +148,55 @@ fn none() -> Error {
     Error::Text { why: "no width of the rotated key gave a loss that is a number".into() }
 }
 
-/// The same with directions that stay by what `importance` counts.
-fn fit_by(
+/// What was tried with directions in the order of one importance.
+struct Way {
     importance: Importance,
-    model: &CausalLm,
-    wanted: Wanted,
-    (inputs, text): (&Inputs, &[Vec<u32>]),
-    device: &Device,
-    observe: Observer,
-) -> Result<Converted> {
-    let [most, _] = widths(model)?;
-    let layers = model.config.layers.len();
-    let loss_before = loss(model, text, device)?;
-    let attempt = |rotated: usize, keep: Keep, observe: Observer| -> Result<(Rotated, CausalLm, f64)> {
-        let latent = narrowed(model, rotated, keep, inputs, device)?;
-        let whole = latent.config.kv_ranks().into_iter().min().unwrap_or(0);
-        let rank = match wanted.width {
-            Width::Rank(rank) if rank == 0 || rank > whole => {
-                let why = format!("with {rotated} numbers that turn there are {whole} for a latent to hold");
-                return Err(Error::Setting { field: "kv_rank", value: rank.to_string(), why });
-            }
-            Width::Rank(rank) => rank,
-            Width::Budget(budget) => (budget / layers).saturating_sub(rotated).min(whole),
-        };
-        let latents = Rotated::by(importance, &latent, text, device, observe)?;
-        let cut = latents.cut(&vec![rank; layers], device)?;
-        let loss = loss(&cut, text, device)?;
-        Ok((latents, cut, loss))
-    };
-    let candidates = match (wanted.rotated, wanted.width) {
-        (Some(rotated), _) => vec![rotated],
-        (None, Width::Rank(_)) => vec![one_head(model)],
-        (None, Width::Budget(budget)) => candidates(one_head(model), most, budget / layers - 1),
-    };
-    let mut tried = Vec::new();
-    let mut best: Option<(usize, Rotated, CausalLm, f64)> = None;
-    let keeps = wanted.keep.map_or(vec![Keep::Energy, Keep::Uniform], |keep| vec![keep]);
-    // Where all or none turn it is the same for each.
-    let keeps = |rotated: usize| if (1..most).contains(&rotated) { &keeps[..] } else { &keeps[..1] };
-    let candidates: Vec<(usize, Keep)> =
-        candidates.iter().flat_map(|rotated| keeps(*rotated).iter().map(|keep| (*rotated, *keep))).collect();
-    for (done, (rotated, keep)) in candidates.iter().enumerate() {
-        observe(Progress { doing: "rotated keys", done, of: candidates.len() });
-        let (latents, cut, loss) = attempt(*rotated, *keep, observe)?;
-        tried.push(Tried { rotated: *rotated, keep: *keep, loss });
-        if best.as_ref().is_none_or(|(.., least)| loss < *least) {
-            best = Some((*rotated, latents, cut, loss));
-        }
+    tried: Vec<Tried>,
+    best: Option<Attempt>,
+}
+
+/// A shared key with equal latents beside it.
+struct Attempt {
+    rotated: usize,
+    latents: Rotated,
+    cut: CausalLm,
+    loss: f64,
+}
+
+impl Way {
+    fn new(importance: Importance) -> Self {
+        Self { importance, tried: Vec::new(), best: None }
     }
-    let Some((rotated, latents, cut, loss)) = best else { return Err(none()) };
-    let (cut, loss_after, curves) = match wanted.width {
-        Width::Rank(_) => (cut, loss, Vec::new()),
-        Width::Budget(budget) => {
-            let left = (budget - layers * rotated).min(latents.model.config.kv_ranks().iter().sum());
-            let filled = latents.cut_to(left, text, device, observe)?;
-            // What is best layer by layer need not be best together.
-            if filled.loss_after < loss {
-                (filled.model, filled.loss_after, filled.curves)
-            } else {
-                (cut, loss, filled.curves)
+
+    /// Its best attempt, with the budget shared among layers where that loses less.
+    fn converted(
+        self,
+        width: Width,
+        loss_before: f64,
+        text: &[Vec<u32>],
+        device: &Device,
+        observe: Observer,
+    ) -> Result<Converted> {
+        let Self { importance, tried, best } = self;
+        let Attempt { rotated, latents, cut, loss } = best.ok_or_else(none)?;
+        let (cut, loss_after, curves) = match width {
+            Width::Rank(_) => (cut, loss, Vec::new()),
+            Width::Budget(budget) => {
+                let full = latents.model.config.kv_ranks();
+                let left = (budget - full.len() * rotated).min(full.iter().sum());
+                let filled = latents.cut_to(left, text, device, observe)?;
+                // What is best layer by layer need not be best together.
+                if filled.loss_after < loss {
+                    (filled.model, filled.loss_after, filled.curves)
+                } else {
+                    (cut, loss, filled.curves)
+                }
             }
-        }
-    };
-    let model = trimmed(&cut, device)?;
-    let ranks = model.config.kv_ranks();
-    Ok(Converted { rotated, ranks, importance, model, loss_before, loss_after, tried, curves })
+        };
+        let model = trimmed(&cut, device)?;
+        let ranks = model.config.kv_ranks();
+        Ok(Converted { rotated, ranks, importance, model, loss_before, loss_after, tried, curves })
+    }
 }
 
 /// Numbers of one key head that turn.
