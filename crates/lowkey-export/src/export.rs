@@ -18,6 +18,7 @@ use crate::certificate::{
 use crate::error::{Error, Result};
 use crate::evidence::{Candidate, Text, compare_greedy, compare_logits, not_greedy};
 use crate::files;
+use crate::idle_norm::lacks_norms;
 use crate::plan::{LayerForm, LayerPlan, PlanSettings, latent_attention, plan};
 use crate::products::{self, prefix};
 use crate::side::{self, Exact};
@@ -133,7 +134,7 @@ fn write(source: &Source, options: &Options, plan: &[LayerPlan], staging: &NewMo
         return Ok(summary.notes.into_iter().chain(fallbacks).collect());
     }
     let dtype = target.weight_dtype()?;
-    if dtype == WeightDtype::F16 && source.model.config.attention().latent().is_some_and(|mla| !mla.latent_norm) {
+    if dtype == WeightDtype::F16 && lacks_norms(&source.model) {
         let why = "its latents have no norm, and the numbers by which one that does nothing is written are too small for f16: use bf16";
         return Err(Error::unsupported("f16", why));
     }

@@ -44,7 +44,7 @@ use lowkey_model::{
 };
 
 use crate::error::{Error, Result};
-use crate::idle_norm::with_idle_norms;
+use crate::idle_norm::{lacks_norms, with_idle_norms};
 use architecture::Architecture;
 pub use metadata::{Array, Metadata, Value};
 pub use read::{Gguf, TensorInfo};
@@ -95,7 +95,7 @@ struct Outline {
 /// [`Error::Unsupported`] naming the property of the model or of its tokenizer that the format has no way to say, or the tensor
 /// with a value that `kind` cannot hold, with the mend; [`Error::Io`] where the file cannot be written.
 pub fn write(path: &Path, model: &CausalLm, tokenizer: Option<&Tokenizer>, kind: TensorType) -> Result<Summary> {
-    let idle = has_no_norm(model);
+    let idle = lacks_norms(model);
     if idle && matches!(kind, TensorType::F16 | TensorType::Q8_0) {
         let why = "its latents have no norm, and the numbers by which one that does nothing is written are too small for halves: use f32 \
                    or bf16";
@@ -189,10 +189,6 @@ fn writable(model: &CausalLm) -> Result<CausalLm> {
     let mut whole = model.with_whole_latents();
     with_idle_norms(&mut whole, "GGUF")?;
     Ok(whole)
-}
-
-fn has_no_norm(model: &CausalLm) -> bool {
-    model.config.attention().latent().is_some_and(|mla| !mla.latent_norm)
 }
 
 /// Everything but the weights of the file that a model is written to.

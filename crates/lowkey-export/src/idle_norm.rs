@@ -13,13 +13,18 @@ use crate::error::{Error, Result};
 /// Largest share of ε that the mean square of a latent may come to: half of it is the relative error, below what 32 bits resolve.
 const SHARE: f64 = 1.0 / (1u64 << 26) as f64;
 
+/// Whether the model has latents without a norm.
+pub(crate) fn lacks_norms(model: &CausalLm) -> bool {
+    model.config.attention().latent().is_some_and(|mla| !mla.latent_norm)
+}
+
 /// Gives each latent that has no norm one that does nothing, for `what` is to hold the model.
 ///
 /// # Errors
 /// [`Error::Unsupported`] where other programs would take another ε, which here is what counts; [`Error::Device`] where a device does
 /// not give back what it computed.
 pub(crate) fn with_idle_norms(model: &mut CausalLm, what: &'static str) -> Result<()> {
-    if model.config.attention().latent().is_none_or(|mla| mla.latent_norm) {
+    if !lacks_norms(model) {
         return Ok(());
     }
     if model.config.rms_norm_eps != LATENT_NORM_EPS {
