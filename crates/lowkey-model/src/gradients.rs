@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::attention::Seen;
 use crate::model::{CausalLm, Context, Trace};
-use crate::objective::{Against, EmbeddingNoise, Figures, Learnt, Lesson, Objective, Term, TermLoss, told};
+use crate::objective::{Against, EmbeddingNoise, Figures, Learnt, Lesson, Objective, Term, TermLoss};
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -147,13 +147,16 @@ impl CausalLm {
         let x = self.read(batch, pass, device);
         let hidden = self.last_hidden_of(x, batch, pass.term.kv_rank(), device, trace.as_mut());
         let seen = hidden.clone().detach();
-        let mut term = self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against, lesson.as_ref());
+        let TermLoss { mut minimised, loss, mut figures } =
+            self.loss_of_term(pass.term, hidden, batch, pass.wider, pass.against, lesson.as_ref());
+        let mut loss = plain(loss);
         if let (Some(lesson), Some(trace)) = (&lesson, trace) {
-            term = lesson.join(trace.attn_out, term);
+            for (layer, own) in trace.attn_out.into_iter().enumerate() {
+                minimised = minimised + lesson.learn(layer, own, &mut loss, &mut figures);
+            }
         }
-        let TermLoss { minimised, loss, figures } = term;
         let mut gradients = gradients_of(minimised, pass.scale);
-        Passed { loss: plain(loss), hidden: seen, gradients: take(self, &mut gradients), figures }
+        Passed { loss, hidden: seen, gradients: take(self, &mut gradients), figures }
     }
 
     /// Takes each trained parameter's gradient (zeros where there is none), flattened, in the order of
@@ -200,10 +203,8 @@ impl CausalLm {
             let own = trace.and_then(|mut trace| trace.attn_out.pop());
             let mut gradients = match (&lesson, own) {
                 (Some(lesson), Some(own)) => {
-                    let error = lesson.error(layer, own);
-                    loss.nats = loss.nats + error.clone().without_autodiff() * lesson.weight;
-                    figures = told(figures, error.clone());
-                    ((y * pull.autodiff()).sum() + error * (lesson.weight * pass.scale)).backward()
+                    let part = lesson.learn(layer, own, &mut loss, &mut figures);
+                    ((y * pull.autodiff()).sum() + part * pass.scale).backward()
                 }
                 _ => pull_back(y, pull),
             };

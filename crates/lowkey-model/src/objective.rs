@@ -15,7 +15,7 @@ pub use lowkey_kernels::loss::{Divergence, LossSum, TopTokens};
 use lowkey_kernels::loss::{Labels, cross_entropy_each, cross_entropy_sum, distill_sum};
 
 pub use self::figures::Figures;
-pub(crate) use self::lesson::{Lesson, told};
+pub(crate) use self::lesson::Lesson;
 pub use self::noise::EmbeddingNoise;
 use self::preference::Preference;
 use crate::model::CausalLm;

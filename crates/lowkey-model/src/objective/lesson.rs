@@ -3,7 +3,7 @@
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use lowkey_batch::{IGNORE, Rows};
 
-use super::{Against, Figures, Teacher, Term, TermLoss};
+use super::{Against, Figures, LossSum, Teacher, Term};
 use crate::model::Trace;
 
 /// Keeps the error of an output of zeros finite.
@@ -19,13 +19,7 @@ pub(crate) struct Lesson {
     /// 1 where there is a target and 0 elsewhere, `[rows, seq, 1]`.
     asked: Tensor<3>,
     /// Factor on the mean of the layers' errors.
-    pub(crate) weight: f64,
-}
-
-/// Figures with the error of a layer beside those before.
-pub(crate) fn told(mut figures: Figures, error: Tensor<1>) -> Figures {
-    figures.add(Figures::default().with_tensor("attention_error", error));
-    figures
+    weight: f64,
 }
 
 impl Lesson {
@@ -46,7 +40,7 @@ impl Lesson {
 
     /// Of a layer whose attention gives `own [rows, seq, d]`: over all positions with a target, the sum of the squared distance from the
     /// teacher's output relative to that output's square, over the number of layers. `own` records gradients.
-    pub(crate) fn error(&self, layer: usize, own: Tensor<3>) -> Tensor<1> {
+    fn error(&self, layer: usize, own: Tensor<3>) -> Tensor<1> {
         let taught = self.attn_out[layer].clone().cast(FloatDType::F32);
         let weight = self.asked.clone() / (taught.clone().square().sum_dim(2) + LEAST) / self.attn_out.len() as f64;
         let apart = own.cast(FloatDType::F32) - taught.autodiff();
@@ -56,14 +50,12 @@ impl Lesson {
         each.reshape([rows * seq]).sum_dim(0)
     }
 
-    /// The errors of all layers, whose outputs `own` are, beside the rest of a term.
-    pub(crate) fn join(&self, own: Vec<Tensor<3>>, term: TermLoss) -> TermLoss {
-        let join = |term: TermLoss, (layer, own)| {
-            let error = self.error(layer, own);
-            let TermLoss { minimised, mut loss, figures } = term;
-            loss.nats = loss.nats + error.clone() * self.weight;
-            TermLoss { minimised: minimised + error.clone() * self.weight, loss, figures: told(figures, error) }
-        };
-        own.into_iter().enumerate().fold(term, join)
+    /// The part of the term's loss that is a layer's, to go back from; tells of it in the loss, which has no graph, and in the figures.
+    pub(crate) fn learn(&self, layer: usize, own: Tensor<3>, loss: &mut LossSum, figures: &mut Figures) -> Tensor<1> {
+        let error = self.error(layer, own);
+        figures.add(Figures::default().with_tensor("attention_error", error.clone()));
+        let part = error * self.weight;
+        loss.nats = loss.nats.clone() + part.clone().without_autodiff();
+        part
     }
 }
