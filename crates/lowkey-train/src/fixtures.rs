@@ -35,6 +35,7 @@ pub(crate) fn optimizer_section(kind: OptimizerKind) -> OptimizerSection {
         weight_decay: 0.1,
         grad_clip: None,
         layer_lr_decay: None,
+        loraplus_lr_ratio: None,
     }
 }
 

@@ -4,7 +4,7 @@ use burn::tensor::Tensor;
 use lowkey_kernels::Precision;
 use lowkey_kernels::optim::{self, AdamWStep, Gate, MuonStep};
 use lowkey_model::Parameter;
-use lowkey_model::tensor::{Role, layer_of};
+use lowkey_model::tensor::{Part, Role, layer_of};
 use rayon::prelude::*;
 
 use crate::run_config::{OptimizerKind, OptimizerSection};
@@ -113,13 +113,17 @@ impl Optimizer {
         }
     }
 
-    /// With the rates of [`OptimizerSection::layer_lr_decay`], for the parameters of a model of so many layers: all of its layers count,
-    /// whichever are trained.
+    /// With the rates of [`OptimizerSection::layer_lr_decay`] and [`OptimizerSection::loraplus_lr_ratio`], for the parameters of a model
+    /// of so many layers: all of its layers count, whichever are trained.
     #[must_use]
-    pub fn with_layer_rates(mut self, decay: Option<f64>, parameters: &[Parameter], layers: usize) -> Self {
-        if let Some(decay) = decay {
-            self.rates = parameters.iter().map(|p| decay.powi(below_the_top(p, layers) as i32)).collect();
-        }
+    pub fn with_rates(mut self, section: &OptimizerSection, parameters: &[Parameter], layers: usize) -> Self {
+        let of_layer =
+            |p: &Parameter| section.layer_lr_decay.map_or(1.0, |decay| decay.powi(below_the_top(p, layers) as i32));
+        let of_part = |p: &Parameter| match (section.loraplus_lr_ratio, p.role) {
+            (Some(ratio), Role::Adapter(Part::Writes)) => ratio,
+            _ => 1.0,
+        };
+        self.rates = parameters.iter().map(|p| of_layer(p) * of_part(p)).collect();
         self
     }
 

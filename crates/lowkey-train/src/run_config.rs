@@ -243,6 +243,11 @@ pub struct OptimizerSection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
     pub layer_lr_decay: Option<f64>,
+    /// LoRA+ (arXiv 2402.12354): what the learning rate of an adapter's B is of the rate of its A, above 0 (the paper's usual: 16, with a
+    /// lower rate for both). Absent: both have the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub loraplus_lr_ratio: Option<f64>,
 }
 
 fn default_betas() -> [f64; 2] {

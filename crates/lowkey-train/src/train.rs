@@ -255,9 +255,8 @@ impl<'a> Run<'a> {
         let mut replica = |model: CausalLm, device: &Device| -> Result<Replica> {
             let parameters = model.trained_parameters();
             let parameters = &parameters[optimized(ranks, config.ranks, &parameters)];
-            let (layer_lr_decay, layers) = (config.optimizer.layer_lr_decay, model.config.layers.len());
             let optimizer = Optimizer::new(&config.optimizer, parameters, Parameter::is_matrix);
-            let mut optimizer = optimizer.with_layer_rates(layer_lr_decay, parameters, layers);
+            let mut optimizer = optimizer.with_rates(&config.optimizer, parameters, model.config.layers.len());
             if let Some(dir) = resume {
                 let (_, states) = checkpoint::load_state(dir, parameters, optimizer.state().0, device)?;
                 optimizer.restore(states, state.step);

@@ -43,6 +43,7 @@ fn trained(config: &ModelConfig, batch: &Batch, beta: f64, device: &Device) -> f
         weight_decay: 0.0,
         grad_clip: None,
         layer_lr_decay: None,
+        loraplus_lr_ratio: None,
     };
     let mut model = CausalLm::init(config, 1, device);
     let mut optimizer = Optimizer::new(&settings, &model.trained_parameters(), |_| false);

@@ -47,6 +47,7 @@ fn main() -> anyhow::Result<()> {
         weight_decay: 0.1,
         grad_clip: Some(1.0),
         layer_lr_decay: None,
+        loraplus_lr_ratio: None,
     };
     let mut optimizer = Optimizer::new(&settings, &model.trained_parameters(), |parameter| parameter.is_matrix());
 

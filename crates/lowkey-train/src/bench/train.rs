@@ -185,6 +185,7 @@ impl Session {
             weight_decay: 0.1,
             grad_clip: Some(1.0),
             layer_lr_decay: None,
+            loraplus_lr_ratio: None,
             momentum: None,
         };
         let optimizer = Optimizer::new(&optimizer_section, &model.trained_parameters(), Parameter::is_matrix);

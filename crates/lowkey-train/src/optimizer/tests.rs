@@ -107,6 +107,7 @@ fn in_layers() -> Vec<Parameter> {
         parameter("model.embed_tokens.weight", Role::Embedding),
         parameter("model.layers.0.self_attn.o_proj.weight", Role::Residual),
         parameter("model.layers.0.self_attn.o_proj.lora_A.weight", Role::Adapter(Part::Reads)),
+        parameter("model.layers.0.self_attn.o_proj.lora_B.weight", Role::Adapter(Part::Writes)),
         parameter("model.layers.2.mlp.down_proj.weight", Role::Residual),
         parameter("model.layers.2.input_layernorm.weight", Role::Norm),
         parameter("model.norm.weight", Role::Norm),
@@ -117,13 +118,14 @@ fn in_layers() -> Vec<Parameter> {
 #[test]
 fn a_step_of_each_layer_is_that_of_its_own_rate() {
     // Of decay 0.5: the embedding has an eighth, layer 0 a quarter, and what stands above all layers or in the last one the whole rate.
-    let shares = [0.125, 0.25, 0.25, 1.0, 1.0, 1.0, 1.0];
+    let shares = [0.125, 0.25, 0.25, 0.25, 1.0, 1.0, 1.0, 1.0];
     let gradient = [0.3f32, -0.1, 1e-3, 4.0];
     let parameters = in_layers();
     let gradients = || parameters.iter().map(|_| tensor(&gradient)).collect::<Vec<_>>();
     let step = |decay: Option<f64>, kind: OptimizerKind, lr: f64| {
-        let optimizer = Optimizer::new(&optimizer_section(kind), &parameters, Parameter::is_matrix);
-        let mut optimizer = optimizer.with_layer_rates(decay, &parameters, 3);
+        let section = OptimizerSection { layer_lr_decay: decay, ..optimizer_section(kind) };
+        let mut optimizer =
+            Optimizer::new(&section, &parameters, Parameter::is_matrix).with_rates(&section, &parameters, 3);
         optimizer.step(parameters.clone(), gradients(), &Update::new(1.0, lr))
     };
     for ((p, found), share) in parameters.iter().zip(step(Some(0.5), OptimizerKind::AdamW, 1e-2)).zip(shares) {
@@ -378,4 +380,25 @@ fn muon_leaves_embedding_head_norms_and_biases_to_adamw() {
         }
     }
     assert!(kinds[0] > 4 && kinds[1] == 2 * 7, "{kinds:?}");
+}
+
+#[test]
+fn the_factor_that_writes_has_a_rate_of_its_own() {
+    let parameters = in_layers();
+    let step = |ratio: Option<f64>, layer_lr_decay: Option<f64>, lr: f64| {
+        let section =
+            OptimizerSection { loraplus_lr_ratio: ratio, layer_lr_decay, ..optimizer_section(OptimizerKind::AdamW) };
+        let mut optimizer =
+            Optimizer::new(&section, &parameters, Parameter::is_matrix).with_rates(&section, &parameters, 3);
+        let gradients = parameters.iter().map(|_| tensor(&[0.3, -0.1, 1e-3, 4.0])).collect();
+        optimizer.step(parameters.clone(), gradients, &Update::new(1.0, lr))
+    };
+    for decay in [None, Some(0.5)] {
+        let (found, plain, faster) = (step(Some(8.0), decay, 1e-3), step(None, decay, 1e-3), step(None, decay, 8e-3));
+        for (i, parameter) in parameters.iter().enumerate() {
+            let expected = if parameter.name.contains("lora_B") { &faster[i] } else { &plain[i] };
+            assert_eq!(bits([&found[i]]), bits([expected]), "{decay:?}: {}", parameter.name);
+            assert_ne!(bits([&plain[i]]), bits([&faster[i]]));
+        }
+    }
 }

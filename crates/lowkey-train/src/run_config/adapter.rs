@@ -13,16 +13,7 @@ impl RunConfig {
     /// Refuses keys that do not go together with an adapter.
     pub(super) fn check_adapter(&self) -> Result<()> {
         let adapter = match (&self.adapter, self.init.as_ref().map(|init| &init.adapter)) {
-            (None, None | Some(None)) => {
-                return match self.quantization() {
-                    None => Ok(()),
-                    Some(packed) => {
-                        let why = "matrices of few bits are not trained themselves; write an [adapter] beside them, or \
-                                   init.adapter = the directory of one, or leave the key out";
-                        Err(Error::config("init.quantization", packed.name(), why))
-                    }
-                };
-            }
+            (None, None | Some(None)) => return self.check_none(),
             (Some(_), Some(Some(dir))) => {
                 let why = "the adapter that is gone on with brings its own keys; leave [adapter] out";
                 return Err(Error::config("init.adapter", dir.display(), why));
@@ -56,6 +47,20 @@ impl RunConfig {
             }
             None => Ok(()),
         }
+    }
+
+    /// Refuses keys that say something of an adapter where none is trained.
+    fn check_none(&self) -> Result<()> {
+        const MEND: &str = "write an [adapter], or init.adapter = the directory of one, or leave the key out";
+        if let Some(packed) = self.quantization() {
+            let why = format!("matrices of few bits are not trained themselves; beside them {MEND}");
+            return Err(Error::config("init.quantization", packed.name(), why));
+        }
+        if let Some(ratio) = self.optimizer.loraplus_lr_ratio {
+            let why = format!("is of an adapter's two factors, and nothing here has them: {MEND}");
+            return Err(Error::config("optimizer.loraplus_lr_ratio", ratio, why));
+        }
+        Ok(())
     }
 
     /// How the run holds the frozen matrices of its model.

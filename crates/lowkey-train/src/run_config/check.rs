@@ -211,6 +211,12 @@ impl RunConfig {
             let why = "must lie in 0 < decay ≤ 1; leave it out for one rate for all";
             return Err(Error::config("optimizer.layer_lr_decay", decay, why));
         }
+        if let Some(ratio) = o.loraplus_lr_ratio
+            && !(ratio.is_finite() && ratio > 0.0)
+        {
+            let why = "must be a finite number > 0; leave it out for one rate for both factors";
+            return Err(Error::config("optimizer.loraplus_lr_ratio", ratio, why));
+        }
         if let Some(clip) = o.grad_clip
             && !(clip.is_finite() && clip > 0.0)
         {

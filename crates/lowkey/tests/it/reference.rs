@@ -392,6 +392,7 @@ fn trained(
         weight_decay: 0.1,
         grad_clip: limit,
         layer_lr_decay: None,
+        loraplus_lr_ratio: None,
     };
     let mut optimizer = Optimizer::new(&section, &model.trained_parameters(), decays);
     let mut losses = Vec::new();
