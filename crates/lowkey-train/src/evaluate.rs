@@ -15,6 +15,7 @@ use lowkey_data::storybook::Class;
 use lowkey_data::tasks::HeldExamples;
 use lowkey_model::{CausalLm, model::Trace};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::workers::Workers;
@@ -194,6 +195,36 @@ impl Held {
             Self::Examples(HeldExamples::Tokens(batches, _)) => batches.is_empty(),
             Self::Examples(HeldExamples::Vectors(batches)) => batches.is_empty(),
             Self::Mixture(parts) => parts.iter().all(|part| part.held.is_empty()),
+        }
+    }
+
+    /// A hash of what is asked: two that are equal ask the same.
+    pub fn checksum(&self) -> String {
+        let mut hash = Sha256::new();
+        self.add_to(&mut hash);
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn add_to(&self, hash: &mut Sha256) {
+        fn batch(hash: &mut Sha256, batch: &Batch) {
+            hash.update(format!("{} {} {}", batch.rows, batch.seq_len, batch.pairs));
+            batch.input_ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+            batch.targets.iter().for_each(|target| hash.update(target.to_le_bytes()));
+            batch.document_starts.iter().for_each(|start| hash.update(start.to_le_bytes()));
+            if let Some(vectors) = &batch.vectors {
+                let numbers = vectors.inputs.iter().chain(&vectors.values);
+                numbers.for_each(|number| hash.update(number.to_le_bytes()));
+            }
+        }
+        match self {
+            Self::Batches(batches) | Self::Examples(HeldExamples::Vectors(batches)) => {
+                batches.iter().for_each(|one| batch(hash, one));
+            }
+            Self::Examples(HeldExamples::Tokens(batches, _)) => batches.iter().for_each(|one| batch(hash, &one.batch)),
+            Self::Documents(documents) => {
+                documents.chunks(DOCUMENTS_PER_PASS).for_each(|some| batch(hash, &one_per_row(some)))
+            }
+            Self::Mixture(parts) => parts.iter().for_each(|part| part.held.add_to(hash)),
         }
     }
 

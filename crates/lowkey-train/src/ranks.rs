@@ -12,6 +12,8 @@ mod mpi;
 mod packed;
 pub(crate) mod start;
 
+pub use start::{Task, compare_job};
+
 use std::path::Path;
 use std::time::Duration;
 
@@ -263,7 +265,7 @@ impl Ranks {
 
     /// From now on a rank that does not come to a meeting for so long is named, and the run ends.
     #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
-    pub(crate) fn be_patient_for(&self, patience: Duration) {
+    pub fn be_patient_for(&self, patience: Duration) {
         #[cfg(feature = "mpi")]
         if let World::Several(comm) = &self.world {
             comm.be_patient_for(patience);
@@ -300,6 +302,17 @@ impl Ranks {
     pub(crate) fn other_than_first(&self, at: Meeting, own: Result<Word>) -> Result<Option<usize>> {
         let words = self.meet(at, own)?;
         Ok(words.iter().position(|word| *word != words[0]))
+    }
+
+    /// Refuses ranks that do not have the same `what`, told by the hash of `own`. All of them meet here.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] naming the first rank that has another; as [`Ranks::agree`].
+    pub fn all_have(&self, what: &str, own: &[u8]) -> Result<()> {
+        let Some(rank) = self.other_than_first(Meeting::SetUp, Ok(word_of(own)))? else { return Ok(()) };
+        let why =
+            format!("rank {rank} of {} has other {what} than rank 0; let all ranks read the same files", self.size());
+        Err(Error::Launch { why })
     }
 
     /// The bytes of all ranks, in their order.

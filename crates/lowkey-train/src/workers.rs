@@ -103,8 +103,9 @@ impl Workers {
         Ok(Self { pools: pools.collect::<Result<_>>()?, all, ranks: Ranks::default() })
     }
 
-    /// The same as those of one of several ranks, among which [`Workers::map_on_ranks`] shares its items.
-    pub(crate) fn among(self, ranks: Ranks) -> Self {
+    /// The same as those of one of several ranks, which share what is measured.
+    #[must_use]
+    pub fn among(self, ranks: Ranks) -> Self {
         Self { ranks, ..self }
     }
 

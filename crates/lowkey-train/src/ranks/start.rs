@@ -24,29 +24,50 @@ struct Card {
     place: (String, String),
     /// How many threads those serve.
     threads: usize,
-    /// The run file, overrides in it, as TOML.
-    run_file: String,
+    /// What they are to do, as TOML: the run file, overrides in it, or what another command was asked for.
+    task: String,
     /// `--resume` and `--overwrite`.
     options: [bool; 2],
 }
 
+/// What a job of several ranks is about.
+#[derive(Clone, Debug)]
+pub struct Task<'a> {
+    /// What it is called in messages, such as "run file".
+    pub what: &'static str,
+    /// All that is asked for, as TOML.
+    pub toml: String,
+    /// What its products are computed in.
+    pub precision: Precision,
+    /// Facts of the program, as [`RunOptions::environment`] has them.
+    pub environment: &'a serde_json::Map<String, serde_json::Value>,
+}
+
+impl<'a> Task<'a> {
+    /// A command with its arguments, in 32 bits.
+    pub fn of_command(arguments: Vec<String>, environment: &'a serde_json::Map<String, serde_json::Value>) -> Self {
+        let toml = toml::Table::from_iter([("arguments".to_owned(), arguments.into())]).to_string();
+        Self { what: "command", toml, precision: Precision::F32, environment }
+    }
+}
+
 impl Card {
-    fn of_this(ranks: &Ranks, config: &RunConfig, options: &RunOptions) -> Result<Self> {
-        let told = |key: &str| options.environment.get(key).and_then(|value| value.as_str()).unwrap_or("?");
+    fn of_this(ranks: &Ranks, task: Task, options: [bool; 2]) -> Result<Self> {
+        let told = |key: &str| task.environment.get(key).and_then(|value| value.as_str()).unwrap_or("?");
         let program = std::env::current_exe().map_err(|e| Error::io("the program itself", e))?;
         Ok(Self {
             version: format!("{} ({})", told("lowkey"), told("commit")),
             program: lowkey_files::hash::sha256(&program)?,
-            cpu: cpu(config.training.dtype),
+            cpu: cpu(task.precision),
             place: (ranks.machine().to_owned(), cores()),
             threads: available_threads(),
-            run_file: config.to_toml()?,
-            options: [options.resume, options.overwrite],
+            task: task.toml,
+            options,
         })
     }
 
     /// What of it is not as on rank 0, with the mend.
-    fn differs(&self, first: &Self) -> Option<String> {
+    fn differs(&self, first: &Self, what: &str) -> Option<String> {
         if self.version != first.version {
             return Some(format!("is lowkey {}, and rank 0 is {}; start one program", self.version, first.version));
         }
@@ -59,10 +80,10 @@ impl Card {
             let why = format!("computes on {}, and rank 0 on {}, which round differently", self.cpu, first.cpu);
             return Some(format!("{why}; take machines of one kind"));
         }
-        if self.run_file != first.run_file {
-            let key = differing_key(&self.run_file, &first.run_file);
-            let why = format!("has another run file than rank 0: {key}");
-            return Some(format!("{why}; give all ranks the same file and the same --set"));
+        if self.task != first.task {
+            let key = differing_key(&self.task, &first.task);
+            let why = format!("has another {what} than rank 0: {key}");
+            return Some(format!("{why}; give all ranks the same files and the same arguments"));
         }
         (self.options != first.options).then(|| "was started with other options than rank 0".to_owned())
     }
@@ -132,7 +153,30 @@ pub(crate) fn compare(ranks: &Ranks, config: &RunConfig, options: &RunOptions) -
     if !ranks.are_several() {
         return Ok(available_threads());
     }
-    let own = check(ranks, config).and_then(|()| Card::of_this(ranks, config, options));
+    let own = check(ranks, config).and_then(|()| {
+        let (precision, environment) = (config.training.dtype, &options.environment);
+        let task = Task { what: RUN_FILE, toml: config.to_toml()?, precision, environment };
+        Card::of_this(ranks, task, [options.resume, options.overwrite])
+    });
+    meet(ranks, own, RUN_FILE)
+}
+
+/// The same for a job that is no run: says how many threads each has where nothing else does.
+///
+/// # Errors
+/// As for a run, but for what its file says.
+pub fn compare_job(ranks: &Ranks, task: Task) -> Result<usize> {
+    if !ranks.are_several() {
+        return Ok(available_threads());
+    }
+    let what = task.what;
+    meet(ranks, Card::of_this(ranks, task, [false; 2]), what)
+}
+
+/// What the file of a run is called.
+const RUN_FILE: &str = "run file";
+
+fn meet(ranks: &Ranks, own: Result<Card>, what: &str) -> Result<usize> {
     let own = own.map(|card| serde_json::to_vec(&card).unwrap_or_default());
     let cards = ranks.gather(Meeting::Begin, own)?;
     let read = |bytes: &Vec<u8>| serde_json::from_slice::<Card>(bytes);
@@ -141,7 +185,7 @@ pub(crate) fn compare(ranks: &Ranks, config: &RunConfig, options: &RunOptions) -
         Error::Launch { why }
     })?;
     for (rank, card) in cards.iter().enumerate() {
-        if let Some(why) = card.differs(&cards[0]) {
+        if let Some(why) = card.differs(&cards[0], what) {
             let (size, machine) = (ranks.size(), &card.place.0);
             return Err(Error::Launch { why: format!("rank {rank} of {size} (on {machine}) {why}") });
         }
@@ -183,7 +227,7 @@ mod tests {
             cpu: "x86_64".into(),
             place: (machine.into(), cores.into()),
             threads,
-            run_file: "[run]\nname = \"a\"\n[optimizer]\nlr = 0.1\n".into(),
+            task: "[run]\nname = \"a\"\n[optimizer]\nlr = 0.1\n".into(),
             options: [false; 2],
         }
     }
@@ -206,9 +250,9 @@ mod tests {
     #[test]
     fn what_differs_is_named() {
         let first = card("a", "0", 1);
-        assert_eq!(card("b", "1-2", 2).differs(&first), None);
-        let lower = Card { run_file: first.run_file.replace("0.1", "0.01"), ..first.clone() };
-        let longer = Card { run_file: format!("{}[training]\nsteps = 3\n", first.run_file), ..first.clone() };
+        assert_eq!(card("b", "1-2", 2).differs(&first, RUN_FILE), None);
+        let lower = Card { task: first.task.replace("0.1", "0.01"), ..first.clone() };
+        let longer = Card { task: format!("{}[training]\nsteps = 3\n", first.task), ..first.clone() };
         for (card, expected) in [
             (Card { version: "2".into(), ..first.clone() }, "is lowkey 2, and rank 0 is 1"),
             (Card { program: "f123456789abcdef".into(), ..first.clone() }, "is another build than rank 0"),
@@ -217,7 +261,7 @@ mod tests {
             (longer, "training.steps = 3 there, (absent) on rank 0"),
             (Card { options: [true, false], ..first.clone() }, "other options"),
         ] {
-            let found = card.differs(&first).unwrap();
+            let found = card.differs(&first, RUN_FILE).unwrap();
             assert!(found.contains(expected), "{found}");
         }
     }

@@ -7,7 +7,7 @@ use lowkey_files::Owned;
 use crate::checkpoint::Checkpoints;
 use crate::error::{Error, Result};
 use crate::event::RunOptions;
-use crate::ranks::{Meeting, Ranks, word_of};
+use crate::ranks::{Meeting, Ranks};
 use crate::resume;
 use crate::run_config::RunConfig;
 use crate::run_dir;
@@ -99,14 +99,7 @@ pub(super) fn set_up(
             return Err(Error::config("training.batch_size", batch, why));
         }
         let data = format!("{} {}", setup.data.checksum(), setup.data.held_checksum());
-        if let Some(rank) = ranks.other_than_first(Meeting::SetUp, Ok(word_of(data.as_bytes())))? {
-            let why = format!(
-                "rank {rank} of {} has other tokens of {} than rank 0; let all ranks read the same files",
-                ranks.size(),
-                setup.data.name
-            );
-            return Err(Error::Launch { why });
-        }
+        ranks.all_have(&format!("tokens of {}", setup.data.name), data.as_bytes())?;
     }
     Ok(Some(setup))
 }

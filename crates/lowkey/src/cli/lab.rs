@@ -12,7 +12,8 @@ pub(crate) enum LabCommand {
         --shard i/n takes every n-th run, from i = 0 on, so that several machines share a sweep:\n  \
         Slurm:       sbatch --array=0-7 --wrap 'lowkey lab run E.toml --shard $SLURM_ARRAY_TASK_ID/8'\n  \
         Kubernetes:  an Indexed Job with completions: 8,\n               \
-        lowkey lab run E.toml --shard $JOB_COMPLETION_INDEX/8\n\n\
+        lowkey lab run E.toml --shard $JOB_COMPLETION_INDEX/8\n  \
+        MPI:         mpirun -n 8 lowkey lab run E.toml (each rank takes its runs)\n\n\
         Examples:\n  \
         lowkey lab run experiments/rank-sweep/experiment.toml --dry-run\n  \
         lowkey lab run experiments/rank-sweep/experiment.toml --jobs 2")]

@@ -1,6 +1,7 @@
 //! `lowkey eval`.
 
 use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::bail;
 use burn::tensor::Device;
@@ -12,15 +13,16 @@ use lowkey_data::{
     prepare,
     sampler::validation_batches,
 };
-use lowkey_model::{CausalLm, adapter::companion_dir};
+use lowkey_model::{CausalLm, ModelDir, adapter::companion_dir};
 use lowkey_train::{
     evaluate,
     evaluate::{Evaluation, Held},
+    ranks::Ranks,
     workers::Workers,
 };
 use serde::Serialize;
 
-use super::WrongUse;
+use super::{WrongUse, ranks};
 use crate::cli::EvalArguments;
 use crate::output::{complain, say, say_json};
 use crate::progress::{Preparation, evaluation_table};
@@ -28,15 +30,51 @@ use crate::progress::{Preparation, evaluation_table};
 /// Tokens of a batch that are laid out together.
 const MOST_TOKENS: usize = 1 << 26;
 
-pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
-    let device = super::open_device(&arguments.device)?;
+pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<ExitCode> {
+    let ranks = ranks::join()?;
+    ranks::part(&ranks, eval_on(&ranks, arguments).map(|()| ExitCode::SUCCESS))
+}
+
+/// What is to be measured on what.
+struct Asked {
+    model: CausalLm,
+    held: Held,
+    byte_lengths: Vec<u32>,
+    /// The whole text, not its held-out split.
+    all: bool,
+}
+
+fn eval_on(ranks: &Ranks, arguments: &EvalArguments) -> anyhow::Result<()> {
+    let threads = ranks::compare(ranks)?;
+    let open = || {
+        let device = super::open_device(&arguments.device)?;
+        anyhow::Ok((asked(arguments, &device)?, device))
+    };
+    let (Asked { model, held, byte_lengths, all }, device) = ranks::agree(ranks, open())?;
+    if ranks.are_several() {
+        let files = ranks::agree(ranks, hashes(&arguments.model))?;
+        ranks.all_have("files of the model", files.as_bytes())?;
+        ranks.all_have("tokens of the text", held.checksum().as_bytes())?;
+    }
+    let workers = Workers::for_device(threads, threads, &device)?.among(ranks.clone());
+    let evaluation = evaluate(&model, &held, &byte_lengths, &workers, &device)?;
+    if ranks.is_first() { report(arguments, &evaluation, all) } else { Ok(()) }
+}
+
+/// The hash of every file of a model.
+fn hashes(model: &Path) -> anyhow::Result<String> {
+    Ok(serde_json::to_string(&ModelDir::open(model)?.hashes()?)?)
+}
+
+fn asked(arguments: &EvalArguments, device: &Device) -> anyhow::Result<Asked> {
     let dataset = super::data::dataset(&arguments.data)?;
     if let Some(corpus) = TaskCorpus::new(&dataset)? {
-        let model = super::read_at(super::load_model(&arguments.model, &device)?, arguments.kv_rank)?;
-        return report(arguments, &on_task(arguments, &model, &corpus, &device)?, false);
+        let model = super::read_at(super::load_model(&arguments.model, device)?, arguments.kv_rank)?;
+        let held = of_task(arguments, &model, &corpus)?;
+        return Ok(Asked { model, held, byte_lengths: Vec::new(), all: false });
     }
     let tokenizer = super::open_tokenizer(&arguments.model, arguments.add_special_tokens)?;
-    let model = super::read_at(super::load_model(&arguments.model, &device)?, arguments.kv_rank)?;
+    let model = super::read_at(super::load_model(&arguments.model, device)?, arguments.kv_rank)?;
     let longest = model.config.max_position_embeddings;
     let seq_len = arguments.seq_len.unwrap_or(longest.min(2048));
     if seq_len == 0 || seq_len > longest {
@@ -79,8 +117,7 @@ pub(crate) fn eval(arguments: &EvalArguments) -> anyhow::Result<()> {
         _ => Held::Batches(batches(arguments, &dataset, &tokenizer, seq_len, all)?),
     };
     let held = arguments.batches.map_or_else(|| held.clone(), |count| held.first(count, arguments.batch_size));
-    let workers = workers(&device)?;
-    report(arguments, &evaluate(&model, &held, &tokenizer.byte_lengths(), &workers, &device)?, all)
+    Ok(Asked { model, held, byte_lengths: tokenizer.byte_lengths(), all })
 }
 
 /// Whether a path is that of a text, not of a dataset file.
@@ -95,19 +132,8 @@ fn was_trained_on(model: &Path, text: &Path) -> bool {
     prepared.manifest.files.iter().any(|file| file.sha256 == sha256)
 }
 
-/// Threads for passes over single rows.
-fn workers(device: &Device) -> anyhow::Result<Workers> {
-    let threads = lowkey_train::workers::available_threads();
-    Ok(Workers::for_device(threads, threads, device)?)
-}
-
-/// Measures a model on the held-out examples of a task.
-fn on_task(
-    arguments: &EvalArguments,
-    model: &CausalLm,
-    corpus: &TaskCorpus,
-    device: &Device,
-) -> anyhow::Result<Evaluation> {
+/// The held-out examples of a task, which the model was trained on.
+fn of_task(arguments: &EvalArguments, model: &CausalLm, corpus: &TaskCorpus) -> anyhow::Result<Held> {
     let (positions, longest) = (corpus.positions(), model.config.max_position_embeddings);
     let seq_len = arguments.seq_len.unwrap_or(positions);
     if seq_len < positions || seq_len > longest {
@@ -141,8 +167,7 @@ fn on_task(
     }
     let layout = RowLayout { seq_len, mask_documents: true };
     let held = Held::Examples(corpus.held(layout, arguments.batch_size));
-    let held = arguments.batches.map_or_else(|| held.clone(), |count| held.first(count, arguments.batch_size));
-    Ok(evaluate(model, &held, &[], &workers(device)?, device)?)
+    Ok(arguments.batches.map_or_else(|| held.clone(), |count| held.first(count, arguments.batch_size)))
 }
 
 /// The figures with what they were measured on.

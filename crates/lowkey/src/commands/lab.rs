@@ -3,29 +3,33 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lowkey_files::{printable, printable_lines};
 use lowkey_kernels::Precision;
 use lowkey_lab::{Event, Expanded, Experiment, Run, SweepOptions, sweep};
-use lowkey_train::{
-    plan::EXPECTED_MFU,
-    workers::{available_threads, matmul_ceiling},
-};
+use lowkey_train::{plan::EXPECTED_MFU, ranks::Ranks, workers::matmul_ceiling};
 use serde_json::json;
 
-use super::WrongUse;
+use super::{WrongUse, ranks};
 use crate::cli::{LabCommand, LabReportArguments, LabRunArguments};
 use crate::interrupt::Interrupt;
-use crate::output::{complain, count, duration, pairs, say, say_json, table};
+use crate::output::{complain_all_the_same, count, duration, pairs, say, say_json, table};
 use crate::progress::Measuring;
 
 pub(crate) fn lab(command: LabCommand) -> anyhow::Result<ExitCode> {
     match command {
-        LabCommand::Run(arguments) => run(&arguments),
+        LabCommand::Run(arguments) => {
+            let ranks = ranks::join()?;
+            ranks::part(&ranks, run(&ranks, &arguments))
+        }
         LabCommand::Report(arguments) => report(&arguments).map(|()| ExitCode::SUCCESS),
     }
 }
+
+/// Largest experiment file that is read.
+const LARGEST: u64 = 1 << 20;
 
 fn out(experiment: &Experiment, asked: Option<&PathBuf>) -> PathBuf {
     asked.cloned().unwrap_or_else(|| Path::new("runs").join(&experiment.name))
@@ -36,16 +40,35 @@ fn shard(text: &str) -> anyhow::Result<(usize, usize)> {
     parts.ok_or_else(|| WrongUse(format!("--shard {text}: two numbers, such as 0/8")).into())
 }
 
-fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
+/// The runs that a process is to take.
+struct Opened {
+    expanded: Expanded,
+    runs: Vec<Run>,
+    out: PathBuf,
+    shard: Option<(usize, usize)>,
+}
+
+/// Reads an experiment and shows what it would cost; nothing where that was all that is asked. Ranks share its runs.
+fn open(ranks: &Ranks, arguments: &LabRunArguments) -> anyhow::Result<Option<Opened>> {
+    let share = ranks.are_several().then(|| (ranks.rank(), ranks.size()));
     let experiment = Experiment::load(&arguments.experiment)?;
     let out = out(&experiment, arguments.out.as_ref());
     let expanded = Expanded::new(experiment)?;
     let experiment = &expanded.experiment;
-    let shard = arguments.shard.as_deref().map(shard).transpose()?;
+    let shard = match (arguments.shard.as_deref(), share) {
+        (Some(_), Some((_, of))) => {
+            let why = format!("--shard names one part, and {of} ranks share all runs among themselves: leave it out");
+            return Err(WrongUse(why).into());
+        }
+        (asked, share) => asked.map(shard).transpose()?.or(share),
+    };
     let runs = expanded.runs(&out, shard)?;
     let seconds = seconds(&expanded, &runs)?;
     if !arguments.json {
         say(&printable_lines(&describe(&expanded, &runs, seconds)));
+        if let Some((_, of)) = share {
+            say(&format!("  these are the runs of the first of {of} ranks; the others take as many"));
+        }
     }
     let budget = &experiment.budget;
     if let Some(most) = budget.runs.filter(|most| runs.len() > *most) {
@@ -56,24 +79,58 @@ fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
         return Err(WrongUse(why).into());
     }
     if arguments.dry_run {
-        if arguments.json {
+        if arguments.json && ranks.is_first() {
             say_json(&json!({ "arms": expanded.arms, "runs": runs.len(), "seconds": seconds }))?;
         }
-        return Ok(ExitCode::SUCCESS);
+        return Ok(None);
     }
+    Ok(Some(Opened { expanded, runs, out, shard }))
+}
+
+fn run(ranks: &Ranks, arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
+    let threads = ranks::compare(ranks)?;
+    if ranks.are_several() {
+        let file = ranks::agree(ranks, lowkey_files::read(&arguments.experiment, LARGEST).map_err(Into::into))?;
+        ranks.all_have("words of the experiment", &file)?;
+    }
+    let Some(opened) = ranks::agree(ranks, open(ranks, arguments))? else { return Ok(ExitCode::SUCCESS) };
     let interrupt = Interrupt::watch(|| {})?;
-    let jobs = arguments.jobs.unwrap_or_else(|| (available_threads() / experiment.threads).max(1));
+    let finished = run_share(ranks, arguments, opened, threads, &interrupt);
+    if ranks.are_several() {
+        // Runs of another rank may go on for days.
+        ranks.be_patient_for(Duration::from_secs(366 * 24 * 3600));
+        let why = "not all runs are finished; give the same command again for those that are left";
+        let finished = finished.and_then(|finished| if finished { Ok(()) } else { Err(anyhow::anyhow!(why)) });
+        return ranks::agree(ranks, finished).map(|()| ExitCode::SUCCESS);
+    }
+    Ok(match finished? {
+        true => ExitCode::SUCCESS,
+        false if interrupt.came().load(Ordering::Relaxed) => interrupt.exit_code(),
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// Takes the runs of one process; whether all of them are finished.
+fn run_share(
+    ranks: &Ranks,
+    arguments: &LabRunArguments,
+    opened: Opened,
+    threads: usize,
+    interrupt: &Interrupt,
+) -> anyhow::Result<bool> {
+    let Opened { expanded, runs, out, shard } = opened;
+    let jobs = arguments.jobs.unwrap_or_else(|| (threads / expanded.experiment.threads).max(1));
     let options = SweepOptions { out, shard, jobs, environment: super::train::environment() };
     let mut view = View::new(&expanded, &runs, !arguments.json);
     let outcome = sweep(&expanded, &runs, &options, interrupt.came(), &mut |event| view.show(&event));
     view.bar.finish_and_clear();
     let outcome = outcome?;
     let failed: Vec<_> = outcome.failed.iter().map(|(i, why)| json!({ "run": runs[*i].out, "why": why })).collect();
-    if arguments.json {
+    if arguments.json && ranks.is_first() {
         say_json(&json!({ "finished": outcome.finished, "failed": failed, "left": outcome.left }))?;
     } else {
         for (i, why) in &outcome.failed {
-            complain(&printable_lines(&format!("failed: {}: {why}", runs[*i].out.display())));
+            complain_all_the_same(&printable_lines(&format!("failed: {}: {why}", runs[*i].out.display())));
         }
         let (done, all) = (outcome.finished, runs.len());
         let file = arguments.experiment.to_string_lossy();
@@ -83,11 +140,7 @@ fn run(arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
             (left, failed) => say(&format!("{done} of {all} runs are finished, {failed} failed, {left} are left")),
         }
     }
-    Ok(match outcome.finished == runs.len() {
-        true => ExitCode::SUCCESS,
-        false if interrupt.came().load(Ordering::Relaxed) => interrupt.exit_code(),
-        false => ExitCode::FAILURE,
-    })
+    Ok(outcome.finished == runs.len())
 }
 
 /// Estimated seconds of the runs, one after the other.

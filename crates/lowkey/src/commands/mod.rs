@@ -83,6 +83,15 @@ fn read_at(model: CausalLm, rank: Option<usize>) -> anyhow::Result<CausalLm> {
     Ok(narrow)
 }
 
+/// Whether several processes, started as one job, share the work of a command.
+fn takes_several(command: &Command) -> bool {
+    match command {
+        Command::Train(_) | Command::Eval(_) | Command::Devices(_) => true,
+        Command::Lab { command } => matches!(command, LabCommand::Run(_)),
+        _ => false,
+    }
+}
+
 /// Whether the work of a command is in files, rather than in what it prints.
 fn keeps_its_work(command: &Command) -> bool {
     match command {
@@ -109,7 +118,7 @@ fn keeps_its_work(command: &Command) -> bool {
 
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let done = |()| ExitCode::SUCCESS;
-    if !matches!(arguments.command, Command::Train(_) | Command::Devices(_)) {
+    if !takes_several(&arguments.command) {
         ranks::refuse_several("this command")?;
     }
     if keeps_its_work(&arguments.command) {
@@ -119,7 +128,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Train(arguments) => train::train(arguments),
         Command::Plan(arguments) => train::plan(arguments).map(done),
         Command::Generate(arguments) => generate::generate(&arguments).map(done),
-        Command::Eval(arguments) => eval::eval(&arguments).map(done),
+        Command::Eval(arguments) => eval::eval(&arguments),
         Command::Export(arguments) => export::export(&arguments).map(done),
         Command::Merge(arguments) => export::merge(&arguments).map(done),
         Command::Verify(arguments) => export::verify(&arguments),

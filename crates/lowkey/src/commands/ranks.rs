@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use lowkey_train::ranks::{Launched, Ranks};
+use lowkey_train::Error;
+use lowkey_train::ranks::{Launched, Ranks, Task, compare_job};
 
 use crate::output::{be_quiet, complain_all_the_same};
 
@@ -18,6 +19,23 @@ pub(crate) fn join() -> anyhow::Result<Ranks> {
         _ => {}
     }
     Ok(joined?)
+}
+
+/// What all ranks have, or the error that any of them has met.
+pub(crate) fn agree<T>(ranks: &Ranks, own: anyhow::Result<T>) -> anyhow::Result<T> {
+    let word = own.as_ref().map(|_| ()).map_err(|error| Error::Launch { why: format!("{error:#}") });
+    match (ranks.agree(word), own) {
+        // Its own, which has the right exit code.
+        (_, Err(own)) => Err(own),
+        (Err(of_another), Ok(_)) => Err(of_another.into()),
+        (Ok(()), Ok(own)) => Ok(own),
+    }
+}
+
+/// Meets the others of a job before anything is opened, and says how many threads each has: all are to be asked for the same.
+pub(crate) fn compare(ranks: &Ranks) -> anyhow::Result<usize> {
+    let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    Ok(compare_job(ranks, Task::of_command(arguments, &super::train::environment()))?)
 }
 
 /// Refuses a command that is the work of one process.

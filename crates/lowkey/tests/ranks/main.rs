@@ -10,3 +10,4 @@ mod bits;
 mod endings;
 mod job;
 mod refusals;
+mod shared;

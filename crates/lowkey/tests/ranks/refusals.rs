@@ -105,7 +105,7 @@ fn a_run_that_is_already_there() {
 #[test]
 fn commands_that_are_the_work_of_one_process() {
     let bench = Bench::new();
-    for arguments in [&["plan", "run.toml"][..], &["eval", "nowhere", "--data", "lines.toml"]] {
+    for arguments in [&["plan", "run.toml"][..], &["lab", "report", "nowhere.toml"]] {
         let printed = Job::start(bench.command(2, arguments), &bench.path("")).wait().fails();
         assert!(printed.contains("has started 2 processes, and this command is the work of one"), "{printed}");
     }
