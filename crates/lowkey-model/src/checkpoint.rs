@@ -1,34 +1,33 @@
 //! Hugging Face model directories: `config.json` and safetensors, in one file or in shards with an index.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io::Write;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::Device;
 use half::{bf16, f16};
-use lowkey_files::{
-    NewFile, is_plain_name, open, printable, read_text,
-    write::{create_dir, remove},
-};
+use lowkey_files::{is_plain_name, open, printable, read_text};
 use memmap2::Mmap;
-use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::adapter::{AdapterPlan, Quantization};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::hf_config::dialect::Dialect;
 use crate::model::CausalLm;
-use crate::params::Parameter;
 use crate::tensor::{Role, TensorSpec};
 use quantisation::Quantisation;
 
+mod apart;
 pub(crate) mod nf4;
 pub(crate) mod quantisation;
 mod quantised;
 pub(crate) mod stored;
+mod write;
+
+pub use apart::LayerReader;
+pub use write::NewCheckpoint;
+pub(crate) use write::encode_shard;
 
 const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -386,203 +385,24 @@ impl CausalLm {
 
     fn of_weights(weights: Weights, dir: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
         weights.check(dir, config, device)?;
+        Self::try_build(config, device, |spec| weights.of(spec))
+    }
+
+    /// [`CausalLm::build`] with values that may not be there.
+    fn try_build(
+        config: &ModelConfig,
+        device: &Device,
+        mut fill: impl FnMut(&TensorSpec) -> Result<Vec<f32>>,
+    ) -> Result<Self> {
         let mut failure = None;
         let model = Self::build(config, device, &mut |spec| {
-            weights.of(spec).unwrap_or_else(|e| {
+            fill(spec).unwrap_or_else(|e| {
                 failure = failure.take().or(Some(e));
                 Vec::new()
             })
         });
-        match failure {
-            Some(failure) => Err(failure),
-            None => Ok(model),
-        }
+        failure.map_or(Ok(model), Err)
     }
-
-    /// Writes `config.json` and the weights into `dir`. Weights larger than `max_shard_bytes` are split into shards with an
-    /// index; a tensor is never cut, so that a shard of one tensor may be larger.
-    ///
-    /// A checkpoint that lies there already is replaced as a whole: nothing changes before every new file is written and on
-    /// disk, `config.json` is away while files are exchanged, so that a directory caught half way does not load, and weight
-    /// files of the old checkpoint that have no successor are removed, because readers would prefer them.
-    ///
-    /// # Errors
-    /// [`Error::Io`] naming the file that cannot be written; [`Error::File`] where a value does not fit `dtype`.
-    pub fn save(&self, dir: &Path, dtype: WeightDtype, max_shard_bytes: usize) -> Result<()> {
-        self.save_as(dir, dtype, None, max_shard_bytes)
-    }
-
-    /// The same with the matrices between hidden states but `kv_b_proj` in 4 bits, as bitsandbytes stores nf4 and transformers opens
-    /// it; what is left has the format `dtype`. [`CausalLm::load`] reads it, too.
-    ///
-    /// # Errors
-    /// As [`CausalLm::save`].
-    pub fn save_nf4(&self, dir: &Path, dtype: WeightDtype, max_shard_bytes: usize) -> Result<()> {
-        self.save_as(dir, dtype, Some(Quantization::Nf4), max_shard_bytes)
-    }
-
-    fn save_as(
-        &self,
-        dir: &Path,
-        dtype: WeightDtype,
-        quantization: Option<Quantization>,
-        max_shard_bytes: usize,
-    ) -> Result<()> {
-        if self.adapter().is_some() {
-            let why = "a model with adapters is not one set of weights; merge it, or save the adapter";
-            return Err(Error::file(dir, why));
-        }
-        if !self.quantized_layers().is_empty() {
-            return Err(Error::file(
-                dir,
-                "a model with packed matrices cannot be written here; merge it, which unpacks them",
-            ));
-        }
-        create_dir(dir)?;
-        let plan = quantization.map(AdapterPlan::packing);
-        let packed = self.tensors().iter().filter(|spec| plan.as_ref().is_some_and(|plan| plan.packs(spec).is_some()));
-        let packed: BTreeSet<&str> = packed.map(|spec| spec.name.as_str()).collect();
-        let shards = split(self.parameters(), dtype, max_shard_bytes);
-        let count = shards.len();
-        let mut staged = Vec::with_capacity(count + 1);
-        let (mut weight_map, mut total) = (serde_json::Map::new(), 0);
-        for (i, shard) in shards.into_iter().enumerate() {
-            let file = match count {
-                1 => SINGLE.to_string(),
-                _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
-            };
-            let path = dir.join(&file);
-            let mut encoded = Vec::with_capacity(shard.len());
-            for parameter in shard {
-                let packs = packed.contains(parameter.name.as_str());
-                encoded.extend(encode(&path, parameter, dtype, packs)?);
-            }
-            for raw in &encoded {
-                weight_map.insert(raw.name.clone(), json!(file));
-                total += raw.bytes.len();
-            }
-            staged.push(Staged::write(path.clone(), &serialized(&path, &encoded)?)?);
-        }
-        if count > 1 {
-            let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-            staged.push(Staged::write_json(dir.join(INDEX), &index)?);
-        }
-        let mut config = self.config.to_json(dtype.name());
-        if let (Some(_), Value::Object(config)) = (quantization, &mut config) {
-            config.insert("quantization_config".into(), nf4::config(dtype));
-        }
-        let config = Staged::write_json(dir.join(CONFIG), &config)?;
-
-        remove(&config.path)?;
-        let mut written = BTreeSet::new();
-        for file in staged {
-            written.insert(file.path.clone());
-            file.commit()?;
-        }
-        remove_stale_weights(dir, &written)?;
-        config.commit()
-    }
-}
-
-/// Distributes the parameters, in order, over shards of at most `max_bytes`.
-fn split(parameters: Vec<Parameter>, dtype: WeightDtype, max_bytes: usize) -> Vec<Vec<Parameter>> {
-    let mut shards = vec![Vec::new()];
-    let mut in_shard = 0;
-    for parameter in parameters {
-        let bytes = parameter.shape.iter().product::<usize>() * dtype.bytes_per_value();
-        if in_shard > 0 && in_shard + bytes > max_bytes {
-            shards.push(Vec::new());
-            in_shard = 0;
-        }
-        in_shard += bytes;
-        if let Some(shard) = shards.last_mut() {
-            shard.push(parameter);
-        }
-    }
-    shards
-}
-
-/// The content of one safetensors file.
-pub(crate) fn encode_shard(path: &Path, shard: Vec<Parameter>, dtype: WeightDtype) -> Result<Vec<u8>> {
-    let encoded = shard.into_iter().map(|parameter| encode(path, parameter, dtype, false));
-    let encoded: Vec<Vec<Raw>> = encoded.collect::<Result<_>>()?;
-    serialized(path, &encoded.into_iter().flatten().collect::<Vec<_>>())
-}
-
-/// The tensors that a parameter becomes: one, or those of a packed matrix.
-fn encode(path: &Path, parameter: Parameter, dtype: WeightDtype, packs: bool) -> Result<Vec<Raw>> {
-    let Parameter { name, shape, value, .. } = parameter;
-    let values = value
-        .try_into_vec_as::<f32>()
-        .map_err(|e| Error::file(path, format!("tensor {name} cannot be read back: {e:?}")))?;
-    if let (true, [d_out, d_in]) = (packs, &shape[..]) {
-        return Ok(nf4::encode(&name, &values, [*d_out, *d_in], dtype));
-    }
-    let bytes = dtype.encode(&values).map_err(|value| {
-        let why = format!("tensor {name} holds {value}, too large for {}; save as float32", dtype.name());
-        Error::file(path, why)
-    })?;
-    Ok(vec![Raw { name, dtype: dtype.format(), shape, bytes }])
-}
-
-fn serialized(path: &Path, tensors: &[Raw]) -> Result<Vec<u8>> {
-    let views = tensors
-        .iter()
-        .map(|raw| Ok((raw.name.as_str(), TensorView::new(raw.dtype, raw.shape.clone(), &raw.bytes)?)))
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
-    // transformers asks for the format tag.
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    views
-        .and_then(|views| safetensors::serialize(views, Some(metadata)))
-        .map_err(|e| Error::file(path, format!("cannot be encoded: {e}")))
-}
-
-/// A file whose content is on disk but that does not bear its name yet; dropped, it leaves nothing behind.
-struct Staged {
-    path: PathBuf,
-    file: NewFile,
-}
-
-impl Staged {
-    fn write(path: PathBuf, bytes: &[u8]) -> Result<Self> {
-        let mut file = NewFile::create(&path)?;
-        // Synced now rather than at the rename, so that the renames of a checkpoint follow one another at once.
-        file.write_all(bytes).and_then(|()| file.sync()).map_err(|e| Error::io(&path, e))?;
-        Ok(Self { path, file })
-    }
-
-    fn write_json(path: PathBuf, value: &Value) -> Result<Self> {
-        let text = serde_json::to_string_pretty(value).map_err(|e| Error::file(&path, e.to_string()))?;
-        Self::write(path, (text + "\n").as_bytes())
-    }
-
-    /// Gives the file its name, in place of an older one.
-    fn commit(self) -> Result<()> {
-        Ok(self.file.commit()?)
-    }
-}
-
-/// Removes the weight files of an older checkpoint: a single file hides shards from transformers and from
-/// [`CausalLm::load`], and an index hides a single file from vLLM.
-fn remove_stale_weights(dir: &Path, written: &BTreeSet<PathBuf>) -> Result<()> {
-    for entry in std::fs::read_dir(dir).map_err(|source| Error::io(dir, source))? {
-        let name = entry.map_err(|source| Error::io(dir, source))?.file_name();
-        let Some(name) = name.to_str() else { continue };
-        let path = dir.join(name);
-        if (name == SINGLE || name == INDEX || is_shard(name)) && !written.contains(&path) {
-            remove(&path)?;
-        }
-    }
-    Ok(())
-}
-
-/// Whether a file name has the form `model-00001-of-00002.safetensors`.
-fn is_shard(name: &str) -> bool {
-    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    name.strip_prefix("model-")
-        .and_then(|rest| rest.strip_suffix(".safetensors"))
-        .and_then(|rest| rest.split_once("-of-"))
-        .is_some_and(|(i, count)| digits(i) && digits(count))
 }
 
 /// The number of the layer that a tensor belongs to, as its name spells it.

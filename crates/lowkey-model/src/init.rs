@@ -1,6 +1,6 @@
 //! Random initial weights.
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -29,6 +29,24 @@ impl CausalLm {
     /// change of one size leaves the other tensors alone.
     pub fn init(config: &ModelConfig, seed: u64, device: &Device) -> Self {
         Self::build(config, device, &mut |spec| initial_values(config, seed, spec))
+    }
+
+    /// A model of given tensors, each row by row and in its own format; those that `given` does not have begin as in a new model.
+    pub fn of_tensors(config: &ModelConfig, device: &Device, mut given: impl FnMut(&str) -> Option<Tensor<1>>) -> Self {
+        let mut values = Vec::new();
+        let model = Self::build(config, device, &mut |spec| {
+            let value = given(&spec.name);
+            // Drawing numbers takes longer than all else, and these would be for nothing.
+            let start = match &value {
+                Some(_) => vec![0.0; spec.shape.iter().product()],
+                None => initial_values(config, 0, spec),
+            };
+            values.push(value);
+            start
+        });
+        let own = model.parameters().into_iter();
+        let values = own.zip(values).map(|(own, given)| given.unwrap_or(own.value)).collect();
+        model.with_values(values)
     }
 }
 

@@ -291,6 +291,12 @@ impl CausalLm {
         self.losses_of(self.last_hidden(batch, None, device, trace), batch)
     }
 
+    /// The same of `x [rows, seq_len, d]`, what the last block has made.
+    pub fn losses_after_blocks(&self, x: Tensor<3>, batch: Rows) -> Tensor<1> {
+        let [rows, seq, d] = x.dims();
+        self.losses_of(self.model.norm.forward(x).reshape([rows * seq, d]), batch)
+    }
+
     /// Hidden states after the final norm, `[rows · seq_len, d]`, of latents read up to `kv_rank` ([`Context::kv_rank`]).
     pub(crate) fn last_hidden(
         &self,

@@ -1,6 +1,12 @@
+use safetensors::tensor::TensorView;
+use serde_json::json;
+
+use super::write::is_shard;
 use super::*;
+use crate::adapter::Quantization;
 use crate::fixtures::{self, scrambled, values};
 use crate::model::ids_tensor;
+use crate::params::Parameter;
 
 mod quantised;
 
