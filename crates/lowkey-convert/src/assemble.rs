@@ -20,7 +20,5 @@ pub(crate) fn with_tensors(
         let length = numbers.len();
         (name, Tensor::from_data(TensorData::new(numbers, [length]), (device, dtype)))
     }));
-    let new = CausalLm::init(config, 0, device);
-    let values = new.parameters().into_iter().map(|own| kept.remove(&own.name).unwrap_or(own.value)).collect();
-    new.with_values(values)
+    CausalLm::of_tensors(config, device, |name| kept.remove(name))
 }

@@ -3,14 +3,15 @@
 use burn::tensor::Device;
 use faer::linalg::solvers::Solve;
 use faer::{Mat, Side};
-use lowkey_model::{CausalLm, Rows};
+use lowkey_model::CausalLm;
 
 use crate::allocation::{Curve, allocate, grid};
 use crate::basis::{Basis, fold, rotate};
 use crate::error::{Error, Result};
 use crate::importance::Importance;
 use crate::matrix::{check_finite, to_mat, to_tensor, trace};
-use crate::moments::{Moments, attentions, check_text, measure};
+use crate::moments::{Moments, attentions, check_text, measure, of_layer};
+use crate::stream::Stream;
 use crate::{Observer, Progress};
 
 /// Share of the mean variance that a fit adds to each kept direction: far above what rounding in f64 leaves of a direction that no
@@ -55,6 +56,29 @@ impl Measured {
         let model = fold(model)?;
         let moments = measure(&model, text, device, observe)?;
         Ok(Self { model, moments })
+    }
+
+    /// The same of a model of one layer, for a text that has come before that.
+    pub(crate) fn of_layer(model: &CausalLm, stream: &Stream, device: &Device) -> Result<Self> {
+        let model = fold(model)?;
+        let layers = attentions(&model, "measuring a latent")?.into_iter().zip(&model.model.layers);
+        let moments = layers.map(|(mla, block)| of_layer(&model, mla, block, stream, device)).collect::<Result<_>>()?;
+        Ok(Self { model, moments })
+    }
+
+    /// Of its only layer: each width of its latent, and the share of what counts that this leaves out.
+    pub(crate) fn left_out(&self, importance: Importance) -> Result<Vec<(usize, f64)>> {
+        let layers = attentions(&self.model, "a spectrum")?;
+        let (Some(mla), Some(moments)) = (layers.first(), self.moments.first()) else { return Ok(Vec::new()) };
+        let (readers, latent) = importance.of(mla, moments)?;
+        let readout = Basis::of(&readers, &latent, 0)?.readout;
+        let all: f64 = readout.iter().sum();
+        let mut left = all;
+        let points = readout.iter().enumerate().map(|(i, seen)| {
+            left -= seen;
+            (i + 1, if all > 0.0 { (left / all).max(0.0) } else { 0.0 })
+        });
+        Ok(points.collect())
     }
 
     /// Its latents with their directions in the order of what `importance` counts.
@@ -187,24 +211,7 @@ fn fit(latent: &Mat<f64>, rank: usize, layer: usize) -> Result<Mat<f64>> {
 /// [`Error::Text`] for a text that the model cannot read.
 pub fn loss(model: &CausalLm, text: &[Vec<u32>], device: &Device) -> Result<f64> {
     check_text(model, text)?;
-    let (mut nats, mut tokens) = (0.0, 0);
-    for ids in text.iter().filter(|ids| ids.len() > 1) {
-        let (inputs, next) = (&ids[..ids.len() - 1], &ids[1..]);
-        let targets: Vec<i64> = next.iter().map(|id| i64::from(*id)).collect();
-        let starts = vec![0; inputs.len()];
-        let batch = Rows {
-            vectors: None,
-            pairs: false,
-            rows: 1,
-            seq_len: inputs.len(),
-            input_ids: inputs,
-            targets: &targets,
-            document_starts: &starts,
-        };
-        let losses = model.losses(batch, device, None).try_into_vec_as::<f32>();
-        let losses = losses.map_err(|e| Error::Device { what: "the losses", why: format!("{e:?}") })?;
-        nats += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
-        tokens += losses.len();
-    }
-    Ok(nats / tokens.max(1) as f64)
+    let mut stream = Stream::begin(model, text, device);
+    model.model.layers.iter().for_each(|block| stream.pass(model, block, device));
+    stream.loss(model, text)
 }

@@ -78,6 +78,7 @@ mod health;
 mod importance;
 mod matrix;
 mod moments;
+mod stream;
 pub mod to_mha;
 pub mod to_mla;
 mod trim;

@@ -5,13 +5,13 @@ use faer::{Mat, MatRef};
 use lowkey_model::{
     CausalLm,
     attention::{Mla, MlaDims},
-    ids_tensor,
-    model::Trace,
+    model::Block,
     rope::RopeTable,
 };
 
 use crate::error::{Error, Result};
 use crate::matrix::to_mat;
+use crate::stream::Stream;
 use crate::{Observer, Progress};
 
 /// Moments of one layer.
@@ -74,25 +74,34 @@ pub(crate) fn check_text(model: &CausalLm, text: &[Vec<u32>]) -> Result<()> {
     Ok(())
 }
 
-/// Runs the model over each sequence by itself and sums up what its layers make of it.
+/// What each layer makes of a text, each sequence by itself.
 pub(crate) fn measure(model: &CausalLm, text: &[Vec<u32>], device: &Device, observe: Observer) -> Result<Vec<Moments>> {
     let attentions = attentions(model, "measuring a latent")?;
     check_text(model, text)?;
-    let mut sums: Vec<Sums> = attentions.iter().map(|mla| Sums::new(mla.dims)).collect();
-    for (done, ids) in text.iter().enumerate() {
-        observe(Progress { doing: "moments", done, of: text.len() });
-        if ids.is_empty() {
-            continue;
-        }
-        let context = model.context(&vec![0; ids.len()], ids.len(), device);
-        let mut trace = Trace::of_hidden();
-        model.hidden(ids_tensor(ids, 1, ids.len(), device), &context, Some(&mut trace));
-        for (((mla, block), input), sums) in attentions.iter().zip(&model.model.layers).zip(trace.hidden).zip(&mut sums)
-        {
-            sums.add(mla, block.input_layernorm.forward(input), &context.rope)?;
-        }
+    let mut stream = Stream::begin(model, text, device);
+    let mut found = Vec::with_capacity(attentions.len());
+    for (done, (mla, block)) in attentions.iter().zip(&model.model.layers).enumerate() {
+        observe(Progress { doing: "moments", done, of: attentions.len() });
+        found.push(of_layer(model, mla, block, &stream, device)?);
+        stream.pass(model, block, device);
     }
-    Ok(sums.into_iter().map(Sums::moments).collect())
+    Ok(found)
+}
+
+/// Those of a text that has come before `block`.
+pub(crate) fn of_layer(
+    model: &CausalLm,
+    mla: &Mla,
+    block: &Block,
+    stream: &Stream,
+    device: &Device,
+) -> Result<Moments> {
+    let mut sums = Sums::new(mla.dims);
+    for x in stream.inputs(block) {
+        let [_, seq, _] = x.dims();
+        sums.add(mla, x, &model.rope_table(&[(0..seq).collect()], device))?;
+    }
+    Ok(sums.moments())
 }
 
 impl Sums {

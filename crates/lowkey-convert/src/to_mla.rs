@@ -8,24 +8,29 @@
 
 mod absorb;
 mod build;
+mod by_layer;
 mod fit;
 mod heads;
 mod inputs;
+mod stages;
 mod turning;
 mod weights;
 
 use burn::tensor::Device;
 use faer::{Mat, c64};
-use lowkey_model::CausalLm;
 use lowkey_model::attention::{AttentionConfig, GroupedConfig, MlaConfig};
+use lowkey_model::{CausalLm, ModelConfig};
 
 pub use absorb::absorb_head_norms;
+pub use by_layer::{ByLayer, by_layer};
 pub use fit::{Converted, Tried, Wanted, Width, fit};
 pub use inputs::Inputs;
+pub use stages::{Loss, Stage, Texts};
 pub use turning::Keep;
 
 use crate::error::{Error, Result};
 use crate::matrix::check_finite;
+use build::Common;
 use heads::Heads;
 use turning::{Directions, Turning, mean_turn, share};
 use weights::Weights;
@@ -43,12 +48,20 @@ const COSTS: i32 = 1;
 /// function of anything that is cached ([`absorb_head_norms`] is the nearest model without). [`Error::NotFinite`] for a weight that is
 /// no number.
 pub fn exact(model: &CausalLm, device: &Device) -> Result<CausalLm> {
+    exact_padded(model, None, device)
+}
+
+/// The same with what all layers of a larger model have in common.
+fn exact_padded(model: &CausalLm, common: Option<Common>, device: &Device) -> Result<CausalLm> {
     let (grouped, layers) = source(model)?;
-    let turning = vec![Turning::whole(grouped.num_key_value_heads); grouped.rotary_dim / 2];
-    let counts = vec![grouped.num_key_value_heads; turning.len()];
-    let turning = vec![turning; layers.len()];
-    let means = without_mean(model);
-    convert(model, &grouped, &layers, &turning, (&counts, &means), device)
+    let turning = (0..grouped.rotary_dim / 2).map(|l| Turning::whole(l, grouped.num_key_value_heads)).collect();
+    let turning: Vec<Vec<Turning>> = vec![turning; layers.len()];
+    convert(
+        model,
+        Parts { grouped: &grouped, layers: &layers, turning: &turning, means: &without_mean(model) },
+        common,
+        device,
+    )
 }
 
 /// Latent attention with `rotated` numbers of a shared key that turns, of those that [`exact`] would have; what no longer turns is in
@@ -57,63 +70,110 @@ pub fn exact(model: &CausalLm, device: &Device) -> Result<CausalLm> {
 /// # Errors
 /// As [`exact`]; [`Error::Setting`] where `rotated` is odd or more than there are.
 pub fn narrowed(model: &CausalLm, rotated: usize, keep: Keep, inputs: &Inputs, device: &Device) -> Result<CausalLm> {
-    let (grouped, layers) = source(model)?;
-    let groups = grouped.num_key_value_heads;
-    let most = groups * grouped.rotary_dim;
+    Narrowing::new(model, 1, inputs)?.narrowed(model, rotated, keep, device)
+}
+
+/// What is needed to leave out what turns least, found once for all widths.
+pub(crate) struct Narrowing<'a> {
+    grouped: GroupedConfig,
+    layers: Vec<Heads>,
+    inputs: &'a Inputs,
+    /// The directions of each band in each layer.
+    directions: Vec<Vec<Directions>>,
+    /// What stands in for the rotation of each frequency.
+    turns: Vec<c64>,
+    /// What leaving out each direction of each band costs in all layers.
+    costs: Vec<Vec<f64>>,
+}
+
+impl<'a> Narrowing<'a> {
+    /// With bands of `fold` neighbouring frequencies.
+    ///
+    /// # Errors
+    /// As [`exact`].
+    pub(crate) fn new(model: &CausalLm, fold: usize, inputs: &'a Inputs) -> Result<Self> {
+        let (grouped, layers) = source(model)?;
+        let frequencies = model.config.inverse_frequencies();
+        let means = |power| {
+            let near = inputs.near(power);
+            frequencies.iter().map(|frequency| mean_turn(*frequency, &near)).collect::<Vec<c64>>()
+        };
+        let (turns, means) = (means(STANDS_IN), means(COSTS));
+        let mut costs: Vec<Vec<f64>> = Vec::new();
+        let mut directions = Vec::with_capacity(layers.len());
+        for (layer, (heads, moment)) in layers.iter().zip(&inputs.moments).enumerate() {
+            let found = Directions::of_layer(heads, moment, fold, layer)?;
+            costs.resize_with(found.len(), Vec::new);
+            for (band, costs) in found.iter().zip(&mut costs) {
+                let (turn, mean) = (turns[band.frequency()], means[band.frequency()]);
+                // The mean of |e^(−iθΔ) − turn|².
+                let missed = 1.0 - 2.0 * (mean.conj() * turn).re + turn.norm_sqr();
+                costs.resize(band.energies.len(), 0.0);
+                costs.iter_mut().zip(&band.energies).for_each(|(cost, energy)| *cost += energy * missed);
+            }
+            directions.push(found);
+        }
+        Ok(Self { grouped, layers, inputs, directions, turns, costs })
+    }
+
+    /// As [`narrowed`].
+    pub(crate) fn narrowed(&self, model: &CausalLm, rotated: usize, keep: Keep, device: &Device) -> Result<CausalLm> {
+        let counts = counts(&self.grouped, &self.costs, rotated, keep)?;
+        self.turning(model, &counts, None, device)
+    }
+
+    /// With so many directions of each band that turn, and what all layers of a larger model have in common.
+    fn turning(&self, model: &CausalLm, counts: &[usize], common: Option<Common>, device: &Device) -> Result<CausalLm> {
+        // Cosines and sines have a factor under YaRN, and scores its square.
+        let factor = model.config.rope.table_factor().powi(2);
+        let rests: Vec<c64> = self.turns.iter().map(|turn| *turn * factor).collect();
+        let of_layer = |found: &Vec<Directions>| {
+            found.iter().zip(counts).flat_map(|(band, count)| band.keep(*count, &rests)).collect::<Vec<Turning>>()
+        };
+        let turning: Vec<Vec<Turning>> = self.directions.iter().map(of_layer).collect();
+        let parts =
+            Parts { grouped: &self.grouped, layers: &self.layers, turning: &turning, means: &self.inputs.constants() };
+        convert(model, parts, common, device)
+    }
+}
+
+/// How many directions of each band go on turning where `rotated` numbers do, by what leaving each out costs.
+fn counts(grouped: &GroupedConfig, costs: &[Vec<f64>], rotated: usize, keep: Keep) -> Result<Vec<usize>> {
+    let most = grouped.num_key_value_heads * grouped.rotary_dim;
     if rotated > most || !rotated.is_multiple_of(2) {
-        let why = format!("an even number, at most the {most} that turn now: {groups} heads of {}", grouped.rotary_dim);
+        let why = format!(
+            "an even number, at most the {most} that turn now: {} heads of {}",
+            grouped.num_key_value_heads, grouped.rotary_dim
+        );
         return Err(Error::Setting { field: "rope_dim", value: rotated.to_string(), why });
     }
-    let frequencies = model.config.inverse_frequencies();
-    let means = |power| {
-        let near = inputs.near(power);
-        frequencies.iter().map(|frequency| mean_turn(*frequency, &near)).collect::<Vec<c64>>()
-    };
-    let (turns, means) = (means(STANDS_IN), means(COSTS));
-    let mut costs = vec![vec![0.0; groups]; frequencies.len()];
-    let mut directions = Vec::with_capacity(layers.len());
-    for (layer, (heads, moment)) in layers.iter().zip(&inputs.moments).enumerate() {
-        let mut of_layer = Vec::with_capacity(frequencies.len());
-        for (at, ((turn, mean), costs)) in turns.iter().zip(&means).zip(&mut costs).enumerate() {
-            let found = Directions::of(heads, moment, at, layer)?;
-            // The mean of |e^(−iθΔ) − turn|².
-            let missed = 1.0 - 2.0 * (mean.conj() * turn).re + turn.norm_sqr();
-            for (cost, energy) in costs.iter_mut().zip(&found.energies) {
-                *cost += energy * missed;
-            }
-            of_layer.push(found);
-        }
-        directions.push(of_layer);
-    }
-    let counts = share(&costs, groups, rotated / 2, keep);
-    // Cosines and sines have a factor under YaRN, and scores its square.
-    let factor = model.config.rope.table_factor().powi(2);
-    let turning: Vec<Vec<Turning>> = directions
-        .iter()
-        .map(|of_layer| {
-            let each = of_layer.iter().zip(&counts).zip(&turns);
-            each.map(|((found, count), turn)| found.keep(*count, *turn * factor)).collect()
-        })
-        .collect();
-    convert(model, &grouped, &layers, &turning, (&counts, &inputs.constants()), device)
+    Ok(share(costs, rotated / 2, keep))
 }
 
 /// Numbers per token of the rotated keys, all heads together, and of what is cached.
 ///
 /// # Errors
 /// As [`exact`], but for weights.
-pub fn widths(model: &CausalLm) -> Result<[usize; 2]> {
-    let grouped = sizes(model)?;
+pub fn widths(config: &ModelConfig) -> Result<[usize; 2]> {
+    let grouped = sizes_of(config)?;
     Ok([grouped.num_key_value_heads * grouped.rotary_dim, 2 * grouped.num_key_value_heads * grouped.head_dim])
 }
 
-fn sizes(model: &CausalLm) -> Result<GroupedConfig> {
-    heads::grouped(model)?;
-    match model.config.attention() {
+fn sizes_of(config: &ModelConfig) -> Result<GroupedConfig> {
+    match config.attention() {
         AttentionConfig::Grouped(grouped) => Ok(grouped.clone()),
         AttentionConfig::Mla(_) => {
-            Err(Error::Unsupported { what: "making it latent attention", why: "it has latents already".into() })
+            let why = "it has latents already; those can be cut".to_owned();
+            Err(Error::Unsupported { what: "making it latent attention", why })
         }
+    }
+}
+
+/// Numbers of one key head that turn.
+fn one_head(config: &ModelConfig) -> usize {
+    match config.attention() {
+        AttentionConfig::Grouped(grouped) => grouped.rotary_dim,
+        AttentionConfig::Mla(_) => 0,
     }
 }
 
@@ -124,32 +184,46 @@ fn without_mean(model: &CausalLm) -> Vec<Mat<f64>> {
 }
 
 fn source(model: &CausalLm) -> Result<(GroupedConfig, Vec<Heads>)> {
-    let grouped = sizes(model)?;
+    let grouped = sizes_of(&model.config)?;
     if grouped.qk_norm {
-        let why = "each of its query and key heads is normalised by itself (qk_norm, as in Qwen3), and keys are rebuilt from a latent by \
-                   linear maps; a calibration text finds the nearest model without these norms"
-            .to_owned();
-        return Err(Error::Unsupported { what: "an exact latent form", why });
+        return Err(normed());
     }
     check_finite(model)?;
     let layers = heads::grouped(model)?.into_iter().map(Heads::of).collect::<Result<_>>()?;
     Ok((grouped, layers))
 }
 
-fn convert(
-    model: &CausalLm,
-    grouped: &GroupedConfig,
-    layers: &[Heads],
-    turning: &[Vec<Turning>],
-    (counts, means): (&[usize], &[Mat<f64>]),
-    device: &Device,
-) -> Result<CausalLm> {
+/// Why a model with norms on its heads has no exact form.
+fn normed() -> Error {
+    let why = "each of its query and key heads is normalised by itself (qk_norm, as in Qwen3), and keys are rebuilt from a latent by \
+               linear maps; a calibration text finds the nearest model without these norms"
+        .to_owned();
+    Error::Unsupported { what: "an exact latent form", why }
+}
+
+/// What a model of latent attention is made of, layer by layer.
+struct Parts<'a> {
+    grouped: &'a GroupedConfig,
+    layers: &'a [Heads],
+    turning: &'a [Vec<Turning>],
+    /// What latents do not hold, [`Inputs::constants`].
+    means: &'a [Mat<f64>],
+}
+
+/// `common`: what other layers need that are not there.
+fn convert(model: &CausalLm, parts: Parts, common: Option<Common>, device: &Device) -> Result<CausalLm> {
+    let Parts { grouped, layers, turning, means } = parts;
     let mut made = Vec::with_capacity(layers.len());
     for (layer, ((heads, turning), mean)) in layers.iter().zip(turning).zip(means).enumerate() {
         let scale = scale_of(model, heads, turning);
         made.push(Weights::of(heads, turning, scale, mean, layer)?);
     }
-    build::with_attention(model, &made, counts, grouped.rotary_dim, device)
+    let own = Common::of(&made);
+    let common = common.map_or(own, |common| own.and(common));
+    // The same in all layers.
+    let each = turning.first().into_iter().flatten();
+    let frequencies = each.flat_map(|turning| std::iter::repeat_n(turning.frequency, turning.key.nrows())).collect();
+    build::with_attention(model, &made, common, (frequencies, grouped.rotary_dim), device)
 }
 
 /// The factor on the logits of latent attention of these sizes.

@@ -13,11 +13,15 @@ use crate::error::Result;
 /// # Errors
 /// [`Error::Model`](crate::Error::Model) where the narrower model cannot be built.
 pub fn trimmed(model: &CausalLm, device: &Device) -> Result<CausalLm> {
+    trimmed_to(model, model.config.kv_ranks().into_iter().max().unwrap_or(0), device)
+}
+
+/// The same with `most` rows of W_DKV for all layers, as many as the widest of them caches.
+pub(crate) fn trimmed_to(model: &CausalLm, most: usize, device: &Device) -> Result<CausalLm> {
     let ranks = model.config.kv_ranks();
     let Some(mla) = model.config.attention().latent().filter(|mla| !mla.latent_norm) else { return Ok(model.clone()) };
     let (whole, rotated) = (mla.kv_lora_rank, mla.qk_rope_head_dim);
-    let most = ranks.iter().copied().max().unwrap_or(whole);
-    if most == whole {
+    if most >= whole {
         return Ok(model.clone());
     }
     let mut config = model.config.clone();
@@ -50,7 +54,5 @@ pub fn trimmed(model: &CausalLm, device: &Device) -> Result<CausalLm> {
         };
         kept.insert(name, value);
     }
-    let new = CausalLm::init(&config, 0, device);
-    let values = new.parameters().into_iter().map(|p| kept.remove(&p.name).unwrap_or(p.value)).collect();
-    Ok(new.with_values(values))
+    Ok(CausalLm::of_tensors(&config, device, |name| kept.remove(name)))
 }

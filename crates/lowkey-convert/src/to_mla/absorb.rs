@@ -2,14 +2,15 @@
 
 use burn::tensor::{Device, Tensor};
 use faer::Mat;
+use lowkey_model::CausalLm;
 use lowkey_model::attention::{Attention, AttentionConfig, Grouped};
-use lowkey_model::model::{Linear, RmsNorm};
-use lowkey_model::{CausalLm, ids_tensor, model::Trace};
+use lowkey_model::model::{Block, Linear, RmsNorm};
 
 use super::heads::grouped;
 use crate::error::Result;
 use crate::matrix::{check_finite, to_mat};
 use crate::moments::check_text;
+use crate::stream::Stream;
 use crate::{Observer, Progress};
 
 /// The nearest model without norms on query and key heads: what a norm divides by becomes a constant of each head, with which the head
@@ -26,23 +27,38 @@ pub fn absorb_head_norms(model: &CausalLm, text: &[Vec<u32>], device: &Device, o
     }
     check_finite(model)?;
     check_text(model, text)?;
-    let mut sums: Vec<[Fit; 2]> = layers.iter().map(|layer| [Fit::queries(layer), Fit::keys(layer)]).collect();
-    for (done, ids) in text.iter().enumerate() {
-        observe(Progress { doing: "norms of heads", done, of: text.len() });
-        if ids.is_empty() {
-            continue;
-        }
-        let context = model.context(&vec![0; ids.len()], ids.len(), device);
-        let mut trace = Trace::of_hidden();
-        model.hidden(ids_tensor(ids, 1, ids.len(), device), &context, Some(&mut trace));
-        for (((block, layer), hidden), [queries, keys]) in
-            model.model.layers.iter().zip(&layers).zip(trace.hidden).zip(&mut sums)
-        {
-            let x = block.input_layernorm.forward(hidden);
-            queries.add(&layer.q_proj, layer.q_norm.as_ref(), x.clone())?;
-            keys.add(&layer.k_proj, layer.k_norm.as_ref(), x)?;
-        }
+    let mut stream = Stream::begin(model, text, device);
+    let mut fits = Vec::with_capacity(layers.len());
+    for (done, (block, layer)) in model.model.layers.iter().zip(&layers).enumerate() {
+        observe(Progress { doing: "norms of heads", done, of: layers.len() });
+        fits.push(fitted(layer, block, &stream)?);
+        stream.pass(model, block, device);
     }
+    Ok(without_norms(model, &fits, device))
+}
+
+/// The same of a model of one layer, for a text that has come before that.
+pub(super) fn absorb_in_layer(model: &CausalLm, stream: &Stream, device: &Device) -> Result<CausalLm> {
+    let layers = grouped(model)?;
+    if layers.iter().all(|layer| layer.q_norm.is_none() && layer.k_norm.is_none()) {
+        return Ok(model.clone());
+    }
+    let each = model.model.layers.iter().zip(layers).map(|(block, layer)| fitted(layer, block, stream));
+    Ok(without_norms(model, &each.collect::<Result<Vec<_>>>()?, device))
+}
+
+/// The constants of query and key heads of a layer that a text has come before.
+fn fitted(layer: &Grouped, block: &Block, stream: &Stream) -> Result<[Fit; 2]> {
+    let [mut queries, mut keys] = [Fit::queries(layer), Fit::keys(layer)];
+    for x in stream.inputs(block) {
+        queries.add(&layer.q_proj, layer.q_norm.as_ref(), x.clone())?;
+        keys.add(&layer.k_proj, layer.k_norm.as_ref(), x)?;
+    }
+    Ok([queries, keys])
+}
+
+/// The model with constants in the place of its heads' norms.
+fn without_norms(model: &CausalLm, fits: &[[Fit; 2]], device: &Device) -> CausalLm {
     let mut config = model.config.clone();
     for layer in config.layers.iter_mut() {
         if let AttentionConfig::Grouped(grouped) = &mut layer.attention {
@@ -51,7 +67,7 @@ pub fn absorb_head_norms(model: &CausalLm, text: &[Vec<u32>], device: &Device, o
     }
     config.family = config.natural_family();
     let mut scaled = model.clone();
-    for (block, [queries, keys]) in scaled.model.layers.iter_mut().zip(&sums) {
+    for (block, [queries, keys]) in scaled.model.layers.iter_mut().zip(fits) {
         if let Attention::Grouped(grouped) = &mut block.self_attn {
             let (q_norm, k_norm) = (grouped.q_norm.take(), grouped.k_norm.take());
             queries.apply(&mut grouped.q_proj, q_norm.as_ref(), device);
@@ -63,9 +79,7 @@ pub fn absorb_head_norms(model: &CausalLm, text: &[Vec<u32>], device: &Device, o
     let norms = |name: &str| name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight");
     let names = model.parameters().into_iter().map(|parameter| parameter.name).filter(|name| !norms(name));
     named.extend(names.zip(scaled.parameters().into_iter().map(|parameter| parameter.value)));
-    let new = CausalLm::init(&config, 0, device);
-    let values = new.parameters().into_iter().map(|p| named.remove(&p.name).unwrap_or(p.value)).collect();
-    Ok(new.with_values(values))
+    CausalLm::of_tensors(&config, device, |name| named.remove(name))
 }
 
 /// Σ over tokens of what a head's constant is fitted to.

@@ -10,35 +10,64 @@ use super::weights::Weights;
 use crate::assemble::with_tensors;
 use crate::error::Result;
 
-/// `model` with each layer's attention in the place of its own. `counts` says how many pairs turn with each frequency of `width`
-/// rotated numbers.
+/// What all layers of a model have in common, where one of them may not need it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Common {
+    /// Numbers of the latent: in a layer of lower rank some are 0.
+    pub(crate) rank: usize,
+    /// Biases of latent, shared key and output.
+    pub(crate) attention_bias: bool,
+    /// Those of queries.
+    pub(crate) query_bias: bool,
+}
+
+impl Common {
+    /// The least that these layers need.
+    pub(crate) fn of(layers: &[Weights]) -> Self {
+        let any = |of: &dyn Fn(&Weights) -> bool| layers.iter().any(of);
+        let biased = |map: &Mat<f64>| map.subcols(map.ncols() - 1, 1).norm_max() > 0.0;
+        Self {
+            rank: layers.iter().map(|layer| layer.latent.nrows()).max().unwrap_or(0),
+            attention_bias: any(&|layer| {
+                biased(&layer.shared) || layer.latent_bias.norm_max() > 0.0 || layer.out_bias.norm_max() > 0.0
+            }),
+            query_bias: any(&|layer| biased(&layer.query)),
+        }
+    }
+
+    /// What either needs.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            rank: self.rank.max(other.rank),
+            attention_bias: self.attention_bias || other.attention_bias,
+            query_bias: self.query_bias || other.query_bias,
+        }
+    }
+}
+
+/// `model` with each layer's attention in the place of its own. `frequencies` says for each pair of numbers that turn with which of
+/// those of `width` rotated numbers.
 pub(crate) fn with_attention(
     model: &CausalLm,
     layers: &[Weights],
-    counts: &[usize],
-    width: usize,
+    common: Common,
+    (frequencies, width): (Vec<usize>, usize),
     device: &Device,
 ) -> Result<CausalLm> {
     let [nope, rope, value] = layers.first().map_or([0; 3], |layer| layer.sizes);
-    // Layers differ in nothing but what they cache: one of lower rank has numbers that are 0.
-    let rank = layers.iter().map(|layer| layer.latent.nrows()).max().unwrap_or(0);
+    let Common { rank, attention_bias, query_bias } = common;
     let d = model.config.hidden_size;
-    let any = |of: &dyn Fn(&Weights) -> bool| layers.iter().any(of);
-    let biased = |map: &Mat<f64>| map.subcols(d, 1).norm_max() > 0.0;
     let mla = MlaConfig {
         latent_norm: false,
         rope_interleave: false,
-        attention_bias: any(&|layer| {
-            biased(&layer.shared) || layer.latent_bias.norm_max() > 0.0 || layer.out_bias.norm_max() > 0.0
-        }),
-        query_bias: any(&|layer| biased(&layer.query)),
+        attention_bias,
+        query_bias,
         ..MlaConfig::deepseek(rank, [nope, rope, value])
     };
     let mut config = model.config.clone();
     for layer in config.layers.iter_mut() {
         layer.attention = AttentionConfig::Mla(mla.clone());
     }
-    let frequencies: Vec<usize> = counts.iter().enumerate().flat_map(|(l, n)| std::iter::repeat_n(l, *n)).collect();
     let all = model.config.inverse_frequencies();
     let wanted = frequencies.iter().map(|l| all.get(*l).copied().unwrap_or(0.0));
     // Those that DeepSeek's attention would choose itself need no mention.

@@ -1,10 +1,9 @@
 //! From a model with full keys and values to latents of a given width, in one go.
 
 use burn::tensor::Device;
-use lowkey_model::CausalLm;
-use lowkey_model::attention::AttentionConfig;
+use lowkey_model::{CausalLm, ModelConfig};
 
-use super::{Inputs, Keep, narrowed, widths};
+use super::{Inputs, Keep, Narrowing, one_head, widths};
 use crate::allocation::Curve;
 use crate::cut::{Measured, Rotated, loss};
 use crate::error::{Error, Result};
@@ -31,6 +30,9 @@ pub struct Wanted {
     pub rotated: Option<usize>,
     /// Which these are. Absent: of the strongest and as many of each frequency what loses less on the text.
     pub keep: Option<Keep>,
+    /// So many neighbouring frequencies are taken for one, so that what turns can be chosen among the keys of all of them (TransMLA's
+    /// FreqFold); 1 leaves each by itself.
+    pub fold: usize,
     /// Whether the mean of keys and values goes from the latents into a bias of the output, which loses less.
     pub centred: bool,
     /// What decides which directions of a latent stay. Absent: of what readers see and of what latents make what loses less on the text.
@@ -42,6 +44,8 @@ pub struct Wanted {
 pub struct Converted {
     /// The model.
     pub model: CausalLm,
+    /// What it was before its latents were cut.
+    pub whole: CausalLm,
     /// Numbers of its shared key.
     pub rotated: usize,
     /// Numbers of each layer's latent.
@@ -80,21 +84,9 @@ pub fn fit(
     device: &Device,
     observe: Observer,
 ) -> Result<Converted> {
-    let [most, cache] = widths(model)?;
+    check_budget(&model.config, wanted)?;
+    let [most, _] = widths(&model.config)?;
     let layers = model.config.layers.len();
-    if let Width::Budget(budget) = wanted.width {
-        let least = layers * (wanted.rotated.unwrap_or(0) + 1);
-        let refuse = |why| Err(Error::Setting { field: "kv_rank_budget", value: budget.to_string(), why });
-        if budget < least {
-            let turns = wanted.rotated.map_or_else(String::new, |n| format!("{n} that turn and "));
-            return refuse(format!(
-                "{layers} layers with {turns}at least 1 of a latent need {least} numbers per token"
-            ));
-        }
-        if budget > layers * cache {
-            return refuse(format!("the model caches {} numbers per token now", layers * cache));
-        }
-    }
     let inputs = Inputs::measure(model, text, device, observe)?;
     let inputs = if wanted.centred { inputs } else { inputs.uncentred() };
     let loss_before = loss(model, text, device)?;
@@ -102,17 +94,18 @@ pub fn fit(
     let mut ways: Vec<Way> = importances.into_iter().map(Way::new).collect();
     let candidates = match (wanted.rotated, wanted.width) {
         (Some(rotated), _) => vec![rotated],
-        (None, Width::Rank(_)) => vec![one_head(model)],
-        (None, Width::Budget(budget)) => candidates(one_head(model), most, budget / layers - 1),
+        (None, Width::Rank(_)) => vec![one_head(&model.config)],
+        (None, Width::Budget(budget)) => candidates(one_head(&model.config), most, budget / layers - 1),
     };
     let keeps = wanted.keep.map_or(vec![Keep::Energy, Keep::Uniform], |keep| vec![keep]);
     // Where all or none turn it is the same for each.
     let keeps = |rotated: usize| if (1..most).contains(&rotated) { &keeps[..] } else { &keeps[..1] };
     let candidates: Vec<(usize, Keep)> =
         candidates.iter().flat_map(|rotated| keeps(*rotated).iter().map(|keep| (*rotated, *keep))).collect();
+    let narrowing = Narrowing::new(model, wanted.fold, &inputs)?;
     for (done, (rotated, keep)) in candidates.iter().copied().enumerate() {
         observe(Progress { doing: "rotated keys", done, of: candidates.len() });
-        let latent = narrowed(model, rotated, keep, &inputs, device)?;
+        let latent = narrowing.narrowed(model, rotated, keep, device)?;
         let whole = latent.config.kv_ranks().into_iter().min().unwrap_or(0);
         let rank = match wanted.width {
             Width::Rank(rank) if rank == 0 || rank > whole => {
@@ -141,6 +134,22 @@ pub fn fit(
         }
     }
     best.ok_or_else(none)
+}
+
+/// Refuses a budget that does not reach, or is none.
+pub(super) fn check_budget(config: &ModelConfig, wanted: Wanted) -> Result<()> {
+    let Width::Budget(budget) = wanted.width else { return Ok(()) };
+    let (layers, cache) = (config.layers.len(), config.cache_numbers());
+    let least = layers * (wanted.rotated.unwrap_or(0) + 1);
+    let refuse = |why| Err(Error::Setting { field: "kv_rank_budget", value: budget.to_string(), why });
+    if budget < least {
+        let turns = wanted.rotated.map_or_else(String::new, |n| format!("{n} that turn and "));
+        return refuse(format!("{layers} layers with {turns}at least 1 of a latent need {least} numbers per token"));
+    }
+    if budget > cache {
+        return refuse(format!("the model caches {cache} numbers per token now"));
+    }
+    Ok(())
 }
 
 /// No way that was tried is one.
@@ -195,15 +204,17 @@ impl Way {
         };
         let model = trimmed(&cut, device)?;
         let ranks = model.config.kv_ranks();
-        Ok(Converted { rotated, ranks, importance, model, loss_before, loss_after, tried, curves })
-    }
-}
-
-/// Numbers of one key head that turn.
-fn one_head(model: &CausalLm) -> usize {
-    match model.config.attention() {
-        AttentionConfig::Grouped(grouped) => grouped.rotary_dim,
-        AttentionConfig::Mla(_) => 0,
+        Ok(Converted {
+            whole: latents.model,
+            rotated,
+            ranks,
+            importance,
+            model,
+            loss_before,
+            loss_after,
+            tried,
+            curves,
+        })
     }
 }
 

@@ -2,11 +2,12 @@
 
 use burn::tensor::Device;
 use faer::Mat;
-use lowkey_model::{CausalLm, ids_tensor, model::Trace};
+use lowkey_model::{CausalLm, model::Block};
 
 use crate::error::Result;
 use crate::matrix::to_mat;
 use crate::moments::check_text;
+use crate::stream::Stream;
 use crate::{Observer, Progress};
 
 /// The inputs of each layer's attention over a text.
@@ -49,27 +50,45 @@ impl Inputs {
     /// [`Error::Text`](crate::Error::Text) for a text that the model cannot read.
     pub fn measure(model: &CausalLm, text: &[Vec<u32>], device: &Device, observe: Observer) -> Result<Self> {
         check_text(model, text)?;
-        let (d, layers) = (model.config.hidden_size, model.config.layers.len());
-        let mut moments = vec![Mat::<f64>::zeros(d + 1, d + 1); layers];
-        let mut distances = vec![0.0; text.iter().map(Vec::len).max().unwrap_or(0)];
-        for (done, ids) in text.iter().enumerate() {
-            observe(Progress { doing: "inputs", done, of: text.len() });
-            if ids.is_empty() {
-                continue;
-            }
-            let context = model.context(&vec![0; ids.len()], ids.len(), device);
-            let mut trace = Trace::of_hidden();
-            model.hidden(ids_tensor(ids, 1, ids.len(), device), &context, Some(&mut trace));
-            for ((block, hidden), moment) in model.model.layers.iter().zip(trace.hidden).zip(&mut moments) {
-                let x = to_mat(block.input_layernorm.forward(hidden).squeeze_dim::<2>(0), "inputs of attention")?;
-                let x = Mat::from_fn(x.nrows(), d + 1, |i, j| if j < d { x[(i, j)] } else { 1.0 });
-                *moment += x.transpose() * &x;
-            }
-            let pairs = (0..ids.len()).map(|distance| (ids.len() - distance) as f64);
-            distances.iter_mut().zip(pairs).for_each(|(sum, pairs)| *sum += pairs);
+        let mut stream = Stream::begin(model, text, device);
+        let mut moments = Vec::with_capacity(model.config.layers.len());
+        for (done, block) in model.model.layers.iter().enumerate() {
+            observe(Progress { doing: "inputs", done, of: model.config.layers.len() });
+            moments.push(moment(block, &stream)?);
+            stream.pass(model, block, device);
         }
-        let tokens: usize = text.iter().map(Vec::len).sum();
-        let moments = moments.iter().map(|sum| faer::Scale(1.0 / tokens.max(1) as f64) * sum).collect();
-        Ok(Self { moments, distances, centred: true })
+        Ok(Self { moments, distances: distances(text), centred: true })
     }
+
+    /// Of one layer, whose block a text has come before.
+    pub(crate) fn of_layer(block: &Block, stream: &Stream, text: &[Vec<u32>]) -> Result<Self> {
+        Ok(Self { moments: vec![moment(block, stream)?], distances: distances(text), centred: true })
+    }
+}
+
+/// E\[(x, 1)(x, 1)ᵀ\] of what a block's attention reads, `[d+1, d+1]`.
+fn moment(block: &Block, stream: &Stream) -> Result<Mat<f64>> {
+    let mut sum = Mat::<f64>::zeros(0, 0);
+    let mut tokens = 0;
+    for x in stream.inputs(block) {
+        let x = to_mat(x.squeeze_dim::<2>(0), "inputs of attention")?;
+        let d = x.ncols();
+        let x = Mat::from_fn(x.nrows(), d + 1, |i, j| if j < d { x[(i, j)] } else { 1.0 });
+        if sum.nrows() == 0 {
+            sum = Mat::zeros(d + 1, d + 1);
+        }
+        sum += x.transpose() * &x;
+        tokens += x.nrows();
+    }
+    Ok(faer::Scale(1.0 / tokens.max(1) as f64) * sum)
+}
+
+/// How many pairs of query and key of a text lie each distance apart.
+fn distances(text: &[Vec<u32>]) -> Vec<f64> {
+    let mut sums = vec![0.0; text.iter().map(Vec::len).max().unwrap_or(0)];
+    for ids in text {
+        let pairs = (0..ids.len()).map(|distance| (ids.len() - distance) as f64);
+        sums.iter_mut().zip(pairs).for_each(|(sum, pairs)| *sum += pairs);
+    }
+    sums
 }

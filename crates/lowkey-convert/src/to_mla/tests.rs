@@ -1,5 +1,6 @@
 //! Theorems of conversion as they hold for the models that are made: exact at full width, best below.
 
+mod by_layer;
 mod care;
 
 use burn::tensor::{DType, Tensor, TensorData};
@@ -170,15 +171,17 @@ fn complex_mixtures_of_heads_within_a_frequency_change_nothing() {
         let whole = wide(&model(config, seed as u64));
         let (grouped, layers) = source(&whole).unwrap();
         let inputs = Inputs::measure(&whole, &text(3, 40), &device(), &mut |_| {}).unwrap();
-        let groups = grouped.num_key_value_heads;
         let turning: Vec<Vec<Turning>> = layers
             .iter()
             .zip(&inputs.moments)
-            .map(|(heads, moment)| (0..3).map(|at| Directions::of(heads, moment, at, 0).unwrap().mixed()).collect())
+            .map(|(heads, moment)| {
+                Directions::of_layer(heads, moment, 1, 0).unwrap().iter().map(Directions::mixed).collect()
+            })
             .collect();
         assert!((turning[0][1].key[(0, 1)]).im.abs() > 1e-3, "the mixture is not complex");
-        let mixed =
-            convert(&whole, &grouped, &layers, &turning, (&[groups; 3], &without_mean(&whole)), &device()).unwrap();
+        let means = without_mean(&whole);
+        let parts = Parts { grouped: &grouped, layers: &layers, turning: &turning, means: &means };
+        let mixed = convert(&whole, parts, None, &device()).unwrap();
         let apart = distance(&far(&whole, &ids(70)), &far(&mixed, &ids(70)));
         assert!(apart < 1e-10, "{apart}");
         let plain = exact(&whole, &device()).unwrap();
@@ -216,11 +219,10 @@ fn the_first_directions_of_a_frequency_are_the_best() {
         }
         sum * heads.dims.scale.powi(2)
     };
-    for at in 0..3 {
-        let found = Directions::of(heads, moment, at, 1).unwrap();
+    for (at, found) in Directions::of_layer(heads, moment, 1, 1).unwrap().iter().enumerate() {
         for kept in 0..3 {
             let expected: f64 = found.energies[kept..].iter().sum();
-            let best = missed(at, &found.keep(kept, c64::new(0.0, 0.0)).left());
+            let best = missed(at, &found.keep(kept, &[c64::new(0.0, 0.0); 3])[0].left());
             assert!((best - expected).abs() < 1e-9 * expected, "{at}, {kept}: {best} {expected}");
             for seed in 0..20 {
                 let part = |add: u64, rows, columns| {
@@ -237,7 +239,7 @@ fn the_first_directions_of_a_frequency_are_the_best() {
 #[test]
 fn pairs_are_shared_out_as_asked() {
     let costs = [vec![3.0, 0.1], vec![5.0, 4.0], vec![2.0, 1.0], vec![0.0, 0.0]];
-    let shared = |pairs, keep| share(&costs, 2, pairs, keep);
+    let shared = |pairs, keep| share(&costs, pairs, keep);
     assert_eq!(shared(4, Keep::Energy), [1, 2, 1, 0]);
     assert_eq!(shared(3, Keep::Fastest), [2, 1, 0, 0]);
     assert_eq!(shared(4, Keep::Uniform), [1, 1, 1, 1]);
@@ -393,7 +395,7 @@ fn what_has_no_latent_form_is_refused() {
     grouped.k_proj.set_matrix(grouped.k_proj.matrix() * f32::NAN);
     let message = exact(&broken, &device()).unwrap_err().to_string();
     assert!(message.contains("layers.1.self_attn.k_proj.weight holds NaN"), "{message}");
-    assert_eq!(widths(&whole).unwrap(), [18, 36]);
+    assert_eq!(widths(&whole.config).unwrap(), [18, 36]);
 }
 
 /// From the source to a budget in one go: what is asked is kept to, and a wider cache loses less.
@@ -401,7 +403,7 @@ fn what_has_no_latent_form_is_refused() {
 fn a_conversion_keeps_to_its_budget() {
     let whole = model(&config(|_, g| (g.num_key_value_heads, g.qkv_bias) = (2, true)), 8);
     let text = text(4, 60);
-    let wanted = |width, rotated| Wanted { width, rotated, keep: None, centred: true, importance: None };
+    let wanted = |width, rotated| Wanted { width, rotated, keep: None, fold: 1, centred: true, importance: None };
     let fitted = |wanted| fit(&whole, wanted, &text, &device(), &mut |_| {});
     // 2 layers of 24 numbers.
     for budget in [2, 9, 24, 48] {
@@ -440,5 +442,57 @@ fn a_conversion_keeps_to_its_budget() {
     ] {
         let message = fitted(asked).unwrap_err().to_string();
         assert!(message.contains(fragment), "{message}");
+    }
+}
+
+/// Where neighbours turn alike, mixing their numbers changes nothing; and the strongest directions of all of them hold more than those
+/// of each by itself.
+#[test]
+fn frequencies_that_are_taken_for_one_may_be_mixed() {
+    let alike = |c: &mut ModelConfig, _: &mut GroupedConfig| c.rope.rope_theta = 1.0;
+    let whole = wide(&model(&config(alike), 3));
+    let (grouped, layers) = source(&whole).unwrap();
+    let inputs = Inputs::measure(&whole, &text(3, 40), &device(), &mut |_| {}).unwrap();
+    for fold in [2, 3] {
+        let found: Vec<Vec<Directions>> = layers
+            .iter()
+            .zip(&inputs.moments)
+            .map(|(heads, moment)| Directions::of_layer(heads, moment, fold, 0).unwrap())
+            .collect();
+        let turning: Vec<Vec<Turning>> =
+            found.iter().map(|bands| bands.iter().map(Directions::mixed).collect()).collect();
+        assert!(turning[0][0].key[(0, 4)].norm() > 1e-3, "frequencies are not mixed");
+        let means = without_mean(&whole);
+        let parts = Parts { grouped: &grouped, layers: &layers, turning: &turning, means: &means };
+        let mixed = convert(&whole, parts, None, &device()).unwrap();
+        let apart = distance(&far(&whole, &ids(70)), &far(&mixed, &ids(70)));
+        assert!(apart < 1e-10, "{fold}: {apart}");
+        let strongest = |directions: &[Directions], count: usize| {
+            let mut all: Vec<f64> = directions.iter().flat_map(|band| band.energies.clone()).collect();
+            all.sort_by(|a, b| b.total_cmp(a));
+            all.iter().take(count).sum::<f64>()
+        };
+        let apart = Directions::of_layer(&layers[0], &inputs.moments[0], 1, 0).unwrap();
+        for count in 1..9 {
+            assert!(strongest(&found[0], count) > strongest(&apart, count) * (1.0 - 1e-12), "{fold}: {count}");
+        }
+    }
+}
+
+/// All of them turning are the keys as they are, each with its own frequency, however many are taken for one.
+#[test]
+fn whole_bands_keep_their_frequencies() {
+    let whole = model(&config(|_, g| g.qkv_bias = true), 4);
+    let inputs = Inputs::measure(&whole, &text(3, 40), &device(), &mut |_| {}).unwrap();
+    for fold in [1, 2, 3, 8] {
+        let narrowing = Narrowing::new(&whole, fold, &inputs).unwrap();
+        let made = narrowing.narrowed(&whole, 18, Keep::Energy, &device()).unwrap();
+        let apart = distance(&far(&whole, &ids(70)), &far(&made, &ids(70)));
+        assert!(apart < 1e-5, "{fold}: {apart}");
+        // Of fewer the latent holds the rest, and the sizes are those that are asked for.
+        let fewer = narrowing.narrowed(&whole, 8, Keep::Energy, &device()).unwrap();
+        let mla = fewer.config.attention().latent().unwrap();
+        assert_eq!(mla.qk_rope_head_dim, 8);
+        assert!(loss(&fewer, &text(2, 40), &device()).unwrap().is_finite());
     }
 }

@@ -5,7 +5,7 @@ use faer::{Mat, c64};
 use super::heads::Heads;
 use super::turning::Turning;
 use crate::error::Result;
-use crate::matrix::Origin;
+use crate::matrix::{Origin, singular_values};
 
 /// Numbers without position where all of a key turns: DeepSeek's attention has no place for none. Their weights are zero.
 const PAD: usize = 2;
@@ -33,7 +33,7 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    /// Of a layer whose keys turn as `turning` says, one for each frequency, for an attention whose logits are scaled by `scale`.
+    /// Of a layer whose keys turn as `turning` says, which has each frequency once, for an attention whose logits are scaled by `scale`.
     ///
     /// What turns becomes the shared key, which each query reads at the places of its group's share. What does not, and the values,
     /// are linear in the hidden state: stacked they have some rank L, and a latent of that width holds them all. A bias that does not
@@ -44,17 +44,23 @@ impl Weights {
         let (groups, width, rotary) = (heads.dims.kv_heads, heads.dims.head_dim, heads.dims.rotary_dim);
         let columns = heads.key.ncols();
         let d = columns - 1;
-        let pairs: Vec<(usize, usize)> =
-            turning.iter().enumerate().flat_map(|(l, turning)| (0..turning.key.nrows()).map(move |j| (l, j))).collect();
-        let cut: Vec<usize> = (0..turning.len()).filter(|l| !turning[*l].is_whole()).collect();
+        let pairs: Vec<(&Turning, usize)> =
+            turning.iter().flat_map(|turning| (0..turning.key.nrows()).map(move |j| (turning, j))).collect();
+        // The frequencies of which something is left without rotation, and where each has its place among those of its band.
+        let of_band = |turning: &'_ Turning| turning.members.clone().zip(turning.rests.clone()).collect::<Vec<_>>();
+        let cut: Vec<(&Turning, usize, c64)> = turning
+            .iter()
+            .filter(|turning| !turning.is_whole())
+            .flat_map(|turning| of_band(turning).into_iter().map(move |(l, rest)| (turning, l, rest)))
+            .collect();
         let (half, still) = (pairs.len(), cut.len());
         let [nope, rope] = widths(heads, turning);
         let filled = 2 * still + width - rotary;
 
         let mut shared = Mat::zeros(rope, columns);
-        for (p, (l, j)) in pairs.iter().enumerate() {
-            for g in 0..groups {
-                add(&mut shared, [p, p + half], turning[*l].key[(*j, g)], &heads.key, heads.pair(g, *l));
+        for (p, (turning, j)) in pairs.iter().enumerate() {
+            for (i, (l, g)) in turning.columns().enumerate() {
+                add(&mut shared, [p, p + half], turning.key[(*j, i)], &heads.key, heads.pair(g, l));
             }
         }
 
@@ -62,8 +68,8 @@ impl Weights {
         let mut query = Mat::zeros(heads.dims.heads * (nope + rope), columns);
         for head in 0..heads.dims.heads {
             let (group, first) = (heads.group(head), head * (nope + rope));
-            for (i, l) in cut.iter().enumerate() {
-                let by = turning[*l].rest.conj() * factor;
+            for (i, (_, l, rest)) in cut.iter().enumerate() {
+                let by = rest.conj() * factor;
                 add(&mut query, [first + i, first + still + i], by, &heads.query, heads.pair(head, *l));
             }
             for i in 0..width - rotary {
@@ -71,9 +77,11 @@ impl Weights {
                 query.row_mut(first + 2 * still + i).copy_from(faer::Scale(factor) * heads.query.row(from));
             }
             let first = first + nope;
-            for (p, (l, j)) in pairs.iter().enumerate() {
-                let by = turning[*l].query[(group, *j)].conj() * factor;
-                add(&mut query, [first + p, first + half + p], by, &heads.query, heads.pair(head, *l));
+            for (p, (turning, j)) in pairs.iter().enumerate() {
+                for l in turning.members.clone() {
+                    let by = turning.query[(turning.row(l, group), *j)].conj() * factor;
+                    add(&mut query, [first + p, first + half + p], by, &heads.query, heads.pair(head, l));
+                }
             }
         }
 
@@ -81,10 +89,10 @@ impl Weights {
         let mut stack = Mat::zeros(groups * (filled + width), columns);
         for group in 0..groups {
             let first = group * (filled + width);
-            for (i, l) in cut.iter().enumerate() {
-                let left = turning[*l].left();
-                for g in 0..groups {
-                    add(&mut stack, [first + i, first + still + i], left[(group, g)], &heads.key, heads.pair(g, *l));
+            for (i, (turning, l, _)) in cut.iter().enumerate() {
+                let (left, row) = (turning.left(), turning.row(*l, group));
+                for (column, (of, g)) in turning.columns().enumerate() {
+                    add(&mut stack, [first + i, first + still + i], left[(row, column)], &heads.key, heads.pair(g, of));
                 }
             }
             for i in 0..width - rotary {
@@ -113,7 +121,7 @@ impl Weights {
 
 /// N and R.
 pub(crate) fn widths(heads: &Heads, turning: &[Turning]) -> [usize; 2] {
-    let still = turning.iter().filter(|turning| !turning.is_whole()).count();
+    let still: usize = turning.iter().filter(|turning| !turning.is_whole()).map(|turning| turning.members.len()).sum();
     let filled = 2 * still + heads.dims.head_dim - heads.dims.rotary_dim;
     let pairs: usize = turning.iter().map(|turning| turning.key.nrows()).sum();
     [if filled == 0 { PAD } else { filled }, 2 * pairs]
@@ -133,15 +141,19 @@ fn add(to: &mut Mat<f64>, rows: [usize; 2], by: c64, from: &Mat<f64>, of: [usize
 fn factored(stack: Mat<f64>, layer: usize) -> Result<(Mat<f64>, Mat<f64>)> {
     let origin = Origin { layer, what: "the stacked keys and values" };
     origin.check_finite(&stack)?;
-    let svd = stack.thin_svd().map_err(|_| origin.failed())?;
-    let values = svd.S().column_vector();
-    let largest = if values.nrows() > 0 { values[0] } else { 0.0 };
-    // At least one number, even of nothing.
-    let rank = (0..values.nrows()).filter(|i| values[*i] > NOTHING * largest).count().max(1);
     let rows = stack.nrows();
-    if rank == rows {
+    // At least one number, even of nothing.
+    let rank_of = |values: &[f64]| {
+        let largest = values.first().copied().unwrap_or(0.0);
+        values.iter().filter(|value| **value > NOTHING * largest).count().max(1)
+    };
+    // Vectors take many times as long as values, and where all rows count nothing is asked of them.
+    if rows <= stack.ncols() && rank_of(&singular_values(&stack, origin)?) == rows {
         return Ok((stack, Mat::identity(rows, rows)));
     }
+    let svd = stack.thin_svd().map_err(|_| origin.failed())?;
+    let values = svd.S().column_vector();
+    let rank = rank_of(&(0..values.nrows()).map(|i| values[i]).collect::<Vec<_>>());
     let latent = svd.V().subcols(0, rank).transpose().to_owned();
     let read = Mat::from_fn(rows, rank, |i, j| svd.U()[(i, j)] * values[j]);
     Ok((latent, read))

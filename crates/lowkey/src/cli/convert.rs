@@ -12,8 +12,8 @@ pub(crate) struct ConvertArguments {
     #[arg(long, value_name = "ATTENTION")]
     pub(crate) to: Option<Attention>,
     /// Latent directions to keep in all layers together, or a share such as 50%; with --to mla numbers cached per token in all layers,
-    /// rotated keys included, or a share of those now
-    #[arg(long, value_name = "N|P%")]
+    /// rotated keys included, a share of those now, or their bytes in bf16 such as 512B
+    #[arg(long, value_name = "N|P%|BYTES")]
     pub(crate) kv_rank_budget: Option<String>,
     /// Instead: the first R numbers of every latent as they are, without a rotation; with --to mla latents of this width
     #[arg(long, value_name = "R", conflicts_with = "kv_rank_budget")]
@@ -24,6 +24,9 @@ pub(crate) struct ConvertArguments {
     /// Which directions of the keys go on turning [default: of energy and uniform what loses less]
     #[arg(long, value_name = "WHICH", requires = "to")]
     pub(crate) rope_keep: Option<Keep>,
+    /// Take so many neighbouring frequencies for one, so that what goes on turning is chosen among the keys of all of them (FreqFold)
+    #[arg(long, value_name = "M", default_value_t = 1, requires = "to")]
+    pub(crate) rope_fold: usize,
     /// What decides which directions of a latent stay [default: of readers and activations what loses less]
     #[arg(long, value_name = "BY", requires = "to")]
     pub(crate) importance: Option<Importance>,
@@ -31,6 +34,14 @@ pub(crate) struct ConvertArguments {
     /// DeepSeek has no biases, such as llama.cpp, can run the model
     #[arg(long, requires = "to")]
     pub(crate) no_bias: bool,
+    /// With --to mla hold one layer at a time, for a model that does not fit into memory: nothing is tried, so that --rope-dim,
+    /// --rope-keep and --importance are one head's, energy and readers unless they are given, and a budget is shared out by what
+    /// is read of each layer's latents
+    #[arg(long, requires = "to")]
+    pub(crate) by_layer: bool,
+    /// Number format of the weights: f32 or bf16
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    pub(crate) dtype: String,
     /// A dataset file (.toml) or a text file to calibrate with [default: the run's training text]
     #[arg(long, value_name = "FILE")]
     pub(crate) data: Option<PathBuf>,

@@ -1,5 +1,6 @@
 //! `lowkey convert`.
 
+mod by_layer;
 mod same;
 mod to_mha;
 mod to_mla;
@@ -42,6 +43,9 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
         .into());
     }
     let source = ModelDir::open(&arguments.model)?;
+    if arguments.by_layer {
+        return by_layer::convert(arguments, &source, &device);
+    }
     let model = source.load(&device)?.merged();
     lowkey_convert::check_finite(&model)?;
     match arguments.to {
@@ -71,7 +75,7 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
     let new = NewModelDir::begin(&out, Kind::Model, arguments.overwrite, &source)?;
     if let Some(narrow) = prefix {
         let report = json!({ "kv_lora_ranks": model.config.kv_ranks(), "kept": narrow.config.kv_ranks() });
-        write(new, &source, &narrow, &report)?;
+        write(new, &source, (&narrow, dtype(arguments)), &report)?;
         if arguments.json {
             return say_json(&json!({ "out": out, "report": report }));
         }
@@ -87,7 +91,7 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
     let calibration = text::Calibration::find(
         arguments.data.as_deref(),
         &arguments.model,
-        &model,
+        &model.config,
         arguments.tokens.unwrap_or(TOKENS),
     )?;
     let bar = Measuring::new();
@@ -102,7 +106,7 @@ pub(crate) fn convert(arguments: &ConvertArguments) -> anyhow::Result<()> {
         Some([loss(&model)?, loss(&reduction.model)?])
     };
     let report = report(&model, &reduction, held_out, &calibration);
-    write(new, &source, &reduction.model, &report)?;
+    write(new, &source, (&reduction.model, dtype(arguments)), &report)?;
     if arguments.json {
         return say_json(&json!({ "out": out, "report": report }));
     }
@@ -174,8 +178,23 @@ fn describe(out: &Path, model: &CausalLm, reduction: &Reduction, held_out: Optio
 }
 
 /// Writes the model, and what came with the one that it was made from.
-fn write(new: NewModelDir, source: &ModelDir, model: &CausalLm, report: &Value) -> anyhow::Result<()> {
-    new.save(model, WeightDtype::F32, usize::MAX)?;
+fn write(
+    new: NewModelDir,
+    source: &ModelDir,
+    (model, dtype): (&CausalLm, WeightDtype),
+    report: &Value,
+) -> anyhow::Result<()> {
+    new.save(model, dtype, usize::MAX)?;
+    finish(new, source, report)
+}
+
+/// What the weights are written in.
+fn dtype(arguments: &ConvertArguments) -> WeightDtype {
+    if arguments.dtype == "bf16" { WeightDtype::Bf16 } else { WeightDtype::F32 }
+}
+
+/// Adds to configuration and weights what belongs to a directory, and puts it in its place.
+fn finish(new: NewModelDir, source: &ModelDir, report: &Value) -> anyhow::Result<()> {
     new.carry(source)?;
     new.write_json(REPORT, report)?;
     if let Some(left) = new.commit()? {

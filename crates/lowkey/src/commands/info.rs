@@ -42,7 +42,7 @@ const TOKENS: usize = 16384;
 fn spectrum(arguments: &InfoArguments) -> anyhow::Result<()> {
     let device = Device::flex();
     let model = super::load_model(&arguments.path, &device)?;
-    let calibration = text::Calibration::find(arguments.data.as_deref(), &arguments.path, &model, TOKENS)?;
+    let calibration = text::Calibration::find(arguments.data.as_deref(), &arguments.path, &model.config, TOKENS)?;
     let bar = Measuring::new();
     let layers = lowkey_convert::health(&model, &calibration.train, arguments.energy, &device, &mut |p| {
         bar.show(p.doing, p.done, p.of);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use lowkey_batch::IGNORE;
 use lowkey_data::{Packing, Prepared, Shard, Tokenizer, prepare, sampler::validation_batches};
-use lowkey_model::{CausalLm, adapter::companion_dir};
+use lowkey_model::{ModelConfig, adapter::companion_dir};
 use lowkey_train::{RunConfig, run_data};
 
 use super::WrongUse;
@@ -94,11 +94,11 @@ pub(crate) struct Calibration {
 
 impl Calibration {
     /// About `tokens` tokens of either split of the text of `--data`, else of the model's run.
-    pub(crate) fn find(data: Option<&Path>, dir: &Path, model: &CausalLm, tokens: usize) -> anyhow::Result<Self> {
+    pub(crate) fn find(data: Option<&Path>, dir: &Path, model: &ModelConfig, tokens: usize) -> anyhow::Result<Self> {
         let tokenizer = Tokenizer::from_model_dir(&companion_dir(dir, "tokenizer.json")?)?;
         let prepared = find(data, dir, Some(&tokenizer))?;
         let prepared = prepared.map_err(|why| WrongUse(format!("{why}; give a text with --data")))?;
-        let longest = model.config.max_position_embeddings.min(LONGEST);
+        let longest = model.max_position_embeddings.min(LONGEST);
         Ok(Self {
             train: documents(&prepared.train, longest, tokens)?,
             held_out: documents(&prepared.validation, longest, tokens)?,

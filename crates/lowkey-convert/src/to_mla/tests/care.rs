@@ -185,6 +185,7 @@ fn latents_lose_no_more_than_those_of_care() {
                 width: Width::Budget(budget),
                 rotated: Some(0),
                 keep: None,
+                fold: 1,
                 centred: true,
                 importance: Some(Importance::Readers),
             };

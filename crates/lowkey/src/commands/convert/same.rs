@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Tensor};
 use lowkey_infer::GenerateConfig;
-use lowkey_model::{CausalLm, ids_tensor};
+use lowkey_model::{CausalLm, ModelConfig, ids_tensor};
 use serde_json::{Value, json};
 
 /// Tokens that two models are compared on where there is no text.
@@ -17,12 +17,18 @@ const TOLERANCE: f32 = 1e-3;
 const PROMPT: usize = 16;
 const FOLLOW: usize = 32;
 
+/// How far the logits of two models are apart.
+#[derive(Clone, Copy)]
+pub(super) struct Agreement {
+    /// Largest difference of a logit.
+    pub(super) apart: f32,
+    /// The largest logit.
+    pub(super) largest: f32,
+}
+
 /// How far two models are apart.
 pub(super) struct Same {
-    /// Largest difference of a logit.
-    apart: f32,
-    /// The largest logit.
-    largest: f32,
+    pub(super) logits: Agreement,
     /// How many of the greedy tokens are the same from the first on, and of how many.
     greedy: [usize; 2],
 }
@@ -30,9 +36,7 @@ pub(super) struct Same {
 impl Same {
     /// Over the first sequence of a text, or over tokens of all kinds.
     pub(super) fn of(before: &CausalLm, after: &CausalLm, text: &[Vec<u32>], device: &Device) -> anyhow::Result<Self> {
-        let (vocab, longest) = (before.config.vocab_size as u64, before.config.max_position_embeddings);
-        let probe: Vec<u32> =
-            (0..PROBE.min(longest) as u64).map(|i| ((i * i * 31 + i * 7 + 1) % vocab) as u32).collect();
+        let (probe, longest) = (probe(&before.config), before.config.max_position_embeddings);
         let ids = text.first().unwrap_or(&probe);
         let logits = |model: &CausalLm| model.forward(ids_tensor(ids, 1, ids.len(), device));
         let (first, second) = (logits(before), logits(after));
@@ -45,12 +49,23 @@ impl Same {
         };
         let (first, second) = (follow(before)?, follow(after)?);
         let same = first.iter().zip(&second).take_while(|(a, b)| a == b).count();
-        Ok(Self { apart, largest, greedy: [same, first.len()] })
+        Ok(Self { logits: Agreement { apart, largest }, greedy: [same, first.len()] })
     }
 
+    pub(super) fn greedy_report(&self) -> Value {
+        json!({ "same": self.greedy[0], "of": self.greedy[1] })
+    }
+
+    pub(super) fn facts(&self) -> [(&'static str, String); 2] {
+        let Self { logits, greedy: [same, of] } = self;
+        [logits.fact(), ("greedy", format!("{same} of {of} tokens the same from the first on"))]
+    }
+}
+
+impl Agreement {
     /// An error where the two are not the same model.
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        let Self { apart, largest, .. } = *self;
+        let Self { apart, largest } = *self;
         let agrees = apart <= TOLERANCE * largest.max(1.0);
         if !agrees {
             anyhow::bail!(
@@ -64,15 +79,14 @@ impl Same {
         json!({ "max_logit_difference": self.apart, "max_logit": self.largest })
     }
 
-    pub(super) fn greedy_report(&self) -> Value {
-        json!({ "same": self.greedy[0], "of": self.greedy[1] })
+    pub(super) fn fact(&self) -> (&'static str, String) {
+        let Self { apart, largest } = self;
+        ("logits", format!("off by {apart:.1e} at most, the largest {largest:.1}"))
     }
+}
 
-    pub(super) fn facts(&self) -> [(&'static str, String); 2] {
-        let Self { apart, largest, greedy: [same, of] } = self;
-        [
-            ("logits", format!("off by {apart:.1e} at most, the largest {largest:.1}")),
-            ("greedy", format!("{same} of {of} tokens the same from the first on")),
-        ]
-    }
+/// Tokens of all kinds.
+pub(super) fn probe(config: &ModelConfig) -> Vec<u32> {
+    let (vocab, longest) = (config.vocab_size as u64, config.max_position_embeddings);
+    (0..PROBE.min(longest) as u64).map(|i| ((i * i * 31 + i * 7 + 1) % vocab) as u32).collect()
 }

@@ -10,7 +10,7 @@ use lowkey_model::{CausalLm, ModelDir, NewModelDir};
 use serde_json::{Value, json};
 
 use super::same::Same;
-use super::{TOKENS, write};
+use super::{TOKENS, dtype, write};
 use crate::cli::ConvertArguments;
 use crate::commands::{WrongUse, text};
 use crate::output::{bytes, pairs, say, say_json};
@@ -50,7 +50,7 @@ pub(super) fn convert(
     let text = match arguments.data.is_some() {
         true => {
             let tokens = arguments.tokens.unwrap_or(TOKENS);
-            Some(text::Calibration::find(arguments.data.as_deref(), &arguments.model, model, tokens)?)
+            Some(text::Calibration::find(arguments.data.as_deref(), &arguments.model, &model.config, tokens)?)
         }
         false => None,
     };
@@ -63,7 +63,7 @@ pub(super) fn convert(
     };
     let same = Same::of(model, &made, train, device)?;
     if is_exact {
-        same.check()?;
+        same.logits.check()?;
     }
     drop(bar);
     let losses = |text: &[Vec<u32>]| -> anyhow::Result<[f64; 2]> {
@@ -82,7 +82,7 @@ pub(super) fn convert(
         "from": model.config.attention_name(),
         "to": made.config.attention_name(),
         "model_type": made.config.family.model_type(),
-        "exact": is_exact.then(|| same.report()),
+        "exact": is_exact.then(|| same.logits.report()),
         "latent_norms_absorbed": !is_exact,
         "greedy_tokens": same.greedy_report(),
         "cache_numbers_before": model.config.cache_numbers(),
@@ -90,7 +90,7 @@ pub(super) fn convert(
         "calibration": of_text,
         "held_out": held_out.map(told),
     });
-    write(new, source, &made, &report)?;
+    write(new, source, (&made, dtype(arguments)), &report)?;
     if arguments.json {
         return say_json(&json!({ "out": out, "report": report }));
     }

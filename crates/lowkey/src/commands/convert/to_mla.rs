@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use lowkey_convert::Progress;
-use lowkey_convert::to_mla::{Converted, Wanted, Width, absorb_head_norms, exact, fit, widths};
+use lowkey_convert::to_mla::{Converted, Loss, Stage, Texts, Wanted, Width, absorb_head_norms, exact, fit, widths};
 use lowkey_files::mark::Kind;
 use lowkey_model::attention::AttentionConfig;
-use lowkey_model::{CausalLm, ModelDir, NewModelDir};
+use lowkey_model::{CausalLm, ModelConfig, ModelDir, NewModelDir};
 use serde_json::{Value, json};
 
 use super::same::Same;
-use super::{TOKENS, share_of, write};
+use super::{TOKENS, dtype, share_of, write};
 use crate::cli::ConvertArguments;
 use crate::commands::{WrongUse, text};
 use crate::output::{bytes, pairs, say, say_json, table};
@@ -26,9 +26,8 @@ struct Made {
     exact: bool,
     /// What a narrower one came to.
     fitted: Option<Converted>,
-    /// Loss before and after on held-out text, and on the calibration text.
-    held_out: Option<[f64; 2]>,
-    calibration: Option<[f64; 2]>,
+    /// What each step has cost, where there is a text.
+    losses: Vec<Loss>,
     absorbed: bool,
 }
 
@@ -38,17 +37,8 @@ pub(super) fn convert(
     model: &CausalLm,
     device: &Device,
 ) -> anyhow::Result<()> {
-    let [_, cache] = widths(model)?;
-    let width = match (&arguments.kv_rank_budget, arguments.kv_rank) {
-        (Some(asked), _) => {
-            Some(Width::Budget(share_of(asked, cache * model.config.layers.len(), "numbers cached per token")?))
-        }
-        (None, Some(rank)) => Some(Width::Rank(rank)),
-        (None, None) if arguments.rope_dim.is_some() => {
-            return Err(WrongUse("--rope-dim needs --kv-rank or --kv-rank-budget beside it".into()).into());
-        }
-        (None, None) => None,
-    };
+    widths(&model.config)?;
+    let width = width(arguments, &model.config)?;
     let normed = matches!(model.config.attention(), AttentionConfig::Grouped(grouped) if grouped.qk_norm);
     if normed && width.is_none() && arguments.data.is_none() {
         // Said before anything is read: only who gives a text means the nearest model instead.
@@ -59,18 +49,50 @@ pub(super) fn convert(
     let text = match width.is_some() || arguments.data.is_some() {
         true => {
             let tokens = arguments.tokens.unwrap_or(TOKENS);
-            Some(text::Calibration::find(arguments.data.as_deref(), &arguments.model, model, tokens)?)
+            Some(text::Calibration::find(arguments.data.as_deref(), &arguments.model, &model.config, tokens)?)
         }
         false => None,
     };
     let made = make(arguments, model, width, text.as_ref(), device)?;
     let report = report(model, &made, text.as_ref());
-    write(new, source, &made.model, &report)?;
+    write(new, source, (&made.model, dtype(arguments)), &report)?;
     if arguments.json {
         return say_json(&json!({ "out": out, "report": report }));
     }
     say(&describe(&out, model, &made, text.as_ref()));
     Ok(())
+}
+
+/// How wide latents are to be; none where the model is to stay what it is.
+pub(super) fn width(arguments: &ConvertArguments, model: &ModelConfig) -> anyhow::Result<Option<Width>> {
+    Ok(match (&arguments.kv_rank_budget, arguments.kv_rank) {
+        (Some(asked), _) => Some(Width::Budget(match asked.strip_suffix('B') {
+            // In bf16.
+            Some(bytes) => bytes.trim().parse::<usize>().map_err(|_| wrong_budget(asked))? / 2,
+            None => share_of(asked, model.cache_numbers(), "numbers cached per token")?,
+        })),
+        (None, Some(rank)) => Some(Width::Rank(rank)),
+        (None, None) if arguments.rope_dim.is_some() => {
+            return Err(WrongUse("--rope-dim needs --kv-rank or --kv-rank-budget beside it".into()).into());
+        }
+        (None, None) => None,
+    })
+}
+
+fn wrong_budget(asked: &str) -> WrongUse {
+    WrongUse(format!("--kv-rank-budget {asked}: bytes per token in bf16 such as 512B, numbers, or a share such as 50%"))
+}
+
+/// What is asked of a model whose latents are to be so wide.
+pub(super) fn wanted(arguments: &ConvertArguments, width: Width) -> Wanted {
+    Wanted {
+        width,
+        rotated: arguments.rope_dim,
+        keep: arguments.rope_keep.map(Into::into),
+        fold: arguments.rope_fold,
+        centred: !arguments.no_bias,
+        importance: arguments.importance.map(Into::into),
+    }
 }
 
 fn make(
@@ -89,16 +111,7 @@ fn make(
     };
     let absorbed = plain.config.attention() != model.config.attention();
     let fitted = match width {
-        Some(width) => {
-            let wanted = Wanted {
-                width,
-                rotated: arguments.rope_dim,
-                keep: arguments.rope_keep.map(Into::into),
-                centred: !arguments.no_bias,
-                importance: arguments.importance.map(Into::into),
-            };
-            Some(fit(&plain, wanted, train, device, observe)?)
-        }
+        Some(width) => Some(fit(&plain, wanted(arguments, width), train, device, observe)?),
         None => None,
     };
     let made = match &fitted {
@@ -108,18 +121,30 @@ fn make(
     let exact = fitted.is_none();
     let same = Same::of(&plain, &made, train, device)?;
     if exact {
-        same.check()?;
+        same.logits.check()?;
     }
     drop(bar);
-    let losses = |text: &[Vec<u32>]| -> anyhow::Result<[f64; 2]> {
-        Ok([lowkey_convert::loss(model, text, device)?, lowkey_convert::loss(&made, text, device)?])
-    };
-    let calibration = text.map(|text| losses(&text.train)).transpose()?;
-    let held_out = text.filter(|text| !text.held_out.is_empty()).map(|text| losses(&text.held_out)).transpose()?;
-    Ok(Made { model: made, same, exact, fitted, held_out, calibration, absorbed })
+    let mut losses = Vec::new();
+    if let Some(text) = text {
+        let texts = Texts { train: &text.train, held_out: &text.held_out };
+        let mut stages = vec![(Stage::Source, model)];
+        if absorbed {
+            stages.push((Stage::HeadNormsAbsorbed, &plain));
+        }
+        match &fitted {
+            Some(fitted) => {
+                stages.extend([(Stage::RotatedKeysNarrowed, &fitted.whole), (Stage::LatentsCut, &fitted.model)]);
+            }
+            None => stages.push((Stage::Exact, &made)),
+        }
+        for (stage, model) in stages {
+            losses.push(Loss::of(stage, model, texts, device)?);
+        }
+    }
+    Ok(Made { model: made, same, exact, fitted, losses, absorbed })
 }
 
-fn out(arguments: &ConvertArguments) -> PathBuf {
+pub(super) fn out(arguments: &ConvertArguments) -> PathBuf {
     let name = text::name(&arguments.model);
     let of_width = match (&arguments.kv_rank_budget, arguments.kv_rank) {
         (Some(budget), _) => format!("-{}", budget.trim_end_matches('%')),
@@ -130,16 +155,10 @@ fn out(arguments: &ConvertArguments) -> PathBuf {
 }
 
 fn report(model: &CausalLm, made: &Made, text: Option<&text::Calibration>) -> Value {
-    let losses = |losses: [f64; 2]| json!({ "loss_before": losses[0], "loss_after": losses[1] });
-    let mut calibration = made.calibration.map(losses);
-    if let (Some(Value::Object(map)), Some(text)) = (&mut calibration, text) {
-        map.insert("text".into(), json!(text.name));
-        map.insert("tokens".into(), json!(text.tokens()));
-    }
     let mla = made.model.config.attention().latent();
     json!({
         "from": model.config.attention_name(),
-        "exact": made.exact.then(|| made.same.report()),
+        "exact": made.exact.then(|| made.same.logits.report()),
         "greedy_tokens": made.same.greedy_report(),
         "head_norms_absorbed": made.absorbed,
         "cache_numbers_before": model.config.cache_numbers(),
@@ -147,8 +166,13 @@ fn report(model: &CausalLm, made: &Made, text: Option<&text::Calibration>) -> Va
         "qk_rope_head_dim": mla.map(|mla| mla.qk_rope_head_dim),
         "kv_ranks": made.model.config.kv_ranks(),
         "importance": made.fitted.as_ref().map(|fitted| fitted.importance),
-        "calibration": calibration,
-        "held_out": made.held_out.map(losses),
+        "calibration": ends(&made.losses, |loss| Some(loss.calibration)).zip(text).map(|(mut ends, text)| {
+            ends["text"] = json!(text.name);
+            ends["tokens"] = json!(text.tokens());
+            ends
+        }),
+        "held_out": ends(&made.losses, |loss| loss.held_out),
+        "stages": made.losses,
         "rotated_keys_tried": made.fitted.as_ref().map(|fitted| {
             let tried = fitted.tried.iter().map(|tried| {
                 json!({ "qk_rope_head_dim": tried.rotated, "keep": tried.keep, "loss": tried.loss })
@@ -159,11 +183,25 @@ fn report(model: &CausalLm, made: &Made, text: Option<&text::Calibration>) -> Va
     })
 }
 
-fn describe(out: &Path, model: &CausalLm, made: &Made, text: Option<&text::Calibration>) -> String {
-    let change = |[before, after]: [f64; 2]| {
-        let perplexities = format!("perplexity {:.3} → {:.3}", before.exp(), after.exp());
-        format!("{before:.4} → {after:.4} nats ({:+.4}), {perplexities}", after - before)
+/// The loss of the first and of the last stage.
+pub(super) fn ends(losses: &[Loss], of: impl Fn(&Loss) -> Option<f64>) -> Option<Value> {
+    let (first, last) = (losses.first().and_then(&of)?, losses.last().and_then(&of)?);
+    Some(json!({ "loss_before": first, "loss_after": last }))
+}
+
+/// Loss and perplexity after each stage.
+pub(super) fn stages(losses: &[Loss]) -> String {
+    let number = |loss: f64| [format!("{loss:.4}"), format!("{:.3}", loss.exp())];
+    let row = |loss: &Loss| {
+        let held_out = loss.held_out.map_or_else(|| [String::from("—"), String::from("—")], number);
+        let numbers = [number(loss.calibration), held_out].into_iter().flatten();
+        [loss.stage.words().to_owned()].into_iter().chain(numbers).collect()
     };
+    let header = ["stage", "calibration", "perplexity", "held out", "perplexity"];
+    table(&header, &losses.iter().map(row).collect::<Vec<_>>())
+}
+
+fn describe(out: &Path, model: &CausalLm, made: &Made, text: Option<&text::Calibration>) -> String {
     // In bf16.
     let cache = |model: &CausalLm| bytes(2 * model.config.cache_numbers());
     let rotated = made.model.config.attention().latent().map_or(0, |mla| mla.qk_rope_head_dim);
@@ -175,10 +213,7 @@ fn describe(out: &Path, model: &CausalLm, made: &Made, text: Option<&text::Calib
             "those of query and key heads became constants, so that this is not the same model".into(),
         ));
     }
-    facts.extend(
-        made.calibration.zip(text).map(|(losses, text)| ("calibration", format!("{}: {}", text.name, change(losses)))),
-    );
-    facts.extend(made.held_out.map(|losses| ("held out", change(losses))));
+    facts.extend(text.map(|text| ("calibration", format!("{}, {} tokens", text.name, text.tokens()))));
     let rows: Vec<Vec<String>> = made
         .model
         .config
@@ -193,5 +228,5 @@ fn describe(out: &Path, model: &CausalLm, made: &Made, text: Option<&text::Calib
         model.config.attention_name(),
         table(&["layer", "rotated key", "latent"], &rows),
         pairs(&facts)
-    )
+    ) + &text.map_or_else(String::new, |_| format!("\n{}", stages(&made.losses)))
 }
