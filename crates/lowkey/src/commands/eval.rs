@@ -53,8 +53,8 @@ fn eval_on(ranks: &Ranks, arguments: &EvalArguments) -> anyhow::Result<()> {
     let (Asked { model, held, byte_lengths, all }, device) = ranks::agree(ranks, open())?;
     if ranks.are_several() {
         let files = ranks::agree(ranks, hashes(&arguments.model))?;
-        ranks.all_have("files of the model", files.as_bytes())?;
-        ranks.all_have("tokens of the text", held.checksum().as_bytes())?;
+        ranks::all_have(ranks, "files of the model", files.as_bytes())?;
+        ranks::all_have(ranks, "tokens of the text", held.checksum().as_bytes())?;
     }
     let workers = Workers::for_device(threads, threads, &device)?.among(ranks.clone());
     let evaluation = evaluate(&model, &held, &byte_lengths, &workers, &device)?;

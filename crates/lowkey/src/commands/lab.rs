@@ -91,7 +91,7 @@ fn run(ranks: &Ranks, arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
     let threads = ranks::compare(ranks)?;
     if ranks.are_several() {
         let file = ranks::agree(ranks, lowkey_files::read(&arguments.experiment, LARGEST).map_err(Into::into))?;
-        ranks.all_have("words of the experiment", &file)?;
+        ranks::all_have(ranks, "words of the experiment", &file)?;
     }
     let Some(opened) = ranks::agree(ranks, open(ranks, arguments))? else { return Ok(ExitCode::SUCCESS) };
     let interrupt = Interrupt::watch(|| {})?;

@@ -23,6 +23,9 @@ pub(crate) fn join() -> anyhow::Result<Ranks> {
 
 /// What all ranks have, or the error that any of them has met.
 pub(crate) fn agree<T>(ranks: &Ranks, own: anyhow::Result<T>) -> anyhow::Result<T> {
+    if !ranks.are_several() || ranks.is_over() {
+        return own;
+    }
     let word = own.as_ref().map(|_| ()).map_err(|error| Error::Launch { why: format!("{error:#}") });
     match (ranks.agree(word), own) {
         // Its own, which has the right exit code.
@@ -35,7 +38,13 @@ pub(crate) fn agree<T>(ranks: &Ranks, own: anyhow::Result<T>) -> anyhow::Result<
 /// Meets the others of a job before anything is opened, and says how many threads each has: all are to be asked for the same.
 pub(crate) fn compare(ranks: &Ranks) -> anyhow::Result<usize> {
     let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-    Ok(compare_job(ranks, Task::of_command(arguments, &super::train::environment()))?)
+    let threads = compare_job(ranks, Task::of_command(arguments, &super::train::environment()));
+    agree(ranks, threads.map_err(Into::into))
+}
+
+/// Refuses ranks that do not have the same `what`.
+pub(crate) fn all_have(ranks: &Ranks, what: &str, own: &[u8]) -> anyhow::Result<()> {
+    agree(ranks, ranks.all_have(what, own).map_err(Into::into))
 }
 
 /// Refuses a command that is the work of one process.
