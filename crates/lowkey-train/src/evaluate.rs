@@ -222,7 +222,7 @@ impl Held {
             }
             Self::Examples(HeldExamples::Tokens(batches, _)) => batches.iter().for_each(|one| batch(hash, &one.batch)),
             Self::Documents(documents) => {
-                documents.chunks(DOCUMENTS_PER_PASS).for_each(|some| batch(hash, &one_per_row(some)))
+                documents.chunks(DOCUMENTS_PER_PASS).for_each(|some| batch(hash, &one_per_row(some)));
             }
             Self::Mixture(parts) => parts.iter().for_each(|part| part.held.add_to(hash)),
         }

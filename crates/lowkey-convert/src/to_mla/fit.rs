@@ -76,7 +76,8 @@ pub struct Tried {
 /// Converts a model without norms on its heads.
 ///
 /// # Errors
-/// As [`narrowed`]; [`Error::Setting`] where a latent is to be wider than what there is to put into it, or a budget does not reach.
+/// As [`narrowed`](super::narrowed); [`Error::Setting`] where a latent is to be wider than what there is to put into it, or a budget does
+/// not reach.
 pub fn fit(
     model: &CausalLm,
     wanted: Wanted,
