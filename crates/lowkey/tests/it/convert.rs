@@ -152,6 +152,66 @@ fn full_keys_and_values_become_a_latent() {
     assert!(!std::path::Path::new("x").exists());
 }
 
+/// Layer by layer comes to what the whole model comes to, in files as in the report.
+#[test]
+fn a_model_is_converted_one_layer_at_a_time() {
+    let grouped = best_of("grouped-by-layer", &["model.attention=gqa"]);
+    let dir = tempfile::tempdir().unwrap();
+    let convert = |name: &str, more: &[&str]| {
+        let out = dir.path().join(name);
+        let asked = ["convert", text(&grouped), "--to", "mla", "--out", text(&out), "--json"];
+        (json(&[&asked[..], more].concat())["report"].clone(), out)
+    };
+    let load = |dir: &PathBuf| CausalLm::load(dir, &Device::flex()).unwrap();
+    let ids: Vec<u32> = (0..32).map(|i| (i * 5) % 60).collect();
+    let (report, exact) = convert("exact", &["--by-layer"]);
+    assert!(report["exact"]["max_logit_difference"].as_f64().unwrap() < 1e-4, "{report}");
+    assert!(apart(&load(&grouped), &load(&exact), &ids) < 1e-5);
+    assert!(exact.join("tokenizer.json").is_file() && exact.join("model.safetensors.index.json").is_file());
+    let fixed =
+        ["--kv-rank", "6", "--rope-dim", "4", "--tokens", "2000", "--rope-keep", "energy", "--importance", "readers"];
+    let (whole, of_whole) = convert("whole", &fixed);
+    let (parts, of_parts) = convert("parts", &[&fixed[..], &["--by-layer"]].concat());
+    assert!(apart(&load(&of_whole), &load(&of_parts), &ids) < 1e-4);
+    let stages = |report: &serde_json::Value| -> Vec<(String, f64, f64)> {
+        let number = |stage: &serde_json::Value, key: &str| stage[key].as_f64().unwrap();
+        let of_stage = |stage: &serde_json::Value| {
+            (stage["stage"].as_str().unwrap().to_owned(), number(stage, "calibration"), number(stage, "held_out"))
+        };
+        report["stages"].as_array().unwrap().iter().map(of_stage).collect()
+    };
+    let (found, expected) = (stages(&parts), stages(&whole));
+    let names: Vec<&str> = found.iter().map(|(name, ..)| name.as_str()).collect();
+    assert_eq!(names, ["source", "rotated_keys_narrowed", "latents_cut"]);
+    for ((name, a, b), (same, c, d)) in found.iter().zip(&expected) {
+        assert!(name == same && (a - c).abs() < 1e-5 && (b - d).abs() < 1e-5, "{found:?} {expected:?}");
+    }
+    // Half of 48 numbers per token, in bytes of bf16; two frequencies for one, in bf16.
+    let more =
+        ["--kv-rank-budget", "48B", "--rope-dim", "4", "--rope-fold", "2", "--tokens", "2000", "--dtype", "bf16"];
+    for (name, more) in [("whole of bytes", &more[..]), ("parts of bytes", &[&more[..], &["--by-layer"]].concat())] {
+        let (report, out) = convert(name, more);
+        assert_eq!(
+            (report["cache_numbers"].as_u64(), report["qk_rope_head_dim"].as_u64()),
+            (Some(24), Some(4)),
+            "{report}"
+        );
+        let config = std::fs::read_to_string(out.join("config.json")).unwrap();
+        assert!(config.contains("\"bfloat16\""), "{config}");
+        assert_eq!(load(&out).config.cache_numbers(), 24);
+    }
+    for (arguments, fragment) in [
+        (&["--to", "mha", "--by-layer"][..], "--by-layer goes with --to mla"),
+        (&["--by-layer"], "--to"),
+        (&["--to", "mla", "--by-layer", "--kv-rank", "40"], "for a latent to hold"),
+        (&["--to", "mla", "--kv-rank-budget", "manyB"], "bytes per token in bf16 such as 512B"),
+    ] {
+        let (code, _, message) = lowkey(&[&["convert", text(&grouped), "--out", "x"][..], arguments].concat());
+        assert!(code == 2 && message.contains(fragment), "{arguments:?}: {code} {message}");
+    }
+    assert!(!std::path::Path::new("x").exists());
+}
+
 #[test]
 fn a_latent_becomes_full_keys_and_values_again() {
     let grouped = best_of("grouped-latent-again", &["model.attention=gqa"]);
