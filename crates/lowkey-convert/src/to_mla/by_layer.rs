@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::Device;
-use lowkey_model::attention::{AttentionConfig, GroupedConfig};
+use lowkey_model::attention::GroupedConfig;
 use lowkey_model::checkpoint::{LayerReader, NewCheckpoint};
 use lowkey_model::{CausalLm, ModelConfig};
 
@@ -86,18 +86,50 @@ struct Narrow {
     importance: Importance,
 }
 
-/// A text in a model's three forms.
-struct Streams {
+/// A text in a model as it was, and without norms on its heads.
+#[derive(Clone)]
+struct Sources {
     source: Stream,
     plain: Stream,
+}
+
+impl Sources {
+    fn begin(ends: &CausalLm, text: &[Vec<u32>], device: &Device) -> Self {
+        let source = Stream::begin(ends, text, device);
+        Self { plain: source.clone(), source }
+    }
+
+    /// Through one layer, once where both are the same.
+    fn pass(&mut self, source: &CausalLm, plain: &CausalLm, device: &Device) {
+        self.source.pass(source, block(source), device);
+        if source.config.attention() == plain.config.attention() {
+            self.plain = self.source.clone();
+        } else {
+            self.plain.pass(plain, block(plain), device);
+        }
+    }
+}
+
+/// A text in all forms of a model.
+struct Streams {
+    before: Sources,
     narrowed: Stream,
     made: Stream,
 }
 
 impl Streams {
     fn begin(ends: &CausalLm, text: &[Vec<u32>], device: &Device) -> Self {
-        let source = Stream::begin(ends, text, device);
-        Self { plain: source.clone(), narrowed: source.clone(), made: source.clone(), source }
+        let before = Sources::begin(ends, text, device);
+        Self { narrowed: before.source.clone(), made: before.source.clone(), before }
+    }
+
+    /// Through one layer in each form; forms that are the same are computed once.
+    fn pass(&mut self, [source, plain, narrowed, made]: [&CausalLm; 4], narrowing: bool, device: &Device) {
+        self.made.pass(made, block(made), device);
+        self.before.pass(source, plain, device);
+        if narrowing {
+            self.narrowed.pass(narrowed, block(narrowed), device);
+        }
     }
 }
 
@@ -108,11 +140,6 @@ impl<'a> Work<'a> {
         if let (None, true) = (wanted, grouped.qk_norm) {
             return Err(super::normed());
         }
-        if let Some(wanted) = wanted {
-            check_budget(config, wanted)?;
-        }
-        let ends = reader.ends(device)?;
-        check_text(&ends, texts.train)?;
         let narrow = wanted.map(|wanted| Narrow {
             width: wanted.width,
             rotated: wanted.rotated.unwrap_or_else(|| one_head(config)),
@@ -121,6 +148,15 @@ impl<'a> Work<'a> {
             centred: wanted.centred,
             importance: wanted.importance.unwrap_or_default(),
         });
+        if let (Some(wanted), Some(narrow)) = (wanted, narrow) {
+            check_budget(config, Wanted { rotated: Some(narrow.rotated), ..wanted })?;
+            counts(&grouped, &no_costs(&grouped, narrow), narrow.rotated, narrow.keep)?;
+        }
+        let ends = reader.ends(device)?;
+        check_text(&ends, texts.train)?;
+        if !texts.held_out.is_empty() {
+            check_text(&ends, texts.held_out)?;
+        }
         Ok(Self { reader, ends, texts, narrow, device })
     }
 
@@ -135,7 +171,7 @@ impl<'a> Work<'a> {
         self.reader.config().layers.len()
     }
 
-    /// The inputs of a layer's attention, and what it makes of them without norms on its heads.
+    /// A layer without norms on its heads; itself where it has none.
     fn plain(&self, source: &CausalLm, stream: &Stream, layer: usize) -> Result<CausalLm> {
         absorb_in_layer(source, stream, self.device).map_err(|e| in_layer(e, layer))
     }
@@ -149,29 +185,21 @@ impl<'a> Work<'a> {
     fn counts(&self, observe: Observer) -> Result<Vec<usize>> {
         let config = self.reader.config();
         let grouped = sizes_of(config)?;
-        let groups = grouped.num_key_value_heads;
         let Some(narrow) = self.narrow else { return Ok(Vec::new()) };
-        let of_band = |members: Range<usize>| vec![0.0; members.len() * groups];
-        let mut costs: Vec<Vec<f64>> = bands(grouped.rotary_dim / 2, narrow.fold).map(of_band).collect();
-        let chosen = narrow.keep == Keep::Energy && (1..groups * grouped.rotary_dim).contains(&narrow.rotated);
-        if chosen {
-            let mut stream = Stream::begin(&self.ends, self.texts.train, self.device);
-            let mut normed = stream.clone();
+        let mut costs = no_costs(&grouped, narrow);
+        let most = grouped.num_key_value_heads * grouped.rotary_dim;
+        if narrow.keep == Keep::Energy && (1..most).contains(&narrow.rotated) {
+            let mut text = Sources::begin(&self.ends, self.texts.train, self.device);
             for layer in 0..self.layers() {
                 observe(Progress { doing: "energies", done: layer, of: self.layers() });
                 let source = self.layer(layer)?;
-                let plain = self.plain(&source, &normed, layer)?;
-                let inputs = self.inputs(&plain, &stream, narrow, layer)?;
+                let plain = self.plain(&source, &text.source, layer)?;
+                let inputs = self.inputs(&plain, &text.plain, narrow, layer)?;
                 let found = Narrowing::new(&plain, narrow.fold, &inputs).map_err(|e| in_layer(e, layer))?;
                 for (cost, more) in costs.iter_mut().zip(&found.costs) {
                     cost.iter_mut().zip(more).for_each(|(cost, more)| *cost += more);
                 }
-                stream.pass(&plain, block(&plain), self.device);
-                if grouped.qk_norm {
-                    normed.pass(&source, block(&source), self.device);
-                } else {
-                    normed = stream.clone();
-                }
+                text.pass(&source, &plain, self.device);
             }
         }
         counts(&grouped, &costs, narrow.rotated, narrow.keep)
@@ -214,20 +242,17 @@ impl<'a> Work<'a> {
             }
             Width::Budget(budget) => budget,
         };
-        let (mut normed, mut stream, mut narrowed) = {
-            let stream = Stream::begin(&self.ends, self.texts.train, self.device);
-            (stream.clone(), stream.clone(), stream)
-        };
+        let mut text = Sources::begin(&self.ends, self.texts.train, self.device);
+        let mut narrowed = text.source.clone();
         let mut curves = Vec::with_capacity(layers);
         for layer in 0..layers {
             observe(Progress { doing: "spectra", done: layer, of: layers });
             let source = self.layer(layer)?;
-            let plain = self.plain(&source, &normed, layer)?;
-            let latent = self.narrowed(&plain, counts, &stream, narrow, (layer, 0))?;
+            let plain = self.plain(&source, &text.source, layer)?;
+            let latent = self.narrowed(&plain, counts, &text.plain, narrow, (layer, 0))?;
             let measured = Measured::of_layer(&latent, &narrowed, self.device).map_err(|e| in_layer(e, layer))?;
             curves.push(Curve { layer, points: measured.left_out(narrow.importance).map_err(|e| in_layer(e, layer))? });
-            normed.pass(&source, block(&source), self.device);
-            stream.pass(&plain, block(&plain), self.device);
+            text.pass(&source, &plain, self.device);
             narrowed.pass(&latent, block(&latent), self.device);
         }
         let most: usize = curves.iter().filter_map(|curve| curve.points.last()).map(|(rank, _)| rank).sum();
@@ -254,8 +279,8 @@ impl<'a> Work<'a> {
             let train = &texts[0];
             let (plain, narrowed, made) = match (self.narrow, ranks.get(layer)) {
                 (Some(narrow), Some(rank)) => {
-                    let plain = self.plain(&source, &train.source, layer)?;
-                    let narrowed = self.narrowed(&plain, counts, &train.plain, narrow, (layer, most))?;
+                    let plain = self.plain(&source, &train.before.source, layer)?;
+                    let narrowed = self.narrowed(&plain, counts, &train.before.plain, narrow, (layer, most))?;
                     let made = self.cut(&narrowed, &train.narrowed, narrow.importance, *rank, most);
                     (plain, narrowed, made.map_err(|e| in_layer(e, layer))?)
                 }
@@ -279,7 +304,7 @@ impl<'a> Work<'a> {
         config.family = config.natural_family();
         config.check()?;
         let [train, _] = &texts;
-        let apart = match (train.source.first_logits(&self.ends), train.made.first_logits(&self.ends)) {
+        let apart = match (train.before.source.first_logits(&self.ends), train.made.first_logits(&self.ends)) {
             (Some(source), Some(made)) => {
                 let most = |x: burn::tensor::Tensor<3>| x.abs().max().into_scalar::<f32>();
                 [most(source.clone() - made), most(source)]
@@ -299,8 +324,8 @@ impl<'a> Work<'a> {
     /// The same function, as wide as any layer may need.
     fn exact(&self, source: &CausalLm) -> Result<CausalLm> {
         let grouped = sizes_of(&source.config)?;
-        let rows = grouped.num_key_value_heads * (2 * grouped.head_dim - grouped.rotary_dim);
-        let rank = rows.min(source.config.hidden_size);
+        let all = vec![grouped.num_key_value_heads; grouped.rotary_dim / 2];
+        let rank = room(&source.config, &all, 1)?;
         let common = Common { rank, attention_bias: grouped.qkv_bias || grouped.o_bias, query_bias: grouped.qkv_bias };
         exact_padded(source, Some(common), self.device)
     }
@@ -326,13 +351,13 @@ impl<'a> Work<'a> {
                 held.iter().any(|ids| ids.len() > 1).then(|| pick(held_out).loss(&self.ends, held)).transpose()?;
             Ok(Loss { stage, calibration: pick(train).loss(&self.ends, text)?, held_out: held })
         };
-        let mut stages = vec![of(Stage::Source, |streams| &streams.source)?];
+        let mut stages = vec![of(Stage::Source, |streams| &streams.before.source)?];
         if self.narrow.is_none() {
             stages.push(of(Stage::Exact, |streams| &streams.made)?);
             return Ok(stages);
         }
         if sizes_of(self.reader.config())?.qk_norm {
-            stages.push(of(Stage::HeadNormsAbsorbed, |streams| &streams.plain)?);
+            stages.push(of(Stage::HeadNormsAbsorbed, |streams| &streams.before.plain)?);
         }
         stages.push(of(Stage::RotatedKeysNarrowed, |streams| &streams.narrowed)?);
         stages.push(of(Stage::LatentsCut, |streams| &streams.made)?);
@@ -340,22 +365,10 @@ impl<'a> Work<'a> {
     }
 }
 
-impl Streams {
-    /// Through one layer in each form; forms that are the same are computed once.
-    fn pass(&mut self, [source, plain, narrowed, made]: [&CausalLm; 4], narrowing: bool, device: &Device) {
-        self.source.pass(source, block(source), device);
-        self.made.pass(made, block(made), device);
-        if !narrowing {
-            return;
-        }
-        self.narrowed.pass(narrowed, block(narrowed), device);
-        let same = matches!(source.config.attention(), AttentionConfig::Grouped(grouped) if !grouped.qk_norm);
-        if same {
-            self.plain = self.source.clone();
-        } else {
-            self.plain.pass(plain, block(plain), device);
-        }
-    }
+/// Zero for each direction of each band.
+fn no_costs(grouped: &GroupedConfig, narrow: Narrow) -> Vec<Vec<f64>> {
+    let of_band = |members: Range<usize>| vec![0.0; members.len() * grouped.num_key_value_heads];
+    bands(grouped.rotary_dim / 2, narrow.fold).map(of_band).collect()
 }
 
 /// Most numbers that the latent of a layer can need, with so many directions of each band that turn.

@@ -142,6 +142,9 @@ fn what_cannot_be_is_said_before_a_layer_is_written() {
     assert!(say(&whole, wanted(Width::Rank(0), 4)).starts_with("kv_rank = 0"));
     assert!(say(&whole, wanted(Width::Rank(4), 5)).starts_with("rope_dim = 5: an even number"));
     assert!(say(&whole, wanted(Width::Budget(9), 4)).starts_with("kv_rank_budget = 9: 2 layers with 4"));
+    // Where nothing is said of it as much turns as in one head.
+    let open = Wanted { width: Width::Budget(12), rotated: None, keep: None, fold: 1, centred: true, importance: None };
+    assert!(say(&whole, Some(open)).starts_with("kv_rank_budget = 12: 2 layers with 6 that turn"));
     let normed = model(&config(|_, g| g.qk_norm = true), 1);
     assert!(say(&normed, None).contains("a calibration text finds the nearest"), "{}", say(&normed, None));
     let mut broken = model(&config(|_, _| {}), 1);
