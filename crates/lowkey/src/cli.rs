@@ -61,7 +61,8 @@ pub(crate) enum Command {
     #[command(after_help = "Examples:\n  \
         lowkey eval runs/quickstart/checkpoints/best --data datasets/storybook.toml\n  \
         lowkey eval MODEL --data my.txt --json\n  \
-        lowkey eval runs/elastic/checkpoints/best --data datasets/storybook.toml --kv-rank 16")]
+        lowkey eval runs/elastic/checkpoints/best --data datasets/storybook.toml --kv-rank 16\n  \
+        mpirun -n 4 lowkey eval MODEL --data my.txt")]
     Eval(EvalArguments),
     /// Write an inference-ready checkpoint with a certificate that it is the same model
     #[command(after_help = "Examples:\n  \
@@ -106,6 +107,7 @@ pub(crate) enum Command {
         lowkey convert MODEL --kv-rank-budget 96 --data my.txt --out models/narrow --json\n  \
         lowkey convert LLAMA --to mla\n  \
         lowkey convert LLAMA --to mla --kv-rank-budget 50% --data my.txt\n  \
+        lowkey convert MISTRAL-7B --to mla --by-layer --kv-rank 448 --dtype bf16 --data my.txt\n  \
         lowkey convert models/LLAMA-mla --to mha")]
     Convert(ConvertArguments),
     /// Run experiments: many runs of one question, and an answer with error bars
