@@ -157,6 +157,9 @@ impl ModelConfig {
         /// Copies of all weights that a checkpoint is written from.
         const WRITTEN: f64 = 2.0;
         const KEPT: f64 = 1.5;
+        /// What is kept where nothing but norms is trained, of what is kept otherwise: of a map whose matrix is frozen, and has nothing
+        /// beside it, the backward pass reads no input.
+        const FROZEN: f64 = 0.6;
         const EVALUATED: f64 = 3.0;
         // The stream before each half and its norm; gate and up.
         let MlpConfig { intermediate_size: f, bias } = *self.mlp();
@@ -175,7 +178,9 @@ impl ModelConfig {
         let trained = 4.0 * (total.saturating_sub(frozen) + added) as f64;
         // Beside an adapter the model is not written.
         let written = if added > 0 { trained } else { parameters };
-        let activations = 4.0 * micro_batch as f64 * seq as f64 * (kept + passing) as f64;
+        let learning = if added > 0 { 1.0 } else { trained / parameters };
+        let kept = (FROZEN + (1.0 - FROZEN) * learning) * kept as f64;
+        let activations = 4.0 * micro_batch as f64 * seq as f64 * (kept + passing as f64);
         let evaluation = 4.0 * threads * evaluated as f64 * seq as f64 * passing as f64;
         let passes = if terms > 1 { PASSES * (computing + 1.0) } else { 0.0 };
         let gradients = (GRADIENTS * computing * trained).max(WRITTEN * written);
