@@ -9,10 +9,10 @@ use lowkey_model::{
     rope::RopeTable,
 };
 
+use crate::Observer;
 use crate::error::{Error, Result};
 use crate::matrix::to_mat;
 use crate::stream::Stream;
-use crate::{Observer, Progress};
 
 /// Moments of one layer.
 #[derive(Clone, Debug)]
@@ -78,14 +78,9 @@ pub(crate) fn check_text(model: &CausalLm, text: &[Vec<u32>]) -> Result<()> {
 pub(crate) fn measure(model: &CausalLm, text: &[Vec<u32>], device: &Device, observe: Observer) -> Result<Vec<Moments>> {
     let attentions = attentions(model, "measuring a latent")?;
     check_text(model, text)?;
-    let mut stream = Stream::begin(model, text, device);
-    let mut found = Vec::with_capacity(attentions.len());
-    for (done, (mla, block)) in attentions.iter().zip(&model.model.layers).enumerate() {
-        observe(Progress { doing: "moments", done, of: attentions.len() });
-        found.push(of_layer(model, mla, block, &stream, device)?);
-        stream.pass(model, block, device);
-    }
-    Ok(found)
+    Stream::each_layer(model, text, device, ("moments", observe), |layer, block, stream| {
+        of_layer(model, attentions[layer], block, stream, device)
+    })
 }
 
 /// Those of a text that has come before `block`.

@@ -6,6 +6,7 @@ use lowkey_model::model::Block;
 use lowkey_model::{CausalLm, Rows, ids_tensor};
 
 use crate::error::{Error, Result};
+use crate::{Observer, Progress};
 
 /// The hidden states of a text's sequences before some layer, each `[1, seq, d]`.
 #[derive(Clone, Debug)]
@@ -18,6 +19,28 @@ impl Stream {
     pub(crate) fn begin(model: &CausalLm, text: &[Vec<u32>], device: &Device) -> Self {
         let embed = |ids: &Vec<u32>| model.model.embed_tokens.forward(ids_tensor(ids, 1, ids.len(), device));
         Self { hidden: text.iter().filter(|ids| !ids.is_empty()).map(embed).collect() }
+    }
+
+    /// Through all layers of a model: what `look` finds of each, before whose block the text has come.
+    ///
+    /// # Errors
+    /// Those of `look`.
+    pub(crate) fn each_layer<T>(
+        model: &CausalLm,
+        text: &[Vec<u32>],
+        device: &Device,
+        (doing, observe): (&'static str, Observer),
+        look: impl Fn(usize, &Block, &Self) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let mut stream = Self::begin(model, text, device);
+        let layers = &model.model.layers;
+        let mut found = Vec::with_capacity(layers.len());
+        for (layer, block) in layers.iter().enumerate() {
+            observe(Progress { doing, done: layer, of: layers.len() });
+            found.push(look(layer, block, &stream)?);
+            stream.pass(model, block, device);
+        }
+        Ok(found)
     }
 
     /// What the attention of a block reads of each sequence, `[1, seq, d]`.

@@ -199,10 +199,10 @@ impl Held {
     }
 
     /// A hash of what is asked: two that are equal ask the same.
-    pub fn checksum(&self) -> String {
+    pub fn checksum(&self) -> [u8; 32] {
         let mut hash = Sha256::new();
         self.add_to(&mut hash);
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hash.finalize().into()
     }
 
     fn add_to(&self, hash: &mut Sha256) {

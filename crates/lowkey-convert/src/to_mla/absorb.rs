@@ -7,11 +7,11 @@ use lowkey_model::attention::{Attention, AttentionConfig, Grouped};
 use lowkey_model::model::{Block, Linear, RmsNorm};
 
 use super::heads::grouped;
+use crate::Observer;
 use crate::error::Result;
 use crate::matrix::{check_finite, to_mat};
 use crate::moments::check_text;
 use crate::stream::Stream;
-use crate::{Observer, Progress};
 
 /// The nearest model without norms on query and key heads: what a norm divides by becomes a constant of each head, with which the head
 /// misses least of what it was, in the mean over a text; the gain goes into the projection. A model without such norms is returned as
@@ -27,13 +27,9 @@ pub fn absorb_head_norms(model: &CausalLm, text: &[Vec<u32>], device: &Device, o
     }
     check_finite(model)?;
     check_text(model, text)?;
-    let mut stream = Stream::begin(model, text, device);
-    let mut fits = Vec::with_capacity(layers.len());
-    for (done, (block, layer)) in model.model.layers.iter().zip(&layers).enumerate() {
-        observe(Progress { doing: "norms of heads", done, of: layers.len() });
-        fits.push(fitted(layer, block, &stream)?);
-        stream.pass(model, block, device);
-    }
+    let fits = Stream::each_layer(model, text, device, ("norms of heads", observe), |layer, block, stream| {
+        fitted(layers[layer], block, stream)
+    })?;
     Ok(without_norms(model, &fits, device))
 }
 

@@ -4,11 +4,11 @@ use burn::tensor::Device;
 use faer::Mat;
 use lowkey_model::{CausalLm, model::Block};
 
+use crate::Observer;
 use crate::error::Result;
 use crate::matrix::to_mat;
 use crate::moments::check_text;
 use crate::stream::Stream;
-use crate::{Observer, Progress};
 
 /// The inputs of each layer's attention over a text.
 #[derive(Clone, Debug)]
@@ -50,13 +50,8 @@ impl Inputs {
     /// [`Error::Text`](crate::Error::Text) for a text that the model cannot read.
     pub fn measure(model: &CausalLm, text: &[Vec<u32>], device: &Device, observe: Observer) -> Result<Self> {
         check_text(model, text)?;
-        let mut stream = Stream::begin(model, text, device);
-        let mut moments = Vec::with_capacity(model.config.layers.len());
-        for (done, block) in model.model.layers.iter().enumerate() {
-            observe(Progress { doing: "inputs", done, of: model.config.layers.len() });
-            moments.push(moment(block, &stream)?);
-            stream.pass(model, block, device);
-        }
+        let moments =
+            Stream::each_layer(model, text, device, ("inputs", observe), |_, block, stream| moment(block, stream))?;
         Ok(Self { moments, distances: distances(text), centred: true })
     }
 

@@ -54,7 +54,7 @@ fn eval_on(ranks: &Ranks, arguments: &EvalArguments) -> anyhow::Result<()> {
     if ranks.are_several() {
         let files = ranks::agree(ranks, hashes(&arguments.model))?;
         ranks::all_have(ranks, "files of the model", files.as_bytes())?;
-        ranks::all_have(ranks, "tokens of the text", held.checksum().as_bytes())?;
+        ranks::all_have(ranks, "tokens of the text", &held.checksum())?;
     }
     let workers = Workers::for_device(threads, threads, &device)?.among(ranks.clone());
     let evaluation = evaluate(&model, &held, &byte_lengths, &workers, &device)?;

@@ -11,7 +11,7 @@ use lowkey_model::{ModelConfig, ModelDir, NewModelDir};
 use serde_json::{Value, json};
 
 use super::same::{Agreement, probe};
-use super::to_mla::{ends, out, stages, wanted, width};
+use super::to_mla::{calibration, ends, out, stages, wanted, width};
 use super::{TOKENS, dtype, finish};
 use crate::cli::{Attention, ConvertArguments};
 use crate::commands::{WrongUse, text};
@@ -74,11 +74,7 @@ fn report(config: &ModelConfig, made: &ByLayer, exact: Option<&Agreement>, text:
         "cache_numbers": made.config.cache_numbers(),
         "qk_rope_head_dim": made.rotated,
         "kv_ranks": made.ranks,
-        "calibration": ends(&made.stages, |loss| Some(loss.calibration)).zip(text).map(|(mut ends, text)| {
-            ends["text"] = json!(text.name);
-            ends["tokens"] = json!(text.tokens());
-            ends
-        }),
+        "calibration": calibration(&made.stages, text),
         "held_out": ends(&made.stages, |loss| loss.held_out),
         "stages": text.map(|_| &made.stages),
         "left_out": made.curves,

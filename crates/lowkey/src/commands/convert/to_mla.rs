@@ -166,11 +166,7 @@ fn report(model: &CausalLm, made: &Made, text: Option<&text::Calibration>) -> Va
         "qk_rope_head_dim": mla.map(|mla| mla.qk_rope_head_dim),
         "kv_ranks": made.model.config.kv_ranks(),
         "importance": made.fitted.as_ref().map(|fitted| fitted.importance),
-        "calibration": ends(&made.losses, |loss| Some(loss.calibration)).zip(text).map(|(mut ends, text)| {
-            ends["text"] = json!(text.name);
-            ends["tokens"] = json!(text.tokens());
-            ends
-        }),
+        "calibration": calibration(&made.losses, text),
         "held_out": ends(&made.losses, |loss| loss.held_out),
         "stages": made.losses,
         "rotated_keys_tried": made.fitted.as_ref().map(|fitted| {
@@ -187,6 +183,14 @@ fn report(model: &CausalLm, made: &Made, text: Option<&text::Calibration>) -> Va
 pub(super) fn ends(losses: &[Loss], of: impl Fn(&Loss) -> Option<f64>) -> Option<Value> {
     let (first, last) = (losses.first().and_then(&of)?, losses.last().and_then(&of)?);
     Some(json!({ "loss_before": first, "loss_after": last }))
+}
+
+/// The same of the calibration text, and what that is; none where there is no text.
+pub(super) fn calibration(losses: &[Loss], text: Option<&text::Calibration>) -> Option<Value> {
+    let (mut ends, text) = ends(losses, |loss| Some(loss.calibration)).zip(text)?;
+    ends["text"] = json!(text.name);
+    ends["tokens"] = json!(text.tokens());
+    Some(ends)
 }
 
 /// Loss and perplexity after each stage.
