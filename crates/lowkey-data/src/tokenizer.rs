@@ -10,6 +10,7 @@ mod place;
 mod special;
 mod spell;
 mod stream;
+mod table;
 mod vet;
 mod words;
 
@@ -19,6 +20,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use lowkey_files::companions::{self, COMPANIONS, Companion};
+use rayon::prelude::*;
 use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -32,6 +34,7 @@ pub use place::Token;
 use special::{Around, RECORD, named};
 pub use spell::Part;
 pub use stream::TextStream;
+use table::WordTable;
 pub(crate) use words::WordCounts;
 
 /// The end-of-document token of every tokenizer built here.
@@ -76,6 +79,8 @@ enum Model {
 struct HfPair {
     special: HfTokenizer,
     ordinary: OnceLock<HfTokenizer>,
+    /// What stands in for both where they are a byte-level BPE.
+    table: OnceLock<Option<WordTable>>,
     /// How many times longer the file's own strings can make a text.
     growth: usize,
 }
@@ -226,7 +231,7 @@ impl Tokenizer {
             let id = hf.token_to_id(name)?;
             added.get(&id).is_some_and(|token| token.special).then_some(id)
         });
-        let pair = HfPair { special: hf, ordinary: OnceLock::new(), growth };
+        let pair = HfPair { special: hf, ordinary: OnceLock::new(), table: OnceLock::new(), growth };
         Ok(Self { around, ..Self::assemble(Model::Hf(Arc::new(pair)), json, tokens, bytewise, eos) })
     }
 
@@ -303,7 +308,7 @@ impl Tokenizer {
     /// transformers without special tokens: this is for a part of a text. [`Tokenizer::encode_prompt`] is for a prompt.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         if let Model::Hf(pair) = &self.model {
-            return self.run(pair, &pair.special, text);
+            return self.run(pair, text, true);
         }
         let mut ids = Vec::with_capacity(text.len());
         for (i, part) in text.split(END_OF_TEXT).enumerate() {
@@ -319,7 +324,7 @@ impl Tokenizer {
     /// must not be able to forge an end of document.
     pub fn encode_ordinary(&self, text: &str) -> Result<Vec<u32>> {
         if let Model::Hf(pair) = &self.model {
-            return self.run(pair, pair.ordinary(), text);
+            return self.run(pair, text, false);
         }
         let mut ids = Vec::with_capacity(text.len());
         self.extend_plain(text, &mut ids)?;
@@ -332,6 +337,9 @@ impl Tokenizer {
         let Model::Hf(pair) = &self.model else {
             return texts.iter().map(|text| self.encode_ordinary(text)).collect();
         };
+        if texts.iter().all(|text| pair.table(text).is_some()) {
+            return texts.par_iter().map(|text| self.encode_ordinary(text)).collect();
+        }
         // Where the tokenizer's own steps make a text longer, less of it is read at once.
         let most = AT_ONCE / pair.growth;
         let all: Vec<(usize, &str)> =
@@ -352,8 +360,12 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    fn run(&self, pair: &HfPair, hf: &HfTokenizer, text: &str) -> Result<Vec<u32>> {
+    fn run(&self, pair: &HfPair, text: &str, special: bool) -> Result<Vec<u32>> {
+        if let Some(table) = pair.table(text) {
+            return guarded(self.name(), || table.encode(pair.special.get_model(), text, special));
+        }
         self.fits(pair, text)?;
+        let hf = if special { &pair.special } else { pair.ordinary() };
         let encoding = guarded(self.name(), || hf.encode_fast(text, false))?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -565,6 +577,11 @@ impl HfPair {
             twin.set_encode_special_tokens(true);
             twin
         })
+    }
+
+    /// What reads a text in their place, where anything does.
+    fn table(&self, text: &str) -> Option<&WordTable> {
+        self.table.get_or_init(|| WordTable::of(&self.special)).as_ref().filter(|table| table.reads(text))
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use rayon::prelude::*;
+
 use super::{Progress, Skipped, SourceFile, Watch};
 use crate::dataset::{DatasetConfig, Source, SplitBy, StorybookForm};
 use crate::documents::{self, Found};
@@ -36,7 +38,7 @@ pub(super) fn tokenize(
     };
     if let Source::Storybook { seed, documents, validation_documents, form } = config.source {
         for (count, held) in [(documents, false), (validation_documents, true)] {
-            for index in 0..count {
+            let made = |index: u64| {
                 let story = |index: u64| {
                     if held { oracle::validation_story(seed, index) } else { oracle::training_story(seed, index) }
                 };
@@ -49,7 +51,10 @@ pub(super) fn tokenize(
                 };
                 let of = |chat: &_| conversation(chat, method, tokenizer);
                 let told: std::result::Result<Vec<Document>, String> = chats.iter().map(of).collect();
-                let told = told.map_err(|why| config.error(format!("story {index}: {why}")))?;
+                told.map_err(|why| config.error(format!("story {index}: {why}"))).map(|told| (index, told))
+            };
+            for made in many(0..count, made) {
+                let (index, told) = made?;
                 push(if held { &mut validation } else { &mut train }, told)?;
                 report(index, [&train, &validation], watch)?;
             }
@@ -66,11 +71,15 @@ pub(super) fn tokenize(
         _ => u64::MAX,
     };
     let mut index = 0;
+    let made = |found: Result<Found>| -> Result<_> {
+        let Found { unit, number, value } = found?;
+        let record = value.and_then(|object| records.read(&object, config.list()));
+        Ok((unit, number, record.and_then(|record| documents_of(record, method, tokenizer))))
+    };
     for file in files {
-        for found in found(config, file) {
-            let Found { unit, number, value } = found?;
-            let record = value.and_then(|object| records.read(&object, config.list()));
-            match record.and_then(|record| documents_of(record, method, tokenizer)) {
+        for made in many(found(config, file), made) {
+            let (unit, number, documents) = made?;
+            match documents {
                 Ok(documents) => {
                     let held = match config.split.by {
                         SplitBy::Tail => index >= head,
@@ -93,6 +102,18 @@ pub(super) fn tokenize(
     train.finish()?;
     validation.finish()?;
     Ok(skipped)
+}
+
+/// What `make` makes of each item, in their order: of some at once, as many threads as there are.
+fn many<T: Send, R: Send>(items: impl Iterator<Item = T>, make: impl Fn(T) -> R + Sync) -> impl Iterator<Item = R> {
+    /// Enough for all threads of a large machine, and little enough to hold.
+    const AT_ONCE: usize = 256;
+    let mut items = items;
+    std::iter::from_fn(move || {
+        let some: Vec<T> = items.by_ref().take(AT_ONCE).collect();
+        (!some.is_empty()).then(|| some.into_par_iter().map(&make).collect::<Vec<R>>())
+    })
+    .flatten()
 }
 
 /// The records of one file.

@@ -22,6 +22,10 @@ impl Tokenizer {
     /// As [`Tokenizer::encode`].
     pub fn encode_placed(&self, text: &str) -> Result<Vec<Token>> {
         if let Model::Hf(pair) = &self.model {
+            if let Some(table) = pair.table(text) {
+                let ids = self.encode(text)?;
+                return Ok(self.placed(text, ids, |id| table.added_length(id)));
+            }
             self.fits(pair, text)?;
             let encoding = guarded(self.name(), || pair.special.encode(text, false))?;
             let token = |(id, (start, end)): (&u32, &(usize, usize))| {
@@ -46,6 +50,17 @@ impl Tokenizer {
             at += part.len();
         }
         Ok(tokens)
+    }
+
+    /// Tokens that lie one behind the other, as many bytes as each stands for.
+    fn placed(&self, text: &str, ids: Vec<u32>, added_length: impl Fn(u32) -> Option<usize>) -> Vec<Token> {
+        let mut at = 0;
+        let place = |id: u32| {
+            let start = at;
+            at += added_length(id).unwrap_or_else(|| self.token_bytes(id).len());
+            Token { id, bytes: text.floor_char_boundary(start)..text.ceil_char_boundary(at) }
+        };
+        ids.into_iter().map(place).collect()
     }
 }
 
