@@ -6,10 +6,10 @@
 #
 # DEVICE as `lowkey devices` names it. OUT is a folder for logs, figures and a summary. From the environment:
 #   LOWKEY  the binary [target/release/lowkey], built with the device's feature
-#   OTHER   another build of it, with the feature cuda-nvrtc say, timed beside the first on the first shape
+#   OTHER   another build of it, with the feature cuda-nvrtc say, timed beside the first
 #   TESTS   test binaries (lowkey_kernels-*, lowkey_train-*), with spaces between; without them no tests
 #   TEXT    tinyshakespeare.txt, for the curves of configs/shakespeare-char.toml [those of configs/quickstart.toml]
-#   PEER    the PyTorch script of experiments/speed/compare.py; without it only lowkey is timed
+#   PEER    a PyTorch script with the interface of `lowkey bench peer`; without it and OTHER only lowkey is timed
 #   PYTHON  an interpreter, with torch if there is a PEER [python3]
 #   STEPS   steps of the loss curves [300]
 #   SHAPES  shapes to time, the first one in most detail ["d768 d1536"]
@@ -111,15 +111,16 @@ for of in $parts; do
         speed)
             rounds=2 limit=170
             for shape in $shapes; do
-                part "speed-$shape" $limit "$python" experiments/speed/compare.py --what train --shapes "$shape" --device "$device" --dtype $dtype \
-                    --rounds "${ROUNDS:-$rounds}" --steps 8 --warmup 4 --lowkey "$lowkey" --out "$out/speed-$shape.csv" ${PEER:+--peer "$PEER"}
+                timing=(--shape "$shape" --device "$device" --dtype $dtype --steps 8 --warmup 4)
+                if [ -n "${PEER:-}${OTHER:-}" ]; then
+                    part "speed-$shape" $limit "$lowkey" bench peer "${timing[@]}" --rounds "${ROUNDS:-$rounds}" --csv "$out/speed-$shape.csv" \
+                        ${PEER:+--python "$python" --script "$PEER"} ${OTHER:+--other "$OTHER"}
+                else
+                    part "speed-$shape" $limit "$lowkey" bench train "${timing[@]}"
+                fi
                 rounds=1 limit=110
             done
             for shape in ${shapes%% *}; do
-                if [ -n "${OTHER:-}" ]; then
-                    part "speed-other-$shape" 100 "$python" experiments/speed/compare.py --what train --shapes "$shape" --device "$device" \
-                        --dtype $dtype --rounds "${ROUNDS:-2}" --steps 8 --warmup 4 --lowkey "$OTHER" --out "$out/speed-other-$shape.csv"
-                fi
                 part "kernels-$shape" 90 "$lowkey" bench ops --shape "$shape" --device "$device" --dtype $dtype --steps 4 --warmup 2
             done
             ;;

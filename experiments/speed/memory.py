@@ -5,18 +5,26 @@
     python experiments/speed/memory.py --recompute --peer TORCH_TRAIN.py
 
 Run from the project's root after `cargo build --release`; `--recompute` adds runs that compute activations again in the backward
-pass, `--peer` (see compare.py) the same of the other side. Writes memory.csv and memory.svg beside this script.
+pass, `--peer` (a script as `lowkey bench peer --help` describes it) the same of the other side. Writes memory.csv and memory.svg beside this script.
 """
 import argparse
 import csv
+import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
-from compare import run
-
 COLUMNS = ["side", "shape", "batch", "seq", "threads", "peak_rss_mb", "tokens_per_s", "step_ms", "loss_last"]
 COLORS = ["#0b6e99", "#d9730d", "#448361", "#ad1a72", "#9f6b53", "#337ea9"]
+
+
+def run(command):
+    """Runs a command and returns the JSON object that its output is, or ends with."""
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SystemExit(f"failed: {' '.join(map(str, command))}\n{result.stderr[-2000:]}")
+    return json.loads(result.stdout if result.stdout.startswith("{") else result.stdout.strip().splitlines()[-1])
 
 
 def figure(points, title):

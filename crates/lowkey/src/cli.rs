@@ -13,8 +13,8 @@ use lowkey_data::chat::DateTime;
 
 use crate::schema::FileKind;
 pub(crate) use bench::{
-    BenchCacheArguments, BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchPrefillArguments,
-    BenchStepArguments, BenchTrainArguments,
+    BenchCacheArguments, BenchCommand, BenchDecodeArguments, BenchOpsArguments, BenchPeerArguments,
+    BenchPrefillArguments, BenchStepArguments, BenchTrainArguments, Work,
 };
 pub(crate) use convert::{Attention, ConvertArguments};
 pub(crate) use export::{ExportArguments, MergeArguments, VerifyArguments, WeightedAdapter};

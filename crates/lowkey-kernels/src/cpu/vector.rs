@@ -13,22 +13,54 @@ pub(crate) const LANES: usize = 16;
 /// operations are of two that every processor with AVX2 or NEON does at once, which a compiler joins only where it is told to.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    // Adding 1.5·2²³ rounds to the nearest integer.
-    const ROUND: f32 = 12_582_912.0;
-    let x = x.clamp(-87.0, 88.0);
+    let x = x.clamp(LEAST, MOST);
     let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = rounded - ROUND;
-    // ln 2 in two parts: n · 0.693359375 is exact.
-    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
-    let mut p = 1.987_569_1e-4f32;
-    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = p.mul_add(r, c);
-    }
+    let r = n.mul_add(LN_2[1], n.mul_add(LN_2[0], x));
+    let p = POLYNOMIAL.into_iter().fold(POWER_5, |p, c| p.mul_add(r, c));
     let p = p.mul_add(r * r, r) + 1.0;
     // The last bits of `rounded` are n itself; a conversion of n to an integer would not be vectorised.
     let power = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
     // Arithmetic on bits would make a number of some of them.
     if x.is_nan() { x } else { power }
+}
+
+/// [`exp`] of the numbers of a vector.
+#[inline(always)]
+pub(crate) fn exps<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let splat = |x| simd.splat_f32s(x);
+    let inside = simd.min_f32s(simd.max_f32s(x, splat(LEAST)), splat(MOST));
+    let rounded = simd.mul_add_e_f32s(inside, splat(std::f32::consts::LOG2_E), splat(ROUND));
+    let n = simd.sub_f32s(rounded, splat(ROUND));
+    let r = simd.mul_add_e_f32s(n, splat(LN_2[1]), simd.mul_add_e_f32s(n, splat(LN_2[0]), inside));
+    let p = POLYNOMIAL.into_iter().fold(splat(POWER_5), |p, c| simd.mul_add_e_f32s(p, r, splat(c)));
+    let p = simd.add_f32s(simd.mul_add_e_f32s(p, simd.mul_f32s(r, r), r), splat(1.0));
+    let (p, rounded) = (simd.transmute_u32s_f32s(p), simd.transmute_u32s_f32s(rounded));
+    let power = simd.add_u32s(p, simd.wrapping_dyn_shl_u32s(rounded, simd.splat_u32s(23)));
+    simd.select_f32s(simd.equal_f32s(x, x), simd.transmute_f32s_u32s(power), x)
+}
+
+/// Where e^x stays a normal number.
+const LEAST: f32 = -87.0;
+const MOST: f32 = 88.0;
+/// Adding 1.5·2²³ rounds to the nearest integer.
+const ROUND: f32 = 12_582_912.0;
+/// −ln 2 in two parts: n · 0.693359375 is exact.
+const LN_2: [f32; 2] = [-0.693_359_4, 2.121_944_4e-4];
+/// Coefficients from the fifth power on, down to the square.
+const POWER_5: f32 = 1.987_569_1e-4;
+const POLYNOMIAL: [f32; 5] = [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+
+/// Asks for numbers that will be read soon. Where the language has no such instruction, the processor has to guess.
+#[inline(always)]
+pub(crate) fn prefetch(numbers: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in numbers.chunks(LANES) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: reads nothing, whatever lies there; every x86-64 has the instruction.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+    let _ = numbers;
 }
 
 /// Largest element; −∞ for none.
@@ -193,12 +225,28 @@ mod tests {
             let (found, expected) = (f64::from(exp(x)), f64::from(x).exp());
             assert!((found / expected - 1.0).abs() < 3e-7, "e^{x}: {found} {expected}");
         }
+        with_vectors_of_all_sorts();
         assert!(exp(f32::NEG_INFINITY) < 1e-37 && exp(-1e4) < 1e-37);
         for payload in [0, 1, 0x1ff, 0x3f_ffff] {
             assert!(
                 exp(f32::from_bits(0x7fc0_0000 | payload)).is_nan()
                     && exp(f32::from_bits(0xffc0_0000 | payload)).is_nan()
             );
+        }
+    }
+
+    #[pulp::with_simd(with_vectors_of_all_sorts = pulp::Arch::new())]
+    #[inline(always)]
+    fn one_by_one_and_in_vectors<S: Simd>(simd: S) {
+        let odd = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e-40, 88.5, -1e4];
+        let all: Vec<f32> = (-1600..1600).map(|i| i as f32 * 0.057).chain(odd.repeat(2)).collect();
+        let mut found = all.clone();
+        let (vectors, rest) = S::as_mut_simd_f32s(&mut found);
+        assert!(rest.is_empty());
+        vectors.iter_mut().for_each(|x| *x = exps(simd, *x));
+        for (x, found) in all.iter().zip(found) {
+            let (found, expected) = (found.to_bits(), exp(*x).to_bits());
+            assert!(found == expected || x.is_nan() && f32::from_bits(found).is_nan(), "e^{x}: {found:x} {expected:x}");
         }
     }
 

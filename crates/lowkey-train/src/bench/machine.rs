@@ -12,7 +12,7 @@ use crate::workers::{Workers, matmul_ceiling};
 /// Median and extremes of repeated measurements.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {
-    /// The middle one; of an even number the later.
+    /// The middle one; of an even number the mean of the middle two.
     pub median: f64,
     /// The smallest.
     pub min: f64,
@@ -22,10 +22,10 @@ pub struct Spread {
 
 impl Spread {
     /// Of any numbers; all zero where there are none.
-    pub(super) fn of(mut values: Vec<f64>) -> Self {
+    pub fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
-        let at = |i: usize| values.get(i).copied().unwrap_or(0.0);
-        Self { median: at(values.len() / 2), min: at(0), max: at(values.len().saturating_sub(1)) }
+        let (last, at) = (values.len().saturating_sub(1), |i: usize| values.get(i).copied().unwrap_or(0.0));
+        Self { median: f64::midpoint(at(last / 2), at(last.div_ceil(2))), min: at(0), max: at(last) }
     }
 
     /// Of times, in milliseconds.

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use serde::Serialize;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
@@ -43,6 +44,106 @@ pub(crate) enum BenchCommand {
         lowkey bench ops --shape d256\n  \
         lowkey bench ops --shape d512 --batch 1 --seq 2048 --json")]
     Ops(BenchOpsArguments),
+    /// Compare with another program on the same work, in turns
+    #[command(after_help = "\
+        The script has this interface, and ends its output with a line that is a JSON object with tokens_per_s,\n\
+        and as far as it knows them peak_rss_mb, peak_gpu_mb, params and flops_per_token:\n  \
+        SCRIPT train  --shape d256 --batch 8 --seq 256 --threads 2 --steps 12 --warmup 3\n  \
+        \u{20}             --device cpu|cuda --dtype f32|bf16 --mode eager|compile\n  \
+        SCRIPT decode --shape d256 --context 4096 --new 64 --way absorbed --threads 2\n\
+        Each run is a process of its own. Where both count them, parameters and operations must agree.\n\n\
+        Examples:\n  \
+        lowkey bench peer --script torch_train.py --rounds 5\n  \
+        lowkey bench peer --script torch_train.py --what train,decode --shape d256,d512 --csv results.csv\n  \
+        lowkey bench peer --other old/lowkey --shape d512 --sizes 4x512,1x2048")]
+    Peer(BenchPeerArguments),
+}
+
+/// What programs are compared on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Work {
+    /// Whole training steps
+    Train,
+    /// Single tokens over a cache
+    Decode,
+}
+
+impl std::fmt::Display for Work {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Train => "train",
+            Self::Decode => "decode",
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchPeerArguments {
+    /// The other side: a Python script with the interface below
+    #[arg(long, value_name = "FILE")]
+    pub(crate) script: Option<PathBuf>,
+    /// The interpreter that runs it
+    #[arg(long, default_value = "python3", value_name = "PROGRAM")]
+    pub(crate) python: String,
+    /// Another lowkey, such as a build of before a change
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) other: Option<PathBuf>,
+    /// The work
+    #[arg(long, default_value = "train", value_delimiter = ',', value_name = "WORK,…")]
+    pub(crate) what: Vec<Work>,
+    /// The models: d256, d512, d768, d1536
+    #[arg(long, default_value = "d256", value_delimiter = ',', value_name = "NAME,…")]
+    pub(crate) shape: Vec<String>,
+    /// Rounds: in each all sides run once
+    #[arg(long, default_value_t = 3, value_parser = at_least_one, value_name = "N")]
+    pub(crate) rounds: usize,
+    /// Threads [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// In training: sequences × tokens of a step [default: the shape's]
+    #[arg(long, value_delimiter = ',', value_parser = sizes, value_name = "NxN,…")]
+    pub(crate) sizes: Vec<(usize, usize)>,
+    /// In training: how the script runs
+    #[arg(long, default_values = ["eager", "compile"], value_delimiter = ',', value_name = "MODE,…")]
+    pub(crate) mode: Vec<String>,
+    /// In training: steps to time
+    #[arg(long, default_value_t = 12, value_name = "N")]
+    pub(crate) steps: usize,
+    /// In training: steps before those
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    pub(crate) warmup: usize,
+    /// In training: what to compute on
+    #[arg(long, default_value = "cpu", value_name = "NAME")]
+    pub(crate) device: String,
+    /// In training: what products are computed in
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    pub(crate) dtype: String,
+    /// In decoding: tokens in the cache before the first step
+    #[arg(long, default_values_t = [512, 4096, 32768], value_delimiter = ',', value_name = "N,…")]
+    pub(crate) context: Vec<usize>,
+    /// In decoding: tokens to time
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub(crate) new: usize,
+    /// Write every single run to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) csv: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `8x256`.
+fn sizes(text: &str) -> Result<(usize, usize), String> {
+    let pair = text.split_once(['x', '×']).and_then(|(rows, length)| Some((rows.parse().ok()?, length.parse().ok()?)));
+    pair.ok_or_else(|| "is not sequences × tokens, such as 8x256".to_owned())
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("must be a number of at least 1".to_owned()),
+        Ok(n) => Ok(n),
+    }
 }
 
 /// The step that is measured.

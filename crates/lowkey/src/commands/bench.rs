@@ -1,5 +1,7 @@
 //! `lowkey bench`.
 
+mod peer;
+
 use burn::tensor::Device;
 use lowkey_infer::{CacheDtype, Form};
 use lowkey_kernels::Precision;
@@ -38,6 +40,10 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Ops(BenchOpsArguments { step, steps, warmup, json }) => {
             let figures = bench::ops(&OpsOptions { step: options(step, steps, warmup) }, observe);
             report(bar, figures, json, ops_text)
+        }
+        BenchCommand::Peer(arguments) => {
+            drop(bar);
+            peer::peer(arguments)
         }
     }
 }

@@ -1,5 +1,7 @@
 //! `lowkey bench` on steps of an instant: figures that fit together, whatever the machine's speed.
 
+use std::path::{Path, PathBuf};
+
 use serde_json::Value;
 
 use crate::commands::{best, best_of, json, lowkey, succeed, text};
@@ -164,4 +166,59 @@ fn the_tables_fit_a_hundred_columns() {
         let help = succeed(&["bench", command, "--help"]);
         assert!(help.contains("Examples") && help.lines().all(|line| line.chars().count() <= 100), "{help}");
     }
+}
+
+/// A script that says what the other side of a comparison says.
+fn peer_script(dir: &Path, says: &str) -> PathBuf {
+    let path = dir.join("peer.sh");
+    std::fs::write(&path, format!("echo some words of its own, and its arguments: $*\necho '{says}'\n")).unwrap();
+    path
+}
+
+#[test]
+fn a_peer_is_compared_in_turns() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = json(&["bench", "train", "--json", "--batch", "1", "--seq", "8", "--steps", "1", "--warmup", "0"]);
+    let csv = dir.path().join("runs.csv");
+    let flops = number(&own, "flops_per_token");
+    let says = format!(
+        r#"{{"tokens_per_s": 1.0, "peak_rss_mb": 1, "params": {}, "flops_per_token": {flops}}}"#,
+        own["params"]
+    );
+    let script = peer_script(dir.path(), &says);
+    let tiny = ["--sizes", "1x8", "--steps", "1", "--warmup", "0", "--threads", "1", "--rounds", "2"];
+    let peer = ["bench", "peer", "--python", "sh", "--script", text(&script), "--csv", text(&csv)];
+    let f = json(&[&peer[..], &tiny, &["--json"]].concat());
+    let sides = f[0]["sides"].as_array().unwrap();
+    let names: Vec<&str> = sides.iter().map(|side| side["side"].as_str().unwrap()).collect();
+    assert_eq!(names, ["lowkey", "peer, eager", "peer, compile"]);
+    let rates: Vec<f64> = sides[0]["tokens_per_s"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+    assert!(rates.len() == 2 && rates.iter().all(|rate| *rate > 1.0), "{f}");
+    // The peer does one token per second, so that the ratio is the rate.
+    let (least, most) = (rates[0].min(rates[1]), rates[0].max(rates[1]));
+    assert_eq!(
+        sides[1]["ratio"],
+        serde_json::json!({
+            "median": f64::midpoint(rates[0], rates[1]), "best": most, "rounds": [least, most]
+        })
+    );
+    let runs = std::fs::read_to_string(&csv).unwrap();
+    assert_eq!(runs.lines().count(), 1 + 2 * 3);
+    assert!(runs.contains("train,d256,1,8,\"peer, compile\",2,"), "{runs}");
+
+    let table = succeed(&[&peer[..], &tiny].concat());
+    assert!(table.lines().all(|line| line.chars().count() <= 100) && table.contains("train d256, 1 × 8"), "{table}");
+
+    let fails = |says: &str, expected: &str| {
+        let script = peer_script(dir.path(), says);
+        let (code, _, message) =
+            lowkey(&[&["bench", "peer", "--python", "sh", "--script", text(&script)][..], &tiny].concat());
+        assert!(code == 1 && message.contains(expected), "{code}: {message}");
+    };
+    fails(r#"{"tokens_per_s": 1.0, "params": 5}"#, "not the same work");
+    fails("nothing", "does not end with a line that is a JSON object");
+    fails(r#"{"steps_per_s": 1.0}"#, "tokens_per_s is not in what it prints");
+    fails("'; echo out of memory >&2; exit 3; '", "out of memory");
+    let (code, _, message) = lowkey(&["bench", "peer"]);
+    assert!(code == 2 && message.contains("--script"), "{message}");
 }

@@ -12,7 +12,7 @@ use super::numbers::{Numbers, Vectors};
 use crate::cpu::linear::{Tokens, project};
 use crate::cpu::parts::Parts;
 use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply_either, paired_products};
-use crate::cpu::vector::{exp, scale};
+use crate::cpu::vector::{exp, exps, prefetch, scale};
 use crate::precision::Precision;
 
 /// Queries that one instruction's lanes hold: two lanes each.
@@ -23,6 +23,9 @@ const QUERIES: usize = 6 * COLUMNS;
 
 /// Cached tokens of a thread, at least: less is not worth waking it.
 const SHARE: usize = 256;
+
+/// Slots of which the scores are computed while as many of the next block are on their way from memory.
+const AHEAD: usize = 16;
 
 /// Multiply-adds that are worth waking a thread for.
 const WORK: usize = 1 << 17;
@@ -291,7 +294,8 @@ impl WithSimd for Attend<'_> {
         // Tiles of the weighted sum read whole rows of queries.
         let mut scores = Aligned::zeros(most * columns + 2 * ROWS);
         let mut sums = Aligned::zeros((count + 8) * rank_width);
-        let (mut top, mut mass) = (vec![f32::NEG_INFINITY; columns], vec![0.0f32; columns]);
+        let (mut top, mut mass, mut shrink) =
+            (vec![f32::NEG_INFINITY; columns], vec![0.0f32; columns], vec![0.0f32; columns]);
         let sees = call.offsets[group.row] as usize + group.first + 1;
         for k0 in slots.clone().step_by(most) {
             let keys = most.min(slots.end - k0);
@@ -303,16 +307,24 @@ impl WithSimd for Attend<'_> {
                     &block[..keys * stride]
                 }
             };
-            paired_products(simd, [keys, 2 * columns, width.div_ceil(2)], (latents, stride), mapped, &mut products);
-            if sees >= k0 + keys {
-                for column in (0..columns).step_by(COLUMNS) {
-                    let (top, mass) = (&mut top[column..][..COLUMNS], &mut mass[column..][..COLUMNS]);
-                    let shrink = weigh(&products, &mut scores, [keys, columns, column], top, mass);
-                    for (i, shrink) in shrink.into_iter().enumerate().take(count - column.min(count)) {
-                        if shrink != 1.0 {
-                            scale(&mut sums[(column + i) * rank_width..][..rank_width], shrink);
-                        }
+            let sizes = |rows| [rows, 2 * columns, width.div_ceil(2)];
+            match in_place {
+                // What is read where it lies comes from memory, too late unless it is asked for a block ahead.
+                Some(x) => {
+                    for from in (0..keys).step_by(AHEAD) {
+                        let next = (first + keys + from).min(first + slots.end - k0) * width;
+                        prefetch(&x[next..(next + AHEAD * width).min(x.len())]);
+                        let (rows, products) = (AHEAD.min(keys - from), &mut products[from * columns * 2..]);
+                        paired_products(simd, sizes(rows), (&latents[from * stride..], stride), mapped, products);
                     }
+                }
+                None => paired_products(simd, sizes(keys), (latents, stride), mapped, &mut products),
+            }
+            if sees >= k0 + keys {
+                let state = [&mut top[..], &mut mass[..], &mut shrink[..]];
+                weigh(simd, &products, &mut scores, [keys, columns], state);
+                for (i, shrink) in shrink.iter().enumerate().take(count).filter(|(_, shrink)| **shrink != 1.0) {
+                    scale(&mut sums[i * rank_width..][..rank_width], *shrink);
                 }
             } else {
                 for i in 0..count {
@@ -338,44 +350,52 @@ fn score(products: &[f32], columns: usize, key: usize, i: usize) -> f32 {
     products[at] + products[at + 1]
 }
 
-/// Turns products of [`COLUMNS`] queries from `column` on into weights e^(score − top); returns by what earlier sums shrink.
+/// Turns products with all queries into weights e^(score − top); `shrink` is by what their earlier sums shrink.
 #[inline(always)]
-fn weigh(
+fn weigh<S: Simd>(
+    simd: S,
     products: &[f32],
     scores: &mut [f32],
-    [keys, columns, column]: [usize; 3],
-    top: &mut [f32],
-    mass: &mut [f32],
-) -> [f32; COLUMNS] {
-    let mut highest = [f32::NEG_INFINITY; COLUMNS];
-    for key in 0..keys {
-        let (from, _) = products[(key * columns + column) * 2..].as_chunks::<LANES>();
-        let (to, _) = scores[key * columns + column..].as_chunks_mut::<COLUMNS>();
-        let from = &from[0];
-        let score: [f32; COLUMNS] = std::array::from_fn(|i| from[2 * i] + from[2 * i + 1]);
-        for (highest, score) in highest.iter_mut().zip(score) {
-            *highest = if score > *highest { score } else { *highest };
+    [keys, columns]: [usize; 2],
+    [top, mass, shrink]: [&mut [f32]; 3],
+) {
+    let (pairs, _) = products[..keys * columns * 2].as_chunks::<LANES>();
+    let (sums, _) = scores.as_chunks_mut::<COLUMNS>();
+    for (sums, pairs) in sums.iter_mut().zip(pairs) {
+        *sums = std::array::from_fn(|i| pairs[2 * i] + pairs[2 * i + 1]);
+    }
+    // One row of scores is whole vectors, or else two are, of which the second may be one of no key.
+    let rows = if columns.is_multiple_of(S::F32_LANES) { 1 } else { 2 };
+    let filled = keys.next_multiple_of(rows);
+    scores[keys * columns..filled * columns].fill(f32::NEG_INFINITY);
+    let (all, _) = S::as_mut_simd_f32s(&mut scores[..filled * columns]);
+    let each = rows * columns / S::F32_LANES;
+    // What has been found for each place of those rows, and what belongs to the same query.
+    let mut found = [0.0; 2 * QUERIES];
+    let mut highest = |i: usize, found: &mut [f32]| {
+        let highest = found[..rows * columns].iter().skip(i).step_by(columns).fold(top[i], |a, x| a.max(*x));
+        shrink[i] = if top[i] == f32::NEG_INFINITY { 0.0 } else { (top[i] - highest).exp() };
+        top[i] = highest;
+        found[..rows * columns].iter_mut().skip(i).step_by(columns).for_each(|x| *x = highest);
+    };
+    for at in 0..each {
+        let column = all[at..].iter().step_by(each);
+        S::as_mut_simd_f32s(&mut found).0[at] =
+            column.fold(simd.splat_f32s(f32::NEG_INFINITY), |a, x| simd.max_f32s(*x, a));
+    }
+    (0..columns).for_each(|i| highest(i, &mut found));
+    for at in 0..each {
+        let shift = S::as_simd_f32s(&found).0[at];
+        let mut sum = simd.splat_f32s(0.0);
+        for x in all[at..].iter_mut().step_by(each) {
+            *x = exps(simd, simd.sub_f32s(*x, shift));
+            sum = simd.add_f32s(sum, *x);
         }
-        to[0] = score;
+        S::as_mut_simd_f32s(&mut found).0[at] = sum;
     }
-    let mut shrink = [0.0; COLUMNS];
-    for i in 0..COLUMNS {
-        highest[i] = highest[i].max(top[i]);
-        shrink[i] = if top[i] == f32::NEG_INFINITY { 0.0 } else { (top[i] - highest[i]).exp() };
-        top[i] = highest[i];
+    for i in 0..columns {
+        mass[i] = mass[i] * shrink[i] + found[..rows * columns].iter().skip(i).step_by(columns).sum::<f32>();
     }
-    let mut sums = [0.0; COLUMNS];
-    for key in 0..keys {
-        let (row, _) = scores[key * columns + column..].as_chunks_mut::<COLUMNS>();
-        for ((x, sum), highest) in row[0].iter_mut().zip(&mut sums).zip(highest) {
-            *x = exp(*x - highest);
-            *sum += *x;
-        }
-    }
-    for i in 0..COLUMNS {
-        mass[i] = mass[i] * shrink[i] + sums[i];
-    }
-    shrink
 }
 
 /// [`weigh`] for one query that sees the first `to` of the keys.
