@@ -4,6 +4,7 @@ use std::cell::OnceCell;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use lowkey_kernels::device::{awake, is_cpu};
 use lowkey_model::{
     CausalLm,
     attention::{Cached, FusedMla, Mask, Seen},
@@ -162,8 +163,12 @@ impl Decoder {
     pub fn step(&mut self, tokens: &[u32]) -> Result<Tensor<2>> {
         let rows: Vec<&[u32]> = tokens.chunks(1).collect();
         self.check(&rows)?;
-        let hidden = self.advance(&rows)?;
-        Ok(self.logits(hidden))
+        let on_cpu = is_cpu(&self.device);
+        let mut step = || {
+            let hidden = self.advance(&rows)?;
+            Ok(self.logits(hidden))
+        };
+        if on_cpu { awake(step) } else { step() }
     }
 
     /// Keeps the sequences at the given indices, in that order, and drops the others and their memory.

@@ -92,38 +92,38 @@ fn cast<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
 /// Query `t` of row `b` sees the cached tokens `0..=offsets[b] + t`, as far as there are any. No gradient flows through it.
 ///
 /// # Shapes
-/// `cache [batch, keys, L+R]` (latent after its norm, then rotated shared key; of [`Stored::Int8`] the first part is the
-/// latent), `offsets` of length `batch`. With `kv_b [H(N+V), L]`: `q [batch, seq, H, N+R]` (rotated) → `[batch, seq, H·V]`.
+/// `cache [batch, keys, L+R]` or `[batch, 1, keys, L+R]` (latent after its norm, then rotated shared key; of [`Stored::Int8`] the first
+/// part is the latent), `offsets` of length `batch`. With `kv_b [H(N+V), L]`: `q [batch, seq, H, N+R]` (rotated) → `[batch, seq, H·V]`.
 /// Without: `q [batch, seq, H, L+R]` → `[batch, seq, H·L]`.
-pub fn absorbed_attention(
+pub fn absorbed_attention<const D: usize>(
     q: Tensor<4>,
-    cache: impl Into<Stored<3>>,
+    cache: impl Into<Stored<D>>,
     kv_b: Option<Tensor<2>>,
     offsets: &[usize],
     dims: MlaDims,
 ) -> Tensor<3> {
     let cache = cache.into();
     let [batch, _, _, of_query] = q.dims();
-    let [_, keys, width] = match &cache {
+    let [rows, keys, width] = sizes(match &cache {
         Stored::Float(latents) => latents.dims(),
         Stored::Int8 { codes, .. } => codes.dims(),
-    };
+    });
     let expected = if kv_b.is_some() { dims.nope + dims.rope } else { width };
     assert!(
         of_query == expected
-            && offsets.len() == batch
+            && [rows, offsets.len()] == [batch; 2]
             && offsets.iter().all(|offset| *offset < keys)
             && width == dims.rank + dims.rope,
         "absorbed_attention: q {:?}, cache {cache:?}, offsets {offsets:?} do not fit {dims:?}",
         q.dims(),
     );
     if !is_cpu(&q.device()) || q.dtype() != DType::F32 {
-        let cache = cache.widen(q.dtype());
+        let cache = without_heads(cache.widen(q.dtype()));
         return reference::absorbed_attention(q, cache, kv_b, offsets, dims);
     }
     let [_, seq, ..] = q.dims();
     if seq >= chunk::LONG {
-        return chunk::absorbed_attention(q, cache.widen(DType::F32), kv_b, offsets, dims);
+        return chunk::absorbed_attention(q, without_heads(cache.widen(DType::F32)), kv_b, offsets, dims);
     }
     let at = offsets_tensor(offsets, &q.device()).into_dispatch();
     let kv_b = kv_b.unwrap_or_else(|| Tensor::empty([0, dims.rank], &q.device())).into_dispatch();
@@ -135,4 +135,16 @@ pub fn absorbed_attention(
             Dispatch::absorbed_attention_int8(q, codes, scales, kv_b, at, dims)
         }
     })
+}
+
+/// Sequences, keys and width of latents, which may have an axis of one head between the first two.
+fn sizes<const D: usize>(dims: [usize; D]) -> [usize; 3] {
+    assert!(D == 3 || D == 4 && dims[1] == 1, "latents {dims:?} are [batch, keys, width] or [batch, 1, keys, width]");
+    [dims[0], dims[D - 2], dims[D - 1]]
+}
+
+/// Latents without the axis of their one head. Of a part of a longer buffer this is a copy.
+fn without_heads<const D: usize>(latents: Tensor<D>) -> Tensor<3> {
+    let sizes = sizes(latents.dims());
+    latents.reshape(sizes)
 }

@@ -4,6 +4,7 @@
 //! the processor has when the program runs: one binary serves every machine. Matrix products are those of the `gemm` crate in f32, and
 //! of [`bf16`] where a run asks for that.
 
+pub(crate) mod awake;
 pub(crate) mod bf16;
 pub(crate) mod gemm;
 pub(crate) mod linear;

@@ -6,6 +6,7 @@ pub(crate) mod facts;
 
 use std::collections::BTreeMap;
 
+pub use crate::cpu::awake::awake;
 use burn::tensor::Device;
 pub use facts::{KernelTime, Properties, is_cpu};
 

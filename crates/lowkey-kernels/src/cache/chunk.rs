@@ -4,6 +4,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::autodiff::CacheOps;
+use super::{sizes, without_heads};
 use crate::causal_attention::starts_tensor;
 use crate::device::facts::is_cpu;
 use crate::latent_attention::arguments::MlaDims;
@@ -109,20 +110,21 @@ pub fn chunk_attention(q: Tensor<4>, keys: Keys, offsets: &[usize], mask: &dyn F
 /// queries, where in latent space each pair takes 2L+R products, 1.8 times as many.
 ///
 /// # Shapes
-/// `q [batch, seq, H, N+R]`, `latents [batch, keys, L+R]`, `kv_b [H(N+V), L]`, `offsets` of length `batch` → `[batch, seq, H·V]`.
-pub fn expanded_attention(
+/// `q [batch, seq, H, N+R]`, `latents [batch, keys, L+R]` or `[batch, 1, keys, L+R]`, `kv_b [H(N+V), L]`, `offsets` of length `batch` →
+/// `[batch, seq, H·V]`.
+pub fn expanded_attention<const D: usize>(
     q: Tensor<4>,
-    latents: Tensor<3>,
+    latents: Tensor<D>,
     kv_b: Tensor<2>,
     offsets: &[usize],
     mask: &dyn Fn() -> Mask,
     dims: MlaDims,
 ) -> Tensor<3> {
     let ([batch, seq, heads, width], MlaDims { nope, rope, value, rank, .. }) = (q.dims(), dims);
+    let [rows, _, of_latents] = sizes(latents.dims());
     assert!(
         [heads, width] == [dims.heads, nope + rope]
-            && latents.dims()[0] == batch
-            && latents.dims()[2] == rank + rope
+            && [rows, of_latents] == [batch, rank + rope]
             && kv_b.dims() == [heads * (nope + value), rank]
             && offsets.len() == batch,
         "expanded_attention: q {:?}, latents {:?}, kv_b {:?}, {} rows do not fit {dims:?}",
@@ -132,7 +134,7 @@ pub fn expanded_attention(
         offsets.len(),
     );
     if !is_cpu(&q.device()) || q.dtype() != DType::F32 || seq < FEWEST {
-        return chunk_attention(q, Keys::of_latents(latents, kv_b, dims), offsets, mask, dims.scale);
+        return chunk_attention(q, Keys::of_latents(without_heads(latents), kv_b, dims), offsets, mask, dims.scale);
     }
     let at = offsets_tensor(offsets, &q.device()).into_dispatch();
     let (q, latents, kv_b) = (q.into_dispatch(), latents.into_dispatch(), kv_b.into_dispatch());

@@ -1,10 +1,13 @@
 //! The linear map and its gradients, on rows of any distance.
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::gemm::{View, product};
 use super::parts::Parts;
+use super::tile::{Aligned, LANES, paired_products};
 use crate::precision::Precision;
 
 /// Rows of an activation: `count` of them, `stride` apart.
@@ -33,13 +36,18 @@ impl<'a> Tokens<'a> {
 }
 
 /// Up to this many tokens each row of W is read once and multiplied with all of them: a general product would first copy W.
-const FEW: usize = 8;
+const FEW: usize = 4;
+
+/// Up to this many, W is not copied either: the tokens are, so that they fill vectors.
+const SOME: usize = 48;
 
 /// `out (+)= x Wᵀ` for `weight [d_out, d_in]`, `out` in rows of `d_out`.
 pub(crate) fn project(precision: Precision, x: Tokens, weight: &[f32], d_in: usize, out: &mut [f32], accumulate: bool) {
     let d_out = weight.len() / d_in;
     if x.count <= FEW && precision != Precision::Bf16 {
         few(x, weight, [d_in, d_out], out, accumulate);
+    } else if x.count <= SOME && d_in.is_multiple_of(2) && precision != Precision::Bf16 {
+        some(x, weight, [d_in, d_out], out, accumulate);
     } else {
         let weight = View::new(weight, d_in).t();
         product(precision, [x.count, d_out, d_in], out, d_out, accumulate, x.view(), weight);
@@ -69,20 +77,70 @@ pub(crate) fn weight_gradient(precision: Precision, d_y: &[f32], x: Tokens, d_in
 
 /// Products of few tokens: bounded by reading W, so W is read once, by all threads where it is large.
 fn few(x: Tokens, weight: &[f32], [d_in, d_out]: [usize; 2], out: &mut [f32], accumulate: bool) {
+    let (arch, out) = (Arch::new(), &Parts::new(out));
+    shared(weight, d_out, |rows| arch.dispatch(Dots { x, weight, d_in, rows, out, d_out, accumulate }));
+}
+
+/// Hands out the rows of W, to all threads where it is worth waking them.
+fn shared(weight: &[f32], d_out: usize, job: impl Fn(Range<usize>) + Sync) {
     /// Bytes of W that are worth waking a thread for.
     const SHARE: usize = 1 << 18;
     let threads = rayon::current_num_threads().min(size_of_val(weight) / SHARE).max(1);
     let rows = d_out.div_ceil(threads);
-    let arch = Arch::new();
-    let out = &Parts::new(out);
-    let share = |from: usize| {
-        let to = (from + rows).min(d_out);
-        arch.dispatch(Dots { x, weight, d_in, rows: from..to, out, d_out, accumulate });
-    };
+    let share = |i: usize| job((i * rows).min(d_out)..((i + 1) * rows).min(d_out));
     if threads == 1 {
         share(0);
     } else {
-        (0..threads).into_par_iter().for_each(|i| share((i * rows).min(d_out)));
+        (0..threads).into_par_iter().for_each(share);
+    }
+}
+
+/// Products of some tokens: W is read once, and its rows meet vectors of all tokens, which are turned for that.
+fn some(x: Tokens, weight: &[f32], [d_in, d_out]: [usize; 2], out: &mut [f32], accumulate: bool) {
+    let lanes = 2 * x.count.next_multiple_of(LANES / 2);
+    let mut turned = Aligned::zeros(d_in * lanes / 2);
+    for c in 0..x.count {
+        for (k, pair) in x.row(c, d_in).chunks_exact(2).enumerate() {
+            turned[k * lanes + 2 * c..][..2].copy_from_slice(pair);
+        }
+    }
+    let (arch, out) = (Arch::new(), &Parts::new(out));
+    let sizes = [x.count, lanes, d_in, d_out];
+    shared(weight, d_out, |rows| arch.dispatch(Turned { sizes, turned: &turned, weight, rows, out, accumulate }));
+}
+
+/// Products of some rows of W with all tokens, which lie side by side, two numbers of each together.
+struct Turned<'a> {
+    /// Tokens, lanes that they fill, and the sizes of W.
+    sizes: [usize; 4],
+    turned: &'a [f32],
+    weight: &'a [f32],
+    rows: Range<usize>,
+    out: &'a Parts<'a>,
+    accumulate: bool,
+}
+
+impl WithSimd for Turned<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        /// Rows of W at a time.
+        const ROWS: usize = 64;
+        let Self { sizes: [count, lanes, d_in, d_out], turned, weight, rows, out, accumulate } = self;
+        let mut products = Aligned::zeros(ROWS * lanes);
+        for from in rows.clone().step_by(ROWS) {
+            let some = ROWS.min(rows.end - from);
+            paired_products(simd, [some, lanes, d_in / 2], (&weight[from * d_in..], d_in), turned, &mut products);
+            for c in 0..count {
+                // SAFETY: these rows of W belong to this task alone, and so do their numbers of each token.
+                let out = unsafe { out.range(c * d_out + from, some) };
+                for (out, pairs) in out.iter_mut().zip(products.chunks_exact(lanes)) {
+                    let sum = pairs[2 * c] + pairs[2 * c + 1];
+                    *out = if accumulate { *out + sum } else { sum };
+                }
+            }
+        }
     }
 }
 
@@ -91,7 +149,7 @@ struct Dots<'a> {
     x: Tokens<'a>,
     weight: &'a [f32],
     d_in: usize,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     out: &'a Parts<'a>,
     d_out: usize,
     accumulate: bool,
@@ -169,7 +227,7 @@ mod tests {
     fn few_and_many_tokens_get_the_same_products() {
         for (d_in, d_out) in [(1, 1), (16, 8), (37, 29), (300, 301)] {
             let weight: Vec<f32> = (0..d_in * d_out).map(|i| ((i * 37 % 19) as f32) - 9.0).collect();
-            for count in 1..20 {
+            for count in (1..20).chain([47, 48, 49]) {
                 let stride = d_in + 3;
                 let x: Vec<f32> = (0..count * stride).map(|i| ((i * 53 % 23) as f32) - 11.0).collect();
                 for accumulate in [false, true] {

@@ -52,8 +52,8 @@ impl Mla {
     /// Query `t` of row `b` sees the tokens `0..=offsets[b] + t`. [`FusedMla::output`] has yet to follow.
     ///
     /// # Shapes
-    /// Queries of [`Mla::fused_queries`], latents `[batch, keys ≥ seq, L+R]` → `[batch, seq, H·L]`.
-    pub(super) fn attend_fused(&self, queries: Tensor<4>, latents: Stored<3>, offsets: &[usize]) -> Tensor<3> {
+    /// Queries of [`Mla::fused_queries`], latents `[batch, 1, keys ≥ seq, L+R]` → `[batch, seq, H·L]`.
+    pub(super) fn attend_fused(&self, queries: Tensor<4>, latents: Stored<4>, offsets: &[usize]) -> Tensor<3> {
         absorbed_attention(queries, latents, None, offsets, self.dims)
     }
 }

@@ -204,8 +204,8 @@ impl Mla {
                 let rounded = |part: Tensor<3>| rounded(part.unsqueeze_dim(1)).squeeze_dim(1);
                 let both = Tensor::cat(std::iter::once(latent.c_kv()).chain(latent.k_pe()).map(rounded).collect(), 2);
                 let ([batch, seq, _], device) = (both.dims(), both.device());
-                let (latent, mask) = (Latent { both, rank: latent.rank }, || Mask::causal(seq, seq, 0, &device));
-                self.attend_expanded(self.queries(x, &context.rope), latent, &vec![0; batch], &mask).into()
+                let mask = || Mask::causal(seq, seq, 0, &device);
+                self.attend_expanded(self.queries(x, &context.rope), both, &vec![0; batch], &mask).into()
             }
             Seen::Cache(cache) => self.attend_cached(x, cache),
         }
@@ -213,15 +213,12 @@ impl Mla {
 
     fn attend_cached<'a>(&self, x: Input, cache: Cached<'a>) -> Heads<'a> {
         let Cached { rope, append, offsets, mask, way } = cache;
-        let Latent { both, rank } = self.latent(x.clone(), rope);
+        let Latent { both, .. } = self.latent(x.clone(), rope);
         let dtype = both.dtype();
         // One latent serves all heads: it lies in the cache as a single head.
-        let latents = without_heads(append(0, both.unsqueeze_dim(1)));
+        let latents = append(0, both.unsqueeze_dim(1));
         match way {
-            Way::Expanded => {
-                let latent = Latent { both: latents.widen(dtype), rank };
-                self.attend_expanded(self.queries(x, rope), latent, offsets, mask).into()
-            }
+            Way::Expanded => self.attend_expanded(self.queries(x, rope), latents.widen(dtype), offsets, mask).into(),
             Way::Absorbed => self.attend_absorbed(self.queries(x, rope), latents, offsets).into(),
             Way::Fused(fused) => {
                 let queries = self.fused_queries(fused, x, rope);
@@ -296,15 +293,15 @@ impl Mla {
     /// form for long prefills. Query `t` of row `b` sees the tokens `0..=offsets[b] + t`, which `mask` says, too.
     ///
     /// # Shapes
-    /// Queries `seq`, latent `keys ≥ seq` → `[batch, seq, H·V]`.
-    pub(crate) fn attend_expanded(
+    /// Queries `seq`, latents `[batch, (1,) keys ≥ seq, L+R]` → `[batch, seq, H·V]`.
+    pub(crate) fn attend_expanded<const D: usize>(
         &self,
         queries: Tensor<4>,
-        latent: Latent,
+        latents: Tensor<D>,
         offsets: &[usize],
         mask: &dyn Fn() -> Mask,
     ) -> Tensor<3> {
-        expanded_attention(queries, latent.both, self.kv_b_proj.matrix(), offsets, mask, self.dims)
+        expanded_attention(queries, latents, self.kv_b_proj.matrix(), offsets, mask, self.dims)
     }
 
     /// The same attention in latent space: q̃ = W_UKᵀ q_nope attends over c_kv itself, and W_UV maps the result: 2L+R products
@@ -312,11 +309,11 @@ impl Mla {
     /// sees the tokens `0..=offsets[b] + t`. Latents are read in the format that they are stored in.
     ///
     /// # Shapes
-    /// Queries `seq`, latents `[batch, keys ≥ seq, L+R]` → `[batch, seq, H·V]`.
-    pub(crate) fn attend_absorbed(
+    /// Queries `seq`, latents `[batch, (1,) keys ≥ seq, L+R]` → `[batch, seq, H·V]`.
+    pub(crate) fn attend_absorbed<const D: usize>(
         &self,
         queries: Tensor<4>,
-        latents: impl Into<Stored<3>>,
+        latents: impl Into<Stored<D>>,
         offsets: &[usize],
     ) -> Tensor<3> {
         absorbed_attention(queries, latents, Some(self.kv_b_proj.matrix()), offsets, self.dims)
@@ -325,15 +322,5 @@ impl Mla {
     /// The largest attention logit, `[1]`, within documents: a growing one is the earliest sign of divergence (QK-Clip, arXiv 2507.20534).
     pub(crate) fn max_logit(&self, queries: Tensor<4>, latent: Latent, document_starts: &[u32]) -> Tensor<1> {
         largest_logit(queries, self.keys(latent), document_starts, self.dims.scale)
-    }
-}
-
-/// `[batch, 1, keys, width]` → `[batch, keys, width]`.
-fn without_heads(stored: Stored<4>) -> Stored<3> {
-    match stored {
-        Stored::Float(numbers) => Stored::Float(numbers.squeeze_dim(1)),
-        Stored::Int8 { codes, scales, split } => {
-            Stored::Int8 { codes: codes.squeeze_dim(1), scales: scales.squeeze_dim(1), split }
-        }
     }
 }

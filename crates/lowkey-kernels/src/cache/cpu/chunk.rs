@@ -95,7 +95,7 @@ pub(super) fn attend(
     chunk(sizes, &arguments.q, arguments.keys(values.vectors()), offsets)
 }
 
-/// The same of keys and values made of `latents [batch, keys, L+R]` by `kv_b [heads(N+V), L]`.
+/// The same of keys and values made of `latents [batch, (1,) keys, L+R]` by `kv_b [heads(N+V), L]`.
 pub(super) fn attend_made(
     q: &FlexTensor,
     latents: &FlexTensor,
@@ -103,11 +103,12 @@ pub(super) fn attend_made(
     offsets: &FlexTensor,
     mla: MlaDims,
 ) -> FlexTensor {
-    let ([batch, seq, ..], [_, keys, _]) = (dims::<4>(q), dims::<3>(latents));
+    let ([batch, seq, ..], of_keys) = (dims::<4>(q), latents.layout().shape().num_dims() - 2);
+    let keys = latents.layout().shape()[of_keys];
     let MlaDims { heads, nope, rope, value, rank, scale, .. } = mla;
     let (scale, precision) = (scale as f32, Precision::F32);
     let sizes = Sizes { batch, seq, keys, heads, groups: heads, own: nope, shared: rope, value, scale, precision };
-    let (latents, kv_b) = (View::new(latents, [Some(0), None, Some(1)]), kv_b.to_contiguous());
+    let (latents, kv_b) = (View::new(latents, [Some(0), None, Some(of_keys)]), kv_b.to_contiguous());
     let latents = Latents::new(sizes, latents.vectors(), rank, kv_b.storage());
     chunk(sizes, &queries(q), Keys::Made(&latents), offsets)
 }

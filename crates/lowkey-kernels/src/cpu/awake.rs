@@ -1,0 +1,79 @@
+//! Threads that stay awake while a step is computed whose operations are short.
+//!
+//! A step of decoding is some fifty operations of ten microseconds, each shared between the threads. A thread that finds nothing to do
+//! between two of them goes to sleep, and to wake it takes as long as the operation does, several times as long in a virtual machine.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Runs `job` on a thread of the pool, while the others look for work without sleeping. Threads of other programs come first: whoever
+/// finds nothing gives way to them.
+pub fn awake<R: Send>(job: impl FnOnce() -> R + Send) -> R {
+    /// Looks in a row before giving way.
+    const LOOKS: usize = 32;
+    if rayon::current_num_threads() < 2 {
+        return job();
+    }
+    let over = &AtomicBool::new(false);
+    rayon::scope(|scope| {
+        let own = rayon::current_thread_index();
+        scope.spawn_broadcast(move |_, thread| {
+            // The job's own thread may come by here while it waits for others, who would then wait for it.
+            if Some(thread.index()) == own {
+                return;
+            }
+            let mut looks = 0;
+            while !over.load(Ordering::Relaxed) {
+                if rayon::yield_now() == Some(rayon::Yield::Executed) {
+                    looks = 0;
+                } else if looks < LOOKS {
+                    looks += 1;
+                    std::hint::spin_loop();
+                } else {
+                    looks = 0;
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let _over = Over(over);
+        job()
+    })
+}
+
+/// Says that the job is over, however it ends.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rayon::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn jobs_end_and_give_what_they_have() {
+        for threads in [1, 2, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let sum = |n: u64| (0..n).into_par_iter().map(|i| i * i).sum::<u64>();
+            // From outside and from inside, one in another, and several at once.
+            assert_eq!(pool.install(|| awake(|| awake(|| sum(1000)))), 332_833_500);
+            let all: Vec<u64> = pool
+                .install(|| (0..50u64).into_par_iter().map(|n| awake(|| (0..20).map(|i| sum(n + i)).sum())).collect());
+            let expected = |n: u64| (0..20).map(|i| (0..n + i).map(|i| i * i).sum::<u64>()).sum::<u64>();
+            assert_eq!(all, (0..50).map(expected).collect::<Vec<_>>());
+        }
+        assert_eq!(awake(|| 7), 7);
+    }
+
+    #[test]
+    fn a_job_that_panics_lets_the_others_go() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pool.install(|| awake(|| panic!("it")))));
+        assert!(failed.is_err());
+        assert_eq!(pool.install(|| awake(|| 7)), 7);
+    }
+}
