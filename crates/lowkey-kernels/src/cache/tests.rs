@@ -211,6 +211,39 @@ fn keys_and_values_made_of_latents_agree_with_plain_operations_on_any_number_of_
 }
 
 #[test]
+fn latents_of_one_head_are_read_where_they_lie() {
+    plain_device().seed(31);
+    let (latent_scale, latent_eps, interleave) = (1.0, 1e-6, false);
+    let dims =
+        MlaDims { heads: 3, nope: 5, rope: 2, value: 4, rank: 6, scale: 0.3, latent_scale, latent_eps, interleave };
+    for seq in [1, 3, 40] {
+        let q = random(2 * seq * 3 * 7).reshape([2, seq, 3, 7]);
+        let kv_b = random(3 * 9 * 6).reshape([27, 6]);
+        // A part of a longer buffer, whose rows do not lie side by side.
+        let buffer = random(2 * 60 * 8).reshape([2, 1, 60, 8]);
+        let with_head = buffer.clone().narrow(2, 0, 50);
+        let without = buffer.reshape([2, 60, 8]).narrow(1, 0, 50);
+        let offsets = [50 - seq, 5];
+        let mask = || Mask::cached(&offsets, seq, 50, &plain_device());
+        let absorbed =
+            |cache: Stored<3>| host(absorbed_attention(q.clone(), cache, Some(kv_b.clone()), &offsets, dims));
+        let of_head = |cache: Stored<4>| host(absorbed_attention(q.clone(), cache, Some(kv_b.clone()), &offsets, dims));
+        assert_eq!(absorbed(without.clone().into()), of_head(with_head.clone().into()), "{seq}");
+        assert_eq!(
+            absorbed(Stored::quantise(without.clone(), 6)),
+            of_head(Stored::quantise(with_head.clone(), 6)),
+            "{seq}"
+        );
+        let expanded = host(expanded_attention(q.clone(), without, kv_b.clone(), &offsets, &mask, dims));
+        assert_eq!(
+            expanded,
+            host(expanded_attention(q.clone(), with_head, kv_b.clone(), &offsets, &mask, dims)),
+            "{seq}"
+        );
+    }
+}
+
+#[test]
 fn a_row_of_a_batch_and_a_part_of_a_chunk_are_what_they_are_alone() {
     plain_device().seed(29);
     let (seq, offsets) = (70, [300, 12, 0]);

@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub fn awake<R: Send>(job: impl FnOnce() -> R + Send) -> R {
     /// Looks in a row before giving way.
     const LOOKS: usize = 32;
-    if rayon::current_num_threads() < 2 {
+    /// Threads, with more of which those who look would be in the way of those who work.
+    const MOST: usize = 16;
+    if !(2..=MOST).contains(&rayon::current_num_threads()) {
         return job();
     }
     let over = &AtomicBool::new(false);
@@ -56,7 +58,7 @@ mod tests {
 
     #[test]
     fn jobs_end_and_give_what_they_have() {
-        for threads in [1, 2, 5] {
+        for threads in [1, 2, 5, 17] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let sum = |n: u64| (0..n).into_par_iter().map(|i| i * i).sum::<u64>();
             // From outside and from inside, one in another, and several at once.
