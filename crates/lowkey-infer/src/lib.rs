@@ -15,7 +15,7 @@
 //! The logits of each row's last token come back to the host, a sampler per row picks a token, a callback sees it, and the token
 //! is the next chunk of length one; [`Scheduler::step`] is one round of that. Rows of a batch may have different lengths: every row starts at slot 0 of the cache, has
 //! a length and positions of its own, and leaves the batch when it ends, so that a row's result does not depend on its
-//! neighbours.
+//! neighbours, but for rounding: products with few tokens and with many are not summed in one order.
 //!
 //! **Four ways to the same numbers.** The forward pass of `lowkey-model` without a cache, the cache with keys and values
 //! rebuilt ([`Form::Expanded`]), the cache attended to as it is ([`Form::Absorbed`]) and the same with weights that have the
