@@ -22,7 +22,8 @@ impl Tokenizer {
     /// As [`Tokenizer::encode`].
     pub fn encode_placed(&self, text: &str) -> Result<Vec<Token>> {
         if let Model::Hf(pair) = &self.model {
-            if let Some(table) = pair.table(text) {
+            // Where a vocabulary is not known to spell bytes, the crate knows where a token's lie.
+            if let Some(table) = pair.table(text).filter(|_| self.vocabulary.bytewise) {
                 let ids = self.encode(text)?;
                 return Ok(self.placed(text, ids, |id| table.added_length(id)));
             }

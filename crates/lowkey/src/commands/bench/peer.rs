@@ -68,29 +68,12 @@ struct Compared {
 }
 
 /// The columns of the file of single runs; what a side does not say stays empty.
-const COLUMNS: [&str; 17] = [
-    "what",
-    "shape",
-    "batch",
-    "length",
-    "side",
-    "round",
-    "threads",
-    "device",
-    "dtype",
-    "tokens_per_s",
-    "step_ms",
-    "peak_rss_mb",
-    "peak_gpu_mb",
-    "params",
-    "flops_per_token",
-    "mfu",
-    "loss_last",
-];
+const COLUMNS: &str = "what,shape,batch,length,side,round,threads,device,dtype,tokens_per_s,step_ms,peak_rss_mb,peak_gpu_mb,\
+                       params,flops_per_token,mfu,loss_last";
 
 pub(super) fn peer(arguments: BenchPeerArguments) -> anyhow::Result<()> {
     let cases = cases(&arguments)?;
-    let mut csv = COLUMNS.join(",") + "\n";
+    let mut csv = format!("{COLUMNS}\n");
     let (mut all, mut done) = (Vec::new(), 0);
     let bar = Measuring::new();
     let each = cases.iter().map(|case| sides(&arguments, case.what).map(|sides| sides.len() * arguments.rounds));
@@ -111,7 +94,7 @@ pub(super) fn peer(arguments: BenchPeerArguments) -> anyhow::Result<()> {
             }
         }
         agree(&case, &sides, &runs)?;
-        all.push(compared(case, &sides, &runs)?);
+        all.push(compared(case, &sides, &runs));
     }
     drop(bar);
     if arguments.json {
@@ -239,7 +222,7 @@ fn peak(figures: &Map<String, Value>) -> Option<f64> {
 
 /// A row of the file of single runs.
 fn line(case: &Case, side: &str, round: usize, figures: &Map<String, Value>) -> String {
-    let cell = |column: &&str| match *column {
+    let cell = |column: &str| match column {
         "what" => case.what.to_string(),
         "shape" => case.shape.clone(),
         "batch" => case.batch.to_string(),
@@ -253,7 +236,7 @@ fn line(case: &Case, side: &str, round: usize, figures: &Map<String, Value>) -> 
             Some(value) => value.to_string(),
         },
     };
-    COLUMNS.iter().map(cell).collect::<Vec<_>>().join(",") + "\n"
+    COLUMNS.split(',').map(cell).collect::<Vec<_>>().join(",") + "\n"
 }
 
 /// Refuses sides that have not had the same model, or that count its work otherwise: their rates say nothing of each other.
@@ -271,7 +254,7 @@ fn agree(case: &Case, sides: &[Side], runs: &[Vec<Map<String, Value>>]) -> anyho
     Ok(())
 }
 
-fn compared(case: Case, sides: &[Side], runs: &[Vec<Map<String, Value>>]) -> anyhow::Result<Compared> {
+fn compared(case: Case, sides: &[Side], runs: &[Vec<Map<String, Value>>]) -> Compared {
     let rates =
         |runs: &Vec<Map<String, Value>>| runs.iter().filter_map(|f| number(f, "tokens_per_s")).collect::<Vec<_>>();
     let own = runs.first().map(rates).unwrap_or_default();
@@ -280,7 +263,7 @@ fn compared(case: Case, sides: &[Side], runs: &[Vec<Map<String, Value>>]) -> any
         let ratio = ratio(&own, &tokens_per_s);
         Rounds { side: side.name.clone(), ratio, tokens_per_s, peak_mb: runs.iter().map(peak).collect() }
     });
-    Ok(Compared { sides: rounds.collect(), case })
+    Compared { sides: rounds.collect(), case }
 }
 
 /// How many times as fast the first is as the second, whose rounds are in the same order.
