@@ -206,6 +206,8 @@ fn a_peer_is_compared_in_turns() {
     assert_eq!(runs.lines().count(), 1 + 2 * 3);
     assert!(runs.contains("train,d256,1,8,\"peer, compile\",2,"), "{runs}");
 
+    let help = succeed(&["bench", "peer", "--help"]);
+    assert!(help.contains("Examples") && help.lines().all(|line| line.chars().count() <= 100), "{help}");
     let table = succeed(&[&peer[..], &tiny].concat());
     assert!(table.lines().all(|line| line.chars().count() <= 100) && table.contains("train d256, 1 × 8"), "{table}");
 
