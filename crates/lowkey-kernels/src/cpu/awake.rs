@@ -3,7 +3,10 @@
 //! A step of decoding is some fifty operations of ten microseconds, each shared between the threads. A thread that finds nothing to do
 //! between two of them goes to sleep, and to wake it takes as long as the operation does, several times as long in a virtual machine.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::precision::{current, scope};
 
 /// Runs `job` on a thread of the pool, while the others look for work without sleeping. Threads of other programs come first: whoever
 /// finds nothing gives way to them.
@@ -15,16 +18,19 @@ pub fn awake<R: Send>(job: impl FnOnce() -> R + Send) -> R {
     if !(2..=MOST).contains(&rayon::current_num_threads()) {
         return job();
     }
-    let over = &AtomicBool::new(false);
-    rayon::scope(|scope| {
-        let own = rayon::current_thread_index();
-        scope.spawn_broadcast(move |_, thread| {
+    let precision = current();
+    // On a thread of the pool, whoever calls.
+    rayon::scope(|_| {
+        let (own, over) = (rayon::current_thread_index(), Over(Arc::default()));
+        let seen = Arc::clone(&over.0);
+        // Nobody waits for those who look: one that is busy elsewhere comes when it comes, and finds that it is over.
+        rayon::spawn_broadcast(move |thread| {
             // The job's own thread may come by here while it waits for others, who would then wait for it.
             if Some(thread.index()) == own {
                 return;
             }
             let mut looks = 0;
-            while !over.load(Ordering::Relaxed) {
+            while !seen.load(Ordering::Relaxed) {
                 if rayon::yield_now() == Some(rayon::Yield::Executed) {
                     looks = 0;
                 } else if looks < LOOKS {
@@ -36,15 +42,16 @@ pub fn awake<R: Send>(job: impl FnOnce() -> R + Send) -> R {
                 }
             }
         });
-        let _over = Over(over);
+        // That of the caller, whose thread may be another one.
+        let _precision = scope(precision);
         job()
     })
 }
 
 /// Says that the job is over, however it ends.
-struct Over<'a>(&'a AtomicBool);
+struct Over(Arc<AtomicBool>);
 
-impl Drop for Over<'_> {
+impl Drop for Over {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -55,6 +62,7 @@ mod tests {
     use rayon::prelude::*;
 
     use super::*;
+    use crate::precision::Precision;
 
     #[test]
     fn jobs_end_and_give_what_they_have() {
@@ -68,7 +76,8 @@ mod tests {
             let expected = |n: u64| (0..20).map(|i| (0..n + i).map(|i| i * i).sum::<u64>()).sum::<u64>();
             assert_eq!(all, (0..50).map(expected).collect::<Vec<_>>());
         }
-        assert_eq!(awake(|| 7), 7);
+        let _precision = scope(Precision::Bf16);
+        assert_eq!(awake(current), Precision::Bf16);
     }
 
     #[test]
