@@ -1,7 +1,7 @@
 //! Linear maps of what can be formed anew: they keep what it was made of, which is kept anyway, and not it.
 //!
-//! The matrix A of a low-rank adapter is trained, and its gradient takes the input of the map beside which it stands. Those inputs are
-//! a norm or an activation, wide and soon computed; kept, they would be half of what a step with adapters keeps.
+//! The gradient of a matrix takes the input of its map. Those inputs are a norm or an activation, wide and soon computed; kept, they
+//! would be a tenth of what a step keeps, and half of what a step with adapters does, where the matrix A of each asks for them.
 
 pub(crate) mod autodiff;
 mod cpu;
@@ -14,7 +14,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{DType, Tensor};
 
 use self::autodiff::{Recall, RecalledOps};
-use crate::linear::reference::linear;
+use crate::linear;
 use crate::precision;
 pub use crate::swiglu::swiglu;
 
@@ -43,13 +43,17 @@ pub enum MadeOf {
 /// it anew.
 ///
 /// # Shapes
-/// `x [batch, seq, d_in]`, `weight [d_out, d_in]` → `[batch, seq, d_out]`.
-pub fn linear_of(x: Tensor<3>, made: MadeOf, weight: Tensor<2>) -> Tensor<3> {
+/// `x [batch, seq, d_in]`, `weight [d_out, d_in]`, `bias [d_out]` → `[batch, seq, d_out]`.
+pub fn linear_of(x: Tensor<3>, made: MadeOf, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<3> {
     if x.dtype() != DType::F32 {
-        return linear(x, weight);
+        return linear(x, weight, bias);
     }
     let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
-    Tensor::from_dispatch(Dispatch::project_recalled(x, made.recall(), weight, precision::current()))
+    let y = Tensor::from_dispatch(Dispatch::project_recalled(x, made.recall(), weight, precision::current()));
+    match bias {
+        Some(bias) => y + bias.unsqueeze::<3>(),
+        None => y,
+    }
 }
 
 impl MadeOf {

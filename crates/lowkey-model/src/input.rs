@@ -6,8 +6,8 @@ use lowkey_kernels::recalled::{MadeOf, linear_of, swiglu};
 
 use crate::layers::RmsNorm;
 
-/// The input of a linear map, `[batch, seq, d]`, with what it was made of where that is known: an adapter beside the map then need not
-/// keep it for its backward pass.
+/// The input of a linear map, `[batch, seq, d]`, with what it was made of where that is known: the map, or an adapter beside it, then need
+/// not keep it for its backward pass.
 #[derive(Clone, Debug)]
 pub struct Input {
     pub(crate) value: Tensor<3>,
@@ -33,11 +33,11 @@ impl Input {
         Self { value: swiglu(gate, up), made: Some(made) }
     }
 
-    /// `x · Aᵀ` with a matrix that is trained, `[r, d]`.
-    pub(crate) fn by(&self, matrix: Tensor<2>) -> Tensor<3> {
-        match self.made.clone() {
-            None => linear(self.value.clone(), matrix, None),
-            Some(made) => linear_of(self.value.clone(), made, matrix),
+    /// `x · Wᵀ (+ b)` with a matrix `[d_out, d]`, and a bias `[d_out]`.
+    pub(crate) fn by(self, matrix: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<3> {
+        match self.made {
+            None => linear(self.value, matrix, bias),
+            Some(made) => linear_of(self.value, made, matrix, bias),
         }
     }
 }

@@ -185,7 +185,7 @@ impl Linear {
     pub fn forward(&self, x: impl Into<Input>) -> Tensor<3> {
         let x = x.into();
         match &self.adapter {
-            None => self.weight.linear(x.value, self.bias()),
+            None => self.weight.linear(x, self.bias()),
             Some(adapter) => adapter.apply(None, x, &self.weight, self.bias()),
         }
     }

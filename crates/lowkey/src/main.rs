@@ -4,6 +4,7 @@
 //! or a run file or dataset file with a wrong key or value), 141 nobody read what was printed, 130 and 143 ended by Ctrl-C or a job
 //! manager.
 
+mod allocator;
 mod cli;
 mod commands;
 mod interrupt;
@@ -18,25 +19,8 @@ use clap::Parser;
 
 use crate::output::OutputFailed;
 
-/// Training allocates and frees the same large tensors all the time. The system's allocator gives each back to the kernel at
-/// once, and getting cleared pages anew cost a quarter of the quickstart's time.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// Keeps freed memory for the next step instead of handing it back after a second.
-fn keep_freed_memory() {
-    /// `mi_option_purge_delay` of `mimalloc.h`, and its default.
-    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-    const DEFAULT_MS: std::ffi::c_long = 1000;
-    const NEVER: std::ffi::c_long = -1;
-    // SAFETY: both functions only read and write an integer in the allocator's table of options. The default is compared so
-    // that a later version that numbers its options anew is left alone, as is a user's own MIMALLOC_PURGE_DELAY.
-    unsafe {
-        if libmimalloc_sys::mi_option_get(PURGE_DELAY) == DEFAULT_MS {
-            libmimalloc_sys::mi_option_set(PURGE_DELAY, NEVER);
-        }
-    }
-}
+static ALLOCATOR: allocator::Allocator = allocator::Allocator::new();
 
 /// As shells say that a program ended because nobody read what it printed.
 const NOBODY_READS: u8 = 128 + 13;
@@ -47,7 +31,7 @@ const FAILED: u8 = 1;
 fn main() -> ExitCode {
     // What libraries note, kernels' timings among it: `RUST_LOG=lowkey_kernels=info`.
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("off")).init();
-    keep_freed_memory();
+    allocator::keep_freed_memory();
     // A reader of foreign files may panic and be caught where that is expected; only what comes through to here is reported.
     let report = Arc::new(Mutex::new(String::new()));
     let last = Arc::clone(&report);

@@ -14,8 +14,8 @@ fn a_map_of_a_norm_agrees() {
         compare(
             &format!("linear_of a norm {batch} {seq} {d} {r}"),
             &[("x", Leaf::Three(x.clone())), ("gain", Leaf::One(gain.clone())), ("weight", Leaf::Two(weight.clone()))],
-            || linear_of(normed(), MadeOf::Norm { x: x.clone(), gain: gain.clone(), eps }, weight.clone()),
-            || linear(normed(), weight.clone()),
+            || linear_of(normed(), MadeOf::Norm { x: x.clone(), gain: gain.clone(), eps }, weight.clone(), None),
+            || linear(normed(), weight.clone(), None),
         );
     }
 }
@@ -33,8 +33,8 @@ fn a_map_of_an_activation_agrees() {
                 ("up", Leaf::Three(up.clone())),
                 ("weight", Leaf::Two(weight.clone())),
             ],
-            || linear_of(inner(), MadeOf::Swiglu { gate: gate.clone(), up: up.clone() }, weight.clone()),
-            || linear(inner(), weight.clone()),
+            || linear_of(inner(), MadeOf::Swiglu { gate: gate.clone(), up: up.clone() }, weight.clone(), None),
+            || linear(inner(), weight.clone(), None),
         );
     }
 }
@@ -48,8 +48,8 @@ fn a_frozen_map_passes_its_gradient_on() {
         &[("x", Leaf::Three(x.clone()))],
         || {
             let made = MadeOf::Norm { x: x.clone(), gain: gain.clone(), eps: 1e-6 };
-            linear_of(rms_norm(x.clone(), gain.clone(), 1e-6), made, weight.clone())
+            linear_of(rms_norm(x.clone(), gain.clone(), 1e-6), made, weight.clone(), None)
         },
-        || linear(rms_norm(x.clone(), gain.clone(), 1e-6), weight.clone()),
+        || linear(rms_norm(x.clone(), gain.clone(), 1e-6), weight.clone(), None),
     );
 }

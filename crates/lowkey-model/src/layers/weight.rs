@@ -4,9 +4,10 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
 
 use lowkey_kernels::quantized_linear::QuantizedMatrix;
-use lowkey_kernels::{add_linear, linear};
+use lowkey_kernels::add_linear;
 
 use super::replace;
+use crate::input::Input;
 
 /// W `[d_out, d_in]`, without what an adapter adds to it.
 #[derive(Module, Debug)]
@@ -64,10 +65,10 @@ impl Weight {
     }
 
     /// `x Wᵀ (+ b)`.
-    pub(crate) fn linear(&self, x: Tensor<3>, bias: Option<Tensor<1>>) -> Tensor<3> {
+    pub(crate) fn linear(&self, x: Input, bias: Option<Tensor<1>>) -> Tensor<3> {
         match self {
-            Self::Whole(weight) => linear(x, weight.val(), bias),
-            Self::Packed(packed) => packed.linear(x, bias),
+            Self::Whole(weight) => x.by(weight.val(), bias),
+            Self::Packed(packed) => packed.linear(x.value, bias),
         }
     }
 

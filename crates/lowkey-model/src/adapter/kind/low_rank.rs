@@ -244,7 +244,7 @@ impl LowRankAdapter {
             };
         }
         let (heard, low) = match self.dropout.is_on() {
-            false => (None, x.by(self.lora_a.val())),
+            false => (None, x.clone().by(self.lora_a.val(), None)),
             true => {
                 let heard = self.dropout.of_tokens(x.value.clone());
                 (Some(heard.clone()), linear(heard, self.lora_a.val(), None))
@@ -254,17 +254,17 @@ impl LowRankAdapter {
         let Some(factors) = self.row_factors(|| weight.matrix() + self.product(self.lora_a.val())) else {
             let y = match residual {
                 Some(residual) => weight.add_linear(residual, x, bias),
-                None => weight.linear(x, bias),
+                None => weight.linear(x.into(), bias),
             };
             return add_linear(y, low, self.lora_b.val(), None);
         };
         let factors = factors.unsqueeze::<3>();
         let y = match heard {
-            None => add_linear(weight.linear(x, None), low, self.lora_b.val(), None) * factors,
+            None => add_linear(weight.linear(x.into(), None), low, self.lora_b.val(), None) * factors,
             // As PEFT has it: what is left out of the product is left out of what the lengths change of W.
             Some(heard) => {
-                let changed = weight.linear(heard, None) * (factors.clone() - 1.0);
-                weight.linear(x, None) + changed + linear(low, self.lora_b.val(), None) * factors
+                let changed = weight.linear(heard.into(), None) * (factors.clone() - 1.0);
+                weight.linear(x.into(), None) + changed + linear(low, self.lora_b.val(), None) * factors
             }
         };
         let y = match bias {
