@@ -129,13 +129,13 @@ struct Bins;
 
 impl Bins {
     const LEAST_LOG: u32 = 14;
-    const PARTS_LOG: u32 = 6;
+    const PARTS_LOG: u32 = 8;
 }
 
 impl Binning for Bins {
     /// Up to 16 GiB; more is looked for one by one.
-    type AvailabilityBitField = [u64; 20];
-    const BIN_COUNT: u32 = 20 * 64 - 1;
+    type AvailabilityBitField = [u64; 80];
+    const BIN_COUNT: u32 = 80 * 64 - 1;
 
     fn size_to_bin(size: usize) -> u32 {
         let log = size.max(1).ilog2();
