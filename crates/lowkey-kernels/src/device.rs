@@ -91,9 +91,19 @@ pub fn cpu_bf16() -> Option<&'static str> {
 /// # Errors
 /// [`DeviceError`].
 pub fn open(name: &str) -> Result<Device, DeviceError> {
+    open_at(name, 0, 1)
+}
+
+/// Opens the device of one of several processes on this machine, of which `place` counts those before it: where a name has no number,
+/// each process has a device of its own, the first one `cuda:0` of `cuda`, the second one `cuda:1`. The only device of a kind is that of
+/// all of them: a job manager may show each process its own alone.
+///
+/// # Errors
+/// [`DeviceError`]; [`DeviceError::Missing`] for more processes than devices.
+pub fn open_at(name: &str, place: usize, processes: usize) -> Result<Device, DeviceError> {
     match name {
         "cpu" => return Ok(Device::flex()),
-        "auto" => return Ok(automatic()),
+        "auto" => return automatic(place, processes),
         _ => {}
     }
     let (kind, index) = match name.split_once(':') {
@@ -111,8 +121,7 @@ pub fn open(name: &str) -> Result<Device, DeviceError> {
     let count = found.len();
     let chosen = match index {
         Some(index) => found.into_iter().nth(index),
-        // A GPU before what only acts as one.
-        None => first_real(&found).or(found.first()).cloned(),
+        None => own(&found, name, place, processes)?.cloned(),
     };
     if let Some(Found { name, unusable: Some(why), .. }) = chosen {
         return Err(DeviceError::Unusable { name, why });
@@ -126,6 +135,26 @@ pub fn open(name: &str) -> Result<Device, DeviceError> {
             _ => format!("there are {count} of its kind"),
         },
     })
+}
+
+/// The one of the devices of a kind that a process has, a GPU before what only acts as one; none where there are none.
+fn own<'a>(found: &'a [Found], name: &str, place: usize, processes: usize) -> Result<Option<&'a Found>, DeviceError> {
+    let real: Vec<&Found> = found.iter().filter(is_real).collect();
+    match &real[..] {
+        [] => Ok(found.first()),
+        [only] => Ok(Some(only)),
+        several => match several.get(place) {
+            Some(own) => Ok(Some(own)),
+            None => {
+                let count = several.len();
+                let why = format!(
+                    "of its kind there are {count}, and {processes} processes on this machine; start as many as there are devices, or \
+                     name one that all of them use, by its number"
+                );
+                Err(DeviceError::Missing { name: name.to_owned(), why })
+            }
+        },
+    }
 }
 
 /// All devices that this build can reach, the CPU last.
@@ -184,14 +213,17 @@ pub fn choose_kernels(earlier: BTreeMap<String, String>) {
     drop(earlier);
 }
 
-fn automatic() -> Device {
+fn automatic(place: usize, processes: usize) -> Result<Device, DeviceError> {
     let found = list();
-    first_real(&found).map_or_else(Device::flex, |found| found.device.clone())
+    let kind = |found: &Found| found.name.split(':').next().unwrap_or_default().to_owned();
+    let Some(first) = found.iter().find(is_real).map(kind) else { return Ok(Device::flex()) };
+    let of_it: Vec<Found> = found.into_iter().filter(|found| kind(found) == first).collect();
+    Ok(own(&of_it, &first, place, processes)?.map_or_else(Device::flex, |found| found.device.clone()))
 }
 
-fn first_real(found: &[Found]) -> Option<&Found> {
-    let real = |found: &&Found| found.properties.as_ref().is_some_and(|properties| !properties.software);
-    found.iter().filter(|found| found.unusable.is_none()).find(real)
+/// Whether it is hardware that can be used.
+fn is_real(found: &&Found) -> bool {
+    found.unusable.is_none() && found.properties.as_ref().is_some_and(|properties| !properties.software)
 }
 
 #[cfg(not(feature = "gpu"))]
@@ -229,4 +261,59 @@ fn of_kind(kind: &str) -> Vec<Found> {
         unusable: unusable.clone(),
     });
     named.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Devices of a kind, each real or a rasteriser.
+    fn found(real: &[bool]) -> Vec<Found> {
+        let properties = |software| Properties {
+            part: "a part".into(),
+            target: String::new(),
+            software,
+            max_tensor: 1 << 30,
+            shared_memory: 1 << 15,
+            units: 256,
+            plane: (32, 32),
+            bindings: 8,
+            dtypes: Vec::new(),
+            matrix_units: Vec::new(),
+        };
+        let one = |(i, real): (usize, &bool)| Found {
+            name: format!("kind:{i}"),
+            device: Device::flex(),
+            properties: Some(properties(!real)),
+            unusable: None,
+        };
+        real.iter().enumerate().map(one).collect()
+    }
+
+    #[test]
+    fn each_process_has_a_device_of_its_own_and_the_only_one_is_that_of_all() {
+        for (real, processes, expected) in [
+            (&[true, true][..], 2, &["kind:0", "kind:1"][..]),
+            (&[false, true, true], 2, &["kind:1", "kind:2"]),
+            (&[true], 3, &["kind:0", "kind:0", "kind:0"]),
+            (&[false, true], 2, &["kind:1", "kind:1"]),
+            (&[false, false], 2, &["kind:0", "kind:0"]),
+        ] {
+            let found = found(real);
+            let names: Vec<&str> =
+                (0..processes).map(|place| &*own(&found, "kind", place, processes).unwrap().unwrap().name).collect();
+            assert_eq!(names, expected);
+        }
+        assert!(own(&[], "kind", 0, 2).unwrap().is_none());
+        let error = own(&found(&[true, true]), "kind", 2, 3).unwrap_err().to_string();
+        assert!(error.contains("there are 2, and 3 processes on this machine"), "{error}");
+    }
+
+    #[test]
+    fn names_are_told_from_what_is_none() {
+        assert_eq!(open("cpu").unwrap(), Device::flex());
+        assert_eq!(open_at("cpu", 3, 4).unwrap(), Device::flex());
+        assert!(matches!(open("gpu"), Err(DeviceError::Unknown { .. })));
+        assert!(matches!(open("cuda:one"), Err(DeviceError::Unknown { .. })));
+    }
 }

@@ -1,5 +1,7 @@
 //! AdamW and Muon over the flat list of parameters.
 
+use std::collections::HashSet;
+
 use burn::tensor::Tensor;
 use lowkey_kernels::Precision;
 use lowkey_kernels::optim::{self, AdamWStep, Gate, MuonStep};
@@ -136,6 +138,19 @@ impl Optimizer {
     pub(crate) fn restore(&mut self, states: Vec<ParameterState>, steps: u64) {
         self.states = states;
         self.steps = steps;
+    }
+
+    /// One step of Muon on zeros for each shape among its parameters: afterwards a GPU's kernels for it are compiled and chosen.
+    pub(crate) fn warm_up(&self, parameters: &[Parameter], precision: Precision) {
+        let step = MuonStep { clip: 1.0, lr: 0.0, momentum: self.momentum, weight_decay: 0.0, precision };
+        let mut done = HashSet::new();
+        for (state, Parameter { shape, head_rows, value, .. }) in self.states.iter().zip(parameters) {
+            if matches!(state, ParameterState::Muon { .. }) && done.insert((shape, head_rows)) {
+                let zeros = || value.zeros_like();
+                let width = shape.iter().skip(1).product();
+                drop(optim::muon(zeros(), zeros(), zeros(), width, head_rows, step, None));
+            }
+        }
     }
 
     /// One step; returns the new values in the order of `parameters`.

@@ -186,11 +186,20 @@ impl Ranks {
     }
 
     /// How many of them, this one included, run on its machine.
-    pub(crate) fn here(&self) -> usize {
+    pub fn here(&self) -> usize {
         match &self.world {
             World::Alone => 1,
             #[cfg(feature = "mpi")]
             World::Several(comm) => comm.here(),
+        }
+    }
+
+    /// How many of those on its machine come before it.
+    pub fn place(&self) -> usize {
+        match &self.world {
+            World::Alone => 0,
+            #[cfg(feature = "mpi")]
+            World::Several(comm) => comm.place(),
         }
     }
 

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::event::{Event, RunOptions};
 use crate::other_model;
 use crate::prompts::{Prompt, prompts};
+use crate::ranks::Ranks;
 use crate::run_config::{RunConfig, RunSection};
 use crate::run_data::{self, RunData};
 use crate::start;
@@ -34,13 +35,22 @@ pub fn device(name: &str) -> Result<Device> {
     lowkey_kernels::device::open(name).map_err(|e| Error::config("run.device", name, e.to_string()))
 }
 
-/// The devices of a run, which record gradients.
+/// The devices of a run, which record gradients; of one of several `ranks`, its own.
 ///
 /// # Errors
 /// [`Error::Config`] as [`device()`], and for several that could not keep in step.
-pub fn devices(section: &RunSection) -> Result<Vec<Device>> {
-    if section.devices.is_empty() {
-        return Ok(vec![device(&section.device)?.autodiff()]);
+pub fn devices(section: &RunSection, ranks: &Ranks) -> Result<Vec<Device>> {
+    let [first, ..] = &section.devices[..] else {
+        let own = lowkey_kernels::device::open_at(&section.device, ranks.place(), ranks.here());
+        let own = own.map_err(|e| Error::config("run.device", &section.device, e.to_string()))?;
+        return Ok(vec![own.autodiff()]);
+    };
+    if ranks.are_several() {
+        let why = format!(
+            "each of {} ranks has one device; write run.device = \"cuda\", say, and start as many ranks as there are devices",
+            ranks.size()
+        );
+        return Err(Error::config("run.devices", first, why));
     }
     let open = |name: &String| {
         let opened = lowkey_kernels::device::open(name);

@@ -153,15 +153,17 @@ impl StepSettings<'_> {
         Ok(taken(outcome))
     }
 
-    /// Computes the gradients of a batch and forgets them: afterwards kernels are compiled and chosen.
+    /// Computes the gradients of a batch, and steps on zeros, and forgets them: afterwards kernels are compiled and chosen. Of several
+    /// ranks each does so by itself.
     ///
     /// # Errors
     /// [`Error::Device`].
     pub(crate) fn warm_up(&self, world: &World, batch: &Batch) -> Result<()> {
         // A kernel that could not be compiled is told by what it has left unwritten: the loss is read.
-        for gradients in world.gradients(batch, self.passes)? {
+        for gradients in world.own_gradients(batch, self.passes)? {
             gradients.loss()?;
         }
+        world.warm_up_optimizers(self.passes.precision);
         world.finish()
     }
 

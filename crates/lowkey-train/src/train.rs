@@ -16,6 +16,8 @@ use lowkey_kernels::Precision;
 use lowkey_kernels::device::{choose_kernels, chosen_kernels, is_cpu};
 use lowkey_model::objective::Term;
 use lowkey_model::{CausalLm, Parameter, adapter::QuantizedLayer};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::average::Average;
@@ -78,12 +80,12 @@ fn train_together(
     interrupt: &AtomicBool,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Outcome> {
-    let devices = devices(&config.run)?;
+    let devices = devices(&config.run, ranks)?;
     for device in &devices {
         check_precision(config.training.dtype, config.training.emulate_dtype, device)?;
     }
     check_threads(config, &devices)?;
-    let threads = ranks::start::compare(ranks, config, options)?;
+    let threads = ranks::start::compare(ranks, config, options, &devices[0])?;
     let opened = if ranks.is_first() { Some(Opened::new(config, options)?) } else { None };
     let found = opening::found(ranks, options, opened.as_ref())?;
     let (_held, checkpoints, damaged) = match opened {
@@ -128,7 +130,8 @@ fn train_together(
     if let Some(reducer) = run.world.reducer() {
         let members = match ranks.size() {
             1 => format!("{} devices", config.run.devices.len()),
-            size => format!("{size} ranks of {} threads each", config.threads()),
+            size if is_cpu(&run.world.main().device) => format!("{size} ranks of {} threads each", config.threads()),
+            size => format!("{size} ranks of one device each"),
         };
         observe(Event::Note(format!("{members}; gradients are added up by {reducer}")));
     }
@@ -177,6 +180,23 @@ struct Queued {
     lr: f64,
     /// Operations over all positions, in all their passes: what is read and not learnt costs as much.
     flops: f64,
+}
+
+/// Does what may choose kernels of a GPU on the first rank, whose choices and result are then those of all: kernels that a rank would find
+/// the fastest for itself may round in another order. All of them meet here.
+///
+/// # Errors
+/// The job's; as [`Ranks::agree`].
+fn chosen_by_the_first<R: Serialize + DeserializeOwned>(ranks: &Ranks, job: impl FnOnce() -> Result<R>) -> Result<R> {
+    if !ranks.are_several() {
+        return job();
+    }
+    let unreadable = |e: serde_json::Error| Error::Mpi { call: "gather", why: format!("kernels of rank 0: {e}") };
+    let own = || serde_json::to_vec(&(job()?, chosen_kernels())).map_err(unreadable);
+    let told = ranks.told(if ranks.is_first() { own() } else { Ok(Vec::new()) })?;
+    let (result, kernels) = serde_json::from_slice(&told).map_err(unreadable)?;
+    choose_kernels(kernels);
+    Ok(result)
 }
 
 fn settings<'a>(config: &RunConfig, terms: &'a [Term], step: u64) -> StepSettings<'a> {
@@ -293,11 +313,9 @@ impl<'a> Run<'a> {
         };
         // Before anything is multiplied, as the first use of a shape chooses its kernel.
         choose_kernels(state.kernels.clone());
-        let plan = Plan::new(
-            config,
-            &first.model.config,
-            ceiling(threads, &devices, config.training.dtype)? * ranks.size() as f64,
-        );
+        let of_one = || ceiling(threads, &devices, config.training.dtype);
+        let of_one = if is_cpu(device) { of_one()? } else { chosen_by_the_first(ranks, of_one)? };
+        let plan = Plan::new(config, &first.model.config, of_one * ranks.size() as f64);
         let passes = Passes::new(config, &first.model.config);
         if config.training.dtype == Precision::F16 {
             state.loss_scale.get_or_insert_default();
@@ -380,8 +398,12 @@ impl<'a> Run<'a> {
         }
         let started = Instant::now();
         let step = self.state.step;
-        let terms = self.passes.terms(step);
-        settings(self.config, &terms, step).warm_up(&self.world, &self.batches.batch(step)?)?;
+        let (terms, batch) = (self.passes.terms(step), self.batches.batch(step)?);
+        let settings = settings(self.config, &terms, step);
+        chosen_by_the_first(&self.ranks, || settings.warm_up(&self.world, &batch))?;
+        if !self.ranks.is_first() {
+            settings.warm_up(&self.world, &batch)?;
+        }
         observe(Event::WarmedUp { seconds: started.elapsed().as_secs_f64() });
         Ok(())
     }

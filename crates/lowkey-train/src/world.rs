@@ -16,6 +16,7 @@ use std::ops::Range;
 use burn::tensor::distributed::{ReduceOperation, all_reduce};
 use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_batch::Batch;
+use lowkey_kernels::Precision;
 use lowkey_kernels::device::{has_collectives, is_cpu};
 use lowkey_kernels::optim::{self, Gate};
 use lowkey_model::{CausalLm, objective::Figures};
@@ -117,28 +118,30 @@ impl World {
     /// [`Error::Device`] where gradients cannot be read back to be added up, [`Error::Io`] where what another model said cannot be
     /// kept.
     pub(crate) fn gradients(&self, batch: &Batch, passes: PassSettings<'_>) -> Result<Vec<StepGradients>> {
-        if let [only] = &self.members[..] {
-            if self.ranks.are_several() {
-                return self.gradients_of_ranks(only, batch, passes);
-            }
-            let gradients = only.workers.gradients(&only.model, batch, only.passes(passes), &only.device);
-            only.other.as_ref().map_or(Ok(()), Counterpart::in_order)?;
-            return Ok(vec![gradients]);
+        match &self.members[..] {
+            [only] if self.ranks.are_several() => self.gradients_of_ranks(only, batch, passes),
+            [_] => self.own_gradients(batch, passes),
+            _ => self.reduced(self.own_gradients(batch, passes)?),
         }
-        let (count, rows, unit) = (self.members.len(), batch.rows, batch.unit());
-        let own = self.each((0..count).collect(), |replica, i| {
-            replica.workers.gradients_of(
-                &replica.model,
-                batch,
-                share(rows, unit, i, count),
-                replica.passes(passes),
-                &replica.device,
-            )
+    }
+
+    /// What each member of this process contributes to them: the gradients of its own rows.
+    ///
+    /// # Errors
+    /// As for all.
+    pub(crate) fn own_gradients(&self, batch: &Batch, passes: PassSettings<'_>) -> Result<Vec<StepGradients>> {
+        let (first, count) = match self.members.len() {
+            1 => (self.ranks.rank(), self.ranks.size()),
+            members => (0, members),
+        };
+        let own = self.each((first..first + self.members.len()).collect(), |replica, i| {
+            let rows = share(batch.rows, batch.unit(), i, count);
+            replica.workers.gradients_of(&replica.model, batch, rows, replica.passes(passes), &replica.device)
         });
         for replica in &self.members {
             replica.other.as_ref().map_or(Ok(()), Counterpart::in_order)?;
         }
-        self.reduced(own)
+        Ok(own)
     }
 
     /// Adds up the replicas' parts.
@@ -219,6 +222,15 @@ impl World {
         Ok(())
     }
 
+    /// Compiles and chooses a GPU's kernels for the optimiser of each member of this process.
+    pub(crate) fn warm_up_optimizers(&self, precision: Precision) {
+        let own = self.owned.as_ref().map(|owned| owned[self.ranks.rank()].clone());
+        for Replica { model, optimizer, .. } in &self.members {
+            let parameters = model.trained_parameters();
+            optimizer.warm_up(&parameters[own.clone().unwrap_or(0..parameters.len())], precision);
+        }
+    }
+
     /// Waits until everything that is queued is done.
     ///
     /// # Errors
@@ -240,8 +252,11 @@ impl World {
         others.iter().all(|replica| sums_of_squares(replica) == first)
     }
 
-    /// Runs `job` for each replica in a thread of its own; results in their order.
+    /// Runs `job` for each replica, in a thread of its own where there are several; results in their order.
     fn each<T: Send, R: Send>(&self, items: Vec<T>, job: impl Fn(&Replica, T) -> R + Sync) -> Vec<R> {
+        if let [only] = &self.members[..] {
+            return items.into_iter().map(|item| job(only, item)).collect();
+        }
         std::thread::scope(|scope| {
             let job = &job;
             let threads: Vec<_> =

@@ -3,8 +3,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
 
-use lowkey_kernels::quantized_linear::QuantizedMatrix;
 use lowkey_kernels::add_linear;
+use lowkey_kernels::quantized_linear::QuantizedMatrix;
 
 use super::replace;
 use crate::input::Input;

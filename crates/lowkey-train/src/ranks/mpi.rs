@@ -213,7 +213,17 @@ impl Comm {
 
     /// How many ranks run on this one's machine.
     pub(super) fn here(&self) -> usize {
-        (0..self.size).filter(|rank| self.machine(*rank) == self.machine(self.rank)).count()
+        self.of_this_machine(self.size)
+    }
+
+    /// How many of them come before this one.
+    pub(super) fn place(&self) -> usize {
+        self.of_this_machine(self.rank)
+    }
+
+    /// How many of the first `ranks` run on this one's machine.
+    fn of_this_machine(&self, ranks: usize) -> usize {
+        (0..ranks).filter(|rank| self.machine(*rank) == self.machine(self.rank)).count()
     }
 
     pub(super) fn be_patient_for(&self, patience: Duration) {

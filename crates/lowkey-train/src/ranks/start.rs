@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use burn::tensor::Device;
 use lowkey_kernels::Precision;
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +20,7 @@ struct Card {
     /// Hash of the program itself.
     program: String,
     /// What rounding depends on.
-    cpu: String,
+    arithmetic: String,
     /// Where it runs, and on which cores.
     place: (String, String),
     /// How many threads those serve.
@@ -37,7 +38,9 @@ pub struct Task<'a> {
     pub what: &'static str,
     /// All that is asked for, as TOML.
     pub toml: String,
-    /// What its products are computed in.
+    /// Where it is computed,
+    pub device: &'a Device,
+    /// and what its products are computed in.
     pub precision: Precision,
     /// Facts of the program, as [`RunOptions::environment`] has them.
     pub environment: &'a serde_json::Map<String, serde_json::Value>,
@@ -45,9 +48,13 @@ pub struct Task<'a> {
 
 impl<'a> Task<'a> {
     /// A command with its arguments, in 32 bits.
-    pub fn of_command(arguments: Vec<String>, environment: &'a serde_json::Map<String, serde_json::Value>) -> Self {
+    pub fn of_command(
+        arguments: Vec<String>,
+        device: &'a Device,
+        environment: &'a serde_json::Map<String, serde_json::Value>,
+    ) -> Self {
         let toml = toml::Table::from_iter([("arguments".to_owned(), arguments.into())]).to_string();
-        Self { what: "command", toml, precision: Precision::F32, environment }
+        Self { what: "command", toml, device, precision: Precision::F32, environment }
     }
 }
 
@@ -58,7 +65,7 @@ impl Card {
         Ok(Self {
             version: format!("{} ({})", told("lowkey"), told("commit")),
             program: lowkey_files::hash::sha256(&program)?,
-            cpu: cpu(task.precision),
+            arithmetic: arithmetic(task.device, task.precision),
             place: (ranks.machine().to_owned(), cores()),
             threads: available_threads(),
             task: task.toml,
@@ -76,8 +83,9 @@ impl Card {
             let why = format!("is another build than rank 0 (SHA-256 {own}…, not {its}…); start one program");
             return Some(why);
         }
-        if self.cpu != first.cpu {
-            let why = format!("computes on {}, and rank 0 on {}, which round differently", self.cpu, first.cpu);
+        if self.arithmetic != first.arithmetic {
+            let (own, its) = (&self.arithmetic, &first.arithmetic);
+            let why = format!("computes on {own}, and rank 0 on {its}, which round differently");
             return Some(format!("{why}; take machines of one kind"));
         }
         if self.task != first.task {
@@ -89,7 +97,11 @@ impl Card {
     }
 }
 
-/// The CPU, as far as its arithmetic is concerned.
+/// A device, as far as its arithmetic is concerned.
+fn arithmetic(device: &Device, dtype: Precision) -> String {
+    lowkey_kernels::device::properties(device).map_or_else(|| cpu(dtype), |properties| properties.part)
+}
+
 fn cpu(dtype: Precision) -> String {
     #[cfg(target_arch = "x86_64")]
     let units = match () {
@@ -149,13 +161,13 @@ fn threads(cards: &[Card]) -> usize {
 ///
 /// # Errors
 /// [`Error::Config`] for a run that several ranks cannot share, [`Error::Launch`] naming the first rank that is not of this run.
-pub(crate) fn compare(ranks: &Ranks, config: &RunConfig, options: &RunOptions) -> Result<usize> {
+pub(crate) fn compare(ranks: &Ranks, config: &RunConfig, options: &RunOptions, device: &Device) -> Result<usize> {
     if !ranks.are_several() {
         return Ok(available_threads());
     }
     let own = check(ranks, config).and_then(|()| {
         let (precision, environment) = (config.training.dtype, &options.environment);
-        let task = Task { what: RUN_FILE, toml: config.to_toml()?, precision, environment };
+        let task = Task { what: RUN_FILE, toml: config.to_toml()?, device, precision, environment };
         Card::of_this(ranks, task, [options.resume, options.overwrite])
     });
     meet(ranks, own, RUN_FILE)
@@ -196,17 +208,6 @@ fn meet(ranks: &Ranks, own: Result<Card>, what: &str) -> Result<usize> {
 /// Refuses what ranks cannot share.
 fn check(ranks: &Ranks, config: &RunConfig) -> Result<()> {
     let size = ranks.size();
-    if let [first, ..] = &config.run.devices[..] {
-        let why =
-            format!("each of {size} ranks is one device; leave it out, and start as many ranks as there are devices");
-        return Err(Error::config("run.devices", first, why));
-    }
-    let device = crate::setup::device(&config.run.device)?;
-    if !lowkey_kernels::device::is_cpu(&device) {
-        let why = "several ranks train on CPUs, and gradients of GPUs do not travel between processes; write \"cpu\", or take the \
-                   GPUs of one machine in one process with run.devices";
-        return Err(Error::config("run.device", &config.run.device, why));
-    }
     let batch = config.training.batch_size;
     if !batch.is_multiple_of(size) {
         let why = format!("must be a multiple of {size}, the number of ranks: each has as many rows");
@@ -224,7 +225,7 @@ mod tests {
         Card {
             version: "1".into(),
             program: "0123456789abcdef".into(),
-            cpu: "x86_64".into(),
+            arithmetic: "x86_64".into(),
             place: (machine.into(), cores.into()),
             threads,
             task: "[run]\nname = \"a\"\n[optimizer]\nlr = 0.1\n".into(),
@@ -256,7 +257,7 @@ mod tests {
         for (card, expected) in [
             (Card { version: "2".into(), ..first.clone() }, "is lowkey 2, and rank 0 is 1"),
             (Card { program: "f123456789abcdef".into(), ..first.clone() }, "is another build than rank 0"),
-            (Card { cpu: "aarch64".into(), ..first.clone() }, "computes on aarch64, and rank 0 on x86_64"),
+            (Card { arithmetic: "aarch64".into(), ..first.clone() }, "computes on aarch64, and rank 0 on x86_64"),
             (lower, "optimizer.lr = 0.01 there, 0.1 on rank 0"),
             (longer, "training.steps = 3 there, (absent) on rank 0"),
             (Card { options: [true, false], ..first.clone() }, "other options"),
@@ -270,6 +271,6 @@ mod tests {
     fn a_process_by_itself_has_all_cores_and_compares_nothing() {
         let run = TinyRun::new();
         let config = run.config(&["training.batch_size=7"]);
-        assert_eq!(compare(&Ranks::default(), &config, &run.options()).unwrap(), available_threads());
+        assert_eq!(compare(&Ranks::default(), &config, &run.options(), &Device::flex()).unwrap(), available_threads());
     }
 }

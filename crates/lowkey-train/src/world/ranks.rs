@@ -6,11 +6,10 @@ use burn::tensor::{Device, Tensor, TensorData};
 use lowkey_batch::Batch;
 use lowkey_model::{Parameter, objective::Figures};
 
-use super::{Replica, World, share, sums_of_squares};
+use super::{Replica, World, sums_of_squares};
 use crate::buckets::{BUCKET, packed, read};
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, ParameterState, Update};
-use crate::other_model::Counterpart;
 use crate::ranks::{Meeting, Packed, Ranks, word_of};
 use crate::run_config::{OptimizerSection, RanksSection};
 use crate::workers::{PassSettings, StepGradients};
@@ -101,12 +100,8 @@ impl World {
         batch: &Batch,
         passes: PassSettings<'_>,
     ) -> Result<Vec<StepGradients>> {
-        let (rank, size, device) = (self.ranks.rank(), self.ranks.size(), &only.device);
-        let rows = share(batch.rows, batch.unit(), rank, size);
         let own = || -> Result<_> {
-            let own = only.workers.gradients_of(&only.model, batch, rows, only.passes(passes), device);
-            only.other.as_ref().map_or(Ok(()), Counterpart::in_order)?;
-            let StepGradients { losses, targets, gradients, figures } = own;
+            let StepGradients { losses, targets, gradients, figures } = self.own_gradients(batch, passes)?.remove(0);
             let lengths: Vec<usize> = gradients.iter().map(|gradient| gradient.dims()[0]).collect();
             let numbers = figures.numbers().map_err(|why| Error::Device { what: "a step's figures", why })?;
             let mut told = Vec::new();
@@ -124,7 +119,7 @@ impl World {
         };
         buckets.iter_mut().try_for_each(|bucket| self.ranks.sum(bucket, self.sum))?;
         // The losses of all passes in the order of their rows, as one process would have them.
-        let device = device.clone().without_autodiff();
+        let device = only.device.clone().without_autodiff();
         let (mut losses, mut figures) = (Vec::new(), Figures::default());
         for bytes in told {
             let broken = || Error::Mpi { call: "gather", why: "the figures of another rank cannot be read".into() };

@@ -45,12 +45,9 @@ struct Asked {
 }
 
 fn eval_on(ranks: &Ranks, arguments: &EvalArguments) -> anyhow::Result<()> {
-    let threads = ranks::compare(ranks)?;
-    let open = || {
-        let device = super::open_device(&arguments.device)?;
-        anyhow::Ok((asked(arguments, &device)?, device))
-    };
-    let (Asked { model, held, byte_lengths, all }, device) = ranks::agree(ranks, open())?;
+    let device = ranks::agree(ranks, super::open_device_at(&arguments.device, ranks.place(), ranks.here()))?;
+    let threads = ranks::compare(ranks, &device)?;
+    let Asked { model, held, byte_lengths, all } = ranks::agree(ranks, asked(arguments, &device))?;
     if ranks.are_several() {
         let files = ranks::agree(ranks, hashes(&arguments.model))?;
         ranks::all_have(ranks, "files of the model", files.as_bytes())?;

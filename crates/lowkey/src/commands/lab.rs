@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use burn::tensor::Device;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lowkey_files::{printable, printable_lines};
 use lowkey_kernels::Precision;
@@ -88,7 +89,7 @@ fn open(ranks: &Ranks, arguments: &LabRunArguments) -> anyhow::Result<Option<Ope
 }
 
 fn run(ranks: &Ranks, arguments: &LabRunArguments) -> anyhow::Result<ExitCode> {
-    let threads = ranks::compare(ranks)?;
+    let threads = ranks::compare(ranks, &Device::flex())?;
     if ranks.are_several() {
         let file = ranks::agree(ranks, lowkey_files::read(&arguments.experiment, LARGEST).map_err(Into::into))?;
         ranks::all_have(ranks, "words of the experiment", &file)?;
@@ -145,7 +146,7 @@ fn run_share(
 
 /// Estimated seconds of the runs, one after the other.
 fn seconds(expanded: &Expanded, runs: &[Run]) -> anyhow::Result<f64> {
-    let ceiling = matmul_ceiling(expanded.experiment.threads, &burn::tensor::Device::flex(), Precision::F32)?;
+    let ceiling = matmul_ceiling(expanded.experiment.threads, &Device::flex(), Precision::F32)?;
     let flops: f64 = runs.iter().map(|run| expanded.arms[run.arm].training_flops).sum();
     Ok(flops / (ceiling * EXPECTED_MFU))
 }

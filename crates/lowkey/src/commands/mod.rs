@@ -42,7 +42,12 @@ impl std::error::Error for WrongUse {}
 
 /// The device that the command line asks for.
 fn open_device(argument: &DeviceArgument) -> anyhow::Result<Device> {
-    Ok(lowkey_kernels::device::open(&argument.name)
+    open_device_at(argument, 0, 1)
+}
+
+/// That of one of several processes on this machine, of which `place` come before it.
+fn open_device_at(argument: &DeviceArgument, place: usize, processes: usize) -> anyhow::Result<Device> {
+    Ok(lowkey_kernels::device::open_at(&argument.name, place, processes)
         .map_err(|e| WrongUse(format!("--device {}: {e}", argument.name)))?)
 }
 

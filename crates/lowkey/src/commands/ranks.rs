@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use burn::tensor::Device;
 use lowkey_train::Error;
 use lowkey_train::ranks::{Launched, Ranks, Task, compare_job};
 
@@ -35,10 +36,11 @@ pub(crate) fn agree<T>(ranks: &Ranks, own: anyhow::Result<T>) -> anyhow::Result<
     }
 }
 
-/// Meets the others of a job before anything is opened, and says how many threads each has: all are to be asked for the same.
-pub(crate) fn compare(ranks: &Ranks) -> anyhow::Result<usize> {
+/// Meets the others of a job before anything is opened but its device, and says how many threads each has: all are to be asked for the
+/// same.
+pub(crate) fn compare(ranks: &Ranks, device: &Device) -> anyhow::Result<usize> {
     let arguments: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
-    let threads = compare_job(ranks, Task::of_command(arguments, &super::train::environment()));
+    let threads = compare_job(ranks, Task::of_command(arguments, device, &super::train::environment()));
     agree(ranks, threads.map_err(Into::into))
 }
 

@@ -107,7 +107,7 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
     let named = |e| in_run_file(e, &arguments.file.run);
     let config = RunConfig::load(&arguments.file.run, &arguments.file.overrides).map_err(named)?;
     let options = options(&arguments.file, &config);
-    let devices = lowkey_train::setup::devices(&config.run).map_err(named)?;
+    let devices = lowkey_train::setup::devices(&config.run, &Ranks::default()).map_err(named)?;
     let crowded = check_threads(&config, &devices).map_err(named)?;
     let (model, notes) = planned_model(&config, &options).map_err(named)?;
     for note in crowded.iter().chain(&notes) {

@@ -8,6 +8,7 @@
 
 mod bits;
 mod endings;
+mod gpu;
 mod job;
 mod refusals;
 mod shared;

@@ -22,7 +22,7 @@ fn a_world_that_does_not_divide_the_batch() {
 #[test]
 fn several_devices_on_each_rank() {
     let printed = Bench::new().train(2, "out", &["--set", "run.devices=[\"cpu\", \"cpu\"]"]).fails();
-    assert!(printed.contains("run.devices = cpu: each of 2 ranks is one device"), "{printed}");
+    assert!(printed.contains("run.devices = cpu: each of 2 ranks has one device"), "{printed}");
 }
 
 #[test]
