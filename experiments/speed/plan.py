@@ -28,8 +28,11 @@ CASES = [
     (MIDDLE, 6, [], [8, 8, 256], 2, "none"),
     (MIDDLE, 6, [], [8, 8, 256], 2, "block"),
     (MIDDLE, 6, [16, 32], [8, 8, 256], 2, "none"),
+    (MIDDLE, 6, [], [1, 1, 4096], 2, "none"),
+    (MIDDLE, 6, [], [1, 1, 4096], 2, "block"),
     (LARGE, 6, [], [4, 4, 128], 2, "none"),
     (LARGE, 6, [], [16, 16, 128], 2, "none"),
+    (LARGE, 8, [], [4, 4, 512], 2, "none"),
     (LARGE, 12, [], [2, 2, 256], 2, "none"),
     (TINY, 1, [], [4, 4, 64], 2, "none"),
 ]
@@ -65,7 +68,7 @@ threads = {threads}
 recompute = "{recompute}"
 [eval]
 every = 5
-batches = 2
+batches = {2 if seq < 4096 else 1}
 [checkpoint]
 every = 5
 """

@@ -19,6 +19,7 @@ use crate::tensor::{Role, TensorSpec};
 use quantisation::Quantisation;
 
 mod apart;
+mod file;
 pub(crate) mod nf4;
 pub(crate) mod quantisation;
 mod quantised;
@@ -26,8 +27,9 @@ pub(crate) mod stored;
 mod write;
 
 pub use apart::LayerReader;
+pub use file::{Pending, write_tensors};
 pub use write::NewCheckpoint;
-pub(crate) use write::encode_shard;
+pub(crate) use write::write_parameters;
 
 const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";

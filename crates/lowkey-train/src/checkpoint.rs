@@ -4,7 +4,7 @@
 //! every file, and nothing is loaded that does not match. `best` is a link to the checkpoint with the lowest held-out
 //! loss. A folder that lowkey did not write is left alone, whatever it is called.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -21,10 +21,9 @@ use lowkey_files::{
 pub use lowkey_model::checksums::{has_checksums, verify};
 use lowkey_model::{
     CausalLm, Parameter,
-    checkpoint::WeightDtype,
+    checkpoint::{Pending, WeightDtype, write_tensors},
     checksums::{CHECKSUMS, write_checksums},
 };
-use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
@@ -428,20 +427,17 @@ fn write_states(path: &Path, model: &CausalLm, optimizer: &Optimizer) -> Result<
     let mut tensors = Vec::new();
     for (parameter, state) in model.trained_parameters().iter().zip(states) {
         for (kind, tensor) in state.tensors() {
-            let values = tensor
-                .try_to_vec_as::<f32>()
-                .map_err(|e| Error::Device { what: "the optimiser's state", why: format!("{e:?}") })?;
-            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-            tensors.push((format!("{kind}.{}", parameter.name), values.len(), bytes));
+            let name = format!("{kind}.{}", parameter.name);
+            let bytes = move || {
+                let values = tensor.try_to_vec_as::<f32>();
+                let why = |e| format!("{kind} of the optimiser cannot be read back: {e:?}");
+                let unread = |e| lowkey_model::Error::File { path: path.to_path_buf(), why: why(e) };
+                Ok(values.map_err(unread)?.iter().flat_map(|x| x.to_le_bytes()).collect())
+            };
+            tensors.push(Pending::new(name, Dtype::F32, tensor.dims().to_vec(), bytes));
         }
     }
-    let bytes = tensors
-        .iter()
-        .map(|(name, len, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, vec![*len], bytes)?)))
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
-        .and_then(|views| safetensors::serialize(views, None::<HashMap<String, String>>))
-        .map_err(|e| Error::file(path, format!("cannot be encoded: {e}")))?;
-    Ok(lowkey_files::write(path, &bytes)?)
+    Ok(write_tensors(path, tensors, None)?)
 }
 
 fn entries(dir: &Path) -> Result<Vec<PathBuf>> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use lowkey_files::{read, read_text, write, write_json};
+use lowkey_files::{read, read_text, write_json};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::config::{AdapterConfig, Modules};
 use super::kind::PeftType;
 use super::plan::AdapterPlan;
-use crate::checkpoint::{CONFIG, WeightDtype, encode_shard, stored};
+use crate::checkpoint::{CONFIG, WeightDtype, stored, write_parameters};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::params::Parameter;
@@ -188,8 +188,7 @@ impl AdapterDir {
     pub fn write(&self, parameters: Vec<Parameter>, plan: &AdapterPlan) -> Result<()> {
         let path = self.path.join(ADAPTER_WEIGHTS);
         let named = |parameter: Parameter| Parameter { name: format!("{PREFIX}{}", parameter.name), ..parameter };
-        let bytes = encode_shard(&path, parameters.into_iter().map(named).collect(), WeightDtype::F32)?;
-        write(&path, &bytes)?;
+        write_parameters(&path, parameters.into_iter().map(named).collect(), WeightDtype::F32)?;
         Ok(write_json(&self.path.join(ADAPTER_CONFIG), &self.to_json(plan))?)
     }
 

@@ -4,13 +4,14 @@ use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Tensor;
 use lowkey_files::{
     NewFile,
     write::{create_dir, remove},
 };
-use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 
+use super::file::{Pending, write_into, write_tensors};
 use super::{CONFIG, INDEX, Raw, SINGLE, WeightDtype, nf4};
 use crate::adapter::{AdapterPlan, Quantization};
 use crate::config::ModelConfig;
@@ -59,16 +60,16 @@ impl NewCheckpoint {
             count => format!("model-{:05}-of-{count:05}.safetensors", self.staged.len() + 1),
         };
         let path = self.dir.join(&file);
-        let mut encoded = Vec::with_capacity(shard.len());
+        let mut tensors = Vec::with_capacity(shard.len());
         for parameter in shard {
             let packs = packed.contains(parameter.name.as_str());
-            encoded.extend(encode(&path, parameter, self.dtype, packs)?);
+            tensors.extend(pending(&path, parameter, self.dtype, packs)?);
         }
-        for raw in &encoded {
-            self.weight_map.insert(raw.name.clone(), json!(file));
-            self.total += raw.bytes.len();
+        for tensor in &tensors {
+            self.weight_map.insert(tensor.name.clone(), json!(file));
+            self.total += tensor.len();
         }
-        self.staged.push(Staged::write(path.clone(), &serialized(&path, &encoded)?)?);
+        self.staged.push(Staged::write(&path, |file| write_into(file, &path, tensors, tag()))?);
         Ok(())
     }
 
@@ -168,39 +169,37 @@ fn split(parameters: Vec<Parameter>, dtype: WeightDtype, max_bytes: usize) -> Ve
     shards
 }
 
-/// The content of one safetensors file.
-pub(crate) fn encode_shard(path: &Path, shard: Vec<Parameter>, dtype: WeightDtype) -> Result<Vec<u8>> {
-    let encoded = shard.into_iter().map(|parameter| encode(path, parameter, dtype, false));
-    let encoded: Vec<Vec<Raw>> = encoded.collect::<Result<_>>()?;
-    serialized(path, &encoded.into_iter().flatten().collect::<Vec<_>>())
+/// Writes these parameters as one file: whole, or not at all.
+pub(crate) fn write_parameters(path: &Path, parameters: Vec<Parameter>, dtype: WeightDtype) -> Result<()> {
+    let tensors = parameters.into_iter().map(|parameter| pending(path, parameter, dtype, false));
+    write_tensors(path, tensors.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect(), tag())
+}
+
+/// transformers asks for it.
+fn tag() -> Option<HashMap<String, String>> {
+    Some(HashMap::from([("format".to_owned(), "pt".to_owned())]))
 }
 
 /// The tensors that a parameter becomes: one, or those of a packed matrix.
-fn encode(path: &Path, parameter: Parameter, dtype: WeightDtype, packs: bool) -> Result<Vec<Raw>> {
+fn pending(path: &Path, parameter: Parameter, dtype: WeightDtype, packs: bool) -> Result<Vec<Pending<'_>>> {
     let Parameter { name, shape, value, .. } = parameter;
-    let values = value
-        .try_into_vec_as::<f32>()
-        .map_err(|e| Error::file(path, format!("tensor {name} cannot be read back: {e:?}")))?;
+    let read = move |name: &str, value: Tensor<1>| {
+        let values = value.try_into_vec_as::<f32>();
+        values.map_err(|e| Error::file(path, format!("tensor {name} cannot be read back: {e:?}")))
+    };
     if let (true, [d_out, d_in]) = (packs, &shape[..]) {
-        return Ok(nf4::encode(&name, &values, [*d_out, *d_in], dtype));
+        let packed = nf4::encode(&name, &read(&name, value)?, [*d_out, *d_in], dtype);
+        let ready = |Raw { name, dtype, shape, bytes }| Pending::new(name, dtype, shape, || Ok(bytes));
+        return Ok(packed.into_iter().map(ready).collect());
     }
-    let bytes = dtype.encode(&values).map_err(|value| {
-        let why = format!("tensor {name} holds {value}, too large for {}; save as float32", dtype.name());
-        Error::file(path, why)
-    })?;
-    Ok(vec![Raw { name, dtype: dtype.format(), shape, bytes }])
-}
-
-fn serialized(path: &Path, tensors: &[Raw]) -> Result<Vec<u8>> {
-    let views = tensors
-        .iter()
-        .map(|raw| Ok((raw.name.as_str(), TensorView::new(raw.dtype, raw.shape.clone(), &raw.bytes)?)))
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
-    // transformers asks for the format tag.
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    views
-        .and_then(|views| safetensors::serialize(views, Some(metadata)))
-        .map_err(|e| Error::file(path, format!("cannot be encoded: {e}")))
+    let called = name.clone();
+    let bytes = move || {
+        dtype.encode(&read(&called, value)?).map_err(|value| {
+            let why = format!("tensor {called} holds {value}, too large for {}; save as float32", dtype.name());
+            Error::file(path, why)
+        })
+    };
+    Ok(vec![Pending::new(name, dtype.format(), shape, bytes)])
 }
 
 /// A file whose content is on disk but that does not bear its name yet; dropped, it leaves nothing behind.
@@ -210,16 +209,17 @@ struct Staged {
 }
 
 impl Staged {
-    fn write(path: PathBuf, bytes: &[u8]) -> Result<Self> {
-        let mut file = NewFile::create(&path)?;
+    fn write(path: &Path, content: impl FnOnce(&mut NewFile) -> Result<()>) -> Result<Self> {
+        let mut file = NewFile::create(path)?;
+        content(&mut file)?;
         // Synced now rather than at the rename, so that the renames of a checkpoint follow one another at once.
-        file.write_all(bytes).and_then(|()| file.sync()).map_err(|e| Error::io(&path, e))?;
-        Ok(Self { path, file })
+        file.sync().map_err(|e| Error::io(path, e))?;
+        Ok(Self { path: path.to_path_buf(), file })
     }
 
     fn write_json(path: PathBuf, value: &Value) -> Result<Self> {
         let text = serde_json::to_string_pretty(value).map_err(|e| Error::file(&path, e.to_string()))?;
-        Self::write(path, (text + "\n").as_bytes())
+        Self::write(&path, |file| file.write_all((text + "\n").as_bytes()).map_err(|e| Error::io(&path, e)))
     }
 
     /// Gives the file its name, in place of an older one.
