@@ -6,6 +6,7 @@
 mod columns;
 mod jsonl;
 mod kind;
+mod meter;
 mod open;
 mod pieces;
 mod rows;
@@ -17,6 +18,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 pub(crate) use kind::{Kind, kind};
+pub(crate) use meter::Meter;
 pub(crate) use pieces::{PART, parts};
 pub(crate) use text::{characters, holds};
 
@@ -63,11 +65,11 @@ pub(crate) type FoundRecords = Box<dyn Iterator<Item = Result<Found>>>;
 
 /// The records of a JSONL or Parquet file in order; of Parquet only the columns in `fields`. After an error the iterator ends, but not
 /// after a record that cannot be read.
-pub(crate) fn records(path: &Path, format: &Format, fields: &[&str]) -> FoundRecords {
+pub(crate) fn records(path: &Path, format: &Format, fields: &[&str], meter: &Meter) -> FoundRecords {
     let opened: Result<FoundRecords> = match format {
         Format::Text { .. } => Err(unusable(path, "plain text has no records")),
-        Format::Jsonl { .. } => jsonl::objects(path).map(|found| Box::new(found) as FoundRecords),
-        Format::Parquet { .. } => rows::objects(path, fields),
+        Format::Jsonl { .. } => jsonl::objects(path, meter).map(|found| Box::new(found) as FoundRecords),
+        Format::Parquet { .. } => rows::objects(path, fields, meter),
     };
     let mut failed = false;
     match opened {
@@ -81,17 +83,17 @@ type Pieces = Box<dyn Iterator<Item = Result<Piece>> + Send>;
 
 /// The documents of `path` in order, piece by piece; empty ones are left out. Text and JSONL are decompressed by the endings
 /// `.gz` and `.zst`. After an error the iterator ends.
-pub(crate) fn read(path: &Path, format: &Format) -> Pieces {
+pub(crate) fn read(path: &Path, format: &Format, meter: &Meter) -> Pieces {
     until_error(match format {
-        Format::Text { separator } => text::read(path, text::Ends::of(separator.as_deref())),
-        Format::Jsonl { field } => jsonl::read(path, field),
-        Format::Parquet { column } => columns::read(path, column),
+        Format::Text { separator } => text::read(path, text::Ends::of(separator.as_deref()), meter),
+        Format::Jsonl { field } => jsonl::read(path, field, meter),
+        Format::Parquet { column } => columns::read(path, column, meter),
     })
 }
 
 /// A text file as two documents: its first `head` characters, and what comes after them.
-pub(crate) fn read_cut(path: &Path, head: u64) -> Pieces {
-    until_error(text::read(path, text::Ends::After(head)))
+pub(crate) fn read_cut(path: &Path, head: u64, meter: &Meter) -> Pieces {
+    until_error(text::read(path, text::Ends::After(head), meter))
 }
 
 fn until_error(opened: Result<Pieces>) -> Pieces {

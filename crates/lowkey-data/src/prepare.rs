@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::dataset::{DatasetConfig, Source, StorybookForm, TokenizerConfig, TrainOn};
+use crate::documents::Meter;
 use crate::error::{Error, Result};
 use crate::hub::HubConfig;
 use crate::oracle::{training_story, validation_story};
@@ -165,11 +166,15 @@ pub enum Progress {
     Counting {
         /// The file being read.
         file: String,
+        /// How far this pass over the source has come.
+        share: Share,
     },
     /// Reading the text to build the tokenizer from it.
     BuildingTokenizer {
         /// Bytes of text read.
         bytes: u64,
+        /// How far this pass over the source has come.
+        share: Share,
     },
     /// Learning the merges of a BPE. While this goes on nothing is said.
     LearningMerges {
@@ -182,7 +187,25 @@ pub enum Progress {
         documents: u64,
         /// Tokens written.
         tokens: u64,
+        /// How far this pass over the source has come.
+        share: Share,
     },
+}
+
+/// A part of a source that was read: bytes of its files as they lie on the disk, or stories that are made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Share {
+    /// So much of it,
+    pub read: u64,
+    /// and all of it; 0 where that is not known.
+    pub of: u64,
+}
+
+impl Share {
+    fn of_files(meter: &Meter, files: &[SourceFile]) -> Self {
+        let of = files.iter().map(|file| file.bytes).sum();
+        Self { read: meter.bytes().min(of), of }
+    }
 }
 
 /// What is told of the work as it goes, and can end it: after [`ControlFlow::Break`] there is [`Error::Stopped`] soon.

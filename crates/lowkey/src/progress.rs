@@ -1,10 +1,12 @@
 //! What a run looks like while it goes: a progress bar on a terminal, plain lines elsewhere.
 
 use std::io::IsTerminal;
+use std::mem::Discriminant;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lowkey_data::prepare as preparing;
 use lowkey_data::tokenizer::Part;
 use lowkey_files::printable_lines;
 use lowkey_train::{
@@ -30,12 +32,21 @@ pub(crate) struct View {
     last_line: Option<Instant>,
     first: Option<(Instant, u64)>,
     preparing: bool,
+    preparation: Preparation,
 }
 
 impl View {
     pub(crate) fn new(steps: u64) -> Self {
         let terminal = std::io::stderr().is_terminal() && std::io::stdout().is_terminal();
-        Self { steps, bar: None, terminal, last_line: None, first: None, preparing: false }
+        Self {
+            steps,
+            bar: None,
+            terminal,
+            last_line: None,
+            first: None,
+            preparing: false,
+            preparation: Preparation::new(),
+        }
     }
 
     pub(crate) fn show(&mut self, event: Event) {
@@ -73,20 +84,14 @@ impl View {
         }
     }
 
-    fn preparing(&mut self, progress: &lowkey_data::prepare::Progress) {
+    fn preparing(&mut self, progress: &preparing::Progress) {
         // Said once: a small corpus is through in a moment.
         if !self.preparing {
             self.preparing = true;
-            self.last_line = Some(Instant::now());
             self.line("preparing the corpus");
         }
-        let waits = matches!(
-            progress,
-            lowkey_data::prepare::Progress::Fetching { .. } | lowkey_data::prepare::Progress::LearningMerges { .. }
-        );
-        if waits || self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
-            self.last_line = Some(Instant::now());
-            self.line(&preparation_line(progress));
+        if let Some(line) = self.preparation.line(progress) {
+            self.line(&line);
         }
     }
 
@@ -333,45 +338,85 @@ fn indented(text: &str) -> String {
     printable_lines(text).lines().map(|line| format!("    | {line}")).collect::<Vec<_>>().join("\n")
 }
 
-/// Shows the preparation of a corpus outside a run: a line at once for what it waits for, and one every few seconds for what it
-/// does.
+/// The preparation of a corpus in lines: one at once for what it waits for, and one every few seconds for what it does.
 pub(crate) struct Preparation {
     last: Instant,
+    /// The pass over the source that is under way, when it began, and what had been read of it then.
+    pass: Option<(Discriminant<preparing::Progress>, Instant, u64)>,
 }
 
 impl Preparation {
     pub(crate) fn new() -> Self {
-        Self { last: Instant::now() }
+        Self { last: Instant::now(), pass: None }
     }
 
-    /// What `lowkey_data::prepare` tells. Ctrl-C ends the process here, which leaves nothing half-done.
-    pub(crate) fn observer(mut self) -> impl FnMut(lowkey_data::prepare::Progress) -> ControlFlow<()> {
+    /// What [`lowkey_data::prepare`] tells, outside a run. Ctrl-C ends the process here, which leaves nothing half-done.
+    pub(crate) fn observer(mut self) -> impl FnMut(preparing::Progress) -> ControlFlow<()> {
         move |progress| {
-            let waits = matches!(
-                progress,
-                lowkey_data::prepare::Progress::Fetching { .. } | lowkey_data::prepare::Progress::LearningMerges { .. }
-            );
-            if waits || self.last.elapsed() >= LINE_EVERY {
-                self.last = Instant::now();
-                complain(&preparation_line(&progress));
+            if let Some(line) = self.line(&progress) {
+                complain(&line);
             }
             ControlFlow::Continue(())
         }
     }
+
+    /// What it is busy with, where that is to be said now.
+    fn line(&mut self, progress: &preparing::Progress) -> Option<String> {
+        use preparing::Progress as P;
+        let (what, share) = match progress {
+            P::Waiting { dir } => (format!("waiting for another process that prepares {}", dir.display()), None),
+            P::Fetching { file } => (format!("fetching {file}"), None),
+            P::Hashing { file } => (format!("hashing {file}"), None),
+            P::Counting { file, share } => (format!("counting {file}"), Some(share)),
+            P::BuildingTokenizer { bytes: read, share } => {
+                (format!("building the tokenizer: {} of text", bytes(*read as usize)), Some(share))
+            }
+            P::LearningMerges { words } => {
+                (format!("learning merges from {} distinct words", count(*words as f64)), None)
+            }
+            P::Tokenizing { documents, tokens, share } => {
+                let (documents, tokens) = (count(*documents as f64), count(*tokens as f64));
+                (format!("tokenizing: {documents} documents, {tokens} tokens"), Some(share))
+            }
+        };
+        let kind = std::mem::discriminant(progress);
+        let read = share.map_or(0, |share| share.read);
+        let (_, began, before) = match self.pass {
+            Some(pass) if pass.0 == kind => pass,
+            _ => *self.pass.insert((kind, Instant::now(), read)),
+        };
+        let waits = matches!(progress, P::Fetching { .. } | P::LearningMerges { .. });
+        if !waits && self.last.elapsed() < LINE_EVERY {
+            return None;
+        }
+        self.last = Instant::now();
+        let left = share.and_then(|share| left(*share, before, began.elapsed()));
+        Some(left.map_or(what.clone(), |left| format!("{what}, {left}")))
+    }
 }
 
-/// What the preparation of a corpus is busy with.
-fn preparation_line(progress: &lowkey_data::prepare::Progress) -> String {
-    use lowkey_data::prepare::Progress as P;
-    match progress {
-        P::Waiting { dir } => format!("waiting for another process that prepares {}", dir.display()),
-        P::Fetching { file } => format!("fetching {file}"),
-        P::Hashing { file } => format!("hashing {file}"),
-        P::Counting { file } => format!("counting {file}"),
-        P::BuildingTokenizer { bytes: read } => format!("building the tokenizer: {} of text", bytes(*read as usize)),
-        P::LearningMerges { words } => format!("learning merges from {} distinct words", count(*words as f64)),
-        P::Tokenizing { documents, tokens } => {
-            format!("tokenizing: {} documents, {} tokens", count(*documents as f64), count(*tokens as f64))
-        }
+/// How much of a pass is done, and how long the rest will take at the rate so far; `before` had been read when it began.
+fn left(share: preparing::Share, before: u64, took: Duration) -> Option<String> {
+    let preparing::Share { read, of } = share;
+    (of > 0 && read > before).then(|| {
+        let seconds = took.as_secs_f64() * of.saturating_sub(read) as f64 / (read - before) as f64;
+        format!("{:.0} % ETA {}", 100.0 * read.min(of) as f64 / of as f64, duration(seconds))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_of_a_pass_is_told_at_the_rate_so_far() {
+        let share = |read, of| preparing::Share { read, of };
+        let ten = Duration::from_secs(10);
+        assert_eq!(left(share(250, 1000), 0, ten).as_deref(), Some("25 % ETA 30 s"));
+        // What was there before the pass was looked at tells nothing of its rate.
+        assert_eq!(left(share(600, 1000), 500, ten).as_deref(), Some("60 % ETA 40 s"));
+        assert_eq!(left(share(1000, 1000), 0, ten).as_deref(), Some("100 % ETA 0 s"));
+        assert_eq!(left(share(0, 1000), 0, ten), None);
+        assert_eq!(left(share(5, 0), 0, ten), None);
     }
 }

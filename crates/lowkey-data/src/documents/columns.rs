@@ -10,6 +10,7 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::schema::types::ColumnDescriptor;
 
+use super::meter::{Meter, MeteredRows};
 use super::{LARGEST_RECORD, Piece, Pieces, pieces_of, unusable};
 use crate::error::{Error, Result};
 
@@ -17,8 +18,9 @@ use crate::error::{Error, Result};
 const ROWS: usize = 64;
 
 /// The texts of a column. A null is no document.
-pub(super) fn read(path: &Path, column: &str) -> Result<Pieces> {
+pub(super) fn read(path: &Path, column: &str, meter: &Meter) -> Result<Pieces> {
     let file = lowkey_files::open(path)?;
+    let length = file.metadata().map_err(Error::io("read", path))?.len();
     let reader = guarded(path, || SerializedFileReader::new(file).map_err(|e| damaged(path, &e)))?;
     let schema = reader.metadata().file_metadata().schema_descr_ptr();
     let columns = schema.columns();
@@ -27,6 +29,8 @@ pub(super) fn read(path: &Path, column: &str) -> Result<Pieces> {
         return Err(no_column(path, column, &columns.iter().map(|c| c.as_ref()).collect::<Vec<_>>()));
     };
     let deepest = columns[index].max_def_level();
+    let rows = reader.metadata().file_metadata().num_rows();
+    let meter = meter.of_rows(length, u64::try_from(rows).unwrap_or(0));
     let path = path.to_path_buf();
     Ok(Box::new(Rows {
         path,
@@ -36,6 +40,7 @@ pub(super) fn read(path: &Path, column: &str) -> Result<Pieces> {
         next_group: 0,
         group: None,
         row: 0,
+        meter,
         ready: VecDeque::new(),
     }))
 }
@@ -77,6 +82,7 @@ struct Rows {
     group: Option<Group>,
     /// Rows read so far.
     row: u64,
+    meter: MeteredRows,
     ready: VecDeque<Piece>,
 }
 
@@ -131,6 +137,7 @@ impl Rows {
             self.ready.extend(pieces_of(text.to_owned()));
         }
         self.row += records as u64;
+        self.meter.add(records as u64);
         Ok(true)
     }
 

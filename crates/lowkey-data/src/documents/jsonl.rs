@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Map;
 
+use super::meter::Meter;
 use super::open::open;
 use super::text::BOM;
 use super::{Found, LARGEST_RECORD, Pieces, pieces_of};
@@ -17,9 +18,9 @@ use crate::error::{Error, Result};
 const MOST_NAMES: usize = 32;
 
 /// The texts of a JSONL file.
-pub(super) fn read(path: &Path, field: &str) -> Result<Pieces> {
+pub(super) fn read(path: &Path, field: &str, meter: &Meter) -> Result<Pieces> {
     let field = field.to_owned();
-    let texts = lines(path, move |_, line| text_of(line, &field))?;
+    let texts = lines(path, meter, move |_, line| text_of(line, &field))?;
     Ok(Box::new(texts.flat_map(|text| match text {
         Ok(text) => pieces_of(text).into_iter().map(Ok).collect(),
         Err(error) => vec![Err(error)],
@@ -27,16 +28,16 @@ pub(super) fn read(path: &Path, field: &str) -> Result<Pieces> {
 }
 
 /// The objects of a JSONL file, each with its line; what is none is said in its place.
-pub(super) fn objects(path: &Path) -> Result<impl Iterator<Item = Result<Found>> + Send + use<>> {
-    lines(path, |number, line| Ok(Some(Found { unit: "line", number, value: object_of(line) })))
+pub(super) fn objects(path: &Path, meter: &Meter) -> Result<impl Iterator<Item = Result<Found>> + Send + use<>> {
+    lines(path, meter, |number, line| Ok(Some(Found { unit: "line", number, value: object_of(line) })))
 }
 
 /// What `parse` makes of each line that is not empty, given its number from 1; a message of it becomes an error that names the line.
-fn lines<T, F>(path: &Path, mut parse: F) -> Result<impl Iterator<Item = Result<T>> + Send + use<T, F>>
+fn lines<T, F>(path: &Path, meter: &Meter, mut parse: F) -> Result<impl Iterator<Item = Result<T>> + Send + use<T, F>>
 where
     F: FnMut(u64, &str) -> Result<Option<T>, String> + Send,
 {
-    let mut reader = open(path)?;
+    let mut reader = open(path, meter)?;
     let path = path.to_path_buf();
     let (mut number, mut offset) = (0u64, 0u64);
     let mut line = Vec::new();

@@ -1,10 +1,10 @@
 //! Source files as streams of plain bytes.
 
-use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use super::kind::{Kind, kind_of};
+use super::meter::{Meter, Metered};
 use super::unusable;
 use crate::error::{Error, Result};
 
@@ -16,8 +16,8 @@ pub(super) const BLOCK: usize = 1 << 20;
 const LARGEST_WINDOW: u32 = 31;
 
 /// Opens a text or JSONL file, decompressed by its ending.
-pub(super) fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
-    let mut file = BufReader::with_capacity(BLOCK, lowkey_files::open(path)?);
+pub(super) fn open(path: &Path, meter: &Meter) -> Result<Box<dyn BufRead + Send>> {
+    let mut file = BufReader::with_capacity(BLOCK, meter.of(lowkey_files::open(path)?));
     let start = file.fill_buf().map_err(Error::io("read", path))?;
     match (Compression::of(path), kind_of(start)) {
         (None, Some(kind)) => Err(unusable(path, format!("is {}, not plain text: {}", kind.what(), kind.mend(path)))),
@@ -55,12 +55,12 @@ impl Compression {
 /// The members of a gzip file one after the other. Zeros behind a member are padding, as on tapes and in files that were laid
 /// out in blocks; anything else that is no member is an error.
 struct Members {
-    reading: Option<flate2::bufread::GzDecoder<BufReader<File>>>,
-    between: Option<BufReader<File>>,
+    reading: Option<flate2::bufread::GzDecoder<BufReader<Metered>>>,
+    between: Option<BufReader<Metered>>,
 }
 
 impl Members {
-    fn new(file: BufReader<File>) -> Self {
+    fn new(file: BufReader<Metered>) -> Self {
         Self { reading: None, between: Some(file) }
     }
 }
@@ -94,7 +94,7 @@ impl Read for Members {
 }
 
 /// A Zstandard stream whose errors say what can be done.
-struct Zstandard(zstd::stream::read::Decoder<'static, BufReader<File>>);
+struct Zstandard(zstd::stream::read::Decoder<'static, BufReader<Metered>>);
 
 impl Read for Zstandard {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

@@ -8,8 +8,9 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Number, Value};
 
 use super::columns::{damaged, guarded};
+use super::meter::Meter;
 use super::{Found, FoundRecords, LARGEST_RECORD, unusable};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Values of a column that are decoded at a time.
 const VALUES: usize = 64;
@@ -18,9 +19,10 @@ const VALUES: usize = 64;
 const DEEPEST: usize = 32;
 
 /// The rows of a file, with those of its columns that are in `fields`; a field that is null is left out.
-pub(super) fn objects(path: &Path, fields: &[&str]) -> Result<FoundRecords> {
+pub(super) fn objects(path: &Path, fields: &[&str], meter: &Meter) -> Result<FoundRecords> {
     let file = lowkey_files::open(path)?;
-    let rows = guarded(path, || {
+    let length = file.metadata().map_err(Error::io("read", path))?.len();
+    let (rows, count) = guarded(path, || {
         let reader = SerializedFileReader::new(file).map_err(|e| damaged(path, &e))?;
         let schema = reader.metadata().file_metadata().schema_descr_ptr();
         if schema.columns().iter().any(|column| column.path().parts().len() > DEEPEST) {
@@ -32,15 +34,18 @@ pub(super) fn objects(path: &Path, fields: &[&str]) -> Result<FoundRecords> {
             let names: Vec<&str> = root.get_fields().iter().map(|field| field.name()).collect();
             return Err(unusable(path, format!("none of its columns {names:?} is one of {fields:?}")));
         }
+        let count = reader.metadata().file_metadata().num_rows();
         let projection = Type::group_type_builder(root.name()).with_fields(wanted).build();
         let projection = projection.map_err(|e| damaged(path, &e))?;
         let rows = RowIter::from_file_into(Box::new(reader)).project(Some(projection));
-        Ok(rows.map_err(|e| damaged(path, &e))?.with_batch_size(VALUES))
+        Ok((rows.map_err(|e| damaged(path, &e))?.with_batch_size(VALUES), count))
     })?;
     let (path, mut rows, mut number) = (path.to_path_buf(), rows, 0);
+    let mut meter = meter.of_rows(length, u64::try_from(count).unwrap_or(0));
     Ok(Box::new(std::iter::from_fn(move || {
         let row = guarded(&path, || rows.next().transpose().map_err(|e| damaged(&path, &e)));
         number += 1;
+        meter.add(1);
         Some(row.transpose()?.map(|row| {
             let mut left = LARGEST_RECORD;
             Found { unit: "row", number, value: object(&row, &mut left) }

@@ -8,10 +8,10 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 
-/// The documents, put together from their pieces.
+/// The documents, put together from their pieces; all of a file is told to be read then.
 fn all(path: &Path, format: &Format) -> Vec<String> {
-    let (mut documents, mut open) = (Vec::<String>::new(), false);
-    for piece in read(path, format) {
+    let (mut documents, mut open, meter) = (Vec::<String>::new(), false, Meter::default());
+    for piece in read(path, format, &meter) {
         let piece = piece.unwrap();
         assert!(!piece.text.is_empty() && piece.begins != open);
         if piece.begins {
@@ -21,11 +21,12 @@ fn all(path: &Path, format: &Format) -> Vec<String> {
         open = !piece.ends;
     }
     assert!(!open);
+    assert_eq!(meter.bytes(), path.metadata().unwrap().len());
     documents
 }
 
 fn fail(path: &Path, format: &Format) -> String {
-    read(path, format).find_map(Result::err).expect("the file must be refused").to_string()
+    read(path, format, &Meter::default()).find_map(Result::err).expect("the file must be refused").to_string()
 }
 
 fn jsonl_format() -> Format {
@@ -170,7 +171,7 @@ fn no_damage_to_a_parquet_file_ends_the_process() {
             let mut bytes = whole.clone();
             bytes[at] = value;
             std::fs::write(&path, &bytes).unwrap();
-            refused += usize::from(read(&path, &format).any(|document| document.is_err()));
+            refused += usize::from(read(&path, &format, &Meter::default()).any(|document| document.is_err()));
         }
     }
     assert!(refused > whole.len(), "{refused} of {} changes noticed", 7 * whole.len());
@@ -265,7 +266,7 @@ fn a_long_text_comes_in_pieces_whose_documents_are_whole() {
     let format = Format::Text { separator: Some("<|>".into()) };
     let expected: Vec<&str> = text.split("<|>").filter(|document| !document.is_empty()).collect();
     assert!(all(&path, &format) == expected);
-    assert!(read(&path, &format).all(|piece| piece.unwrap().text.len() <= 4 * PART));
+    assert!(read(&path, &format, &Meter::default()).all(|piece| piece.unwrap().text.len() <= 4 * PART));
     // A document held whole is cut in the same places.
     let jsonl = dir.path().join("a.jsonl");
     std::fs::write(
@@ -273,7 +274,7 @@ fn a_long_text_comes_in_pieces_whose_documents_are_whole() {
         expected.iter().map(|text| format!("{}\n", serde_json::json!({ "text": text }))).collect::<String>(),
     )
     .unwrap();
-    let pieces = |path: &Path, format: &Format| read(path, format).collect::<Result<Vec<_>>>().unwrap();
+    let pieces = |path: &Path, format: &Format| read(path, format, &Meter::default()).collect::<Result<Vec<_>>>().unwrap();
     assert!(pieces(&jsonl, &jsonl_format()) == pieces(&path, &format));
 }
 
@@ -284,10 +285,10 @@ fn a_text_is_cut_at_a_character() {
     let text = "äbc\n".repeat(400_000);
     std::fs::write(&path, &text).unwrap();
     let count = text.chars().count() as u64;
-    assert_eq!(characters(&path, &mut || Ok(())).unwrap(), count);
+    assert_eq!(characters(&path, &Meter::default(), &mut || Ok(())).unwrap(), count);
     for head in [1, 5, count / 2 + 1, count - 1, count, count + 9] {
         let (mut before, mut after) = (String::new(), String::new());
-        for piece in read_cut(&path, head) {
+        for piece in read_cut(&path, head, &Meter::default()) {
             let piece = piece.unwrap();
             if piece.tail { &mut after } else { &mut before }.push_str(&piece.text);
         }

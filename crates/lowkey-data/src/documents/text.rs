@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use super::meter::Meter;
 use super::open::{BLOCK, open};
 use super::pieces::Cutter;
 use super::{PART, Piece, Pieces};
@@ -30,9 +31,9 @@ impl Ends {
 }
 
 /// The documents of a text file.
-pub(super) fn read(path: &Path, ends: Ends) -> Result<Pieces> {
+pub(super) fn read(path: &Path, ends: Ends, meter: &Meter) -> Result<Pieces> {
     let documents = Documents {
-        blocks: Blocks::open(path)?,
+        blocks: Blocks::open(path, meter)?,
         ends,
         pending: String::new(),
         cutter: Cutter::new(PART),
@@ -45,8 +46,8 @@ pub(super) fn read(path: &Path, ends: Ends) -> Result<Pieces> {
 }
 
 /// How many characters a text file has; calls `each` with every block of it.
-pub(crate) fn characters(path: &Path, each: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
-    Blocks::open(path)?.try_fold(0, |sum, block| {
+pub(crate) fn characters(path: &Path, meter: &Meter, each: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
+    Blocks::open(path, meter)?.try_fold(0, |sum, block| {
         let count = block?.chars().count() as u64;
         each()?;
         Ok(sum + count)
@@ -56,7 +57,7 @@ pub(crate) fn characters(path: &Path, each: &mut dyn FnMut() -> Result<()>) -> R
 /// Whether a text file has `word` in it.
 pub(crate) fn holds(path: &Path, word: &str) -> Result<bool> {
     let mut before = String::new();
-    for block in Blocks::open(path)? {
+    for block in Blocks::open(path, &Meter::default())? {
         before.push_str(&block?);
         if before.contains(word) {
             return Ok(true);
@@ -79,8 +80,14 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn open(path: &Path) -> Result<Self> {
-        Ok(Self { reader: Box::new(open(path)?), path: path.to_path_buf(), rest: Vec::new(), offset: 0, done: false })
+    fn open(path: &Path, meter: &Meter) -> Result<Self> {
+        Ok(Self {
+            reader: Box::new(open(path, meter)?),
+            path: path.to_path_buf(),
+            rest: Vec::new(),
+            offset: 0,
+            done: false,
+        })
     }
 
     fn read(&mut self) -> Result<Option<String>> {

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::{Progress, SourceFile, Watch};
+use super::{Progress, Share, SourceFile, Watch};
 use crate::dataset::{DatasetConfig, Source, SplitBy, TokenizerConfig};
-use crate::documents::{self, Format, Piece};
+use crate::documents::{self, Format, Meter, Piece};
 use crate::error::{Error, Result};
 use crate::oracle::{training_story, validation_story};
 use crate::sampler::mix;
@@ -63,24 +63,28 @@ impl<'a> Corpus<'a> {
         if config.split.by != SplitBy::Tail || fraction == 0.0 || corpus.format.is_none() {
             return Ok(corpus);
         }
+        let meter = Meter::default();
         // Where the tail begins is known only when all has been counted, hence a pass over the source.
         corpus.heads = if corpus.whole_files() {
             let heads = files.iter().map(|file| {
-                let name = &file.name;
-                let count =
-                    documents::characters(&file.path, &mut || watch.tell(Progress::Counting { file: name.clone() }))?;
+                let mut counting = || {
+                    let share = Share::of_files(&meter, files);
+                    watch.tell(Progress::Counting { file: file.name.clone(), share })
+                };
+                let count = documents::characters(&file.path, &meter, &mut counting)?;
                 Ok(head_length(count, fraction))
             });
             Heads::Characters(heads.collect::<Result<_>>()?)
         } else {
             let (mut count, mut bytes) = (0, 0);
-            for piece in corpus.pieces() {
+            for piece in corpus.pieces(&meter) {
                 let (file, piece) = piece?;
                 count += u64::from(piece.begins);
                 bytes += piece.text.len() as u64;
                 if bytes > REPORT_BYTES {
                     bytes = 0;
-                    watch.tell(Progress::Counting { file: file.name.clone() })?;
+                    let share = Share::of_files(&meter, files);
+                    watch.tell(Progress::Counting { file: file.name.clone(), share })?;
                 }
             }
             Heads::Documents(head_length(count, fraction))
@@ -94,20 +98,31 @@ impl<'a> Corpus<'a> {
     }
 
     /// The pieces of all documents of all files in order.
-    fn pieces(&self) -> impl Iterator<Item = Result<(&'a SourceFile, Piece)>> + Send + use<'a> {
+    fn pieces(&self, meter: &Meter) -> impl Iterator<Item = Result<(&'a SourceFile, Piece)>> + Send + use<'a> {
+        let meter = meter.clone();
         let format = self.format.clone();
         let heads = if let Heads::Characters(heads) = &self.heads { heads.clone() } else { Vec::new() };
         self.files.iter().enumerate().flat_map(move |(i, file)| {
             let pieces = format.as_ref().map(|format| match heads.get(i) {
-                Some(head) => documents::read_cut(&file.path, *head),
-                None => documents::read(&file.path, format),
+                Some(head) => documents::read_cut(&file.path, *head, &meter),
+                None => documents::read(&file.path, format, &meter),
             });
             pieces.into_iter().flatten().map(move |piece| Ok((file, piece?)))
         })
     }
 
+    /// How much of the source was read, of which `documents` were begun.
+    fn share(&self, meter: &Meter, documents: u64) -> Share {
+        match self.config.source {
+            Source::Storybook { documents: train, validation_documents, .. } => {
+                Share { read: documents, of: train + validation_documents }
+            }
+            _ => Share::of_files(meter, self.files),
+        }
+    }
+
     /// All documents with their split.
-    fn items(&self) -> Box<dyn Iterator<Item = Result<Item>> + Send + 'a> {
+    fn items(&self, meter: &Meter) -> Box<dyn Iterator<Item = Result<Item>> + Send + 'a> {
         if let Source::Storybook { seed, documents, validation_documents, .. } = self.config.source {
             let item = |side, text| Ok(Item { side, text, begins: true, whole: true, last: true });
             let train = (0..documents).map(move |i| item(Side::Train, training_story(seed, i).text));
@@ -115,7 +130,7 @@ impl<'a> Corpus<'a> {
             return Box::new(train.chain(held));
         }
         if let Heads::Characters(_) = self.heads {
-            return Box::new(self.pieces().map(|piece| {
+            return Box::new(self.pieces(meter).map(|piece| {
                 let (_, Piece { text, begins, ends, tail }) = piece?;
                 let side = if tail { Side::Validation } else { Side::Train };
                 Ok(Item { side, text, begins: begins && !tail, whole: false, last: ends })
@@ -124,7 +139,7 @@ impl<'a> Corpus<'a> {
         let split = self.config.split.clone();
         let head = if let Heads::Documents(head) = self.heads { head } else { u64::MAX };
         let mut begun = 0;
-        Box::new(self.pieces().map(move |piece| {
+        Box::new(self.pieces(meter).map(move |piece| {
             let (_, Piece { text, begins, ends, .. }) = piece?;
             begun += u64::from(begins);
             let index = begun - 1;
@@ -141,10 +156,12 @@ impl<'a> Corpus<'a> {
     pub(super) fn build_tokenizer(&self, watch: &mut Watch) -> Result<Tokenizer> {
         let bpe = if let TokenizerConfig::Bpe { vocab_size } = self.config.tokenizer { Some(vocab_size) } else { None };
         let (mut words, mut alphabet) = (WordCounts::default(), BTreeSet::new());
-        let (mut bytes, mut reported) = (0, 0);
-        watch.tell(Progress::BuildingTokenizer { bytes })?;
-        for item in self.items() {
+        let (mut bytes, mut reported, mut documents) = (0, 0, 0);
+        let meter = Meter::default();
+        watch.tell(Progress::BuildingTokenizer { bytes, share: self.share(&meter, documents) })?;
+        for item in self.items(&meter) {
             let item = item?;
+            documents += u64::from(item.begins);
             match bpe {
                 Some(_) if item.side == Side::Train => words.add(&item.text),
                 Some(_) => continue,
@@ -153,7 +170,7 @@ impl<'a> Corpus<'a> {
             bytes += item.text.len() as u64;
             if bytes - reported > REPORT_BYTES {
                 reported = bytes;
-                watch.tell(Progress::BuildingTokenizer { bytes })?;
+                watch.tell(Progress::BuildingTokenizer { bytes, share: self.share(&meter, documents) })?;
             }
         }
         if bytes == 0 {
@@ -177,7 +194,8 @@ impl<'a> Corpus<'a> {
     ) -> Result<()> {
         let mut train = ShardWriter::create(train, tokenizer.vocab_size())?;
         let mut validation = ShardWriter::create(validation, tokenizer.vocab_size())?;
-        let mut items = self.items();
+        let meter = Meter::default();
+        let mut items = self.items(&meter);
         let end = tokenizer.text_end();
         loop {
             let (mut texts, mut rest, mut bytes) = (Vec::new(), Vec::new(), 0);
@@ -208,7 +226,8 @@ impl<'a> Corpus<'a> {
                 }
             }
             let documents = train.documents() + validation.documents();
-            watch.tell(Progress::Tokenizing { documents, tokens: train.tokens() + validation.tokens() })?;
+            let (tokens, share) = (train.tokens() + validation.tokens(), self.share(&meter, documents));
+            watch.tell(Progress::Tokenizing { documents, tokens, share })?;
         }
         self.check_splits(&train, &validation)?;
         train.finish()?;

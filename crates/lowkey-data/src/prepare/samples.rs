@@ -4,9 +4,9 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use super::{Progress, Skipped, SourceFile, Watch};
+use super::{Progress, Share, Skipped, SourceFile, Watch};
 use crate::dataset::{DatasetConfig, Source, SplitBy, StorybookForm};
-use crate::documents::{self, Found};
+use crate::documents::{self, Found, Meter};
 use crate::error::{Error, Result};
 use crate::oracle;
 use crate::records::Records;
@@ -37,6 +37,7 @@ pub(super) fn tokenize(
         documents.iter().try_for_each(|d| writer.push_learnt(&d.ids, &d.learnt, d.bytes))
     };
     if let Source::Storybook { seed, documents, validation_documents, form } = config.source {
+        let training = documents;
         for (count, held) in [(documents, false), (validation_documents, true)] {
             let made = |index: u64| {
                 let story = |index: u64| {
@@ -56,7 +57,9 @@ pub(super) fn tokenize(
             for made in many(0..count, made) {
                 let (index, told) = made?;
                 push(if held { &mut validation } else { &mut train }, told)?;
-                report(index, [&train, &validation], watch)?;
+                let read = if held { training + index } else { index };
+                let share = || Share { read, of: training + validation_documents };
+                report(index, [&train, &validation], share, watch)?;
             }
         }
     }
@@ -70,14 +73,14 @@ pub(super) fn tokenize(
         SplitBy::Tail if fraction > 0.0 => head_length(count(config, files, watch)?, fraction),
         _ => u64::MAX,
     };
-    let mut index = 0;
+    let (mut index, meter) = (0, Meter::default());
     let made = |found: Result<Found>| -> Result<_> {
         let Found { unit, number, value } = found?;
         let record = value.and_then(|object| records.read(&object, config.list()));
         Ok((unit, number, record.and_then(|record| documents_of(record, method, tokenizer))))
     };
     for file in files {
-        for made in many(found(config, file), made) {
+        for made in many(found(config, file, &meter), made) {
             let (unit, number, documents) = made?;
             match documents {
                 Ok(documents) => {
@@ -95,7 +98,7 @@ pub(super) fn tokenize(
                 Err(message) => return Err(Error::Record { path: file.path.clone(), unit, number, message }),
             }
             index += 1;
-            report(index, [&train, &validation], watch)?;
+            report(index, [&train, &validation], || Share::of_files(&meter, files), watch)?;
         }
     }
     check(config, [&train, &validation], &skipped)?;
@@ -117,36 +120,37 @@ fn many<T: Send, R: Send>(items: impl Iterator<Item = T>, make: impl Fn(T) -> R 
 }
 
 /// The records of one file.
-fn found(config: &DatasetConfig, file: &SourceFile) -> documents::FoundRecords {
+fn found(config: &DatasetConfig, file: &SourceFile, meter: &Meter) -> documents::FoundRecords {
     let fields = config.records().map(|records| records.fields(config.list())).unwrap_or_default();
     match config.format() {
-        Some(format) => documents::records(&file.path, &format, &fields),
+        Some(format) => documents::records(&file.path, &format, &fields, meter),
         None => Box::new(std::iter::empty()),
     }
 }
 
 /// How many records there are, those that cannot be used included: what is left out moves no other to the other side.
 fn count(config: &DatasetConfig, files: &[SourceFile], watch: &mut Watch) -> Result<u64> {
-    let mut count = 0;
+    let (mut count, meter) = (0, Meter::default());
     for file in files {
-        for found in found(config, file) {
+        for found in found(config, file, &meter) {
             found?;
             count += 1;
             if count % REPORT == 0 {
-                watch.tell(Progress::Counting { file: file.name.clone() })?;
+                let share = Share::of_files(&meter, files);
+                watch.tell(Progress::Counting { file: file.name.clone(), share })?;
             }
         }
     }
     Ok(count)
 }
 
-fn report(index: u64, writers: [&ShardWriter; 2], watch: &mut Watch) -> Result<()> {
+fn report(index: u64, writers: [&ShardWriter; 2], share: impl FnOnce() -> Share, watch: &mut Watch) -> Result<()> {
     if !index.is_multiple_of(REPORT) {
         return Ok(());
     }
     let documents = writers.iter().map(|writer| writer.documents()).sum();
     let tokens = writers.iter().map(|writer| writer.tokens()).sum();
-    watch.tell(Progress::Tokenizing { documents, tokens })
+    watch.tell(Progress::Tokenizing { documents, tokens, share: share() })
 }
 
 /// Refuses a split without records where the dataset file asks for some. A single record is no reason to.

@@ -121,6 +121,53 @@ fn a_split_by_documents_is_stable_and_about_right() {
 }
 
 #[test]
+fn what_is_told_of_a_pass_grows_to_the_whole_of_the_source() {
+    let line = "a line of some words, one of many that are all alike\n";
+    let text = line.repeat((12 << 20) / line.len());
+    let json = format!("{{\"text\": \"{}\", \"beside\": \"what is read and no text\"}}\n", line.trim()).repeat(150_000);
+    let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gz.write_all(text.as_bytes()).unwrap();
+    let gz = gz.finish().unwrap();
+    let of = |kind: &str, paths: &str| {
+        format!("[source]\nkind = \"{kind}\"\npaths = [{paths}]\n[tokenizer]\nkind = \"bpe\"\nvocab_size = 300\n")
+    };
+    let lines = of("text", "\"a.txt\"").replace("]\n[tok", "]\nseparator = \"\\n\"\n[tok");
+    let stories = "[source]\nkind = \"storybook\"\nseed = 1\ndocuments = 20000\nvalidation_documents = 100\n";
+    for (files, toml, passes) in [
+        (vec![("a.txt", text.as_bytes())], of("text", "\"a.txt\""), 3),
+        (vec![("a.txt", text.as_bytes())], lines, 3),
+        (vec![("a.txt.gz", &gz[..]), ("b.txt", line.as_bytes())], of("text", "\"*.gz\", \"b.txt\""), 3),
+        (vec![("a.jsonl", json.as_bytes())], of("jsonl", "\"a.jsonl\""), 3),
+        (Vec::new(), stories.to_owned(), 1),
+    ] {
+        let whole = match files.iter().map(|(_, bytes)| bytes.len() as u64).sum() {
+            0 => 20_100,
+            bytes => bytes,
+        };
+        let fixture = Fixture::new(&files, &toml);
+        let mut told: Vec<(std::mem::Discriminant<Progress>, Share)> = Vec::new();
+        let prepared = prepare(&fixture.config(), &fixture.out(), None, &mut |progress| {
+            if let Progress::Counting { share, .. }
+            | Progress::BuildingTokenizer { share, .. }
+            | Progress::Tokenizing { share, .. } = progress
+            {
+                told.push((std::mem::discriminant(&progress), share));
+            }
+            ControlFlow::Continue(())
+        });
+        prepared.unwrap();
+        let pass: Vec<_> = told.chunk_by(|a, b| a.0 == b.0).collect();
+        assert_eq!(pass.len(), passes, "{toml}: {told:?}");
+        for pass in pass {
+            assert!(pass.iter().all(|(_, share)| share.of == whole), "{toml}: {pass:?}");
+            assert!(pass.windows(2).all(|pair| pair[0].1.read <= pair[1].1.read), "{toml}: {pass:?}");
+            let last = pass.last().unwrap().1;
+            assert!(last.read <= whole && last.read > whole / 2, "{toml}: {last:?}");
+        }
+    }
+}
+
+#[test]
 fn the_same_is_opened_and_anything_else_is_made_again() {
     let fixture = Fixture::new(&[("a.jsonl", LINES.as_bytes())], JSONL);
     let run = |config: &DatasetConfig, tokenizer| {
