@@ -274,7 +274,8 @@ fn a_long_text_comes_in_pieces_whose_documents_are_whole() {
         expected.iter().map(|text| format!("{}\n", serde_json::json!({ "text": text }))).collect::<String>(),
     )
     .unwrap();
-    let pieces = |path: &Path, format: &Format| read(path, format, &Meter::default()).collect::<Result<Vec<_>>>().unwrap();
+    let pieces =
+        |path: &Path, format: &Format| read(path, format, &Meter::default()).collect::<Result<Vec<_>>>().unwrap();
     assert!(pieces(&jsonl, &jsonl_format()) == pieces(&path, &format));
 }
 
