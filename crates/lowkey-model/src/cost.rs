@@ -139,24 +139,21 @@ impl ModelConfig {
     ///
     /// The process; weights; two moments of what is trained; and the most of three that follow on each other, so that the memory of one
     /// is used by the next: what layers keep for the backward pass of a micro-batch, the gradients of each thread, and the widest layer of
-    /// an evaluation. The factors are fitted to runs of 0.03 to 32 million parameters, all trained, whose peaks they give to within 10 %:
-    /// free memory lies in pieces, not all of which are used again.
+    /// an evaluation. The factors are fitted to runs of 0.03 to 32 million parameters, all trained, whose peaks they give to within 10 %.
     pub fn train_bytes(&self, training: Training) -> usize {
         let Training { micro_batch, seq, threads, recompute, evaluated, terms, frozen, added, averaged } = training;
         const MIB: f64 = (1u64 << 20) as f64;
-        const PROCESS: f64 = 22.0 * MIB;
+        const PROCESS: f64 = 32.0 * MIB;
         /// Its stack, blocks of logits and scores.
-        const THREAD: f64 = 17.0 * MIB;
-        const MOMENTS: f64 = 2.08;
-        /// Of what is trained, for each thread that computes gradients.
-        const GRADIENTS: f64 = 1.13;
+        const THREAD: f64 = 15.0 * MIB;
+        const MOMENTS: f64 = 2.2;
         /// More of them where a step has several terms, and the gradients of their passes meet.
-        const PASSES: f64 = 0.25;
-        const KEPT: f64 = 1.5;
+        const PASSES: f64 = 1.2;
+        const KEPT: f64 = 0.94;
         /// What is kept where nothing but norms is trained, of what is kept otherwise: of a map whose matrix is frozen, and has nothing
         /// beside it, the backward pass reads no input.
         const FROZEN: f64 = 0.6;
-        const EVALUATED: f64 = 1.3;
+        const EVALUATED: f64 = 0.5;
         // The stream before each half; gate and up.
         let MlpConfig { intermediate_size: f, bias } = *self.mlp();
         let block = self.attention_sizes().kept + 2 * self.hidden_size + 2 * f;
@@ -166,7 +163,7 @@ impl ModelConfig {
             Recompute::None => self.layers.len() * block,
             Recompute::Block => self.layers.len() * self.hidden_size + block,
         };
-        // What one layer of an evaluation needs while it runs: keys and values or an inner activation.
+        // What one layer needs while it runs: keys and values or an inner activation, with gradients.
         let passing = 3 * f + 4 * self.hidden_size;
         let (threads, computing) = (threads as f64, threads.min(micro_batch) as f64);
         let total = self.parameter_count().total;
@@ -174,10 +171,10 @@ impl ModelConfig {
         let trained = 4.0 * (total.saturating_sub(frozen) + added) as f64;
         let learning = if added > 0 { 1.0 } else { trained / parameters };
         let kept = (FROZEN + (1.0 - FROZEN) * learning) * kept as f64;
-        let activations = 4.0 * micro_batch as f64 * seq as f64 * kept;
+        let activations = 4.0 * micro_batch as f64 * seq as f64 * (kept + passing as f64);
         let evaluation = 4.0 * threads * evaluated as f64 * seq as f64 * passing as f64;
         let passes = if terms > 1 { PASSES * computing } else { 0.0 };
-        let most = (KEPT * activations).max(GRADIENTS * computing * trained).max(EVALUATED * evaluation);
+        let most = (KEPT * activations).max(computing * trained).max(EVALUATED * evaluation);
         let moments = MOMENTS + passes + if averaged { 1.0 } else { 0.0 };
         // What is more than a machine can address becomes the largest number there is.
         (PROCESS + THREAD * threads + parameters + moments * trained + most) as usize

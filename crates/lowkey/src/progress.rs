@@ -350,7 +350,7 @@ impl Preparation {
         Self { last: Instant::now(), pass: None }
     }
 
-    /// What [`lowkey_data::prepare`] tells, outside a run. Ctrl-C ends the process here, which leaves nothing half-done.
+    /// What `lowkey_data::prepare` tells, outside a run. Ctrl-C ends the process here, which leaves nothing half-done.
     pub(crate) fn observer(mut self) -> impl FnMut(preparing::Progress) -> ControlFlow<()> {
         move |progress| {
             if let Some(line) = self.line(&progress) {

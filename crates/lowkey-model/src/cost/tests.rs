@@ -58,25 +58,25 @@ fn the_memory_that_is_planned_is_near_what_runs_took() {
     // Model, layers, narrower ranks; sequences of a pass and of a batch, their length; threads; what is computed again.
     type Case<'a> = ([usize; 4], usize, &'a [usize], [usize; 3], usize, Recompute, f64);
     let cases: &[Case] = &[
-        (small, 4, &[], [8, 8, 256], 2, whole, 122.0),
-        (small, 4, &[], [8, 8, 256], 1, whole, 112.0),
-        (small, 4, &[], [2, 8, 256], 2, whole, 88.0),
-        (small, 4, &[], [8, 8, 256], 2, block, 98.0),
+        (small, 4, &[], [8, 8, 256], 2, whole, 119.0),
+        (small, 4, &[], [8, 8, 256], 1, whole, 109.0),
+        (small, 4, &[], [2, 8, 256], 2, whole, 85.0),
+        (small, 4, &[], [8, 8, 256], 2, block, 95.0),
         (small, 4, &[8, 16, 32], [8, 8, 256], 2, whole, 128.0),
-        (small, 4, &[8, 16, 32], [8, 8, 256], 2, block, 104.0),
-        (small, 4, &[], [32, 32, 256], 2, whole, 303.0),
-        (small, 4, &[], [2, 2, 1024], 2, whole, 124.0),
-        (small, 12, &[], [8, 8, 256], 2, whole, 302.0),
-        (middle, 6, &[], [8, 8, 256], 2, whole, 304.0),
-        (middle, 6, &[], [8, 8, 256], 2, block, 186.0),
-        (middle, 6, &[16, 32], [8, 8, 256], 2, whole, 304.0),
-        (middle, 6, &[], [1, 1, 4096], 2, whole, 557.0),
-        (middle, 6, &[], [1, 1, 4096], 2, block, 215.0),
-        (large, 6, &[], [4, 4, 128], 2, whole, 394.0),
-        (large, 6, &[], [16, 16, 128], 2, whole, 523.0),
-        (large, 8, &[], [4, 4, 512], 2, whole, 657.0),
-        (large, 12, &[], [2, 2, 256], 2, whole, 708.0),
-        (tiny, 1, &[], [4, 4, 64], 2, whole, 61.0),
+        (small, 4, &[8, 16, 32], [8, 8, 256], 2, block, 101.0),
+        (small, 4, &[], [32, 32, 256], 2, whole, 269.0),
+        (small, 4, &[], [2, 2, 1024], 2, whole, 122.0),
+        (small, 12, &[], [8, 8, 256], 2, whole, 223.0),
+        (middle, 6, &[], [8, 8, 256], 2, whole, 257.0),
+        (middle, 6, &[], [8, 8, 256], 2, block, 185.0),
+        (middle, 6, &[16, 32], [8, 8, 256], 2, whole, 300.0),
+        (middle, 6, &[], [1, 1, 4096], 2, whole, 388.0),
+        (middle, 6, &[], [1, 1, 4096], 2, block, 212.0),
+        (large, 6, &[], [4, 4, 128], 2, whole, 391.0),
+        (large, 6, &[], [16, 16, 128], 2, whole, 518.0),
+        (large, 8, &[], [4, 4, 512], 2, whole, 652.0),
+        (large, 12, &[], [2, 2, 256], 2, whole, 695.0),
+        (tiny, 1, &[], [4, 4, 64], 2, whole, 59.0),
     ];
     let mut apart = Vec::new();
     for (sizes, layers, ranks, [rows, batch, seq], threads, recompute, peak) in cases {
@@ -103,11 +103,11 @@ fn the_memory_that_is_planned_is_near_what_runs_took() {
         };
         let planned = config.train_bytes(training) as f64 / f64::from(1 << 20);
         let off = planned / peak - 1.0;
-        assert!(off.abs() < 0.15, "{planned:.0} for {peak}: {sizes:?} {layers} {rows} {recompute:?}");
+        assert!(off.abs() < 0.1, "{planned:.0} for {peak}: {sizes:?} {layers} {rows} {recompute:?}");
         apart.push(off.abs());
     }
     let mean = apart.iter().sum::<f64>() / apart.len() as f64;
-    assert!(mean < 0.08, "{mean}");
+    assert!(mean < 0.05, "{mean}");
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn what_is_frozen_is_planned_without_gradients_and_moments() {
     let bytes = |training: Training| config.train_bytes(training) as i64;
     let (frozen, added) = (total - total / 3, total / 10);
     // Both moments and a copy of the gradients, with what lies idle between.
-    let each = 4.0 * (2.08 + 1.13);
+    let each = 4.0 * (2.2 + 1.0);
     let part = Training { frozen: total / 5, ..all };
     assert!((bytes(all) - bytes(part) - (each * (total / 5) as f64) as i64).abs() <= 1);
     let most = Training { frozen, ..all };
@@ -135,7 +135,7 @@ fn what_is_frozen_is_planned_without_gradients_and_moments() {
     let long = |training: Training| Training { micro_batch: 64, seq: 1024, ..training };
     let spared = |part: usize| {
         let less = bytes(long(all)) - bytes(long(Training { frozen: part, ..all }));
-        less as f64 - 2.08 * 4.0 * part as f64
+        less as f64 - 2.2 * 4.0 * part as f64
     };
     let (fifth, nearly_all) = (spared(total / 5), spared(total - total / 1000));
     assert!(fifth > 0.0 && (nearly_all / fifth / 5.0 - 1.0).abs() < 0.01, "{fifth} {nearly_all}");
