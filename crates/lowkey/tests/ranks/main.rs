@@ -8,6 +8,7 @@
 
 mod bits;
 mod endings;
+#[cfg(any(feature = "cuda", feature = "metal", feature = "vulkan", feature = "wgpu"))]
 mod gpu;
 mod job;
 mod refusals;
