@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use half::{bf16, f16};
-use lowkey_model::{CausalLm, Parameter, attention::FACTORS, checkpoint::WeightDtype};
-use safetensors::tensor::TensorView;
+use lowkey_model::checkpoint::{Pending, WeightDtype, write_tensors};
+use lowkey_model::{CausalLm, Parameter, attention::FACTORS};
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
 
@@ -74,6 +74,11 @@ pub(crate) fn write(
     dtype: WeightDtype,
     made_from: &str,
 ) -> Result<()> {
+    let format = match dtype {
+        WeightDtype::F32 => Dtype::F32,
+        WeightDtype::Bf16 => Dtype::BF16,
+        WeightDtype::F16 => Dtype::F16,
+    };
     let mut encoded = Vec::new();
     for tensor in tensors {
         let Exact { name, shape, values } = tensor?;
@@ -81,22 +86,9 @@ pub(crate) fn write(
             let why = format!("tensor {name} holds {value}, too large for {}; export as f32 or bf16", dtype.name());
             Error::file(path, why)
         })?;
-        encoded.push((name, shape, bytes));
+        encoded.push(Pending::new(name, format, shape, || Ok(bytes)));
     }
-    let format = match dtype {
-        WeightDtype::F32 => Dtype::F32,
-        WeightDtype::Bf16 => Dtype::BF16,
-        WeightDtype::F16 => Dtype::F16,
-    };
-    let bytes = encoded
-        .iter()
-        .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(format, shape.clone(), bytes)?)))
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
-        .and_then(|views| {
-            safetensors::serialize(views, Some(HashMap::from([(MADE_FROM.to_owned(), made_from.to_owned())])))
-        })
-        .map_err(|e| Error::file(path, format!("cannot be encoded: {e}")))?;
-    Ok(lowkey_files::write(path, &bytes)?)
+    Ok(write_tensors(path, encoded, Some(HashMap::from([(MADE_FROM.to_owned(), made_from.to_owned())])))?)
 }
 
 /// Little-endian bytes; `Err` with a finite value that would become an infinity.
