@@ -6,6 +6,7 @@
 
 mod build;
 mod grow;
+mod pattern;
 mod place;
 mod special;
 mod spell;

@@ -14,10 +14,10 @@ use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::split::SplitPattern;
 use tokenizers::tokenizer::{AddedToken, SplitDelimiterBehavior, Tokenizer as HfTokenizer};
-use tokenizers::utils::SysRegex;
 use tokenizers::{Model, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
 use super::byte_character;
+use super::pattern::{Notes, Pattern};
 use super::words::words;
 
 /// Words that a thread remembers at most.
@@ -49,7 +49,7 @@ pub(super) struct WordTable {
 /// A step that divides each part of a text further.
 enum Step {
     /// The matches of a pattern are parts, and so is what lies between them.
-    Pattern(SysRegex),
+    Pattern(Pattern),
     /// Digits are parts, each by itself or as many as stand together.
     Digits { each: bool },
     /// As GPT-2 does.
@@ -64,6 +64,8 @@ struct Met {
     ids: Vec<u32>,
     /// A word as the model reads it.
     spelled: String,
+    /// What the patterns of the steps write down.
+    notes: Vec<Notes>,
 }
 
 impl WordTable {
@@ -120,8 +122,10 @@ impl WordTable {
         let own = rayon::current_thread_index().unwrap_or(0) % self.met.len();
         let mut met = self.met[own].lock().unwrap_or_else(PoisonError::into_inner);
         let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut notes = std::mem::take(&mut met.notes);
+        notes.resize_with(self.steps.len(), Notes::default);
         let mut read = |part: &str, ids: &mut Vec<u32>| {
-            divide(&self.steps, part, &mut |word| met.look_up(word, bpe, &self.alphabet, ids))
+            divide(&self.steps, &mut notes, part, &mut |word| met.look_up(word, bpe, &self.alphabet, ids))
         };
         let mut at = 0;
         for found in self.finder.find_iter(text) {
@@ -133,6 +137,7 @@ impl WordTable {
             }
         }
         read(&text[at..], &mut ids)?;
+        met.notes = notes;
         Ok(ids)
     }
 
@@ -179,7 +184,7 @@ impl Step {
                 if split.behavior == SplitDelimiterBehavior::Isolated && !split.invert =>
             {
                 let SplitPattern::Regex(pattern) = &split.pattern else { return None };
-                SysRegex::new(pattern).ok().map(Self::Pattern)
+                Pattern::of(pattern).map(Self::Pattern)
             }
             PreTokenizerWrapper::Digits(digits) => Some(Self::Digits { each: digits.individual_digits }),
             _ => None,
@@ -188,20 +193,25 @@ impl Step {
 }
 
 /// Hands on the words of a text, in order.
-fn divide<'t, E>(steps: &[Step], text: &'t str, word: &mut impl FnMut(&'t str) -> Result<(), E>) -> Result<(), E> {
-    let Some((step, rest)) = steps.split_first() else {
+fn divide<'t, E>(
+    steps: &[Step],
+    notes: &mut [Notes],
+    text: &'t str,
+    word: &mut impl FnMut(&'t str) -> Result<(), E>,
+) -> Result<(), E> {
+    let (Some((step, steps)), Some((own, notes))) = (steps.split_first(), notes.split_first_mut()) else {
         return if text.is_empty() { Ok(()) } else { word(text) };
     };
     match step {
-        Step::Words => words(text).try_for_each(|part| divide(rest, part, word)),
+        Step::Words => words(text).try_for_each(|part| divide(steps, notes, part, word)),
         Step::Pattern(pattern) => {
             let mut at = 0;
-            for (start, end) in pattern.find_iter(text) {
-                divide(rest, &text[at..start], word)?;
-                divide(rest, &text[start..end], word)?;
-                at = end;
-            }
-            divide(rest, &text[at..], word)
+            pattern.each(text, own, |found| {
+                divide(steps, notes, &text[at..found.start], word)?;
+                at = found.end;
+                divide(steps, notes, &text[found], word)
+            })?;
+            divide(steps, notes, &text[at..], word)
         }
         Step::Digits { each } => {
             let mut parts = text;
@@ -211,11 +221,11 @@ fn divide<'t, E>(steps: &[Step], text: &'t str, word: &mut impl FnMut(&'t str) -
                     true => digits.chars().next().map_or(0, char::len_utf8),
                     false => digits.find(|c: char| !c.is_numeric()).unwrap_or(digits.len()),
                 };
-                divide(rest, &parts[..start], word)?;
-                divide(rest, &digits[..end], word)?;
+                divide(steps, notes, &parts[..start], word)?;
+                divide(steps, notes, &digits[..end], word)?;
                 parts = &digits[end..];
             }
-            divide(rest, parts, word)
+            divide(steps, notes, parts, word)
         }
     }
 }
