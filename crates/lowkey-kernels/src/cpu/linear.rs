@@ -131,7 +131,14 @@ impl WithSimd for Turned<'_> {
         let mut products = Aligned::zeros(ROWS * lanes);
         for from in rows.clone().step_by(ROWS) {
             let some = ROWS.min(rows.end - from);
-            paired_products(simd, [some, lanes, d_in / 2], (&weight[from * d_in..], d_in), turned, &mut products);
+            paired_products(
+                simd,
+                [some, lanes, d_in / 2],
+                (&weight[from * d_in..], d_in),
+                turned,
+                &mut products,
+                &mut (),
+            );
             for c in 0..count {
                 // SAFETY: these rows of W belong to this task alone, and so do their numbers of each token.
                 let out = unsafe { out.range(c * d_out + from, some) };

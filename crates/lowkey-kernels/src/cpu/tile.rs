@@ -5,6 +5,8 @@
 
 use pulp::Simd;
 
+use super::vector::Aside;
+
 /// Rows of a tile. Every row count is rounded up to a multiple of it: buffers must have that many rows.
 pub(crate) const ROWS: usize = 6;
 
@@ -70,25 +72,39 @@ pub(crate) fn multiply<S: Simd>(
     extent: impl Fn(usize) -> Extent,
 ) {
     let most = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
-    multiply_by::<S, ROWS>(simd, rows, a, b, out, accumulate, extent, most);
+    multiply_by::<S, ROWS>(simd, rows, a, b, out, accumulate, extent, most, &mut ());
 }
 
-/// [`multiply`] in tiles of 8 or [`ROWS`] rows, whichever wastes fewer: buffers must have room for both, and an extent must hold
-/// for 8 rows.
+/// [`multiply`], added to what is there, in tiles of 8 or [`ROWS`] rows, whichever wastes fewer: buffers must have room for both, and an
+/// extent must hold for 8 rows. `aside` has a turn at each inner index of a tile, see [`turns_of_either`].
 #[inline(always)]
-pub(crate) fn multiply_either<S: Simd>(
+pub(crate) fn add_either<S: Simd>(
     simd: S,
     rows: usize,
     a: Left,
     b: (&[f32], usize),
     out: (&mut [f32], usize),
-    accumulate: bool,
     extent: impl Fn(usize) -> Extent,
+    aside: &mut impl Aside,
 ) {
-    if S::REGISTER_COUNT >= 32 && rows.next_multiple_of(8) <= rows.next_multiple_of(ROWS) {
-        multiply_by::<S, 8>(simd, rows, a, b, out, accumulate, extent, 2);
+    if in_eights::<S>(rows) {
+        multiply_by::<S, 8>(simd, rows, a, b, out, true, extent, 2, aside);
     } else {
-        multiply(simd, rows, a, b, out, accumulate, extent);
+        let most = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
+        multiply_by::<S, ROWS>(simd, rows, a, b, out, true, extent, most, aside);
+    }
+}
+
+fn in_eights<S: Simd>(rows: usize) -> bool {
+    S::REGISTER_COUNT >= 32 && rows.next_multiple_of(8) <= rows.next_multiple_of(ROWS)
+}
+
+/// Turns of [`add_either`] for `[rows, inner, columns]`.
+pub(crate) fn turns_of_either<S: Simd>([rows, inner, columns]: [usize; 3]) -> usize {
+    let vectors = columns.next_multiple_of(LANES) / S::F32_LANES;
+    match (in_eights::<S>(rows), S::REGISTER_COUNT >= 32) {
+        (true, _) => rows.div_ceil(8) * vectors.div_ceil(2) * inner,
+        (false, tall) => rows.div_ceil(ROWS) * vectors.div_ceil(if tall { 4 } else { 2 }) * inner,
     }
 }
 
@@ -108,17 +124,18 @@ pub(crate) fn multiply_by_lanes<S: Simd>(
     let whole = rows / if tall { 8 } else { 4 } * if tall { 8 } else { 4 };
     let (data, stride) = out;
     match tall {
-        true => multiply_by::<S, 8>(simd, whole, a, b, (&mut *data, stride), accumulate, &extent, 2),
-        false => multiply_by::<S, 4>(simd, whole, a, b, (&mut *data, stride), accumulate, &extent, 2),
+        true => multiply_by::<S, 8>(simd, whole, a, b, (&mut *data, stride), accumulate, &extent, 2, &mut ()),
+        false => multiply_by::<S, 4>(simd, whole, a, b, (&mut *data, stride), accumulate, &extent, 2, &mut ()),
     }
     if whole < rows {
         let a = Left { data: &a.data[whole * a.rows..], ..a };
-        multiply_by::<S, 1>(simd, rows - whole, a, b, (&mut data[whole * stride..], stride), accumulate, &extent, 2);
+        let rest = (&mut data[whole * stride..], stride);
+        multiply_by::<S, 1>(simd, rows - whole, a, b, rest, accumulate, &extent, 2, &mut ());
     }
 }
 
 /// The product in tiles of `M` rows and at most `most` vectors.
-#[allow(clippy::too_many_arguments, reason = "one more than the function it is the body of")]
+#[allow(clippy::too_many_arguments, reason = "two more than the function it is the body of")]
 #[inline(always)]
 fn multiply_by<S: Simd, const M: usize>(
     simd: S,
@@ -129,6 +146,7 @@ fn multiply_by<S: Simd, const M: usize>(
     accumulate: bool,
     extent: impl Fn(usize) -> Extent,
     most: usize,
+    aside: &mut impl Aside,
 ) {
     for row in (0..rows).step_by(M) {
         let Extent { inner: (from, to), columns } = extent(row);
@@ -163,10 +181,10 @@ fn multiply_by<S: Simd, const M: usize>(
                     inner: to - from,
                 };
                 match count {
-                    1 => tile::<S, M, 1>(simd, place, accumulate),
-                    2 => tile::<S, M, 2>(simd, place, accumulate),
-                    3 => tile::<S, M, 3>(simd, place, accumulate),
-                    _ => tile::<S, M, 4>(simd, place, accumulate),
+                    1 => tile::<S, M, 1>(simd, place, accumulate, aside),
+                    2 => tile::<S, M, 2>(simd, place, accumulate, aside),
+                    3 => tile::<S, M, 3>(simd, place, accumulate, aside),
+                    _ => tile::<S, M, 4>(simd, place, accumulate, aside),
                 }
             }
             at += count;
@@ -193,9 +211,10 @@ struct Place {
 /// For all rows below `M` and inner indices below `p.inner`, the numbers of `a`, the `N` vectors of each row of `b` and
 /// of `out` must lie within their buffers.
 #[inline(always)]
-unsafe fn tile<S: Simd, const M: usize, const N: usize>(simd: S, p: Place, accumulate: bool) {
+unsafe fn tile<S: Simd, const M: usize, const N: usize>(simd: S, p: Place, accumulate: bool, aside: &mut impl Aside) {
     let mut sums = [[simd.splat_f32s(0.0); N]; M];
     for k in 0..p.inner {
+        aside.turn();
         // SAFETY: by the caller's promise; vectors are read as plain numbers without alignment.
         unsafe {
             let b_row = p.b.add(k * p.b_row);
@@ -227,7 +246,8 @@ unsafe fn tile<S: Simd, const M: usize, const N: usize>(simd: S, p: Place, accum
 /// `row` of `a` and column `c`.
 ///
 /// Rows come in `a.1` apart, `[rows, lanes, pairs]` sizes, and columns paired: `b[k · lanes + 2c + i]` is number `2k + i` of column
-/// `c`. Two numbers of a row are one broadcast, so that 8 columns fill vectors of 16 lanes and no sum runs across lanes.
+/// `c`. Two numbers of a row are one broadcast, so that 8 columns fill vectors of 16 lanes and no sum runs across lanes. `aside` has a turn
+/// at each pair of a tile, see [`turns_of_pairs`].
 #[inline(always)]
 pub(crate) fn paired_products<S: Simd>(
     simd: S,
@@ -235,6 +255,7 @@ pub(crate) fn paired_products<S: Simd>(
     a: (&[f32], usize),
     b: &[f32],
     out: &mut [f32],
+    aside: &mut impl Aside,
 ) {
     assert!(
         lanes.is_multiple_of(LANES)
@@ -273,17 +294,24 @@ pub(crate) fn paired_products<S: Simd>(
                     inner: pairs,
                 };
                 match (wide, tall) {
-                    (true, true) if left >= 8 => paired_tile::<S, 8, 2>(simd, place),
-                    (true, _) if left >= 4 => paired_tile::<S, 4, 2>(simd, place),
-                    (true, _) => paired_tile::<S, 1, 2>(simd, place),
-                    (false, true) if left >= 16 => paired_tile::<S, 16, 1>(simd, place),
-                    (false, _) if left >= 8 => paired_tile::<S, 8, 1>(simd, place),
-                    (false, _) => paired_tile::<S, 1, 1>(simd, place),
+                    (true, true) if left >= 8 => paired_tile::<S, 8, 2>(simd, place, aside),
+                    (true, _) if left >= 4 => paired_tile::<S, 4, 2>(simd, place, aside),
+                    (true, _) => paired_tile::<S, 1, 2>(simd, place, aside),
+                    (false, true) if left >= 16 => paired_tile::<S, 16, 1>(simd, place, aside),
+                    (false, _) if left >= 8 => paired_tile::<S, 8, 1>(simd, place, aside),
+                    (false, _) => paired_tile::<S, 1, 1>(simd, place, aside),
                 }
             };
         }
         at += if wide { 2 } else { 1 };
     }
+}
+
+/// Turns of [`paired_products`] for `[rows, lanes, pairs]`, where no row is left over.
+pub(crate) fn turns_of_pairs<S: Simd>([rows, lanes, pairs]: [usize; 3]) -> usize {
+    let (vectors, tall) = (lanes / S::F32_LANES, S::REGISTER_COUNT >= 32);
+    let turns = |most: usize| rows.div_ceil(if tall { most } else { most / 2 }) * pairs;
+    vectors / 2 * turns(8) + vectors % 2 * turns(16)
 }
 
 /// One tile of `M` rows and `N` vectors of paired lanes; returns `M`.
@@ -292,9 +320,10 @@ pub(crate) fn paired_products<S: Simd>(
 /// For all rows below `M` and pairs below `p.inner`, the two numbers of `a`, the `N` vectors of each row of `b` and of `out` must
 /// lie within their buffers, and the vectors of f32 and f64 be of one size.
 #[inline(always)]
-unsafe fn paired_tile<S: Simd, const M: usize, const N: usize>(simd: S, p: Place) -> usize {
+unsafe fn paired_tile<S: Simd, const M: usize, const N: usize>(simd: S, p: Place, aside: &mut impl Aside) -> usize {
     let mut sums = [[simd.splat_f32s(0.0); N]; M];
     for k in 0..p.inner {
+        aside.turn();
         // SAFETY: by the caller's promise; numbers are read without alignment.
         unsafe {
             let b_row = p.b.add(k * p.b_row);
@@ -379,7 +408,7 @@ mod tests {
 
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
-            paired_products(simd, self.sizes, self.a, self.b, self.out);
+            paired_products(simd, self.sizes, self.a, self.b, self.out, &mut ());
         }
     }
 

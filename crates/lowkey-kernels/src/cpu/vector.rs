@@ -51,16 +51,47 @@ const LN_2: [f32; 2] = [-0.693_359_4, 2.121_944_4e-4];
 const POWER_5: f32 = 1.987_569_1e-4;
 const POLYNOMIAL: [f32; 5] = [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
 
-/// Asks for numbers that will be read soon. Where the language has no such instruction, the processor has to guess.
-#[inline(always)]
-pub(crate) fn prefetch(numbers: &[f32]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in numbers.chunks(LANES) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: reads nothing, whatever lies there; every x86-64 has the instruction.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+/// What a loop of products does aside at each of its turns.
+pub(crate) trait Aside {
+    fn turn(&mut self);
+}
+
+/// Nothing.
+impl Aside for () {
+    #[inline(always)]
+    fn turn(&mut self) {}
+}
+
+/// Asks for numbers that will be read soon, some at each of `turns`: a core waits for no more than a dozen lines at a time, and stands
+/// still where it is told to ask for more. Where the language has no such instruction, the processor has to guess.
+pub(crate) struct Ahead<'a> {
+    numbers: &'a [f32],
+    lines: usize,
+    turns: usize,
+    due: usize,
+}
+
+impl<'a> Ahead<'a> {
+    pub(crate) fn new(numbers: &'a [f32], turns: usize) -> Self {
+        Self { numbers, lines: numbers.len().div_ceil(LANES), turns: turns.max(1), due: 0 }
     }
-    let _ = numbers;
+}
+
+impl Aside for Ahead<'_> {
+    #[inline(always)]
+    fn turn(&mut self) {
+        self.due += self.lines;
+        while self.due >= self.turns {
+            self.due -= self.turns;
+            #[cfg(target_arch = "x86_64")]
+            {
+                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                // SAFETY: reads nothing, whatever lies there; every x86-64 has the instruction.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.numbers.as_ptr().cast()) };
+            }
+            self.numbers = self.numbers.get(LANES..).unwrap_or(&[]);
+        }
+    }
 }
 
 /// Largest element; −∞ for none.

@@ -11,8 +11,10 @@ use rayon::prelude::*;
 use super::numbers::{Numbers, Vectors};
 use crate::cpu::linear::{Tokens, project};
 use crate::cpu::parts::Parts;
-use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply_either, paired_products};
-use crate::cpu::vector::{exp, exps, prefetch, scale};
+use crate::cpu::tile::{
+    Aligned, Extent, LANES, Left, ROWS, add_either, paired_products, turns_of_either, turns_of_pairs,
+};
+use crate::cpu::vector::{Ahead, exp, exps, scale};
 use crate::precision::Precision;
 
 /// Queries that one instruction's lanes hold: two lanes each.
@@ -23,9 +25,6 @@ const QUERIES: usize = 6 * COLUMNS;
 
 /// Cached tokens of a thread, at least: less is not worth waking it.
 const SHARE: usize = 256;
-
-/// Slots of which the scores are computed while as many of the next block are on their way from memory.
-const AHEAD: usize = 16;
 
 /// Multiply-adds that are worth waking a thread for.
 const WORK: usize = 1 << 17;
@@ -307,19 +306,15 @@ impl WithSimd for Attend<'_> {
                     &block[..keys * stride]
                 }
             };
-            let sizes = |rows| [rows, 2 * columns, width.div_ceil(2)];
-            match in_place {
-                // What is read where it lies comes from memory, too late unless it is asked for a block ahead.
-                Some(x) => {
-                    for from in (0..keys).step_by(AHEAD) {
-                        let next = (first + keys + from).min(first + slots.end - k0) * width;
-                        prefetch(&x[next..(next + AHEAD * width).min(x.len())]);
-                        let (rows, products) = (AHEAD.min(keys - from), &mut products[from * columns * 2..]);
-                        paired_products(simd, sizes(rows), (&latents[from * stride..], stride), mapped, products);
-                    }
-                }
-                None => paired_products(simd, sizes(keys), (latents, stride), mapped, &mut products),
-            }
+            let sizes = [keys, 2 * columns, width.div_ceil(2)];
+            // What is read where it lies comes from memory, too late unless it is asked for a block ahead.
+            let next = in_place.map_or(&[][..], |x| {
+                let end = (first + keys + most).min(group.row * row + slots.end) * width;
+                &x[(first + keys) * width..end]
+            });
+            let turns = turns_of_pairs::<S>(sizes) + turns_of_either::<S>([count, keys, rank]);
+            let mut ahead = Ahead::new(next, turns);
+            paired_products(simd, sizes, (latents, stride), mapped, &mut products, &mut ahead);
             if sees >= k0 + keys {
                 let state = [&mut top[..], &mut mass[..], &mut shrink[..]];
                 weigh(simd, &products, &mut scores, [keys, columns], state);
@@ -337,7 +332,7 @@ impl WithSimd for Attend<'_> {
             // Rows beyond `count` read what lies there and are not used.
             let weights = Left { data: &scores, rows: 1, inner: columns };
             let extent = |_| Extent { inner: (0, keys), columns: rank };
-            multiply_either(simd, count, weights, (latents, stride), (&mut sums, rank_width), true, extent);
+            add_either(simd, count, weights, (latents, stride), (&mut sums, rank_width), extent, &mut ahead);
         }
         Partial { top, mass, sums }
     }
