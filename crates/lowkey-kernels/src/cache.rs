@@ -17,6 +17,7 @@ use self::autodiff::CacheOps;
 use self::chunk::offsets_tensor;
 use crate::device::facts::is_cpu;
 use crate::latent_attention::arguments::MlaDims;
+use crate::precision;
 
 /// Cached vectors in the format that they are stored in.
 #[derive(Clone, Debug)]
@@ -91,6 +92,9 @@ fn cast<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
 ///
 /// Query `t` of row `b` sees the cached tokens `0..=offsets[b] + t`, as far as there are any. No gradient flows through it.
 ///
+/// In bf16 ([`precision::scope`]) and over latents that are stored so, queries and weights are rounded to it where the processor has a unit
+/// for such products that is faster (Intel's AMX).
+///
 /// # Shapes
 /// `cache [batch, keys, L+R]` or `[batch, 1, keys, L+R]` (latent after its norm, then rotated shared key; of [`Stored::Int8`] the first
 /// part is the latent), `offsets` of length `batch`. With `kv_b [H(N+V), L]`: `q [batch, seq, H, N+R]` (rotated) → `[batch, seq, H·V]`.
@@ -129,7 +133,9 @@ pub fn absorbed_attention<const D: usize>(
     let kv_b = kv_b.unwrap_or_else(|| Tensor::empty([0, dims.rank], &q.device())).into_dispatch();
     let q = q.into_dispatch();
     Tensor::from_dispatch(match cache {
-        Stored::Float(latents) => Dispatch::absorbed_attention(q, latents.into_dispatch(), kv_b, at, dims),
+        Stored::Float(latents) => {
+            Dispatch::absorbed_attention(q, latents.into_dispatch(), kv_b, at, dims, precision::current())
+        }
         Stored::Int8 { codes, scales, .. } => {
             let (codes, scales) = (codes.into_dispatch(), scales.into_dispatch());
             Dispatch::absorbed_attention_int8(q, codes, scales, kv_b, at, dims)

@@ -9,6 +9,7 @@ mod cpu;
 mod format;
 #[cfg(feature = "gpu")]
 mod gpu;
+mod halves;
 mod packed;
 pub(crate) mod reference;
 #[cfg(test)]

@@ -45,6 +45,7 @@ impl Expanded {
                 new: STEPS,
                 ways: vec![way],
                 cache_dtype: CacheDtype::F32,
+                weights: None,
                 threads: None,
             };
             let figures = bench::decode(subject, &options, &mut |_| {})?;

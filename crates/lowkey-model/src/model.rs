@@ -10,6 +10,7 @@ use lowkey_kernels::{
     adapted::adapted_mlp,
     loss::LossSum,
     mlp::{MlpWeights, gated_mlp},
+    quantized_linear::QuantizedMatrix,
 };
 
 use crate::adapter::{AdapterConfig, AdapterPlan, QuantizedLayer};
@@ -31,6 +32,8 @@ pub struct CausalLm {
     pub model: Decoder,
     /// Output head; absent where it is the embedding matrix.
     pub lm_head: Option<Linear>,
+    /// The output head's matrix packed, which [`CausalLm::logits`] reads in its place.
+    pub(crate) packed_head: Option<QuantizedMatrix>,
     /// What it was built from.
     #[module(skip)]
     pub config: ModelConfig,
@@ -182,7 +185,7 @@ impl CausalLm {
         let lm_head = (!config.tie_word_embeddings).then(|| Linear::build(b, "lm_head", head, Role::Head, false));
         let (tensors, quantized) = (std::mem::take(&mut b.built).into(), std::mem::take(&mut b.packed).into());
         let model = Decoder { embed_tokens, layers, norm };
-        Self { model, lm_head, config: config.clone(), tensors, adapter: None, quantized }
+        Self { model, lm_head, config: config.clone(), tensors, adapter: None, quantized, packed_head: None }
     }
 
     /// The model with layer ℓ caching and reading only the first `ranks[ℓ]` numbers of its latent. The latent is normalised over its
@@ -269,7 +272,10 @@ impl CausalLm {
 
     /// Output head, `[batch, seq, d]` → `[batch, seq, vocab]`.
     pub fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
-        lowkey_kernels::linear(hidden, self.head_weight(), None)
+        match &self.packed_head {
+            Some(packed) => packed.linear(hidden, None),
+            None => lowkey_kernels::linear(hidden, self.head_weight(), None),
+        }
     }
 
     /// Logits of whole sequences that hold one document each, `[batch, seq]` → `[batch, seq, vocab]`.

@@ -118,8 +118,8 @@ pub struct InitSection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
     /// Hold the frozen matrices of the model in few bits beside the run's adapter, new or gone on with (QLoRA, arXiv 2305.14314): all but
-    /// `kv_b_proj`, the output head, and what is trained whole. They then take a quarter of the memory of f32, or a seventh. The
-    /// directory of an adapter does not record it. Absent: f32.
+    /// `kv_b_proj`, the output head, and what is trained whole. They then take half of the memory of f32 (`bf16`), a quarter, or a
+    /// seventh. The directory of an adapter does not record it. Absent: f32.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
     /// Special tokens that the tokenizer is to have, such as `["[USER]", "[BOT]"]`, for templates and prompts. Those that it has

@@ -295,6 +295,10 @@ pub(crate) struct GenerateArguments {
     /// How the cache stores its numbers: f32, bf16, f16 or int8
     #[arg(long, default_value = "f32", value_name = "FORMAT")]
     pub(crate) cache_dtype: String,
+    /// How the matrices are held: f32, bf16 (half of what a token reads, and nothing lost of a model that was published so), int8, int4
+    /// or nf4; with a cache in bf16, too, products are, where the processor is faster with them
+    #[arg(long, default_value = "f32", value_name = "FORMAT")]
+    pub(crate) weights: String,
     #[command(flatten)]
     pub(crate) device: DeviceArgument,
     /// Print JSON instead of streaming text

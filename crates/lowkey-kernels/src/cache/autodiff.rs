@@ -5,6 +5,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend, Backend, backend_extension};
 
 use crate::latent_attention::arguments::MlaDims;
+use crate::precision::Precision;
 
 /// Operations on [`crate::cache::Stored`], dispatched to the backend of their arguments.
 #[backend_extension(Autodiff, Flex)]
@@ -17,6 +18,7 @@ pub(crate) trait CacheOps: Backend {
         kv_b: FloatTensor<Self>,
         offsets: IntTensor<Self>,
         dims: MlaDims,
+        precision: Precision,
     ) -> FloatTensor<Self>;
 
     /// The same over integer latents, whose first part has `dims.rank` numbers.
@@ -76,9 +78,10 @@ impl<B: Backend + CacheOps, C: CheckpointStrategy> CacheOps for Autodiff<B, C> {
         kv_b: FloatTensor<Self>,
         offsets: IntTensor<Self>,
         dims: MlaDims,
+        precision: Precision,
     ) -> FloatTensor<Self> {
         let [q, cache, kv_b] = [q, cache, kv_b].map(|tensor| tensor.into_primitive());
-        Self::from_inner(B::absorbed_attention(q, cache, kv_b, offsets, dims))
+        Self::from_inner(B::absorbed_attention(q, cache, kv_b, offsets, dims, precision))
     }
 
     fn absorbed_attention_int8(

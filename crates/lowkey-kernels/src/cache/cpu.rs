@@ -11,8 +11,10 @@ use half::{bf16, f16};
 
 use self::numbers::{Numbers, Vectors};
 use super::autodiff::CacheOps;
+use crate::cpu::bf16::Unit;
 use crate::cpu::tensors::{dims, integers, new};
 use crate::latent_attention::arguments::MlaDims;
+use crate::precision::Precision;
 
 /// Vectors `[.., keys, width]` that lie side by side in `outer` stretches, `distance` vectors from start to start. A cache is a
 /// long buffer of which the filled part is a view: it is read where it lies.
@@ -105,6 +107,7 @@ fn attend(
     kv_b: &FlexTensor,
     offsets: &FlexTensor,
     mla: MlaDims,
+    unit: Option<Unit>,
 ) -> FlexTensor {
     let (q, kv_b, offsets) = (q.to_contiguous(), kv_b.to_contiguous(), integers(offsets));
     let [batch, seq, ..] = dims::<4>(&q);
@@ -114,7 +117,7 @@ fn attend(
     let MlaDims { heads, nope, rope, value, rank, scale, .. } = mla;
     let shape = absorbed::Shape { seq, heads, nope, rope, value, rank, scale: scale as f32 };
     let mut out = new([batch, seq, heads * if maps.is_some() { value } else { rank }]);
-    absorbed::forward(shape, q.storage(), slots, maps, &offsets, out.storage_mut());
+    absorbed::forward(shape, q.storage(), slots, maps, &offsets, unit, out.storage_mut());
     out
 }
 
@@ -137,9 +140,12 @@ impl CacheOps for Flex {
         kv_b: FlexTensor,
         offsets: FlexTensor,
         mla: MlaDims,
+        precision: Precision,
     ) -> FlexTensor {
         let cache = Stretches::new(&cache);
-        attend(&q, cache.numbers(), &cache, &kv_b, &offsets, mla)
+        // Nothing is gained by rounding where it takes as long.
+        let unit = (precision == Precision::Bf16).then(Unit::here).filter(|unit| *unit == Unit::Tiles);
+        attend(&q, cache.numbers(), &cache, &kv_b, &offsets, mla, unit)
     }
 
     fn absorbed_attention_int8(
@@ -151,7 +157,7 @@ impl CacheOps for Flex {
         mla: MlaDims,
     ) -> FlexTensor {
         let cache = Quantised::new(&codes, &scales, mla.rank);
-        attend(&q, cache.numbers(), &cache.codes, &kv_b, &offsets, mla)
+        attend(&q, cache.numbers(), &cache.codes, &kv_b, &offsets, mla, None)
     }
 
     fn chunk_attention(

@@ -36,22 +36,79 @@ impl<'a> Tokens<'a> {
 }
 
 /// Up to this many tokens each row of W is read once and multiplied with all of them: a general product would first copy W.
-const FEW: usize = 4;
+pub(crate) const FEW: usize = 4;
 
 /// Up to this many, W is not copied either: the tokens are, so that they fill vectors.
 const SOME: usize = 48;
 
+/// A matrix `[d_out, d_in]`, read row by row.
+pub(crate) trait Rows: Copy + Sync {
+    /// Whether rows have to be unpacked, or lie somewhere as numbers.
+    const PACKED: bool;
+
+    /// Its sizes, `[d_out, d_in]`.
+    fn sizes(self) -> [usize; 2];
+
+    /// Bytes that it takes.
+    fn bytes(self) -> usize;
+
+    /// A part of some rows as numbers, and how far its rows are apart: where they lie, or in `room`, which has place for them if they are
+    /// packed.
+    fn part<'b>(&'b self, rows: Range<usize>, columns: Range<usize>, room: &'b mut [f32]) -> (&'b [f32], usize);
+}
+
+/// A matrix of numbers.
+#[derive(Clone, Copy)]
+struct Whole<'a> {
+    weight: &'a [f32],
+    d_in: usize,
+}
+
+impl Rows for Whole<'_> {
+    const PACKED: bool = false;
+
+    #[inline(always)]
+    fn sizes(self) -> [usize; 2] {
+        [self.weight.len() / self.d_in, self.d_in]
+    }
+
+    fn bytes(self) -> usize {
+        size_of_val(self.weight)
+    }
+
+    #[inline(always)]
+    fn part<'b>(&'b self, rows: Range<usize>, columns: Range<usize>, _: &'b mut [f32]) -> (&'b [f32], usize) {
+        (&self.weight[rows.start * self.d_in + columns.start..], self.d_in)
+    }
+}
+
 /// `out (+)= x Wᵀ` for `weight [d_out, d_in]`, `out` in rows of `d_out`.
 pub(crate) fn project(precision: Precision, x: Tokens, weight: &[f32], d_in: usize, out: &mut [f32], accumulate: bool) {
-    let d_out = weight.len() / d_in;
-    if x.count <= FEW && precision != Precision::Bf16 {
-        few(x, weight, [d_in, d_out], out, accumulate);
-    } else if x.count <= SOME && d_in.is_multiple_of(2) && precision != Precision::Bf16 {
-        some(x, weight, [d_in, d_out], out, accumulate);
-    } else {
+    if !project_few(precision, x, Whole { weight, d_in }, out, accumulate) {
+        let d_out = weight.len() / d_in;
         let weight = View::new(weight, d_in).t();
         product(precision, [x.count, d_out, d_in], out, d_out, accumulate, x.view(), weight);
     }
+}
+
+/// The same for so few tokens that reading W takes most of the time, and it is read once. False where that is not so, and nothing was
+/// done.
+pub(crate) fn project_few(
+    precision: Precision,
+    x: Tokens,
+    weight: impl Rows,
+    out: &mut [f32],
+    accumulate: bool,
+) -> bool {
+    if precision == Precision::Bf16 {
+        return false;
+    }
+    match x.count {
+        ..=FEW => few(x, weight, out, accumulate),
+        ..=SOME if weight.sizes()[1].is_multiple_of(2) => some(x, weight, out, accumulate),
+        _ => return false,
+    }
+    true
 }
 
 /// `d_x (+)= d_y W`, both side by side.
@@ -76,16 +133,17 @@ pub(crate) fn weight_gradient(precision: Precision, d_y: &[f32], x: Tokens, d_in
 }
 
 /// Products of few tokens: bounded by reading W, so W is read once, by all threads where it is large.
-fn few(x: Tokens, weight: &[f32], [d_in, d_out]: [usize; 2], out: &mut [f32], accumulate: bool) {
+fn few(x: Tokens, weight: impl Rows, out: &mut [f32], accumulate: bool) {
     let (arch, out) = (Arch::new(), &Parts::new(out));
-    shared(weight, d_out, |rows| arch.dispatch(Dots { x, weight, d_in, rows, out, d_out, accumulate }));
+    shared(weight, |rows| arch.dispatch(Dots { x, weight, rows, out, accumulate }));
 }
 
 /// Hands out the rows of W, to all threads where it is worth waking them.
-fn shared(weight: &[f32], d_out: usize, job: impl Fn(Range<usize>) + Sync) {
+pub(crate) fn shared(weight: impl Rows, job: impl Fn(Range<usize>) + Sync) {
     /// Bytes of W that are worth waking a thread for.
     const SHARE: usize = 1 << 18;
-    let threads = rayon::current_num_threads().min(size_of_val(weight) / SHARE).max(1);
+    let [d_out, _] = weight.sizes();
+    let threads = rayon::current_num_threads().min(weight.bytes() / SHARE).max(1);
     let rows = d_out.div_ceil(threads);
     let share = |i: usize| job((i * rows).min(d_out)..((i + 1) * rows).min(d_out));
     if threads == 1 {
@@ -96,7 +154,8 @@ fn shared(weight: &[f32], d_out: usize, job: impl Fn(Range<usize>) + Sync) {
 }
 
 /// Products of some tokens: W is read once, and its rows meet vectors of all tokens, which are turned for that.
-fn some(x: Tokens, weight: &[f32], [d_in, d_out]: [usize; 2], out: &mut [f32], accumulate: bool) {
+fn some(x: Tokens, weight: impl Rows, out: &mut [f32], accumulate: bool) {
+    let [_, d_in] = weight.sizes();
     let lanes = 2 * x.count.next_multiple_of(LANES / 2);
     let mut turned = Aligned::zeros(d_in * lanes / 2);
     for c in 0..x.count {
@@ -105,40 +164,36 @@ fn some(x: Tokens, weight: &[f32], [d_in, d_out]: [usize; 2], out: &mut [f32], a
         }
     }
     let (arch, out) = (Arch::new(), &Parts::new(out));
-    let sizes = [x.count, lanes, d_in, d_out];
-    shared(weight, d_out, |rows| arch.dispatch(Turned { sizes, turned: &turned, weight, rows, out, accumulate }));
+    let sizes = [x.count, lanes];
+    shared(weight, |rows| arch.dispatch(Turned { sizes, turned: &turned, weight, rows, out, accumulate }));
 }
 
 /// Products of some rows of W with all tokens, which lie side by side, two numbers of each together.
-struct Turned<'a> {
-    /// Tokens, lanes that they fill, and the sizes of W.
-    sizes: [usize; 4],
+struct Turned<'a, W> {
+    /// Tokens, and lanes that they fill.
+    sizes: [usize; 2],
     turned: &'a [f32],
-    weight: &'a [f32],
+    weight: W,
     rows: Range<usize>,
     out: &'a Parts<'a>,
     accumulate: bool,
 }
 
-impl WithSimd for Turned<'_> {
+impl<W: Rows> WithSimd for Turned<'_, W> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        /// Rows of W at a time.
-        const ROWS: usize = 64;
-        let Self { sizes: [count, lanes, d_in, d_out], turned, weight, rows, out, accumulate } = self;
-        let mut products = Aligned::zeros(ROWS * lanes);
-        for from in rows.clone().step_by(ROWS) {
-            let some = ROWS.min(rows.end - from);
-            paired_products(
-                simd,
-                [some, lanes, d_in / 2],
-                (&weight[from * d_in..], d_in),
-                turned,
-                &mut products,
-                &mut (),
-            );
+        let Self { sizes: [count, lanes], turned, weight, rows, out, accumulate } = self;
+        let [d_out, d_in] = weight.sizes();
+        // Rows of W at a time: of a packed one as many as a core's second cache holds as numbers.
+        let most = if W::PACKED { 16 } else { 64 };
+        let mut room = Aligned::zeros(if W::PACKED { most * d_in } else { 0 });
+        let mut products = Aligned::zeros(most * lanes);
+        for from in rows.clone().step_by(most) {
+            let some = most.min(rows.end - from);
+            let part = weight.part(from..from + some, 0..d_in, &mut room);
+            paired_products(simd, [some, lanes, d_in / 2], part, turned, &mut products, &mut ());
             for c in 0..count {
                 // SAFETY: these rows of W belong to this task alone, and so do their numbers of each token.
                 let out = unsafe { out.range(c * d_out + from, some) };
@@ -152,27 +207,33 @@ impl WithSimd for Turned<'_> {
 }
 
 /// Scalar products of some rows of W with all tokens.
-struct Dots<'a> {
+struct Dots<'a, W> {
     x: Tokens<'a>,
-    weight: &'a [f32],
-    d_in: usize,
+    weight: W,
     rows: Range<usize>,
     out: &'a Parts<'a>,
-    d_out: usize,
     accumulate: bool,
 }
 
-impl WithSimd for Dots<'_> {
+/// Rows of W at a time at most.
+const TALL: usize = 8;
+
+/// Columns of a packed W at a time: whole rows of most matrices, so that memory is read in its order, and with [`TALL`] rows little
+/// enough for a core's second cache.
+const STRETCH: usize = 2048;
+
+impl<W: Rows> WithSimd for Dots<'_, W> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        let mut room = Aligned::zeros(if W::PACKED { TALL * STRETCH } else { 0 });
         let mut t = 0;
         while t < self.x.count {
             match self.x.count - t {
-                1 => self.tokens::<S, 8, 1>(simd, t),
-                2 | 3 => self.tokens::<S, 4, 2>(simd, t),
-                _ => self.tokens::<S, 4, 4>(simd, t),
+                1 => self.tokens::<S, TALL, 1>(simd, t, &mut room),
+                2 | 3 => self.tokens::<S, 4, 2>(simd, t, &mut room),
+                _ => self.tokens::<S, 4, 4>(simd, t, &mut room),
             }
             t += match self.x.count - t {
                 1 => 1,
@@ -183,43 +244,54 @@ impl WithSimd for Dots<'_> {
     }
 }
 
-impl Dots<'_> {
+impl<W: Rows> Dots<'_, W> {
     /// All rows with tokens `t..t+T`, `R` rows at a time.
     #[inline(always)]
-    fn tokens<S: Simd, const R: usize, const T: usize>(&self, simd: S, t: usize) {
-        let x: [&[f32]; T] = std::array::from_fn(|i| self.x.row(t + i, self.d_in));
+    fn tokens<S: Simd, const R: usize, const T: usize>(&self, simd: S, t: usize, room: &mut [f32]) {
         let mut row = self.rows.start;
         while row + R <= self.rows.end {
-            self.block::<S, R, T>(simd, row, t, x);
+            self.block::<S, R, T>(simd, row, t, room);
             row += R;
         }
         while row < self.rows.end {
-            self.block::<S, 1, T>(simd, row, t, x);
+            self.block::<S, 1, T>(simd, row, t, room);
             row += 1;
         }
     }
 
     #[inline(always)]
-    fn block<S: Simd, const R: usize, const T: usize>(&self, simd: S, row: usize, t: usize, x: [&[f32]; T]) {
-        let w: [&[f32]; R] = std::array::from_fn(|r| &self.weight[(row + r) * self.d_in..][..self.d_in]);
-        let w_parts = w.map(|w| S::as_simd_f32s(w));
-        let x_parts = x.map(|x| S::as_simd_f32s(x));
+    fn block<S: Simd, const R: usize, const T: usize>(&self, simd: S, row: usize, t: usize, room: &mut [f32]) {
+        let [d_out, d_in] = self.weight.sizes();
+        let x: [&[f32]; T] = std::array::from_fn(|i| self.x.row(t + i, d_in));
         let mut sums = [[simd.splat_f32s(0.0); T]; R];
-        for k in 0..self.d_in / S::F32_LANES {
-            let x: [S::f32s; T] = std::array::from_fn(|i| x_parts[i].0[k]);
-            for (sums, w) in sums.iter_mut().zip(w_parts) {
-                let w = w.0[k];
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    *sum = simd.mul_add_e_f32s(w, x, *sum);
+        // What no vector holds, of the last columns alone.
+        let mut rests = [[0.0; T]; R];
+        let step = if W::PACKED { STRETCH } else { d_in.max(1) };
+        for from in (0..d_in).step_by(step) {
+            let columns = from..(from + step).min(d_in);
+            let (part, apart) = self.weight.part(row..row + R, columns.clone(), room);
+            let w_parts: [_; R] = std::array::from_fn(|r| S::as_simd_f32s(&part[r * apart..][..columns.len()]));
+            let x_parts = x.map(|x| S::as_simd_f32s(&x[columns.clone()]));
+            for k in 0..columns.len() / S::F32_LANES {
+                let x: [S::f32s; T] = std::array::from_fn(|i| x_parts[i].0[k]);
+                for (sums, w) in sums.iter_mut().zip(w_parts) {
+                    let w = w.0[k];
+                    for (sum, x) in sums.iter_mut().zip(x) {
+                        *sum = simd.mul_add_e_f32s(w, x, *sum);
+                    }
+                }
+            }
+            for (rests, w) in rests.iter_mut().zip(w_parts) {
+                for (rest, x) in rests.iter_mut().zip(x_parts) {
+                    *rest += w.1.iter().zip(x.1).map(|(w, x)| w * x).sum::<f32>();
                 }
             }
         }
-        for (i, x) in x_parts.iter().enumerate() {
+        for i in 0..T {
             // SAFETY: these rows of W belong to this task alone, and so do their numbers of each token.
-            let out = unsafe { self.out.range((t + i) * self.d_out + row, R) };
-            for (r, (out, w)) in out.iter_mut().zip(w_parts).enumerate() {
-                let rest: f32 = w.1.iter().zip(x.1).map(|(w, x)| w * x).sum();
-                let sum = simd.reduce_sum_f32s(sums[r][i]) + rest;
+            let out = unsafe { self.out.range((t + i) * d_out + row, R) };
+            for (r, out) in out.iter_mut().enumerate() {
+                let sum = simd.reduce_sum_f32s(sums[r][i]) + rests[r][i];
                 *out = if self.accumulate { *out + sum } else { sum };
             }
         }

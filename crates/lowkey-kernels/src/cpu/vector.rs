@@ -65,15 +65,18 @@ impl Aside for () {
 /// Asks for numbers that will be read soon, some at each of `turns`: a core waits for no more than a dozen lines at a time, and stands
 /// still where it is told to ask for more. Where the language has no such instruction, the processor has to guess.
 pub(crate) struct Ahead<'a> {
-    numbers: &'a [f32],
+    bytes: &'a [u8],
     lines: usize,
     turns: usize,
     due: usize,
 }
 
+/// Bytes that memory hands out at a time.
+const LINE: usize = 64;
+
 impl<'a> Ahead<'a> {
-    pub(crate) fn new(numbers: &'a [f32], turns: usize) -> Self {
-        Self { numbers, lines: numbers.len().div_ceil(LANES), turns: turns.max(1), due: 0 }
+    pub(crate) fn new(bytes: &'a [u8], turns: usize) -> Self {
+        Self { bytes, lines: bytes.len().div_ceil(LINE), turns: turns.max(1), due: 0 }
     }
 }
 
@@ -87,9 +90,9 @@ impl Aside for Ahead<'_> {
             {
                 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
                 // SAFETY: reads nothing, whatever lies there; every x86-64 has the instruction.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.numbers.as_ptr().cast()) };
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.bytes.as_ptr().cast()) };
             }
-            self.numbers = self.numbers.get(LANES..).unwrap_or(&[]);
+            self.bytes = self.bytes.get(LINE..).unwrap_or(&[]);
         }
     }
 }

@@ -9,9 +9,10 @@ use rayon::prelude::*;
 
 use super::autodiff::{Matrix, QuantizedLinearGradients, QuantizedLinearOps};
 use super::format::Layout;
+use super::halves;
 use super::packed::View;
 use crate::cpu::gemm::{self, product_of_part};
-use crate::cpu::linear::Tokens;
+use crate::cpu::linear::{FEW, Rows, Tokens, project_few};
 use crate::cpu::parts::Parts;
 use crate::cpu::tensors::{dims, new};
 use crate::linear::cpu::{rows, tokens};
@@ -49,13 +50,10 @@ fn tiles(count: usize, columns: usize, job: impl Fn(Range<usize>, Range<usize>, 
     }
 }
 
-/// A part of the matrix, row by row.
-fn unpacked<'a>(matrix: View, rows: Range<usize>, columns: Range<usize>, tile: &'a mut [f32]) -> gemm::View<'a> {
-    let width = columns.len();
-    for (row, out) in rows.zip(tile.chunks_exact_mut(width)) {
-        matrix.unpack(row, columns.clone(), out);
-    }
-    gemm::View::new(tile, width)
+/// A part of the matrix as numbers.
+fn unpacked<'a>(matrix: &'a View, rows: Range<usize>, columns: Range<usize>, tile: &'a mut [f32]) -> gemm::View<'a> {
+    let (part, apart) = matrix.part(rows, columns, tile);
+    gemm::View::new(part, apart)
 }
 
 /// Stretches of [`TILE`] that cover so many numbers.
@@ -63,8 +61,36 @@ fn stretches(count: usize) -> impl Iterator<Item = Range<usize>> {
     (0..count).step_by(TILE).map(move |from| from..(from + TILE).min(count))
 }
 
+impl Rows for View<'_> {
+    const PACKED: bool = true;
+
+    #[inline(always)]
+    fn sizes(self) -> [usize; 2] {
+        [self.layout.d_out, self.layout.d_in]
+    }
+
+    fn bytes(self) -> usize {
+        self.codes.len()
+    }
+
+    #[inline(always)]
+    fn part<'b>(&'b self, rows: Range<usize>, columns: Range<usize>, room: &'b mut [f32]) -> (&'b [f32], usize) {
+        let width = columns.len();
+        for (row, out) in rows.zip(room.chunks_exact_mut(width.max(1))) {
+            self.unpack(row, columns.clone(), out);
+        }
+        (room, width)
+    }
+}
+
 /// `out (+)= x Wᵀ`, `out` in rows of `d_out`.
 fn project(precision: Precision, x: Tokens, matrix: View, out: &mut [f32], accumulate: bool) {
+    match matrix.words() {
+        // Also where operands may be rounded: reading W takes all of the time.
+        Some(words) if x.count <= FEW => return halves::project(x, matrix, words, out, accumulate),
+        _ if project_few(precision, x, matrix, out, accumulate) => return,
+        _ => {}
+    }
     let Layout { d_out, d_in, .. } = matrix.layout;
     let out = &Parts::new(out);
     tiles(x.count, d_out, |tokens, rows, tile| {
@@ -72,7 +98,7 @@ fn project(precision: Precision, x: Tokens, matrix: View, out: &mut [f32], accum
             let (add, width) = (accumulate || columns.start > 0, columns.len());
             let from = gemm::View::new(&x.data[tokens.start * x.stride + columns.start..], x.stride);
             let shape = [tokens.len(), rows.len(), width];
-            let weight = unpacked(matrix, rows.clone(), columns, tile).t();
+            let weight = unpacked(&matrix, rows.clone(), columns, tile).t();
             let at = tokens.start * d_out + rows.start;
             // SAFETY: these rows of W belong to this task alone for these tokens, and so do their numbers of the output.
             unsafe { product_of_part(precision, shape, out, at, d_out, add, from, weight) };
@@ -90,7 +116,7 @@ fn input_gradient(precision: Precision, d_y: &[f32], matrix: View, d_x: &mut [f3
             let (add, height) = (rows.start > 0, rows.len());
             let from = gemm::View::new(&d_y[tokens.start * d_out + rows.start..], d_out);
             let shape = [tokens.len(), columns.len(), height];
-            let weight = unpacked(matrix, rows, columns.clone(), tile);
+            let weight = unpacked(&matrix, rows, columns.clone(), tile);
             let at = tokens.start * d_in + columns.start;
             // SAFETY: these columns of W belong to this task alone for these tokens, and so do their numbers of the gradient.
             unsafe { product_of_part(precision, shape, d_x, at, d_in, add, from, weight) };

@@ -17,15 +17,21 @@ pub enum Quantization {
     /// 4 bits: codes are 16 levels between −1 and 1, denser near 0, as suits numbers of a normal distribution (QLoRA, arXiv 2305.14314,
     /// section 3), with a scale for each 64 numbers in the order of memory. The layout of bitsandbytes.
     Nf4,
+    /// 16 bits: f32 without the lower half of its bits, and no scale. Most published weights are so, and lose nothing.
+    Bf16,
 }
 
 impl Quantization {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Int8, Self::Int4, Self::Nf4, Self::Bf16];
+
     /// Its name in a run file.
     pub fn name(self) -> &'static str {
         match self {
             Self::Int8 => "int8",
             Self::Int4 => "int4",
             Self::Nf4 => "nf4",
+            Self::Bf16 => "bf16",
         }
     }
 
@@ -73,9 +79,11 @@ impl Layout {
         self.d_out * self.d_in
     }
 
-    /// Bytes of the codes: two of 4 bits in a byte, the first in its high half, whatever row they belong to.
+    /// Bytes of the codes: two of 4 bits in a byte, the first in its high half, whatever row they belong to; those of bf16 with the lower
+    /// byte first.
     pub(crate) fn code_bytes(self) -> usize {
         match self.quantization {
+            Quantization::Bf16 => 2 * self.numbers(),
             Quantization::Int8 => self.numbers(),
             Quantization::Int4 | Quantization::Nf4 => self.numbers().div_ceil(2),
         }
@@ -84,13 +92,15 @@ impl Layout {
     /// Scales of a row where rows have their own.
     pub(crate) fn row_scales(self) -> usize {
         match self.quantization {
-            Quantization::Int8 => 1,
+            Quantization::Int8 | Quantization::Bf16 => 1,
             Quantization::Int4 | Quantization::Nf4 => self.d_in.div_ceil(GROUP),
         }
     }
 
+    /// Scales of all of it; of bf16 a single one that says nothing, since a tensor on a device must hold something.
     pub(crate) fn scales(self) -> usize {
         match self.quantization {
+            Quantization::Bf16 => 1,
             Quantization::Int8 | Quantization::Int4 => self.d_out * self.row_scales(),
             Quantization::Nf4 => self.numbers().div_ceil(GROUP),
         }
@@ -99,6 +109,7 @@ impl Layout {
     /// The scale of a number, and for how many numbers of its row from it on that holds at most.
     pub(crate) fn scale_at(self, row: usize, column: usize) -> (usize, usize) {
         match self.quantization {
+            Quantization::Bf16 => (0, self.d_in - column),
             Quantization::Int8 => (row, self.d_in - column),
             Quantization::Int4 => (row * self.row_scales() + column / GROUP, GROUP - column % GROUP),
             Quantization::Nf4 => {

@@ -1,6 +1,7 @@
 //! Packed matrices in plain tensor operations.
 
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, Int, Tensor, TensorData};
+use half::bf16;
 
 use super::QuantizedMatrix;
 use super::format::{GROUP, INT4, Layout, NF4, Quantization};
@@ -24,6 +25,14 @@ pub(crate) fn unpack(words: Tensor<1, Int>, scales: Tensor<1>, layout: Layout) -
     let bytes: Vec<Tensor<1, Int>> = [0, 8, 16, 24].map(|by| bits(&words, by, 255)).to_vec();
     let bytes: Tensor<1, Int> = Tensor::stack::<2>(bytes, 1).flatten(0, 1);
     match quantization {
+        Quantization::Bf16 => {
+            // No device reads bits as a number in plain operations: all numbers that there are lie in a table.
+            let halves = vec![bits(&words, 0, 0xFFFF), bits(&words, 16, 0xFFFF)];
+            let codes: Tensor<1, Int> = Tensor::stack::<2>(halves, 1).flatten(0, 1);
+            let all: Vec<f32> = (0..=u16::MAX).map(|code| bf16::from_bits(code).to_f32()).collect();
+            let all = Tensor::<1>::from_data(TensorData::new(all, [1 << 16]), (&scales.device(), DType::F32));
+            all.select(0, codes.narrow(0, 0, count)).reshape([d_out, d_in])
+        }
         Quantization::Int8 => {
             let codes = bytes.narrow(0, 0, count).float();
             let below_zero = codes.clone().greater_elem(127.0).float();

@@ -3,7 +3,8 @@
 use super::*;
 use crate::fixtures::{Leaf, assert_close, compare, device, host, plain_device, random};
 
-const ALL: [Quantization; 3] = [Quantization::Int8, Quantization::Int4, Quantization::Nf4];
+/// Those whose numbers share scales.
+const SCALED: [Quantization; 3] = [Quantization::Int8, Quantization::Int4, Quantization::Nf4];
 
 /// Numbers off zero, of unequal size from row to row, with rows of zeros.
 fn numbers([d_out, d_in]: [usize; 2]) -> Vec<f32> {
@@ -21,7 +22,7 @@ fn blocks([d_out, d_in]: [usize; 2], quantization: Quantization) -> Vec<std::ops
     let (stretch, block) = match quantization {
         Quantization::Int8 => (d_in, d_in),
         Quantization::Int4 => (d_in, 64),
-        Quantization::Nf4 => (d_out * d_in, 64),
+        Quantization::Nf4 | Quantization::Bf16 => (d_out * d_in, 64),
     };
     let stretches = (0..d_out * d_in).step_by(stretch);
     let blocks = stretches.flat_map(|from| (from..from + stretch).step_by(block).map(move |at| (at, from + stretch)));
@@ -33,7 +34,7 @@ const SHAPES: [[usize; 2]; 7] = [[1, 1], [5, 37], [3, 64], [8, 65], [11, 129], [
 #[test]
 fn each_number_becomes_the_nearest_that_its_scale_allows() {
     for shape in SHAPES {
-        for quantization in ALL {
+        for quantization in SCALED {
             let (values, packed) = (numbers(shape), packed(shape, quantization));
             let found = packed.values();
             let blocks = blocks(shape, quantization);
@@ -43,7 +44,7 @@ fn each_number_becomes_the_nearest_that_its_scale_allows() {
                 let levels: Vec<f32> = match quantization {
                     Quantization::Int8 => (-127..=127).map(|code| code as f32 * (largest / 127.0)).collect(),
                     Quantization::Int4 => (-7..=7).map(|code| code as f32 * (largest / 7.0)).collect(),
-                    Quantization::Nf4 => NF4.iter().map(|level| level * largest).collect(),
+                    Quantization::Nf4 | Quantization::Bf16 => NF4.iter().map(|level| level * largest).collect(),
                 };
                 assert!(levels.iter().any(|level| (level.abs() - largest).abs() <= 1e-6 * largest));
                 for i in block {
@@ -90,7 +91,7 @@ fn codes_lie_as_the_layouts_say() {
 
 #[test]
 fn what_is_no_number_is_not_made_one() {
-    for quantization in ALL {
+    for quantization in SCALED {
         for wrong in [f32::NAN, f32::INFINITY] {
             let mut values = vec![1.0; 130];
             values[1] = wrong;
@@ -102,23 +103,72 @@ fn what_is_no_number_is_not_made_one() {
 }
 
 #[test]
+fn in_bf16_each_number_is_for_itself() {
+    let wrong = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e-40, 3.0, f32::MAX];
+    let found = Packed::new(&wrong, [1, 7], Quantization::Bf16);
+    assert!(found.values()[0].is_nan());
+    assert_eq!(
+        found.values()[1..6],
+        [f32::INFINITY, f32::NEG_INFINITY, 0.0, half::bf16::from_f32(1e-40).to_f32(), 3.0]
+    );
+    assert_eq!(found.codes[2..4], [0x80, 0x7f], "the lower byte first");
+    for shape in SHAPES {
+        let (values, found) = (numbers(shape), packed(shape, Quantization::Bf16));
+        let expected: Vec<f32> = values.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect();
+        assert_eq!(found.values(), expected);
+        assert_eq!(Packed::new(&expected, shape, Quantization::Bf16), found, "what has been packed stays as it is");
+        assert_eq!(Packed::from_parts(found.codes.clone(), vec![1.0], shape, Quantization::Bf16), Some(found));
+    }
+}
+
+/// Of bf16 two numbers at a time are taken, and of rows of odd width tiles are, which sums in another order; everything else is the same to
+/// the last bit.
+#[test]
+fn few_tokens_get_the_same_products_from_packed_and_whole_matrices() {
+    if !crate::fixtures::is_cpu() {
+        return println!("skipped: a GPU unpacks the whole matrix");
+    }
+    device().seed(25);
+    for [d_out, d_in] in [[1, 2], [37, 29], [300, 601], [24, 1408], [700, 512]] {
+        for quantization in Quantization::ALL {
+            let matrix = QuantizedMatrix::new(&packed([d_out, d_in], quantization), &plain_device());
+            for count in (1..20).chain([47, 48]) {
+                let wide = random([1, count, d_in + 3], 1.0).inner();
+                let (x, residual) = (wide.narrow(2, 1, d_in), random([1, count, d_out], 1.0).inner());
+                let what = format!("{quantization:?} {d_out} × {d_in}, {count} tokens");
+                let same = |found: Tensor<3>, expected: Tensor<3>| {
+                    let (found, expected) = (host(found), host(expected));
+                    match quantization == Quantization::Bf16 || d_in % 2 == 1 {
+                        true => assert_close(&what, found, expected),
+                        false => assert_eq!(found, expected, "{what}"),
+                    }
+                };
+                same(matrix.linear(x.clone(), None), crate::linear(x.clone(), matrix.unpack(), None));
+                let sum = crate::add_linear(residual.clone(), x.clone(), matrix.unpack(), None);
+                same(matrix.add_linear(residual, x, None), sum);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_packed_matrix_takes_the_bytes_that_are_told() {
     for shape in SHAPES {
-        for quantization in ALL {
+        for quantization in Quantization::ALL {
             let packed = packed(shape, quantization);
             let bytes = packed.codes.len().next_multiple_of(4) + 4 * packed.scales.len();
             assert_eq!(quantization.bytes(shape), bytes);
         }
     }
     let share = |quantization: Quantization| quantization.bytes([512, 1024]) as f64 / (4 * 512 * 1024) as f64;
-    assert!(share(Quantization::Int8) < 0.252);
+    assert!(share(Quantization::Int8) < 0.252 && share(Quantization::Bf16) < 0.500_01);
     assert_eq!([Quantization::Int4, Quantization::Nf4].map(share), [0.140625; 2]);
 }
 
 #[test]
 fn a_matrix_is_unpacked_alike_everywhere() {
     for shape in SHAPES {
-        for quantization in ALL {
+        for quantization in Quantization::ALL {
             let packed = packed(shape, quantization);
             for device in [device(), plain_device()] {
                 let matrix = QuantizedMatrix::new(&packed, &device);
@@ -137,7 +187,7 @@ fn products_and_gradients_agree_with_those_of_the_unpacked_matrix() {
     let sizes = [[1, 1], [2, 3], [1, 7], [3, 85], [1, 300]];
     for (i, [d_out, d_in]) in SHAPES.into_iter().enumerate() {
         let [batch, seq] = sizes[i % sizes.len()];
-        for quantization in ALL {
+        for quantization in Quantization::ALL {
             let matrix = QuantizedMatrix::new(&packed([d_out, d_in], quantization), &device());
             // A view of a wider tensor, whose numbers lie off zero.
             let wide = (random([batch, seq, d_in + 3], 1.0) + 2.0).detach().require_grad();
@@ -165,7 +215,7 @@ fn threads_change_no_number() {
     }
     device().seed(24);
     for [d_out, d_in, seq] in [[40, 520, 1100], [600, 270, 40]] {
-        for quantization in ALL {
+        for quantization in Quantization::ALL {
             let matrix = QuantizedMatrix::new(&packed([d_out, d_in], quantization), &device());
             let x = random([1, seq, d_in], 1.0);
             let of = |threads: usize| {

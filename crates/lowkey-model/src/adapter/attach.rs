@@ -151,7 +151,7 @@ impl CausalLm {
         };
         model.adapter = None;
         if unpacks {
-            model.quantized = Arc::new([]);
+            (model.quantized, model.packed_head) = (Arc::new([]), None);
         }
         model
     }

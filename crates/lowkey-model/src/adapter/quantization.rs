@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use lowkey_kernels::quantized_linear::{Packed, Quantization};
+use lowkey_kernels::quantized_linear::{Packed, Quantization, QuantizedMatrix};
 use serde::Serialize;
 
 use super::config::AdapterConfig;
@@ -112,6 +112,42 @@ impl CausalLm {
         let trained: BTreeMap<&str, bool> =
             self.tensors.iter().map(|spec| (spec.name.as_str(), spec.trainable)).collect();
         Ok(model.with_trained(|spec| trained.get(spec.name.as_str()).copied().unwrap_or(false)))
+    }
+
+    /// The same model to be read and not trained: [`CausalLm::quantized`], and in bf16, by which published weights lose nothing, the output
+    /// head, too. The head's whole matrix stays beside it, where embeddings are looked up or losses computed.
+    ///
+    /// # Errors
+    /// As [`CausalLm::quantized`].
+    pub fn packed_to_read(&self, quantization: Quantization) -> Result<Self> {
+        let mut model = self.quantized(quantization)?;
+        if quantization == Quantization::Bf16 {
+            let head = model.head_weight().detach();
+            let (shape, device) = (head.dims(), head.device());
+            let values = head.try_into_vec_as::<f32>().map_err(|e| {
+                Error::adapter(
+                    "quantization",
+                    quantization.name(),
+                    format!("the output head cannot be read back: {e:?}"),
+                )
+            })?;
+            model.packed_head = Some(QuantizedMatrix::new(&Packed::new(&values, shape, quantization), &device));
+        }
+        Ok(model)
+    }
+
+    /// How matrices are packed, where they are.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.quantized.first().map(|layer| layer.quantization)
+    }
+
+    /// Bytes that a pass does not read since matrices are packed, each number of which would take 4.
+    pub fn packed_bytes_spared(&self) -> usize {
+        let of = |quantization: Quantization, shape: [usize; 2]| {
+            (4 * shape[0] * shape[1]).saturating_sub(quantization.bytes(shape))
+        };
+        let layers = self.quantized.iter().map(|layer| of(layer.quantization, layer.shape));
+        layers.sum::<usize>() + self.packed_head.as_ref().map_or(0, |head| of(head.quantization(), head.dims()))
     }
 
     /// What packing did to each matrix that is packed, in the model's order.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::{Device, Tensor};
 use lowkey_infer::{CacheDtype, Decoder, Form, GenerateConfig, Sampler};
 use lowkey_kernels::Precision;
+use lowkey_kernels::quantized_linear::Quantization;
 use lowkey_model::{CausalLm, ModelConfig, attention::FusedMla};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -70,6 +71,8 @@ pub struct DecodeOptions {
     pub ways: Vec<Form>,
     /// How the cache stores its numbers.
     pub cache_dtype: CacheDtype,
+    /// How the matrices are packed; absent: f32.
+    pub weights: Option<Quantization>,
     /// Threads; absent: one per core.
     pub threads: Option<usize>,
 }
@@ -87,6 +90,8 @@ pub struct DecodeFigures {
     pub batch: usize,
     /// Threads.
     pub threads: usize,
+    /// How the matrices were held: `f32`, or packed.
+    pub weights: &'static str,
     /// How the cache stored its numbers.
     pub cache_dtype: String,
     /// Numbers that the cache stores per token, all layers together.
@@ -164,6 +169,8 @@ pub fn decode(subject: Subject, options: &DecodeOptions, observe: Observer) -> R
     model.config.max_position_embeddings = positions.max(model.config.max_position_embeddings);
     let config = model.config.clone();
     check_memory(&config, batch, positions)?;
+    let packed = |quantization| model.packed_to_read(quantization);
+    let model = options.weights.map(packed).transpose()?.unwrap_or(model);
     let threads = super::threads(options.threads)?;
     let (rows, matmul_flops_per_s, memory_bytes_per_s, peak_rss_mb) = super::on_threads(threads, || {
         let device = super::device();
@@ -185,6 +192,7 @@ pub fn decode(subject: Subject, options: &DecodeOptions, observe: Observer) -> R
         params: config.parameter_count().total,
         batch,
         threads,
+        weights: options.weights.map_or("f32", Quantization::name),
         cache_dtype: options.cache_dtype.to_string(),
         cache_numbers_per_token: config.cache_numbers(),
         max_position_embeddings: raised,
@@ -249,6 +257,7 @@ impl Bench<'_> {
             let held = context + steps / 2;
             let cached_bytes = cache_bytes as f64 * held as f64 / (context + new) as f64;
             let (step_bytes, step_flops) = step_cost(&model.config, batch, held, cached_bytes, *way);
+            let step_bytes = step_bytes - model.packed_bytes_spared() as f64;
             rows.push(DecodeRow {
                 context,
                 way: way.to_string(),

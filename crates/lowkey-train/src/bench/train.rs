@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use lowkey_batch::Batch;
 use lowkey_kernels::Precision;
+use lowkey_kernels::quantized_linear::Quantization;
 use lowkey_model::{CausalLm, Parameter, Recompute, adapter::AdapterConfig, cost::Training, objective::Term};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -51,6 +52,8 @@ pub struct TrainOptions {
     pub dtype: Precision,
     /// Width of the adapters beside all maps, which alone are trained; absent: the whole model is.
     pub lora_rank: Option<usize>,
+    /// How the frozen matrices beside adapters are packed; absent: they are f32.
+    pub quantization: Option<Quantization>,
 }
 
 impl Default for TrainOptions {
@@ -67,6 +70,7 @@ impl Default for TrainOptions {
             device: "cpu".into(),
             dtype: Precision::F32,
             lora_rank: None,
+            quantization: None,
         }
     }
 }
@@ -95,6 +99,9 @@ pub struct TrainFigures {
     /// Width of the adapters that alone were trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_rank: Option<usize>,
+    /// How the frozen matrices beside them were packed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
     /// Steps before the timed ones.
     pub warmup: usize,
     /// What those took together, with compiling kernels and finding the fastest.
@@ -170,12 +177,20 @@ impl Session {
         let training = Training { micro_batch: batch, seq, threads, recompute, terms: 1, ..Training::default() };
         check_bytes("training", config.train_bytes(training), "the shape, the batch or the length", &config)?;
         let device = device.autodiff();
+        let quantization = options.quantization;
         let model = match options.lora_rank {
             Some(r) => {
                 at_least_one("lora_rank", r, config.hidden_size)?;
-                CausalLm::init_adapted(&config, &AdapterConfig::all_linear(r), SEED, &device)?
+                let adapter = AdapterConfig { quantization, ..AdapterConfig::all_linear(r) };
+                CausalLm::init_adapted(&config, &adapter, SEED, &device)?
             }
-            None => CausalLm::init(&config, SEED, &device),
+            None => match quantization {
+                Some(packed) => {
+                    let why = "is of frozen matrices beside adapters: give lora_rank, too";
+                    return Err(Error::config("quantization", packed.name(), why));
+                }
+                None => CausalLm::init(&config, SEED, &device),
+            },
         };
         let optimizer_section = OptimizerSection {
             kind,
@@ -314,6 +329,7 @@ pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> 
         device: options.device.clone(),
         dtype: options.dtype,
         lora_rank: options.lora_rank,
+        quantization: options.quantization,
         warmup: options.warmup,
         warm_up_s: thousandths(warm_up_s),
         steps: options.steps,

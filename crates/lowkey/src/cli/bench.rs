@@ -176,6 +176,9 @@ pub(crate) struct BenchStepArguments {
     /// Train adapters of this width beside all maps, and nothing else
     #[arg(long, value_name = "R")]
     pub(crate) lora_rank: Option<usize>,
+    /// Hold the frozen matrices beside them in bf16, int8, int4 or nf4
+    #[arg(long, default_value = "f32", value_name = "FORMAT", requires = "lora_rank")]
+    pub(crate) weights: String,
 }
 
 #[derive(Debug, Args)]
@@ -229,6 +232,9 @@ pub(crate) struct BenchDecodeArguments {
     /// How attention is computed in the steps: expanded, absorbed, fused [default: all that the model has]
     #[arg(long, value_delimiter = ',', value_name = "FORM,…")]
     pub(crate) way: Vec<String>,
+    /// How the matrices are held: f32, bf16, int8, int4 or nf4
+    #[arg(long, default_value = "f32", value_name = "FORMAT")]
+    pub(crate) weights: String,
 }
 
 #[derive(Debug, Args)]

@@ -24,7 +24,7 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
     let observe = &mut |p: bench::Progress| bar.show(p.doing, p.done, p.of);
     match command {
         BenchCommand::Train(BenchTrainArguments { step, steps, warmup, json }) => {
-            let figures = bench::train(&options(step, steps, warmup), observe);
+            let figures = bench::train(&options(step, steps, warmup)?, observe);
             report(bar, figures, json, train_text)
         }
         BenchCommand::Decode(arguments) => {
@@ -38,7 +38,7 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
             report(bar, figures, arguments.over.json, prefill_text)
         }
         BenchCommand::Ops(BenchOpsArguments { step, steps, warmup, json }) => {
-            let figures = bench::ops(&OpsOptions { step: options(step, steps, warmup) }, observe);
+            let figures = bench::ops(&OpsOptions { step: options(step, steps, warmup)? }, observe);
             report(bar, figures, json, ops_text)
         }
         BenchCommand::Peer(arguments) => {
@@ -48,8 +48,10 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
     }
 }
 
-fn options(step: BenchStepArguments, steps: usize, warmup: usize) -> TrainOptions {
-    let BenchStepArguments { shape, batch, seq, threads, optimizer, recompute, device, dtype, lora_rank } = step;
+fn options(step: BenchStepArguments, steps: usize, warmup: usize) -> Result<TrainOptions, WrongUse> {
+    let BenchStepArguments { shape, batch, seq, threads, optimizer, recompute, device, dtype, lora_rank, weights } =
+        step;
+    let quantization = super::packing(&weights)?;
     let recompute = if recompute { Recompute::Block } else { Recompute::None };
     let dtype = match dtype.as_str() {
         "tf32" => Precision::Tf32,
@@ -57,7 +59,20 @@ fn options(step: BenchStepArguments, steps: usize, warmup: usize) -> TrainOption
         "f16" => Precision::F16,
         _ => Precision::F32,
     };
-    TrainOptions { shape, batch, seq, threads, steps, warmup, optimizer, recompute, device, dtype, lora_rank }
+    Ok(TrainOptions {
+        shape,
+        batch,
+        seq,
+        threads,
+        steps,
+        warmup,
+        optimizer,
+        recompute,
+        device,
+        dtype,
+        lora_rank,
+        quantization,
+    })
 }
 
 /// Prints what was measured, the bar out of the way.
@@ -103,6 +118,7 @@ fn train_text(f: &TrainFigures) -> String {
     rows.extend(peak(f.peak_rss_mb));
     rows.extend(f.gpu_mb.map(|mb| ("GPU memory", format!("{mb:.0} MiB"))));
     let where_to = place(&f.device, f.threads);
+    let beside = f.quantization.map(|packed| format!(" beside matrices in {}", packed.name())).unwrap_or_default();
     let head = format!(
         "{}: {} parameters, {} × {} tokens per step, {}, {where_to}{}{}",
         f.shape,
@@ -111,18 +127,19 @@ fn train_text(f: &TrainFigures) -> String {
         f.seq,
         f.optimizer,
         if f.recompute == Recompute::Block { ", blocks recomputed" } else { "" },
-        f.lora_rank.map(|r| format!(", adapters of width {r} alone trained")).unwrap_or_default()
+        f.lora_rank.map(|r| format!(", adapters of width {r} alone trained{beside}")).unwrap_or_default()
     );
     format!("{head}\n{}", pairs(&rows))
 }
 
 /// The model to decode with, and how.
 fn decode_subject(arguments: &BenchDecodeArguments) -> anyhow::Result<(Subject, DecodeOptions)> {
-    let BenchDecodeArguments { over, context, new, way } = arguments;
+    let BenchDecodeArguments { over, context, new, way, weights } = arguments;
+    let weights = super::packing(weights)?;
     let positions = context.iter().max().map_or(1, |longest| longest.saturating_add(*new));
     let (subject, ways, cache_dtype) = decoding(over, positions, Ways { asked: way, auto: false })?;
     let (contexts, new, batch, threads) = (context.clone(), *new, over.batch, over.threads);
-    Ok((subject, DecodeOptions { batch, contexts, new, ways, cache_dtype, threads }))
+    Ok((subject, DecodeOptions { batch, contexts, new, ways, cache_dtype, weights, threads }))
 }
 
 /// The forms that are asked for, and whether the choice between them is one of them.
@@ -246,6 +263,9 @@ fn decode_text(f: &DecodeFigures) -> String {
         ),
         ("cache", format!("{}, {} numbers per token; {}", f.cache_dtype, f.cache_numbers_per_token, caches.join(", "))),
     ];
+    if f.weights != "f32" {
+        facts.push(("weights", format!("{}, but for the maps of latents", f.weights)));
+    }
     if let Some(positions) = f.max_position_embeddings {
         facts.push(("note", format!("max_position_embeddings raised to {positions} for this measurement")));
     }

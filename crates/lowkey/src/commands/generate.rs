@@ -22,6 +22,7 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let form: Form = arguments.decode.parse().map_err(|e| WrongUse(format!("--decode {}: {e}", arguments.decode)))?;
     let wrong = |e| WrongUse(format!("--cache-dtype {}: {e}", arguments.cache_dtype));
     let cache_dtype: CacheDtype = arguments.cache_dtype.parse().map_err(wrong)?;
+    let packing = super::packing(&arguments.weights)?;
     let prompt = match (&arguments.prompt, &arguments.prompt_file) {
         (Some(prompt), _) => prompt.clone(),
         (None, Some(path)) => lowkey_files::read_text(path, LONGEST_PROMPT)?,
@@ -36,12 +37,15 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     let beside = companion_dir(&arguments.model, "tokenizer.json")?;
     let settings = companion_dir(&arguments.model, "generation_config.json")?;
     let declared = Generation::from_model_dir(&settings, Some(&tokenizer))?;
-    // Weights that were fused are of the whole latent.
+    // Weights that were fused are of the whole latent, and not packed: who packs means to read less.
     let fused = match arguments.kv_rank {
-        None => super::export::fused_weights(&arguments.model, &whole, &device)?,
-        Some(_) => Vec::new(),
+        None if packing.is_none() || form == Form::Fused => {
+            super::export::fused_weights(&arguments.model, &whole, &device)?
+        }
+        _ => Vec::new(),
     };
     let model = super::read_at(whole, arguments.kv_rank)?;
+    let model = packing.map(|packing| model.packed_to_read(packing)).transpose()?.unwrap_or(model);
     let encoded = if arguments.chat { asked(&prompt, &beside, &tokenizer)? } else { tokenizer.encode_prompt(&prompt) };
     let mut ids = encoded.map_err(|e| WrongUse(format!("the prompt cannot be encoded: {e}")))?;
     if ids.is_empty() {

@@ -23,6 +23,7 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use lowkey_data::Tokenizer;
+use lowkey_kernels::quantized_linear::Quantization;
 use lowkey_model::{CausalLm, ModelDir, adapter::companion_dir};
 
 use crate::cli::{Arguments, Command, DataCommand, DeviceArgument, LabCommand};
@@ -54,6 +55,15 @@ fn open_device_at(argument: &DeviceArgument, place: usize, processes: usize) -> 
 /// Loads a model directory; one that carries checksums only if they match.
 fn load_model(dir: &Path, device: &Device) -> anyhow::Result<CausalLm> {
     Ok(ModelDir::open(dir)?.load(device)?)
+}
+
+/// How the matrices of a model are packed while it is read, as `--weights` says; none: they are whole.
+fn packing(format: &str) -> Result<Option<Quantization>, WrongUse> {
+    let found = Quantization::ALL.into_iter().find(|quantization| quantization.name() == format);
+    if found.is_none() && format != "f32" {
+        return Err(WrongUse(format!("--weights {format}: must be f32, bf16, int8, int4 or nf4")));
+    }
+    Ok(found)
 }
 
 /// The tokenizer of a model directory, with the special tokens around a text or without as the command line says.

@@ -5,10 +5,13 @@
 //! cache. Where there are fewer groups of queries than threads, threads share out the slots, and their parts are merged
 //! ("flash-decoding", Dao et al. 2023).
 
-use pulp::{Arch, Simd, WithSimd};
+mod rounded;
+
+use pulp::{Arch, Simd, WithSimd, bytemuck};
 use rayon::prelude::*;
 
 use super::numbers::{Numbers, Vectors};
+use crate::cpu::bf16::{Packed, Unit};
 use crate::cpu::linear::{Tokens, project};
 use crate::cpu::parts::Parts;
 use crate::cpu::tile::{
@@ -58,11 +61,20 @@ pub(crate) struct Slots<'a> {
 
 /// Writes `out [batch, seq, heads, value]` for `q [batch, seq, heads, nope+rope]`, `kv_b [heads(nope+value), rank]`, or
 /// `out [batch, seq, heads, rank]` for `q [batch, seq, heads, rank+rope]` without `kv_b`; query `t` of row `b` sees the slots
-/// `0..=offsets[b] + t` that are filled.
-pub(crate) fn forward(shape: Shape, q: &[f32], slots: Slots, kv_b: Option<&[f32]>, offsets: &[i32], out: &mut [f32]) {
+/// `0..=offsets[b] + t` that are filled. With a unit, products with latents that are stored in bf16 are its work, and their operands rounded.
+pub(crate) fn forward(
+    shape: Shape,
+    q: &[f32],
+    slots: Slots,
+    kv_b: Option<&[f32]>,
+    offsets: &[i32],
+    unit: Option<Unit>,
+    out: &mut [f32],
+) {
     let Shape { seq, heads, value, rank, .. } = shape;
     debug_assert_eq!(out.len(), offsets.len() * seq * heads * if kv_b.is_some() { value } else { rank });
-    let call = &Call { shape, q, slots, kv_b, offsets, out: &Parts::new(out) };
+    let unit = unit.filter(|_| matches!(slots.vectors.numbers, Numbers::Bf16(_)));
+    let call = &Call { shape, q, slots, kv_b, offsets, unit, out: &Parts::new(out) };
     let groups = call.groups();
     let work = shape.width() * slots.keys * heads * seq * offsets.len();
     let threads = if work > WORK { rayon::current_num_threads() } else { 1 };
@@ -79,7 +91,7 @@ pub(crate) fn forward(shape: Shape, q: &[f32], slots: Slots, kv_b: Option<&[f32]
         }
         return;
     }
-    let mapped: Vec<Aligned> = groups.iter().map(|group| call.map(group, true)).collect();
+    let mapped: Vec<Queries> = groups.iter().map(|group| call.map(group, true)).collect();
     let pieces: Vec<(usize, std::ops::Range<usize>)> = (0..groups.len())
         .flat_map(|i| {
             let visible = groups[i].visible;
@@ -128,8 +140,17 @@ struct Partial {
     top: Vec<f32>,
     /// Sum of e^(score − top).
     mass: Vec<f32>,
-    /// Sums of latents with those weights, rows of L rounded up to [`LANES`].
+    /// Sums of latents with those weights, rows of L numbers `stride` apart.
     sums: Aligned,
+    stride: usize,
+}
+
+/// A group's queries in latent space, as its products read them.
+enum Queries {
+    /// Numbers 2k and 2k+1 of each query side by side, see [`paired_products`].
+    Paired(Aligned),
+    /// In bf16.
+    Rounded(Packed),
 }
 
 struct Call<'a> {
@@ -138,6 +159,7 @@ struct Call<'a> {
     slots: Slots<'a>,
     kv_b: Option<&'a [f32]>,
     offsets: &'a [i32],
+    unit: Option<Unit>,
     out: &'a Parts<'a>,
 }
 
@@ -165,8 +187,8 @@ impl Call<'_> {
         ((group.row * self.shape.seq + t) * self.shape.heads + head, head)
     }
 
-    /// `[q̃ | q_pe]` times the scale as [`paired_products`] reads it: numbers 2k and 2k+1 of each query side by side.
-    fn map(&self, group: &Group, alone: bool) -> Aligned {
+    /// `[q̃ | q_pe]` times the scale.
+    fn map(&self, group: &Group, alone: bool) -> Queries {
         let Shape { nope, rope, value, rank, scale, .. } = self.shape;
         let (width, columns) = (self.shape.width(), group.columns());
         let mut rows = vec![0.0f32; group.count() * width];
@@ -187,23 +209,31 @@ impl Call<'_> {
         } else {
             rows.chunks_mut(width).enumerate().for_each(map);
         }
+        if let Some(unit) = self.unit {
+            return Queries::Rounded(rounded::queries(unit, &rows, [group.count(), width]));
+        }
         let mut paired = Aligned::zeros(width.next_multiple_of(2) * columns);
         for (i, row) in rows.chunks_exact(width).enumerate() {
             for (k, x) in row.iter().enumerate() {
                 paired[(k / 2 * columns + i) * 2 + k % 2] = *x;
             }
         }
-        paired
+        Queries::Paired(paired)
     }
 
-    fn attend(&self, group: &Group, mapped: &[f32], slots: std::ops::Range<usize>) -> Partial {
-        Arch::new().dispatch(Attend { call: self, group, mapped, slots })
+    fn attend(&self, group: &Group, mapped: &Queries, slots: std::ops::Range<usize>) -> Partial {
+        match (mapped, self.slots.vectors.numbers, self.unit) {
+            (Queries::Rounded(queries), Numbers::Bf16(latents), Some(unit)) => {
+                rounded::attend(unit, self, group, (queries, latents), slots)
+            }
+            (Queries::Paired(mapped), ..) => Arch::new().dispatch(Attend { call: self, group, mapped, slots }),
+            (Queries::Rounded(_), ..) => unreachable!("queries are rounded for latents in bf16 alone"),
+        }
     }
 
     /// Merges a group's parts, divides by the mass, and maps by W_UV where it has been given.
     fn finish(&self, group: &Group, parts: &[Partial], alone: bool) {
         let Shape { nope, value, rank, .. } = self.shape;
-        let rank_width = rank.next_multiple_of(LANES);
         let finish = |i: usize| {
             let top = parts.iter().fold(f32::NEG_INFINITY, |top, part| top.max(part.top[i]));
             let weights = parts.iter().map(|part| {
@@ -215,7 +245,7 @@ impl Call<'_> {
             let mut sums = vec![0.0f32; rank];
             for (part, weight) in parts.iter().zip(&weights) {
                 let weight = weight / mass;
-                sums.iter_mut().zip(&part.sums[i * rank_width..]).for_each(|(sum, x)| *sum += x * weight);
+                sums.iter_mut().zip(&part.sums[i * part.stride..]).for_each(|(sum, x)| *sum += x * weight);
             }
             let (place, head) = self.place(group, i);
             let Some(kv_b) = self.kv_b else {
@@ -313,7 +343,7 @@ impl WithSimd for Attend<'_> {
                 &x[(first + keys) * width..end]
             });
             let turns = turns_of_pairs::<S>(sizes) + turns_of_either::<S>([count, keys, rank]);
-            let mut ahead = Ahead::new(next, turns);
+            let mut ahead = Ahead::new(bytemuck::cast_slice(next), turns);
             paired_products(simd, sizes, (latents, stride), mapped, &mut products, &mut ahead);
             if sees >= k0 + keys {
                 let state = [&mut top[..], &mut mass[..], &mut shrink[..]];
@@ -334,7 +364,7 @@ impl WithSimd for Attend<'_> {
             let extent = |_| Extent { inner: (0, keys), columns: rank };
             add_either(simd, count, weights, (latents, stride), (&mut sums, rank_width), extent, &mut ahead);
         }
-        Partial { top, mass, sums }
+        Partial { top, mass, sums, stride: rank_width }
     }
 }
 

@@ -1,9 +1,12 @@
 //! One thread that multiplies packed operands.
 
-use super::kernels::{BLOCK, Block, Registers, by_pairs, by_tiles, plainly};
-use super::pack::{DEPTH, Packed, Side};
+use half::bf16;
+
+use super::kernels::{BLOCK, Block, Registers, by_pairs, by_tiles, half_by_tiles, plainly};
+use super::pack::{DEPTH, Packed, STRIP, Side};
 use super::unit::Unit;
 use crate::cpu::gemm::View;
+use crate::cpu::vector::Ahead;
 
 /// The unit of this thread.
 pub(crate) struct Core {
@@ -32,7 +35,7 @@ impl Core {
     }
 
     /// One of [`Unit::all`].
-    pub(super) fn of(unit: Unit) -> Self {
+    pub(crate) fn of(unit: Unit) -> Self {
         assert!(unit.is_here(), "{unit:?} is not there");
         // SAFETY: the unit is there.
         let registers = (unit == Unit::Tiles).then(|| unsafe { Registers::take() });
@@ -43,6 +46,12 @@ impl Core {
     pub(crate) fn pack(&self, matrix: View, [count, depth]: [usize; 2], to: &mut Packed) {
         let matrix = if to.side() == Side::Left { matrix } else { matrix.t() };
         to.pack(self.unit, matrix, [count, depth]);
+    }
+
+    /// Packs numbers that are bf16 already, in rows `stride` apart: `[count, depth]` of a left operand, `[depth, count]` of a right one.
+    /// `ahead` has its [turns](Packed::turns) meanwhile.
+    pub(crate) fn take(&self, rows: (&[bf16], usize), sizes: [usize; 2], to: &mut Packed, ahead: &mut Ahead) {
+        to.take(self.unit, rows, sizes, ahead);
     }
 
     /// `out (+)= a b`, of which `out` has the rows of the window, `stride` apart.
@@ -84,6 +93,11 @@ impl Core {
                     let at = out.add(row * stride + column);
                     if height == BLOCK && width == BLOCK {
                         self.block(Block { a: left, b: right, out: at, stride, add });
+                        continue;
+                    }
+                    let half = [[BLOCK, STRIP], [STRIP, BLOCK]].contains(&[height, width]);
+                    if half && self.unit == Unit::Tiles {
+                        half_by_tiles(Block { a: left, b: right, out: at, stride, add }, height == BLOCK);
                         continue;
                     }
                     let mut whole = [0.0f32; BLOCK * BLOCK];

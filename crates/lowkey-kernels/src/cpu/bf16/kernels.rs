@@ -27,10 +27,10 @@ impl Block<'_> {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{Registers, by_pairs, by_tiles};
+pub(super) use x86::{Registers, by_pairs, by_tiles, half_by_tiles};
 
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) use elsewhere::{Registers, by_pairs, by_tiles};
+pub(super) use elsewhere::{Registers, by_pairs, by_tiles, half_by_tiles};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -158,6 +158,77 @@ mod x86 {
         }
     }
 
+    /// Half of a block: its first strip of columns alone where it is `tall`, else its first strip of rows.
+    ///
+    /// # Safety
+    /// As of [`by_tiles`], for the rows and columns of that half.
+    pub(in super::super) unsafe fn half_by_tiles(block: Block, tall: bool) {
+        let Block { a, b, out, stride, add } = block;
+        let tiles = block.tiles();
+        // One strip meets both of the other operand, and gives two tiles of sums.
+        let (once, [first, second], second_out) = if tall { (b[0], a, STRIP * stride) } else { (a[0], b, STRIP) };
+        // SAFETY: as of a whole block.
+        unsafe {
+            asm!(
+                "test {add}, {add}",
+                "jz 3f",
+                "tileloadd tmm0, [{c}+{stride}*1]",
+                "tileloadd tmm1, [{d}+{stride}*1]",
+                "jmp 4f",
+                "3:",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "4:",
+                "test {tiles}, {tiles}",
+                "jz 5f",
+                "test {tall}, {tall}",
+                "jz 6f",
+                "2:",
+                "tileloadd tmm4, [{once}+{row}*1]",
+                "tileloadd tmm5, [{first}+{row}*1]",
+                "tileloadd tmm6, [{second}+{row}*1]",
+                "tdpbf16ps tmm0, tmm5, tmm4",
+                "tdpbf16ps tmm1, tmm6, tmm4",
+                "add {once}, 1024",
+                "add {first}, 1024",
+                "add {second}, 1024",
+                "dec {tiles}",
+                "jnz 2b",
+                "jmp 5f",
+                "6:",
+                "tileloadd tmm4, [{once}+{row}*1]",
+                "tileloadd tmm5, [{first}+{row}*1]",
+                "tileloadd tmm6, [{second}+{row}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                "tdpbf16ps tmm1, tmm4, tmm6",
+                "add {once}, 1024",
+                "add {first}, 1024",
+                "add {second}, 1024",
+                "dec {tiles}",
+                "jnz 6b",
+                "5:",
+                "tilestored [{c}+{stride}*1], tmm0",
+                "tilestored [{d}+{stride}*1], tmm1",
+                once = inout(reg) once.as_ptr() => _,
+                first = inout(reg) first.as_ptr() => _,
+                second = inout(reg) second.as_ptr() => _,
+                tiles = inout(reg) tiles => _,
+                row = in(reg) 64usize,
+                c = in(reg) out,
+                d = in(reg) out.add(second_out),
+                stride = in(reg) 4 * stride,
+                add = in(reg) usize::from(add),
+                tall = in(reg) usize::from(tall),
+                out("tmm0") _,
+                out("tmm1") _,
+                out("tmm4") _,
+                out("tmm5") _,
+                out("tmm6") _,
+                options(nostack),
+            );
+        }
+    }
+
     /// With vectors of pairs.
     ///
     /// # Safety
@@ -223,6 +294,13 @@ mod elsewhere {
     }
 
     pub(in super::super) use by_tiles as by_pairs;
+
+    /// # Safety
+    /// As of [`plainly`].
+    pub(in super::super) unsafe fn half_by_tiles(block: Block, _tall: bool) {
+        // SAFETY: as the caller promises.
+        unsafe { plainly(block) }
+    }
 }
 
 /// The two numbers of an element.

@@ -8,8 +8,6 @@ use super::*;
 use crate::attention::AttentionConfig;
 use crate::params::Parameter;
 
-const ALL: [Quantization; 3] = [Quantization::Int8, Quantization::Int4, Quantization::Nf4];
-
 fn named(model: &CausalLm) -> BTreeMap<String, Vec<f32>> {
     model.parameters().into_iter().map(|parameter| (parameter.name, values(parameter.value))).collect()
 }
@@ -30,7 +28,7 @@ fn a_packed_model_computes_what_its_unpacked_matrices_do() {
     for (device, plain) in [(Device::flex(), Device::flex()), (Device::flex().autodiff(), Device::flex())] {
         for (name, config) in fixtures::every_kind() {
             let base = scrambled(&config, 8, &device);
-            for quantization in ALL {
+            for quantization in Quantization::ALL {
                 let packed = base.quantized(quantization).unwrap();
                 let whole = packed.merged();
                 let (found, expected) = (logits(&packed, &config), logits(&whole, &config));
@@ -85,7 +83,7 @@ fn gradients_of_adapters_are_those_beside_the_unpacked_matrices() {
             document_starts: &[0; 18],
         };
         let objective = Objective { scale: 0.1, terms: &[Term::Next { z_loss: 0.01 }] };
-        for ((kind, adapter), quantization) in kinds().into_iter().zip(ALL) {
+        for ((kind, adapter), quantization) in kinds().into_iter().zip(Quantization::ALL) {
             let saved = AdapterConfig { modules_to_save: Some(vec!["up_proj".into()]), ..adapter };
             let model = adapted(&config, &saved, 4, &device);
             let packed = model.quantized(quantization).unwrap();
@@ -121,7 +119,7 @@ fn a_base_is_packed_while_it_is_loaded_and_its_adapter_says_nothing_of_it() {
     let base_dir = dir.path().join("base");
     base.save(&base_dir, WeightDtype::F32, usize::MAX).unwrap();
     let read = ModelDir::open(&base_dir).unwrap().config().unwrap();
-    for ((kind, adapter), quantization) in kinds().into_iter().zip(ALL) {
+    for ((kind, adapter), quantization) in kinds().into_iter().zip(Quantization::ALL) {
         let adapter = AdapterConfig { quantization: Some(quantization), ..adapter };
         let begun = CausalLm::begin_adapter(&base_dir, &read, &adapter, 1, &device).unwrap();
         let packed = base.quantized(quantization).unwrap();
@@ -150,7 +148,7 @@ fn each_matrix_tells_how_far_it_is_off_and_what_it_takes() {
     let base = scrambled(&config, 2, &Device::flex());
     let before = named(&base);
     let mut errors = Vec::new();
-    for quantization in ALL {
+    for quantization in Quantization::ALL {
         let packed = base.quantized(quantization).unwrap();
         let after = named(&packed.merged());
         let (mut bytes, mut whole) = (0, 0);
@@ -168,9 +166,14 @@ fn each_matrix_tells_how_far_it_is_off_and_what_it_takes() {
         let of = |name: &str| packed.quantized_layers().iter().find(|layer| layer.name.ends_with(name)).unwrap();
         errors.push(of("0.mlp.gate_proj").error);
         let share = of("0.mlp.gate_proj").bytes as f64 / (4 * 192 * 260) as f64;
-        assert!(share <= if quantization == Quantization::Int8 { 0.26 } else { 0.15 }, "{quantization:?}: {share}");
+        let most = match quantization {
+            Quantization::Bf16 => 0.501,
+            Quantization::Int8 => 0.26,
+            Quantization::Int4 | Quantization::Nf4 => 0.15,
+        };
+        assert!(share <= most, "{quantization:?}: {share}");
     }
     // Of normal numbers: a hundredth with 8 bits, a tenth with 4, less of it where levels lie where numbers do.
     assert!(errors[0] < 0.012 && (0.08..0.14).contains(&errors[1]) && (0.06..0.11).contains(&errors[2]), "{errors:?}");
-    assert!(errors[2] < errors[1], "{errors:?}");
+    assert!(errors[2] < errors[1] && errors[3] < 0.003, "{errors:?}");
 }
