@@ -5,6 +5,7 @@
 
 mod corpus;
 mod folder;
+mod parts;
 mod samples;
 
 use std::collections::HashSet;
@@ -20,11 +21,13 @@ use crate::documents::Meter;
 use crate::error::{Error, Result};
 use crate::hub::HubConfig;
 use crate::oracle::{training_story, validation_story};
+use crate::records::Records;
 use crate::samples::Method;
 use crate::shard::Shard;
 use crate::storybook::exchange;
 use crate::tokenizer::{Part, Tokenizer};
 use corpus::Corpus;
+use parts::{Begun, Form, Parts};
 
 /// Raised whenever the same source would give other tokens than before.
 const FORMAT: u32 = 1;
@@ -232,7 +235,8 @@ pub struct Expected {
 /// Tokenises a dataset into `out`: `train.tokens`, `validation.tokens`, `tokenizer.json` and `manifest.json`.
 ///
 /// Where `out` already holds the same (source, files by name, size and hash, split, tokenizer), it is opened as it is. Else the
-/// folder is made anew beside its place and put there when it is whole; where that fails, or is stopped, `out` is as it was.
+/// folder is made anew beside its place and put there when it is whole; where that fails, or is stopped, `out` is as it was, and what is
+/// done of a long one waits beside it for the next call with the same.
 /// `tokenizer` replaces the one that the dataset file asks for.
 ///
 /// # Errors
@@ -243,7 +247,7 @@ pub fn prepare(
     tokenizer: Option<Tokenizer>,
     progress: Observer<'_>,
 ) -> Result<Prepared> {
-    prepare_from(config, out, tokenizer, None, &HubConfig::from_env(), progress)
+    prepare_from(config, out, tokenizer, None, &HubConfig::from_env(), parts::PART, progress)
 }
 
 /// [`prepare`] for a run that goes on, with the checksums of the tokens that it began with.
@@ -258,16 +262,17 @@ pub fn prepare_expecting(
     expected: &Expected,
     progress: Observer<'_>,
 ) -> Result<Prepared> {
-    prepare_from(config, out, tokenizer, Some(expected), &HubConfig::from_env(), progress)
+    prepare_from(config, out, tokenizer, Some(expected), &HubConfig::from_env(), parts::PART, progress)
 }
 
-/// [`prepare`] with a hub that does not come from the environment.
+/// [`prepare`] with a hub that does not come from the environment, and parts of so many bytes of text.
 fn prepare_from(
     config: &DatasetConfig,
     out: &Path,
     tokenizer: Option<Tokenizer>,
     expected: Option<&Expected>,
     hub: &HubConfig,
+    part: u64,
     progress: Observer<'_>,
 ) -> Result<Prepared> {
     config.check()?;
@@ -318,6 +323,7 @@ fn prepare_from(
     if let Some(prepared) = ready()? {
         // What a process left that was killed when this stood already.
         lowkey_files::recover(out)?;
+        parts::forget(out)?;
         return Ok(prepared);
     }
 
@@ -327,18 +333,31 @@ fn prepare_from(
         return Ok(prepared);
     }
     let (train, validation) = (staging.dir().join("train.tokens"), staging.dir().join("validation.tokens"));
+    let begun = Begun::find(&staging, &fingerprint)?;
+    let form = |tokenizer: &Tokenizer, masked: bool| {
+        let pairs = config.records() == Some(Records::Preference);
+        Form { vocab_size: tokenizer.vocab_size(), masked, pairs }
+    };
+    let finals = [&*train, &*validation];
     let (tokenizer, skipped) = match (given, &method) {
         (Some(tokenizer), Some(method)) => {
-            let skipped = samples::tokenize(config, &files, &tokenizer, method, [&train, &validation], watch)?;
+            let parts = Parts::new(begun, finals, form(&tokenizer, true), part)?;
+            let skipped = samples::tokenize(config, &files, &tokenizer, method, parts, watch)?;
             (tokenizer, Some(skipped))
         }
         (given, _) => {
             let corpus = Corpus::new(config, &files, watch)?;
-            let tokenizer = match given {
+            let tokenizer = match given.or_else(|| begun.tokenizer()) {
                 Some(tokenizer) => tokenizer,
-                None => corpus.build_tokenizer(watch)?,
+                None => {
+                    let tokenizer = corpus.build_tokenizer(watch)?;
+                    if files.iter().map(|file| file.bytes).sum::<u64>() > part {
+                        begun.keep(&tokenizer)?;
+                    }
+                    tokenizer
+                }
             };
-            corpus.tokenize(&tokenizer, &train, &validation, watch)?;
+            corpus.tokenize(&tokenizer, Parts::new(begun, finals, form(&tokenizer, false), part)?, watch)?;
             (tokenizer, None)
         }
     };
@@ -370,6 +389,7 @@ fn prepare_from(
     compare(out, expected, &manifest.train, &manifest.validation)?;
     lowkey_files::write_json(&staging.dir().join(folder::MANIFEST), &manifest)?;
     folder::commit(staging)?;
+    parts::forget(out)?;
     Ok(Prepared { tokenizer, ..open(out)? })
 }
 

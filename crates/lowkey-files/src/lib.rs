@@ -46,7 +46,7 @@ mod names;
 mod owned;
 mod read;
 mod room;
-mod staging;
+pub mod staging;
 pub mod write;
 
 pub use error::{Error, Result};

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::lock::{Lock, lock};
 use crate::mark::{Kind, MARK, Mark};
-use crate::write::{LOCK, NEW, OLD, create_dir, hidden, parent, remove_tree, sync_dir, write_json};
+use crate::write::{BEGUN, LOCK, NEW, OLD, create_dir, hidden, parent, remove_tree, sync_dir, write_json};
 
 /// What may become of a folder that is there already and holds something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +112,15 @@ pub fn recover(target: &Path) -> Result<()> {
         Err(Error::Refused { .. } | Error::Held { .. }) => Ok(()),
         Err(e) => Err(e),
     }
+}
+
+/// A folder beside `target` for what whoever makes that one has done so far, for the next who makes it to go on with. It is used under the lock
+/// of a [`Staging`], and stays until it is removed.
+///
+/// # Errors
+/// [`Error::Refused`] where `target` has no name of its own.
+pub fn begun(target: &Path) -> Result<PathBuf> {
+    hidden(&resolve(target)?, BEGUN)
 }
 
 /// What [`recover`] does, under the lock.

@@ -15,6 +15,8 @@ use crate::staging::recover;
 pub(crate) const NEW: &str = ".lowkey-new";
 /// Ends the name of a folder that is being replaced, where a system cannot exchange two.
 pub(crate) const OLD: &str = ".lowkey-old";
+/// Ends the name of a folder with what is done so far of another one.
+pub(crate) const BEGUN: &str = ".lowkey-begun";
 /// Ends the name of the lock on a folder that is being written.
 pub(crate) const LOCK: &str = ".lowkey-lock";
 

@@ -1,15 +1,14 @@
 //! The text of a dataset as documents with their split, and the tokens made of it.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
-use super::{Progress, Share, SourceFile, Watch};
+use super::parts::{Parts, Side};
+use super::{Progress, Share, Skipped, SourceFile, Watch};
 use crate::dataset::{DatasetConfig, Source, SplitBy, TokenizerConfig};
 use crate::documents::{self, Format, Meter, Piece};
 use crate::error::{Error, Result};
 use crate::oracle::{training_story, validation_story};
 use crate::sampler::mix;
-use crate::shard::ShardWriter;
 use crate::tokenizer::{Tokenizer, WordCounts};
 
 /// Text to hand to the tokenizer at a time: enough for its threads, little enough to hold.
@@ -17,13 +16,6 @@ const CHUNK_BYTES: usize = 4 << 20;
 
 /// Text between two reports of a pass over the source.
 const REPORT_BYTES: u64 = 4 << 20;
-
-/// Which split a document belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Side {
-    Train,
-    Validation,
-}
 
 /// A piece of a document, or of one part of a document that the split cuts in two.
 struct Item {
@@ -185,18 +177,22 @@ impl<'a> Corpus<'a> {
         }
     }
 
-    pub(super) fn tokenize(
-        &self,
-        tokenizer: &Tokenizer,
-        train: &Path,
-        validation: &Path,
-        watch: &mut Watch,
-    ) -> Result<()> {
-        let mut train = ShardWriter::create(train, tokenizer.vocab_size())?;
-        let mut validation = ShardWriter::create(validation, tokenizer.vocab_size())?;
+    /// Tokenises what is not in the parts yet.
+    pub(super) fn tokenize(&self, tokenizer: &Tokenizer, mut parts: Parts, watch: &mut Watch) -> Result<()> {
         let meter = Meter::default();
         let mut items = self.items(&meter);
         let end = tokenizer.text_end();
+        let mut done = 0;
+        let mut passed = 0;
+        while done < parts.items() {
+            let Some(item) = items.next() else { break };
+            passed += item?.text.len() as u64;
+            done += 1;
+            if passed > REPORT_BYTES {
+                passed = 0;
+                self.report(&parts, &meter, watch)?;
+            }
+        }
         loop {
             let (mut texts, mut rest, mut bytes) = (Vec::new(), Vec::new(), 0);
             for item in items.by_ref() {
@@ -211,6 +207,7 @@ impl<'a> Corpus<'a> {
             if texts.is_empty() {
                 break;
             }
+            done += texts.len() as u64;
             let encoded = tokenizer.encode_documents(&texts)?;
             for ((mut ids, text), (side, begins, whole, last)) in encoded.into_iter().zip(&texts).zip(rest) {
                 if begins {
@@ -219,25 +216,28 @@ impl<'a> Corpus<'a> {
                 if whole {
                     ids.extend(&end);
                 }
-                let writer = if side == Side::Train { &mut train } else { &mut validation };
+                let writer = parts.writer(side);
                 writer.extend(&ids, text.len() as u64)?;
                 if last {
                     writer.end_document();
                 }
             }
-            let documents = train.documents() + validation.documents();
-            let (tokens, share) = (train.tokens() + validation.tokens(), self.share(&meter, documents));
-            watch.tell(Progress::Tokenizing { documents, tokens, share })?;
+            parts.reached(done, &Skipped::default())?;
+            self.report(&parts, &meter, watch)?;
         }
-        self.check_splits(&train, &validation)?;
-        train.finish()?;
-        validation.finish()
+        self.check_splits(&parts)?;
+        parts.finish(done, &Skipped::default())
+    }
+
+    fn report(&self, parts: &Parts, meter: &Meter, watch: &mut Watch) -> Result<()> {
+        let (documents, tokens) = (parts.documents(), parts.tokens());
+        watch.tell(Progress::Tokenizing { documents, tokens, share: self.share(meter, documents) })
     }
 
     /// Refuses a split without text where the dataset file asks for some. A single document is no reason to: where nothing can
     /// be held out, nothing is.
-    fn check_splits(&self, train: &ShardWriter, validation: &ShardWriter) -> Result<()> {
-        let documents = train.documents() + validation.documents();
+    fn check_splits(&self, parts: &Parts) -> Result<()> {
+        let documents = parts.documents();
         let uncut = match &self.format {
             Some(Format::Text { separator: Some(separator) }) if documents <= self.files.len() as u64 => {
                 self.check_line_ends(separator)?;
@@ -247,7 +247,7 @@ impl<'a> Corpus<'a> {
         };
         let wanted = self.format.is_some() && self.config.split.validation_fraction > 0.0;
         let by_documents = self.config.split.by == SplitBy::Documents;
-        match (train.tokens(), validation.tokens()) {
+        match (parts.tokens_of(Side::Train), parts.tokens_of(Side::Validation)) {
             (0, 0) => Err(self.no_text()),
             (0, _) => Err(self.empty(&format!(
                 "the split leaves none of {documents} documents for training{uncut}; add text, or lower \

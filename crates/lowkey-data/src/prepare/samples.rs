@@ -1,9 +1,8 @@
 //! The records of a dataset as documents of which some tokens are learnt, with their split.
 
-use std::path::Path;
-
 use rayon::prelude::*;
 
+use super::parts::{Parts, Side};
 use super::{Progress, Share, Skipped, SourceFile, Watch};
 use crate::dataset::{DatasetConfig, Source, SplitBy, StorybookForm};
 use crate::documents::{self, Found, Meter};
@@ -20,19 +19,16 @@ use super::corpus::{head_length, is_held};
 /// Records between two reports.
 const REPORT: u64 = 1024;
 
-/// Tokenises records into the two shards, and says which were left out.
+/// Tokenises the records that are not in the parts yet, and says which were left out.
 pub(super) fn tokenize(
     config: &DatasetConfig,
     files: &[SourceFile],
     tokenizer: &Tokenizer,
     method: &Method,
-    [train, validation]: [&Path; 2],
+    mut parts: Parts,
     watch: &mut Watch,
 ) -> Result<Skipped> {
-    let pairs = config.records() == Some(Records::Preference);
-    let mut train = ShardWriter::masked(train, tokenizer.vocab_size(), pairs)?;
-    let mut validation = ShardWriter::masked(validation, tokenizer.vocab_size(), pairs)?;
-    let mut skipped = Skipped::default();
+    let mut skipped = parts.skipped();
     let push = |writer: &mut ShardWriter, documents: Vec<Document>| {
         documents.iter().try_for_each(|d| writer.push_learnt(&d.ids, &d.learnt, d.bytes))
     };
@@ -56,16 +52,15 @@ pub(super) fn tokenize(
             };
             for made in many(0..count, made) {
                 let (index, told) = made?;
-                push(if held { &mut validation } else { &mut train }, told)?;
+                push(parts.writer(if held { Side::Validation } else { Side::Train }), told)?;
                 let read = if held { training + index } else { index };
                 let share = || Share { read, of: training + validation_documents };
-                report(index, [&train, &validation], share, watch)?;
+                report(index, &parts, share, watch)?;
             }
         }
     }
     let Some(records) = config.records() else {
-        train.finish()?;
-        validation.finish()?;
+        parts.finish(0, &skipped)?;
         return Ok(skipped);
     };
     let fraction = config.split.validation_fraction;
@@ -80,7 +75,15 @@ pub(super) fn tokenize(
         Ok((unit, number, record.and_then(|record| documents_of(record, method, tokenizer))))
     };
     for file in files {
-        for made in many(found(config, file, &meter), made) {
+        let mut records = found(config, file, &meter);
+        while index < parts.items()
+            && let Some(passed) = records.next()
+        {
+            passed?;
+            index += 1;
+            report(index, &parts, || Share::of_files(&meter, files), watch)?;
+        }
+        for made in many(records, made) {
             let (unit, number, documents) = made?;
             match documents {
                 Ok(documents) => {
@@ -88,7 +91,7 @@ pub(super) fn tokenize(
                         SplitBy::Tail => index >= head,
                         SplitBy::Documents => is_held(index, fraction),
                     };
-                    push(if held { &mut validation } else { &mut train }, documents)?;
+                    push(parts.writer(if held { Side::Validation } else { Side::Train }), documents)?;
                 }
                 Err(message) if config.chat.skip_bad => {
                     let name = &file.name;
@@ -98,12 +101,12 @@ pub(super) fn tokenize(
                 Err(message) => return Err(Error::Record { path: file.path.clone(), unit, number, message }),
             }
             index += 1;
-            report(index, [&train, &validation], || Share::of_files(&meter, files), watch)?;
+            parts.reached(index, &skipped)?;
+            report(index, &parts, || Share::of_files(&meter, files), watch)?;
         }
     }
-    check(config, [&train, &validation], &skipped)?;
-    train.finish()?;
-    validation.finish()?;
+    check(config, &parts, &skipped)?;
+    parts.finish(index, &skipped)?;
     Ok(skipped)
 }
 
@@ -144,24 +147,23 @@ fn count(config: &DatasetConfig, files: &[SourceFile], watch: &mut Watch) -> Res
     Ok(count)
 }
 
-fn report(index: u64, writers: [&ShardWriter; 2], share: impl FnOnce() -> Share, watch: &mut Watch) -> Result<()> {
+fn report(index: u64, parts: &Parts, share: impl FnOnce() -> Share, watch: &mut Watch) -> Result<()> {
     if !index.is_multiple_of(REPORT) {
         return Ok(());
     }
-    let documents = writers.iter().map(|writer| writer.documents()).sum();
-    let tokens = writers.iter().map(|writer| writer.tokens()).sum();
+    let (documents, tokens) = (parts.documents(), parts.tokens());
     watch.tell(Progress::Tokenizing { documents, tokens, share: share() })
 }
 
 /// Refuses a split without records where the dataset file asks for some. A single record is no reason to.
-fn check(config: &DatasetConfig, [train, validation]: [&ShardWriter; 2], skipped: &Skipped) -> Result<()> {
-    let documents = train.documents() + validation.documents();
+fn check(config: &DatasetConfig, parts: &Parts, skipped: &Skipped) -> Result<()> {
+    let documents = parts.documents();
     let left_out = match &skipped.first {
         Some(first) => format!(" ({} were left out; the first: {first})", skipped.records),
         None => String::new(),
     };
     let one = if config.records() == Some(Records::Preference) { 2 } else { 1 };
-    match (train.tokens(), validation.tokens()) {
+    match (parts.tokens_of(Side::Train), parts.tokens_of(Side::Validation)) {
         (0, 0) => Err(config.empty(&format!("the source holds no record that can be used{left_out}"))),
         (0, _) => Err(config.empty(&format!(
             "the split leaves no record for training{left_out}; add some, or lower split.validation_fraction"

@@ -1,4 +1,5 @@
 mod chat;
+mod parts;
 
 use super::corpus::head_length;
 use super::*;
@@ -542,8 +543,10 @@ fn a_hub_source_is_fetched_and_prepared() {
                 files = [\"data/a.jsonl\", \"b.jsonl\"]\n";
     let fixture = Fixture::new(&[], toml);
     let cache = fixture.dir.path().join("cache");
-    let run =
-        |token| prepare_from(&fixture.config(), &fixture.out(), None, None, &hub(&server, &cache, token), &mut go_on);
+    let run = |token| {
+        let hub = hub(&server, &cache, token);
+        prepare_from(&fixture.config(), &fixture.out(), None, None, &hub, super::parts::PART, &mut go_on)
+    };
     assert!(message(run(None)).contains("HF_TOKEN"));
     let prepared = run(Some("hf_t")).unwrap();
     assert_eq!(texts(&prepared, &prepared.train), ["a", "bb", "ccc", "dddd", "eeeee"]);

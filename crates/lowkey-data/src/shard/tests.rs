@@ -1,3 +1,5 @@
+use std::io::{Seek, SeekFrom, Write};
+
 use super::*;
 
 impl ShardWriter {
