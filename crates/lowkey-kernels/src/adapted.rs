@@ -19,17 +19,45 @@ mod tests;
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Tensor};
 
-use self::autodiff::{AdaptedOps, Map};
+use self::autodiff::{AdaptedOps, Frozen, Map};
 use self::mlp::AdaptedMlpOps;
 use crate::precision;
+use crate::quantized_linear::QuantizedMatrix;
 use crate::recalled::MadeOf;
 use crate::recalled::autodiff::Recall;
+
+/// W `[d_out, d_in]`; no gradient of it is formed.
+#[derive(Clone, Debug)]
+pub enum FrozenMatrix {
+    /// As numbers.
+    Whole(Tensor<2>),
+    /// In few bits, and unpacked for the length of a product.
+    Packed(QuantizedMatrix),
+}
+
+impl FrozenMatrix {
+    /// Its numbers of rows and columns, `[d_out, d_in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Whole(weight) => weight.dims(),
+            Self::Packed(packed) => packed.dims(),
+        }
+    }
+
+    /// As numbers, of a packed one a copy.
+    pub(crate) fn matrix(&self) -> Tensor<2> {
+        match self {
+            Self::Whole(weight) => weight.clone(),
+            Self::Packed(packed) => packed.unpack(),
+        }
+    }
+}
 
 /// A frozen matrix with what stands beside it.
 #[derive(Clone, Debug)]
 pub struct AdaptedMatrix {
-    /// W `[d_out, d_in]`; no gradient of it is formed.
-    pub weight: Tensor<2>,
+    /// W
+    pub weight: FrozenMatrix,
     /// A `[r, d_in]`
     pub a: Tensor<2>,
     /// B `[d_out, r]`
@@ -41,13 +69,18 @@ pub struct AdaptedMatrix {
 impl AdaptedMatrix {
     pub(crate) fn map(self) -> Map<Dispatch> {
         let Self { weight, a, b, scale } = self;
-        Map { weight: weight.into_dispatch(), a: a.into_dispatch(), b: b.into_dispatch(), scale }
+        let weight = match weight {
+            FrozenMatrix::Whole(weight) => Frozen::Whole(weight.into_dispatch()),
+            FrozenMatrix::Packed(packed) => packed.frozen(),
+        };
+        Map { weight, a: a.into_dispatch(), b: b.into_dispatch(), scale }
     }
 
     fn check(&self, d_in: usize) {
         let ([rows, columns], [r, a], [b, b_r]) = (self.weight.dims(), self.a.dims(), self.b.dims());
+        let trained = matches!(&self.weight, FrozenMatrix::Whole(weight) if weight.is_require_grad());
         assert!(
-            columns == d_in && a == d_in && b == rows && b_r == r && !self.weight.is_require_grad(),
+            columns == d_in && a == d_in && b == rows && b_r == r && !trained,
             "a frozen matrix {:?} beside {:?} and {:?} cannot take {d_in} numbers",
             self.weight.dims(),
             self.a.dims(),

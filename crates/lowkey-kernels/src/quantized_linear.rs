@@ -6,7 +6,7 @@
 
 pub(crate) mod autodiff;
 mod cpu;
-mod format;
+pub(crate) mod format;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod halves;
@@ -23,6 +23,7 @@ use self::autodiff::QuantizedLinearOps;
 use self::format::Layout;
 pub use self::format::{GROUP, NF4, Quantization};
 pub use self::packed::Packed;
+use crate::adapted::autodiff::Frozen;
 use crate::precision;
 
 /// A frozen matrix `[d_out, d_in]` in few bits, on a device.
@@ -92,6 +93,12 @@ impl QuantizedMatrix {
         let (scales, precision) = (self.scales.clone().into_dispatch(), precision::current());
         let y = Dispatch::add_project_quantized(residual, x, words, scales, self.layout, precision);
         with_bias(Tensor::from_dispatch(y), bias)
+    }
+
+    /// The same for an operation that takes more than it.
+    pub(crate) fn frozen(self) -> Frozen<Dispatch> {
+        let Self { words, scales, layout } = self;
+        Frozen::Packed { words: words.into_dispatch(), scales: scales.into_dispatch(), layout }
     }
 
     fn check(&self, x: &Tensor<3>) {

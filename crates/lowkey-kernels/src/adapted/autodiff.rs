@@ -4,11 +4,13 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, Backend, ExtensionType, backend_extension};
 
 use crate::autodiff::{Parents, Wanted};
 use crate::precision::Precision;
+use crate::quantized_linear::autodiff::QuantizedLinearOps;
+use crate::quantized_linear::format::Layout;
 use crate::recalled::autodiff::{Forms, Recall};
 
 /// Forward passes, dispatched to the backend of their arguments.
@@ -51,11 +53,42 @@ pub(crate) trait AdaptedGradients: AdaptedOps + Forms {
     ) -> [Option<FloatTensor<Self>>; 3];
 }
 
+/// W `[d_out, d_in]`.
+#[derive(ExtensionType)]
+pub(crate) enum Frozen<B: Backend> {
+    /// As numbers.
+    Whole(FloatTensor<B>),
+    /// In few bits.
+    Packed { words: IntTensor<B>, scales: FloatTensor<B>, layout: Layout },
+}
+
+impl<B: Backend> Clone for Frozen<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Whole(weight) => Self::Whole(weight.clone()),
+            Self::Packed { words, scales, layout } => {
+                Self::Packed { words: words.clone(), scales: scales.clone(), layout: *layout }
+            }
+        }
+    }
+}
+
+impl<B: QuantizedLinearOps> Frozen<B> {
+    /// As numbers.
+    pub(crate) fn whole(self) -> FloatTensor<B> {
+        match self {
+            Self::Whole(weight) => weight,
+            Self::Packed { words, scales, layout } => B::unpack(words, scales, layout),
+        }
+    }
+}
+
 /// A frozen matrix and what stands beside it.
 #[derive(ExtensionType)]
 pub(crate) struct Map<B: Backend> {
-    /// W `[d_out, d_in]`
-    pub(crate) weight: FloatTensor<B>,
+    /// W
+    #[extension_type]
+    pub(crate) weight: Frozen<B>,
     /// A `[r, d_in]`
     pub(crate) a: FloatTensor<B>,
     /// B `[d_out, r]`
@@ -74,7 +107,13 @@ impl<B: Forms> Map<B> {
     /// The same outside the graph, as products read it.
     pub(crate) fn plain<C: CheckpointStrategy>(map: Map<Autodiff<B, C>>, precision: Precision) -> Self {
         let Map { weight, a, b, scale } = map;
-        let [weight, a, b] = [weight, a, b].map(|x| B::rounded(x.into_primitive(), precision));
+        let [a, b] = [a, b].map(|x| B::rounded(x.into_primitive(), precision));
+        let weight = match weight {
+            Frozen::Whole(weight) => Frozen::Whole(B::rounded(weight.into_primitive(), precision)),
+            Frozen::Packed { words, scales, layout } => {
+                Frozen::Packed { words, scales: scales.into_primitive(), layout }
+            }
+        };
         Self { weight, a, b, scale }
     }
 }

@@ -8,17 +8,19 @@ use crate::autodiff::Wanted;
 use crate::linear::autodiff::{LinearGradients, ProjectState};
 use crate::norm::autodiff::NormGradients;
 use crate::precision::Precision;
+use crate::quantized_linear::autodiff::QuantizedLinearOps;
 use crate::recalled::autodiff::{Forms, Recall};
 use crate::swiglu::autodiff::SwigluGradients;
 
 /// See [`super::autodiff::AdaptedGradients::adapted_saving`].
-pub(super) fn saving<B: LinearGradients + Forms>(
+pub(super) fn saving<B: LinearGradients + QuantizedLinearOps + Forms>(
     residual: Option<FloatTensor<B>>,
     x: FloatTensor<B>,
     map: Map<B>,
     precision: Precision,
 ) -> [FloatTensor<B>; 2] {
     let Map { weight, a, b, scale } = map;
+    let weight = B::rounded(weight.whole(), precision);
     let low = B::project(x.clone(), a, precision);
     let y = match residual {
         Some(residual) => B::add_project(residual, x, weight, precision),
@@ -29,7 +31,7 @@ pub(super) fn saving<B: LinearGradients + Forms>(
 }
 
 /// See [`super::autodiff::AdaptedGradients::adapted_grad`].
-pub(super) fn grad<B: LinearGradients + Forms>(
+pub(super) fn grad<B: LinearGradients + QuantizedLinearOps + Forms>(
     saved: AdaptedState<B>,
     grad: FloatTensor<B>,
     precision: Precision,
@@ -47,13 +49,14 @@ pub(super) fn grad<B: LinearGradients + Forms>(
             B::project_grad(ProjectState { x, weight: of_x.then_some(a) }, times(d_scaled), precision)
         }
     };
-    let [whole, _] = B::project_grad(ProjectState { x: None, weight: of_x.then_some(weight) }, grad, precision);
+    let weight = of_x.then(|| B::rounded(weight.whole(), precision));
+    let [whole, _] = B::project_grad(ProjectState { x: None, weight }, grad, precision);
     let d_x = whole.zip(beside).map(|(whole, beside)| B::float_add(whole, beside));
     [d_x, d_a, d_b]
 }
 
 /// See [`super::mlp::AdaptedMlpGradients::adapted_mlp_saving`].
-pub(super) fn mlp_saving<B: LinearGradients + Forms>(
+pub(super) fn mlp_saving<B: LinearGradients + QuantizedLinearOps + Forms>(
     x: FloatTensor<B>,
     norm: FloatTensor<B>,
     [gate, up, down]: [Map<B>; 3],
@@ -69,7 +72,7 @@ pub(super) fn mlp_saving<B: LinearGradients + Forms>(
 }
 
 /// See [`super::mlp::AdaptedMlpGradients::adapted_mlp_grad`].
-pub(super) fn mlp_grad<B: LinearGradients + Forms + NormGradients + SwigluGradients>(
+pub(super) fn mlp_grad<B: LinearGradients + QuantizedLinearOps + Forms + NormGradients + SwigluGradients>(
     saved: AdaptedMlpState<B>,
     d_out: FloatTensor<B>,
     eps: f64,

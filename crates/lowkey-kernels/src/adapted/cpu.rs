@@ -34,15 +34,25 @@ pub(super) struct Matrices<'a> {
     pub(super) precision: Precision,
 }
 
-/// A map's tensors side by side; those of [`Matrices`] lie in them.
-pub(super) fn dense(map: Map<Flex>) -> Map<Flex> {
-    let Map { weight, a, b, scale } = map;
-    let [weight, a, b] = [weight, a, b].map(|x| x.to_contiguous());
-    Map { weight, a, b, scale }
+/// A map's tensors side by side; those of [`Matrices`] lie in them. A packed matrix is unpacked for as long as this lives: what an
+/// operation keeps is the map.
+pub(super) struct Dense {
+    pub(super) weight: FlexTensor,
+    pub(super) a: FlexTensor,
+    pub(super) b: FlexTensor,
+    scale: f64,
+}
+
+impl Dense {
+    pub(super) fn of(map: Map<Flex>) -> Self {
+        let Map { weight, a, b, scale } = map;
+        let [weight, a, b] = [weight.whole(), a, b].map(|x| x.to_contiguous());
+        Self { weight, a, b, scale }
+    }
 }
 
 impl<'a> Matrices<'a> {
-    pub(super) fn of(map: &'a Map<Flex>, precision: Precision) -> Self {
+    pub(super) fn of(map: &'a Dense, precision: Precision) -> Self {
         let ([d_out, d_in], [r, _]) = (dims::<2>(&map.weight), dims::<2>(&map.a));
         let (weight, a, b) = (map.weight.storage(), map.a.storage(), map.b.storage());
         Self { weight, a, b, scale: map.scale as f32, d_in, d_out, r, few: Few::new(r), precision }
@@ -268,7 +278,7 @@ impl AdaptedGradients for Flex {
         map: Map<Self>,
         precision: Precision,
     ) -> [FlexTensor; 2] {
-        let (x, map) = (x.to_contiguous(), dense(map));
+        let (x, map) = (x.to_contiguous(), Dense::of(map));
         let ([batch, seq, _], [r, _]) = (dims::<3>(&x), dims::<2>(&map.a));
         let (map, add) = (Matrices::of(&map, precision), residual.is_some());
         // Where nobody else holds the residual, the sum takes its place.
@@ -285,7 +295,7 @@ impl AdaptedGradients for Flex {
         [of_x, of_a, of_b]: Wanted<3>,
     ) -> [Option<FlexTensor>; 3] {
         let AdaptedState { input, map, low } = saved;
-        let (map, low, grad) = (dense(map), low.to_contiguous(), grad.to_contiguous());
+        let (map, low, grad) = (Dense::of(map), low.to_contiguous(), grad.to_contiguous());
         let [batch, seq, _] = dims::<3>(&grad);
         let matrices = Matrices::of(&map, precision);
         let mut d_x = of_x.then(|| new([batch, seq, matrices.d_in]));

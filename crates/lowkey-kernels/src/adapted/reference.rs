@@ -10,7 +10,7 @@ use crate::swiglu::reference::swiglu;
 /// See [`crate::adapted::adapted_linear`].
 pub fn adapted_linear(residual: Option<Tensor<3>>, x: Tensor<3>, map: AdaptedMatrix) -> Tensor<3> {
     let AdaptedMatrix { weight, a, b, scale } = map;
-    let y = linear(x.clone(), weight) + linear(linear(x, a), b) * scale;
+    let y = linear(x.clone(), weight.matrix()) + linear(linear(x, a), b) * scale;
     match residual {
         Some(residual) => residual + y,
         None => y,

@@ -3,12 +3,22 @@
 use super::*;
 use crate::fixtures::{Leaf, compare, device, frozen, random};
 use crate::norm::rms_norm;
+use crate::quantized_linear::{Packed, Quantization};
 use crate::swiglu::swiglu;
 
 /// A frozen matrix from `d_in` to `d_out` numbers with r between its factors.
 fn map([d_in, r, d_out]: [usize; 3]) -> AdaptedMatrix {
     let weight = frozen(random([d_out, d_in], 0.5));
+    let weight = FrozenMatrix::Whole(weight);
     AdaptedMatrix { weight, a: random([r, d_in], 0.3), b: random([d_out, r], 0.4), scale: 1.7 }
+}
+
+/// The same beside a matrix in few bits.
+fn packed(map: &AdaptedMatrix, quantization: Quantization) -> AdaptedMatrix {
+    let values = crate::fixtures::host(map.weight.matrix());
+    let packed = Packed::new(&values, map.weight.dims(), quantization);
+    let weight = FrozenMatrix::Packed(QuantizedMatrix::new(&packed, &device()));
+    AdaptedMatrix { weight, ..map.clone() }
 }
 
 fn factors<'a>([a, b]: [&'a str; 2], map: &AdaptedMatrix) -> [(&'a str, Leaf); 2] {
@@ -162,7 +172,7 @@ fn the_number_of_threads_does_not_matter() {
 
 /// A map from and to the narrower width, of the factors of two.
 fn map_of(first: &AdaptedMatrix, last: &AdaptedMatrix) -> AdaptedMatrix {
-    let weight = last.weight.clone().matmul(first.weight.clone());
+    let weight = FrozenMatrix::Whole(last.weight.matrix().matmul(first.weight.matrix()));
     AdaptedMatrix { weight, a: first.a.clone(), b: last.b.clone(), scale: 0.5 }
 }
 
@@ -201,7 +211,7 @@ fn what_is_composed_agrees_with_what_is_fused() {
     let precision = Precision::F32;
     let (batch, seq, d, f) = (2, 70, 20, 37);
     let mut map = |[d_in, r, d_out]: [usize; 3]| Map::<Flex> {
-        weight: tensor(&[d_out, d_in]),
+        weight: Frozen::Whole(tensor(&[d_out, d_in])),
         a: tensor(&[r, d_in]),
         b: tensor(&[d_out, r]),
         scale: 1.5,
@@ -227,5 +237,36 @@ fn what_is_composed_agrees_with_what_is_fused() {
             || AdaptedMlpState { x: x.clone(), norm: norm.clone(), maps: maps.clone(), between: between.clone() };
         let found = Flex::adapted_mlp_grad(state(), grad.clone(), 1e-5, precision, wanted);
         agree("layer", &found, &composed::mlp_grad(state(), grad.clone(), 1e-5, precision, wanted));
+    }
+}
+
+/// A matrix in few bits is unpacked for a product, and what is computed is what its numbers say.
+#[test]
+fn packed_matrices_agree_with_what_they_stand_for() {
+    device().seed(37);
+    for ([batch, seq], [d, r, f]) in [([2, 3], [37, 5, 12]), ([1, 130], [48, 16, 70])] {
+        let (x, norm) = (random([batch, seq, d], 1.0), random([d], 1.0));
+        let whole = [map([d, r, f]), map([d, r, f]), map([f, r, d])];
+        for quantization in Quantization::ALL {
+            let maps = whole.each_ref().map(|map| packed(map, quantization));
+            let what = format!("{quantization:?} {batch} {seq} {d} {r} {f}");
+            let [a, b] = factors(["a", "b"], &maps[0]);
+            compare(
+                &format!("map {what}"),
+                &[("x", Leaf::Three(x.clone())), a, b],
+                || adapted_linear(None, x.clone(), None, maps[0].clone()),
+                || reference::adapted_linear(None, x.clone(), maps[0].clone()),
+            );
+            let names = [["gate a", "gate b"], ["up a", "up b"], ["down a", "down b"]];
+            let of_maps = names.iter().zip(&maps).flat_map(|(names, map)| factors(*names, map));
+            let inputs = [("x", Leaf::Three(x.clone())), ("norm", Leaf::One(norm.clone()))];
+            let inputs: Vec<_> = inputs.into_iter().chain(of_maps).collect();
+            compare(
+                &format!("layer {what}"),
+                &inputs,
+                || adapted_mlp(x.clone(), norm.clone(), maps.clone(), 1e-5),
+                || reference::adapted_mlp(x.clone(), norm.clone(), maps.clone(), 1e-5),
+            );
+        }
     }
 }

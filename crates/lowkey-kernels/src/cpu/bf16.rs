@@ -14,6 +14,7 @@ mod core;
 mod kernels;
 mod pack;
 mod product;
+mod take;
 #[cfg(test)]
 mod tests;
 mod unit;

@@ -1,7 +1,7 @@
 //! Latent attention against its reference: values and all gradients, at every length, width and pairing.
 
 use super::*;
-use crate::adapted::{AdaptedMatrix, adapted_linear};
+use crate::adapted::{AdaptedMatrix, FrozenMatrix, adapted_linear};
 use crate::fixtures::{Leaf, assert_close, compare, device, frozen, host, is_cpu, mlp, plain_device, random};
 use crate::loss::{Labels, cross_entropy_sum};
 use crate::mlp::gated_mlp;
@@ -167,7 +167,7 @@ fn queries_that_are_formed_anew_are_those_that_were_kept() {
         let (d, rows) = (20, heads * (dims.nope + dims.rope));
         let (x, gain) = (random([batch, seq, d], 2.0), random([d], 1.0));
         let map = AdaptedMatrix {
-            weight: frozen(random([rows, d], 0.3)),
+            weight: FrozenMatrix::Whole(frozen(random([rows, d], 0.3))),
             a: random([4, d], 0.3),
             b: random([rows, 4], 0.3),
             scale: 1.5,

@@ -3,6 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
 
+use lowkey_kernels::adapted::FrozenMatrix;
 use lowkey_kernels::add_linear;
 use lowkey_kernels::quantized_linear::QuantizedMatrix;
 
@@ -39,10 +40,12 @@ impl Weight {
         }
     }
 
-    /// The matrix where it lies, if it is whole and frozen.
-    pub(crate) fn frozen(&self) -> Option<Tensor<2>> {
-        let frozen = matches!(self, Self::Whole(weight) if !weight.is_require_grad());
-        frozen.then(|| self.matrix())
+    /// The matrix where it lies, if it is frozen.
+    pub(crate) fn frozen(&self) -> Option<FrozenMatrix> {
+        match self {
+            Self::Whole(weight) => (!weight.is_require_grad()).then(|| FrozenMatrix::Whole(weight.val())),
+            Self::Packed(packed) => Some(FrozenMatrix::Packed(packed.clone())),
+        }
     }
 
     pub(crate) fn is_packed(&self) -> bool {

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::{AdaptedMlpGradients, AdaptedMlpOps, AdaptedMlpState, Between};
 use crate::adapted::autodiff::Map;
-use crate::adapted::cpu::{Matrices, SHARE, Sums, dense};
+use crate::adapted::cpu::{Dense, Matrices, SHARE, Sums};
 use crate::autodiff::Wanted;
 use crate::cpu::linear::{Tokens, input_gradient, project};
 use crate::cpu::narrow::TOKENS;
@@ -164,12 +164,7 @@ impl AdaptedMlpOps for Flex {
     }
 }
 
-fn weights<'a>(
-    norm: &'a FlexTensor,
-    [gate, up, down]: &'a [Map<Flex>; 3],
-    eps: f64,
-    precision: Precision,
-) -> Weights<'a> {
+fn weights<'a>(norm: &'a FlexTensor, [gate, up, down]: &'a [Dense; 3], eps: f64, precision: Precision) -> Weights<'a> {
     let [gate, up, down] = [gate, up, down].map(|map| Matrices::of(map, precision));
     Weights { norm: norm.storage(), eps: eps as f32, gate, up, down }
 }
@@ -182,7 +177,7 @@ impl AdaptedMlpGradients for Flex {
         eps: f64,
         precision: Precision,
     ) -> (FlexTensor, Between<Self>) {
-        let (x, norm, maps) = (x.to_contiguous(), norm.to_contiguous(), maps.map(dense));
+        let (x, norm, maps) = (x.to_contiguous(), norm.to_contiguous(), maps.map(Dense::of));
         let [batch, seq, _] = dims::<3>(&x);
         let [f, _] = dims::<2>(&maps[0].weight);
         let mut lows = maps.each_ref().map(|map| new([batch, seq, dims::<2>(&map.a)[0]]));
@@ -205,7 +200,7 @@ impl AdaptedMlpGradients for Flex {
         [of_x, of_norm, of_factors @ ..]: Wanted<8>,
     ) -> [Option<FlexTensor>; 8] {
         let AdaptedMlpState { x, norm, maps, between: (lows, mut inner) } = saved;
-        let (x, norm, maps) = (x.to_contiguous(), norm.to_contiguous(), maps.map(dense));
+        let (x, norm, maps) = (x.to_contiguous(), norm.to_contiguous(), maps.map(Dense::of));
         let mut d_x = grad.to_contiguous();
         drop(grad);
         let [mut d_norm] = wanted_like([&norm], [of_norm]);

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::cpu::gemm::View;
+use crate::cpu::vector::Ahead;
 
 /// Numbers of different sizes, which bf16 rounds.
 fn numbers(count: usize, seed: usize) -> Vec<f32> {
@@ -36,6 +37,10 @@ fn every_unit_multiplies_rounded_operands() {
         [130, 70, 600],
         [40, 1030, 40],
         [300, 17, 1100],
+        // Halves of blocks.
+        [64, 16, 70],
+        [16, 96, 100],
+        [48, 48, 33],
     ];
     for (case, [m, n, k]) in shapes.into_iter().enumerate() {
         // Each operand as it is and transposed, in rows farther apart than they are wide.
@@ -82,6 +87,33 @@ fn what_is_no_number_stays_none() {
             unsafe { multiply(product, unit, out.as_mut_ptr(), 20) };
             assert!(out[20..40].iter().all(|x| !x.is_finite()), "{unit:?}");
             assert!(out[..20].iter().chain(&out[40..]).all(|x| *x == 40.0), "{unit:?}");
+        }
+    }
+}
+
+#[test]
+fn what_is_bf16_already_is_packed_as_what_is_rounded() {
+    for unit in Unit::all() {
+        let core = Core::of(unit);
+        for [m, n, k] in [[1, 1, 1], [3, 48, 7], [32, 16, 64], [33, 31, 65], [70, 130, 96]] {
+            let (left, right) = (numbers(m * (k + 3), 5), numbers(k * (n + 1), 6));
+            let halves = |x: &[f32]| x.iter().map(|x| half::bf16::from_f32(*x)).collect::<Vec<_>>();
+            let packed = |of_halves: bool| {
+                let [mut a, mut b] = [Side::Left, Side::Right].map(Packed::new);
+                let ahead = &mut Ahead::new(&[], 1);
+                if of_halves {
+                    core.take((&halves(&left), k + 3), [m, k], &mut a, ahead);
+                    core.take((&halves(&right), n + 1), [n, k], &mut b, ahead);
+                } else {
+                    core.pack(View::new(&left, k + 3), [m, k], &mut a);
+                    core.pack(View::new(&right, n + 1), [n, k], &mut b);
+                }
+                let mut out = vec![f32::NAN; m * n];
+                let window = Window { from: [0, 0], count: [m, n], inner: [0, k], behind: 0 };
+                core.multiply([&a, &b], window, &mut out, n, false);
+                out
+            };
+            assert_eq!(packed(true), packed(false), "{unit:?} {m} {n} {k}");
         }
     }
 }
