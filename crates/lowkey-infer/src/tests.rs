@@ -4,6 +4,7 @@ mod adapters;
 mod agreement;
 mod formats;
 mod generation;
+mod packed;
 mod reference;
 mod scheduler;
 

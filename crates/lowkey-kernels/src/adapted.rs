@@ -28,6 +28,7 @@ use crate::recalled::autodiff::Recall;
 
 /// W `[d_out, d_in]`; no gradient of it is formed.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one per map; a box would stand between every use and the tensors")]
 pub enum FrozenMatrix {
     /// As numbers.
     Whole(Tensor<2>),

@@ -43,7 +43,7 @@ impl Weight {
     /// The matrix where it lies, if it is frozen.
     pub(crate) fn frozen(&self) -> Option<FrozenMatrix> {
         match self {
-            Self::Whole(weight) => (!weight.is_require_grad()).then(|| FrozenMatrix::Whole(weight.val())),
+            Self::Whole(weight) => (!weight.is_require_grad()).then(|| FrozenMatrix::Whole(self.matrix())),
             Self::Packed(packed) => Some(FrozenMatrix::Packed(packed.clone())),
         }
     }

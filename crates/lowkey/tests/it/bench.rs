@@ -91,6 +91,22 @@ fn the_figures_of_decoding_fit_together() {
 }
 
 #[test]
+fn packed_matrices_spare_the_bytes_that_they_spare() {
+    let run = |weights: &str| {
+        let at = ["--context", "9", "--new", "3", "--way", "absorbed", "--weights", weights];
+        let f = json(&[&["bench", "decode", "--json", "--threads", "2"][..], &at].concat());
+        assert_eq!(f["weights"], weights);
+        number(&f["rows"][0], "bytes_per_token")
+    };
+    // Queries, the latent with the shared key, the output and the feed-forward layer of six layers, and of the head in bf16.
+    let packed = 6.0 * 256.0 * (8.0 * 48.0 + 80.0 + 8.0 * 32.0 + 3.0 * 704.0);
+    let whole = run("f32");
+    close(whole - run("bf16"), 2.0 * (packed + 4096.0 * 256.0) - 4.0 * (6.0 * 7.0 + 1.0));
+    let scales = 4.0 * 6.0 * (8.0 * 48.0 + 80.0 + 256.0 + 2.0 * 704.0 + 256.0);
+    close(whole - run("int8"), 3.0 * packed - scales);
+}
+
+#[test]
 fn the_figures_of_prompts_fit_together() {
     let at = ["--context", "70,9", "--rounds", "2", "--chunk", "33", "--batch", "2", "--way", "auto,fused"];
     let f = json(&[&["bench", "prefill", "--json", "--threads", "2", "--cache-dtype", "bf16"][..], &at].concat());

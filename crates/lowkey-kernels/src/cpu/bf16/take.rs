@@ -135,7 +135,7 @@ mod x86 {
             let mask = ((1u64 << part.len().min(DEPTH)) - 1) as __mmask32;
             // SAFETY: the mask lets no more than the slice be read, and 16 numbers of 32 bits are what the row has.
             unsafe {
-                _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_maskz_loadu_epi16(mask, part.as_ptr().cast()))
+                _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_maskz_loadu_epi16(mask, part.as_ptr().cast()));
             }
         });
     }
@@ -147,7 +147,7 @@ mod x86 {
             let [low, high] = parts.map(|part| load_halves(part));
             let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
             // SAFETY: 16 numbers of 32 bits are what the row has.
-            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_permutexvar_epi16(interleave, both)) }
+            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_permutexvar_epi16(interleave, both)) };
         });
     }
 

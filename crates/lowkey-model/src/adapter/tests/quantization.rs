@@ -177,3 +177,30 @@ fn each_matrix_tells_how_far_it_is_off_and_what_it_takes() {
     assert!(errors[0] < 0.012 && (0.08..0.14).contains(&errors[1]) && (0.06..0.11).contains(&errors[2]), "{errors:?}");
     assert!(errors[2] < errors[1] && errors[3] < 0.003, "{errors:?}");
 }
+
+#[test]
+fn a_model_that_is_read_in_bf16_has_its_head_so_and_loses_nothing_that_was_bf16() {
+    for (name, config) in fixtures::every_kind() {
+        let base = scrambled(&config, 3, &Device::flex());
+        let rounded: BTreeMap<String, Vec<f32>> = named(&base)
+            .into_iter()
+            .map(|(name, values)| (name, values.into_iter().map(|x| half::bf16::from_f32(x).to_f32()).collect()))
+            .collect();
+        let model = CausalLm::build(&config, &Device::flex(), &mut |spec| rounded[&spec.name].clone());
+        let packed = model.packed_to_read(Quantization::Bf16).unwrap();
+        assert_eq!(packed.quantization(), Some(Quantization::Bf16));
+        assert!(close(&logits(&packed, &config), &logits(&model, &config), 1e-5), "{name}");
+        let head = config.vocab_size * config.hidden_size;
+        let layers = AdapterPlan::packing(Quantization::Bf16).bytes_spared(model.tensors());
+        assert_eq!(packed.packed_bytes_spared(), layers + 4 * head - Quantization::Bf16.bytes([head, 1]), "{name}");
+        // Whole again, it is what it was.
+        let whole = packed.merged();
+        assert!(
+            named(&whole) == rounded && whole.quantization().is_none() && whole.packed_bytes_spared() == 0,
+            "{name}"
+        );
+        assert!(packed.packed_to_read(Quantization::Bf16).is_err());
+        let int8 = model.packed_to_read(Quantization::Int8).unwrap();
+        assert_eq!(int8.packed_bytes_spared(), AdapterPlan::packing(Quantization::Int8).bytes_spared(model.tensors()));
+    }
+}

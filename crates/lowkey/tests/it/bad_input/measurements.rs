@@ -22,6 +22,8 @@ pub(super) fn cases() -> Vec<Case> {
         wrong(&["decode", "--way", "latent"], &["--way latent", "expanded, absorbed or fused"]),
         wrong(&["decode", "--way", "auto"], &["--way auto", "MLA attention decodes in: expanded, absorbed, fused"]),
         wrong(&["decode", "--cache-dtype", "fp8"], &["--cache-dtype fp8", "f32, bf16, f16 or int8"]),
+        wrong(&["decode", "--weights", "fp8"], &["--weights fp8", "f32, bf16, int8, int4 or nf4"]),
+        wrong(&["train", "--weights", "nf4"], &["--lora-rank"]),
         wrong(&["ops", "--shape", "D256"], &["shape = \"D256\"", "known are d256"]),
         wrong(&["ops", "--threads", "100000"], &["threads = 100000: must lie between 1 and 1024"]),
         too_large(
