@@ -5,7 +5,7 @@ use std::cell::OnceCell;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use lowkey_kernels::Precision;
-use lowkey_kernels::device::{awake, is_cpu};
+use lowkey_kernels::device::{awake, cpu_bf16, is_cpu};
 use lowkey_kernels::precision::scope;
 use lowkey_kernels::quantized_linear::Quantization;
 use lowkey_model::{
@@ -61,7 +61,8 @@ impl Decoder {
         let device = device.clone().inner();
         let cache = Cache::new(&model, batch, capacity, dtype, &device)?;
         let in_bf16 = model.quantization() == Some(Quantization::Bf16) && dtype == CacheDtype::Bf16;
-        let precision = if in_bf16 { Precision::Bf16 } else { Precision::F32 };
+        let faster = is_cpu(&device) && cpu_bf16().is_some();
+        let precision = if in_bf16 && faster { Precision::Bf16 } else { Precision::F32 };
         Ok(Self { model, cache, form, fused: Vec::new(), device, precision })
     }
 

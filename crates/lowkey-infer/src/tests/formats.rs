@@ -6,7 +6,7 @@ use super::*;
 use crate::{Cache, CacheDtype, Decoder, GenerateConfig, generate};
 
 /// Root of the mean square difference over that of the expected numbers.
-fn error(found: &[Vec<f32>], expected: &[Vec<f32>]) -> f64 {
+pub(super) fn error(found: &[Vec<f32>], expected: &[Vec<f32>]) -> f64 {
     let square = |x: f32| f64::from(x).powi(2);
     let pairs = || found.iter().flatten().zip(expected.iter().flatten());
     let (off, size) = pairs().fold((0.0, 0.0), |(off, size), (a, b)| (off + square(a - b), size + square(*b)));

@@ -2,16 +2,9 @@
 
 use lowkey_kernels::quantized_linear::Quantization;
 
+use super::formats::error;
 use super::*;
 use crate::{CacheDtype, Decoder};
-
-/// Root of the mean square difference over that of the expected numbers.
-fn error(found: &[Vec<f32>], expected: &[Vec<f32>]) -> f64 {
-    let square = |x: f32| f64::from(x).powi(2);
-    let pairs = || found.iter().flatten().zip(expected.iter().flatten());
-    let (off, size) = pairs().fold((0.0, 0.0), |(off, size), (a, b)| (off + square(a - b), size + square(*b)));
-    (off / size).sqrt()
-}
 
 /// Matrices in bf16 say what they say, whatever the form; with a cache in bf16 what is rounded besides moves the logits by little.
 #[test]
