@@ -50,7 +50,7 @@ pub(super) fn tokenize(
                 let told: std::result::Result<Vec<Document>, String> = chats.iter().map(of).collect();
                 told.map_err(|why| config.error(format!("story {index}: {why}"))).map(|told| (index, told))
             };
-            for made in many(0..count, made) {
+            for made in many(0..count, || false, made) {
                 let (index, told) = made?;
                 push(parts.writer(if held { Side::Validation } else { Side::Train }), told)?;
                 let read = if held { training + index } else { index };
@@ -83,7 +83,7 @@ pub(super) fn tokenize(
             index += 1;
             report(index, &parts, || Share::of_files(&meter, files), watch)?;
         }
-        for made in many(records, made) {
+        for made in many(records, weighed(&meter), made) {
             let (unit, number, documents) = made?;
             match documents {
                 Ok(documents) => {
@@ -110,16 +110,41 @@ pub(super) fn tokenize(
     Ok(skipped)
 }
 
-/// What `make` makes of each item, in their order: of some at once, as many threads as there are.
-fn many<T: Send, R: Send>(items: impl Iterator<Item = T>, make: impl Fn(T) -> R + Sync) -> impl Iterator<Item = R> {
-    /// Enough for all threads of a large machine, and little enough to hold.
+/// What `make` makes of each item, in their order: of some at once, as many threads as there are. Asked after each, `full` says whether those
+/// that wait are enough.
+fn many<T: Send, R: Send>(
+    items: impl Iterator<Item = T>,
+    mut full: impl FnMut() -> bool,
+    make: impl Fn(T) -> R + Sync,
+) -> impl Iterator<Item = R> {
+    /// Enough for all threads of a large machine.
     const AT_ONCE: usize = 256;
     let mut items = items;
     std::iter::from_fn(move || {
-        let some: Vec<T> = items.by_ref().take(AT_ONCE).collect();
+        let mut some = Vec::new();
+        while some.len() < AT_ONCE
+            && let Some(item) = items.next()
+        {
+            some.push(item);
+            if full() {
+                break;
+            }
+        }
         (!some.is_empty()).then(|| some.into_par_iter().map(&make).collect::<Vec<R>>())
     })
     .flatten()
+}
+
+/// Says each time that so much of the source has been read that its records are enough to hold at once.
+fn weighed(meter: &Meter) -> impl FnMut() -> bool {
+    /// Bytes on the disk.
+    const HELD: u64 = 8 << 20;
+    let (meter, mut from) = (meter.clone(), meter.bytes());
+    move || {
+        let full = meter.bytes() - from >= HELD;
+        from = if full { meter.bytes() } else { from };
+        full
+    }
 }
 
 /// The records of one file.
