@@ -323,7 +323,7 @@ fn prepare_from(
     if let Some(prepared) = ready()? {
         // What a process left that was killed when this stood already.
         lowkey_files::recover(out)?;
-        parts::forget(out)?;
+        parts::forget(out, &fingerprint)?;
         return Ok(prepared);
     }
 
@@ -333,7 +333,7 @@ fn prepare_from(
         return Ok(prepared);
     }
     let (train, validation) = (staging.dir().join("train.tokens"), staging.dir().join("validation.tokens"));
-    let begun = Begun::find(&staging, &fingerprint)?;
+    let mut begun = Begun::find(&staging, &fingerprint)?;
     let form = |tokenizer: &Tokenizer, masked: bool| {
         let pairs = config.records() == Some(Records::Preference);
         Form { vocab_size: tokenizer.vocab_size(), masked, pairs }
@@ -389,7 +389,7 @@ fn prepare_from(
     compare(out, expected, &manifest.train, &manifest.validation)?;
     lowkey_files::write_json(&staging.dir().join(folder::MANIFEST), &manifest)?;
     folder::commit(staging)?;
-    parts::forget(out)?;
+    parts::forget(out, &manifest.fingerprint)?;
     Ok(Prepared { tokenizer, ..open(out)? })
 }
 

@@ -19,10 +19,11 @@ mod tests;
 use burn::backend::Dispatch;
 use burn::tensor::{DType, Tensor};
 
-use self::autodiff::{AdaptedOps, Frozen, Map};
+use self::autodiff::{AdaptedOps, Map};
 use self::mlp::AdaptedMlpOps;
 use crate::precision;
 use crate::quantized_linear::QuantizedMatrix;
+use crate::quantized_linear::autodiff::Frozen;
 use crate::recalled::MadeOf;
 use crate::recalled::autodiff::Recall;
 

@@ -6,7 +6,7 @@
 
 pub(crate) mod autodiff;
 mod cpu;
-pub(crate) mod format;
+mod format;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod halves;
@@ -19,11 +19,10 @@ use burn::backend::Dispatch;
 use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use self::autodiff::QuantizedLinearOps;
+use self::autodiff::{Frozen, QuantizedLinearOps};
 use self::format::Layout;
 pub use self::format::{GROUP, NF4, Quantization};
 pub use self::packed::Packed;
-use crate::adapted::autodiff::Frozen;
 use crate::precision;
 
 /// A frozen matrix `[d_out, d_in]` in few bits, on a device.

@@ -38,6 +38,8 @@ pub(super) enum Side {
 struct State {
     /// Of the whole preparation.
     fingerprint: String,
+    /// Of the tokenizer beside it, where one was kept.
+    tokenizer: Option<String>,
     /// Of each part for both splits whether its last document goes on in the next.
     parts: Vec<[bool; 2]>,
     /// Pieces of the source, or records, that are in them.
@@ -97,10 +99,9 @@ impl Begun {
         }
         lowkey_files::write::sweep(&dir)?;
         let read = || -> Option<State> {
-            let text = lowkey_files::read_text(&dir.join(STATE), LARGEST_STATE).ok()?;
-            let state: State = serde_json::from_str(&text).ok()?;
+            let state = load(&dir, fingerprint)?;
             let whole = |part: usize| part_paths(&dir, part).iter().all(|path| Shard::open(path).is_ok());
-            (state.fingerprint == fingerprint && (0..state.parts.len()).all(whole)).then_some(state)
+            (0..state.parts.len()).all(whole).then_some(state)
         };
         match read() {
             Some(state) => Ok(Self { dir, state }),
@@ -111,14 +112,16 @@ impl Begun {
         }
     }
 
-    /// The tokenizer that it had built.
+    /// The tokenizer that it had built, if it is still the same.
     pub(super) fn tokenizer(&self) -> Option<Tokenizer> {
-        Tokenizer::from_model_dir(&self.dir).ok()
+        let kept = self.state.tokenizer.as_ref()?;
+        Tokenizer::from_model_dir(&self.dir).ok().filter(|tokenizer| tokenizer.fingerprint() == *kept)
     }
 
     /// Keeps a tokenizer that took long to build.
-    pub(super) fn keep(&self, tokenizer: &Tokenizer) -> Result<()> {
+    pub(super) fn keep(&mut self, tokenizer: &Tokenizer) -> Result<()> {
         tokenizer.save(&self.dir)?;
+        self.state.tokenizer = Some(tokenizer.fingerprint());
         save(&self.dir, &self.state)
     }
 }
@@ -148,7 +151,7 @@ impl Parts {
     }
 
     /// Documents that ended, of a split.
-    pub(super) fn documents_of(&self, side: Side) -> u64 {
+    fn documents_of(&self, side: Side) -> u64 {
         self.state.documents[side as usize] + self.writers[side as usize].documents()
     }
 
@@ -233,7 +236,18 @@ fn save(dir: &Path, state: &State) -> Result<()> {
     Ok(lowkey_files::write_json(&dir.join(STATE), state)?)
 }
 
-/// Removes what is left of parts of a folder that is whole.
-pub(super) fn forget(out: &Path) -> Result<()> {
-    Ok(lowkey_files::write::remove_dir(&lowkey_files::staging::begun(out)?)?)
+/// The state of a preparation with this fingerprint.
+fn load(dir: &Path, fingerprint: &str) -> Option<State> {
+    let text = lowkey_files::read_text(&dir.join(STATE), LARGEST_STATE).ok()?;
+    serde_json::from_str(&text).ok().filter(|state: &State| state.fingerprint == fingerprint)
+}
+
+/// Removes what is left of the parts of a folder that is whole. Those of another one stay: somebody may be at it, for the same place.
+pub(super) fn forget(out: &Path, fingerprint: &str) -> Result<()> {
+    let dir = lowkey_files::staging::begun(out)?;
+    if load(&dir, fingerprint).is_some() {
+        // Another process may be removing it, too, and what stays does no harm.
+        let _ = lowkey_files::write::remove_dir(&dir);
+    }
+    Ok(())
 }

@@ -4,13 +4,12 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, ExtensionType, backend_extension};
 
 use crate::autodiff::{Parents, Wanted};
 use crate::precision::Precision;
-use crate::quantized_linear::autodiff::QuantizedLinearOps;
-use crate::quantized_linear::format::Layout;
+use crate::quantized_linear::autodiff::Frozen;
 use crate::recalled::autodiff::{Forms, Recall};
 
 /// Forward passes, dispatched to the backend of their arguments.
@@ -51,36 +50,6 @@ pub(crate) trait AdaptedGradients: AdaptedOps + Forms {
         precision: Precision,
         wanted: Wanted<3>,
     ) -> [Option<FloatTensor<Self>>; 3];
-}
-
-/// W `[d_out, d_in]`.
-#[derive(ExtensionType)]
-pub(crate) enum Frozen<B: Backend> {
-    /// As numbers.
-    Whole(FloatTensor<B>),
-    /// In few bits.
-    Packed { words: IntTensor<B>, scales: FloatTensor<B>, layout: Layout },
-}
-
-impl<B: Backend> Clone for Frozen<B> {
-    fn clone(&self) -> Self {
-        match self {
-            Self::Whole(weight) => Self::Whole(weight.clone()),
-            Self::Packed { words, scales, layout } => {
-                Self::Packed { words: words.clone(), scales: scales.clone(), layout: *layout }
-            }
-        }
-    }
-}
-
-impl<B: QuantizedLinearOps> Frozen<B> {
-    /// As numbers.
-    pub(crate) fn whole(self) -> FloatTensor<B> {
-        match self {
-            Self::Whole(weight) => weight,
-            Self::Packed { words, scales, layout } => B::unpack(words, scales, layout),
-        }
-    }
 }
 
 /// A frozen matrix and what stands beside it.

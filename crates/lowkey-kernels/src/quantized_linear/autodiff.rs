@@ -5,7 +5,7 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Autodiff, AutodiffBackend, Backend, backend_extension};
+use burn::backend::{Autodiff, AutodiffBackend, Backend, ExtensionType, backend_extension};
 
 use super::format::Layout;
 use crate::autodiff::Parents;
@@ -46,6 +46,36 @@ pub(crate) trait QuantizedLinearGradients: QuantizedLinearOps {
         layout: Layout,
         precision: Precision,
     ) -> FloatTensor<Self>;
+}
+
+/// A frozen matrix `[d_out, d_in]`, for an operation that takes either kind.
+#[derive(ExtensionType)]
+pub(crate) enum Frozen<B: Backend> {
+    /// As numbers.
+    Whole(FloatTensor<B>),
+    /// In few bits.
+    Packed { words: IntTensor<B>, scales: FloatTensor<B>, layout: Layout },
+}
+
+impl<B: Backend> Clone for Frozen<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Whole(weight) => Self::Whole(weight.clone()),
+            Self::Packed { words, scales, layout } => {
+                Self::Packed { words: words.clone(), scales: scales.clone(), layout: *layout }
+            }
+        }
+    }
+}
+
+impl<B: QuantizedLinearOps> Frozen<B> {
+    /// As numbers.
+    pub(crate) fn whole(self) -> FloatTensor<B> {
+        match self {
+            Self::Whole(weight) => weight,
+            Self::Packed { words, scales, layout } => B::unpack(words, scales, layout),
+        }
+    }
 }
 
 /// A packed matrix of a backend: words and scales.

@@ -129,3 +129,24 @@ fn what_belongs_to_another_text_or_is_damaged_is_made_again() {
     let again = Fixture::new(&[("a.txt", format!("other {text}").as_bytes())], toml);
     assert_eq!(result.unwrap().manifest.train, run(&again, PART, None).0.unwrap().manifest.train);
 }
+
+/// Whoever opens a folder that is whole does not take away what another preparation has begun for the same place.
+#[test]
+fn what_another_has_begun_stays() {
+    let text = text(14 << 20);
+    let source = |separator: &str| {
+        format!("source = {{ kind = \"text\", paths = [\"a.txt\"]{separator} }}\ntokenizer = {{ kind = \"bytes\" }}")
+    };
+    let whole = source("");
+    let fixture = Fixture::new(&[("a.txt", text.as_bytes())], &whole);
+    let first = run(&fixture, PART, None).0.unwrap();
+    let write =
+        |toml: &str| std::fs::write(fixture.dir.path().join("d.toml"), format!("name = \"d\"\n{toml}\n")).unwrap();
+    write(&source(", separator = \"\\n\\n\""));
+    assert!(matches!(run(&fixture, 1, Some(3)).0, Err(Error::Stopped)));
+    write(&whole);
+    assert_eq!(run(&fixture, PART, None).0.unwrap().manifest, first.manifest);
+    assert!(begun(&fixture).join("state.json").exists());
+    write(&source(", separator = \"\\n\\n\""));
+    assert!(run(&fixture, PART, None).0.is_ok() && !begun(&fixture).exists());
+}
