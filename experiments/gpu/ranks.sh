@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Several GPUs of one machine: one process with all of them against one rank on each, and both against one GPU that takes as many passes.
+# On NVIDIA's, ranks also move their gradients by NCCL, started by MPI and without it.
 #
 #   experiments/gpu/ranks.sh KIND COUNT OUT
 #
@@ -42,7 +43,25 @@ weights() { find "$out/$1/checkpoints/" -name '*.safetensors' -path "*$(printf '
 train one "$lowkey" train "$run" --device "$kind:0"
 train process "$lowkey" train "$run" --device "${each#,}"
 train ranks "$mpirun" -n "$count" "$lowkey" train "$run" --device "$kind"
+# Each rank finds the others by its environment, as those that torchrun starts do.
+by_environment() {
+    local ranks=() rank
+    for rank in $(seq 0 $((count - 1))); do
+        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$count MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 timeout 900 "$@" &
+        ranks+=($!)
+    done
+    for rank in "${ranks[@]}"; do wait "$rank" || { kill "${ranks[@]}" 2> /dev/null; return 1; }; done
+}
+if [ "$kind" = cuda ]; then
+    train nccl "$mpirun" -n "$count" "$lowkey" train "$run" --device cuda --set ranks.transport=nccl
+    train environment by_environment "$lowkey" train "$run" --device cuda
+    train fastest "$mpirun" -n "$count" "$lowkey" train "$run" --device cuda --set ranks.transport=nccl --set ranks.sum=fastest
+fi
 same() { if [ "$(weights "$1")" = "$(weights "$2")" ]; then echo "$1 and $2: the same bits"; else echo "$1 and $2: other bits"; return 1; fi; }
-# NCCL adds up in an order of its own.
+# In these NCCL adds up in an order of its own.
 same one process || true
-same one ranks
+[ "$kind" != cuda ] || same one fastest || true
+failed=0
+same one ranks || failed=1
+[ "$kind" != cuda ] || { same one nccl || failed=1; same one environment || failed=1; }
+exit "$failed"

@@ -7,7 +7,7 @@ pub(crate) mod facts;
 use std::collections::BTreeMap;
 
 pub use crate::cpu::awake::awake;
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 pub use facts::{KernelTime, Properties, is_cpu};
 
 /// Names under which this build could open a device, with the Cargo feature that each needs.
@@ -172,6 +172,44 @@ pub fn properties(device: &Device) -> Option<Properties> {
     }
     let _ = device;
     None
+}
+
+/// Where the numbers of a tensor lie in the memory of an NVIDIA GPU. They stay there as long as this does.
+pub struct CudaMemory {
+    ordinal: usize,
+    address: u64,
+    bytes: usize,
+    /// What keeps them there.
+    _held: Box<dyn std::any::Any>,
+}
+
+impl CudaMemory {
+    /// The number of the GPU, as its driver counts.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// The place of the first number.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// How many bytes there are from there on.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// Where a tensor's numbers lie, one after the other. What was queued before is not waited for. `None` for a tensor that does not lie on
+/// an NVIDIA GPU through `cuda`, or not as one piece.
+pub fn cuda_memory(tensor: &Tensor<1>) -> Option<CudaMemory> {
+    #[cfg(feature = "cuda")]
+    return cuda::memory(tensor);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = tensor;
+        None
+    }
 }
 
 /// Whether devices of this kind can add up tensors among themselves, without the host: NVIDIA's through `cuda`, where NCCL is found.

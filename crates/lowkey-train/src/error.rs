@@ -137,10 +137,10 @@ pub enum Error {
         /// What it has met.
         why: String,
     },
-    /// MPI has refused a call.
-    #[error("MPI, {call}: {why}")]
-    Mpi {
-        /// The call.
+    /// What carries words and numbers from rank to rank has refused.
+    #[error("{call}: {why}")]
+    Transfer {
+        /// The call, `MPI_Iallgather` or `ncclSend`, or what it was for.
         call: &'static str,
         /// Its reason.
         why: String,

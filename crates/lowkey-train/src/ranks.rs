@@ -1,24 +1,39 @@
-//! Processes that train together: one rank each, started by `mpirun` or `srun`.
+//! Processes that train together: one rank each, started by `mpirun`, `srun` or `torchrun`.
 //!
 //! Every rank holds the whole model and takes the same steps. What they say to each other is said at *meetings*, which all of them come
 //! to in the same order: each brings a word, or the error that it has met, and all leave with the words of all, or with the same error.
 //! So an error on one rank ends all of them at their next meeting, with its message said once, and nothing that several do together
 //! begins before all are known to be able to. Data (`Ranks::gather`, `Ranks::sum`) travels only behind a meeting that went well.
 //!
+//! Meetings are the same whatever carries them (`comm.rs`): MPI, for ranks that its starter has brought together, or NCCL, for those that
+//! only know where to meet. Gradients of GPUs travel through NCCL where it is asked for, whoever carries the rest.
+//!
 //! A process that was started by itself is a world of one, for which a meeting is nothing at all.
 
-#[cfg(feature = "mpi")]
+mod comm;
+mod launched;
+#[cfg_attr(not(feature = "mpi"), path = "ranks/mpi/absent.rs")]
 mod mpi;
+#[cfg_attr(not(feature = "nccl"), path = "ranks/nccl/absent.rs")]
+mod nccl;
 mod packed;
+#[cfg(any(test, feature = "mpi", feature = "nccl"))]
+mod parts;
 pub(crate) mod start;
 
+pub use launched::Launched;
+pub use nccl::say_where_to_meet;
 pub use start::{Task, compare_job};
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use burn::tensor::{Device, Tensor};
 use sha2::{Digest, Sha256};
 
+use self::comm::Comm;
+use self::launched::TORCHRUN;
 use crate::error::{Error, Result};
 use crate::run_config::RankSum;
 pub(crate) use packed::Packed;
@@ -35,56 +50,7 @@ enum World {
     #[default]
     Alone,
     /// One of several.
-    #[cfg(feature = "mpi")]
-    Several(std::sync::Arc<mpi::Comm>),
-}
-
-/// Who started this process as one of several, and what its environment says of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Launched {
-    /// The program.
-    pub by: &'static str,
-    /// Which of them this is, from 0.
-    pub rank: usize,
-    /// How many there are.
-    pub size: usize,
-}
-
-impl Launched {
-    /// Whether this process was started by `mpirun` or `srun`, as one of at least one.
-    pub fn read() -> Option<Self> {
-        Self::find(|name| std::env::var(name).ok())
-    }
-
-    fn find(variable: impl Fn(&str) -> Option<String>) -> Option<Self> {
-        /// Who it is, how many, which one; what must be there beside, as a job's script has the rest of it, too.
-        const LAUNCHERS: [(&str, &str, &str, Option<&str>); 4] = [
-            ("mpirun (Open MPI)", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", None),
-            ("mpiexec", "PMI_SIZE", "PMI_RANK", None),
-            ("mpirun (MVAPICH)", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", None),
-            ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", Some("SLURM_STEP_ID")),
-        ];
-        let number = |name: &str| variable(name)?.parse::<usize>().ok();
-        LAUNCHERS.iter().find_map(|(by, size, rank, beside)| {
-            let (size, rank) = (number(size)?, number(rank)?);
-            beside.is_none_or(|name| variable(name).is_some()).then_some(Self { by, rank, size })
-        })
-    }
-
-    /// Refuses to be one of several processes that know nothing of each other.
-    ///
-    /// # Errors
-    /// [`Error::Launch`] with the mend.
-    pub fn refuse_several(what: &str) -> Result<()> {
-        match Self::read() {
-            Some(Self { by, size: size @ 2.., .. }) => {
-                let why =
-                    format!("{by} has started {size} processes, and {what} is the work of one; start it by itself");
-                Err(Error::Launch { why })
-            }
-            _ => Ok(()),
-        }
-    }
+    Several(Arc<Comm>),
 }
 
 /// Where ranks meet: a rank that is elsewhere is told of as out of step.
@@ -123,47 +89,22 @@ impl Ranks {
     /// once: that one of them does not answer, or that the network fails.
     ///
     /// # Errors
-    /// [`Error::Launch`] where it is one of several and this build has no MPI, or where MPI and whoever started it do not know each
-    /// other; [`Error::Mpi`].
+    /// [`Error::Launch`] where it is one of several and this build has nothing that carries what they say, or where that and whoever
+    /// started them do not know each other; [`Error::Transfer`].
     pub fn join(last_words: fn(&str)) -> Result<Self> {
-        match Launched::read() {
-            Some(launched @ Launched { size: 2.., .. }) => Self::several(launched, last_words),
-            _ => Ok(Self::default()),
-        }
-    }
-
-    #[cfg(feature = "mpi")]
-    fn several(launched: Launched, last_words: fn(&str)) -> Result<Self> {
-        let comm = mpi::Comm::join(last_words)?;
-        if comm.size() != launched.size {
-            let why = format!(
-                "{} has started {} processes, and MPI knows of {}: this lowkey was built with another MPI than that of its starter. \
-                 Use that one's mpirun, or srun --mpi=pmix or --mpi=pmi2 as your cluster has it",
-                launched.by,
-                launched.size,
-                comm.size()
-            );
-            return Err(Error::Launch { why });
-        }
-        Ok(Self { world: World::Several(std::sync::Arc::new(comm)) })
-    }
-
-    #[cfg(not(feature = "mpi"))]
-    fn several(launched: Launched, _: fn(&str)) -> Result<Self> {
-        let Launched { by, size, .. } = launched;
-        let why = format!(
-            "{by} has started {size} processes, and this build has no MPI, so that they know nothing of each other; build with \
-             --features mpi, or start one process"
-        );
-        Err(Error::Launch { why })
+        let Some(launched @ Launched { size: 2.., .. }) = Launched::read() else { return Ok(Self::default()) };
+        let (wire, gpus) = match launched.by {
+            TORCHRUN => nccl::join(&launched, last_words).map(|(wire, gpus)| (wire, Some(gpus)))?,
+            _ => (mpi::join(&launched, last_words)?, None),
+        };
+        Ok(Self { world: World::Several(Arc::new(Comm::new(wire, gpus, last_words))) })
     }
 
     /// Which of them this is, from 0.
     pub fn rank(&self) -> usize {
         match &self.world {
             World::Alone => 0,
-            #[cfg(feature = "mpi")]
-            World::Several(comm) => comm.rank(),
+            World::Several(comm) => comm.wire().rank(),
         }
     }
 
@@ -171,8 +112,7 @@ impl Ranks {
     pub fn size(&self) -> usize {
         match &self.world {
             World::Alone => 1,
-            #[cfg(feature = "mpi")]
-            World::Several(comm) => comm.size(),
+            World::Several(comm) => comm.wire().size(),
         }
     }
 
@@ -180,8 +120,7 @@ impl Ranks {
     pub(crate) fn machine(&self) -> &str {
         match &self.world {
             World::Alone => "",
-            #[cfg(feature = "mpi")]
-            World::Several(comm) => comm.machine(comm.rank()),
+            World::Several(comm) => comm.wire().machine(comm.wire().rank()),
         }
     }
 
@@ -189,8 +128,7 @@ impl Ranks {
     pub fn here(&self) -> usize {
         match &self.world {
             World::Alone => 1,
-            #[cfg(feature = "mpi")]
-            World::Several(comm) => comm.here(),
+            World::Several(comm) => comm.of_this_machine(comm.wire().size()),
         }
     }
 
@@ -198,8 +136,7 @@ impl Ranks {
     pub fn place(&self) -> usize {
         match &self.world {
             World::Alone => 0,
-            #[cfg(feature = "mpi")]
-            World::Several(comm) => comm.place(),
+            World::Several(comm) => comm.of_this_machine(comm.wire().rank()),
         }
     }
 
@@ -245,37 +182,30 @@ impl Ranks {
     pub fn is_over(&self) -> bool {
         match &self.world {
             World::Alone => false,
-            #[cfg(feature = "mpi")]
             World::Several(comm) => comm.is_over(),
         }
     }
 
-    /// Leaves an MPI that all ranks leave; to be called last, once [`Ranks::is_over`].
+    /// Leaves what all ranks leave; to be called last, once [`Ranks::is_over`].
     pub fn leave(&self) {
-        #[cfg(feature = "mpi")]
         if let World::Several(comm) = &self.world {
             comm.leave();
         }
     }
 
-    /// Ends all ranks at once, this one with them, where this process has joined others and not taken leave of them.
+    /// Ends all ranks at once, this one with them, where MPI has joined this process with others and it has not taken leave of them. Those
+    /// that `torchrun` has started it ends itself, once one has failed.
     pub fn abandon() {
-        #[cfg(feature = "mpi")]
         mpi::abandon();
     }
 
     /// The MPI that this build calls; none where it has none.
     pub fn library() -> Option<String> {
-        #[cfg(feature = "mpi")]
-        return Some(mpi::library());
-        #[cfg(not(feature = "mpi"))]
-        None
+        mpi::library()
     }
 
     /// From now on a rank that does not come to a meeting for so long is named, and the run ends.
-    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
     pub fn be_patient_for(&self, patience: Duration) {
-        #[cfg(feature = "mpi")]
         if let World::Several(comm) = &self.world {
             comm.be_patient_for(patience);
         }
@@ -285,11 +215,9 @@ impl Ranks {
     ///
     /// # Errors
     /// As [`Ranks::agree`].
-    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
     pub(crate) fn meet(&self, at: Meeting, own: Result<Word>) -> Result<Vec<Word>> {
         match &self.world {
             World::Alone => own.map(|word| vec![word]),
-            #[cfg(feature = "mpi")]
             World::Several(comm) => comm.meet(at, own),
         }
     }
@@ -328,15 +256,16 @@ impl Ranks {
     ///
     /// # Errors
     /// As [`Ranks::agree`].
-    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
     pub(crate) fn gather(&self, at: Meeting, own: Result<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
         let (own, word) = apart(own, |bytes| length_word(bytes.len()));
         let lengths = self.meet(at, word)?;
         let own = own.unwrap_or_default();
         match &self.world {
             World::Alone => Ok(vec![own]),
-            #[cfg(feature = "mpi")]
-            World::Several(comm) => comm.gather(&own, &lengths.iter().map(word_length).collect::<Vec<_>>()),
+            World::Several(comm) => {
+                let lengths: Vec<usize> = lengths.iter().map(word_length).collect();
+                Ok(comm::apart(&comm.wire().gather(&own, &lengths)?, &lengths))
+            }
         }
     }
 
@@ -352,26 +281,79 @@ impl Ranks {
     /// Adds up the numbers of all ranks, on all of them. All have met just now, and have as many.
     ///
     /// # Errors
-    /// [`Error::Mpi`].
-    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
+    /// [`Error::Transfer`].
     pub(crate) fn sum(&self, numbers: &mut [f32], order: RankSum) -> Result<()> {
         match &self.world {
             World::Alone => Ok(()),
-            #[cfg(feature = "mpi")]
-            World::Several(comm) => comm.sum(numbers, order),
+            World::Several(comm) => comm.wire().sum(numbers, order),
+        }
+    }
+
+    /// Lets gradients travel from GPU to GPU; `device` is that of this rank. All of them meet here.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] where a rank has no GPU of NVIDIA's, no NCCL, or a GPU that another has, too; as [`Ranks::agree`].
+    pub(crate) fn link_gpus(&self, device: &Device) -> Result<()> {
+        let World::Several(comm) = &self.world else { return Ok(()) };
+        let own = nccl::serial_number(device).and_then(|serial| {
+            comm.of_wire().map_or(Ok(()), |gpus| gpus.check_is_of(device))?;
+            Ok(serial)
+        });
+        let serials = self.gather(Meeting::SetUp, own)?;
+        if let Some(rank) = (0..serials.len()).find(|rank| serials[..*rank].contains(&serials[*rank])) {
+            let first = serials.iter().position(|serial| *serial == serials[rank]).unwrap_or_default();
+            let why = format!(
+                "ranks {first} and {rank} are on one GPU, and NCCL takes a GPU of its own for each; start fewer, or write [ranks] \
+                 transport = \"mpi\""
+            );
+            return Err(Error::Launch { why });
+        }
+        if let Some(gpus) = comm.of_wire() {
+            comm.link(Arc::clone(gpus));
+            return Ok(());
+        }
+        let name = self.told(if self.is_first() { nccl::name() } else { Ok(Vec::new()) })?;
+        comm.link(Arc::new(nccl::Gpus::link(device, (self.rank(), self.size()), name, comm.last_words())));
+        Ok(())
+    }
+
+    /// Whether ranks have met through their GPUs, and have nothing else to meet through.
+    pub(crate) fn meet_on_gpus(&self) -> bool {
+        matches!(&self.world, World::Several(comm) if comm.of_wire().is_some())
+    }
+
+    /// Whether gradients travel from GPU to GPU.
+    pub(crate) fn have_linked_gpus(&self) -> bool {
+        matches!(&self.world, World::Several(comm) if comm.linked().is_some())
+    }
+
+    /// [`Ranks::sum`] of a tensor, on the GPUs themselves where they are linked; else it passes through the host, which may not fail.
+    pub(crate) fn sum_on_gpus(&self, numbers: Tensor<1>, order: RankSum) -> Tensor<1> {
+        match &self.world {
+            World::Several(comm) => match comm.linked() {
+                Some(gpus) => gpus.sum_tensor(numbers, order),
+                None => unreachable!("asked for where they are linked alone"),
+            },
+            World::Alone => numbers,
+        }
+    }
+
+    /// What adds up, in words.
+    pub(crate) fn reducer(&self, order: RankSum) -> &'static str {
+        match &self.world {
+            World::Alone => "nobody",
+            World::Several(comm) => comm.reducer(order),
         }
     }
 
     /// The numbers of each rank, of which each knows how many they are, one after the other. All have met just now.
     ///
     /// # Errors
-    /// [`Error::Mpi`].
-    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
+    /// [`Error::Transfer`].
     pub(crate) fn gather_numbers(&self, own: Vec<f32>, lengths: &[usize]) -> Result<Vec<f32>> {
         match &self.world {
             World::Alone => Ok(own),
-            #[cfg(feature = "mpi")]
-            World::Several(comm) => comm.gather_numbers(&own, lengths),
+            World::Several(comm) => comm.wire().gather_numbers(&own, lengths),
         }
     }
 
@@ -379,16 +361,14 @@ impl Ranks {
     ///
     /// # Errors
     /// As [`Ranks::agree`].
-    #[cfg_attr(not(feature = "mpi"), expect(unused_variables, reason = "there is nobody to tell"))]
     pub(crate) fn gather_numbers_to_first(&self, at: Meeting, own: Result<Vec<f32>>) -> Result<Vec<f32>> {
         let (own, word) = apart(own, |numbers| length_word(numbers.len()));
         let lengths = self.meet(at, word)?;
         let own = own.unwrap_or_default();
         match &self.world {
             World::Alone => Ok(own),
-            #[cfg(feature = "mpi")]
             World::Several(comm) => {
-                comm.gather_numbers_to_first(&own, &lengths.iter().map(word_length).collect::<Vec<_>>())
+                comm.wire().gather_numbers_to_first(&own, &lengths.iter().map(word_length).collect::<Vec<_>>())
             }
         }
     }
@@ -413,7 +393,8 @@ impl Ranks {
         for bytes in self.gather(Meeting::Figures, packed)? {
             let mut rest = &bytes[..];
             while !rest.is_empty() {
-                let broken = || Error::Mpi { call: "gather", why: "figures of another rank cannot be read".into() };
+                let broken =
+                    || Error::Transfer { call: "gather", why: "figures of another rank cannot be read".into() };
                 all.push(R::unpack(&mut rest).ok_or_else(broken)?);
             }
         }
@@ -475,7 +456,6 @@ fn length_word(length: usize) -> Word {
     word
 }
 
-#[cfg(feature = "mpi")]
 fn word_length(word: &Word) -> usize {
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&word[..8]);

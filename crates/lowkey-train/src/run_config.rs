@@ -521,6 +521,9 @@ pub struct RanksSection {
     /// How the gradients of all ranks become one.
     #[serde(default)]
     pub sum: RankSum,
+    /// What the gradients of GPUs travel through, where MPI has started the ranks. Those that `torchrun` has started have NCCL alone.
+    #[serde(default)]
+    pub transport: RankTransport,
     /// 1: the optimiser's memory is divided among the ranks (ZeRO's first stage, arXiv 1910.02054); each of them updates its part of the
     /// parameters and sends it to the others. The same bits and the same checkpoints for less memory, and half as much more to send in
     /// a step. 0: each rank has all of it.
@@ -540,7 +543,7 @@ fn default_patience_s() -> u64 {
 
 impl Default for RanksSection {
     fn default() -> Self {
-        Self { sum: RankSum::default(), zero: 0, patience_s: default_patience_s() }
+        Self { sum: RankSum::default(), transport: RankTransport::default(), zero: 0, patience_s: default_patience_s() }
     }
 }
 
@@ -558,9 +561,20 @@ pub enum RankSum {
     /// In the order of the ranks, each of which adds up a part: n ranks then give the bits of one process that takes a step in n passes.
     #[default]
     Ordered,
-    /// As `MPI_Allreduce` of the MPI at hand does it, in an order of its own: other last bits, also from one machine to another. Fewer
-    /// than four ranks do it as `ordered`, which sends no more and uses both ways of a link at once.
+    /// As `MPI_Allreduce` of the MPI at hand or NCCL does it, in an order of its own: other last bits, also from one machine to another.
+    /// Fewer than four ranks of MPI do it as `ordered`, which sends no more and uses both ways of a link at once.
     Fastest,
+}
+
+/// What the gradients of ranks travel through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RankTransport {
+    /// MPI, through the memory of the hosts.
+    #[default]
+    Mpi,
+    /// NCCL, from GPU to GPU: NVIDIA's, one for each rank, in a build with `--features cuda,mpi`. The same bits.
+    Nccl,
 }
 
 impl RunConfig {

@@ -35,7 +35,7 @@ use crate::prefetch::Prefetch;
 use crate::prompts::{Prompt, prompts};
 use crate::ranks::{self, Meeting, Ranks};
 use crate::resume::{self, Earlier};
-use crate::run_config::RunConfig;
+use crate::run_config::{RankTransport, RunConfig};
 use crate::run_data::{RunData, TrainBatches};
 use crate::run_dir::{self, Ended, SamplesFile};
 use crate::setup::{Setup, check_memory, check_precision, check_tensors, devices, setup_run};
@@ -86,6 +86,9 @@ fn train_together(
     }
     check_threads(config, &devices)?;
     let threads = ranks::start::compare(ranks, config, options, &devices[0])?;
+    if config.ranks.transport == RankTransport::Nccl || (ranks.meet_on_gpus() && !is_cpu(&devices[0])) {
+        ranks.link_gpus(&devices[0])?;
+    }
     let opened = if ranks.is_first() { Some(Opened::new(config, options)?) } else { None };
     let found = opening::found(ranks, options, opened.as_ref())?;
     let (_held, checkpoints, damaged) = match opened {
@@ -191,7 +194,7 @@ fn chosen_by_the_first<R: Serialize + DeserializeOwned>(ranks: &Ranks, job: impl
     if !ranks.are_several() {
         return job();
     }
-    let unreadable = |e: serde_json::Error| Error::Mpi { call: "gather", why: format!("kernels of rank 0: {e}") };
+    let unreadable = |e: serde_json::Error| Error::Transfer { call: "gather", why: format!("kernels of rank 0: {e}") };
     let own = || serde_json::to_vec(&(job()?, chosen_kernels())).map_err(unreadable);
     let told = ranks.told(if ranks.is_first() { own() } else { Ok(Vec::new()) })?;
     let (result, kernels) = serde_json::from_slice(&told).map_err(unreadable)?;

@@ -25,7 +25,7 @@ use crate::buckets::{BUCKET, packed, read, sums, unpacked};
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, Update};
 use crate::other_model::Counterpart;
-use crate::ranks::{LEFT_TO_MPI, Ranks};
+use crate::ranks::Ranks;
 use crate::run_config::RankSum;
 use crate::workers::{PassSettings, StepGradients, Workers};
 pub(crate) use ranks::optimized;
@@ -102,10 +102,7 @@ impl World {
     /// What adds up gradients, in words; none where there is nothing to add.
     pub(crate) fn reducer(&self) -> Option<&'static str> {
         match self.reducer {
-            _ if self.ranks.are_several() => Some(match self.sum {
-                RankSum::Fastest if self.ranks.size() >= LEFT_TO_MPI => "MPI, in its own order",
-                RankSum::Ordered | RankSum::Fastest => "MPI, in the order of the ranks",
-            }),
+            _ if self.ranks.are_several() => Some(self.ranks.reducer(self.sum)),
             _ if self.members.len() == 1 => None,
             Reducer::Devices => Some("the devices among themselves (NCCL)"),
             Reducer::Host => Some("the host"),
@@ -189,7 +186,7 @@ impl World {
     /// Gives every replica its new values.
     ///
     /// # Errors
-    /// Where each rank has a part of the optimiser: [`Error::Mpi`] where the others' values do not come.
+    /// Where each rank has a part of the optimiser: [`Error::Transfer`] where the others' values do not come.
     pub(crate) fn update(
         &mut self,
         results: Vec<StepGradients>,

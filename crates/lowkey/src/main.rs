@@ -29,6 +29,8 @@ const WRONG_USE: u8 = 2;
 const FAILED: u8 = 1;
 
 fn main() -> ExitCode {
+    // First of all, while there is one thread.
+    lowkey_train::ranks::say_where_to_meet();
     // What libraries note, kernels' timings among it: `RUST_LOG=lowkey_kernels=info`.
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("off")).init();
     allocator::keep_freed_memory();

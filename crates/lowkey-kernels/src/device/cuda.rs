@@ -32,6 +32,23 @@ fn missing(named: Option<PathBuf>, roots: &[PathBuf]) -> Option<String> {
     }
 }
 
+/// Where a tensor's numbers lie.
+#[cfg(feature = "cuda")]
+pub(super) fn memory(tensor: &burn::tensor::Tensor<1>) -> Option<super::CudaMemory> {
+    use burn_cubecl::{CubeBackend, CubeDevice};
+    let tensor = tensor.clone().try_into_primitive::<CubeBackend>().ok()?;
+    let CubeDevice::Cuda(device) = &tensor.device else { return None };
+    if !tensor.is_contiguous() {
+        return None;
+    }
+    let found = tensor
+        .client
+        .get_resource::<<cubecl::cuda::CudaRuntime as cubecl_runtime::runtime::Runtime>::Server>(tensor.handle)
+        .ok()?;
+    let (address, bytes) = (found.resource().ptr, usize::try_from(found.resource().size).ok()?);
+    Some(super::CudaMemory { ordinal: device.index, address, bytes, _held: Box::new(found) })
+}
+
 /// Has CubeCL keep what it compiles: in `target/environment` of a checkout, else in the user's cache folder. A first run compiles some
 /// hundred kernels to find the fastest, which takes minutes. Everything else is as `cubecl.toml` says, if there is one.
 #[cfg(feature = "cuda")]

@@ -4,16 +4,16 @@
 //! until it is over, so that a rank that never comes can be told of by name instead of being waited for.
 
 use std::ffi::{c_int, c_void};
-use std::ops::Range;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use mpi_sys as raw;
-use rayon::prelude::*;
 
-use super::{LEFT_TO_MPI, Meeting, Word};
+use super::comm::{Wire, gather_texts};
+use super::parts::{add_up, in_rounds, places};
+use super::{LEFT_TO_MPI, Launched};
 use crate::error::{Error, Result};
 use crate::run_config::RankSum;
 
@@ -23,23 +23,15 @@ const AT_ONCE: usize = 1 << 24;
 /// Numbers that are gathered at once: their places are counts of MPI, too.
 const MOST: usize = c_int::MAX as usize;
 
-/// What a rank says at a meeting: where it is, or 0 where it has met an error, and its word.
-const MESSAGE: usize = 1 + size_of::<Word>();
-
-/// The status of a rank that has met an error.
-const FAILED: u8 = 0;
-
 /// Tag of the only messages that go from one rank to another by themselves.
 const ROLL_CALL: c_int = 19;
 
 /// `MPI_COMM_WORLD`.
 #[derive(Debug)]
-pub(super) struct Comm {
+pub(super) struct Mpi {
     rank: usize,
     size: usize,
     thread: ThreadId,
-    /// All ranks know that it is over.
-    over: AtomicBool,
     /// How long a transfer may take, in milliseconds; 0: as long as it takes.
     patience: AtomicU64,
     /// The machines of the ranks.
@@ -57,7 +49,7 @@ fn checked(call: &'static str, code: c_int) -> Result<()> {
         // SAFETY: `text` has room for the longest message of any MPI, and `length` is a place for a number.
         unsafe { raw::MPI_Error_string(code, text, length) }
     });
-    Err(Error::Mpi { call, why })
+    Err(Error::Transfer { call, why })
 }
 
 /// A text that MPI writes.
@@ -70,13 +62,13 @@ fn text(write: impl FnOnce(*mut std::ffi::c_char, *mut c_int) -> c_int) -> Strin
     String::from_utf8_lossy(&bytes).trim_end_matches('\0').trim().to_owned()
 }
 
-/// The name and version of the library.
-pub(super) fn library() -> String {
+/// The name and version of the library; none where there is none.
+pub(super) fn library() -> Option<String> {
     let said = text(|text, length| {
         // SAFETY: may be called at any time; the text has room for the longest answer.
         unsafe { raw::MPI_Get_library_version(text, length) }
     });
-    said.lines().next().unwrap_or_default().split(", package").next().unwrap_or_default().to_owned()
+    Some(said.lines().next().unwrap_or_default().split(", package").next().unwrap_or_default().to_owned())
 }
 
 /// Whether MPI is up in this process.
@@ -100,7 +92,7 @@ pub(super) fn abandon() {
 
 /// A count or a place as MPI takes it; what is sent at once is bounded.
 fn int(n: usize) -> Result<c_int> {
-    n.try_into().map_err(|_| Error::Mpi { call: "a transfer", why: format!("{n} is more than is sent at once") })
+    n.try_into().map_err(|_| Error::Transfer { call: "a transfer", why: format!("{n} is more than is sent at once") })
 }
 
 /// What stands for a buffer of no bytes: an empty slice lies at an address that is no place, and MPI gives such ones a meaning of their
@@ -120,51 +112,40 @@ fn ints(numbers: impl IntoIterator<Item = usize>) -> Result<Vec<c_int>> {
     numbers.into_iter().map(int).collect()
 }
 
-/// Where parts of these lengths begin when they lie one after the other.
-fn places(lengths: &[usize]) -> impl Iterator<Item = usize> {
-    lengths.iter().scan(0, |at, length| {
-        let here = *at;
-        *at += length;
-        Some(here)
-    })
-}
-
 /// A part of `length` numbers for each of `size` ranks.
 fn slices(length: usize, size: usize) -> Vec<usize> {
     (0..size).map(|rank| length * (rank + 1) / size - length * rank / size).collect()
 }
 
-/// What of each part of these lengths is sent in each of several rounds, of which none has more than `most` numbers in all.
-fn rounds(lengths: &[usize], most: usize) -> Vec<Vec<Range<usize>>> {
-    let longest = lengths.iter().max().copied().unwrap_or_default();
-    let each = if lengths.iter().sum::<usize>() <= most { longest.max(1) } else { (most / lengths.len()).max(1) };
-    let round = |i: usize| {
-        let piece = |length: &usize| (i * each).min(*length)..((i + 1) * each).min(*length);
-        lengths.iter().map(piece).collect()
-    };
-    (0..longest.div_ceil(each).max(1)).map(round).collect()
-}
-
-/// The sum of equal parts that lie one after the other, in their order, in the first of them.
-pub(super) fn add_up(parts: &mut [f32], length: usize) {
-    let (total, others) = parts.split_at_mut(length);
-    for part in others.chunks_exact(length.max(1)) {
-        total.par_iter_mut().with_min_len(1 << 14).zip(part).for_each(|(total, x)| *total += x);
+/// The ranks that whoever started this process tells MPI of.
+///
+/// # Errors
+/// [`Error::Launch`] where MPI and whoever started it do not know each other; [`Error::Transfer`].
+pub(super) fn join(launched: &Launched, last_words: fn(&str)) -> Result<Box<dyn Wire>> {
+    let mpi = Mpi::begin(last_words)?;
+    if mpi.size != launched.size {
+        let why = format!(
+            "{} has started {} processes, and MPI knows of {}: this lowkey was built with another MPI than that of its starter. Use that \
+             one's mpirun, or srun --mpi=pmix or --mpi=pmi2 as your cluster has it",
+            launched.by, launched.size, mpi.size
+        );
+        return Err(Error::Launch { why });
     }
+    Ok(Box::new(mpi))
 }
 
-impl Comm {
+impl Mpi {
     /// Begins MPI.
     ///
     /// # Errors
-    /// [`Error::Mpi`].
-    pub(super) fn join(last_words: fn(&str)) -> Result<Self> {
+    /// [`Error::Transfer`].
+    fn begin(last_words: fn(&str)) -> Result<Self> {
         let (mut provided, mut rank, mut size) = (0, 0, 0);
         // SAFETY: the arguments may be null since MPI 2; every pointer is to a number of this frame; the communicator is there once
         // MPI is.
         unsafe {
             if is_up() {
-                return Err(Error::Mpi { call: "MPI_Init_thread", why: "MPI is up already".into() });
+                return Err(Error::Transfer { call: "MPI_Init_thread", why: "MPI is up already".into() });
             }
             let (null, funneled) = (std::ptr::null_mut(), raw::RSMPI_THREAD_FUNNELED);
             checked("MPI_Init_thread", raw::MPI_Init_thread(null, std::ptr::null_mut(), funneled, &mut provided))?;
@@ -174,14 +155,13 @@ impl Comm {
             checked("MPI_Comm_size", raw::MPI_Comm_size(world, &mut size))?;
             if provided < funneled {
                 let why = "this MPI serves programs of one thread alone (MPI_THREAD_FUNNELED is needed)".into();
-                return Err(Error::Mpi { call: "MPI_Init_thread", why });
+                return Err(Error::Transfer { call: "MPI_Init_thread", why });
             }
         }
-        let comm = Self {
+        let mpi = Self {
             rank: usize::try_from(rank).unwrap_or_default(),
             size: usize::try_from(size).unwrap_or(1),
             thread: std::thread::current().id(),
-            over: AtomicBool::new(false),
             patience: AtomicU64::new(0),
             machines: OnceLock::new(),
             last_words,
@@ -190,188 +170,13 @@ impl Comm {
             // SAFETY: the text has room for `MPI_MAX_PROCESSOR_NAME`.
             unsafe { raw::MPI_Get_processor_name(text, length) }
         });
-        let machines = comm.gather_texts(&machine)?;
-        Ok(Self { machines: machines.into(), ..comm })
-    }
-
-    pub(super) fn rank(&self) -> usize {
-        self.rank
-    }
-
-    pub(super) fn size(&self) -> usize {
-        self.size
-    }
-
-    pub(super) fn is_over(&self) -> bool {
-        self.over.load(Ordering::Relaxed)
-    }
-
-    /// The machine of a rank.
-    pub(super) fn machine(&self, rank: usize) -> &str {
-        self.machines.get().and_then(|machines| machines.get(rank)).map_or("?", String::as_str)
-    }
-
-    /// How many ranks run on this one's machine.
-    pub(super) fn here(&self) -> usize {
-        self.of_this_machine(self.size)
-    }
-
-    /// How many of them come before this one.
-    pub(super) fn place(&self) -> usize {
-        self.of_this_machine(self.rank)
-    }
-
-    /// How many of the first `ranks` run on this one's machine.
-    fn of_this_machine(&self, ranks: usize) -> usize {
-        (0..ranks).filter(|rank| self.machine(*rank) == self.machine(self.rank)).count()
-    }
-
-    pub(super) fn be_patient_for(&self, patience: Duration) {
-        self.patience.store(u64::try_from(patience.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
-    }
-
-    /// Leaves MPI; only the thread that has joined it may, and from any other this does nothing.
-    pub(super) fn leave(&self) {
-        if is_up() && std::thread::current().id() == self.thread {
-            // SAFETY: MPI is up, and no transfer is open: each was waited for. What it says is of no use: the work is done.
-            unsafe { raw::MPI_Finalize() };
-        }
-    }
-
-    /// The words of all ranks.
-    pub(super) fn meet(&self, at: Meeting, own: Result<Word>) -> Result<Vec<Word>> {
-        if self.is_over() {
-            let over = || Error::Mpi { call: "a meeting", why: "the ranks have parted".into() };
-            return own.and_then(|_| Err(over()));
-        }
-        let mut message = [0; MESSAGE];
-        message[0] = own.as_ref().map_or(FAILED, |_| at as u8);
-        message[1..].copy_from_slice(own.as_ref().unwrap_or(&Word::default()));
-        let all = self.all_gather(&message)?;
-        let all: Vec<&[u8]> = all.chunks_exact(MESSAGE).collect();
-        if all.iter().any(|message| message[0] == FAILED) {
-            return Err(self.failed(own.err()));
-        }
-        if let Some(rank) = all.iter().position(|message| message[0] != at as u8) {
-            self.over.store(true, Ordering::Relaxed);
-            let why =
-                format!("is out of step: it has come to meeting {}, and rank {} to {at:?}", all[rank][0], self.rank);
-            return Err(Error::Rank { rank, size: self.size, machine: self.machine(rank).to_owned(), why });
-        }
-        if at == Meeting::End {
-            self.over.store(true, Ordering::Relaxed);
-        }
-        let word = |message: &&[u8]| {
-            let mut word = Word::default();
-            word.copy_from_slice(&message[1..]);
-            word
-        };
-        Ok(all.iter().map(word).collect())
-    }
-
-    /// The error that a run ends with once one rank has met one.
-    fn failed(&self, own: Option<Error>) -> Error {
-        let told = own.as_ref().map(ToString::to_string);
-        let all = match self.gather_texts(&told.map(|told| format!("!{told}")).unwrap_or_default()) {
-            Ok(all) => all,
-            Err(error) => return error,
-        };
-        self.over.store(true, Ordering::Relaxed);
-        match (own, all.iter().position(|text| !text.is_empty())) {
-            // It is everybody's.
-            (Some(own), _) if all.iter().all(|text| *text == all[0]) => own,
-            (_, Some(rank)) => {
-                let why = all[rank].trim_start_matches('!').to_owned();
-                Error::Rank { rank, size: self.size, machine: self.machine(rank).to_owned(), why }
-            }
-            (Some(own), None) => own,
-            (None, None) => Error::Mpi { call: "a meeting", why: "a rank has failed and does not say why".into() },
-        }
-    }
-
-    /// A text of each rank.
-    fn gather_texts(&self, own: &str) -> Result<Vec<String>> {
-        let lengths = self.all_gather(&(own.len() as u64).to_le_bytes())?;
-        let lengths: Vec<usize> =
-            lengths.as_chunks().0.iter().map(|length| u64::from_le_bytes(*length) as usize).collect();
-        let texts = self.gather(own.as_bytes(), &lengths)?;
-        Ok(texts.iter().map(|text| String::from_utf8_lossy(text).into_owned()).collect())
-    }
-
-    /// As many bytes of each rank, one after the other.
-    fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>> {
-        let (count, mut all) = (int(own.len())?, vec![0; own.len() * self.size]);
-        let begin = |request: *mut raw::MPI_Request| {
-            // SAFETY: both buffers outlive the transfer, see there; `all` holds `count` bytes for each rank.
-            unsafe {
-                let bytes = raw::RSMPI_UINT8_T;
-                let (from, to) = (address(own), address_mut(&mut all));
-                raw::MPI_Iallgather(from, count, bytes, to, count, bytes, raw::RSMPI_COMM_WORLD, request)
-            }
-        };
-        self.transfer("MPI_Iallgather", Waiting::ForARank, begin)?;
-        Ok(all)
-    }
-
-    /// Bytes of each rank, whose numbers are known.
-    pub(super) fn gather(&self, own: &[u8], lengths: &[usize]) -> Result<Vec<Vec<u8>>> {
-        let mut all = vec![0; lengths.iter().sum()];
-        if !all.is_empty() {
-            self.all_gather_parts(own, &mut all, lengths)?;
-        }
-        let mut rest = &all[..];
-        let parts = lengths.iter().map(|length| {
-            let (part, more) = rest.split_at(*length);
-            rest = more;
-            part.to_vec()
-        });
-        Ok(parts.collect())
-    }
-
-    /// The numbers of each rank, one after the other, on all of them.
-    pub(super) fn gather_numbers(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
-        let mut all = vec![0.0; lengths.iter().sum()];
-        self.all_gather_parts(own, &mut all, lengths)?;
-        Ok(all)
-    }
-
-    /// The same on the first rank alone; the others have none.
-    pub(super) fn gather_numbers_to_first(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
-        let mut all = vec![0.0; if self.rank == 0 { lengths.iter().sum() } else { 0 }];
-        self.in_rounds(own, &mut all, lengths, Self::gather_once)?;
-        Ok(all)
+        let machines = gather_texts(&mpi, &machine)?;
+        Ok(Self { machines: machines.into(), ..mpi })
     }
 
     /// Parts of known lengths, one after the other; `own` has the length of this rank's.
     fn all_gather_parts<T: Number>(&self, own: &[T], all: &mut [T], lengths: &[usize]) -> Result<()> {
-        self.in_rounds(own, all, lengths, Self::all_gather_once)
-    }
-
-    /// Gathers parts that may be more than MPI counts at once: all at once where it can, else in pieces. `all` is empty on a rank that
-    /// receives nothing.
-    fn in_rounds<T: Number>(
-        &self,
-        own: &[T],
-        all: &mut [T],
-        lengths: &[usize],
-        gather: impl Fn(&Self, &[T], &mut [T], &[usize]) -> Result<()>,
-    ) -> Result<()> {
-        let (at, rounds): (Vec<usize>, _) = (places(lengths).collect(), rounds(lengths, MOST));
-        if let [_] = rounds[..] {
-            return gather(self, own, all, lengths);
-        }
-        for round in rounds {
-            let pieces: Vec<usize> = round.iter().map(ExactSizeIterator::len).collect();
-            let mut got = vec![T::default(); if all.is_empty() { 0 } else { pieces.iter().sum() }];
-            gather(self, &own[round[self.rank].clone()], &mut got, &pieces)?;
-            let mut rest = &got[..];
-            for (at, piece) in at.iter().zip(&round).take(if all.is_empty() { 0 } else { self.size }) {
-                let (first, more) = rest.split_at(piece.len());
-                all[at + piece.start..at + piece.end].copy_from_slice(first);
-                rest = more;
-            }
-        }
-        Ok(())
+        in_rounds(self.rank, own, all, lengths, MOST, |own, all, lengths| self.all_gather_once(own, all, lengths))
     }
 
     fn all_gather_once<T: Number>(&self, own: &[T], all: &mut [T], lengths: &[usize]) -> Result<()> {
@@ -403,14 +208,6 @@ impl Comm {
             }
         };
         self.transfer("MPI_Igatherv", Waiting::ForBytes, begin)
-    }
-
-    /// Adds up the numbers of all ranks.
-    pub(super) fn sum(&self, numbers: &mut [f32], order: RankSum) -> Result<()> {
-        numbers.chunks_mut(AT_ONCE).try_for_each(|numbers| match order {
-            RankSum::Fastest if self.size >= LEFT_TO_MPI => self.sum_as_mpi_likes(numbers),
-            RankSum::Ordered | RankSum::Fastest => self.sum_in_order(numbers),
-        })
     }
 
     /// Each rank adds up a slice of the numbers, in the order of the ranks, and has the sums of the other slices from the others: as
@@ -460,7 +257,7 @@ impl Comm {
         begin: impl FnOnce(*mut raw::MPI_Request) -> c_int,
     ) -> Result<()> {
         if std::thread::current().id() != self.thread {
-            return Err(Error::Mpi { call, why: "only the thread that has joined MPI may call it".into() });
+            return Err(Error::Transfer { call, why: "only the thread that has joined MPI may call it".into() });
         }
         // SAFETY: the null request is a constant.
         let mut request = unsafe { raw::RSMPI_REQUEST_NULL };
@@ -478,7 +275,7 @@ impl Comm {
     /// Whether a transfer is over before that much time is.
     ///
     /// # Errors
-    /// [`Error::Mpi`] where it has failed; its buffers may still be written to.
+    /// [`Error::Transfer`] where it has failed; its buffers may still be written to.
     fn over_within(&self, request: &mut raw::MPI_Request, waiting: Waiting, most: Option<Duration>) -> Result<bool> {
         let begun = Instant::now();
         loop {
@@ -572,6 +369,80 @@ impl Comm {
     }
 }
 
+impl Wire for Mpi {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn machine(&self, rank: usize) -> &str {
+        self.machines.get().and_then(|machines| machines.get(rank)).map_or("?", String::as_str)
+    }
+
+    fn be_patient_for(&self, patience: Duration) {
+        self.patience.store(u64::try_from(patience.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>> {
+        let (count, mut all) = (int(own.len())?, vec![0; own.len() * self.size]);
+        let begin = |request: *mut raw::MPI_Request| {
+            // SAFETY: both buffers outlive the transfer, see there; `all` holds `count` bytes for each rank.
+            unsafe {
+                let bytes = raw::RSMPI_UINT8_T;
+                let (from, to) = (address(own), address_mut(&mut all));
+                raw::MPI_Iallgather(from, count, bytes, to, count, bytes, raw::RSMPI_COMM_WORLD, request)
+            }
+        };
+        self.transfer("MPI_Iallgather", Waiting::ForARank, begin)?;
+        Ok(all)
+    }
+
+    fn gather(&self, own: &[u8], lengths: &[usize]) -> Result<Vec<u8>> {
+        let mut all = vec![0; lengths.iter().sum()];
+        if !all.is_empty() {
+            self.all_gather_parts(own, &mut all, lengths)?;
+        }
+        Ok(all)
+    }
+
+    fn gather_numbers(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
+        let mut all = vec![0.0; lengths.iter().sum()];
+        self.all_gather_parts(own, &mut all, lengths)?;
+        Ok(all)
+    }
+
+    fn gather_numbers_to_first(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
+        let mut all = vec![0.0; if self.rank == 0 { lengths.iter().sum() } else { 0 }];
+        in_rounds(self.rank, own, &mut all, lengths, MOST, |own, all, lengths| self.gather_once(own, all, lengths))?;
+        Ok(all)
+    }
+
+    fn sum(&self, numbers: &mut [f32], order: RankSum) -> Result<()> {
+        numbers.chunks_mut(AT_ONCE).try_for_each(|numbers| match order {
+            RankSum::Fastest if self.size >= LEFT_TO_MPI => self.sum_as_mpi_likes(numbers),
+            RankSum::Ordered | RankSum::Fastest => self.sum_in_order(numbers),
+        })
+    }
+
+    fn reducer(&self, order: RankSum) -> &'static str {
+        match order {
+            RankSum::Fastest if self.size >= LEFT_TO_MPI => "MPI, in its own order",
+            RankSum::Ordered | RankSum::Fastest => "MPI, in the order of the ranks",
+        }
+    }
+
+    /// Only the thread that has joined MPI may leave it; from any other this does nothing.
+    fn leave(&self) {
+        if is_up() && std::thread::current().id() == self.thread {
+            // SAFETY: MPI is up, and no transfer is open: each was waited for. What it says is of no use: the work is done.
+            unsafe { raw::MPI_Finalize() };
+        }
+    }
+}
+
 /// What a transfer waits for.
 #[derive(Clone, Copy)]
 enum Waiting {
@@ -609,26 +480,5 @@ impl Number for f32 {
     fn kind() -> raw::MPI_Datatype {
         // SAFETY: a constant, which may be read from the start of MPI on.
         unsafe { raw::RSMPI_FLOAT }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parts_that_are_more_than_is_counted_go_in_pieces() {
-        assert_eq!(rounds(&[3, 0, 4], 7), [[0..3, 0..0, 0..4]]);
-        assert_eq!(rounds(&[0, 0], 7), [[0..0, 0..0]]);
-        assert_eq!(rounds(&[3, 0, 4], 6), [[0..2, 0..0, 0..2], [2..3, 0..0, 2..4]]);
-        for (lengths, most) in [(&[5, 1, 9][..], 4), (&[5, 1, 9], 3), (&[5, 1, 9], 1), (&[100], 33)] {
-            let rounds = rounds(lengths, most);
-            for (i, length) in lengths.iter().enumerate() {
-                let all: Vec<usize> = rounds.iter().flat_map(|round| round[i].clone()).collect();
-                assert_eq!(all, (0..*length).collect::<Vec<_>>());
-            }
-            let largest = rounds.iter().map(|round| round.iter().map(ExactSizeIterator::len).sum::<usize>()).max();
-            assert!(largest.unwrap() <= most.max(lengths.len()), "{lengths:?} {most}");
-        }
     }
 }

@@ -7,7 +7,7 @@ use lowkey_batch::Batch;
 use lowkey_model::{Parameter, objective::Figures};
 
 use super::{Replica, World, sums_of_squares};
-use crate::buckets::{BUCKET, packed, read};
+use crate::buckets::{BUCKET, packed, read, unpacked};
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, ParameterState, Update};
 use crate::ranks::{Meeting, Packed, Ranks, word_of};
@@ -25,7 +25,7 @@ impl World {
     /// [`World::update`] where each rank has the optimiser of its part of the parameters.
     ///
     /// # Errors
-    /// [`Error::Device`] and [`Error::Mpi`] where values cannot be sent; the run must end then.
+    /// [`Error::Device`] and [`Error::Transfer`] where values cannot be sent; the run must end then.
     pub(super) fn update_own(
         only: &mut Replica,
         (ranks, owned): (&Ranks, &[Range<usize>]),
@@ -78,13 +78,13 @@ impl World {
         // In the order in which they were read: of each parameter its tensors.
         let lengths: Vec<usize> = kinds.flat_map(|(kind, p)| vec![length(p); kind.tensors().len()]).collect();
         if lengths.iter().sum::<usize>() != all.len() {
-            return Err(Error::Mpi {
+            return Err(Error::Transfer {
                 call: "gather",
                 why: "the parts of the optimiser are not those of its parameters".into(),
             });
         }
         let mut tensors = split(&all, &lengths, &device.clone().without_autodiff()).into_iter();
-        let missing = || Error::Mpi { call: "gather", why: "a part of the optimiser is missing".into() };
+        let missing = || Error::Transfer { call: "gather", why: "a part of the optimiser is missing".into() };
         let mut state = |kind: &ParameterState| kind.read(|_| tensors.next().ok_or_else(missing));
         let states = whole.state().0.iter().map(&mut state).collect::<Result<Vec<_>>>()?;
         whole.restore(states, steps);
@@ -106,7 +106,11 @@ impl World {
             let numbers = figures.numbers().map_err(|why| Error::Device { what: "a step's figures", why })?;
             let mut told = Vec::new();
             (read(losses)?, numbers).pack(&mut told);
-            let buckets = packed(gradients, BUCKET).into_iter().map(read).collect::<Result<Vec<_>>>()?;
+            let buckets = packed(gradients, BUCKET);
+            let buckets = match self.ranks.have_linked_gpus() {
+                true => Buckets::OnGpus(buckets),
+                false => Buckets::Read(buckets.into_iter().map(read).collect::<Result<_>>()?),
+            };
             Ok((targets, lengths, figures, told, buckets))
         };
         let (told, rest) = match own() {
@@ -114,28 +118,29 @@ impl World {
             Err(error) => (Err(error), None),
         };
         let told = self.ranks.gather(Meeting::Gradients, told)?;
-        let Some((targets, lengths, own, mut buckets)) = rest else {
+        let Some((targets, lengths, own, buckets)) = rest else {
             unreachable!("a meeting with an error ends with one")
         };
-        buckets.iter_mut().try_for_each(|bucket| self.ranks.sum(bucket, self.sum))?;
         // The losses of all passes in the order of their rows, as one process would have them.
         let device = only.device.clone().without_autodiff();
         let (mut losses, mut figures) = (Vec::new(), Figures::default());
         for bytes in told {
-            let broken = || Error::Mpi { call: "gather", why: "the figures of another rank cannot be read".into() };
+            let broken =
+                || Error::Transfer { call: "gather", why: "the figures of another rank cannot be read".into() };
             let (more, numbers) = <(Vec<f32>, Vec<Vec<f64>>)>::unpack(&mut &bytes[..]).ok_or_else(broken)?;
             losses.extend(more);
             figures.add(own.with_numbers(&numbers, &device).ok_or_else(broken)?);
         }
-        let mut gradients = Vec::with_capacity(lengths.len());
-        for bucket in buckets {
-            let (mut held, mut numbers) = (gradients.len(), 0);
-            while held < lengths.len() && numbers + lengths[held] <= bucket.len() {
-                numbers += lengths[held];
-                held += 1;
+        let gradients = match buckets {
+            Buckets::OnGpus(buckets) => {
+                let sums = buckets.into_iter().map(|bucket| self.ranks.sum_on_gpus(bucket, self.sum));
+                unpacked(sums.collect(), lengths.into_iter())
             }
-            gradients.extend(split(&bucket, &lengths[gradients.len()..held], &device));
-        }
+            Buckets::Read(mut buckets) => {
+                buckets.iter_mut().try_for_each(|bucket| self.ranks.sum(bucket, self.sum))?;
+                uploaded(buckets, &lengths, &device)
+            }
+        };
         let passes = losses.len();
         let losses = split(&losses, &[passes], &device).remove(0);
         Ok(vec![StepGradients { losses, targets, gradients, figures }])
@@ -161,6 +166,28 @@ impl World {
             }),
         }
     }
+}
+
+/// Gradients in flat buckets, where they are added up.
+enum Buckets {
+    /// On the GPUs of the ranks,
+    OnGpus(Vec<Tensor<1>>),
+    /// or on the host.
+    Read(Vec<Vec<f32>>),
+}
+
+/// Gradients of these lengths again, on their device.
+fn uploaded(buckets: Vec<Vec<f32>>, lengths: &[usize], device: &Device) -> Vec<Tensor<1>> {
+    let mut gradients = Vec::with_capacity(lengths.len());
+    for bucket in buckets {
+        let (mut held, mut numbers) = (gradients.len(), 0);
+        while held < lengths.len() && numbers + lengths[held] <= bucket.len() {
+            numbers += lengths[held];
+            held += 1;
+        }
+        gradients.extend(split(&bucket, &lengths[gradients.len()..held], device));
+    }
+    gradients
 }
 
 /// Whether each rank has a part of the optimiser.

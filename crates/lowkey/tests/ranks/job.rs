@@ -236,7 +236,7 @@ impl Job {
 
     /// The process of a rank: one that runs in the folder and is told to be it.
     fn pid(&self, rank: usize) -> u32 {
-        let told = [format!("OMPI_COMM_WORLD_RANK={rank}"), format!("PMI_RANK={rank}")];
+        let told = [format!("OMPI_COMM_WORLD_RANK={rank}"), format!("PMI_RANK={rank}"), format!("RANK={rank}")];
         let is_it = |pid: &u32| {
             let dir = PathBuf::from(format!("/proc/{pid}"));
             let environment = std::fs::read(dir.join("environ")).unwrap_or_default();
