@@ -22,7 +22,7 @@ resume=()
 
 # --signal without "B:" reaches the ranks themselves. pmix or pmi2, as the MPI was built: srun --mpi=list.
 srun --mpi=pmix --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=cores \
-    target/release/lowkey train "$run" "${resume[@]}"
+    "${LOWKEY:-target/release/lowkey}" train "$run" "${resume[@]}"
 code=$?
 
 # A run that was stopped ends with 0, as one that is finished does; which of them it was stands in outcome.json.

@@ -101,9 +101,25 @@ pub fn open(name: &str) -> Result<Device, DeviceError> {
 /// # Errors
 /// [`DeviceError`]; [`DeviceError::Missing`] for more processes than devices.
 pub fn open_at(name: &str, place: usize, processes: usize) -> Result<Device, DeviceError> {
+    choose(name, &|found, name| own(found, name, place, processes))
+}
+
+/// Opens the device of one of several jobs, which take those of a kind in turn where a name has no number: `turn` 0 has the first one, and
+/// those behind the last one share them again.
+///
+/// # Errors
+/// [`DeviceError`].
+pub fn open_in_turn(name: &str, turn: usize) -> Result<Device, DeviceError> {
+    choose(name, &|found, _| Ok(in_turn(found, turn)))
+}
+
+/// The one of the devices of a kind that a job is to have, given the name that it has asked for.
+type Choice<'a> = &'a dyn for<'f> Fn(&'f [Found], &str) -> Result<Option<&'f Found>, DeviceError>;
+
+fn choose(name: &str, choice: Choice) -> Result<Device, DeviceError> {
     match name {
         "cpu" => return Ok(Device::flex()),
-        "auto" => return automatic(place, processes),
+        "auto" => return automatic(choice),
         _ => {}
     }
     let (kind, index) = match name.split_once(':') {
@@ -121,7 +137,7 @@ pub fn open_at(name: &str, place: usize, processes: usize) -> Result<Device, Dev
     let count = found.len();
     let chosen = match index {
         Some(index) => found.into_iter().nth(index),
-        None => own(&found, name, place, processes)?.cloned(),
+        None => choice(&found, name)?.cloned(),
     };
     if let Some(Found { name, unusable: Some(why), .. }) = chosen {
         return Err(DeviceError::Unusable { name, why });
@@ -155,6 +171,12 @@ fn own<'a>(found: &'a [Found], name: &str, place: usize, processes: usize) -> Re
             }
         },
     }
+}
+
+/// The one that a job has which may share it.
+fn in_turn(found: &[Found], turn: usize) -> Option<&Found> {
+    let real: Vec<&Found> = found.iter().filter(is_real).collect();
+    real.get(turn % real.len().max(1)).copied().or(found.first())
 }
 
 /// All devices that this build can reach, the CPU last.
@@ -251,12 +273,12 @@ pub fn choose_kernels(earlier: BTreeMap<String, String>) {
     drop(earlier);
 }
 
-fn automatic(place: usize, processes: usize) -> Result<Device, DeviceError> {
+fn automatic(choice: Choice) -> Result<Device, DeviceError> {
     let found = list();
     let kind = |found: &Found| found.name.split(':').next().unwrap_or_default().to_owned();
     let Some(first) = found.iter().find(is_real).map(kind) else { return Ok(Device::flex()) };
     let of_it: Vec<Found> = found.into_iter().filter(|found| kind(found) == first).collect();
-    Ok(own(&of_it, &first, place, processes)?.map_or_else(Device::flex, |found| found.device.clone()))
+    Ok(choice(&of_it, &first)?.map_or_else(Device::flex, |found| found.device.clone()))
 }
 
 /// Whether it is hardware that can be used.
@@ -345,6 +367,21 @@ mod tests {
         assert!(own(&[], "kind", 0, 2).unwrap().is_none());
         let error = own(&found(&[true, true]), "kind", 2, 3).unwrap_err().to_string();
         assert!(error.contains("there are 2, and 3 processes on this machine"), "{error}");
+    }
+
+    #[test]
+    fn jobs_take_devices_in_turn() {
+        for (real, expected) in [
+            (&[true, true][..], ["kind:0", "kind:1", "kind:0"]),
+            (&[false, true, true], ["kind:1", "kind:2", "kind:1"]),
+            (&[true], ["kind:0"; 3]),
+            (&[false, false], ["kind:0"; 3]),
+        ] {
+            let found = found(real);
+            assert_eq!([0, 1, 2].map(|turn| &*in_turn(&found, turn).unwrap().name), expected);
+        }
+        assert!(in_turn(&[], 1).is_none());
+        assert_eq!(open_in_turn("cpu", 5).unwrap(), Device::flex());
     }
 
     #[test]

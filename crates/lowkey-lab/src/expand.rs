@@ -228,6 +228,7 @@ fn costs(experiment: &Experiment, overrides: &[String]) -> std::result::Result<C
         out: PathBuf::new(),
         resume: false,
         overwrite: false,
+        turn: 0,
         environment: serde_json::Map::new(),
     };
     let (model, _) = planned_model(&config, &options).map_err(|e| e.to_string())?;

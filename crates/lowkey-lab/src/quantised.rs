@@ -35,6 +35,7 @@ pub(crate) fn quantise(out: &Path, config: &RunConfig, expanded: &Expanded) -> R
         out: out.to_path_buf(),
         resume: true,
         overwrite: false,
+        turn: 0,
         environment: serde_json::Map::new(),
     };
     let data = lowkey_train::setup(config, &options, &mut |_| {})?.data;

@@ -23,6 +23,8 @@ pub struct SweepOptions {
     pub shard: Option<(usize, usize)>,
     /// Runs at a time.
     pub jobs: usize,
+    /// Jobs of other processes of this machine that come before, where they take its GPUs in turn.
+    pub turn: usize,
     /// Facts for each run's `environment.json`.
     pub environment: serde_json::Map<String, serde_json::Value>,
 }
@@ -118,13 +120,14 @@ pub fn sweep(
     let next = AtomicUsize::new(0);
     let (sender, receiver) = mpsc::channel();
     std::thread::scope(|scope| {
-        for _ in 0..options.jobs.clamp(1, open.len().max(1)) {
+        for job in 0..options.jobs.clamp(1, open.len().max(1)) {
+            let turn = options.turn + job;
             let (sender, next, open, configs) = (sender.clone(), &next, &open, &configs);
             scope.spawn(move || {
                 while !interrupt.load(Ordering::Relaxed)
                     && let Some(&i) = open.get(next.fetch_add(1, Ordering::Relaxed))
                 {
-                    let job = Job { expanded, run: &runs[i], config: &configs[i], index: i, options };
+                    let job = Job { expanded, run: &runs[i], config: &configs[i], index: i, options, turn };
                     // A panic of one run is its failure, not that of the others.
                     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job.run(interrupt, &sender)));
                     let why = match ended {
@@ -226,7 +229,7 @@ fn prepare(
 
 fn run_options(expanded: &Expanded, out: &Path, environment: serde_json::Map<String, serde_json::Value>) -> RunOptions {
     let run_file = expanded.experiment.base_path();
-    RunOptions { run_file, out: out.to_path_buf(), resume: true, overwrite: false, environment }
+    RunOptions { run_file, out: out.to_path_buf(), resume: true, overwrite: false, turn: 0, environment }
 }
 
 /// A folder that holds a run of other settings is not touched.
@@ -250,6 +253,7 @@ struct Job<'a> {
     config: &'a RunConfig,
     index: usize,
     options: &'a SweepOptions,
+    turn: usize,
 }
 
 impl Job<'_> {
@@ -259,6 +263,7 @@ impl Job<'_> {
             let _ = sender.send(event);
         };
         let options = run_options(self.expanded, &self.run.out, self.options.environment.clone());
+        let options = RunOptions { turn: self.turn, ..options };
         let outcome = train(self.config, &options, interrupt, &mut |event| match event {
             TrainEvent::Ready { step, .. } => tell(Event::Started { run, step, steps }),
             TrainEvent::Step(metrics) => tell(Event::Step { run, step: metrics.step, loss: metrics.train_loss }),

@@ -17,6 +17,8 @@ pub struct RunOptions {
     pub resume: bool,
     /// Replace a run that is already there.
     pub overwrite: bool,
+    /// Which of the jobs that take this machine's GPUs in turn it is, from 0.
+    pub turn: usize,
     /// Facts for `environment.json`: version, commit.
     pub environment: serde_json::Map<String, serde_json::Value>,
 }

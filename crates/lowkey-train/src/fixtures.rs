@@ -179,6 +179,7 @@ impl TinyRun {
             out: self.out(),
             resume: self.resume,
             overwrite: self.overwrite,
+            turn: 0,
             environment: serde_json::Map::new(),
         }
     }

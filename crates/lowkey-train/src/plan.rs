@@ -85,7 +85,7 @@ pub(crate) fn train_bytes(config: &RunConfig, model: &ModelConfig, threads: usiz
         seq: config.data.seq_len,
         threads,
         recompute: config.training.recompute,
-        evaluated: config.training.batch_size,
+        evaluated: config.micro_batch_size(),
         terms: Passes::new(config, model).most_terms(),
         frozen,
         added,

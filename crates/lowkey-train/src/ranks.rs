@@ -29,11 +29,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Device;
 use sha2::{Digest, Sha256};
 
 use self::comm::Comm;
 use self::launched::TORCHRUN;
+pub(crate) use self::nccl::Gpus;
 use crate::error::{Error, Result};
 use crate::run_config::RankSum;
 pub(crate) use packed::Packed;
@@ -313,7 +314,7 @@ impl Ranks {
             return Ok(());
         }
         let name = self.told(if self.is_first() { nccl::name() } else { Ok(Vec::new()) })?;
-        comm.link(Arc::new(nccl::Gpus::link(device, (self.rank(), self.size()), name, comm.last_words())));
+        comm.link(Arc::new(Gpus::link(device, (self.rank(), self.size()), name, comm.last_words())));
         Ok(())
     }
 
@@ -322,27 +323,19 @@ impl Ranks {
         matches!(&self.world, World::Several(comm) if comm.of_wire().is_some())
     }
 
-    /// Whether gradients travel from GPU to GPU.
-    pub(crate) fn have_linked_gpus(&self) -> bool {
-        matches!(&self.world, World::Several(comm) if comm.linked().is_some())
-    }
-
-    /// [`Ranks::sum`] of a tensor, on the GPUs themselves where they are linked; else it passes through the host, which may not fail.
-    pub(crate) fn sum_on_gpus(&self, numbers: Tensor<1>, order: RankSum) -> Tensor<1> {
+    /// The GPUs of the ranks, where gradients travel from one to another.
+    pub(crate) fn gpus(&self) -> Option<&Gpus> {
         match &self.world {
-            World::Several(comm) => match comm.linked() {
-                Some(gpus) => gpus.sum_tensor(numbers, order),
-                None => unreachable!("asked for where they are linked alone"),
-            },
-            World::Alone => numbers,
+            World::Alone => None,
+            World::Several(comm) => comm.linked().map(Arc::as_ref),
         }
     }
 
-    /// What adds up, in words.
-    pub(crate) fn reducer(&self, order: RankSum) -> &'static str {
+    /// What adds up, in words; none where there is nobody else.
+    pub(crate) fn reducer(&self, order: RankSum) -> Option<&'static str> {
         match &self.world {
-            World::Alone => "nobody",
-            World::Several(comm) => comm.reducer(order),
+            World::Alone => None,
+            World::Several(comm) => Some(comm.reducer(order)),
         }
     }
 

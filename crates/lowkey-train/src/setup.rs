@@ -35,13 +35,16 @@ pub fn device(name: &str) -> Result<Device> {
     lowkey_kernels::device::open(name).map_err(|e| Error::config("run.device", name, e.to_string()))
 }
 
-/// The devices of a run, which record gradients; of one of several `ranks`, its own.
+/// The devices of a run, which record gradients; of one of several `ranks`, its own, and of one of several runs, that whose `turn` it is.
 ///
 /// # Errors
 /// [`Error::Config`] as [`device()`], and for several that could not keep in step.
-pub fn devices(section: &RunSection, ranks: &Ranks) -> Result<Vec<Device>> {
+pub fn devices(section: &RunSection, ranks: &Ranks, turn: usize) -> Result<Vec<Device>> {
     let [first, ..] = &section.devices[..] else {
-        let own = lowkey_kernels::device::open_at(&section.device, ranks.place(), ranks.here());
+        let own = match ranks.are_several() {
+            true => lowkey_kernels::device::open_at(&section.device, ranks.place(), ranks.here()),
+            false => lowkey_kernels::device::open_in_turn(&section.device, turn),
+        };
         let own = own.map_err(|e| Error::config("run.device", &section.device, e.to_string()))?;
         return Ok(vec![own.autodiff()]);
     };

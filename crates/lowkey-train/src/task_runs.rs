@@ -61,6 +61,7 @@ impl TaskRun {
             out: self.out(),
             resume: self.resume,
             overwrite: false,
+            turn: 0,
             environment: serde_json::Map::new(),
         }
     }

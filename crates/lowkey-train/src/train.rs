@@ -80,7 +80,7 @@ fn train_together(
     interrupt: &AtomicBool,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Outcome> {
-    let devices = devices(&config.run, ranks)?;
+    let devices = devices(&config.run, ranks, options.turn)?;
     for device in &devices {
         check_precision(config.training.dtype, config.training.emulate_dtype, device)?;
     }

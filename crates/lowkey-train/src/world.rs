@@ -102,7 +102,7 @@ impl World {
     /// What adds up gradients, in words; none where there is nothing to add.
     pub(crate) fn reducer(&self) -> Option<&'static str> {
         match self.reducer {
-            _ if self.ranks.are_several() => Some(self.ranks.reducer(self.sum)),
+            _ if self.ranks.are_several() => self.ranks.reducer(self.sum),
             _ if self.members.len() == 1 => None,
             Reducer::Devices => Some("the devices among themselves (NCCL)"),
             Reducer::Host => Some("the host"),

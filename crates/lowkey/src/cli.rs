@@ -49,7 +49,8 @@ pub(crate) enum Command {
     /// Say what a run will cost (parameters, FLOPs, cache, memory, time), without starting it
     #[command(after_help = "Examples:\n  \
         lowkey plan configs/mla-124m.toml --set training.batch_size=8\n  \
-        lowkey plan configs/mla-124m.toml --ranks 8 --bandwidth 100 --latency 5")]
+        lowkey plan configs/mla-124m.toml --ranks 8 --bandwidth 100 --latency 5\n  \
+        lowkey plan configs/mla-124m.toml --tflops 170 --ranks 8 --bandwidth 400 --latency 5")]
     Plan(PlanArguments),
     /// Continue a prompt with any model directory
     #[command(after_help = "Examples:\n  \
@@ -224,7 +225,10 @@ pub(crate) struct TrainArguments {
 pub(crate) struct PlanArguments {
     #[command(flatten)]
     pub(crate) file: RunFileArguments,
-    /// The same on so many ranks (`mpirun -n N lowkey train`), each on a machine as this one
+    /// On another machine, whose products of matrices run at so many TFLOP/s (say what a library reaches there, not a data sheet)
+    #[arg(long, value_name = "RATE", value_parser = above_zero)]
+    pub(crate) tflops: Option<f64>,
+    /// The same on so many ranks (`mpirun -n N lowkey train`), each on such a machine
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) ranks: Option<u32>,
     /// The link of each rank, in Gbit/s

@@ -112,7 +112,7 @@ impl View {
     }
 
     fn ready(&mut self, plan: &Plan, step: u64) {
-        self.line(&plan_text(plan));
+        self.line(&plan_text(plan, "here"));
         if step > 0 {
             self.line(&format!("resuming after step {step} of {}", self.steps));
         }
@@ -193,8 +193,8 @@ impl Drop for Measuring {
     }
 }
 
-/// The figures of a plan, as a block of text.
-pub(crate) fn plan_text(plan: &Plan) -> String {
+/// The figures of a plan, as a block of text; `place` is where products run at its rate, such as `here`.
+pub(crate) fn plan_text(plan: &Plan, place: &str) -> String {
     let smaller = plan.cache_bytes_expanded as f64 / plan.cache_bytes_latent as f64;
     let cache = if plan.cache_bytes_latent == plan.cache_bytes_expanded {
         format!("{} per token (bf16)", bytes(plan.cache_bytes_latent))
@@ -230,7 +230,7 @@ pub(crate) fn plan_text(plan: &Plan) -> String {
         (
             "time",
             format!(
-                "about {} (matrix products run at {}FLOP/s here)",
+                "about {} (matrix products run at {}FLOP/s {place})",
                 duration(plan.seconds),
                 spaced(count(plan.matmul_flops_per_s))
             ),
@@ -242,7 +242,7 @@ pub(crate) fn plan_text(plan: &Plan) -> String {
 /// A plan for several ranks, in rows below that of one process.
 pub(crate) fn ranks_text(plan: &RanksPlan) -> String {
     let rows = [
-        ("on ranks", format!("{}, each a machine as this one", plan.ranks)),
+        ("on ranks", format!("{}, each on such a machine", plan.ranks)),
         ("sent", format!("{} by each rank in a step, and as much received", bytes(plan.bytes_per_step as usize))),
         (
             "step",

@@ -39,7 +39,7 @@ type Called = std::result::Result<NcclStatus, NcclError>;
 
 /// The GPUs of all ranks, seen from that of one of them.
 #[derive(Debug)]
-pub(super) struct Gpus {
+pub(crate) struct Gpus {
     comm: Mutex<Communicator>,
     stream: Arc<CudaStream>,
     rank: usize,
@@ -198,7 +198,7 @@ impl Gpus {
     ///
     /// In order: each rank receives a slice from each, adds up in the order of the ranks, and sends the sum to all. Twice (n − 1)/n of the
     /// numbers leave and reach each GPU, as in a ring.
-    pub(super) fn sum_tensor(&self, numbers: Tensor<1>, order: RankSum) -> Tensor<1> {
+    pub(crate) fn sum_tensor(&self, numbers: Tensor<1>, order: RankSum) -> Tensor<1> {
         let (device, [length]) = (numbers.device(), numbers.dims());
         let zeros = |length: usize| Tensor::<1>::zeros([length], &device);
         let ready = |tensors: [&Tensor<1>; 2]| {
@@ -497,7 +497,7 @@ mod tests {
             let mut of_host = numbers.clone();
             add_up(&mut of_host, slice);
             let bits = |sums: &[f32]| sums.iter().map(|sum| sum.to_bits()).collect::<Vec<_>>();
-            let sums = added_up(&tensor, slice).into_data().to_vec::<f32>().unwrap();
+            let sums = added_up(&tensor, slice).into_data().try_to_vec::<f32>().unwrap();
             assert_eq!(bits(&sums), bits(&of_host[..slice]));
         }
     }

@@ -10,7 +10,7 @@ use super::{Replica, World, sums_of_squares};
 use crate::buckets::{BUCKET, packed, read, unpacked};
 use crate::error::{Error, Result};
 use crate::optimizer::{Optimizer, ParameterState, Update};
-use crate::ranks::{Meeting, Packed, Ranks, word_of};
+use crate::ranks::{Gpus, Meeting, Packed, Ranks, word_of};
 use crate::run_config::{OptimizerSection, RanksSection};
 use crate::workers::{PassSettings, StepGradients};
 
@@ -107,9 +107,9 @@ impl World {
             let mut told = Vec::new();
             (read(losses)?, numbers).pack(&mut told);
             let buckets = packed(gradients, BUCKET);
-            let buckets = match self.ranks.have_linked_gpus() {
-                true => Buckets::OnGpus(buckets),
-                false => Buckets::Read(buckets.into_iter().map(read).collect::<Result<_>>()?),
+            let buckets = match self.ranks.gpus() {
+                Some(gpus) => Buckets::OnGpus(gpus, buckets),
+                None => Buckets::Read(buckets.into_iter().map(read).collect::<Result<_>>()?),
             };
             Ok((targets, lengths, figures, told, buckets))
         };
@@ -132,8 +132,8 @@ impl World {
             figures.add(own.with_numbers(&numbers, &device).ok_or_else(broken)?);
         }
         let gradients = match buckets {
-            Buckets::OnGpus(buckets) => {
-                let sums = buckets.into_iter().map(|bucket| self.ranks.sum_on_gpus(bucket, self.sum));
+            Buckets::OnGpus(gpus, buckets) => {
+                let sums = buckets.into_iter().map(|bucket| gpus.sum_tensor(bucket, self.sum));
                 unpacked(sums.collect(), lengths.into_iter())
             }
             Buckets::Read(mut buckets) => {
@@ -169,9 +169,9 @@ impl World {
 }
 
 /// Gradients in flat buckets, where they are added up.
-enum Buckets {
+enum Buckets<'a> {
     /// On the GPUs of the ranks,
-    OnGpus(Vec<Tensor<1>>),
+    OnGpus(&'a Gpus, Vec<Tensor<1>>),
     /// or on the host.
     Read(Vec<Vec<f32>>),
 }

@@ -144,7 +144,7 @@ fn devices_that_cannot_share_a_batch_are_refused() {
         let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_string()).collect();
         match crate::RunConfig::load(&run.file(), &overrides) {
             Err(error) => error.to_string(),
-            Ok(config) => crate::setup::devices(&config.run, &Ranks::default()).unwrap_err().to_string(),
+            Ok(config) => crate::setup::devices(&config.run, &Ranks::default(), 0).unwrap_err().to_string(),
         }
     };
     let two = "run.devices=[\"cpu\", \"cpu\"]";

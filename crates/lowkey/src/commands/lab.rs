@@ -121,7 +121,8 @@ fn run_share(
 ) -> anyhow::Result<bool> {
     let Opened { expanded, runs, out, shard } = opened;
     let jobs = arguments.jobs.unwrap_or_else(|| (threads / expanded.experiment.threads).max(1));
-    let options = SweepOptions { out, shard, jobs, environment: super::train::environment() };
+    let turn = ranks.place() * jobs;
+    let options = SweepOptions { out, shard, jobs, turn, environment: super::train::environment() };
     let mut view = View::new(&expanded, &runs, !arguments.json);
     let outcome = sweep(&expanded, &runs, &options, interrupt.came(), &mut |event| view.show(&event));
     view.bar.finish_and_clear();

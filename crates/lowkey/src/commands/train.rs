@@ -107,13 +107,14 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
     let named = |e| in_run_file(e, &arguments.file.run);
     let config = RunConfig::load(&arguments.file.run, &arguments.file.overrides).map_err(named)?;
     let options = options(&arguments.file, &config);
-    let devices = lowkey_train::setup::devices(&config.run, &Ranks::default()).map_err(named)?;
+    let devices = lowkey_train::setup::devices(&config.run, &Ranks::default(), 0).map_err(named)?;
     let crowded = check_threads(&config, &devices).map_err(named)?;
     let (model, notes) = planned_model(&config, &options).map_err(named)?;
     for note in crowded.iter().chain(&notes) {
         complain(&format!("note: {note}"));
     }
-    let plan = Plan::new(&config, &model, ceiling(config.threads(), &devices, config.training.dtype)?);
+    let here = || ceiling(config.threads(), &devices, config.training.dtype);
+    let plan = Plan::new(&config, &model, arguments.tflops.map_or_else(here, |rate| Ok(rate * 1e12))?);
     let link = Link { bytes_per_s: arguments.bandwidth * 1e9 / 8.0, latency_s: arguments.latency * 1e-6 };
     let on_ranks = arguments.ranks.map(|ranks| plan.on_ranks(&config, &model, ranks as usize, link));
     let on_ranks = on_ranks.transpose().map_err(named)?;
@@ -124,7 +125,7 @@ pub(crate) fn plan(arguments: PlanArguments) -> anyhow::Result<()> {
         }
         return say_json(&said);
     }
-    say(&plan_text(&plan));
+    say(&plan_text(&plan, if arguments.tflops.is_some() { "there" } else { "here" }));
     on_ranks.iter().for_each(|on_ranks| say(&ranks_text(on_ranks)));
     Ok(())
 }
@@ -145,6 +146,7 @@ fn options(file: &RunFileArguments, config: &RunConfig) -> RunOptions {
         out: file.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&config.run.name)),
         resume: false,
         overwrite: false,
+        turn: 0,
         environment: environment(),
     }
 }

@@ -152,8 +152,8 @@ impl Bench {
 
 /// What starts ranks of this build.
 pub(crate) struct Starter {
-    program: &'static str,
-    environment: &'static [(&'static str, &'static str)],
+    pub(crate) program: &'static str,
+    pub(crate) environment: &'static [(&'static str, &'static str)],
     /// What lets ranks of one machine speak over TCP.
     pub(crate) over_tcp: &'static [(&'static str, &'static str)],
 }

@@ -15,5 +15,6 @@ mod gpu;
 mod job;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod recipes;
 mod refusals;
 mod shared;

@@ -13,7 +13,7 @@ use crate::run_config::RankSum;
 
 /// There are none.
 #[derive(Debug)]
-pub(super) struct Gpus(Infallible);
+pub(crate) struct Gpus(Infallible);
 
 pub(super) fn join(launched: &Launched, _: fn(&str)) -> Result<(Box<dyn Wire>, Arc<Gpus>)> {
     let Launched { by, size, .. } = launched;
@@ -57,7 +57,7 @@ impl Gpus {
         match self.0 {}
     }
 
-    pub(super) fn sum_tensor(&self, _: Tensor<1>, _: RankSum) -> Tensor<1> {
+    pub(crate) fn sum_tensor(&self, _: Tensor<1>, _: RankSum) -> Tensor<1> {
         match self.0 {}
     }
 }
