@@ -5,6 +5,8 @@
 //! memory. The matrix has no gradient.
 
 pub(crate) mod autodiff;
+#[cfg(target_arch = "x86_64")]
+mod codes;
 mod cpu;
 mod format;
 #[cfg(feature = "gpu")]

@@ -8,7 +8,9 @@ use pulp::bytemuck;
 use rayon::prelude::*;
 
 use super::autodiff::{Matrix, QuantizedLinearGradients, QuantizedLinearOps};
-use super::format::Layout;
+#[cfg(target_arch = "x86_64")]
+use super::codes;
+use super::format::{Layout, Quantization};
 use super::halves;
 use super::packed::View;
 use crate::cpu::gemm::{self, product_of_part};
@@ -70,7 +72,11 @@ impl Rows for View<'_> {
     }
 
     fn bytes(self) -> usize {
-        self.codes.len()
+        match self.layout.quantization {
+            // What takes as long as finding out what they stand for.
+            Quantization::Int4 | Quantization::Nf4 => 4 * self.codes.len(),
+            Quantization::Int8 | Quantization::Bf16 => self.codes.len(),
+        }
     }
 
     #[inline(always)]
@@ -88,6 +94,8 @@ fn project(precision: Precision, x: Tokens, matrix: View, out: &mut [f32], accum
     match matrix.words() {
         // Also where operands may be rounded: reading W takes all of the time.
         Some(words) if x.count <= FEW => return halves::project(x, matrix, words, out, accumulate),
+        #[cfg(target_arch = "x86_64")]
+        None if codes::project(x, matrix, out, accumulate) => return,
         _ if project_few(precision, x, matrix, out, accumulate) => return,
         _ => {}
     }

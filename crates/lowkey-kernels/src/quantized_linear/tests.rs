@@ -121,15 +121,15 @@ fn in_bf16_each_number_is_for_itself() {
     }
 }
 
-/// Of bf16 two numbers at a time are taken, and of rows of odd width tiles are, which sums in another order; everything else is the same to
-/// the last bit.
+/// In 8 bits, and of many tokens, to the last bit; else numbers are added up in the order of their codes, and of rows of odd width tiles are
+/// taken.
 #[test]
 fn few_tokens_get_the_same_products_from_packed_and_whole_matrices() {
     if !crate::fixtures::is_cpu() {
         return println!("skipped: a GPU unpacks the whole matrix");
     }
     device().seed(25);
-    for [d_out, d_in] in [[1, 2], [37, 29], [300, 601], [24, 1408], [700, 512]] {
+    for [d_out, d_in] in [[1, 2], [37, 29], [300, 601], [24, 1408], [33, 64], [9, 192], [700, 512]] {
         for quantization in Quantization::ALL {
             let matrix = QuantizedMatrix::new(&packed([d_out, d_in], quantization), &plain_device());
             for count in (1..20).chain([47, 48]) {
@@ -138,7 +138,9 @@ fn few_tokens_get_the_same_products_from_packed_and_whole_matrices() {
                 let what = format!("{quantization:?} {d_out} × {d_in}, {count} tokens");
                 let same = |found: Tensor<3>, expected: Tensor<3>| {
                     let (found, expected) = (host(found), host(expected));
-                    match quantization == Quantization::Bf16 || d_in % 2 == 1 {
+                    let unpacked =
+                        quantization == Quantization::Int8 || count > 40 && quantization != Quantization::Bf16;
+                    match !unpacked || d_in % 2 == 1 {
                         true => assert_close(&what, found, expected),
                         false => assert_eq!(found, expected, "{what}"),
                     }
