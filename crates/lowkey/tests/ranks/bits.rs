@@ -2,14 +2,24 @@
 
 use super::job::{Bench, Job, Starter};
 
-/// Holds runs on 2 and 4 ranks to those of one process with as many passes.
+/// Holds runs on so many ranks to those of one process with as many passes.
 fn same_bits(bench: &Bench, arguments: &[&str], ranks: &[usize]) {
+    same_bits_by(bench, arguments, ranks, |ranks, out, arguments| bench.train(ranks, out, arguments).succeeds());
+}
+
+/// The same, for ranks that are started in another way; `train` returns what they print.
+pub(crate) fn same_bits_by(
+    bench: &Bench,
+    arguments: &[&str],
+    ranks: &[usize],
+    train: impl Fn(usize, &str, &[&str]) -> String,
+) {
     for ranks in ranks {
         let passes = format!("training.micro_batch_size={}", 24 / ranks);
         let arguments = [arguments, &["--set", &passes]].concat();
         let (one, several) = (format!("one-{ranks}"), format!("ranks-{ranks}"));
         bench.train(1, &one, &arguments).succeeds();
-        let printed = bench.train(*ranks, &several, &arguments).succeeds();
+        let printed = train(*ranks, &several, &arguments);
         bench.assert_same(&one, &several, 12);
         assert!(printed.contains(&format!("{ranks} ranks of 1 threads each")), "{printed}");
         // One of them speaks and writes.

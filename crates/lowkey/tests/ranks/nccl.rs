@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use super::bits::same_bits_by;
 use super::job::{Bench, Job};
 
 /// Starts ranks as `torchrun` does: each finds the others by its environment, and once one has failed, all are ended.
@@ -60,17 +61,11 @@ fn train(bench: &Bench, ranks: usize, out: &str, arguments: &[&str]) -> Job {
 }
 
 fn same_bits(bench: &Bench, arguments: &[&str], ranks: &[usize]) {
-    for ranks in ranks {
-        let passes = format!("training.micro_batch_size={}", 24 / ranks);
-        let arguments = [arguments, &["--set", &passes]].concat();
-        let (one, several) = (format!("one-{ranks}"), format!("ranks-{ranks}"));
-        bench.train(1, &one, &arguments).succeeds();
-        let printed = train(bench, *ranks, &several, &arguments).wait().succeeds();
-        bench.assert_same(&one, &several, 12);
+    same_bits_by(bench, arguments, ranks, |ranks, out, arguments| {
+        let printed = train(bench, ranks, out, arguments).wait().succeeds();
         assert!(printed.contains("by NCCL, through the hosts, in the order of the ranks"), "{printed}");
-        assert_eq!(printed.matches("all steps taken").count(), 1, "{printed}");
-        assert_eq!(bench.names(&one), bench.names(&several));
-    }
+        printed
+    });
 }
 
 #[test]
