@@ -223,17 +223,18 @@ int ncclCommInitRank(Comm **out, int size, Name name, int rank) {
 static int is_dead(const Comm *comm, int rank) {
     char known[300], state = 'Z';
     int pid = 0;
-    path(known, comm, "left", 0, rank, 0);
-    if (!access(known, F_OK)) return 0;
     path(known, comm, "pid", rank, comm->rank, 0);
     FILE *file = fopen(known, "r");
     if (!file || fscanf(file, "%d", &pid) != 1) abort();
     fclose(file);
     snprintf(known, sizeof known, "/proc/%d/stat", pid);
-    if (!(file = fopen(known, "r"))) return 1;
-    if (fscanf(file, "%*d (%*[^)]) %c", &state) != 1) state = 'Z';
-    fclose(file);
-    return state == 'Z';
+    if ((file = fopen(known, "r"))) {
+        if (fscanf(file, "%*d (%*[^)]) %c", &state) != 1) state = 'Z';
+        fclose(file);
+    }
+    /* Only now: it may have taken leave since. */
+    path(known, comm, "left", 0, rank, 0);
+    return state == 'Z' && access(known, F_OK);
 }
 
 int ncclCommGetAsyncError(Comm *comm, int *state) {
