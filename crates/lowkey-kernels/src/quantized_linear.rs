@@ -1,8 +1,8 @@
 //! The linear map whose matrix is frozen and packed in 4 or 8 bits.
 //!
 //! What a packed number stands for is said by [`Quantization`]. The product is computed from the packed matrix: the CPU unpacks tiles that
-//! stay in its cache; a GPU unpacks the whole matrix for the length of one product, since its products are kernels of CubeK, which read
-//! memory. The matrix has no gradient.
+//! stay in its cache, and for few tokens vectors that stay in its registers; a GPU unpacks the whole matrix for the length of one product,
+//! since its products are kernels of CubeK, which read memory. The matrix has no gradient.
 
 pub(crate) mod autodiff;
 #[cfg(target_arch = "x86_64")]

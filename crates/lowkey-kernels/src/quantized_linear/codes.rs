@@ -1,7 +1,7 @@
-//! Few tokens times a matrix in 4 bits, on AVX-512 and AVX2: codes become numbers within a vector, and nothing of the matrix is written down
-//! as f32.
+//! Few tokens times a matrix in 4 or 8 bits, on AVX-512 and AVX2: codes become numbers within a vector, and nothing of the matrix is written
+//! down as f32.
 //!
-//! Eight codes are one word of 32 bits. A shift brings one of them to the lower end of each word of a vector, where it chooses one of the
+//! Codes of 8 bits are widened. Of 4 bits eight codes are one word of 32 bits. A shift brings one of them to the lower end of each word of a vector, where it chooses one of the
 //! sixteen levels that one or two vectors hold. So a step has every eighth number of a stretch of a row, and the numbers of the tokens are
 //! put in that order before.
 
@@ -13,14 +13,14 @@ use pulp::{NullaryFnOnce, Simd, bytemuck, cast};
 
 use super::format::{GROUP, INT4, NF4, Quantization};
 use super::packed::View;
-use crate::cpu::linear::{Tokens, shared};
+use crate::cpu::linear::{FEW, Tokens, shared};
 use crate::cpu::parts::Parts;
 use crate::cpu::tile::Aligned;
 
 /// Codes of a word.
 const CODES: usize = 8;
 
-/// Tokens for which rows of numbers take less time, which are unpacked once.
+/// Tokens for which rows of numbers take less time, which are unpacked once; those of 8 bits are from [`FEW`] on.
 const MANY: usize = 40;
 
 /// `out (+)= x Wᵀ`, `out` in rows of `d_out`. False where it is not for this, and nothing was done.
@@ -37,6 +37,11 @@ fn project_by<S: Lookup>(simd: S, x: Tokens, weight: View, out: &mut [f32], accu
     let levels = match weight.layout.quantization {
         Quantization::Int4 => &INT4,
         Quantization::Nf4 => &NF4,
+        Quantization::Int8 if x.count <= FEW => {
+            let out = &Parts::new(out);
+            shared(weight, |rows| simd.with(Bytes { simd, x, weight, rows, out, accumulate }));
+            return true;
+        }
         Quantization::Int8 | Quantization::Bf16 => return false,
     };
     // Groups begin with a row then, and whole words hold them.
@@ -74,7 +79,7 @@ trait Lookup: Simd {
     type Levels: Copy;
 
     /// Runs a job with these instructions.
-    fn with(self, job: Few<Self>);
+    fn with(self, job: impl NullaryFnOnce<Output = ()>);
 
     fn levels(self, levels: &[f32; 16]) -> Self::Levels;
 
@@ -83,13 +88,16 @@ trait Lookup: Simd {
 
     /// For each eight words their scale.
     fn scales(self, scales: &[f32]) -> Self::f32s;
+
+    /// As many codes of 8 bits as a vector has lanes.
+    fn whole(self, codes: &[u8]) -> Self::f32s;
 }
 
 impl Lookup for V4 {
     type Levels = __m512;
 
     #[inline(always)]
-    fn with(self, job: Few<Self>) {
+    fn with(self, job: impl NullaryFnOnce<Output = ()>) {
         self.vectorize(job);
     }
 
@@ -108,13 +116,19 @@ impl Lookup for V4 {
         let scale = |g: usize| self.avx512f._mm512_set1_ps(scales.get(g).copied().unwrap_or(0.0));
         cast(self.avx512f._mm512_mask_blend_ps(0xFF00, scale(0), scale(1)))
     }
+
+    #[inline(always)]
+    fn whole(self, codes: &[u8]) -> Self::f32s {
+        let codes: [u8; 16] = std::array::from_fn(|i| codes[i]);
+        cast(self.avx512f._mm512_cvtepi32_ps(self.avx512f._mm512_cvtepi8_epi32(cast(codes))))
+    }
 }
 
 impl Lookup for V3 {
     type Levels = [__m256; 2];
 
     #[inline(always)]
-    fn with(self, job: Few<Self>) {
+    fn with(self, job: impl NullaryFnOnce<Output = ()>) {
         self.vectorize(job);
     }
 
@@ -135,6 +149,12 @@ impl Lookup for V3 {
     #[inline(always)]
     fn scales(self, scales: &[f32]) -> Self::f32s {
         self.splat_f32s(scales[0])
+    }
+
+    #[inline(always)]
+    fn whole(self, codes: &[u8]) -> Self::f32s {
+        let codes: [u8; 16] = std::array::from_fn(|i| if i < 8 { codes[i] } else { 0 });
+        cast(self.avx._mm256_cvtepi32_ps(self.avx2._mm256_cvtepi8_epi32(cast(codes))))
     }
 }
 
@@ -213,6 +233,72 @@ impl<S: Lookup> Few<'_, S> {
     }
 }
 
+/// The same of codes of 8 bits.
+struct Bytes<'a, S> {
+    simd: S,
+    x: Tokens<'a>,
+    weight: View<'a>,
+    rows: Range<usize>,
+    out: &'a Parts<'a>,
+    accumulate: bool,
+}
+
+impl<S: Lookup> NullaryFnOnce for Bytes<'_, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let mut t = 0;
+        while t < self.x.count {
+            t += match self.x.count - t {
+                1 => self.tokens::<4, 1>(t),
+                2 | 3 => self.tokens::<2, 2>(t),
+                _ => self.tokens::<1, 4>(t),
+            };
+        }
+    }
+}
+
+impl<S: Lookup> Bytes<'_, S> {
+    /// All rows with tokens `t..t+T`, with `A` sums of each, as a sum waits for what was added before; returns `T`.
+    #[inline(always)]
+    fn tokens<const A: usize, const T: usize>(&self, t: usize) -> usize {
+        let (simd, lanes, d_in) = (self.simd, S::F32_LANES, self.weight.layout.d_in);
+        let x: [_; T] = std::array::from_fn(|i| S::as_simd_f32s(self.x.row(t + i, d_in)));
+        for row in self.rows.clone() {
+            let codes = &self.weight.codes[row * d_in..][..d_in];
+            let mut sums = [[simd.splat_f32s(0.0); T]; A];
+            let (whole, rest) = codes.split_at(d_in / lanes * lanes);
+            let mut several = whole.chunks_exact(A * lanes);
+            for (k, codes) in (&mut several).enumerate() {
+                let x: [_; T] = std::array::from_fn(|i| &x[i].0[k * A..][..A]);
+                for (a, sums) in sums.iter_mut().enumerate() {
+                    let w = simd.whole(&codes[a * lanes..][..lanes]);
+                    for (sum, x) in sums.iter_mut().zip(x) {
+                        *sum = simd.mul_add_e_f32s(w, x[a], *sum);
+                    }
+                }
+            }
+            let from = d_in / (A * lanes) * A;
+            for (k, codes) in several.remainder().chunks_exact(lanes).enumerate() {
+                let w = simd.whole(codes);
+                for (sum, x) in sums[0].iter_mut().zip(x) {
+                    *sum = simd.mul_add_e_f32s(w, x.0[from + k], *sum);
+                }
+            }
+            for (i, x) in x.into_iter().enumerate() {
+                let all = sums.iter().fold(simd.splat_f32s(0.0), |all, sums| simd.add_f32s(all, sums[i]));
+                let rest: f32 = rest.iter().zip(x.1).map(|(code, x)| f32::from(*code as i8) * x).sum();
+                let sum = (simd.reduce_sum_f32s(all) + rest) * self.weight.scales[row];
+                // SAFETY: these rows of W belong to this task alone, and so do their numbers of each token.
+                let out = unsafe { self.out.range((t + i) * self.weight.layout.d_out + row, 1) };
+                out[0] = if self.accumulate { out[0] + sum } else { sum };
+            }
+        }
+        T
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -220,8 +306,10 @@ mod tests {
 
     #[test]
     fn both_sets_of_instructions_choose_what_the_codes_say() {
-        for quantization in [Quantization::Int4, Quantization::Nf4] {
-            for [d_out, d_in] in [[1, 64], [5, 128], [7, 192], [3, 1408]] {
+        let odd = [[1, 64], [5, 128], [7, 192], [3, 1408], [4, 37], [2, 101], [3, 1]];
+        for quantization in [Quantization::Int4, Quantization::Nf4, Quantization::Int8] {
+            let shapes = if quantization == Quantization::Int8 { &odd[..] } else { &odd[..4] };
+            for [d_out, d_in] in shapes.iter().copied() {
                 let values: Vec<f32> =
                     (0..d_out * d_in).map(|i| ((i * 7919 + 13) % 2003) as f32 / 1000.0 - 1.0).collect();
                 let packed = Packed::new(&values, [d_out, d_in], quantization);
@@ -241,8 +329,9 @@ mod tests {
                     let out = || vec![2.0; count * d_out];
                     let of = |project: &dyn Fn(&mut [f32]) -> bool| {
                         let mut out = out();
-                        assert!(project(&mut out));
-                        out
+                        let few = quantization != Quantization::Int8 || count <= FEW;
+                        assert_eq!(project(&mut out), few);
+                        if few { out } else { Vec::new() }
                     };
                     let view = packed.view();
                     check(V4::try_new().map(|simd| of(&|out| project_by(simd, x, view, out, true))));
@@ -250,7 +339,7 @@ mod tests {
                 }
             }
         }
-        // Rows that do not begin with a group are for others.
+        // Rows of 4 bits that do not begin with a group are for others.
         let odd = Packed::new(&[1.0; 96], [2, 48], Quantization::Nf4);
         assert!(!project(Tokens::dense(&[0.0; 48], 48), odd.view(), &mut [0.0; 2], false));
     }

@@ -1,6 +1,7 @@
 //! Packed matrices against what their layout says, and the packed linear map against the plain one of the unpacked matrix.
 
 use super::*;
+use crate::cpu::linear::FEW;
 use crate::fixtures::{Leaf, assert_close, compare, device, host, plain_device, random};
 
 /// Those whose numbers share scales.
@@ -121,8 +122,7 @@ fn in_bf16_each_number_is_for_itself() {
     }
 }
 
-/// In 8 bits, and of many tokens, to the last bit; else numbers are added up in the order of their codes, and of rows of odd width tiles are
-/// taken.
+/// Of many tokens to the last bit; else numbers are added up in the order of their codes, and of rows of odd width tiles are taken.
 #[test]
 fn few_tokens_get_the_same_products_from_packed_and_whole_matrices() {
     if !crate::fixtures::is_cpu() {
@@ -138,8 +138,11 @@ fn few_tokens_get_the_same_products_from_packed_and_whole_matrices() {
                 let what = format!("{quantization:?} {d_out} × {d_in}, {count} tokens");
                 let same = |found: Tensor<3>, expected: Tensor<3>| {
                     let (found, expected) = (host(found), host(expected));
-                    let unpacked =
-                        quantization == Quantization::Int8 || count > 40 && quantization != Quantization::Bf16;
+                    let unpacked = match quantization {
+                        Quantization::Bf16 => false,
+                        Quantization::Int8 => count > FEW,
+                        Quantization::Int4 | Quantization::Nf4 => count > 40,
+                    };
                     match !unpacked || d_in % 2 == 1 {
                         true => assert_close(&what, found, expected),
                         false => assert_eq!(found, expected, "{what}"),

@@ -22,7 +22,10 @@ while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for ran
     time.sleep(0.01)
 failed = [rank.returncode for rank in ranks if rank.poll()]
 if failed:
-    time.sleep(1)
+    # The others see it themselves; one that hangs does not.
+    until = time.monotonic() + 3
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
+        time.sleep(0.01)
     [rank.kill() for rank in ranks]
 sys.exit(1 if failed else 0)
 "#;
