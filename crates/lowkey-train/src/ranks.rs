@@ -19,6 +19,7 @@ mod nccl;
 mod packed;
 #[cfg(any(test, feature = "mpi", feature = "nccl"))]
 mod parts;
+mod seat;
 pub(crate) mod start;
 
 pub use launched::Launched;
@@ -98,14 +99,14 @@ impl Ranks {
             TORCHRUN => nccl::join(&launched, last_words).map(|(wire, gpus)| (wire, Some(gpus)))?,
             _ => (mpi::join(&launched, last_words)?, None),
         };
-        Ok(Self { world: World::Several(Arc::new(Comm::new(wire, gpus, last_words))) })
+        Ok(Self { world: World::Several(Arc::new(Comm::new(wire, gpus))) })
     }
 
     /// Which of them this is, from 0.
     pub fn rank(&self) -> usize {
         match &self.world {
             World::Alone => 0,
-            World::Several(comm) => comm.wire().rank(),
+            World::Several(comm) => comm.seat().rank,
         }
     }
 
@@ -113,7 +114,7 @@ impl Ranks {
     pub fn size(&self) -> usize {
         match &self.world {
             World::Alone => 1,
-            World::Several(comm) => comm.wire().size(),
+            World::Several(comm) => comm.seat().size,
         }
     }
 
@@ -121,7 +122,7 @@ impl Ranks {
     pub(crate) fn machine(&self) -> &str {
         match &self.world {
             World::Alone => "",
-            World::Several(comm) => comm.wire().machine(comm.wire().rank()),
+            World::Several(comm) => comm.seat().machine(comm.seat().rank),
         }
     }
 
@@ -129,7 +130,7 @@ impl Ranks {
     pub fn here(&self) -> usize {
         match &self.world {
             World::Alone => 1,
-            World::Several(comm) => comm.of_this_machine(comm.wire().size()),
+            World::Several(comm) => comm.seat().of_this_machine(comm.seat().size),
         }
     }
 
@@ -137,7 +138,7 @@ impl Ranks {
     pub fn place(&self) -> usize {
         match &self.world {
             World::Alone => 0,
-            World::Several(comm) => comm.of_this_machine(comm.wire().rank()),
+            World::Several(comm) => comm.seat().of_this_machine(comm.seat().rank),
         }
     }
 
@@ -314,7 +315,7 @@ impl Ranks {
             return Ok(());
         }
         let name = self.told(if self.is_first() { nccl::name() } else { Ok(Vec::new()) })?;
-        comm.link(Arc::new(Gpus::link(device, (self.rank(), self.size()), name, comm.last_words())));
+        comm.link(Arc::new(Gpus::link(device, (self.rank(), self.size()), name, comm.seat().last_words)));
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::nccl::Gpus;
+use super::seat::Seat;
 use super::{Meeting, Word};
 use crate::error::{Error, Result};
 use crate::run_config::RankSum;
@@ -18,14 +19,8 @@ const FAILED: u8 = 0;
 
 /// How bytes and numbers get from rank to rank. All ranks call the same in the same order.
 pub(super) trait Wire: Debug + Send + Sync {
-    /// Which rank this is.
-    fn rank(&self) -> usize;
-    /// How many there are.
-    fn size(&self) -> usize;
-    /// The machine of a rank, as far as it is known.
-    fn machine(&self, rank: usize) -> &str;
-    /// From now on all ranks end where one does not come for so long.
-    fn be_patient_for(&self, patience: Duration);
+    /// This rank among the others.
+    fn seat(&self) -> &Seat;
     /// As many bytes of each rank, one after the other. Others may be far behind.
     fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>>;
     /// Bytes of each rank, one after the other, whose numbers are known.
@@ -52,17 +47,19 @@ pub(super) struct Comm {
     linked: OnceLock<Arc<Gpus>>,
     /// All ranks know that it is over.
     over: AtomicBool,
-    /// Says why all ranks end at once.
-    last_words: fn(&str),
 }
 
 impl Comm {
-    pub(super) fn new(wire: Box<dyn Wire>, of_wire: Option<Arc<Gpus>>, last_words: fn(&str)) -> Self {
-        Self { wire, of_wire, linked: OnceLock::new(), over: AtomicBool::new(false), last_words }
+    pub(super) fn new(wire: Box<dyn Wire>, of_wire: Option<Arc<Gpus>>) -> Self {
+        Self { wire, of_wire, linked: OnceLock::new(), over: AtomicBool::new(false) }
     }
 
     pub(super) fn wire(&self) -> &dyn Wire {
         &*self.wire
+    }
+
+    pub(super) fn seat(&self) -> &Seat {
+        self.wire.seat()
     }
 
     pub(super) fn of_wire(&self) -> Option<&Arc<Gpus>> {
@@ -76,10 +73,6 @@ impl Comm {
     /// From now on gradients go over these.
     pub(super) fn link(&self, gpus: Arc<Gpus>) {
         self.linked.get_or_init(|| gpus);
-    }
-
-    pub(super) fn last_words(&self) -> fn(&str) {
-        self.last_words
     }
 
     /// What adds up gradients, in words.
@@ -96,19 +89,13 @@ impl Comm {
     }
 
     pub(super) fn be_patient_for(&self, patience: Duration) {
-        self.wire.be_patient_for(patience);
-        self.linked().into_iter().for_each(|gpus| gpus.be_patient_for(patience));
+        self.seat().be_patient_for(patience);
+        self.linked().into_iter().for_each(|gpus| gpus.seat().be_patient_for(patience));
     }
 
     pub(super) fn leave(&self) {
         self.linked().into_iter().for_each(|gpus| gpus.leave());
         self.wire.leave();
-    }
-
-    /// How many of the first `ranks` run on this one's machine.
-    pub(super) fn of_this_machine(&self, ranks: usize) -> usize {
-        let own = self.wire.machine(self.wire.rank());
-        (0..ranks).filter(|rank| self.wire.machine(*rank) == own).count()
     }
 
     /// The words of all ranks.
@@ -127,7 +114,7 @@ impl Comm {
         }
         if let Some(rank) = all.iter().position(|message| message[0] != at as u8) {
             self.over.store(true, Ordering::Relaxed);
-            let (met, here) = (all[rank][0], self.wire.rank());
+            let (met, here) = (all[rank][0], self.seat().rank);
             return Err(
                 self.error_of(rank, format!("is out of step: it has come to meeting {met}, and rank {here} to {at:?}"))
             );
@@ -144,7 +131,7 @@ impl Comm {
     }
 
     fn error_of(&self, rank: usize, why: String) -> Error {
-        Error::Rank { rank, size: self.wire.size(), machine: self.wire.machine(rank).to_owned(), why }
+        Error::Rank { rank, size: self.seat().size, machine: self.seat().machine(rank).to_owned(), why }
     }
 
     /// The error that a run ends with once one rank has met one.

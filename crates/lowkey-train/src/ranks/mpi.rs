@@ -4,8 +4,6 @@
 //! until it is over, so that a rank that never comes can be told of by name instead of being waited for.
 
 use std::ffi::{c_int, c_void};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
@@ -13,6 +11,7 @@ use mpi_sys as raw;
 
 use super::comm::{Wire, gather_texts};
 use super::parts::{add_up, in_rounds, places};
+use super::seat::Seat;
 use super::{LEFT_TO_MPI, Launched};
 use crate::error::{Error, Result};
 use crate::run_config::RankSum;
@@ -29,15 +28,8 @@ const ROLL_CALL: c_int = 19;
 /// `MPI_COMM_WORLD`.
 #[derive(Debug)]
 pub(super) struct Mpi {
-    rank: usize,
-    size: usize,
+    seat: Seat,
     thread: ThreadId,
-    /// How long a transfer may take, in milliseconds; 0: as long as it takes.
-    patience: AtomicU64,
-    /// The machines of the ranks.
-    machines: OnceLock<Vec<String>>,
-    /// Says why all ranks end at once.
-    last_words: fn(&str),
 }
 
 /// What MPI says against a call.
@@ -123,11 +115,11 @@ fn slices(length: usize, size: usize) -> Vec<usize> {
 /// [`Error::Launch`] where MPI and whoever started it do not know each other; [`Error::Transfer`].
 pub(super) fn join(launched: &Launched, last_words: fn(&str)) -> Result<Box<dyn Wire>> {
     let mpi = Mpi::begin(last_words)?;
-    if mpi.size != launched.size {
+    if mpi.seat.size != launched.size {
         let why = format!(
             "{} has started {} processes, and MPI knows of {}: this lowkey was built with another MPI than that of its starter. Use that \
              one's mpirun, or srun --mpi=pmix or --mpi=pmi2 as your cluster has it",
-            launched.by, launched.size, mpi.size
+            launched.by, launched.size, mpi.seat.size
         );
         return Err(Error::Launch { why });
     }
@@ -158,31 +150,25 @@ impl Mpi {
                 return Err(Error::Transfer { call: "MPI_Init_thread", why });
             }
         }
-        let mpi = Self {
-            rank: usize::try_from(rank).unwrap_or_default(),
-            size: usize::try_from(size).unwrap_or(1),
-            thread: std::thread::current().id(),
-            patience: AtomicU64::new(0),
-            machines: OnceLock::new(),
-            last_words,
-        };
+        let (rank, size) = (usize::try_from(rank).unwrap_or_default(), usize::try_from(size).unwrap_or(1));
+        let mpi = Self { seat: Seat::new(rank, size, last_words), thread: std::thread::current().id() };
         let machine = text(|text, length| {
             // SAFETY: the text has room for `MPI_MAX_PROCESSOR_NAME`.
             unsafe { raw::MPI_Get_processor_name(text, length) }
         });
-        let machines = gather_texts(&mpi, &machine)?;
-        Ok(Self { machines: machines.into(), ..mpi })
+        mpi.seat.set_machines(gather_texts(&mpi, &machine)?);
+        Ok(mpi)
     }
 
     /// Parts of known lengths, one after the other; `own` has the length of this rank's.
     fn all_gather_parts<T: Number>(&self, own: &[T], all: &mut [T], lengths: &[usize]) -> Result<()> {
-        in_rounds(self.rank, own, all, lengths, MOST, |own, all, lengths| self.all_gather_once(own, all, lengths))
+        in_rounds(self.seat.rank, own, all, lengths, MOST, |own, all, lengths| self.all_gather_once(own, all, lengths))
     }
 
     fn all_gather_once<T: Number>(&self, own: &[T], all: &mut [T], lengths: &[usize]) -> Result<()> {
         let (count, counts, at) = (int(own.len())?, ints(lengths.iter().copied())?, ints(places(lengths))?);
-        assert!(lengths.len() == self.size && lengths.iter().sum::<usize>() == all.len());
-        assert!(lengths[self.rank] == own.len());
+        assert!(lengths.len() == self.seat.size && lengths.iter().sum::<usize>() == all.len());
+        assert!(lengths[self.seat.rank] == own.len());
         let begin = |request: *mut raw::MPI_Request| {
             // SAFETY: all buffers outlive the transfer, see there, and are of numbers of this kind; `all` holds all parts, see above.
             unsafe {
@@ -196,8 +182,8 @@ impl Mpi {
 
     fn gather_once<T: Number>(&self, own: &[T], all: &mut [T], lengths: &[usize]) -> Result<()> {
         let (count, counts, at) = (int(own.len())?, ints(lengths.iter().copied())?, ints(places(lengths))?);
-        assert!(lengths.len() == self.size && lengths[self.rank] == own.len());
-        assert!(self.rank != 0 || lengths.iter().sum::<usize>() == all.len());
+        assert!(lengths.len() == self.seat.size && lengths[self.seat.rank] == own.len());
+        assert!(self.seat.rank != 0 || lengths.iter().sum::<usize>() == all.len());
         let begin = |request: *mut raw::MPI_Request| {
             // SAFETY: all buffers outlive the transfer, see there, and are of numbers of this kind; on rank 0, the only one that
             // receives, `all` holds all parts, see above.
@@ -213,11 +199,11 @@ impl Mpi {
     /// Each rank adds up a slice of the numbers, in the order of the ranks, and has the sums of the other slices from the others: as
     /// many bytes as a ring takes, and the same bits for every speed of the network.
     fn sum_in_order(&self, numbers: &mut [f32]) -> Result<()> {
-        let lengths = slices(numbers.len(), self.size);
-        let own = lengths[self.rank];
-        let mut parts = vec![0f32; own * self.size];
+        let lengths = slices(numbers.len(), self.seat.size);
+        let own = lengths[self.seat.rank];
+        let mut parts = vec![0f32; own * self.seat.size];
         let (counts, at) = (ints(lengths.iter().copied())?, ints(places(&lengths))?);
-        let (own_counts, own_at) = (vec![int(own)?; self.size], ints((0..self.size).map(|rank| rank * own))?);
+        let (own_counts, own_at) = (vec![int(own)?; self.seat.size], ints((0..self.seat.size).map(|rank| rank * own))?);
         let begin = |request: *mut raw::MPI_Request| {
             // SAFETY: all buffers outlive the transfer, see there; `lengths` add up to `numbers`, and `parts` has room for this rank's
             // slice of each rank.
@@ -264,7 +250,7 @@ impl Mpi {
         if let Err(why) = checked(call, begin(&mut request)) {
             self.lost(&format!("{why}"));
         }
-        let patience = self.patience();
+        let patience = self.seat.patience();
         match self.over_within(&mut request, waiting, patience) {
             Ok(true) => Ok(()),
             Ok(false) => self.call_the_roll(patience.unwrap_or_default()),
@@ -301,8 +287,8 @@ impl Mpi {
     /// the others. Where that one is silent, they name it.
     fn call_the_roll(&self, patience: Duration) -> ! {
         let waited = format!("within {} s ([ranks] patience_s)", patience.as_secs_f64().round());
-        let named = |rank: usize| format!("rank {rank} of {} (on {})", self.size, self.machine(rank));
-        if self.rank != 0 {
+        let named = |rank: usize| format!("rank {rank} of {} (on {})", self.seat.size, self.seat.machine(rank));
+        if self.seat.rank != 0 {
             let here = [1u8];
             // SAFETY: one byte, which lives as long as the process: this function neither returns nor unwinds.
             unsafe {
@@ -314,11 +300,11 @@ impl Mpi {
                     let _ = self.over_within(&mut request, Waiting::ForARank, Some(patience));
                 }
             }
-            std::thread::sleep(patience + Duration::from_secs(10 * self.rank as u64));
+            std::thread::sleep(patience + Duration::from_secs(10 * self.seat.rank as u64));
             self.lost(&format!("{} has not answered {waited}", named(0)));
         }
-        let mut heard = vec![0u8; self.size];
-        let mut requests = Vec::with_capacity(self.size);
+        let mut heard = vec![0u8; self.seat.size];
+        let mut requests = Vec::with_capacity(self.seat.size);
         for (rank, heard) in heard.iter_mut().enumerate().skip(1) {
             // SAFETY: each byte lives as long as the process: this function neither returns nor unwinds.
             unsafe {
@@ -357,37 +343,20 @@ impl Mpi {
 
     /// Says why, and ends all ranks. Never unwinds: that would free buffers which MPI still writes to.
     fn lost(&self, why: &str) -> ! {
-        let _ = std::panic::catch_unwind(|| (self.last_words)(why));
+        let _ = std::panic::catch_unwind(|| (self.seat.last_words)(why));
         abandon();
         // What stays where MPI is in no state to.
         std::process::abort()
     }
-
-    fn patience(&self) -> Option<Duration> {
-        let patience = self.patience.load(Ordering::Relaxed);
-        (patience > 0).then_some(Duration::from_millis(patience))
-    }
 }
 
 impl Wire for Mpi {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn size(&self) -> usize {
-        self.size
-    }
-
-    fn machine(&self, rank: usize) -> &str {
-        self.machines.get().and_then(|machines| machines.get(rank)).map_or("?", String::as_str)
-    }
-
-    fn be_patient_for(&self, patience: Duration) {
-        self.patience.store(u64::try_from(patience.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    fn seat(&self) -> &Seat {
+        &self.seat
     }
 
     fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>> {
-        let (count, mut all) = (int(own.len())?, vec![0; own.len() * self.size]);
+        let (count, mut all) = (int(own.len())?, vec![0; own.len() * self.seat.size]);
         let begin = |request: *mut raw::MPI_Request| {
             // SAFETY: both buffers outlive the transfer, see there; `all` holds `count` bytes for each rank.
             unsafe {
@@ -415,21 +384,23 @@ impl Wire for Mpi {
     }
 
     fn gather_numbers_to_first(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
-        let mut all = vec![0.0; if self.rank == 0 { lengths.iter().sum() } else { 0 }];
-        in_rounds(self.rank, own, &mut all, lengths, MOST, |own, all, lengths| self.gather_once(own, all, lengths))?;
+        let mut all = vec![0.0; if self.seat.rank == 0 { lengths.iter().sum() } else { 0 }];
+        in_rounds(self.seat.rank, own, &mut all, lengths, MOST, |own, all, lengths| {
+            self.gather_once(own, all, lengths)
+        })?;
         Ok(all)
     }
 
     fn sum(&self, numbers: &mut [f32], order: RankSum) -> Result<()> {
         numbers.chunks_mut(AT_ONCE).try_for_each(|numbers| match order {
-            RankSum::Fastest if self.size >= LEFT_TO_MPI => self.sum_as_mpi_likes(numbers),
+            RankSum::Fastest if self.seat.size >= LEFT_TO_MPI => self.sum_as_mpi_likes(numbers),
             RankSum::Ordered | RankSum::Fastest => self.sum_in_order(numbers),
         })
     }
 
     fn reducer(&self, order: RankSum) -> &'static str {
         match order {
-            RankSum::Fastest if self.size >= LEFT_TO_MPI => "MPI, in its own order",
+            RankSum::Fastest if self.seat.size >= LEFT_TO_MPI => "MPI, in its own order",
             RankSum::Ordered | RankSum::Fastest => "MPI, in the order of the ranks",
         }
     }

@@ -8,8 +8,7 @@
 //! started it ends the rest.
 
 use std::ffi::c_char;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
@@ -23,6 +22,7 @@ use lowkey_kernels::device::{CudaMemory, cuda_memory};
 use super::comm::{Wire, gather_texts};
 use super::launched::{Launched, Rendezvous};
 use super::parts::{add_up, in_rounds};
+use super::seat::Seat;
 use crate::error::{Error, Result};
 use crate::run_config::RankSum;
 
@@ -42,14 +42,7 @@ type Called = std::result::Result<NcclStatus, NcclError>;
 pub(crate) struct Gpus {
     comm: Mutex<Communicator>,
     stream: Arc<CudaStream>,
-    rank: usize,
-    size: usize,
-    /// The machines of the ranks, where nobody else knows them.
-    machines: OnceLock<Vec<String>>,
-    /// How long a transfer may take, in milliseconds; 0: as long as it takes.
-    patience: AtomicU64,
-    /// Says why all ranks end at once.
-    last_words: fn(&str),
+    seat: Seat,
 }
 
 #[derive(Debug)]
@@ -79,8 +72,7 @@ pub(super) fn join(launched: &Launched, last_words: fn(&str)) -> Result<(Box<dyn
     let gpus = Gpus::meet(ordinal, (launched.rank, launched.size), name()?, last_words)?;
     let machine = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "?".into());
     let gpus = Arc::new(gpus);
-    let machines = gather_texts(&gpus, machine.trim())?;
-    let _ = gpus.machines.set(machines);
+    gpus.seat.set_machines(gather_texts(&gpus, machine.trim())?);
     Ok((Box::new(Arc::clone(&gpus)), gpus))
 }
 
@@ -165,15 +157,7 @@ impl Gpus {
         // SAFETY: `comm` is a place of this frame, and the context of the GPU is that of this thread.
         let met = unsafe { calls::comm_init_rank(&mut comm, count, name, own) };
         met.map_err(|error| Error::Transfer { call: "ncclCommInitRank", why: said(&error) })?;
-        Ok(Self {
-            comm: Mutex::new(Communicator(comm)),
-            stream,
-            rank,
-            size,
-            machines: OnceLock::new(),
-            patience: AtomicU64::new(0),
-            last_words,
-        })
+        Ok(Self { comm: Mutex::new(Communicator(comm)), stream, seat: Seat::new(rank, size, last_words) })
     }
 
     /// The same for ranks that know each other already, and have told each other the `name`. Nobody can be told of a failure: it ends all.
@@ -214,13 +198,13 @@ impl Gpus {
             self.all_reduce(from.address(), to.address(), length);
             return sum;
         }
-        let slice = length.div_ceil(self.size);
-        let parts = zeros(slice * self.size);
+        let slice = length.div_ceil(self.seat.size);
+        let parts = zeros(slice * self.seat.size);
         let [from, to] = ready([&numbers, &parts]);
         self.exchange(from.address(), length, to.address());
         drop((from, to));
         let total = added_up(&parts, slice);
-        let whole = zeros(slice * self.size);
+        let whole = zeros(slice * self.seat.size);
         let [from, to] = ready([&total, &whole]);
         self.all_gather_at(from.address(), slice * size_of::<f32>(), to.address());
         whole.narrow(0, 0, length)
@@ -243,13 +227,13 @@ impl Gpus {
 
     /// Sends to each rank its slice of `length` numbers, and receives this one's from each, one after the other.
     fn exchange(&self, from: u64, length: usize, to: u64) {
-        let (slice, wide) = (length.div_ceil(self.size), size_of::<f32>());
+        let (slice, wide) = (length.div_ceil(self.seat.size), size_of::<f32>());
         let start = |rank: usize| (rank * slice).min(length);
-        let own = start(self.rank + 1) - start(self.rank);
+        let own = start(self.seat.rank + 1) - start(self.seat.rank);
         self.transfer("ncclSend and ncclRecv", |comm, stream| {
             let kind = ncclDataType_t::ncclFloat32;
             calls::group_start()?;
-            for rank in 0..self.size {
+            for rank in 0..self.seat.size {
                 let (at, count) = (start(rank), start(rank + 1) - start(rank));
                 let (source, place) = (from + (at * wide) as u64, to + (rank * slice * wide) as u64);
                 let peer = i32::try_from(rank).unwrap_or(i32::MAX);
@@ -282,7 +266,7 @@ impl Gpus {
         if own.is_empty() {
             return Vec::new();
         }
-        let (from, mut to) = (self.sent(own), self.room(own.len() * self.size));
+        let (from, mut to) = (self.sent(own), self.room(own.len() * self.seat.size));
         let (source, _read) = from.device_ptr(&self.stream);
         let (place, written) = to.device_ptr_mut(&self.stream);
         self.all_gather_at(source, size_of_val(own), place);
@@ -297,7 +281,7 @@ impl Gpus {
         lengths: &[usize],
     ) -> Result<Vec<T>> {
         let mut all = vec![T::default(); lengths.iter().sum()];
-        in_rounds(self.rank, own, &mut all, lengths, MOST, |own, all, lengths| {
+        in_rounds(self.seat.rank, own, &mut all, lengths, MOST, |own, all, lengths| {
             let longest = lengths.iter().max().copied().unwrap_or_default();
             let mut padded = own.to_vec();
             padded.resize(longest, T::default());
@@ -313,8 +297,8 @@ impl Gpus {
     }
 
     fn sum_in_order(&self, numbers: &mut [f32]) {
-        let (length, slice) = (numbers.len(), numbers.len().div_ceil(self.size));
-        let (from, mut to) = (self.sent(numbers), self.room(slice * self.size));
+        let (length, slice) = (numbers.len(), numbers.len().div_ceil(self.seat.size));
+        let (from, mut to) = (self.sent(numbers), self.room(slice * self.seat.size));
         let (source, _read) = from.device_ptr(&self.stream);
         let (place, written) = to.device_ptr_mut(&self.stream);
         self.exchange(source, length, place);
@@ -365,7 +349,7 @@ impl Gpus {
                 self.lost(&format!("{call}: {}", said(&error)));
             }
             let waited = begun.elapsed();
-            if let Some(patience) = self.patience().filter(|patience| waited > *patience) {
+            if let Some(patience) = self.seat.patience().filter(|patience| waited > *patience) {
                 self.lost(&format!(
                     "{call} was not over within {} s ([ranks] patience_s): a rank has not come, or the network is too slow",
                     patience.as_secs_f64().round()
@@ -384,9 +368,8 @@ impl Gpus {
         given.unwrap_or_else(|e| self.lost(&format!("{call}: {e}")))
     }
 
-    /// From now on all ranks end where a transfer takes longer.
-    pub(super) fn be_patient_for(&self, patience: Duration) {
-        self.patience.store(u64::try_from(patience.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    pub(super) fn seat(&self) -> &Seat {
+        &self.seat
     }
 
     /// Gives up the communicator, once the ranks have parted.
@@ -400,13 +383,8 @@ impl Gpus {
         }
     }
 
-    fn patience(&self) -> Option<Duration> {
-        let patience = self.patience.load(Ordering::Relaxed);
-        (patience > 0).then_some(Duration::from_millis(patience))
-    }
-
     fn lost(&self, why: &str) -> ! {
-        end_all(self.last_words, why)
+        end_all(self.seat.last_words, why)
     }
 }
 
@@ -433,20 +411,8 @@ fn end_all(last_words: fn(&str), why: &str) -> ! {
 }
 
 impl Wire for Arc<Gpus> {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn size(&self) -> usize {
-        self.size
-    }
-
-    fn machine(&self, rank: usize) -> &str {
-        self.machines.get().and_then(|machines| machines.get(rank)).map_or("?", String::as_str)
-    }
-
-    fn be_patient_for(&self, patience: Duration) {
-        Gpus::be_patient_for(self, patience);
+    fn seat(&self) -> &Seat {
+        Gpus::seat(self)
     }
 
     fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>> {
@@ -463,7 +429,7 @@ impl Wire for Arc<Gpus> {
 
     fn gather_numbers_to_first(&self, own: &[f32], lengths: &[usize]) -> Result<Vec<f32>> {
         let all = self.all_gather_parts(own, lengths)?;
-        Ok(if self.rank == 0 { all } else { Vec::new() })
+        Ok(if self.seat.rank == 0 { all } else { Vec::new() })
     }
 
     fn sum(&self, numbers: &mut [f32], order: RankSum) -> Result<()> {

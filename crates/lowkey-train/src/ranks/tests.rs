@@ -48,32 +48,23 @@ mod table {
     use std::sync::{Arc, Barrier, Mutex};
 
     use super::super::comm::Wire;
+    use super::super::seat::Seat;
     use super::*;
 
-    #[derive(Clone, Debug)]
-    pub(super) struct Seat {
-        pub(super) rank: usize,
+    #[derive(Debug)]
+    pub(super) struct Chair {
+        pub(super) seat: Seat,
         pub(super) table: Arc<(Barrier, Mutex<Vec<Vec<u8>>>)>,
     }
 
-    impl Wire for Seat {
-        fn rank(&self) -> usize {
-            self.rank
+    impl Wire for Chair {
+        fn seat(&self) -> &Seat {
+            &self.seat
         }
-
-        fn size(&self) -> usize {
-            self.table.1.lock().unwrap().len()
-        }
-
-        fn machine(&self, _: usize) -> &str {
-            "here"
-        }
-
-        fn be_patient_for(&self, _: Duration) {}
 
         fn all_gather(&self, own: &[u8]) -> Result<Vec<u8>> {
             let (barrier, table) = &*self.table;
-            table.lock().unwrap()[self.rank] = own.to_vec();
+            table.lock().unwrap()[self.seat.rank] = own.to_vec();
             barrier.wait();
             let all = table.lock().unwrap().concat();
             barrier.wait();
@@ -109,8 +100,10 @@ fn three<T: Send>(job: impl Fn(&Ranks) -> T + Sync) -> Vec<T> {
     let table = Arc::new((std::sync::Barrier::new(3), std::sync::Mutex::new(vec![Vec::new(); 3])));
     std::thread::scope(|scope| {
         let one = |rank| {
-            let seat = table::Seat { rank, table: Arc::clone(&table) };
-            let ranks = Ranks { world: World::Several(Arc::new(Comm::new(Box::new(seat), None, |_| {}))) };
+            let seat = seat::Seat::new(rank, 3, |_| {});
+            seat.set_machines(vec!["here".into(); 3]);
+            let chair = table::Chair { seat, table: Arc::clone(&table) };
+            let ranks = Ranks { world: World::Several(Arc::new(Comm::new(Box::new(chair), None))) };
             let job = &job;
             scope.spawn(move || job(&ranks))
         };
