@@ -5,7 +5,7 @@
 //!
 //! | engine | applies | ignores or refuses |
 //! |---|---|---|
-//! | transformers with PEFT | all, but of the DeepSeek classes no feed-forward layer | takes `gate_proj`, `up_proj` and `down_proj` there for experts, also where a layer has none (PEFT 0.21, `_convert_peft_config_moe`) |
+//! | transformers with PEFT | all but routed experts, which transformers 5 keeps in one tensor | DoRA of other feed-forward layers of the DeepSeek classes ([`overlooked_by_peft`]) |
 //! | SGLang | all maps of blocks | DoRA, parts that are saved whole, the output head and the embedding |
 //! | vLLM | all maps of blocks but `kv_b_proj` | the same, and `kv_b_proj` in silence (vllm #48974) |
 //! | llama.cpp | of `deepseek2` the output map and the feed-forward layers; of others all maps | the rest of `deepseek2` in silence; DoRA; the embedding in this form |
@@ -17,7 +17,9 @@ use std::str::FromStr;
 use lowkey_files::mark::Kind;
 use lowkey_model::{
     ModelConfig, NewModelDir, Parameter,
-    adapter::{AdapterConfig, AdapterDir, AdapterPlan, ByPattern, Modules, PeftType, Planned},
+    adapter::{
+        AdapterConfig, AdapterDir, AdapterPlan, ByPattern, Modules, PeftType, Planned, Reader, overlooked_by_peft,
+    },
     attention::MlaConfig,
     tensor::{Part, Role, TensorSpec},
 };
@@ -76,18 +78,14 @@ impl Engine {
     }
 
     /// Why it would not apply the adapter of a map with this matrix, where it would not.
-    fn ignores(self, matrix: &TensorSpec, latent: bool) -> Option<&'static str> {
-        // Which layer a map belongs to its role does not say.
-        let feed_forward = matrix.name.contains(".mlp.");
-        let is = |end: &str| matrix.name.strip_suffix(".weight").is_some_and(|module| module.ends_with(end));
+    fn ignores(self, matrix: &TensorSpec, config: &AdapterConfig, model: &ModelConfig) -> Option<&'static str> {
+        let module = matrix.name.strip_suffix(".weight").unwrap_or(&matrix.name);
+        let is = |end: &str| module.ends_with(end);
         match self {
             Self::Vllm | Self::Sglang | Self::LlamaCpp if matrix.role == Role::Embedding => {
                 Some("adapters of the embedding are written for transformers alone")
             }
-            Self::Transformers if latent && feed_forward => Some(
-                "PEFT takes this name for that of experts in models of this class, and leaves the layer without an adapter",
-            ),
-            Self::Transformers => None,
+            Self::Transformers => overlooked_by_peft(module, config, model),
             Self::Vllm | Self::Sglang if matrix.role == Role::Head => {
                 Some("the engine applies adapters within blocks alone")
             }
@@ -95,7 +93,8 @@ impl Engine {
                 Some("vLLM splits this matrix when it loads it, and applies no adapter to the halves (vllm #48974)")
             }
             Self::Vllm | Self::Sglang => None,
-            Self::LlamaCpp if latent && !(is(".o_proj") || feed_forward) => {
+            // Which layer a map belongs to its role does not say.
+            Self::LlamaCpp if model.attention().latent().is_some() && !(is(".o_proj") || module.contains(".mlp.")) => {
                 Some("llama.cpp's graph of latent attention multiplies by this matrix without looking for adapters")
             }
             Self::LlamaCpp => None,
@@ -117,14 +116,18 @@ pub fn export_adapter(source: &Source, engine: Engine, out: &Path, overwrite: bo
     let staging = NewModelDir::begin(out, Kind::Export, overwrite, &source.dir)?;
     let dir = staging.dir();
     match engine {
-        Engine::Transformers => source.model.save_adapter(dir)?,
+        Engine::Transformers => {
+            // Beside some maps PEFT knows no dropout, which computes nothing here.
+            let keys = AdapterConfig { lora_dropout: 0.0, ..config.clone() };
+            source.model.save_adapter_as(dir, keys, Reader::Peft(&source.model.config))?;
+        }
         Engine::Vllm | Engine::Sglang if config.rank_pattern.is_empty() && config.alpha_pattern.is_empty() => {
-            source.model.save_adapter(dir)?;
+            source.model.save_adapter_as(dir, config.clone(), Reader::Engine)?;
         }
         Engine::Vllm | Engine::Sglang => {
             let (uniform, parameters) = uniform(source, config, &plan)?;
             let base = source.dir.path().to_path_buf();
-            AdapterDir { path: dir.to_path_buf(), config: uniform, base }.write(parameters, &plan)?;
+            AdapterDir { path: dir.to_path_buf(), config: uniform, base }.write(parameters, &plan, Reader::Engine)?;
         }
         Engine::LlamaCpp => {
             let (uniform, parameters) = uniform(source, config, &plan)?;
@@ -154,13 +157,13 @@ fn check(engine: Engine, config: &AdapterConfig, plan: &AdapterPlan, model: &Mod
     if !engine.applies(config.peft_type) {
         return refuse(format!("{engine} applies no adapters of this kind ({:?})", config.peft_type));
     }
-    let (tensors, latent) = (model.tensors(), model.attention().latent().is_some());
+    let tensors = model.tensors();
     let adapted = tensors.iter().filter_map(|spec| {
         let module = spec.name.strip_suffix(".weight")?;
         plan.of(module).map(|_| (module, spec))
     });
     let ignored: Vec<(&str, &str)> =
-        adapted.filter_map(|(name, spec)| Some((name, engine.ignores(spec, latent)?))).collect();
+        adapted.filter_map(|(name, spec)| Some((name, engine.ignores(spec, config, model)?))).collect();
     if let Some((module, why)) = ignored.first() {
         let others = match ignored.len() {
             1 => String::new(),

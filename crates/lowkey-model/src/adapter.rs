@@ -22,6 +22,7 @@
 //! is thereby in force in every way to compute attention, which other engines that split this matrix when they load it overlook.
 
 mod attach;
+mod by_matrix;
 mod combine;
 mod config;
 mod dropout;
@@ -30,10 +31,11 @@ mod kind;
 mod plan;
 mod quantization;
 
+pub use by_matrix::overlooked_by_peft;
 pub use config::{AdapterConfig, ByPattern, Layers, Modules};
 pub use dropout::Draws;
 pub(crate) use files::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
-pub use files::{AdapterDir, companion_dir, is_adapter};
+pub use files::{AdapterDir, Reader, companion_dir, is_adapter};
 pub use kind::{Adapter, LowRank, PeftType, Planned};
 pub use lowkey_kernels::quantized_linear::Quantization;
 pub use plan::AdapterPlan;

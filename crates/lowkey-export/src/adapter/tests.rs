@@ -164,7 +164,9 @@ fn what_an_engine_would_ignore_is_refused_by_name() {
     assert_eq!(refused(on("vllm-safe"), Engine::Vllm), None);
     assert_eq!(refused(on("all-linear"), Engine::Sglang), None);
     assert!(refused(on("everything"), Engine::Sglang).unwrap().contains("lm_head"));
-    assert!(refused(on("all-linear"), Engine::Transformers).unwrap().contains(".mlp."));
+    assert_eq!(refused(on("everything"), Engine::Transformers), None);
+    let feed_forward = serde_json::json!({ "target_modules": ["o_proj", "up_proj"], "use_dora": true });
+    assert!(refused(feed_forward, Engine::Transformers).unwrap().contains("mlp.up_proj"));
     assert_eq!(refused(ends(&["kv_b_proj", "o_proj", "lm_head"]), Engine::Transformers), None);
     for module in ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "lm_head"] {
         assert!(refused(ends(&[module, "o_proj"]), Engine::LlamaCpp).unwrap().contains(module), "{module}");
@@ -180,6 +182,24 @@ fn what_an_engine_would_ignore_is_refused_by_name() {
     assert_eq!(refused(ends(&["embed_tokens", "o_proj"]), Engine::Transformers), None);
     assert_eq!(refused(dora, Engine::Transformers), None);
     assert_eq!(refused(saved, Engine::Transformers), None);
+}
+
+#[test]
+fn each_engine_finds_the_maps_by_the_names_that_it_looks_for() {
+    let folder = Folder::new();
+    let keys = serde_json::json!({ "target_modules": "vllm-safe", "r": 3, "lora_dropout": 0.1 });
+    let source = adapted(&folder, &config_with(|_, _| ()), keys);
+    for (engine, by_matrix) in [(Engine::Transformers, true), (Engine::Vllm, false), (Engine::Sglang, false)] {
+        let out = folder.file(&engine.to_string());
+        export_adapter(&source, engine, &out, false).unwrap();
+        let text = std::fs::read_to_string(out.join("adapter_config.json")).unwrap();
+        let written: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(written.get("target_parameters").is_some(), by_matrix, "{engine}");
+        // PEFT refuses dropout beside a matrix.
+        assert_eq!(written["lora_dropout"] == 0.0, by_matrix, "{engine}");
+        let same = ModelDir::open(&out).unwrap().load(&Device::flex()).unwrap();
+        assert_eq!(logits(&same, &ids()), logits(&source.model, &ids()), "{engine}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use lowkey_files::write_json;
 
 use super::config::AdapterConfig;
 use super::dropout::Draws;
-use super::files::AdapterDir;
+use super::files::{AdapterDir, Reader};
 use super::plan::AdapterPlan;
 use crate::checkpoint::{CONFIG, WeightDtype, Weights};
 use crate::config::ModelConfig;
@@ -197,18 +197,29 @@ impl CausalLm {
     /// # Errors
     /// [`Error::File`] where there is no adapter; otherwise as [`AdapterDir::write`].
     pub fn save_adapter(&self, dir: &Path) -> Result<()> {
-        let Some((adapter, base)) = self.adapter.as_deref().filter(|(_, base)| !base.as_os_str().is_empty()) else {
+        match self.adapter() {
+            Some(keys) => self.save_adapter_as(dir, keys.clone(), Reader::Peft(&self.config)),
+            None => Err(Error::file(dir, "the model has no adapter to be written here")),
+        }
+    }
+
+    /// [`CausalLm::save_adapter`] with other keys, by which the adapter computes the same, for a certain reader.
+    ///
+    /// # Errors
+    /// As [`CausalLm::save_adapter`].
+    pub fn save_adapter_as(&self, dir: &Path, keys: AdapterConfig, reader: Reader) -> Result<()> {
+        let Some((_, base)) = self.adapter.as_deref().filter(|(_, base)| !base.as_os_str().is_empty()) else {
             return Err(Error::file(dir, "the model has no adapter to be written here"));
         };
         // What a run has changed of the base's shape is not said by PEFT's files; whoever reads them takes it from here.
         if !ModelConfig::read(&base.join(CONFIG)).is_ok_and(|base| base.same_shape(&self.config)) {
             write_json(&dir.join(CONFIG), &self.config.to_json(WeightDtype::F32.name()))?;
         }
-        let plan = adapter.plan(&self.config)?;
+        let plan = keys.plan(&self.config)?;
         let own = |name: &str, role: Role| role.is_adapter() || plan.saves(name);
         let parameters = self.parameters().into_iter().filter(|parameter| own(&parameter.name, parameter.role));
-        AdapterDir { config: adapter.clone(), path: dir.to_path_buf(), base: base.clone() }
-            .write(parameters.collect(), &plan)
+        let written = AdapterDir { config: keys, path: dir.to_path_buf(), base: base.clone() };
+        written.write(parameters.collect(), &plan, reader)
     }
 }
 

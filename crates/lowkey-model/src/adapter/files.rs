@@ -57,6 +57,15 @@ pub struct AdapterDir {
     pub base: PathBuf,
 }
 
+/// Who reads the directory of an adapter.
+#[derive(Clone, Copy, Debug)]
+pub enum Reader<'a> {
+    /// PEFT, beside a model of this configuration; and lowkey.
+    Peft(&'a ModelConfig),
+    /// A serving engine, which looks for modules by name.
+    Engine,
+}
+
 /// The tensors of an adapter by the names that they have here.
 pub(crate) struct AdapterTensors {
     path: PathBuf,
@@ -185,16 +194,16 @@ impl AdapterDir {
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] where one cannot be written.
-    pub fn write(&self, parameters: Vec<Parameter>, plan: &AdapterPlan) -> Result<()> {
+    pub fn write(&self, parameters: Vec<Parameter>, plan: &AdapterPlan, reader: Reader) -> Result<()> {
         let path = self.path.join(ADAPTER_WEIGHTS);
         let named = |parameter: Parameter| Parameter { name: format!("{PREFIX}{}", parameter.name), ..parameter };
         write_parameters(&path, parameters.into_iter().map(named).collect(), WeightDtype::F32)?;
-        Ok(write_json(&self.path.join(ADAPTER_CONFIG), &self.to_json(plan))?)
+        Ok(write_json(&self.path.join(ADAPTER_CONFIG), &self.to_json(plan, reader)?)?)
     }
 
     /// `adapter_config.json`, with all that PEFT and the engines ask for. Modules stand there by whole name: presets are not known
     /// elsewhere, and an engine that splits names by their ends reads these all the same.
-    fn to_json(&self, plan: &AdapterPlan) -> Value {
+    fn to_json(&self, plan: &AdapterPlan, reader: Reader) -> Result<Value> {
         let mut keys = match serde_json::to_value(&self.config) {
             Ok(Value::Object(keys)) => keys,
             // A struct of plain fields is an object.
@@ -222,9 +231,9 @@ impl AdapterDir {
             keys.insert(key.into(), value);
         }
         keys.entry("modules_to_save").or_insert(Value::Null);
-        self.config.peft_type.write(&mut keys);
+        self.config.peft_type.write(&mut keys, &self.config, plan, reader)?;
         keys.sort_keys();
-        Value::Object(keys)
+        Ok(Value::Object(keys))
     }
 }
 

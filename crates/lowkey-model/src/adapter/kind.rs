@@ -19,7 +19,8 @@ pub use self::low_rank::LowRank;
 use self::low_rank::LowRankAdapter;
 use super::config::AdapterConfig;
 use super::dropout::Draws;
-use super::plan::Target;
+use super::files::Reader;
+use super::plan::{AdapterPlan, Target};
 use crate::error::Result;
 use crate::input::Input;
 use crate::layers::{Builder, Weight};
@@ -62,9 +63,15 @@ impl PeftType {
     }
 
     /// Makes of the keys of a configuration what PEFT asks of such a file.
-    pub(super) fn write(self, keys: &mut Map<String, Value>) {
+    pub(super) fn write(
+        self,
+        keys: &mut Map<String, Value>,
+        config: &AdapterConfig,
+        plan: &AdapterPlan,
+        reader: Reader,
+    ) -> Result<()> {
         match self {
-            Self::Lora => low_rank::write(keys),
+            Self::Lora => low_rank::write(keys, config, plan, reader),
         }
     }
 }

@@ -1,3 +1,4 @@
+mod by_matrix;
 mod dropping;
 mod quantization;
 mod several;

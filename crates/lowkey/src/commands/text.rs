@@ -111,8 +111,14 @@ impl Calibration {
     }
 }
 
-/// The first `count` windows of a shard, of at most `len` tokens each.
+/// The first `count` windows of a shard, of at most `len` tokens each; of records, whose rows say what is learnt of them and not where they
+/// end, the first records.
 pub(crate) fn windows(shard: &Shard, len: usize, count: usize) -> lowkey_data::Result<Vec<Vec<u32>>> {
+    if shard.is_masked() || shard.is_pairs() {
+        let mut records = each_document(shard, len, count.saturating_mul(len))?;
+        records.truncate(count);
+        return Ok(records);
+    }
     let batch = validation_batches(shard, len, count, Some(1), Packing::Stream, false).next().transpose()?;
     let rows = batch.iter().flat_map(|b| b.input_ids.chunks(len).zip(b.targets.chunks(len)));
     // A row that the text does not fill is padded.
@@ -128,6 +134,11 @@ fn documents(shard: &Shard, len: usize, tokens: usize) -> lowkey_data::Result<Ve
     if shard.documents() < 2 {
         return windows(shard, len, tokens.div_ceil(len.max(1)));
     }
+    each_document(shard, len, tokens)
+}
+
+/// The documents of a shard up to about so many tokens, each cut to `len` tokens.
+fn each_document(shard: &Shard, len: usize, tokens: usize) -> lowkey_data::Result<Vec<Vec<u32>>> {
     let mut left = tokens;
     let mut found = Vec::new();
     for i in 0..shard.documents() {

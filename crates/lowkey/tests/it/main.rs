@@ -11,6 +11,7 @@ mod companions;
 mod convert;
 mod elastic;
 mod export;
+mod finetune;
 mod gpu;
 mod hub;
 mod interrupted;

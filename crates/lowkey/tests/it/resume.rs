@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
-use lowkey_model::CausalLm;
+use lowkey_model::ModelDir;
 use lowkey_train::{RunConfig, checkpoint};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -17,33 +17,108 @@ const FILES: usize = 8;
 /// No wait in these tests takes nearly as long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What a run trains, and on what.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    /// A new model on a text.
+    Whole,
+    /// An adapter beside a model, on answers in conversations.
+    Adapter,
+    /// An adapter beside a model, on pairs of answers (DPO).
+    Preferences,
+}
+
+impl Kind {
+    /// Its part of a run file.
+    fn tables(self) -> String {
+        let adapter = |lr: f64| {
+            format!(
+                "[init]\nfrom = \"base/checkpoints/best\"\n\
+                 [adapter]\ntarget_modules = \"all-linear\"\nr = 3\nlora_dropout = 0.1\n\
+                 [data]\ndataset = \"records.toml\"\nseq_len = 512\ntoo_long = \"drop\"\n[optimizer]\nlr = {lr}\n"
+            )
+        };
+        match self {
+            Self::Whole => {
+                format!("[model]\n{MODEL}[data]\npath = \"text.txt\"\nseq_len = 32\n[optimizer]\nlr = 1e-2\n")
+            }
+            Self::Adapter => adapter(1e-2),
+            Self::Preferences => format!("[[objective]]\nkind = \"preference\"\n{}", adapter(1e-3)),
+        }
+    }
+
+    /// The file of the trained weights in a checkpoint.
+    fn weights(self) -> &'static str {
+        if self == Self::Whole { "model.safetensors" } else { "adapter_model.safetensors" }
+    }
+
+    /// Files of a checkpoint.
+    fn files(self) -> usize {
+        if self == Self::Whole { FILES } else { FILES + 1 }
+    }
+}
+
+const MODEL: &str = "attention = \"mla\"\nhidden_size = 24\nnum_hidden_layers = 1\nnum_attention_heads = 2\n\
+                     kv_lora_rank = 8\nqk_nope_head_dim = 8\nqk_rope_head_dim = 4\nv_head_dim = 8\nintermediate_size = 32\n";
+
 /// A folder with a text and a run file; the run is in `out`.
-struct Bench(TempDir);
+struct Bench {
+    dir: TempDir,
+    kind: Kind,
+}
 
 impl Bench {
     fn new() -> Self {
+        Self::of(Kind::Whole)
+    }
+
+    fn of(kind: Kind) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut random = Random(4);
         let words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs"];
         let text: String = (0..6000).map(|_| format!("{} ", words[random.below(10) as usize])).collect();
         std::fs::write(dir.path().join("text.txt"), text).unwrap();
         let run = format!(
-            "[run]\nname = \"killed\"\nseed = 5\n\
-             [model]\nattention = \"mla\"\nhidden_size = 24\nnum_hidden_layers = 1\nnum_attention_heads = 2\n\
-             kv_lora_rank = 8\nqk_nope_head_dim = 8\nqk_rope_head_dim = 4\nv_head_dim = 8\nintermediate_size = 32\n\
-             [data]\npath = \"text.txt\"\nseq_len = 32\n\
-             [optimizer]\nlr = 1e-2\nweight_decay = 0.1\ngrad_clip = 1.0\n\
+            "[run]\nname = \"killed\"\nseed = 5\n{}weight_decay = 0.1\ngrad_clip = 1.0\n\
              [lr_scheduler]\nkind = \"wsd\"\nwarmup_steps = 5\n\
              [training]\nsteps = {STEPS}\nbatch_size = 8\nmicro_batch_size = 4\nthreads = 2\n\
              [eval]\nevery = 7\nbatches = 2\nprompts = [\"the \"]\nsample_tokens = 8\n\
-             [checkpoint]\nevery = 2\nkeep = 2\n[metrics]\ntensorboard = true\n"
+             [checkpoint]\nevery = 2\nkeep = 2\n[metrics]\ntensorboard = true\n",
+            kind.tables()
         );
         std::fs::write(dir.path().join("run.toml"), run).unwrap();
-        Self(dir)
+        let bench = Self { dir, kind };
+        if kind != Kind::Whole {
+            bench.begin();
+        }
+        bench
+    }
+
+    /// The model that an adapter stands beside, and records.
+    fn begin(&self) {
+        let form = if self.kind == Kind::Preferences { "pairs" } else { "chat" };
+        let records = format!(
+            "name = \"records\"\ndescription = \"Told\"\nlicense = \"MIT\"\n[tokenizer]\nkind = \"bytes\"\n\
+             [source]\nkind = \"storybook\"\nseed = 2\ndocuments = 200\nvalidation_documents = 20\nform = \"{form}\"\n\
+             [chat]\ntemplate = \"turns.jinja\"\n"
+        );
+        std::fs::write(self.path("records.toml"), records).unwrap();
+        let turns = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %} {{ m.content }}{{ eos_token }}\
+                     {% endgeneration %}{% else %} {{ m.content }}{% endif %}{% endfor %}";
+        std::fs::write(self.path("turns.jinja"), turns).unwrap();
+        let base = format!(
+            "[run]\nname = \"base\"\nseed = 1\n[model]\n{MODEL}max_position_embeddings = 512\n\
+             [data]\npath = \"text.txt\"\nseq_len = 64\n[optimizer]\nlr = 1e-2\n[training]\nsteps = 2\nbatch_size = 2\n"
+        );
+        std::fs::write(self.path("base.toml"), base).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lowkey"));
+        let output =
+            command.args(["train", "base.toml", "--out", "base"]).current_dir(self.dir.path()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.dir.path().join(name)
     }
 
     fn checkpoints(&self) -> PathBuf {
@@ -52,7 +127,7 @@ impl Bench {
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lowkey"));
-        command.args(["train", "run.toml", "--out", "out"]).args(arguments).current_dir(self.0.path());
+        command.args(["train", "run.toml", "--out", "out"]).args(arguments).current_dir(self.dir.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
@@ -97,7 +172,8 @@ impl Bench {
         for name in &visible {
             let path = self.checkpoints().join(name);
             checkpoint::verify(&path).unwrap_or_else(|e| panic!("{when}: {e}"));
-            CausalLm::load(&path, &Device::flex()).unwrap_or_else(|e| panic!("{when}: {e}"));
+            let model = ModelDir::open(&path).and_then(|dir| dir.load(&Device::flex()));
+            model.unwrap_or_else(|e| panic!("{when}: {e}"));
         }
         // Checkpoints are written every second step, and the seventh is the first that is measured.
         let steps: Vec<u64> = visible.iter().filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect();
@@ -111,7 +187,7 @@ impl Bench {
             let path = self.checkpoints().join(name);
             let files = std::fs::read_dir(&path).into_iter().flatten().flatten().count();
             // Where the folder is gone by now, it was moved away before it was emptied.
-            assert!(files == FILES || !path.exists(), "{name} has {files} files while the run goes on");
+            assert!(files == self.kind.files() || !path.exists(), "{name} has {files} files while the run goes on");
         }
     }
 
@@ -125,7 +201,7 @@ impl Bench {
                 line.as_object_mut().unwrap().remove(time).unwrap();
             }
         }
-        (read("model.safetensors"), read("trainer.safetensors"), lines)
+        (read(self.kind.weights()), read("trainer.safetensors"), lines)
     }
 
     fn assert_same_result(&self, unbroken: &Self) {
@@ -172,8 +248,8 @@ fn kill(child: &mut Child) {
 }
 
 /// An undisturbed run.
-fn unbroken() -> Bench {
-    let bench = Bench::new();
+fn unbroken(kind: Kind) -> Bench {
+    let bench = Bench::of(kind);
     let printed = bench.finish(&[]);
     assert!(printed.contains("done. Try it"), "{printed}");
     bench
@@ -181,8 +257,22 @@ fn unbroken() -> Bench {
 
 #[test]
 fn a_run_killed_at_any_moment_ends_with_the_same_bits() {
-    let unbroken = unbroken();
-    let bench = Bench::new();
+    killed(Kind::Whole);
+}
+
+#[test]
+fn a_run_of_an_adapter_killed_at_any_moment_ends_with_the_same_bits() {
+    killed(Kind::Adapter);
+}
+
+#[test]
+fn a_run_on_preferences_killed_at_any_moment_ends_with_the_same_bits() {
+    killed(Kind::Preferences);
+}
+
+fn killed(kind: Kind) {
+    let unbroken = unbroken(kind);
+    let bench = Bench::of(kind);
     let mut random = Random(20);
     let (mut killed, mut while_writing) = (0, 0);
     for round in 0..KILLS {
@@ -229,7 +319,7 @@ fn a_run_killed_at_any_moment_ends_with_the_same_bits() {
 #[test]
 #[cfg(unix)]
 fn an_interrupted_run_says_how_to_go_on_and_does() {
-    let unbroken = unbroken();
+    let unbroken = unbroken(Kind::Whole);
     let bench = Bench::new();
     let mut child = bench.command(&[]).spawn().unwrap();
     assert!(wait(&bench, &mut child, || bench.progress() >= 9));

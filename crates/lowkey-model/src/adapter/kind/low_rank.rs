@@ -10,9 +10,11 @@ use lowkey_kernels::{add_linear, embed, linear};
 use serde_json::{Map, Value, json};
 
 use super::Planned;
+use crate::adapter::by_matrix;
 use crate::adapter::config::AdapterConfig;
 use crate::adapter::dropout::{Draws, Dropout};
-use crate::adapter::plan::{Patterns, Target};
+use crate::adapter::files::Reader;
+use crate::adapter::plan::{AdapterPlan, Patterns, Target};
 use crate::error::{Error, Result};
 use crate::input::Input;
 use crate::layers::{Builder, Weight};
@@ -24,6 +26,7 @@ pub(super) const KEYS: [&str; 7] =
 
 /// Refuses a file that asks for what is not computed here, and puts PEFT's default where it leaves one out.
 pub(super) fn read(keys: &mut Map<String, Value>) -> std::result::Result<(), String> {
+    by_matrix::read(keys)?;
     refuse_unknown_arithmetic(keys)?;
     keys.entry("lora_alpha").or_insert(json!(8));
     Ok(())
@@ -37,7 +40,6 @@ fn refuse_unknown_arithmetic(keys: &Map<String, Value>) -> std::result::Result<(
         "fan_in_fan_out" | "lora_bias" | "use_qalora" | "use_bdlora" | "monteclora_config" | "kasa_config"
         | "velora_config" => !value.as_bool().unwrap_or(!value.is_null()),
         "layer_replication"
-        | "target_parameters"
         | "trainable_token_indices"
         | "alora_invocation_tokens"
         | "layers_pattern"
@@ -55,11 +57,20 @@ fn refuse_unknown_arithmetic(keys: &Map<String, Value>) -> std::result::Result<(
     }
 }
 
-/// What PEFT and the engines ask for beside the keys that are there.
-pub(super) fn write(keys: &mut Map<String, Value>) {
+/// What PEFT and the engines ask for beside the keys that are there; PEFT has to be told of some maps by their matrices.
+pub(super) fn write(
+    keys: &mut Map<String, Value>,
+    config: &AdapterConfig,
+    plan: &AdapterPlan,
+    reader: Reader,
+) -> Result<()> {
     keys.insert("init_lora_weights".into(), json!(true));
     for key in ["rank_pattern", "alpha_pattern"] {
         keys.entry(key).or_insert(json!({}));
+    }
+    match reader {
+        Reader::Peft(model) => by_matrix::write(keys, config, plan, model),
+        Reader::Engine => Ok(()),
     }
 }
 
