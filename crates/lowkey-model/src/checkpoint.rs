@@ -7,10 +7,12 @@ use std::sync::Arc;
 use burn::tensor::Device;
 use half::{bf16, f16};
 use lowkey_files::{is_plain_name, open, printable, read_text};
+use lowkey_kernels::quantized_linear::Quantization;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
+use crate::adapter::AdapterPlan;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::hf_config::dialect::Dialect;
@@ -387,17 +389,35 @@ impl CausalLm {
 
     fn of_weights(weights: Weights, dir: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
         weights.check(dir, config, device)?;
-        Self::try_build(config, device, |spec| weights.of(spec))
+        Self::try_build(config, None, device, |spec| weights.of(spec))
     }
 
-    /// [`CausalLm::build`] with values that may not be there.
+    /// Loads a directory with its matrices packed, each as soon as it is read, so that they are never whole in memory all together. Nothing
+    /// of the model can be trained.
+    ///
+    /// # Errors
+    /// As [`CausalLm::load`].
+    pub(crate) fn load_packed(
+        dir: &Path,
+        config: &ModelConfig,
+        quantization: Quantization,
+        device: &Device,
+    ) -> Result<Self> {
+        let weights = Weights::open(dir, config)?;
+        weights.check(dir, config, device)?;
+        let plan = AdapterPlan::packing(quantization);
+        Ok(Self::try_build(config, Some(&plan), device, |spec| weights.of(spec))?.with_trained(|_| false))
+    }
+
+    /// [`CausalLm::build_adapted`] with values that may not be there.
     fn try_build(
         config: &ModelConfig,
+        adapters: Option<&AdapterPlan>,
         device: &Device,
         mut fill: impl FnMut(&TensorSpec) -> Result<Vec<f32>>,
     ) -> Result<Self> {
         let mut failure = None;
-        let model = Self::build(config, device, &mut |spec| {
+        let model = Self::build_adapted(config, adapters, device, &mut |spec| {
             fill(spec).unwrap_or_else(|e| {
                 failure = failure.take().or(Some(e));
                 Vec::new()

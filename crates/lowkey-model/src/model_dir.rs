@@ -13,6 +13,7 @@ use lowkey_files::{
     mark::Kind,
     recover, write_json,
 };
+use lowkey_kernels::quantized_linear::Quantization;
 use serde::Serialize;
 
 use crate::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterDir, is_adapter};
@@ -176,6 +177,24 @@ impl ModelDir {
             (Some(adapter), _) => CausalLm::load_adapted(&self.path, &self.config()?, adapter, device),
             (None, several) => CausalLm::load_combined(&self.path, &self.config()?, several, device),
         }
+    }
+
+    /// The model to be read and not trained, with its matrices packed, each as soon as it is read: [`CausalLm::packed_to_read`] of what
+    /// [`ModelDir::load`] gives, without all of it in memory as it was. Only of a sum of several adapters all is read first.
+    ///
+    /// # Errors
+    /// As [`ModelDir::load`] and [`CausalLm::quantized`].
+    pub fn load_packed(&self, quantization: Quantization, device: &Device) -> Result<CausalLm> {
+        let model = match (self.adapter(), &self.adapters[..]) {
+            (None, []) => CausalLm::load_packed(&self.path, &self.config()?, quantization, device)?,
+            (Some(adapter), _) => {
+                let mut beside = adapter.clone();
+                beside.config.quantization = Some(quantization);
+                CausalLm::load_adapted(&self.path, &self.config()?, &beside, device)?
+            }
+            (None, _) => self.load(device)?.quantized(quantization)?,
+        };
+        model.with_packed_head(quantization)
     }
 
     /// The files of tokenizer, templates and generation settings that are there, by name.

@@ -120,20 +120,21 @@ impl CausalLm {
     /// # Errors
     /// As [`CausalLm::quantized`].
     pub fn packed_to_read(&self, quantization: Quantization) -> Result<Self> {
-        let mut model = self.quantized(quantization)?;
+        self.quantized(quantization)?.with_packed_head(quantization)
+    }
+
+    /// The same model with its output head packed as well, where that is worth it.
+    pub(crate) fn with_packed_head(mut self, quantization: Quantization) -> Result<Self> {
         if quantization == Quantization::Bf16 {
-            let head = model.head_weight().detach();
+            let head = self.head_weight().detach();
             let (shape, device) = (head.dims(), head.device());
             let values = head.try_into_vec_as::<f32>().map_err(|e| {
-                Error::adapter(
-                    "quantization",
-                    quantization.name(),
-                    format!("the output head cannot be read back: {e:?}"),
-                )
+                let why = format!("the output head cannot be read back: {e:?}");
+                Error::adapter("quantization", quantization.name(), why)
             })?;
-            model.packed_head = Some(QuantizedMatrix::new(&Packed::new(&values, shape, quantization), &device));
+            self.packed_head = Some(QuantizedMatrix::new(&Packed::new(&values, shape, quantization), &device));
         }
-        Ok(model)
+        Ok(self)
     }
 
     /// How matrices are packed, where they are.

@@ -41,7 +41,7 @@ impl LayerReader {
     pub fn layer(&self, layer: usize, device: &Device) -> Result<CausalLm> {
         let (config, weights) = (self.config.of_layer(layer)?, self.weights()?);
         let [own, alone] = [layer, 0].map(prefix);
-        CausalLm::try_build(&config, device, |spec| match spec.name.strip_prefix(&alone) {
+        CausalLm::try_build(&config, None, device, |spec| match spec.name.strip_prefix(&alone) {
             Some(part) => weights.of(&TensorSpec { name: format!("{own}{part}"), ..spec.clone() }),
             None => Ok(vec![0.0; spec.shape.iter().product()]),
         })
@@ -55,7 +55,7 @@ impl LayerReader {
         let (mut config, weights) = (self.config.clone(), self.weights()?);
         config.layers.resize(1)?;
         let none = prefix(0);
-        CausalLm::try_build(&config, device, |spec| match spec.name.starts_with(&none) {
+        CausalLm::try_build(&config, None, device, |spec| match spec.name.starts_with(&none) {
             true => Ok(Vec::new()),
             false => weights.of(spec),
         })

@@ -6,7 +6,7 @@ use std::path::Path;
 use lowkey_data::chat::{ChatTemplate, Conversation, Options};
 use lowkey_data::{Generation, Tokenizer};
 use lowkey_infer::{CacheDtype, Finish, Form, GenerateConfig, SamplingConfig, Weights};
-use lowkey_model::adapter::companion_dir;
+use lowkey_model::{ModelDir, adapter::companion_dir};
 use serde_json::json;
 
 use super::WrongUse;
@@ -33,19 +33,22 @@ pub(crate) fn generate(arguments: &GenerateArguments) -> anyhow::Result<()> {
     }
     let device = super::open_device(&arguments.device)?;
     let tokenizer = super::open_tokenizer(&arguments.model, arguments.add_special_tokens)?;
-    let whole = super::load_model(&arguments.model, &device)?;
     let beside = companion_dir(&arguments.model, "tokenizer.json")?;
     let settings = companion_dir(&arguments.model, "generation_config.json")?;
     let declared = Generation::from_model_dir(&settings, Some(&tokenizer))?;
+    let dir = ModelDir::open(&arguments.model)?;
     // Weights that were fused are of the whole latent, and not packed: who packs means to read less.
-    let fused = match arguments.kv_rank {
-        None if packing.is_none() || form == Form::Fused => {
-            super::export::fused_weights(&arguments.model, &whole, &device)?
+    let fuses = arguments.kv_rank.is_none() && (packing.is_none() || form == Form::Fused);
+    let (model, fused) = match packing {
+        Some(packing) if !fuses => (dir.load_packed(packing, &device)?, Vec::new()),
+        _ => {
+            let whole = dir.load(&device)?;
+            let fused =
+                if fuses { super::export::fused_weights(&arguments.model, &whole, &device)? } else { Vec::new() };
+            (packing.map(|packing| whole.packed_to_read(packing)).transpose()?.unwrap_or(whole), fused)
         }
-        _ => Vec::new(),
     };
-    let model = super::read_at(whole, arguments.kv_rank)?;
-    let model = packing.map(|packing| model.packed_to_read(packing)).transpose()?.unwrap_or(model);
+    let model = super::read_at(model, arguments.kv_rank)?;
     let encoded = if arguments.chat { asked(&prompt, &beside, &tokenizer)? } else { tokenizer.encode_prompt(&prompt) };
     let mut ids = encoded.map_err(|e| WrongUse(format!("the prompt cannot be encoded: {e}")))?;
     if ids.is_empty() {

@@ -204,3 +204,36 @@ fn a_model_that_is_read_in_bf16_has_its_head_so_and_loses_nothing_that_was_bf16(
         assert_eq!(int8.packed_bytes_spared(), AdapterPlan::packing(Quantization::Int8).bytes_spared(model.tensors()));
     }
 }
+
+#[test]
+fn a_directory_that_is_packed_while_it_is_read_is_what_it_is_packed_afterwards() {
+    let device = Device::flex();
+    let config = fixtures::mla_with(|mla| mla.q_lora_rank = Some(8));
+    let dir = tempfile::tempdir().unwrap();
+    let (base, beside) = (dir.path().join("base"), dir.path().join("beside"));
+    scrambled(&config, 3, &device).save(&base, WeightDtype::F32, usize::MAX).unwrap();
+    std::fs::create_dir(&beside).unwrap();
+    let dora = AdapterConfig { use_dora: true, modules_to_save: Some(vec!["norm".into()]), ..everything() };
+    super::beside(&base, &config, &dora, 3, &device).save_adapter(&beside).unwrap();
+    let several = |weights: [f64; 2]| {
+        let lora = dir.path().join("lora");
+        if !lora.exists() {
+            std::fs::create_dir(&lora).unwrap();
+            super::beside(&base, &config, &everything(), 5, &device).save_adapter(&lora).unwrap();
+        }
+        ModelDir::open(&base).unwrap().with_adapters(&weights.map(|weight| (lora.clone(), weight))).unwrap()
+    };
+    for quantization in Quantization::ALL {
+        for found in [ModelDir::open(&base).unwrap(), ModelDir::open(&beside).unwrap(), several([0.7, -0.3])] {
+            let afterwards = found.load(&device).unwrap().packed_to_read(quantization).unwrap();
+            let packed = found.load_packed(quantization, &device).unwrap();
+            assert_eq!(logits(&packed, &config), logits(&afterwards, &config), "{quantization:?}");
+            assert_eq!(packed.packed_bytes_spared(), afterwards.packed_bytes_spared());
+            assert_eq!(packed.quantized_layers().len(), afterwards.quantized_layers().len());
+            // Read at fewer ranks as well.
+            let ranks = vec![3; config.layers.len()];
+            let narrow = [&packed, &afterwards].map(|model| logits(&model.with_kv_ranks(&ranks).unwrap(), &config));
+            assert!(narrow[0] == narrow[1] && narrow[0] != logits(&packed, &config));
+        }
+    }
+}
