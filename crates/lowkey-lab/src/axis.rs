@@ -50,6 +50,12 @@ impl Axis {
 }
 
 impl Axis {
+    /// What stands beside a mark, which no other one says.
+    pub(crate) fn label(&self, tick: f64) -> String {
+        let gaps = self.ticks.windows(2).map(|two| two[1] - two[0]);
+        told_apart(tick, gaps.fold(f64::INFINITY, f64::min))
+    }
+
     /// The same with three marks at least, which a logarithm of less than a decade may not have.
     pub(crate) fn with_enough_ticks(mut self) -> Self {
         if self.ticks.len() < 3 {
@@ -76,13 +82,18 @@ fn log_ticks(low: f64, high: f64) -> Vec<f64> {
 
 /// A number as short as it can be read back at a glance.
 pub(crate) fn short(x: f64) -> String {
-    let magnitude = x.abs();
+    told_apart(x, f64::INFINITY)
+}
+
+/// The same with as many digits as tell it from numbers that are so far away.
+fn told_apart(x: f64, gap: f64) -> String {
+    let power = |x: f64| x.abs().log10().floor().clamp(-300.0, 300.0) as i32;
     if x == 0.0 {
         "0".into()
-    } else if !(1e-4..1e7).contains(&magnitude) {
-        format!("{x:.0e}")
+    } else if !(1e-4..1e7).contains(&x.abs()) {
+        format!("{x:.*e}", (power(x) - power(gap)).clamp(0, 12) as usize)
     } else {
-        let text = format!("{x:.*}", (3 - magnitude.log10().floor() as i32).clamp(0, 7) as usize);
+        let text = format!("{x:.*}", (3 - power(x)).clamp(0, 7).max(-power(gap)).min(12) as usize);
         if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').into() } else { text }
     }
 }
@@ -102,13 +113,16 @@ mod tests {
     }
 
     #[test]
-    fn the_marks_beside_a_single_value_read_differently() {
-        for value in [203.392, 0.2754, -3.0, 1e6] {
-            let axis = Axis::new([value, value].into_iter(), false, &[]);
-            let mut marks: Vec<_> = axis.ticks.iter().map(|tick| short(*tick)).collect();
+    fn no_two_marks_read_the_same() {
+        for (value, other) in
+            [(203.392, 203.392), (0.2754, 0.2754), (-3.0, -3.0), (1e6, 1e6), (44.3991, 44.4102), (3e9, 3.00001e9)]
+        {
+            let axis = Axis::new([value, other].into_iter(), false, &[]);
+            let mut marks: Vec<_> = axis.ticks.iter().map(|tick| axis.label(*tick)).collect();
             let all = marks.len();
             marks.dedup();
-            assert!(all > 1 && marks.len() == all && axis.share(value) > 0.4, "{value}: {marks:?}");
+            assert!(all > 1 && marks.len() == all, "{value}: {marks:?}");
+            assert!(value != other || axis.share(value) > 0.4, "{value}");
         }
         assert!(Axis::new([0.0].into_iter(), false, &[]).share(0.0).is_finite());
     }

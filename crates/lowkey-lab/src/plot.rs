@@ -139,14 +139,19 @@ impl Plot {
         let whole = SVGBackend::with_string(out, SIZE).into_drawing_area();
         whole.fill(&WHITE)?;
         let (area, legend) = whole.split_horizontally(SIZE.0 as i32 - LEGEND);
-        let mut chart =
-            ChartBuilder::on(&area).margin(12).x_label_area_size(46).y_label_area_size(70).build_cartesian_2d(x, y)?;
+        let mut chart = ChartBuilder::on(&area)
+            .margin(12)
+            .x_label_area_size(46)
+            .y_label_area_size(70)
+            .build_cartesian_2d(x.clone(), y.clone())?;
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)
             .bold_line_style(RGBColor(225, 225, 225))
             .x_desc(&self.x_label)
             .y_desc(&self.y_label)
+            .x_label_formatter(&|tick| x.label(*tick))
+            .y_label_formatter(&|tick| y.label(*tick))
             .axis_desc_style(("sans-serif", 15))
             .label_style(("sans-serif", 13))
             .draw()?;

@@ -10,7 +10,7 @@ use lowkey_train::run_dir::{Curve, Point};
 use serde_json::{Value, json};
 
 use super::scale::{Unit, X};
-use crate::axis::{Axis, short};
+use crate::axis::Axis;
 use crate::html::escaped;
 use crate::looks::COLOURS;
 
@@ -258,7 +258,7 @@ fn rows(axis: &Axis) -> String {
     out += "\"/>";
     for tick in &axis.ticks {
         let (x, y) = (left - 5.0, height(*tick) + 4.0);
-        let _ = write!(out, "<text x=\"{x}\" y=\"{y:.1}\" text-anchor=\"end\">{}</text>", short(*tick));
+        let _ = write!(out, "<text x=\"{x}\" y=\"{y:.1}\" text-anchor=\"end\">{}</text>", axis.label(*tick));
     }
     out + "\n"
 }
@@ -274,7 +274,7 @@ fn columns(axis: &Axis, label: &str) -> String {
             out,
             "<path class=\"mesh\" d=\"M{x:.1} {bottom}v4\"/><text x=\"{x:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
             bottom + 16.0,
-            short(*tick)
+            axis.label(*tick)
         );
     }
     let y = SIZE.1 - 7.0;

@@ -22,11 +22,19 @@ const MAP: &str = ".quant_map";
 /// Bytes of a description that is read.
 const LARGEST_STATE: usize = 1 << 12;
 
-/// Ends of the names of maps that hold no packed matrix; every other one does.
+/// Ends of the names of maps that hold no packed matrix; of the others those do not that [`fits`] says no to.
 const WHOLE: [&str; 2] = ["lm_head", "kv_b_proj"];
 
-/// `quantization_config` of such a directory. What is not packed has the format `dtype`, which products are computed in, too.
-pub(super) fn config(dtype: WeightDtype) -> Value {
+/// Whether bitsandbytes multiplies by a packed matrix of that shape on every processor: on those with AVX512-BF16 it lays rows out by 32 and
+/// columns by two (0.50, `_convert_weight_packed_for_cpu`), and stops at the first product where they are not so many.
+pub(super) fn fits(shape: &[usize]) -> bool {
+    matches!(shape, [d_out, d_in] if d_out.is_multiple_of(32) && d_in.is_multiple_of(2))
+}
+
+/// `quantization_config` of such a directory, in which these maps are whole, too. What is not packed has the format `dtype`, which products
+/// are computed in, too.
+pub(super) fn config(dtype: WeightDtype, whole: &[&str]) -> Value {
+    let whole: Vec<&str> = WHOLE.iter().chain(whole).copied().collect();
     json!({
         "quant_method": "bitsandbytes",
         "load_in_4bit": true,
@@ -37,7 +45,7 @@ pub(super) fn config(dtype: WeightDtype) -> Value {
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_enable_fp32_cpu_offload": false,
         "llm_int8_has_fp16_weight": false,
-        "llm_int8_skip_modules": WHOLE,
+        "llm_int8_skip_modules": whole,
         "llm_int8_threshold": 6.0,
     })
 }

@@ -539,18 +539,26 @@ fn a_shard_that_is_no_file_is_named() {
 
 #[test]
 fn nf4_is_stored_as_bitsandbytes_does_and_read_back() {
+    // Of its 17 rows bitsandbytes could multiply by none on some processors.
+    let widened = |mut config: ModelConfig| {
+        config.layers.iter_mut().for_each(|layer| layer.mlp.intermediate_size = 64);
+        config
+    };
     for (kind, config) in fixtures::every_kind() {
-        let model = scrambled(&config, 4, &Device::flex());
+        let model = scrambled(&widened(config), 4, &Device::flex());
         let dir = tempfile::tempdir().unwrap();
         model.save_nf4(dir.path(), WeightDtype::F32, 4000).unwrap();
         // What comes back is what the packed model computes with, and all else as it was.
-        assert_eq!(
-            bits(&load(dir.path()).unwrap()),
-            bits(&model.quantized(Quantization::Nf4).unwrap().merged()),
-            "{kind}"
-        );
+        let packed = bits(&model.quantized(Quantization::Nf4).unwrap().merged());
+        let of = |(whole, packed): ((String, Vec<usize>, Vec<u32>), _)| {
+            let fits = whole.1.len() == 2 && whole.1[0] % 32 == 0;
+            if fits { packed } else { whole }
+        };
+        let expected: Vec<_> = bits(&model).into_iter().zip(packed).map(of).collect();
+        assert!(expected != bits(&model), "{kind}");
+        assert_eq!(bits(&load(dir.path()).unwrap()), expected, "{kind}");
     }
-    let model = model(4);
+    let model = scrambled(&widened(fixtures::mla_with(|m| m.q_lora_rank = Some(8))), 4, &Device::flex());
     let dir = tempfile::tempdir().unwrap();
     model.save_nf4(dir.path(), WeightDtype::Bf16, ALL_IN_ONE).unwrap();
     let path = dir.path().join(SINGLE);
@@ -577,13 +585,17 @@ fn nf4_is_stored_as_bitsandbytes_does_and_read_back() {
     let (_, dtype, _, state) = of(&format!("{up}.quant_state.bitsandbytes__nf4"));
     let state: Value = serde_json::from_slice(state).unwrap();
     assert_eq!(*dtype, Dtype::U8);
-    assert_eq!(state, json!({ "quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [17, 12] }));
-    let kept = ["kv_b_proj.weight", "lm_head.weight", "norm.weight", "embed_tokens.weight"];
-    let plain = |dtype: &Dtype| *dtype == Dtype::BF16;
-    assert!(stored.iter().all(|(name, dtype, ..)| plain(dtype) == kept.iter().any(|end| name.ends_with(end))));
+    assert_eq!(state, json!({ "quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 12] }));
+    let packed = |name: &str| ["gate_proj", "up_proj"].iter().any(|map| name.contains(map));
+    assert!(stored.iter().all(|(name, dtype, ..)| (*dtype == Dtype::BF16) != packed(name)));
     let config: Value = serde_json::from_str(&std::fs::read_to_string(dir.path().join(CONFIG)).unwrap()).unwrap();
     assert_eq!(config["quantization_config"]["bnb_4bit_quant_type"], "nf4");
-    assert_eq!(config["quantization_config"]["llm_int8_skip_modules"], json!(["lm_head", "kv_b_proj"]));
+    let skipped: Vec<String> =
+        serde_json::from_value(config["quantization_config"]["llm_int8_skip_modules"].clone()).unwrap();
+    assert_eq!(skipped[..3], ["lm_head", "kv_b_proj", "model.layers.0.self_attn.q_a_proj"]);
+    assert!(
+        skipped.iter().any(|name| name == "model.layers.1.mlp.down_proj") && !skipped.iter().any(|name| packed(name))
+    );
 
     // What is damaged or packed in another way is refused by name.
     let refused = |change: &dyn Fn(&mut Stored) -> bool| {
@@ -611,11 +623,11 @@ fn nf4_is_stored_as_bitsandbytes_does_and_read_back() {
     let with = |blocksize: usize, shape: Value, nested: Value| {
         state(json!({ "quant_type": "nf4", "blocksize": blocksize, "shape": shape, "nested_blocksize": nested }))
     };
-    assert!(refused(&with(128, json!([17, 12]), Value::Null)).contains("another way"));
-    assert!(refused(&with(64, json!([17, 12]), json!(256))).contains("another way"));
-    assert!(refused(&with(64, json!([17, 14]), Value::Null)).contains("not those of a matrix"));
+    assert!(refused(&with(128, json!([64, 12]), Value::Null)).contains("another way"));
+    assert!(refused(&with(64, json!([64, 12]), json!(256))).contains("another way"));
+    assert!(refused(&with(64, json!([64, 14]), Value::Null)).contains("not those of a matrix"));
     assert!(refused(&with(64, json!([usize::MAX, 3]), Value::Null)).contains("not those of a matrix"));
-    assert!(refused(&with(64, json!([12, 17]), Value::Null)).contains("expected"));
+    assert!(refused(&with(64, json!([12, 64]), Value::Null)).contains("expected"));
     assert!(refused(&state(json!("nf4"))).contains("JSON"));
     assert!(
         refused(&|(name, _, _, bytes)| {

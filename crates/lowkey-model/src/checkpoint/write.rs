@@ -18,6 +18,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::model::CausalLm;
 use crate::params::Parameter;
+use crate::tensor::TensorSpec;
 
 /// A checkpoint that is being written, shard by shard, so that a model need never be whole in memory.
 ///
@@ -110,7 +111,7 @@ impl CausalLm {
     }
 
     /// The same with the matrices between hidden states but `kv_b_proj` in 4 bits, as bitsandbytes stores nf4 and transformers opens
-    /// it; what is left has the format `dtype`. [`CausalLm::load`] reads it, too.
+    /// it; what is left has the format `dtype`, matrices among it whose rows are no multiple of 32. [`CausalLm::load`] reads it, too.
     ///
     /// # Errors
     /// As [`CausalLm::save`].
@@ -136,8 +137,9 @@ impl CausalLm {
             ));
         }
         let plan = quantization.map(AdapterPlan::packing);
-        let packed = self.tensors().iter().filter(|spec| plan.as_ref().is_some_and(|plan| plan.packs(spec).is_some()));
-        let packed: BTreeSet<&str> = packed.map(|spec| spec.name.as_str()).collect();
+        let meant = self.tensors().iter().filter(|spec| plan.as_ref().is_some_and(|plan| plan.packs(spec).is_some()));
+        let (packed, whole): (Vec<&TensorSpec>, Vec<&TensorSpec>) = meant.partition(|spec| nf4::fits(&spec.shape));
+        let packed: BTreeSet<&str> = packed.into_iter().map(|spec| spec.name.as_str()).collect();
         let shards = split(self.parameters(), dtype, max_shard_bytes);
         let mut new = NewCheckpoint::begin(dir, dtype, shards.len())?;
         for shard in shards {
@@ -145,7 +147,8 @@ impl CausalLm {
         }
         let mut config = self.config.to_json(dtype.name());
         if let (Some(_), Value::Object(config)) = (quantization, &mut config) {
-            config.insert("quantization_config".into(), nf4::config(dtype));
+            let whole: Vec<&str> = whole.iter().filter_map(|spec| spec.name.strip_suffix(".weight")).collect();
+            config.insert("quantization_config".into(), nf4::config(dtype, &whole));
         }
         new.commit_with(&config)
     }
