@@ -26,7 +26,7 @@ pub(crate) use objective::{Asked, OtherModel};
 pub use objective::{LossTypes, ObjectiveSection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
-pub(crate) use trainable::Weights;
+pub(crate) use trainable::{Weights, flops_beside};
 
 use crate::error::{Error, Result};
 use crate::workers::PassSettings;

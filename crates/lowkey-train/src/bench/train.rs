@@ -6,7 +6,13 @@ use std::time::{Duration, Instant};
 use lowkey_batch::Batch;
 use lowkey_kernels::Precision;
 use lowkey_kernels::quantized_linear::Quantization;
-use lowkey_model::{CausalLm, Parameter, Recompute, adapter::AdapterConfig, cost::Training, objective::Term};
+use lowkey_model::{
+    CausalLm, Parameter, Recompute,
+    adapter::{AdapterConfig, Modules},
+    cost::Training,
+    objective::Term,
+    tensor::TensorSpec,
+};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::de::IntoDeserializer;
@@ -18,7 +24,7 @@ use super::{MOST_ROUNDS, Observer, Progress};
 use crate::error::{Error, Result};
 use crate::loss_scale::LossScale;
 use crate::optimizer::Optimizer;
-use crate::run_config::{OptimizerKind, OptimizerSection, at_least_one};
+use crate::run_config::{OptimizerKind, OptimizerSection, at_least_one, flops_beside};
 use crate::setup::{check_bytes, check_precision};
 use crate::step::{StepSettings, StepTaken};
 use crate::workers::{PassSettings, Workers};
@@ -50,8 +56,10 @@ pub struct TrainOptions {
     pub device: String,
     /// What products are computed in, on a GPU.
     pub dtype: Precision,
-    /// Width of the adapters beside all maps, which alone are trained; absent: the whole model is.
+    /// Width of the adapters, which alone are trained; absent: the whole model is.
     pub lora_rank: Option<usize>,
+    /// Ends of the names of the maps that have them; none: all.
+    pub lora_modules: Vec<String>,
     /// How the frozen matrices beside adapters are packed; absent: they are f32.
     pub quantization: Option<Quantization>,
 }
@@ -70,6 +78,7 @@ impl Default for TrainOptions {
             device: "cpu".into(),
             dtype: Precision::F32,
             lora_rank: None,
+            lora_modules: Vec::new(),
             quantization: None,
         }
     }
@@ -99,6 +108,9 @@ pub struct TrainFigures {
     /// Width of the adapters that alone were trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora_rank: Option<usize>,
+    /// Ends of the names of the maps that had them; none: all.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lora_modules: Vec<String>,
     /// How the frozen matrices beside them were packed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
@@ -126,7 +138,8 @@ pub struct TrainFigures {
     pub tokens_per_s_min: f64,
     /// Of the shortest step.
     pub tokens_per_s_max: f64,
-    /// Operations per token, see [`lowkey_model::ModelConfig::causal_pass_flops_per_token`].
+    /// Operations per token, see [`lowkey_model::ModelConfig::causal_pass_flops_per_token`]; beside adapters without the gradients of frozen
+    /// matrices, and with those of the adapters.
     pub flops_per_token: f64,
     /// Their product: operations of the model per second.
     pub model_flops_per_s: f64,
@@ -181,7 +194,12 @@ impl Session {
         let model = match options.lora_rank {
             Some(r) => {
                 at_least_one("lora_rank", r, config.hidden_size)?;
-                let adapter = AdapterConfig { quantization, ..AdapterConfig::all_linear(r) };
+                let all = AdapterConfig::all_linear(r);
+                let target_modules = match &options.lora_modules[..] {
+                    [] => all.target_modules.clone(),
+                    some => Modules::Ends(some.to_vec()),
+                };
+                let adapter = AdapterConfig { quantization, target_modules, ..all };
                 CausalLm::init_adapted(&config, &adapter, SEED, &device)?
             }
             None => match quantization {
@@ -314,9 +332,12 @@ pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> 
         Ok((warm_up_s, times, losses, peak_rss_mb()))
     })?;
     let Spread { median, min, max } = Spread::milliseconds(&times);
-    let (batch, seq, config) = (session.batch, session.seq, &session.replica().model.config);
+    let (batch, seq, model) = (session.batch, session.seq, &session.replica().model);
+    let config = &model.config;
+    let adapters = model.adapter().map(|keys| keys.plan(config)).transpose()?;
+    let trained = |spec: &TensorSpec| adapters.as_ref().is_none_or(|plan| plan.trains(spec));
     let rate = |ms: f64| (batch * seq) as f64 / ms * 1e3;
-    let flops_per_token = config.causal_pass_flops_per_token(seq);
+    let flops_per_token = config.causal_pass_flops_per_token(seq) + flops_beside(config, trained, adapters.as_ref());
     let model_flops_per_s = rate(median) * flops_per_token;
     Ok(TrainFigures {
         what: "train",
@@ -329,6 +350,7 @@ pub fn train(options: &TrainOptions, observe: Observer) -> Result<TrainFigures> 
         device: options.device.clone(),
         dtype: options.dtype,
         lora_rank: options.lora_rank,
+        lora_modules: options.lora_modules.clone(),
         quantization: options.quantization,
         warmup: options.warmup,
         warm_up_s: thousandths(warm_up_s),

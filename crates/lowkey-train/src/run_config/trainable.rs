@@ -77,16 +77,25 @@ impl RunConfig {
         (trained, adapters)
     }
 
-    /// What a pass over one token costs more (or, negative, less) than one that trains all weights of the model: two operations less
-    /// for each that no gradient is formed of, six more for each number of an adapter's factors.
+    /// [`flops_beside`] of what the run trains.
     pub(crate) fn flops_beside(&self, model: &ModelConfig) -> f64 {
-        let tensors = model.tensors();
         let (trained, plan) = self.trained(model);
-        let added = plan.as_ref().map_or(0, |plan| plan.factor_numbers(&tensors));
-        let multiplied =
-            |spec: &&TensorSpec| spec.role.is_matrix() && (spec.role != Role::Embedding || model.tie_word_embeddings);
-        let frozen = tensors.iter().filter(multiplied).filter(|spec| !trained(spec));
-        let frozen: usize = frozen.map(|spec| spec.shape.iter().product::<usize>()).sum();
-        6.0 * added as f64 - 2.0 * frozen as f64
+        flops_beside(model, trained, plan.as_ref())
     }
+}
+
+/// What a pass over one token costs more (or, negative, less) than one that trains all weights of the model: two operations less for each
+/// that no gradient is formed of, six more for each number of an adapter's factors.
+pub(crate) fn flops_beside(
+    model: &ModelConfig,
+    trained: impl Fn(&TensorSpec) -> bool,
+    adapters: Option<&AdapterPlan>,
+) -> f64 {
+    let tensors = model.tensors();
+    let added = adapters.map_or(0, |plan| plan.factor_numbers(&tensors));
+    let multiplied =
+        |spec: &&TensorSpec| spec.role.is_matrix() && (spec.role != Role::Embedding || model.tie_word_embeddings);
+    let frozen = tensors.iter().filter(multiplied).filter(|spec| !trained(spec));
+    let frozen: usize = frozen.map(|spec| spec.shape.iter().product::<usize>()).sum();
+    6.0 * added as f64 - 2.0 * frozen as f64
 }

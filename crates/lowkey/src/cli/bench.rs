@@ -176,6 +176,9 @@ pub(crate) struct BenchStepArguments {
     /// Train adapters of this width beside all maps, and nothing else
     #[arg(long, value_name = "R")]
     pub(crate) lora_rank: Option<usize>,
+    /// Beside these maps alone, by the ends of their names, such as q_proj,o_proj
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "lora_rank")]
+    pub(crate) lora_modules: Vec<String>,
     /// Hold the frozen matrices beside them in bf16, int8, int4 or nf4
     #[arg(long, default_value = "f32", value_name = "FORMAT", requires = "lora_rank")]
     pub(crate) weights: String,

@@ -49,8 +49,19 @@ pub(crate) fn bench(command: BenchCommand) -> anyhow::Result<()> {
 }
 
 fn options(step: BenchStepArguments, steps: usize, warmup: usize) -> Result<TrainOptions, WrongUse> {
-    let BenchStepArguments { shape, batch, seq, threads, optimizer, recompute, device, dtype, lora_rank, weights } =
-        step;
+    let BenchStepArguments {
+        shape,
+        batch,
+        seq,
+        threads,
+        optimizer,
+        recompute,
+        device,
+        dtype,
+        lora_rank,
+        lora_modules,
+        weights,
+    } = step;
     let quantization = super::packing(&weights)?;
     let recompute = if recompute { Recompute::Block } else { Recompute::None };
     let dtype = match dtype.as_str() {
@@ -71,6 +82,7 @@ fn options(step: BenchStepArguments, steps: usize, warmup: usize) -> Result<Trai
         device,
         dtype,
         lora_rank,
+        lora_modules,
         quantization,
     })
 }
@@ -119,6 +131,10 @@ fn train_text(f: &TrainFigures) -> String {
     rows.extend(f.gpu_mb.map(|mb| ("GPU memory", format!("{mb:.0} MiB"))));
     let where_to = place(&f.device, f.threads);
     let beside = f.quantization.map(|packed| format!(" beside matrices in {}", packed.name())).unwrap_or_default();
+    let on = match &f.lora_modules[..] {
+        [] => String::new(),
+        some => format!(" on {}", some.join(", ")),
+    };
     let head = format!(
         "{}: {} parameters, {} × {} tokens per step, {}, {where_to}{}{}",
         f.shape,
@@ -127,7 +143,7 @@ fn train_text(f: &TrainFigures) -> String {
         f.seq,
         f.optimizer,
         if f.recompute == Recompute::Block { ", blocks recomputed" } else { "" },
-        f.lora_rank.map(|r| format!(", adapters of width {r} alone trained{beside}")).unwrap_or_default()
+        f.lora_rank.map(|r| format!(", adapters of width {r}{on} alone trained{beside}")).unwrap_or_default()
     );
     format!("{head}\n{}", pairs(&rows))
 }

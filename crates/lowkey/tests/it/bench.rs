@@ -50,6 +50,19 @@ fn the_figures_of_training_fit_together() {
         // Weights, gradients and two moments at least.
         assert!(positive(&f, "peak_rss_mb") > 4.0 * 4.0 * 6.6);
     }
+    // Of frozen matrices no gradient is formed; six operations for each number of A and B.
+    let whole = number(&f, "flops_per_token") - 2.0 * 5_595_136.0;
+    let lora = |more: &[&str]| json(&[&["bench", "train", "--json", "--lora-rank", "4"][..], &TINY, more].concat());
+    let (q, o) = ((256 + 8 * 48) as f64, (8 * 32 + 256) as f64);
+    let rest = (256 + 80 + 64 + 8 * 64 + 3 * (256 + 704)) as f64;
+    let f = lora(&[]);
+    assert_eq!(number(&f, "flops_per_token"), whole + 6.0 * 6.0 * 4.0 * (q + o + rest));
+    assert!(f.get("lora_modules").is_none());
+    let f = lora(&["--lora-modules", "q_proj,o_proj"]);
+    assert_eq!(number(&f, "flops_per_token"), whole + 6.0 * 6.0 * 4.0 * (q + o));
+    assert_eq!(f["lora_modules"].as_array().unwrap().len(), 2);
+    let (code, _, message) = lowkey(&["bench", "train", "--lora-rank", "4", "--lora-modules", "k_proj"]);
+    assert!(code != 0 && message.contains("k_proj") && message.contains("kv_b_proj"), "{message}");
 }
 
 #[test]
