@@ -20,7 +20,7 @@ use self::packed::BackwardRoom;
 use super::autodiff::{AttentionShape, AttentionState, CausalAttentionGradients, CausalAttentionOps};
 use crate::cpu::bf16::Core;
 use crate::cpu::parts::Parts;
-use crate::cpu::tensors::{dims, integers, like, new};
+use crate::cpu::tensors::{dims, integers, like, new, room};
 use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
 use crate::cpu::transpose::transpose;
 use crate::cpu::vector::{copy_scaled, dot, exp};
@@ -302,7 +302,7 @@ pub(crate) fn backward(dims: Dims, inputs: Inputs, saved: Saved, gradients: Grad
     let arch = Arch::new();
     let Dims { batch, seq, groups, rope, .. } = dims;
     // The shared key's gradient per key head, summed in order afterwards so that threads do not race.
-    let mut d_pe = vec![0.0; batch * groups * seq * rope];
+    let mut d_pe = room(batch * groups * seq * rope);
     let (d_q, d_kv) = (&Parts::new(gradients.d_q), &Parts::new(gradients.d_kv));
     let share = |scratch: &mut BackwardScratch, task: usize, d_pe: &mut [f32]| {
         let place = [task / groups, task % groups];

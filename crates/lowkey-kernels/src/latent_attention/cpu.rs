@@ -11,7 +11,7 @@ use super::autodiff::{LatentAttentionGradients, LatentAttentionOps, LatentInputs
 use crate::autodiff::Wanted;
 use crate::causal_attention::cpu::{self as attention, Dims, Saved};
 use crate::cpu::linear::{Tokens, input_gradient, project, weight_gradient};
-use crate::cpu::tensors::{dims, integers, like, new, numbers, wanted_like};
+use crate::cpu::tensors::{dims, integers, like, new, numbers, room, wanted_like};
 use crate::norm::cpu::{Target, rms_norm, rms_norm_grad};
 use crate::precision::Precision;
 use crate::rotary::cpu::{Table, Turn, rotate};
@@ -68,13 +68,13 @@ impl Shape {
 impl<'a> Inputs<'a> {
     fn expand(self, shape: Shape) -> Expanded {
         let Shape { rank, latent_scale, eps, .. } = shape;
-        let mut latent = vec![0.0; self.kv_a.len()];
+        let mut latent = room(self.kv_a.len());
         let sizes = [1, shape.width(), rank];
         rotate(self.kv_a, self.table, sizes, shape.turn(false), &mut latent);
         let raw = shape.latents(self.kv_a);
         rms_norm(raw, self.norm, eps, latent_scale, &mut latent, shape.width());
         let tokens = shape.latents(&latent);
-        let mut kv = vec![0.0; tokens.count * self.kv_b.len() / rank];
+        let mut kv = room(tokens.count * self.kv_b.len() / rank);
         project(shape.precision, tokens, self.kv_b, rank, &mut kv, false);
         Expanded { latent, kv }
     }
@@ -112,8 +112,8 @@ pub(crate) fn backward(shape: Shape, inputs: Inputs, saved: Saved, gradients: Gr
     let Shape { attention: dims, rank, latent_scale, eps, precision, .. } = shape;
     let expanded = inputs.expand(shape);
     let tokens = dims.batch * dims.seq;
-    let mut d_kv = vec![0.0; expanded.kv.len()];
-    let mut d_k_pe = vec![0.0; tokens * dims.rope];
+    let mut d_kv = room(expanded.kv.len());
+    let mut d_k_pe = room(tokens * dims.rope);
     let parts = attention::Gradients { d_q: gradients.q, d_kv: &mut d_kv, d_k_pe: &mut d_k_pe };
     attention::backward(dims, inputs.attention(shape, &expanded), saved, parts);
     let Expanded { latent, kv } = expanded;
@@ -122,13 +122,13 @@ pub(crate) fn backward(shape: Shape, inputs: Inputs, saved: Saved, gradients: Gr
         weight_gradient(precision, &d_kv, shape.latents(&latent), rank, kv_b);
     }
     drop(latent);
-    let mut d_latent = vec![0.0; tokens * rank];
+    let mut d_latent = room(tokens * rank);
     input_gradient(precision, &d_kv, inputs.kv_b, rank, &mut d_latent, false);
     let raw = shape.latents(inputs.kv_a);
     let into = Target { data: gradients.kv_a, stride: shape.width(), accumulate: false };
     rms_norm_grad(raw, inputs.norm, &d_latent, eps, latent_scale, into, gradients.norm);
     if dims.rope > 0 {
-        let mut turned = vec![0.0; d_k_pe.len()];
+        let mut turned = room(d_k_pe.len());
         rotate(&d_k_pe, inputs.table, [1, dims.rope, 0], shape.turn(true), &mut turned);
         for (row, turned) in gradients.kv_a.chunks_exact_mut(shape.width()).zip(turned.chunks_exact(dims.rope)) {
             row[rank..].copy_from_slice(turned);

@@ -9,7 +9,7 @@ use burn_flex::FlexTensor;
 use super::autodiff::{MlpGradients, MlpOps, MlpState, MlpWeights};
 use crate::autodiff::Wanted;
 use crate::cpu::linear::{Tokens, input_gradient, project, weight_gradient};
-use crate::cpu::tensors::{dims, like, new, numbers, wanted_like};
+use crate::cpu::tensors::{dims, like, new, numbers, room, wanted_like};
 use crate::norm::cpu::{Target, rms_norm, rms_norm_grad};
 use crate::precision::Precision;
 use crate::swiglu::cpu::{swiglu, swiglu_in_place};
@@ -35,12 +35,12 @@ impl Weights<'_> {
 /// Writes `out [n, d]`, and `gate` and `up [n, f]`, which [`backward`] wants.
 pub(crate) fn forward(x: &[f32], weights: Weights, gate: &mut [f32], up: &mut [f32], out: &mut [f32]) {
     let ([d, f], precision) = (weights.widths(), weights.precision);
-    let mut normed = vec![0.0; x.len()];
+    let mut normed = room(x.len());
     rms_norm(Tokens::dense(x, d), weights.norm, weights.eps, 1.0, &mut normed, d);
     project(precision, Tokens::dense(&normed, d), weights.gate, d, gate, false);
     project(precision, Tokens::dense(&normed, d), weights.up, d, up, false);
     drop(normed);
-    let mut inner = vec![0.0; gate.len()];
+    let mut inner = room(gate.len());
     swiglu(gate, up, &mut inner);
     out.copy_from_slice(x);
     project(precision, Tokens::dense(&inner, f), weights.down, f, out, true);
@@ -66,14 +66,14 @@ pub(crate) fn backward(
 ) {
     let ([d, f], precision) = (weights.widths(), weights.precision);
     // First the gradient of the inner activation, then in its place the activation itself, formed anew.
-    let mut inner = vec![0.0; gate.len()];
+    let mut inner = room(gate.len());
     input_gradient(precision, d_out, weights.down, f, &mut inner, false);
     swiglu_in_place(gate, up, &mut inner);
     if let Some(down) = gradients.down {
         weight_gradient(precision, d_out, Tokens::dense(&inner, f), f, down);
     }
     drop(inner);
-    let mut normed = vec![0.0; x.len()];
+    let mut normed = room(x.len());
     if gradients.gate.is_some() || gradients.up.is_some() {
         rms_norm(Tokens::dense(x, d), weights.norm, weights.eps, 1.0, &mut normed, d);
     }

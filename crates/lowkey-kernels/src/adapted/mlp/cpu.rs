@@ -10,7 +10,7 @@ use crate::adapted::cpu::{Dense, Matrices, SHARE, Sums};
 use crate::autodiff::Wanted;
 use crate::cpu::linear::{Tokens, input_gradient, project};
 use crate::cpu::narrow::TOKENS;
-use crate::cpu::tensors::{dims, like, new, numbers, wanted_like};
+use crate::cpu::tensors::{dims, like, new, numbers, room, wanted_like};
 use crate::norm::cpu::{Target, rms_norm, rms_norm_grad};
 use crate::precision::Precision;
 use crate::swiglu::cpu::{swiglu, swiglu_in_place};
@@ -31,11 +31,11 @@ fn forward(x: &[f32], weights: Weights, lows: [&mut [f32]; 3], [gate, up]: [&mut
     let [d, f] = [weights.gate.d_in, weights.gate.d_out];
     let [gate_low, up_low, down_low] = lows;
     let [gate_r, up_r, down_r] = [weights.gate.r, weights.up.r, weights.down.r];
-    let mut normed = vec![0.0; x.len()];
+    let mut normed = room(x.len());
     rms_norm(Tokens::dense(x, d), norm, eps, 1.0, &mut normed, d);
     project(weights.gate.precision, Tokens::dense(&normed, d), weights.gate.weight, d, gate, false);
     project(weights.up.precision, Tokens::dense(&normed, d), weights.up.weight, d, up, false);
-    let mut inner = vec![0.0; gate.len()];
+    let mut inner = room(gate.len());
     let [by_gate, by_up, by_down] = [weights.gate, weights.up, weights.down].map(Matrices::forth);
     let of_gate = gate.par_chunks_mut(SHARE * f).zip(gate_low.par_chunks_mut(SHARE * gate_r));
     let of_up = up.par_chunks_mut(SHARE * f).zip(up_low.par_chunks_mut(SHARE * up_r));
@@ -94,10 +94,10 @@ fn backward(
             sums
         })
         .collect();
-    let mut inner = vec![0.0; gate.len()];
+    let mut inner = room(gate.len());
     input_gradient(weights.down.precision, d_out, weights.down.weight, f, &mut inner, false);
     let (by_gate, by_up) = (weights.gate.back(), weights.up.back());
-    let mut d_normed = vec![0.0; x.len()];
+    let mut d_normed = room(x.len());
     let activations =
         gate.par_chunks_mut(SHARE * f).zip(up.par_chunks_mut(SHARE * f)).zip(inner.par_chunks_mut(SHARE * f));
     let rows = d_normed.par_chunks_mut(SHARE * d).zip(x.par_chunks(SHARE * d));
