@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::{Builder, JoinHandle};
 
 use lowkey_batch::Batch;
 
@@ -15,6 +16,7 @@ const AHEAD: usize = 2;
 #[derive(Debug)]
 pub(crate) struct Prefetch {
     batches: Receiver<Result<Batch>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Prefetch {
@@ -33,8 +35,8 @@ impl Prefetch {
                 }
             }
         };
-        std::thread::Builder::new().name("batches".into()).spawn(make).map_err(|e| Error::io("thread", e))?;
-        Ok(Self { batches: receiver })
+        let thread = Builder::new().name("batches".into()).spawn(make).map_err(|e| Error::io("thread", e))?;
+        Ok(Self { batches: receiver, thread: Some(thread) })
     }
 
     /// The next batch.
@@ -44,5 +46,16 @@ impl Prefetch {
     pub(crate) fn next(&self) -> Result<Batch> {
         let ended = |_| Error::Device { what: "a batch", why: "the thread that makes them ended".into() };
         self.batches.recv().map_err(ended)?
+    }
+}
+
+impl Drop for Prefetch {
+    fn drop(&mut self) {
+        // Without a receiver the thread ends at its next batch.
+        let (_, nobody) = sync_channel(0);
+        drop(std::mem::replace(&mut self.batches, nobody));
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }

@@ -246,13 +246,16 @@ pub(super) fn aside<T: Send + 'static>(
         let _ = done.send(work());
     };
     let thread = std::thread::Builder::new().name(NAME.to_owned()).stack_size(STACK).spawn(run);
-    thread.map_err(|e| refused(format!("no thread to render it on: {e}")))?;
-    result.recv_timeout(longest).map_err(|e| match e {
-        mpsc::RecvTimeoutError::Timeout => refused(format!("takes longer than {} seconds", longest.as_secs())),
-        mpsc::RecvTimeoutError::Disconnected => {
-            refused("drives the template engine into an error of its own".to_owned())
-        }
-    })
+    let thread = thread.map_err(|e| refused(format!("no thread to render it on: {e}")))?;
+    let found = result.recv_timeout(longest);
+    if let Err(mpsc::RecvTimeoutError::Timeout) = found {
+        // Whoever lets go of a thread at the moment at which it ends reads what it gave back (glibc's bug 19951), so it is kept.
+        std::mem::forget(thread);
+        return Err(refused(format!("takes longer than {} seconds", longest.as_secs())));
+    }
+    // It has nothing left to do. That it may have panicked is what the missing result says.
+    let _ = thread.join();
+    found.map_err(|_| refused("drives the template engine into an error of its own".to_owned()))
 }
 
 /// A budget in instructions, or in pieces of 64 bytes. Published templates use some hundred for a message and pass over each
