@@ -88,14 +88,19 @@ pub(crate) fn short(x: f64) -> String {
 /// The same with as many digits as tell it from numbers that are so far away.
 fn told_apart(x: f64, gap: f64) -> String {
     let power = |x: f64| x.abs().log10().floor().clamp(-300.0, 300.0) as i32;
+    let plain = |text: &str| match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => text.to_owned(),
+    };
     if x == 0.0 {
-        "0".into()
-    } else if !(1e-4..1e7).contains(&x.abs()) {
-        format!("{x:.*e}", (power(x) - power(gap)).clamp(0, 12) as usize)
-    } else {
-        let text = format!("{x:.*}", (3 - power(x)).clamp(0, 7).max(-power(gap)).min(12) as usize);
-        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').into() } else { text }
+        return "0".into();
     }
+    if (1e-4..1e7).contains(&x.abs()) {
+        return plain(&format!("{x:.*}", (3 - power(x)).clamp(0, 7).max(-power(gap)).min(12) as usize));
+    }
+    let text = format!("{x:.*e}", (power(x) - power(gap)).clamp(0, 12) as usize);
+    // On a logarithmic axis the least gap is that of the smallest numbers.
+    text.split_once('e').map_or_else(|| plain(&text), |(digits, power)| format!("{}e{power}", plain(digits)))
 }
 
 #[cfg(test)]
@@ -125,6 +130,9 @@ mod tests {
             assert!(value != other || axis.share(value) > 0.4, "{value}");
         }
         assert!(Axis::new([0.0].into_iter(), false, &[]).share(0.0).is_finite());
+        let decades = Axis::new([1e-6, 1e9].into_iter(), true, &[]);
+        let marks: Vec<_> = [1e-5, 1e-3, 1.0, 1e4, 1e8].map(|tick| decades.label(tick)).into();
+        assert_eq!(marks, ["1e-5", "0.001", "1", "10000", "1e8"]);
     }
 
     #[test]
