@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use self::numbers::{Numbers, Vectors};
 use super::autodiff::CacheOps;
 use crate::cpu::bf16::Unit;
-use crate::cpu::tensors::{dims, integers, zeros};
+use crate::cpu::tensors::{dims, integers, new};
 use crate::latent_attention::arguments::MlaDims;
 use crate::precision::Precision;
 
@@ -116,7 +116,7 @@ fn attend(
     let slots = absorbed::Slots { vectors, keys: cache.keys, row: cache.distance };
     let MlaDims { heads, nope, rope, value, rank, scale, .. } = mla;
     let shape = absorbed::Shape { seq, heads, nope, rope, value, rank, scale: scale as f32 };
-    let mut out = zeros([batch, seq, heads * if maps.is_some() { value } else { rank }]);
+    let mut out = new([batch, seq, heads * if maps.is_some() { value } else { rank }]);
     absorbed::forward(shape, q.storage(), slots, maps, &offsets, unit, out.storage_mut());
     out
 }
@@ -124,7 +124,7 @@ fn attend(
 /// All vectors of a view as a new tensor of its shape.
 fn widened(numbers: Numbers, cache: &Stretches) -> FlexTensor {
     let shape = cache.tensor.layout().shape().clone();
-    let mut out = zeros(shape);
+    let mut out = new(shape);
     let vectors = Vectors { numbers, width: cache.width };
     let out_rows = out.storage_mut::<f32>().chunks_exact_mut(cache.keys * cache.width).take(cache.outer);
     for (i, out) in out_rows.enumerate() {
@@ -210,7 +210,7 @@ impl CacheOps for Flex {
         let mut of_scales: Vec<usize> = (0..last).map(|axis| shape[axis]).collect();
         of_scales.push(Numbers::parts(width, split));
         let mut codes = FlexTensor::empty(shape, DType::I8);
-        let mut scales = zeros(Shape::from(of_scales));
+        let mut scales = new(Shape::from(of_scales));
         numbers::quantise(x.storage(), width, split, codes.storage_mut(), scales.storage_mut());
         (codes, scales)
     }

@@ -12,14 +12,8 @@ use crate::autodiff::{Operands, Wanted};
 /// Nothing is rounded on the CPU.
 impl Operands for Flex {}
 
-/// Zeros of a shape, to which something is added. [`FlexTensor::zeros`] takes room for bytes, finds it not aligned for every type, and copies
-/// it to where it is.
-pub(crate) fn zeros(shape: impl Into<Shape>) -> FlexTensor {
-    let shape = shape.into();
-    FlexTensor::from_data(TensorData::new(vec![0.0f32; shape.num_elements()], shape))
-}
-
-/// A tensor that is to be filled, all of it: [`room`] in a shape.
+/// A tensor that is to be filled, all of it: [`room`] in a shape. ([`FlexTensor::zeros`] takes room for bytes, finds it not aligned for every
+/// type, and copies it to where it is.)
 pub(crate) fn new(shape: impl Into<Shape>) -> FlexTensor {
     let shape = shape.into();
     FlexTensor::from_data(TensorData::new(room(shape.num_elements()), shape))

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::autodiff::{LossGradients, LossOps};
 use crate::autodiff::Wanted;
 use crate::cpu::gemm::{View, product};
-use crate::cpu::tensors::{dims, integers, numbers, room, wanted_like, zeros};
+use crate::cpu::tensors::{dims, integers, new, numbers, room, wanted_like};
 use crate::cpu::vector::{exp_shifted, exp_shifted_with_gain, max, scale};
 use crate::precision::Precision;
 
@@ -250,7 +250,7 @@ fn head_inputs<'a>(
 }
 
 fn sums_tensor(sums: Sums) -> FlexTensor {
-    let mut out = zeros([2]);
+    let mut out = new([2]);
     out.storage_mut::<f32>().copy_from_slice(&[sums.objective as f32, sums.z_loss as f32]);
     out
 }
@@ -273,7 +273,7 @@ impl LossOps for Flex {
     fn cross_entropy_each(h: FlexTensor, weight: FlexTensor, targets: FlexTensor, precision: Precision) -> FlexTensor {
         let (h, weight) = (h.to_contiguous(), weight.to_contiguous());
         let targets = &integers(&targets);
-        let mut out = zeros([targets.len()]);
+        let mut out = new([targets.len()]);
         let losses = losses(head_inputs(&h, &weight, targets, &[], 0.0, precision));
         out.storage_mut::<f32>().iter_mut().zip(losses).for_each(|(out, loss)| *out = loss.nats);
         out
@@ -327,7 +327,7 @@ impl LossGradients for Flex {
         let targets = &integers(&targets);
         let inputs = head_inputs(&h, &weight, targets, &[], 0.0, precision);
         let lesson = Lesson { teacher: teacher.storage(), share: share as f32 };
-        let (mut gradients, mut out) = (wanted_like([&h, &weight], wanted), zeros([1]));
+        let (mut gradients, mut out) = (wanted_like([&h, &weight], wanted), new([1]));
         let sum = lessons_with_gradients(inputs, lesson, head_gradients(&mut gradients));
         out.storage_mut::<f32>()[0] = sum as f32;
         (out, gradients)

@@ -5,13 +5,13 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::autodiff::{Collected, RoutingGradients, RoutingOps};
-use crate::cpu::tensors::{dims, integers, zeros};
+use crate::cpu::tensors::{dims, integers, new};
 
 /// Rows from where they are to where they go: `out[i] = factor(i) · x[from(i)]`.
 fn rows(x: &FlexTensor, count: usize, row: impl Fn(usize) -> (usize, f32) + Sync) -> FlexTensor {
     let x = x.to_contiguous();
     let [_, width] = dims::<2>(&x);
-    let mut out = zeros([count, width]);
+    let mut out = new([count, width]);
     let x: &[f32] = x.storage();
     out.storage_mut::<f32>().par_chunks_exact_mut(width.max(1)).enumerate().for_each(|(i, out)| {
         let (from, factor) = row(i);
@@ -25,7 +25,7 @@ fn sums(y: &FlexTensor, places: &FlexTensor, weight: impl Fn(usize) -> f32 + Syn
     let ([tokens, k], y) = (dims::<2>(places), y.to_contiguous());
     let [_, width] = dims::<2>(&y);
     let (places, y): (_, &[f32]) = (integers(places), y.storage());
-    let mut out = zeros([tokens, width]);
+    let mut out = new([tokens, width]);
     out.storage_mut::<f32>().par_chunks_exact_mut(width.max(1)).enumerate().for_each(|(t, out)| {
         out.fill(0.0);
         for (j, place) in places[t * k..(t + 1) * k].iter().enumerate() {
@@ -61,7 +61,7 @@ impl RoutingGradients for Flex {
         let (order, places) = (integers(&order), integers(&places));
         let (factors, rows_of_y, upstream): (&[f32], &[f32], &[f32]) = (weights.storage(), y.storage(), grad.storage());
         let d_y = rows(&grad, order.len(), |place| (order[place] as usize / k, factors[order[place] as usize]));
-        let mut d_weights = zeros([tokens, k]);
+        let mut d_weights = new([tokens, k]);
         d_weights.storage_mut::<f32>().par_iter_mut().enumerate().for_each(|(choice, out)| {
             let (t, from) = (choice / k, places[choice] as usize * width);
             *out = upstream[t * width..(t + 1) * width].iter().zip(&rows_of_y[from..]).map(|(a, b)| a * b).sum();

@@ -3,7 +3,7 @@
 use burn_flex::FlexTensor;
 
 use crate::causal_attention::cpu::forward::{self, Keys, Latents, Reads, Sizes, Vectors};
-use crate::cpu::tensors::{dims, integers, zeros};
+use crate::cpu::tensors::{dims, integers, new};
 use crate::latent_attention::arguments::MlaDims;
 use crate::precision::Precision;
 
@@ -76,7 +76,7 @@ fn queries(q: &FlexTensor) -> View {
 fn chunk(sizes: Sizes, q: &View, keys: Keys, offsets: &FlexTensor) -> FlexTensor {
     let Sizes { batch, seq, heads, value, .. } = sizes;
     let (starts, offsets) = (vec![0; batch * seq], integers(offsets));
-    let (mut out, mut lse) = (zeros([batch, seq, heads * value]), vec![0.0; batch * heads * seq]);
+    let (mut out, mut lse) = (new([batch, seq, heads * value]), vec![0.0; batch * heads * seq]);
     let reads = Reads { q: q.vectors(), keys, starts: &starts, offsets: &offsets };
     forward::forward(sizes, reads, Some(out.storage_mut()), &mut lse);
     out
@@ -117,7 +117,7 @@ pub(super) fn attend_made(
 pub(super) fn largest(arguments: [&FlexTensor; 3], starts: &FlexTensor, width: usize, scale: f64) -> FlexTensor {
     let arguments = Arguments::new(arguments, width, scale);
     let (sizes, starts) = (arguments.sizes, integers(starts));
-    let mut top = zeros([sizes.batch, sizes.heads, sizes.seq]);
+    let mut top = new([sizes.batch, sizes.heads, sizes.seq]);
     // Values are not read.
     let keys = arguments.keys(arguments.own.vectors());
     let reads = Reads { q: arguments.q.vectors(), keys, starts: &starts, offsets: &[] };
