@@ -2,9 +2,10 @@
 //!
 //! Dao et al., arXiv 2205.14135 (running maximum and sum; backward from the log-sum-exp), for keys of which the last R
 //! components are shared by all heads, and for values of another width than the keys. A head's keys and values are laid out
-//! once for the tiles of [`multiply`] (with the other index running fastest for scores, as they are for the
+//! once for the tiles of [`multiply_beside`] (with the other index running fastest for scores, as they are for the
 //! weighted sums), and every tile stops at the diagonal.
 
+mod ahead;
 pub(crate) mod forward;
 mod packed;
 
@@ -15,13 +16,14 @@ use burn_flex::FlexTensor;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use self::ahead::RowsAhead;
 use self::forward::{Keys, Reads, Sizes, Vectors};
 use self::packed::BackwardRoom;
 use super::autodiff::{AttentionShape, AttentionState, CausalAttentionGradients, CausalAttentionOps};
 use crate::cpu::bf16::Core;
 use crate::cpu::parts::Parts;
 use crate::cpu::tensors::{dims, integers, like, new, room};
-use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
+use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply_beside};
 use crate::cpu::transpose::transpose;
 use crate::cpu::vector::{copy_scaled, dot, exp};
 use crate::precision::Precision;
@@ -93,6 +95,14 @@ impl Dims {
     fn own<'a>(self, inputs: Inputs<'a>, [row, head]: [usize; 2], part: Range<usize>) -> Rows<'a> {
         let at = self.offsets(row, head)[1] + part.start;
         Rows { data: &inputs.kv[at..], stride: self.strides()[1], width: part.len(), count: self.seq }
+    }
+
+    /// A head's queries, the gradients of what they got, and what they got.
+    fn of_queries<'a>(self, inputs: Inputs<'a>, saved: Saved<'a>, [row, head]: [usize; 2]) -> [Rows<'a>; 3] {
+        let ([q, _, out], [q_stride, _, out_stride]) = (self.offsets(row, head), self.strides());
+        let queries = Rows { data: &inputs.q[q..], stride: q_stride, width: self.qk(), count: self.seq };
+        let d_out = Rows { data: &saved.d_out[out..], stride: out_stride, width: self.value, count: self.seq };
+        [queries, d_out, Rows { data: &saved.out[out..], ..d_out }]
     }
 
     fn shared<'a>(self, inputs: Inputs<'a>, row: usize) -> Rows<'a> {
@@ -363,7 +373,7 @@ impl WithSimd for GroupBackward<'_> {
         s.d_keys.fill(0.0);
         s.d_values.fill(0.0);
         for head in first..first + per_group {
-            head_backward(simd, core.as_ref(), dims, inputs, saved, [row, head], s, d_q);
+            head_backward(simd, core.as_ref(), dims, inputs, saved, [row, head], s, [d_q, d_kv]);
         }
         let [kv_at, kv_stride] = [dims.offsets(row, first)[1], dims.strides()[1]];
         for t in 0..seq {
@@ -386,17 +396,14 @@ fn head_backward<S: Simd>(
     saved: Saved,
     [row, head]: [usize; 2],
     s: &mut BackwardScratch,
-    d_q: &Parts<'_>,
+    [d_q, d_kv]: [&Parts<'_>; 2],
 ) {
     let Dims { seq, heads, value, .. } = dims;
     let (qk, width, v_width) = (dims.qk(), dims.qk().next_multiple_of(LANES), value.next_multiple_of(LANES));
-    let [q_at, _, out_at] = dims.offsets(row, head);
-    let [q_stride, _, out_stride] = dims.strides();
+    let (q_at, q_stride) = (dims.offsets(row, head)[0], dims.strides()[0]);
     let starts = &inputs.starts[row * seq..(row + 1) * seq];
     let lse = &saved.lse[(row * heads + head) * seq..][..seq];
-    let queries = Rows { data: &inputs.q[q_at..], stride: q_stride, width: qk, count: seq };
-    let d_out = Rows { data: &saved.d_out[out_at..], stride: out_stride, width: value, count: seq };
-    let out = Rows { data: &saved.out[out_at..], ..d_out };
+    let [queries, d_out, out] = dims.of_queries(inputs, saved, [row, head]);
     for q0 in (0..seq).step_by(QUERIES) {
         let count = QUERIES.min(seq - q0);
         queries.copy_to(simd, q0..q0 + count, (&mut s.queries, width), 0, dims.scale);
@@ -410,6 +417,10 @@ fn head_backward<S: Simd>(
         if let Some(core) = core {
             s.packed.take_queries(core, (&s.queries, width), (&s.d_out, v_width), [count, qk, value]);
         }
+        let ahead = &mut match core {
+            Some(_) => RowsAhead::nothing(),
+            None => RowsAhead::backward(dims, inputs, saved, [d_q, d_kv], [row, head], q0..q0 + count),
+        };
         for k0 in key_blocks(starts[q0], q0 + count) {
             let sight = Sight { starts, offset: 0, keys: seq, q0, k0 };
             if let Some(core) = core {
@@ -418,8 +429,17 @@ fn head_backward<S: Simd>(
                 let q = Left { data: &s.queries, rows: width, inner: 1 };
                 let d = Left { data: &s.d_out, rows: v_width, inner: 1 };
                 let (keys_t, values_t) = (&s.keys_t[k0 * qk..], &s.values_t[k0 * value..]);
-                multiply(simd, count, q, (keys_t, KEYS), (&mut s.scores, KEYS), false, sight.scores(qk));
-                multiply(simd, count, d, (values_t, KEYS), (&mut s.d_scores, KEYS), false, sight.scores(value));
+                multiply_beside(simd, count, q, (keys_t, KEYS), (&mut s.scores, KEYS), false, sight.scores(qk), ahead);
+                multiply_beside(
+                    simd,
+                    count,
+                    d,
+                    (values_t, KEYS),
+                    (&mut s.d_scores, KEYS),
+                    false,
+                    sight.scores(value),
+                    ahead,
+                );
             }
             let rows = s.scores.chunks_exact_mut(KEYS).zip(s.d_scores.chunks_exact_mut(KEYS)).take(count);
             for (i, (p, d)) in rows.enumerate() {
@@ -447,12 +467,13 @@ fn head_backward<S: Simd>(
             }
             let keys = (&s.keys[k0 * width..], width);
             let d = Left { data: &s.d_scores, rows: KEYS, inner: 1 };
-            multiply(simd, count, d, keys, (&mut s.d_queries, width), true, sight.over_keys(qk));
+            multiply_beside(simd, count, d, keys, (&mut s.d_queries, width), true, sight.over_keys(qk), ahead);
             // The same blocks, read across: row by row of keys.
             let keys = KEYS.min(q0 + count - k0);
+            let (of_keys, of_values) = (sight.over_queries(count, qk), sight.over_queries(count, value));
             let (p, d) = (Left { data: &s.scores, rows: 1, inner: KEYS }, Left { rows: 1, inner: KEYS, ..d });
-            multiply(simd, keys, d, (&s.queries, width), (d_keys, width), true, sight.over_queries(count, qk));
-            multiply(simd, keys, p, (&s.d_out, v_width), (d_values, v_width), true, sight.over_queries(count, value));
+            multiply_beside(simd, keys, d, (&s.queries, width), (d_keys, width), true, of_keys, ahead);
+            multiply_beside(simd, keys, p, (&s.d_out, v_width), (d_values, v_width), true, of_values, ahead);
         }
         for (i, gradient) in s.d_queries.chunks_exact(width).take(count).enumerate() {
             // SAFETY: one head's columns of one query, which only this task writes, one at a time.

@@ -71,8 +71,24 @@ pub(crate) fn multiply<S: Simd>(
     accumulate: bool,
     extent: impl Fn(usize) -> Extent,
 ) {
+    multiply_beside(simd, rows, a, b, out, accumulate, extent, &mut ());
+}
+
+/// [`multiply`] with something that has a turn at each inner index of a tile.
+#[allow(clippy::too_many_arguments, reason = "one more than without it")]
+#[inline(always)]
+pub(crate) fn multiply_beside<S: Simd>(
+    simd: S,
+    rows: usize,
+    a: Left,
+    b: (&[f32], usize),
+    out: (&mut [f32], usize),
+    accumulate: bool,
+    extent: impl Fn(usize) -> Extent,
+    aside: &mut impl Aside,
+) {
     let most = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
-    multiply_by::<S, ROWS>(simd, rows, a, b, out, accumulate, extent, most, &mut ());
+    multiply_by::<S, ROWS>(simd, rows, a, b, out, accumulate, extent, most, aside);
 }
 
 /// [`multiply`], added to what is there, in tiles of 8 or [`ROWS`] rows, whichever wastes fewer: buffers must have room for both, and an
@@ -90,8 +106,7 @@ pub(crate) fn add_either<S: Simd>(
     if in_eights::<S>(rows) {
         multiply_by::<S, 8>(simd, rows, a, b, out, true, extent, 2, aside);
     } else {
-        let most = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
-        multiply_by::<S, ROWS>(simd, rows, a, b, out, true, extent, most, aside);
+        multiply_beside(simd, rows, a, b, out, true, extent, aside);
     }
 }
 

@@ -62,8 +62,21 @@ impl Aside for () {
     fn turn(&mut self) {}
 }
 
+/// Asks for the line at an address, which need not be one. Where the language has no such instruction, the processor has to guess.
+#[inline(always)]
+pub(crate) fn ask_for(line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: reads nothing, whatever lies there; every x86-64 has the instruction.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
 /// Asks for numbers that will be read soon, some at each of `turns`: a core waits for no more than a dozen lines at a time, and stands
-/// still where it is told to ask for more. Where the language has no such instruction, the processor has to guess.
+/// still where it is told to ask for more.
 pub(crate) struct Ahead<'a> {
     bytes: &'a [u8],
     lines: usize,
@@ -72,7 +85,7 @@ pub(crate) struct Ahead<'a> {
 }
 
 /// Bytes that memory hands out at a time.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 impl<'a> Ahead<'a> {
     pub(crate) fn new(bytes: &'a [u8], turns: usize) -> Self {
@@ -86,12 +99,7 @@ impl Aside for Ahead<'_> {
         self.due += self.lines;
         while self.due >= self.turns {
             self.due -= self.turns;
-            #[cfg(target_arch = "x86_64")]
-            {
-                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-                // SAFETY: reads nothing, whatever lies there; every x86-64 has the instruction.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.bytes.as_ptr().cast()) };
-            }
+            ask_for(self.bytes.as_ptr());
             self.bytes = self.bytes.get(LINE..).unwrap_or(&[]);
         }
     }
@@ -134,28 +142,25 @@ pub(crate) fn max_of_few<S: Simd>(simd: S, row: &[f32]) -> f32 {
 
 /// Sum of the lanes, in halves: one after the other would wait sixteen times for an addition.
 #[inline(always)]
-fn total(lanes: [f32; LANES]) -> f32 {
-    let mut halves = lanes;
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            halves[i] += halves[i + half];
-        }
-    }
-    halves[0]
+fn total<S: Simd>(simd: S, lanes: [f32; LANES]) -> f32 {
+    let sum = vectors::<S>(&lanes).iter().copied().reduce(|sum, lanes| simd.add_f32s(sum, lanes));
+    sum.map_or(0.0, |sum| simd.reduce_sum_f32s(sum))
 }
 
 /// Replaces x by e^(x − shift) and returns the sum.
 #[inline(always)]
-pub(crate) fn exp_shifted(row: &mut [f32], shift: f32) -> f32 {
+pub(crate) fn exp_shifted<S: Simd>(simd: S, row: &mut [f32], shift: f32) -> f32 {
     let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    let shifts = simd.splat_f32s(shift);
     let mut lanes = [0.0; LANES];
+    let (sums, _) = S::as_mut_simd_f32s(&mut lanes);
     for chunk in chunks {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *x = exp(*x - shift);
-            *lane += *x;
+        for (x, sum) in S::as_mut_simd_f32s(chunk).0.iter_mut().zip(&mut *sums) {
+            *x = exps(simd, simd.sub_f32s(*x, shifts));
+            *sum = simd.add_f32s(*sum, *x);
         }
     }
-    let mut sum = total(lanes);
+    let mut sum = total(simd, lanes);
     for x in rest {
         *x = exp(*x - shift);
         sum += *x;
@@ -165,7 +170,11 @@ pub(crate) fn exp_shifted(row: &mut [f32], shift: f32) -> f32 {
 
 /// Replaces x by e^(x − shift); returns the sum of these, and of each times (x − shift) − (y − other shift).
 #[inline(always)]
-pub(crate) fn exp_shifted_with_gain(row: &mut [f32], shift: f32, other: &[f32], other_shift: f32) -> [f32; 2] {
+pub(crate) fn exp_shifted_with_gain<S: Simd>(
+    simd: S,
+    (row, shift): (&mut [f32], f32),
+    (other, other_shift): (&[f32], f32),
+) -> [f32; 2] {
     let (chunks, rest) = row.as_chunks_mut::<LANES>();
     let (others, other_rest) = other.as_chunks::<LANES>();
     let (mut sums, mut gains) = ([0.0; LANES], [0.0; LANES]);
@@ -177,7 +186,7 @@ pub(crate) fn exp_shifted_with_gain(row: &mut [f32], shift: f32, other: &[f32], 
             *gain += *x * (above - (y - other_shift));
         }
     }
-    let (mut sum, mut gain) = (total(sums), total(gains));
+    let (mut sum, mut gain) = (total(simd, sums), total(simd, gains));
     for (x, y) in rest.iter_mut().zip(other_rest) {
         let above = *x - shift;
         *x = exp(above);
@@ -221,7 +230,7 @@ pub(crate) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
             *sum = simd.mul_add_e_f32s(*x, *y, *sum);
         }
     }
-    total(lanes) + rest_a.iter().zip(rest_b).map(|(x, y)| x * y).sum::<f32>()
+    total(simd, lanes) + rest_a.iter().zip(rest_b).map(|(x, y)| x * y).sum::<f32>()
 }
 
 /// Σ a·b·weight
@@ -239,7 +248,7 @@ pub(crate) fn dot_weighted<S: Simd>(simd: S, a: &[f32], b: &[f32], weight: &[f32
         }
     }
     let rest = rest_a.iter().zip(rest_b).zip(rest_w).map(|((x, y), w)| x * y * w);
-    total(lanes) + rest.sum::<f32>()
+    total(simd, lanes) + rest.sum::<f32>()
 }
 
 /// The vectors of a chunk, which any width of them divides.
@@ -312,7 +321,7 @@ mod tests {
             copy_scaled(simd, &a, &mut doubled, 2.0);
             assert!(doubled.iter().zip(&a).all(|(double, x)| *double == 2.0 * x));
             let mut b = a.clone();
-            let sum = exp_shifted(&mut b, 1.0);
+            let sum = exp_shifted(simd, &mut b, 1.0);
             let expected: f32 = a.iter().map(|x| (x - 1.0).exp()).sum();
             assert!((sum - expected).abs() <= 1e-5 * expected.max(1.0));
         }

@@ -86,10 +86,10 @@ impl Inputs<'_> {
 /// Turns a row of logits into e^(logit − max); returns the loss and the sum.
 #[pulp::with_simd(row_loss = Arch::new())]
 #[inline(always)]
-fn row_loss_with<S: Simd>(_simd: S, row: &mut [f32], target: usize) -> (TokenLoss, f32) {
+fn row_loss_with<S: Simd>(simd: S, row: &mut [f32], target: usize) -> (TokenLoss, f32) {
     let at_target = row[target];
     let highest = max(row);
-    let sum = exp_shifted(row, highest);
+    let sum = exp_shifted(simd, row, highest);
     // The target's logit first: far from 0, log_z alone has few digits left behind the point.
     (TokenLoss { nats: highest - at_target + sum.ln(), log_z: highest + sum.ln() }, sum)
 }
@@ -189,7 +189,7 @@ pub(crate) struct Lesson<'a> {
 #[pulp::with_simd(row_lesson = Arch::new())]
 #[inline(always)]
 fn row_lesson_with<'a, S: Simd>(
-    _simd: S,
+    simd: S,
     student: &'a mut [f32],
     teacher: &'a mut [f32],
     target: usize,
@@ -198,8 +198,8 @@ fn row_lesson_with<'a, S: Simd>(
     // Far from 0, log-partitions alone have few digits left behind the point: everything is taken from the maxima.
     let (highest, of_teacher) = (max(student), max(teacher));
     let at_target = student[target] - highest;
-    let [sum_teacher, gain] = exp_shifted_with_gain(teacher, of_teacher, student, highest);
-    let sum = exp_shifted(student, highest);
+    let [sum_teacher, gain] = exp_shifted_with_gain(simd, (teacher, of_teacher), (student, highest));
+    let sum = exp_shifted(simd, student, highest);
     let log_z = sum.ln();
     let apart = gain / sum_teacher - sum_teacher.ln() + log_z;
     let (mine, its) = (1.0 / sum, share / sum_teacher);

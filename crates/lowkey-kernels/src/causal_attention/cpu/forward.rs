@@ -6,11 +6,12 @@ use std::sync::{Mutex, PoisonError};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::ahead::RowsAhead;
 use super::packed::ForwardRoom;
 use super::{KEYS, QUERIES, Rows, Sight, key_blocks};
 use crate::cpu::bf16::Core;
 use crate::cpu::parts::Parts;
-use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
+use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply, multiply_beside};
 use crate::cpu::vector::{exp, exp_shifted, max_of_few, max_of_finite, scale};
 use crate::precision::Precision;
 
@@ -50,7 +51,7 @@ pub(crate) struct Vectors<'a> {
 }
 
 impl<'a> Vectors<'a> {
-    fn rows(self, [row, head]: [usize; 2], width: usize, count: usize) -> Rows<'a> {
+    pub(super) fn rows(self, [row, head]: [usize; 2], width: usize, count: usize) -> Rows<'a> {
         let data = if width == 0 { &[] } else { &self.data[row * self.row + head * self.head..] };
         Rows { data, stride: if width == 0 { 0 } else { self.token }, width, count }
     }
@@ -153,7 +154,7 @@ impl<'a> Latents<'a> {
 }
 
 impl Sizes {
-    fn qk(self) -> usize {
+    pub(super) fn qk(self) -> usize {
         self.own + self.shared
     }
 
@@ -294,6 +295,10 @@ impl WithSimd for Head<'_> {
             scratch.sums.fill(0.0);
             scratch.top.fill(f32::NEG_INFINITY);
             scratch.mass.fill(0.0);
+            let ahead = &mut match (out, &core) {
+                (Some(out), None) => RowsAhead::forward(sizes, reads, out, [row, head], first..last, to),
+                _ => RowsAhead::nothing(),
+            };
             for k0 in key_blocks(starts[first], (offset + last).min(visible)) {
                 let at = match reads.keys {
                     Keys::Given { .. } => k0,
@@ -317,7 +322,16 @@ impl WithSimd for Head<'_> {
                         packed.scores(core, queries, [count, qk], sight, scores);
                     } else {
                         let q = Left { data: queries, rows: qk, inner: 1 };
-                        multiply(simd, count, q, (&keys_t[at * qk..], KEYS), (scores, KEYS), false, sight.scores(qk));
+                        multiply_beside(
+                            simd,
+                            count,
+                            q,
+                            (&keys_t[at * qk..], KEYS),
+                            (scores, KEYS),
+                            false,
+                            sight.scores(qk),
+                            ahead,
+                        );
                     }
                     for (i, row) in scores.chunks_exact_mut(KEYS).take(count).enumerate() {
                         let (from, to) = sight.of_query(i);
@@ -342,7 +356,7 @@ impl WithSimd for Head<'_> {
                             f32::NEG_INFINITY => 0.0,
                             before => exp(before - highest),
                         };
-                        mass[i] = mass[i] * shrink + exp_shifted(&mut row[..whole], highest);
+                        mass[i] = mass[i] * shrink + exp_shifted(simd, &mut row[..whole], highest);
                         row[..from].fill(0.0);
                         // The sum below reads a tile's keys up to the last that its last query sees; a packed one all of them.
                         row[to..if core.is_some() { KEYS } else { (to + ROWS).min(KEYS) }].fill(0.0);
@@ -356,7 +370,7 @@ impl WithSimd for Head<'_> {
                     } else if out.is_some() {
                         let p = Left { data: scores, rows: KEYS, inner: 1 };
                         let v = (&values[at * width..], width);
-                        multiply(simd, count, p, v, (sums, width), true, sight.over_keys(value));
+                        multiply_beside(simd, count, p, v, (sums, width), true, sight.over_keys(value), ahead);
                     }
                 }
             }
