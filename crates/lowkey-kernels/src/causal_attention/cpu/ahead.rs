@@ -22,7 +22,8 @@ pub(super) struct RowsAhead {
     /// Tensors that there are, and the one whose turn it is.
     count: usize,
     current: usize,
-    turns: usize,
+    /// Turns until a line is asked for; where there is none, more than will ever pass.
+    wait: usize,
 }
 
 /// Lines of rows of one tensor, in bytes.
@@ -39,7 +40,7 @@ struct Lines {
 impl RowsAhead {
     pub(super) fn nothing() -> Self {
         let none = Lines { row: std::ptr::null(), stride: 0, width: 0, left: 0, next: 0 };
-        Self { tensors: [none; TENSORS], count: 0, current: 0, turns: 0 }
+        Self { tensors: [none; TENSORS], count: 0, current: 0, wait: usize::MAX }
     }
 
     /// What a forward pass needs once a head's queries `some` of `from..to` are done with: the next queries, where this block's outputs
@@ -117,6 +118,7 @@ impl RowsAhead {
             let [stride, width] = [stride, width].map(|numbers| numbers * size_of::<f32>());
             self.tensors[self.count] = Lines { row: first.cast(), stride, width, left: count, next: 0 };
             self.count += 1;
+            self.wait = TURNS;
         }
     }
 
@@ -138,11 +140,12 @@ impl RowsAhead {
 impl Aside for RowsAhead {
     #[inline(always)]
     fn turn(&mut self) {
-        self.turns += 1;
-        if self.turns.is_multiple_of(TURNS)
-            && let Some(line) = self.next_line()
-        {
-            ask_for(line);
+        self.wait -= 1;
+        if self.wait == 0 {
+            self.wait = self.next_line().map_or(usize::MAX, |line| {
+                ask_for(line);
+                TURNS
+            });
         }
     }
 }
