@@ -1,8 +1,8 @@
 //! Strided matrix products: in f32 through the `gemm` crate, in bf16 by [`super::bf16`].
 //!
 //! That crate computes a tile of six rows of the left factor at a time, of which it reads one number after the other. On x86 it packs them
-//! first, number by number, which takes a fifth of a product of the sizes that models train with; rows whose numbers lie side by side are
-//! as fast to read where they lie. So it is told to leave them there, and a left factor that lies the other way, as in the gradient of a
+//! first, number by number, which takes up to a sixth of a product of the sizes that models train with; rows whose numbers lie side by side
+//! are as fast to read where they lie. So it is told to leave them there, and a left factor that lies the other way, as in the gradient of a
 //! weight, is turned beforehand, square by square, in blocks that stay in a core's second cache.
 
 use std::cell::Cell;
