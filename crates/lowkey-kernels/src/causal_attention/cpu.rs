@@ -2,7 +2,7 @@
 //!
 //! Dao et al., arXiv 2205.14135 (running maximum and sum; backward from the log-sum-exp), for keys of which the last R
 //! components are shared by all heads, and for values of another width than the keys. A head's keys and values are laid out
-//! once for the tiles of [`multiply_beside`] (with the other index running fastest for scores, as they are for the
+//! once for the tiles of [`multiply`] (with the other index running fastest for scores, as they are for the
 //! weighted sums), and every tile stops at the diagonal.
 
 mod ahead;
@@ -23,7 +23,7 @@ use super::autodiff::{AttentionShape, AttentionState, CausalAttentionGradients, 
 use crate::cpu::bf16::Core;
 use crate::cpu::parts::Parts;
 use crate::cpu::tensors::{dims, integers, like, new, room};
-use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply_beside};
+use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
 use crate::cpu::transpose::transpose;
 use crate::cpu::vector::{copy_scaled, dot, exp};
 use crate::precision::Precision;
@@ -429,17 +429,8 @@ fn head_backward<S: Simd>(
                 let q = Left { data: &s.queries, rows: width, inner: 1 };
                 let d = Left { data: &s.d_out, rows: v_width, inner: 1 };
                 let (keys_t, values_t) = (&s.keys_t[k0 * qk..], &s.values_t[k0 * value..]);
-                multiply_beside(simd, count, q, (keys_t, KEYS), (&mut s.scores, KEYS), false, sight.scores(qk), ahead);
-                multiply_beside(
-                    simd,
-                    count,
-                    d,
-                    (values_t, KEYS),
-                    (&mut s.d_scores, KEYS),
-                    false,
-                    sight.scores(value),
-                    ahead,
-                );
+                multiply(simd, count, q, (keys_t, KEYS), (&mut s.scores, KEYS), false, sight.scores(qk), ahead);
+                multiply(simd, count, d, (values_t, KEYS), (&mut s.d_scores, KEYS), false, sight.scores(value), ahead);
             }
             let rows = s.scores.chunks_exact_mut(KEYS).zip(s.d_scores.chunks_exact_mut(KEYS)).take(count);
             for (i, (p, d)) in rows.enumerate() {
@@ -467,13 +458,13 @@ fn head_backward<S: Simd>(
             }
             let keys = (&s.keys[k0 * width..], width);
             let d = Left { data: &s.d_scores, rows: KEYS, inner: 1 };
-            multiply_beside(simd, count, d, keys, (&mut s.d_queries, width), true, sight.over_keys(qk), ahead);
+            multiply(simd, count, d, keys, (&mut s.d_queries, width), true, sight.over_keys(qk), ahead);
             // The same blocks, read across: row by row of keys.
             let keys = KEYS.min(q0 + count - k0);
             let (of_keys, of_values) = (sight.over_queries(count, qk), sight.over_queries(count, value));
             let (p, d) = (Left { data: &s.scores, rows: 1, inner: KEYS }, Left { rows: 1, inner: KEYS, ..d });
-            multiply_beside(simd, keys, d, (&s.queries, width), (d_keys, width), true, of_keys, ahead);
-            multiply_beside(simd, keys, p, (&s.d_out, v_width), (d_values, v_width), true, of_values, ahead);
+            multiply(simd, keys, d, (&s.queries, width), (d_keys, width), true, of_keys, ahead);
+            multiply(simd, keys, p, (&s.d_out, v_width), (d_values, v_width), true, of_values, ahead);
         }
         for (i, gradient) in s.d_queries.chunks_exact(width).take(count).enumerate() {
             // SAFETY: one head's columns of one query, which only this task writes, one at a time.

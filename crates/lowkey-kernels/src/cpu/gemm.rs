@@ -11,7 +11,7 @@ use std::sync::Once;
 use gemm::Parallelism;
 
 use super::bf16::{self, Product, Unit};
-use super::parts::Parts;
+use super::parts::{Parts, parts, with_kept};
 use super::tile::Aligned;
 use super::transpose::transpose;
 use crate::precision::Precision;
@@ -152,52 +152,7 @@ unsafe fn multiply_f32(
     alpha: f32,
     threads: usize,
 ) {
-    a.check(m, k);
-    b.check(k, n);
-    if !(a.rows == 1 && a.columns > 1 && n >= MANY && k > 0) {
-        // SAFETY: as the caller promises.
-        unsafe { by_gemm([m, n, k], out, stride, accumulate, a, b, alpha, threads) };
-        return;
-    }
-    with_room(BLOCK[0] * (BLOCK[1] + APART), |room| {
-        for k0 in (0..k).step_by(BLOCK[1]) {
-            for row in (0..m).step_by(BLOCK[0]) {
-                let [rows, depth] = [BLOCK[0].min(m - row), BLOCK[1].min(k - k0)];
-                transpose([depth, rows], (&a.data[k0 * a.columns + row..], a.columns), (room, depth + APART));
-                let (a, b) = (View::new(room, depth + APART), View { data: &b.data[k0 * b.rows..], ..b });
-                let adds = accumulate || k0 > 0;
-                // SAFETY: as the caller promises; these rows are some of those of `out`.
-                unsafe { by_gemm([rows, n, depth], out.add(row * stride), stride, adds, a, b, alpha, threads) };
-            }
-        }
-    });
-}
-
-/// Calls with room for `count` numbers, which this thread keeps. Who waits inside for other threads may be given another product to do,
-/// which finds none and makes its own.
-fn with_room(count: usize, call: impl FnOnce(&mut [f32])) {
-    thread_local!(static ROOM: Cell<Option<Aligned>> = const { Cell::new(None) });
-    let kept = ROOM.take().filter(|room| room.len() >= count);
-    let mut room = kept.unwrap_or_else(|| Aligned::zeros(count));
-    call(&mut room);
-    ROOM.set(Some(room));
-}
-
-/// [`multiply_f32`] by the `gemm` crate.
-///
-/// # Safety
-/// As of [`multiply`], and `a` and `b` must have been checked.
-#[expect(clippy::too_many_arguments, reason = "what a product is told")]
-unsafe fn by_gemm(
-    [m, n, k]: [usize; 3],
-    out: *mut f32,
-    stride: usize,
-    accumulate: bool,
-    a: View,
-    b: View,
-    alpha: f32,
-    threads: usize,
-) {
+    thread_local!(static TURNED: Cell<Option<Aligned>> = const { Cell::new(None) });
     static TUNED: Once = Once::new();
     // The most that there is. On other processors packing serves the registers.
     TUNED.call_once(|| {
@@ -205,31 +160,51 @@ unsafe fn by_gemm(
             gemm::set_rhs_packing_threshold(256);
         }
     });
+    a.check(m, k);
+    b.check(k, n);
     let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };
-    // SAFETY: by the caller's promise; the lengths of slices are guaranteed by their borrow.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out,
-            1,
-            stride as isize,
-            accumulate,
-            a.data.as_ptr(),
-            a.columns as isize,
-            a.rows as isize,
-            b.data.as_ptr(),
-            b.columns as isize,
-            b.rows as isize,
-            1.0,
-            alpha,
-            false,
-            false,
-            false,
-            parallelism,
-        );
+    let by_gemm = |[m, n, k]: [usize; 3], out: *mut f32, accumulate: bool, a: View, b: View| {
+        // SAFETY: the checks above keep every reading access within the slices, whose lengths the borrow guarantees, and what is turned
+        // fills its room; rows of `out` are some of those that the caller answers for.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                out,
+                1,
+                stride as isize,
+                accumulate,
+                a.data.as_ptr(),
+                a.columns as isize,
+                a.rows as isize,
+                b.data.as_ptr(),
+                b.columns as isize,
+                b.rows as isize,
+                1.0,
+                alpha,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
+    };
+    if !(a.rows == 1 && a.columns > 1 && n >= MANY) {
+        return by_gemm([m, n, k], out, accumulate, a, b);
     }
+    let room = || Aligned::zeros(BLOCK[0] * (BLOCK[1] + APART));
+    with_kept(&TURNED, room, |room| {
+        for (inner, depth) in parts(k, BLOCK[1]) {
+            let b = View { data: &b.data[inner * b.rows..], ..b };
+            for (row, rows) in parts(m, BLOCK[0]) {
+                let from = a.data.get(inner * a.columns + row..).unwrap_or_default();
+                transpose([depth, rows], (from, a.columns), (room, depth + APART));
+                let turned = View::new(room, depth + APART);
+                by_gemm([rows, n, depth], out.wrapping_add(row * stride), accumulate || inner > 0, turned, b);
+            }
+        }
+    });
 }
 
 #[cfg(test)]
@@ -280,15 +255,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn a_product_inside_another_has_room_of_its_own() {
-        with_room(40, |outer| {
-            outer.fill(1.0);
-            with_room(1000, |inner| inner.fill(2.0));
-            assert!(outer.iter().all(|x| *x == 1.0) && outer.len() >= 40);
-        });
-        with_room(1000, |room| assert!(room.len() >= 1000));
     }
 }

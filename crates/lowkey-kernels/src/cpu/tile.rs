@@ -60,24 +60,11 @@ pub(crate) struct Extent {
 }
 
 /// `out = A B` or `out += A B` for rows `0..rows` (rounded up to [`ROWS`]), with `B [inner, columns]` in rows `b.1` apart and
-/// `out` in rows `out.1` apart. `extent(first row)` says for each [`ROWS`] rows what of them is wanted.
+/// `out` in rows `out.1` apart. `extent(first row)` says for each [`ROWS`] rows what of them is wanted. `aside` has a turn at each inner
+/// index of a tile.
+#[allow(clippy::too_many_arguments, reason = "a product, and what is done beside it")]
 #[inline(always)]
 pub(crate) fn multiply<S: Simd>(
-    simd: S,
-    rows: usize,
-    a: Left,
-    b: (&[f32], usize),
-    out: (&mut [f32], usize),
-    accumulate: bool,
-    extent: impl Fn(usize) -> Extent,
-) {
-    multiply_beside(simd, rows, a, b, out, accumulate, extent, &mut ());
-}
-
-/// [`multiply`] with something that has a turn at each inner index of a tile.
-#[allow(clippy::too_many_arguments, reason = "one more than without it")]
-#[inline(always)]
-pub(crate) fn multiply_beside<S: Simd>(
     simd: S,
     rows: usize,
     a: Left,
@@ -106,7 +93,7 @@ pub(crate) fn add_either<S: Simd>(
     if in_eights::<S>(rows) {
         multiply_by::<S, 8>(simd, rows, a, b, out, true, extent, 2, aside);
     } else {
-        multiply_beside(simd, rows, a, b, out, true, extent, aside);
+        multiply(simd, rows, a, b, out, true, extent, aside);
     }
 }
 
@@ -387,7 +374,7 @@ mod tests {
             let width = columns.next_multiple_of(LANES);
             let (row, step) = if transposed { (1, rows.next_multiple_of(ROWS)) } else { (inner, 1) };
             let a = Left { data: a, rows: row, inner: step };
-            multiply(simd, rows, a, (b, width), (out, width), true, |_| Extent { inner: (0, inner), columns });
+            multiply(simd, rows, a, (b, width), (out, width), true, |_| Extent { inner: (0, inner), columns }, &mut ());
         }
     }
 

@@ -59,8 +59,7 @@ impl RowsAhead {
             return ahead;
         };
         let next = following([row, head], [batch, heads]);
-        let queries = if some.end < to { Some(([row, head], some.end)) } else { next.map(|next| (next, 0)) };
-        if let Some((place, first)) = queries {
+        if let Some((place, first)) = queries_after([row, head], some.end, to, next) {
             ahead.read(reads.q.rows(place, sizes.qk(), seq), first..(first + QUERIES).min(seq));
         }
         ahead.written(out, ((row * seq + some.start) * heads + head) * value, [some.len(), value], heads * value);
@@ -86,8 +85,7 @@ impl RowsAhead {
         let ([q, kv, _], [q_stride, kv_stride, _]) = (dims.offsets(row, head), dims.strides());
         let mut ahead = Self::nothing();
         let next = following([row, head], [dims.batch, dims.heads]);
-        let queries = if some.end < dims.seq { Some(([row, head], some.end)) } else { next.map(|next| (next, 0)) };
-        if let Some((place, first)) = queries {
+        if let Some((place, first)) = queries_after([row, head], some.end, dims.seq, next) {
             for rows in dims.of_queries(inputs, saved, place) {
                 ahead.read(rows, first..(first + QUERIES).min(dims.seq));
             }
@@ -124,7 +122,7 @@ impl RowsAhead {
 
     #[inline(always)]
     fn next_line(&mut self) -> Option<*const u8> {
-        let lines = self.tensors.get_mut(self.current).filter(|_| self.current < self.count)?;
+        let lines = self.tensors[..self.count].get_mut(self.current)?;
         let before = lines.row.addr() % LINE;
         let line = lines.row.wrapping_sub(before).wrapping_add(lines.next);
         lines.next += LINE;
@@ -157,6 +155,11 @@ fn following([row, head]: [usize; 2], [batch, heads]: [usize; 2]) -> Option<[usi
         _ if row + 1 < batch => Some([row + 1, 0]),
         _ => None,
     }
+}
+
+/// Head and first query of the block that is computed after one that ends at `end`, where the head's queries end at `to`.
+fn queries_after(place: [usize; 2], end: usize, to: usize, next: Option<[usize; 2]>) -> Option<([usize; 2], usize)> {
+    if end < to { Some((place, end)) } else { next.map(|next| (next, 0)) }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use super::packed::ForwardRoom;
 use super::{KEYS, QUERIES, Rows, Sight, key_blocks};
 use crate::cpu::bf16::Core;
 use crate::cpu::parts::Parts;
-use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply, multiply_beside};
+use crate::cpu::tile::{Aligned, Extent, LANES, Left, ROWS, multiply};
 use crate::cpu::vector::{exp, exp_shifted, max_of_few, max_of_finite, scale};
 use crate::precision::Precision;
 
@@ -143,13 +143,14 @@ impl<'a> Latents<'a> {
         let at = row * keys.next_multiple_of(KEYS) + k0;
         let Scratch { keys_t, values, w_uk, w_uv, .. } = scratch;
         let from = &self.across[at * (rank + shared)..][..KEYS * (rank + shared)];
-        let extent = |_| Extent { inner: (0, rank), columns: count };
-        multiply(simd, own, Left { data: w_uk, rows: rank, inner: 1 }, (from, KEYS), (keys_t, KEYS), false, extent);
+        let (maps, extent) =
+            (Left { data: w_uk, rows: rank, inner: 1 }, |_| Extent { inner: (0, rank), columns: count });
+        multiply(simd, own, maps, (from, KEYS), (keys_t, KEYS), false, extent, &mut ());
         // Rows beyond `own` have been written to, as a tile is a whole one.
         keys_t[own * KEYS..qk * KEYS].copy_from_slice(&from[rank * KEYS..]);
         let along = Left { data: &self.along[at * rank..], rows: rank, inner: 1 };
         let extent = |_| Extent { inner: (0, rank), columns: value };
-        multiply(simd, count, along, (w_uv, width), (values, width), false, extent);
+        multiply(simd, count, along, (w_uv, width), (values, width), false, extent, &mut ());
     }
 }
 
@@ -322,7 +323,7 @@ impl WithSimd for Head<'_> {
                         packed.scores(core, queries, [count, qk], sight, scores);
                     } else {
                         let q = Left { data: queries, rows: qk, inner: 1 };
-                        multiply_beside(
+                        multiply(
                             simd,
                             count,
                             q,
@@ -370,7 +371,7 @@ impl WithSimd for Head<'_> {
                     } else if out.is_some() {
                         let p = Left { data: scores, rows: KEYS, inner: 1 };
                         let v = (&values[at * width..], width);
-                        multiply_beside(simd, count, p, v, (sums, width), true, sight.over_keys(value), ahead);
+                        multiply(simd, count, p, v, (sums, width), true, sight.over_keys(value), ahead);
                     }
                 }
             }

@@ -9,6 +9,7 @@ use super::kernels::BLOCK;
 use super::pack::{Packed, Part, STRIP, Side, Tile};
 use super::unit::Unit;
 use crate::cpu::gemm::View;
+use crate::cpu::parts::{parts, with_kept};
 
 /// A product of one matrix with another, both as they lie in memory.
 #[derive(Clone, Copy)]
@@ -33,16 +34,13 @@ const SHARE: usize = 8 * STRIP;
 
 thread_local! {
     // What was packed. Fresh pages would cost as much as small products.
-    static ROOM: [Cell<Option<Packed>>; 2] = const { [Cell::new(None), Cell::new(None)] };
+    static LEFT: Cell<Option<Packed>> = const { Cell::new(None) };
+    static RIGHT: Cell<Option<Packed>> = const { Cell::new(None) };
 }
 
-/// Room for an operand. It is taken away meanwhile: a thread that waits for others may begin another product.
+/// Room for an operand.
 fn with_room<R>(side: Side, work: impl FnOnce(&mut Packed) -> R) -> R {
-    let place = usize::from(side == Side::Right);
-    let mut room = ROOM.with(|room| room[place].take()).unwrap_or_else(|| Packed::new(side));
-    let done = work(&mut room);
-    ROOM.with(|all| all[place].set(Some(room)));
-    done
+    with_kept(if side == Side::Right { &RIGHT } else { &LEFT }, || Packed::new(side), work)
 }
 
 /// Computes a product with one of the units that there are here.
@@ -127,9 +125,4 @@ unsafe fn rows(product: Product, unit: Unit, [inner, depth]: [usize; 2], right: 
     } else {
         (0..tasks).for_each(task);
     }
-}
-
-/// Parts of at most `most` of something, each with where it begins; of nothing one, which is empty.
-fn parts(of: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..of.max(1)).step_by(most).map(move |from| (from, most.min(of - from)))
 }
