@@ -77,6 +77,11 @@ pub(crate) trait LossGradients: LossOps {
         precision: Precision,
         wanted: Wanted<2>,
     ) -> (FloatTensor<Self>, [Option<FloatTensor<Self>>; 2]);
+
+    /// A gradient times the only number of `factor [1, 1]`.
+    fn times(gradient: FloatTensor<Self>, factor: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_mul(gradient, factor)
+    }
 }
 
 #[derive(Debug)]
@@ -91,7 +96,7 @@ impl<B: LossGradients> Backward<B, 2> for CrossEntropy {
         // The gradients of the sum were formed with it: what is left is the factor in front of the sum.
         let factor = B::float_slice(grad, &[Slice::from(0..1)]);
         let factor = B::float_reshape(factor, Shape::new([1, 1]));
-        let gradients = ops.state.map(|gradient| gradient.map(|gradient| B::float_mul(gradient, factor.clone())));
+        let gradients = ops.state.map(|gradient| gradient.map(|gradient| B::times(gradient, factor.clone())));
         parents.register::<B>(grads, gradients);
     }
 }

@@ -18,6 +18,9 @@ const LOGITS: usize = 1 << 21;
 /// Tokens per block, at least and at most.
 const TOKENS: [usize; 2] = [128, 512];
 
+/// Numbers between rows of logits: of vocabularies that are powers of two, rows would share their place in a core's first cache.
+const APART: usize = 16;
+
 /// `h [n, d]`, `weight [vocab, d]`, `targets [n]`; a negative target is no target.
 #[derive(Clone, Copy)]
 pub(crate) struct Inputs<'a> {
@@ -54,6 +57,11 @@ impl Inputs<'_> {
         self.weight.len() / self.width
     }
 
+    /// From one row of logits to the next.
+    fn stride(self) -> usize {
+        self.vocab().next_multiple_of(APART) + APART
+    }
+
     fn block(self) -> usize {
         let [least, most] = TOKENS;
         (LOGITS / self.vocab()).clamp(least, most).min(self.targets.len()).max(1)
@@ -63,11 +71,11 @@ impl Inputs<'_> {
         self.label_weights.get(token).or(self.label_weights.first()).copied().unwrap_or(1.0)
     }
 
-    /// Logits of tokens `from..from+count`, `[count, vocab]`.
+    /// Logits of tokens `from..from+count`, `[count, vocab]` in rows as far apart as the stride.
     fn logits(self, from: usize, count: usize, logits: &mut [f32]) {
         let (d, vocab) = (self.width, self.vocab());
         let h = View::new(&self.h[from * d..], d);
-        product(self.precision, [count, vocab, d], logits, vocab, false, h, View::new(self.weight, d).t());
+        product(self.precision, [count, vocab, d], logits, self.stride(), false, h, View::new(self.weight, d).t());
     }
 
     /// Adds up in f64 and in order: the same for any number of threads.
@@ -107,17 +115,17 @@ fn row_gradient_with<S: Simd>(simd: S, row: &mut [f32], target: usize, weight: f
 
 /// The loss of each token, 0 without a target.
 pub(crate) fn losses(inputs: Inputs) -> Vec<TokenLoss> {
-    let (vocab, tokens) = (inputs.vocab(), inputs.block());
+    let (vocab, stride, tokens) = (inputs.vocab(), inputs.stride(), inputs.block());
     let mut losses = vec![TokenLoss::default(); inputs.targets.len()];
-    let mut logits = room(tokens * vocab);
+    let mut logits = room(tokens * stride);
     for (block, losses) in losses.chunks_mut(tokens).enumerate() {
         let from = block * tokens;
         inputs.logits(from, losses.len(), &mut logits);
-        let rows = logits.par_chunks_exact_mut(vocab).zip(losses.par_iter_mut()).enumerate();
+        let rows = logits.par_chunks_exact_mut(stride).zip(losses.par_iter_mut()).enumerate();
         rows.for_each(|(i, (row, loss))| {
             let target = inputs.targets[from + i];
             if target >= 0 {
-                *loss = row_loss(row, target as usize).0;
+                *loss = row_loss(&mut row[..vocab], target as usize).0;
             }
         });
     }
@@ -139,10 +147,10 @@ impl Gradients<'_> {
         }
     }
 
-    /// Adds what tokens `from..from+count` bring, whose logits have the gradient `d_logits [count, vocab]`.
+    /// Adds what tokens `from..from+count` bring, whose logits have the gradient `d_logits`, laid out as they are.
     fn add(&mut self, inputs: Inputs, d_logits: &[f32], from: usize, count: usize) {
         let (d, vocab, precision) = (inputs.width, inputs.vocab(), inputs.precision);
-        let p = View::new(d_logits, vocab);
+        let p = View::new(d_logits, inputs.stride());
         if let Some(h) = &mut self.h {
             product(precision, [count, d, vocab], &mut h[from * d..], d, false, p, View::new(inputs.weight, d));
         }
@@ -154,16 +162,16 @@ impl Gradients<'_> {
 
 /// The sums, and the gradients of the objective.
 pub(crate) fn sums_with_gradients(inputs: Inputs, mut gradients: Gradients) -> Sums {
-    let (vocab, tokens) = (inputs.vocab(), inputs.block());
+    let (vocab, stride, tokens) = (inputs.vocab(), inputs.stride(), inputs.block());
     let n = inputs.targets.len();
     let mut losses = vec![TokenLoss::default(); n];
-    let mut logits = room(tokens * vocab);
+    let mut logits = room(tokens * stride);
     gradients.begin();
     for (block, losses) in losses.chunks_mut(tokens).enumerate() {
         let (from, count) = (block * tokens, losses.len());
         inputs.logits(from, count, &mut logits);
-        logits.par_chunks_exact_mut(vocab).zip(losses.par_iter_mut()).enumerate().for_each(|(i, (row, loss))| {
-            let target = inputs.targets[from + i];
+        logits.par_chunks_exact_mut(stride).zip(losses.par_iter_mut()).enumerate().for_each(|(i, (row, loss))| {
+            let (row, target) = (&mut row[..vocab], inputs.targets[from + i]);
             if target < 0 {
                 row.fill(0.0);
                 return;
@@ -212,16 +220,17 @@ fn row_lesson_with<'a, S: Simd>(
 
 /// `Σ share · KL(teacher ‖ student) + (1 − share) · nats` over the tokens with a target, and its gradients as the student's.
 pub(crate) fn lessons_with_gradients(inputs: Inputs, lesson: Lesson, mut gradients: Gradients) -> f64 {
-    let (vocab, tokens) = (inputs.vocab(), inputs.block());
+    let (vocab, stride, tokens) = (inputs.vocab(), inputs.stride(), inputs.block());
     let mut losses = vec![0.0f32; inputs.targets.len()];
-    let (mut student, mut teacher) = (room(tokens * vocab), room(tokens * vocab));
+    let (mut student, mut teacher) = (room(tokens * stride), room(tokens * stride));
     gradients.begin();
     for (block, losses) in losses.chunks_mut(tokens).enumerate() {
         let (from, count) = (block * tokens, losses.len());
         inputs.logits(from, count, &mut student);
         Inputs { h: lesson.teacher, ..inputs }.logits(from, count, &mut teacher);
-        let rows = student.par_chunks_exact_mut(vocab).zip(teacher.par_chunks_exact_mut(vocab));
+        let rows = student.par_chunks_exact_mut(stride).zip(teacher.par_chunks_exact_mut(stride));
         rows.zip(losses.par_iter_mut()).enumerate().for_each(|(i, ((student, teacher), loss))| {
+            let (student, teacher) = (&mut student[..vocab], &mut teacher[..vocab]);
             match usize::try_from(inputs.targets[from + i]) {
                 Ok(target) => *loss = row_lesson(student, teacher, target, lesson.share),
                 Err(_) => student.fill(0.0),
@@ -296,6 +305,9 @@ impl LossOps for Flex {
     }
 }
 
+/// Numbers that a thread scales at a time.
+const SHARE: usize = 1 << 16;
+
 impl LossGradients for Flex {
     fn cross_entropy_sum_saving(
         h: FlexTensor,
@@ -331,5 +343,11 @@ impl LossGradients for Flex {
         let sum = lessons_with_gradients(inputs, lesson, head_gradients(&mut gradients));
         out.storage_mut::<f32>()[0] = sum as f32;
         (out, gradients)
+    }
+
+    fn times(gradient: FlexTensor, factor: FlexTensor) -> FlexTensor {
+        let (mut gradient, factor) = (gradient.to_contiguous(), factor.to_contiguous().storage::<f32>()[0]);
+        gradient.storage_mut::<f32>().par_chunks_mut(SHARE).for_each(|numbers| scale(numbers, factor));
+        gradient
     }
 }
